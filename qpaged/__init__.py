@@ -1,0 +1,1 @@
+"""A paged KV cache for JAX, plain or quantized, behind one API."""
