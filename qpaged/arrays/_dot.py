@@ -1,0 +1,187 @@
+"""dot_general on quantized operands: the scales fold into the result or into the other operand.
+
+Along each axis of the quantized operand the scales are either one block, which is nothing to fold, or
+several. Several along axes that the result keeps: the result is multiplied. Several along contracted axes
+alone: the other operand is. Both at once (a scale per page and channel): one side's axes are cut into their
+blocks, which are batched over, and what is left is one of the two cases above.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qpaged.arrays._blocks import refine
+from qpaged.arrays._moves import reshape
+from qpaged.arrays._quantized import QuantizedArray
+
+
+class Axes(NamedTuple):
+    """Which axes of two operands a dot contracts and which it batches over, pair by pair."""
+
+    other_contract: tuple[int, ...]
+    contract: tuple[int, ...]
+    other_batch: tuple[int, ...]
+    batch: tuple[int, ...]
+
+    @property
+    def numbers(self):
+        return (self.other_contract, self.contract), (self.other_batch, self.batch)
+
+    def kept(self, ndim: int) -> tuple[int, ...]:
+        return tuple(axis for axis in range(ndim) if axis not in self.contract + self.batch)
+
+
+def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, **params: Any) -> jax.Array:
+    """``lax.dot_general`` where either operand, or both, may be a :class:`QuantizedArray`.
+
+    The codes are contracted at the dtype of the other operand, summed and scaled in float32, and rounded
+    once to the dtype of the program's result.
+    """
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = (map(tuple, pair) for pair in dimension_numbers)
+    if isinstance(rhs, QuantizedArray):
+        other = lhs.materialize() if isinstance(lhs, QuantizedArray) else lhs
+        return _dot(other, rhs, Axes(lhs_contract, rhs_contract, lhs_batch, rhs_batch), **params)
+    out = _dot(rhs, lhs, Axes(rhs_contract, lhs_contract, rhs_batch, lhs_batch), **params)
+    batch, free = len(lhs_batch), rhs.ndim - len(rhs_contract) - len(rhs_batch)
+    # (batch, free of rhs, free of lhs) -> (batch, free of lhs, free of rhs)
+    return lax.transpose(out, (*range(batch), *range(batch + free, out.ndim), *range(batch, batch + free)))
+
+
+def _dot(other: jax.Array, array: QuantizedArray, axes: Axes, preferred_element_type=None, **params):
+    result = preferred_element_type or jnp.promote_types(other.dtype, array.dtype)
+    if array.scales is None:
+        return lax.dot_general(other, array.materialize(), axes.numbers, preferred_element_type=result, **params)
+    several = [axis for axis, count in enumerate(array.scales.shape) if count > 1]
+    contracted = [axis for axis in several if axis in axes.contract]
+    kept = [axis for axis in several if axis in axes.kept(array.ndim)]
+    if not contracted:
+        out = _scale_result(other, array, axes, params)
+    elif not kept:
+        out = _scale_other(other, array, axes, params)
+    else:
+        out = _cut(other, array, axes, contracted, kept, params)
+    if array.offsets is not None:
+        out = out + _offset_term(other, array, axes)
+    return out.astype(result)
+
+
+def _cut(other, array, axes: Axes, contracted: list[int], kept: list[int], params) -> jax.Array:
+    """Scales along contracted and kept axes at once: whichever way makes the smallest copies."""
+    array = array.like(array.codes, array.scales)
+    blocks = array.scales.shape
+    summed = math.prod(other.shape[axis] for axis in axes.other_contract)
+    rows = other.size // max(1, summed)
+    results = rows * math.prod(array.shape[axis] for axis in axes.kept(array.ndim))
+    copies_of_other = other.size * math.prod(blocks[axis] for axis in kept)
+    copies_of_result = results * math.prod(blocks[axis] for axis in contracted)
+    if min(copies_of_other, copies_of_result) > array.size:
+        values = array.dequantize(other.dtype)
+        return lax.dot_general(other, values, axes.numbers, preferred_element_type=jnp.float32, **params)
+    if copies_of_other <= copies_of_result:
+        return _cut_kept(other, array, axes, kept, params)
+    return _cut_contracted(other, array, axes, contracted, params)
+
+
+def _contract_codes(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
+    values = array.values(other.dtype)
+    return lax.dot_general(other, values, axes.numbers, preferred_element_type=jnp.float32, **params)
+
+
+def _scale_result(other, array, axes: Axes, params) -> jax.Array:
+    order = (*axes.batch, *axes.kept(array.ndim))
+    factors = _spread(array.multipliers(), array, order)
+    factors = lax.transpose(factors, (*order, *axes.contract))
+    factors = lax.squeeze(factors, range(len(order), array.ndim))
+    free = other.ndim - len(axes.contract) - len(axes.batch)
+    between = range(len(axes.batch), len(axes.batch) + free)
+    return _contract_codes(other, array, axes, params) * lax.expand_dims(factors, between)
+
+
+def _scale_other(other, array, axes: Axes, params) -> jax.Array:
+    shared = axes.contract + axes.batch
+    factors = _spread(array.multipliers(), array, shared)
+    factors = lax.squeeze(factors, axes.kept(array.ndim))
+    places = dict(zip(shared, axes.other_contract + axes.other_batch, strict=True))
+    at = [places[axis] for axis in sorted(shared)]
+    factors = lax.transpose(factors, sorted(range(len(at)), key=at.__getitem__))
+    factors = lax.expand_dims(factors, [axis for axis in range(other.ndim) if axis not in at])
+    return _contract_codes((other.astype(jnp.float32) * factors).astype(other.dtype), array, axes, params)
+
+
+def _cut_axes(array: QuantizedArray, cut: list[int]) -> tuple[QuantizedArray, list[int]]:
+    """Each axis of ``cut`` as (blocks, block); and where every axis, or its block, has gone."""
+    shape: list[int] = []
+    place = []
+    for axis, length in enumerate(array.shape):
+        shape += [array.scales.shape[axis], array.block[axis]] if axis in cut else [length]
+        place.append(len(shape) - 1)
+    return reshape(array, shape), place
+
+
+def _cut_kept(other, array, axes: Axes, cut: list[int], params) -> jax.Array:
+    """Kept axes become (blocks, block); each of the blocks meets a copy of ``other`` under its scales."""
+    pieces, place = _cut_axes(array, cut)
+    grid = [place[axis] - 1 for axis in cut]
+    ahead = len(grid)
+    inner = Axes(
+        tuple(axis + ahead for axis in axes.other_contract),
+        tuple(place[axis] for axis in axes.contract),
+        (*(axis + ahead for axis in axes.other_batch), *range(ahead)),
+        (*(place[axis] for axis in axes.batch), *grid),
+    )
+    copies = lax.broadcast(other, [pieces.shape[axis] for axis in grid])
+    out = _scale_other(copies, pieces, inner, params)
+    # (batch, blocks, free of other, kept): put each count of blocks before its block, and merge
+    batch, free = len(axes.batch), other.ndim - len(axes.contract) - len(axes.batch)
+    order = [*range(batch), *range(batch + ahead, batch + ahead + free)]
+    for position, axis in enumerate(axes.kept(array.ndim)):
+        order += [batch + cut.index(axis)] if axis in cut else []
+        order.append(batch + ahead + free + position)
+    merged = lax.transpose(out, order)
+    return merged.reshape(*merged.shape[: batch + free], *(array.shape[axis] for axis in axes.kept(array.ndim)))
+
+
+def _cut_contracted(other, array, axes: Axes, cut: list[int], params) -> jax.Array:
+    """Contracted axes become (blocks, block); each of the blocks gives a result under its scales, summed."""
+    pieces, place = _cut_axes(array, cut)
+    partners = dict(zip(axes.contract, axes.other_contract, strict=True))
+    shape: list[int] = []
+    other_place = []
+    counts = {partners[axis]: array.scales.shape[axis] for axis in cut}
+    for axis, length in enumerate(other.shape):
+        shape += [counts[axis], length // counts[axis]] if axis in counts else [length]
+        other_place.append(len(shape) - 1)
+    inner = Axes(
+        tuple(other_place[axis] for axis in axes.other_contract),
+        tuple(place[axis] for axis in axes.contract),
+        (*(other_place[axis] for axis in axes.other_batch), *(other_place[partners[axis]] - 1 for axis in cut)),
+        (*(place[axis] for axis in axes.batch), *(place[axis] - 1 for axis in cut)),
+    )
+    out = _scale_result(other.reshape(shape), pieces, inner, params)
+    return out.sum(tuple(range(len(axes.batch), len(axes.batch) + len(cut))))
+
+
+def _offset_term(other: jax.Array, array: QuantizedArray, axes: Axes) -> jax.Array:
+    """What the offsets add: the other operand, summed over each block, against the block's offset."""
+    summed = other.astype(jnp.float32)
+    for axis, mine in zip(axes.other_contract, axes.contract, strict=True):
+        count = array.offsets.shape[mine]
+        pieces = summed.shape[:axis] + (count, array.block[mine]) + summed.shape[axis + 1 :]
+        summed = summed.reshape(pieces).sum(axis + 1)
+    out = lax.dot_general(summed, _spread(array.offsets, array, axes.batch), axes.numbers)
+    kept = axes.kept(array.ndim)
+    for position, axis in enumerate(kept):
+        out = refine(out, out.ndim - len(kept) + position, array.block[axis])
+    return out
+
+
+def _spread(scales: jax.Array, array: QuantizedArray, axes: Sequence[int]) -> jax.Array:
+    """One scale for every element along ``axes``, where there are several at all or one element long."""
+    for axis in axes:
+        if scales.shape[axis] > 1:
+            scales = refine(scales, axis, array.block[axis])
+    return scales

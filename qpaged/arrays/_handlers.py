@@ -1,0 +1,141 @@
+"""What programs do to a QuantizedArray under ``use_implicit_args``, primitive by primitive.
+
+A handler returns NotImplemented for what it cannot keep quantized; the array is then materialized, and the
+user warned. Handlers take ``**params``, because primitives gain parameters over time.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from qpaged.arrays import _dot, _moves, _qax, _windows
+from qpaged.arrays._quantized import QuantizedArray
+from qpaged.implicit import primitive_handler, provider
+
+
+def exists(*names: str) -> list[str]:
+    """Those of the primitives that this JAX has."""
+    return [name for name in names if hasattr(lax, f"{name}_p")]
+
+
+@primitive_handler("transpose")
+def _transpose(primitive, array: QuantizedArray, *, permutation, **params):
+    return _moves.transpose(array, permutation)
+
+
+@primitive_handler("reshape")
+def _reshape(primitive, array: QuantizedArray, *rest, new_sizes, dimensions=None, **params):
+    return NotImplemented if dimensions is not None else _moves.reshape(array, new_sizes)
+
+
+@primitive_handler("broadcast_in_dim")
+def _broadcast(primitive, array: QuantizedArray, *rest, shape, broadcast_dimensions, **params):
+    return _moves.broadcast_in_dim(array, shape, broadcast_dimensions)
+
+
+@primitive_handler("squeeze")
+def _squeeze(primitive, array: QuantizedArray, *, dimensions, **params):
+    return _moves.squeeze(array, dimensions)
+
+
+@primitive_handler(exists("copy"))
+def _copy(primitive, array: QuantizedArray, **params):
+    return array
+
+
+@primitive_handler("convert_element_type")
+def _convert(primitive, array: QuantizedArray, *, new_dtype, **params):
+    floating = jnp.issubdtype(new_dtype, jnp.floating)
+    return _moves.convert(array, new_dtype) if floating and array.scales is not None else NotImplemented
+
+
+@primitive_handler("slice")
+def _slice(primitive, array: QuantizedArray, *, start_indices, limit_indices, strides, **params):
+    return _moves.slice_(array, start_indices, limit_indices, strides)
+
+
+@primitive_handler("dynamic_slice")
+def _dynamic_slice(primitive, array: QuantizedArray, *start, slice_sizes, **params):
+    return _moves.dynamic_slice(array, start, slice_sizes)
+
+
+@primitive_handler("gather")
+def _gather(primitive, array: QuantizedArray, index, *, dimension_numbers, slice_sizes, mode, fill_value, **params):
+    out = _moves.gather(array, index, dimension_numbers, slice_sizes, mode, fill_value)
+    return NotImplemented if out is None else out
+
+
+@primitive_handler("concatenate")
+def _concatenate(primitive, array: object, *rest: object, dimension, **params):
+    arrays = (array, *rest)
+    return _moves.concatenate(arrays, dimension) if _alike(arrays) else NotImplemented
+
+
+@primitive_handler(exists("stack"))
+def _stack(primitive, array: object, *rest: object, axis, **params):
+    arrays = (array, *rest)
+    return _moves.stack(arrays, axis) if _alike(arrays) else NotImplemented
+
+
+@primitive_handler(exists("unstack"))
+def _unstack(primitive, array: QuantizedArray, *, axis, **params):
+    return _moves.unstack(array, axis)
+
+
+@primitive_handler("select_n")
+def _select(primitive, which: object, *cases: object, **params):
+    return _moves.select(which, cases) if jnp.ndim(which) == 0 and _alike(cases) else NotImplemented
+
+
+def _alike(arrays) -> bool:
+    """Whether all are quantized, in one format and dtype."""
+    if not all(isinstance(array, QuantizedArray) for array in arrays):
+        return False
+    return len({(array.quantizer, array.dtype, array.offsets is None) for array in arrays}) == 1
+
+
+@primitive_handler("mul")
+def _multiply(primitive, array: QuantizedArray, factor: object, **params):
+    scalar = not isinstance(factor, QuantizedArray) and jnp.size(factor) == 1 and array.size > 1
+    return _moves.scaled(array, jnp.reshape(factor, ())) if scalar else NotImplemented
+
+
+@primitive_handler("div")
+def _divide(primitive, array: QuantizedArray, divisor: object, **params):
+    scalar = not isinstance(divisor, QuantizedArray) and jnp.size(divisor) == 1 and array.size > 1
+    return _moves.scaled(array, 1 / jnp.reshape(divisor, ()).astype(jnp.float32)) if scalar else NotImplemented
+
+
+@primitive_handler("neg")
+def _negate(primitive, array: QuantizedArray, **params):
+    return _moves.scaled(array, jnp.float32(-1))
+
+
+@primitive_handler("dot_general")
+def _dot_left(primitive, lhs: QuantizedArray, rhs: object, *, dimension_numbers, **params):
+    return _dot.dot_general(lhs, rhs, dimension_numbers, **params)
+
+
+@primitive_handler("dot_general")
+def _dot_right(primitive, lhs: object, rhs: QuantizedArray, *, dimension_numbers, **params):
+    return _dot.dot_general(lhs, rhs, dimension_numbers, **params)
+
+
+@primitive_handler("dot_general")
+def _dot_both(primitive, lhs: QuantizedArray, rhs: QuantizedArray, *, dimension_numbers, **params):
+    return _dot.dot_general(lhs, rhs, dimension_numbers, **params)
+
+
+@primitive_handler("dynamic_update_slice")
+def _update(primitive, array: QuantizedArray, update: object, *start: object, **params):
+    return _windows.dynamic_update_slice(array, update, start) if array.quantizer.writable else NotImplemented
+
+
+@primitive_handler("scatter")
+def _scatter(primitive, array: QuantizedArray, index: object, updates: object, *, dimension_numbers, mode, **params):
+    if not array.quantizer.writable:
+        return NotImplemented
+    return _windows.scatter(array, index, updates, dimension_numbers, mode)
+
+
+if provider().startswith("qax"):
+    _qax.register()

@@ -1,0 +1,108 @@
+"""CacheFormat: formats for keys and values apart, and layer by layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qpaged.quantizer._contract import Quantizer
+from qpaged.quantizer._registry import RegistryError, get_quantizer
+
+PLAIN = "plain"
+
+Pair = tuple[Quantizer | None, Quantizer | None]
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """The formats of a cache; None stands for plain arrays of the logical dtype.
+
+    Attributes:
+        key: the format of keys.
+        value: the format of values.
+        layers: (layer index, (key format, value format)) for the layers that differ, ascending.
+    """
+
+    key: Quantizer | None = None
+    value: Quantizer | None = None
+    layers: tuple[tuple[int, Pair], ...] = ()
+
+    @classmethod
+    def of(cls, format: Any) -> "CacheFormat":
+        """The cache format that any accepted argument stands for.
+
+        Args:
+            format: None or ``"plain"`` (plain arrays), a spelling (``"int8"``, or keys and values apart,
+                ``"int8:channel/int8:token"``), a quantizer, or a cache format.
+
+        Raises:
+            RegistryError: a spelling that names no installed format.
+            TypeError: anything else.
+        """
+        if isinstance(format, CacheFormat):
+            return format
+        if isinstance(format, str):
+            return cls(*_pair(format))
+        quantizer = None if format is None else get_quantizer(format)
+        return cls(quantizer, quantizer)
+
+    def with_layers(self, formats: Mapping[int, Any]) -> "CacheFormat":
+        """This format but for the given layers: ``{0: "raw", 3: "int8/int8:token"}``.
+
+        Raises:
+            ValueError: a negative layer, or a format for a layer that itself differs by layer.
+        """
+        pairs = dict(self.layers) | {index: _layer(index, format) for index, format in formats.items()}
+        return CacheFormat(self.key, self.value, tuple(sorted(pairs.items())))
+
+    def layer(self, index: int) -> Pair:
+        """The formats of keys and of values in layer ``index``."""
+        return dict(self.layers).get(index, (self.key, self.value))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that makes this format, as plain JSON."""
+        layers = [[index, [_spell(part) for part in pair]] for index, pair in self.layers]
+        return {"key": _spell(self.key), "value": _spell(self.value), "layers": layers}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "CacheFormat":
+        """The format that :attr:`config` describes.
+
+        Raises:
+            ValueError: a part is missing or malformed.
+        """
+        try:
+            layers = {int(index): "/".join(pair) for index, pair in config["layers"]}
+            return cls(*_pair(f"{config['key']}/{config['value']}")).with_layers(layers)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"config must hold 'key', 'value' and 'layers' as CacheFormat.config writes them, "
+                f"but came as {config!r}."
+            ) from error
+
+    def __str__(self) -> str:
+        key, value = _spell(self.key), _spell(self.value)
+        spelling = key if key == value else f"{key}/{value}"
+        rest = "; ".join(f"{i}: {_spell(k)}/{_spell(v)}" for i, (k, v) in self.layers)
+        return f"{spelling} ({rest})" if rest else spelling
+
+
+def _pair(spelling: str) -> Pair:
+    parts = spelling.split("/")
+    if len(parts) > 2:
+        raise RegistryError(f"{spelling!r}: at most one '/' may part the keys' format from the values'.")
+    key, value = (None if part == PLAIN else get_quantizer(part) for part in (parts[0], parts[-1]))
+    return key, value
+
+
+def _layer(index: int, format: Any) -> Pair:
+    if index < 0:
+        raise ValueError(f"layers must be counted from 0, but {index} came; give the layer's own index.")
+    format = CacheFormat.of(format)
+    if format.layers:
+        raise ValueError(f"layer {index} must have one format, but came with formats by layer: {format}.")
+    return format.key, format.value
+
+
+def _spell(quantizer: Quantizer | None) -> str:
+    return PLAIN if quantizer is None else str(quantizer)

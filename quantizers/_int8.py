@@ -1,0 +1,70 @@
+"""int8: the default, 8 bits an element and one scale per page, whatever the order of writes."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from qpaged import PowerOfTwoQuantizer, Quantizer
+
+
+def int8(granularity: str = "page") -> Quantizer:
+    """The int8 format of a granularity: floors where scales are shared, nearest where they are not."""
+    return Int8Token() if granularity == "token" else Int8Floor(granularity)
+
+
+@dataclass(frozen=True)
+class Int8Floor(PowerOfTwoQuantizer):
+    """c = floor(x / s), read back as (c + 1/2) s, with s a power of two and absmax < 128 s.
+
+    Doubling s is an arithmetic shift, and floor(floor(x) / 2) = floor(x / 2): codes depend on the values
+    alone, never on the order or the chunks in which they arrived. The error is at most s / 2, always.
+    A block in which anything was written reads a written zero as s / 2.
+
+    8 bits an element and 8 per block: 8.004 at ``page`` (16 slots of 128), 8.5 at ``channel``.
+    """
+
+    name: ClassVar[str] = "int8"
+    granularities: ClassVar = ("page", "token", "channel")
+    bound: ClassVar[float] = 0.5
+    headroom: ClassVar[int] = 7
+    resolution: ClassVar[int] = 1
+
+    def encode(self, units: jax.Array) -> jax.Array:
+        # A negative that underflowed in the division is -0 here; its floor is -1, as the shift gives.
+        codes = jnp.where(jnp.signbit(units), jnp.minimum(jnp.floor(units), -1), jnp.floor(units))
+        return jnp.clip(codes, -128, 127).astype(jnp.int8)
+
+    def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
+        return codes.astype(dtype) + jnp.asarray(0.5, dtype)
+
+    def grow(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        shift = jnp.minimum(new.astype(jnp.int32) - old.astype(jnp.int32), 7)
+        return codes >> jnp.maximum(shift, 0).astype(jnp.int8)
+
+
+@dataclass(frozen=True)
+class Int8Token(Quantizer):
+    """c = round(x / s), s = absmax / 127 of one token's head, to nearest even: nothing shared, nothing grows.
+
+    8 bits an element and a float32 per token and head: 8.25 at head_dim 128. More accurate than the
+    page's floors, for 3 % more bytes. The error is at most s / 2, but for the two float32 roundings of the
+    division and of the product.
+    """
+
+    granularity: str = "token"
+
+    name: ClassVar[str] = "int8"
+    granularities: ClassVar = ("page", "token", "channel")
+    bound: ClassVar[float] = 0.5 + 127 * 2.0**-22
+
+    def scale(self, absmax: jax.Array) -> jax.Array:
+        smallest = jnp.finfo(jnp.float32).smallest_normal
+        return jnp.where(absmax > 0, jnp.maximum(absmax / 127, smallest), 0)
+
+    def encode(self, units: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.round(units), -127, 127).astype(jnp.int8)
+
+    def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
+        return codes.astype(dtype)
