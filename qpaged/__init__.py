@@ -1,6 +1,18 @@
 """A paged KV cache for JAX whose pages are plain arrays or quantized implicit arrays, behind one API."""
 
 from qpaged.arrays import QuantizedArray
+from qpaged.attention import attention_backends, paged_attention
+from qpaged.cache import (
+    AllocationError,
+    HostMemoryWarning,
+    NarrowFloatPoolWarning,
+    PageAllocator,
+    PagedAttentionCache,
+    PagedAttentionCacheMetaData,
+    PagedAttentionCacheView,
+    PagedAttentionMetadata,
+    PartitionManager,
+)
 from qpaged.quantizer import (
     CacheFormat,
     PowerOfTwoQuantizer,
@@ -11,13 +23,26 @@ from qpaged.quantizer import (
     get_quantizer,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
+    "AllocationError",
     "CacheFormat",
+    "HostMemoryWarning",
+    "NarrowFloatPoolWarning",
+    "PageAllocator",
+    "PagedAttentionCache",
+    "PagedAttentionCacheMetaData",
+    "PagedAttentionCacheView",
+    "PagedAttentionMetadata",
+    "PartitionManager",
     "PowerOfTwoQuantizer",
     "QuantizedArray",
     "Quantizer",
     "RegistryError",
+    "attention_backends",
     "available_formats",
     "available_quantizers",
     "get_quantizer",
+    "paged_attention",
 ]

@@ -1,7 +1,20 @@
 """QuantizedArray, its writes and its lazy reads."""
 
-from qpaged.arrays import _handlers as _handlers
+from qpaged.arrays import _handlers as _handlers  # registers the handlers
+from qpaged.arrays._dot import dot_general
 from qpaged.arrays._quantized import QuantizedArray, float_dtype, quantize
+from qpaged.arrays._reads import as_slots, compute_dtype, dot, keep_slots, take_pages
 from qpaged.arrays._writes import write_rows
 
-__all__ = ["QuantizedArray", "float_dtype", "quantize", "write_rows"]
+__all__ = [
+    "QuantizedArray",
+    "as_slots",
+    "compute_dtype",
+    "dot",
+    "dot_general",
+    "float_dtype",
+    "keep_slots",
+    "quantize",
+    "take_pages",
+    "write_rows",
+]

@@ -1,0 +1,5 @@
+"""Attention over paged caches: the reference that defines it, and a file for each backend."""
+
+from qpaged.attention._api import attention_backends, paged_attention
+
+__all__ = ["attention_backends", "paged_attention"]

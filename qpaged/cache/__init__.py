@@ -1,0 +1,22 @@
+"""The paged cache: configuration, per-step metadata, views, budget, allocator, sharding."""
+
+from qpaged.cache._allocator import AllocationError, PageAllocator
+from qpaged.cache._budget import HostMemoryWarning
+from qpaged.cache._cache import PagedAttentionCache
+from qpaged.cache._config import PagedAttentionCacheMetaData
+from qpaged.cache._metadata import PagedAttentionMetadata
+from qpaged.cache._pages import NarrowFloatPoolWarning
+from qpaged.cache._sharding import PartitionManager
+from qpaged.cache._view import PagedAttentionCacheView
+
+__all__ = [
+    "AllocationError",
+    "HostMemoryWarning",
+    "NarrowFloatPoolWarning",
+    "PageAllocator",
+    "PagedAttentionCache",
+    "PagedAttentionCacheMetaData",
+    "PagedAttentionCacheView",
+    "PagedAttentionMetadata",
+    "PartitionManager",
+]

@@ -1,0 +1,84 @@
+"""Who owns which page: host-side, no JAX."""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from qpaged.cache._config import PagedAttentionCacheMetaData
+
+
+class AllocationError(RuntimeError):
+    """A call that asked for what the allocator cannot give; nothing was changed."""
+
+
+class PageAllocator:
+    """Hands out the pages of a cache to sequences; every call succeeds whole or changes nothing.
+
+    Args:
+        metadata: the configuration of the cache.
+    """
+
+    def __init__(self, metadata: PagedAttentionCacheMetaData):
+        self.metadata = metadata
+        self._free = list(range(metadata.num_pages_per_layer - 1, -1, -1))
+        self._pages: dict[Hashable, list[int]] = {}
+
+    @property
+    def num_free(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free)
+
+    def allocate(self, sequence: Hashable, length: int) -> list[int]:
+        """Give ``sequence`` the pages it lacks to hold ``length`` tokens; a new one is made.
+
+        Returns:
+            the pages newly given, for ``cache.reset_pages``.
+
+        Raises:
+            AllocationError: more tokens than a sequence may have, or than there are pages free.
+        """
+        config, held = self.metadata, self._pages.get(sequence, [])
+        wanted = -(-length // config.page_size) - len(held)
+        if len(held) + wanted > config.num_pages_per_sequence:
+            limit = config.num_pages_per_sequence * config.page_size
+            raise AllocationError(
+                f"length must be at most {limit} tokens, but {length} came for sequence {sequence!r}; "
+                f"make the metadata with a larger max_sequences."
+            )
+        if wanted > len(self._free):
+            raise AllocationError(
+                f"sequence {sequence!r} needs {wanted} more pages for {length} tokens, but {len(self._free)} are "
+                f"free; free a sequence, or make a cache with more pages."
+            )
+        given = [self._free.pop() for _ in range(max(wanted, 0))]
+        self._pages[sequence] = held + given
+        return given
+
+    def free(self, sequence: Hashable) -> list[int]:
+        """Take back all pages of ``sequence``, and return them.
+
+        Raises:
+            AllocationError: the sequence holds nothing.
+        """
+        pages = self._pages.pop(sequence, None)
+        if pages is None:
+            raise AllocationError(f"sequence {sequence!r} holds no pages; it was never allocated or is freed.")
+        self._free.extend(reversed(pages))
+        return pages
+
+    def page_table(self, sequences: Sequence[Hashable]) -> np.ndarray:
+        """(len(sequences), num_pages_per_sequence) int32; "no page" where a sequence has none, or is None.
+
+        Raises:
+            AllocationError: a sequence that holds nothing.
+        """
+        config = self.metadata
+        table = np.full((len(sequences), config.num_pages_per_sequence), config.num_pages_per_layer, np.int32)
+        for row, sequence in enumerate(sequences):
+            if sequence is None:
+                continue
+            if sequence not in self._pages:
+                raise AllocationError(f"sequence {sequence!r} holds no pages; allocate it, or pass None.")
+            pages = self._pages[sequence]
+            table[row, : len(pages)] = pages
+        return table

@@ -1,0 +1,56 @@
+"""The cache of a whole model."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+from jax.sharding import Mesh
+
+from qpaged.cache._config import PagedAttentionCacheMetaData
+from qpaged.cache._record import Record
+from qpaged.cache._view import PagedAttentionCacheView
+
+
+@dataclass(frozen=True)
+class PagedAttentionCache(Record):
+    """The pages of all layers: a pytree whose leaves are the pools' arrays.
+
+    Attributes:
+        views: one view for each layer.
+    """
+
+    views: list[PagedAttentionCacheView]
+
+    @classmethod
+    def init_cache(
+        cls,
+        mesh: Mesh | None,
+        dtype: Any,
+        metadata: PagedAttentionCacheMetaData,
+        partition_manager: Any = None,
+        quantizer: Any = None,
+    ) -> Self:
+        """Fresh pools for every layer; the arguments are those of :meth:`PagedAttentionCacheView.init`.
+
+        Raises:
+            ValueError: the metadata was made for another format or dtype.
+        """
+        layers = range(metadata.num_hidden_layers)
+        init = PagedAttentionCacheView.init
+        return cls([init(mesh, dtype, metadata, i, partition_manager, quantizer) for i in layers])
+
+    def init_empty(self, *args: Any, **kwargs: Any) -> None:
+        """Not used for pages; returns None."""
+        return None
+
+    def reset_pages(self, pages: Any) -> Self:
+        """The cache with these pages fresh in every layer; see :meth:`PagedAttentionCacheView.reset_pages`."""
+        return self.replace(views=[view.reset_pages(pages) for view in self.views])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pools, scales included."""
+        return sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(self))
+
+
+jax.tree_util.register_dataclass(PagedAttentionCache, data_fields=["views"], meta_fields=[])

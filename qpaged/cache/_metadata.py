@@ -1,0 +1,113 @@
+"""What a step needs to know: which tokens, where they go, and where their sequences' pages are."""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qpaged.cache._indices import as_indices
+from qpaged.cache._record import Record
+
+
+@dataclass(frozen=True)
+class PagedAttentionMetadata(Record):
+    """One step's positions and page tables, for a prefill, a decode, or both.
+
+    Token at position p of a sequence lies in slot p mod page_size of page page_table[p // page_size]. The
+    index ``num_pages_per_layer`` (one past the last) in a table means "no page". Any index out of range is
+    dropped, never clamped.
+
+    Attributes:
+        prefill_length: () int32; tokens of the prefill that count, the rest being padding. 0 if none.
+        prefill_position: (padded_len,) int32; where each token goes. () if not in prefill.
+        prefill_page_table: (pages,) int32; the sequence's pages. () if not in prefill.
+        decodes_position: (batch,) int32; where each row's token goes; negative for an inactive row. () if not
+            in decode.
+        decodes_page_table: (batch, pages_per_sequence) int32; each row's pages. () if not in decode.
+    """
+
+    prefill_length: Any
+    prefill_position: Any
+    prefill_page_table: Any
+    decodes_position: Any
+    decodes_page_table: Any
+
+    @classmethod
+    def prefill(cls, *, position: Any, page_table: Any, length: Any = None) -> Self:
+        """Metadata of a prefill of one sequence, or of a chunk of it.
+
+        Args:
+            position: (padded_len,) integers; token i goes to position[i].
+            page_table: (pages,) integers; the sequence's pages in order.
+            length: how many of the tokens count; all of them if None.
+
+        Raises:
+            TypeError: not integers. ValueError: another number of axes.
+        """
+        position = _shaped("position", position, "(padded_len,)", 1)
+        length = len(position) if length is None else length
+        return cls(
+            _shaped("length", length, "()", 0),
+            position,
+            _shaped("page_table", page_table, "(pages,)", 1),
+            *(_nothing(),) * 2,
+        )
+
+    @classmethod
+    def decode(cls, *, position: Any, page_table: Any) -> Self:
+        """Metadata of a decode step: one token for each row.
+
+        Args:
+            position: (batch,) integers; where each row's token goes, negative for an inactive row.
+            page_table: (batch, pages_per_sequence) integers; each row's pages in order.
+
+        Raises:
+            TypeError: not integers. ValueError: another number of axes, or another batch.
+        """
+        position = _shaped("position", position, "(batch,)", 1)
+        page_table = _shaped("page_table", page_table, "(batch, pages_per_sequence)", 2)
+        if len(position) != len(page_table):
+            raise ValueError(
+                f"position and page_table must have one row for each sequence, but came with {len(position)} "
+                f"and {len(page_table)} rows."
+            )
+        return cls(jnp.int32(0), *(_nothing(),) * 2, position, page_table)
+
+    @classmethod
+    def init_empty(cls) -> Self:
+        """A placeholder in which both modes are True, and which writes and attends to nothing."""
+        return cls(jnp.int32(0), *(_nothing(),) * 4)
+
+    def is_prefill_mode(self) -> bool:
+        """Whether only a prefill is present: the decode arrays have shape ()."""
+        return np.ndim(self.decodes_position) == 0
+
+    def is_decode_mode(self) -> bool:
+        """Whether only a decode is present: the prefill arrays have shape ()."""
+        return np.ndim(self.prefill_position) == 0
+
+
+def _shaped(name: str, values: Any, shape: str, ndim: int) -> jax.Array:
+    indices = as_indices(name, values)
+    if indices.ndim != ndim:
+        raise ValueError(f"{name} must have shape {shape}, but came with shape {indices.shape}.")
+    return indices
+
+
+def _nothing() -> jax.Array:
+    return jnp.int32(0)
+
+
+jax.tree_util.register_dataclass(
+    PagedAttentionMetadata,
+    data_fields=[
+        "prefill_length",
+        "prefill_position",
+        "prefill_page_table",
+        "decodes_position",
+        "decodes_page_table",
+    ],
+    meta_fields=[],
+)

@@ -1,0 +1,83 @@
+"""Pools of pages: how one is made, of how many bytes, and on which devices."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qpaged.cache._sharding import EMPTY, KV_HEAD, MODE, PartitionManager, leaf_spec
+from qpaged.quantizer import Quantizer
+
+PagesFormat = Quantizer | Callable[[jax.Array], Any] | None
+
+
+def fresh_pages(format: PagesFormat, shape: Sequence[int], dtype: Any) -> Any:
+    """A pool (kv_heads, pages, page_size, head_dim) that reads as exact zeros; traceable.
+
+    A callable takes the pool's zeros and returns its pages. Any other format is asked for one page of one
+    head, which is repeated: no float of the pool's size is ever made.
+    """
+    if format is None:
+        return jnp.zeros(shape, dtype)
+    if not isinstance(format, Quantizer):
+        return format(jnp.zeros(shape, dtype))
+    page = format.quantize(jnp.zeros((1, 1, *shape[2:]), dtype))
+    return jax.tree_util.tree_map(lambda leaf: jnp.broadcast_to(leaf, (*shape[:2], *leaf.shape[2:])), page)
+
+
+def allocate_pages(format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh | None, manager: Any) -> Any:
+    """A fresh pool on the mesh's devices, or on the default device where there is no mesh."""
+    shape = tuple(shape)
+    if mesh is None:
+        return jax.jit(lambda: fresh_pages(format, shape, dtype))()
+    shardings = pages_shardings(format, shape, dtype, mesh, manager)
+    return jax.jit(lambda: fresh_pages(format, shape, dtype), out_shardings=shardings)()
+
+
+def pages_shardings(format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh, manager: Any) -> Any:
+    """The sharding of every leaf: the codes' partition, where a leaf's own axes are long enough for it."""
+    manager = PartitionManager(mesh) if manager is None else manager
+    spec = manager.resolve([KV_HEAD, EMPTY, EMPTY, EMPTY], mode=MODE, shape=tuple(shape))
+    check_divides(spec, shape, mesh)
+    leaves = jax.eval_shape(lambda: fresh_pages(format, shape, dtype))
+    return jax.tree_util.tree_map(lambda leaf: NamedSharding(mesh, leaf_spec(spec, leaf.shape, mesh)), leaves)
+
+
+def check_divides(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> None:
+    if tuple(leaf_spec(spec, shape, mesh)) != tuple(spec):
+        raise ValueError(
+            f"partition_manager must divide a pool of shape {tuple(shape)} evenly over the mesh "
+            f"{dict(mesh.shape)}, but resolved it to {spec}; leave the axes that do not divide unpartitioned."
+        )
+
+
+def device_bytes(format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh | None, manager: Any) -> int:
+    """Bytes of a pool on one device, scales included: what the format's own arrays take there."""
+    leaves = jax.tree_util.tree_leaves(jax.eval_shape(lambda: fresh_pages(format, tuple(shape), dtype)))
+    shapes = [leaf.shape for leaf in leaves]
+    if mesh is not None:
+        shardings = jax.tree_util.tree_leaves(pages_shardings(format, shape, dtype, mesh, manager))
+        shapes = [sharding.shard_shape(shape) for sharding, shape in zip(shardings, shapes, strict=True)]
+    return sum(int(np.prod(s)) * leaf.dtype.itemsize for s, leaf in zip(shapes, leaves, strict=True))
+
+
+class NarrowFloatPoolWarning(UserWarning):
+    """A plain 16- or 8-bit float pool on CPU, where every write costs the whole pool."""
+
+
+def warn_of_narrow_floats(*pools: Any) -> None:
+    """Warn of plain pools that XLA on CPU widens whole at every write."""
+    for pool in pools:
+        narrow = isinstance(pool, jax.Array) and jnp.issubdtype(pool.dtype, jnp.floating) and pool.itemsize < 4
+        if narrow and not isinstance(pool, jax.core.Tracer) and next(iter(pool.devices())).platform == "cpu":
+            warnings.warn(
+                f"XLA on CPU copies a whole {pool.dtype.name} pool at every write; quantizer='raw' stores the "
+                f"same bits as integers and does not.",
+                NarrowFloatPoolWarning,
+                stacklevel=5,
+            )
+            return

@@ -1,0 +1,129 @@
+"""Records: the dictionary and JSON forms of the cache's classes."""
+
+import base64
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qpaged.arrays import QuantizedArray
+from qpaged.quantizer import CacheFormat, get_quantizer
+
+VERSION = 1
+
+
+class Record:
+    """A frozen dataclass that becomes a dictionary or JSON and back, bit for bit."""
+
+    _records: ClassVar[dict[str, type["Record"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Record._records[cls.__name__] = cls
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with these fields replaced."""
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries and lists; arrays stay arrays."""
+        fields = {field.name: _pack(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {"type": type(self).__name__, "version": VERSION, **fields}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The object that :meth:`to_dict` describes.
+
+        Raises:
+            ValueError: another type or version, a missing or an unknown field.
+        """
+        name, version = (data.get("type"), data.get("version")) if isinstance(data, Mapping) else (None, None)
+        if name != cls.__name__ or version != VERSION:
+            raise ValueError(
+                f"data must hold a {cls.__name__} of version {VERSION}, but holds type {name!r}, version "
+                f"{version!r}; read it with the class and the qpaged that wrote it."
+            )
+        given = {key: value for key, value in data.items() if key not in ("type", "version")}
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if given.keys() != known:
+            raise ValueError(
+                f"data of a {cls.__name__} must hold exactly the fields {sorted(known)}, "
+                f"but {sorted(known ^ given.keys())} are missing or unknown."
+            )
+        return cls(**{key: _unpack(value) for key, value in given.items()})
+
+    def to_json(self, **kwargs: Any) -> str:
+        """JSON text; arrays as base64. ``kwargs`` go to ``json.dumps``."""
+        return json.dumps(self.to_dict(), default=_array_to_json, **kwargs)
+
+    @classmethod
+    def from_json(cls, json_str: str) -> Self:
+        """The object that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, or not of this class; see :meth:`from_dict`.
+        """
+        return cls.from_dict(json.loads(json_str))
+
+
+def _pack(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.to_dict()
+    if isinstance(value, CacheFormat):
+        return {"type": "CacheFormat", **value.config}
+    if isinstance(value, QuantizedArray):
+        parts = {name: getattr(value, name) for name in ("codes", "scales", "offsets")}
+        config = value.quantizer.config
+        return {"type": "QuantizedArray", "quantizer": config, "dtype": jnp.dtype(value.dtype).name, **parts}
+    if isinstance(value, list | tuple):
+        return [_pack(item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str | np.generic | np.ndarray | jax.Array):
+        return value
+    raise TypeError(
+        f"only plain and QuantizedArray pages and named formats can be written to a record, but a "
+        f"{type(value).__name__} came; use a registered quantizer instead."
+    )
+
+
+def _unpack(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    kind = value.get("type")
+    if kind in Record._records:
+        return Record._records[kind].from_dict(value)
+    unpack = {"CacheFormat": CacheFormat.from_config, "array": _array_from_json, "QuantizedArray": _quantized}.get(kind)
+    if unpack is None:
+        raise ValueError(f"data holds a part of unknown type {kind!r}; it was not written by this version of qpaged.")
+    return unpack(value)
+
+
+def _quantized(data: Mapping[str, Any]) -> QuantizedArray:
+    config = dict(data["quantizer"])
+    quantizer = get_quantizer(":".join([config["name"], config["granularity"]]))
+    if quantizer.config != config:
+        raise ValueError(
+            f"the pages are of format {config}, but the installed {config['name']} is {quantizer.config}; "
+            f"install the package version that wrote them."
+        )
+    codes, scales, offsets = (_unpack(data[name]) for name in ("codes", "scales", "offsets"))
+    return QuantizedArray(codes, scales, offsets, quantizer, dtype=jnp.dtype(data["dtype"]))
+
+
+def _array_to_json(array: Any) -> dict[str, Any]:
+    array = np.asarray(array)
+    data = base64.b64encode(array.tobytes()).decode("ascii")
+    return {"type": "array", "dtype": array.dtype.name, "shape": list(array.shape), "data": data}
+
+
+def _array_from_json(data: Mapping[str, Any]) -> jax.Array:
+    try:
+        flat = np.frombuffer(base64.b64decode(data["data"], validate=True), jnp.dtype(data["dtype"]))
+        return jnp.asarray(flat.reshape(data["shape"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"data holds an array that is not whole: {error}") from error
