@@ -40,7 +40,7 @@ def primitive_named(name: str) -> Primitive:
                 return primitive
     raise ValueError(
         f"primitive_handler: no JAX primitive is called {name!r}. Names are those of jax.lax without the "
-        f"trailing '_p', such as 'add' or 'dot_general'. Pass the primitive itself if it is defined elsewhere."
+        f"trailing '_p', such as 'add' or 'dot_general'. Pass the primitive itself if it is not one of JAX's."
     )
 
 

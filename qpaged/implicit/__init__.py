@@ -22,6 +22,8 @@ from qpaged.implicit._provider import Provider, provider
 _qax = _provider.choose(jax.__version__)
 
 if TYPE_CHECKING or _qax is None:
+    from qpaged.implicit import _freeze as utils  # qax keeps freeze_keys in a module of this name
+    from qpaged.implicit._freeze import freeze_keys
     from qpaged.implicit._notes import record_materializations
     from qpaged.implicit._ours import (
         ArrayValue,
@@ -39,10 +41,12 @@ else:
     UninitializedAval = _qax.UninitializedAval
     aux_field = _qax.aux_field
     default_handler = _qax.default_handler
+    freeze_keys = _qax.freeze_keys
     materialize_nested = _qax.materialize_nested
     primitive_handler = _qax.primitive_handler
     record_materializations = _notes.no_record_with_qax
     use_implicit_args = _qax.use_implicit_args
+    utils = _qax.utils
 
 __all__ = [
     "ArrayValue",
@@ -53,9 +57,11 @@ __all__ = [
     "UninitializedAval",
     "aux_field",
     "default_handler",
+    "freeze_keys",
     "materialize_nested",
     "primitive_handler",
     "provider",
     "record_materializations",
     "use_implicit_args",
+    "utils",
 ]

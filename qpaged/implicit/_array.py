@@ -43,8 +43,8 @@ class ImplicitArray(ImplicitValue):
     default_shape: ClassVar[Sequence[int] | None] = None
     default_dtype: ClassVar[Any] = None
 
-    shape: Any = aux_field(kw_only=True, default=None)
-    dtype: Any = aux_field(kw_only=True, default=None)
+    shape: Any = aux_field(kw_only=True, default=None)  # noqa: RUF009 - a dataclass field
+    dtype: Any = aux_field(kw_only=True, default=None)  # noqa: RUF009
 
     def __init_subclass__(
         cls, commute_ops: bool = True, warn_on_materialize: bool = True, **kwargs: Any

@@ -82,7 +82,7 @@ def children_and_aux(cls: type) -> Iterator[tuple[str, bool]]:
 
     A shape or dtype that the class derives in a property is not data, so it is left out.
     """
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+    for field in dataclasses.fields(cls):
         if field.name in ("shape", "dtype") and not stores(cls, field.name):
             continue
         yield field.name, bool(field.metadata.get(_AUX))

@@ -206,10 +206,11 @@ def _checked(outs: Any, eqn: Any) -> Sequence[Any]:
             f"Return as many as the primitive does."
         )
     for out, var in zip(outs, eqn.outvars, strict=True):
-        if hasattr(var.aval, "shape") and tuple(jnp.shape(out)) != tuple(var.aval.shape):
+        expected = getattr(var.aval, "shape", None)
+        if expected is not None and tuple(jnp.shape(out)) != tuple(expected):
             raise TypeError(
-                f"A handler of {name!r} returned a {type(out).__name__} of shape {tuple(jnp.shape(out))}, where "
-                f"{tuple(var.aval.shape)} is expected. Return the shape that the primitive would have returned."
+                f"A handler of {name!r} returned a {type(out).__name__} of shape {tuple(jnp.shape(out))}, "
+                f"where {tuple(expected)} is expected. Return the shape that the primitive would return."
             )
     return outs
 

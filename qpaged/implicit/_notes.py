@@ -158,6 +158,7 @@ def _caller() -> Place:
 def no_record_with_qax() -> Any:
     """Stands in for `record_materializations` where the names of `qpaged.implicit` are qax's."""
     raise NotImplementedError(
-        "record_materializations: qax does not say what it materializes, but by a UserWarning. Use "
-        'warnings.catch_warnings(record=True), or a JAX on which qpaged brings its own: pip install -U "jax>=0.10.2"'
+        "record_materializations: qax says what it materializes in UserWarnings only. Collect those with "
+        "warnings.catch_warnings(record=True), or use a JAX on which qpaged brings its own implementation: "
+        'pip install -U "jax>=0.10.2"'
     )

@@ -82,7 +82,7 @@ def _import_qax() -> tuple[ModuleType | None, str]:
 
 def _unsupported(jax_version: str, problem: str) -> str:
     return (
-        f"qpaged.implicit does not work with JAX {jax_version} as it is installed here. It is tested with JAX "
-        f"0.10.2 and later, and with JAX 0.4.35 through qax 0.4.1. Of qax: {problem}. "
+        f"qpaged.implicit does not work with JAX {jax_version} as it is installed here. It is tested with "
+        f"JAX 0.10.2 and later, and with JAX 0.4.35 through qax 0.4.1. Of qax: {problem}. "
         f'Run: pip install -U "jax>=0.10.2"  or, to use qax: pip install "qpaged[qax]"'
     )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from qpaged import _compat
+from qpaged.implicit import _tree
 from qpaged.implicit._branches import cond
 from qpaged.implicit._calls import jit
 from qpaged.implicit._derivatives import custom_jvp, custom_vjp
@@ -27,24 +28,23 @@ def inline(step: Step, values: list[Any]) -> Outputs:
 
 def checkpoint(step: Step, values: list[Any]) -> Outputs:
     """Bound again around the new body, so that policy and differentiation state stay what they were."""
-    leaves, tree = jax.tree_util.tree_flatten(values)
-    out_tree = None
+    leaves, tree = _tree.flatten_fully(values)
+    out_tree: Any = None
 
     def flat(*inner: Any) -> list[Any]:
         nonlocal out_tree
         outs = step.evaluate(step.params["jaxpr"], tree.unflatten(inner))
-        found, out_tree = jax.tree_util.tree_flatten(list(outs))
+        found, out_tree = _tree.flatten_fully(list(outs))
         return found
 
     jaxpr, consts = _compat.without_consts(jax.make_jaxpr(flat)(*leaves))
     outs = _compat.bind(step.primitive, [*consts, *leaves], {**step.params, "jaxpr": jaxpr})
-    assert out_tree is not None
     return out_tree.unflatten(outs)
 
 
 def leafwise(step: Step, values: list[Any]) -> Outputs:
     """Primitives that return their operands: barriers, names and copies."""
-    leaves, tree = jax.tree_util.tree_flatten(values)
+    leaves, tree = _tree.flatten_fully(values)
     if step.primitive.multiple_results:
         return tree.unflatten(step.bind(leaves))
     return tree.unflatten([step.bind([leaf])[0] for leaf in leaves])

@@ -10,6 +10,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from qpaged import _compat
+from qpaged.implicit import _tree
 from qpaged.implicit._loops import fits, step_avals
 from qpaged.implicit._step import Outputs, Step
 from qpaged.implicit._value import is_implicit
@@ -59,7 +60,7 @@ def _in_specs(value: Any, spec: PartitionSpec) -> Any:
 def _divides(value: Any, spec: PartitionSpec, aval: Any, step: Step) -> bool:
     if not is_implicit(value):
         return True
-    leaves, tree = jax.tree_util.tree_flatten(value)
+    leaves, tree = _tree.flatten_fully(value)
     specs = tree.flatten_up_to(_in_specs(value, spec))
     shards = [_shards(leaf, leaf_spec, step) for leaf, leaf_spec in zip(leaves, specs, strict=True)]
     if any(size % n for leaf, counts in zip(leaves, shards, strict=True) for size, n in counts):
@@ -75,9 +76,10 @@ def _out_specs(out: Any, spec: PartitionSpec, aval: Any, step: Step) -> Any:
     """Specs for the leaves of an implicit output, or None if it has to be dense."""
     if not is_implicit(out):
         return None
-    leaves, tree = jax.tree_util.tree_flatten(out)
-    specs = [_out_leaf_spec(leaf, spec, out.shape) for leaf in leaves]
-    if None in specs or (not step.params["check_vma"] and any(1 in leaf.shape for leaf in leaves)):
+    leaves, tree = _tree.flatten_fully(out)
+    found = [_out_leaf_spec(leaf, spec, out.shape) for leaf in leaves]
+    specs = [leaf_spec for leaf_spec in found if leaf_spec is not None]
+    if len(specs) < len(leaves) or (not step.params["check_vma"] and any(1 in leaf.shape for leaf in leaves)):
         return None  # without varying axes nobody can say whether an axis of size 1 differs by device
     whole = [
         jax.ShapeDtypeStruct([size * n for size, n in _shards(leaf, leaf_spec, step)], leaf.dtype)

@@ -59,10 +59,15 @@ def restated(value: ImplicitValue, shape: tuple[int, ...], dtype: Any) -> Implic
     return value
 
 
+def flatten_fully(tree: Any) -> tuple[list[Any], Any]:
+    """Flatten a tree down to its arrays."""
+    return jax.tree_util.tree_flatten(tree)
+
+
 def same_layout(left: Any, right: Any) -> bool:
     """Whether two values have the same tree structure, and leaves of the same shapes and dtypes."""
-    left_leaves, left_tree = jax.tree_util.tree_flatten(left)
-    right_leaves, right_tree = jax.tree_util.tree_flatten(right)
+    left_leaves, left_tree = flatten_fully(left)
+    right_leaves, right_tree = flatten_fully(right)
     if left_tree != right_tree:
         return False
     return all(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import jax
 
@@ -18,8 +18,8 @@ ArrayValue.register(jax.Array)
 class ImplicitValue(ArrayValue):
     """What the interpreter knows of an implicit array; `ImplicitArray` is its only subclass."""
 
-    commute_ops: bool
-    warn_on_materialize: bool
+    commute_ops: ClassVar[bool]
+    warn_on_materialize: ClassVar[bool]
     shape: Any
     dtype: Any
 
