@@ -36,6 +36,9 @@ if TYPE_CHECKING or _qax is None:
         use_implicit_args,
     )
 else:
+    from qpaged.implicit._qax_lane import handle_inner_jit
+
+    handle_inner_jit(_qax)
     ArrayValue = _qax.ArrayValue
     ImplicitArray = _qax.ImplicitArray
     UninitializedAval = _qax.UninitializedAval

@@ -94,7 +94,7 @@ def record_materializations() -> Iterator[list[Materialization]]:
 
 def report(primitive: str, value: Any, place: Place | None) -> None:
     """Record, and warn of, the materialization of `value` by `primitive`."""
-    file, line = place or _caller()
+    file, line = place if place and not place[0].startswith(_OWN_FOLDERS) else _caller()
     record = Materialization(primitive, type(value).__name__, tuple(value.shape), value.dtype, file, line)
     _take(record, value.warn_on_materialize)
 
