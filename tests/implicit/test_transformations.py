@@ -10,8 +10,7 @@ import qpaged.implicit as qi
 
 pytestmark = [
     pytest.mark.parametrize("kind", KINDS),
-    pytest.mark.filterwarnings("ignore:Derived has no handler"),
-    ours,
+    pytest.mark.filterwarnings("ignore:Derived has no handler", "ignore:Primitive .* was not handled"),
 ]
 
 
@@ -31,6 +30,7 @@ def test_jit(kind, place):
     np.testing.assert_array_equal(out.codes, example(kind).codes)
 
 
+@ours
 def test_inner_jit_stays_a_function(kind):
     def named_by_its_author(x):
         return x * 2.0
@@ -39,6 +39,7 @@ def test_inner_jit_stays_a_function(kind):
     assert [eqn.params["name"] for eqn in jaxpr.eqns] == ["named_by_its_author"]
 
 
+@ours
 def test_inner_jit_is_traced_once(kind):
     runs = []
 
@@ -53,6 +54,7 @@ def test_inner_jit_is_traced_once(kind):
     assert len(runs) == 1
 
 
+@ours
 def test_inner_jit_keeps_sharding_constraints(kind):
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P("d"))
@@ -124,6 +126,7 @@ def test_arguments_that_are_not_implicit_are_passed_as_they_are(kind):
     assert name == "a name"
 
 
+@ours
 def test_nested_children(kind):
     inner = example(Derived if kind is Scaled else Scaled, (1, 1))
     outer = Scaled(jnp.arange(12, dtype=jnp.int8).reshape(4, 3), inner)
@@ -152,6 +155,7 @@ def test_donation_updates_in_place(kind):
     assert (out.codes[1] == 1).all()
 
 
+@ours
 def test_references_are_not_converted(kind):
     ref = jax.new_ref(jnp.zeros((4, 3)))
 
