@@ -1,0 +1,226 @@
+"""Functions of arrays, run on implicit arrays.
+
+A function is traced once on the logical shapes of its implicit arguments, and its jaxpr is evaluated
+equation by equation, with implicit arrays as values. JAX's own transformations see nothing but
+ordinary operations on the arrays inside, so they compose with this in any order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qpaged import _compat
+from qpaged.implicit import _notes, _tree
+from qpaged.implicit._dispatch import call_handler, handlers
+from qpaged.implicit._fields import stores
+from qpaged.implicit._rules import RULES
+from qpaged.implicit._step import Step
+from qpaged.implicit._value import ImplicitValue, is_implicit
+
+# Two-operand primitives whose operands may trade places, so that an implicit one comes first.
+COMMUTATIVE = frozenset({"add", "add_any", "and", "eq", "max", "min", "mul", "ne", "or", "xor"})
+
+
+def use_implicit_args(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function of JAX arrays accept `ImplicitArray`s anywhere in its arguments.
+
+    Inside, the function sees arrays of the logical shape and dtype. What it does with them goes to
+    the handlers registered with `primitive_handler`; what nothing handles is materialized, with a
+    `MaterializeWarning`. It may return implicit arrays. Arguments that are not implicit are passed
+    as they are. The result can be jitted, differentiated, vectorised and so on.
+    """
+
+    @functools.wraps(f)
+    def implicit_f(*args: Any, **kwargs: Any) -> Any:
+        with _notes.one_call():
+            return _run(f, args, kwargs)
+
+    return implicit_f
+
+
+def materialize_nested(implicit_arr: Any, full: bool = False) -> Any:
+    """The array that an implicit array stands for, where `materialize()` may meet further implicit arrays.
+
+    Args:
+        implicit_arr: an implicit array; anything else is returned unchanged.
+        full: go on until the result is a JAX array, where `materialize()` returns an implicit one.
+    """
+    value = implicit_arr
+    while is_implicit(value):
+        value = _one_layer_down(type(value).materialize, value)
+        if not full:
+            break
+    return value
+
+
+def default_handler(primitive: Any, *args: Any, **params: Any) -> Any:
+    """What the primitive does without a handler: for handlers that deal with a part and leave the rest.
+
+    Args:
+        primitive: the primitive a handler was given.
+        *args: its operands, plain arrays.
+        **params: its parameters.
+    """
+    return _compat.bind(primitive, args, params)
+
+
+def logical_struct(value: ImplicitValue) -> Any:
+    """Shape, dtype and placement of what an implicit array materializes to."""
+    with _notes.silence():
+        return jax.eval_shape(lambda v: materialize_nested(v, full=True), value)
+
+
+def materialize_and_bind(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> Any:
+    """Bind a primitive with one layer of its implicit operands materialized."""
+    dense = [materialize_nested(value) for value in values]
+    if not any(is_implicit(value) for value in dense):
+        return _compat.bind(primitive, dense, params)
+    return _run(lambda *operands: _compat.bind(primitive, operands, params), dense, {})
+
+
+def _one_layer_down(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function that takes implicit arrays apart: what is implicit inside them is handled too."""
+    leaves, structure = _tree.flatten_one_layer(args)
+    return _run(lambda *inner: function(*_tree.unflatten_one_layer(structure, inner)), leaves, {})
+
+
+def _run(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    leaves, tree = _tree.flatten((tuple(args), kwargs))
+    where = [index for index, leaf in enumerate(leaves) if is_implicit(leaf)]
+    if not where:
+        return f(*args, **kwargs)
+    values, avals = zip(*(_at_its_shape(leaves[index]) for index in where), strict=True)
+    output: dict[str, Any] = {}
+
+    def dense_f(*dense: Any) -> list[Any]:
+        for index, value in zip(where, dense, strict=True):
+            leaves[index] = value
+        inner_args, inner_kwargs = tree.unflatten(leaves)
+        found, output["tree"] = jax.tree_util.tree_flatten(f(*inner_args, **inner_kwargs))
+        output["leaves"] = found
+        return [leaf for leaf in found if isinstance(leaf, _compat.Tracer)]
+
+    jaxpr = jax.make_jaxpr(dense_f)(*avals)
+    traced = iter(_evaluate(jaxpr, values))
+    results = [next(traced) if isinstance(leaf, _compat.Tracer) else leaf for leaf in output["leaves"]]
+    return jax.tree_util.tree_unflatten(output["tree"], results)
+
+
+def _at_its_shape(value: ImplicitValue) -> tuple[ImplicitValue, Any]:
+    """An argument with its stored shape brought up to date, and the abstract value to trace it as.
+
+    The children decide: outside, vmap or a slice may have changed them under a stored shape. A class
+    that derives its shape cannot be out of date, so its materialization is traced only if it must be.
+    """
+    children = jax.tree_util.tree_leaves(value)
+    if stores(type(value), "shape") or any(_compat.placed(jax.typeof(child)) for child in children):
+        struct = logical_struct(value)
+        return _tree.restated(value, struct.shape, struct.dtype), struct
+    return value, jax.ShapeDtypeStruct(value.shape, value.dtype)
+
+
+def _evaluate(closed: Any, args: Sequence[Any]) -> list[Any]:
+    """Evaluate a jaxpr on values any of which may be implicit."""
+    jaxpr, consts = _compat.jaxpr_and_consts(closed)
+    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    for var, arg in zip(jaxpr.invars, args, strict=True):
+        values[var] = _stated(arg, var.aval)
+    last_use = {var: eqn for eqn in jaxpr.eqns for var in eqn.invars if not _is_literal(var)}
+    kept = {var for var in jaxpr.outvars if not _is_literal(var)}
+    for eqn in jaxpr.eqns:
+        operands = [var.val if _is_literal(var) else values[var] for var in eqn.invars]
+        with _compat.equation_context(eqn):
+            outs = _apply(eqn, operands)
+        values.update(zip(eqn.outvars, outs, strict=True))
+        for var in {v for v in eqn.invars if not _is_literal(v)}:
+            if last_use[var] is eqn and var not in kept:
+                values.pop(var, None)  # eagerly, this frees the intermediate array
+    return [_as_array(var.val, var.aval) if _is_literal(var) else values[var] for var in jaxpr.outvars]
+
+
+def _is_literal(atom: Any) -> bool:
+    return hasattr(atom, "val")
+
+
+def _stated(value: Any, aval: Any) -> Any:
+    return _tree.restated(value, aval.shape, aval.dtype) if is_implicit(value) else value
+
+
+def _apply(eqn: Any, operands: list[Any]) -> Sequence[Any]:
+    """One equation: the primitive itself, a handler, a rule, or materialization, in that order."""
+    primitive, params = eqn.primitive, eqn.params
+    first = next((value for value in operands if is_implicit(value)), None)
+    if first is None:
+        outs = _compat.bind(primitive, operands, params)
+        return outs if primitive.multiple_results else [outs]
+    operands = [_as_array(value, var.aval) for value, var in zip(operands, eqn.invars, strict=True)]
+    outs = _call_handler(primitive, first, operands, params)
+    if outs is NotImplemented and primitive.name in RULES:
+        return [
+            _stated(out, var.aval)
+            for out, var in zip(RULES[primitive.name](_step(eqn), operands), eqn.outvars, strict=True)
+        ]
+    if outs is NotImplemented:
+        place = _compat.source_line(eqn)
+        for value in operands:
+            if is_implicit(value):
+                _notes.report(primitive.name, value, place)
+        outs = type(first).default_handler(primitive, *operands, params=params)
+    return _checked(outs if primitive.multiple_results else [outs], eqn)
+
+
+def _call_handler(primitive: Any, first: ImplicitValue, operands: list[Any], params: dict[str, Any]) -> Any:
+    swap = len(operands) == 2 and first.commute_ops and primitive.name in COMMUTATIVE
+    ordered = operands[::-1] if swap and not is_implicit(operands[0]) else operands
+    candidate = handlers.find(primitive, ordered)
+    if candidate is None:
+        return NotImplemented
+    return _one_layer_down(lambda *values: call_handler(candidate, primitive, values, params), *ordered)
+
+
+def _step(eqn: Any) -> Step:
+    return Step(
+        primitive=eqn.primitive,
+        params=eqn.params,
+        in_avals=[var.aval for var in eqn.invars],
+        out_avals=[var.aval for var in eqn.outvars],
+        place=_compat.source_line(eqn),
+        evaluate=_evaluate,
+        materialize=functools.partial(materialize_nested, full=True),
+    )
+
+
+def _checked(outs: Any, eqn: Any) -> Sequence[Any]:
+    """What a handler returned, refused if it has not the shapes that the program was traced with."""
+    outs = list(outs)
+    name = eqn.primitive.name
+    if len(outs) != len(eqn.outvars):
+        raise TypeError(
+            f"A handler of {name!r} returned {len(outs)} values, where {len(eqn.outvars)} are expected. "
+            f"Return as many as the primitive does."
+        )
+    for out, var in zip(outs, eqn.outvars, strict=True):
+        expected = getattr(var.aval, "shape", None)
+        if expected is not None and tuple(jnp.shape(out)) != tuple(expected):
+            raise TypeError(
+                f"A handler of {name!r} returned a {type(out).__name__} of shape {tuple(jnp.shape(out))}, "
+                f"where {tuple(expected)} is expected. Return the shape that the primitive would return."
+            )
+    return outs
+
+
+def _as_array(value: Any, aval: Any) -> Any:
+    """Literals and constants as JAX arrays of the type they have in the jaxpr; the rest as it is."""
+    if isinstance(value, jax.Array) or is_implicit(value) or not isinstance(aval, _compat.ShapedArray):
+        return value  # references are not ShapedArrays, and must stay what they are
+    if aval.weak_type and not aval.shape:
+        weak = jnp.asarray(np.asarray(value).item())
+        if weak.dtype == aval.dtype:
+            return weak
+    return jnp.asarray(np.asarray(value), dtype=aval.dtype)

@@ -1,0 +1,197 @@
+"""ImplicitArray itself: where shape and dtype come from, its pytree, and what goes stale."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays_for_tests import Derived, Scaled, dense, example, ours
+
+import qpaged.implicit as qi
+
+
+@dataclass
+class Filled(qi.ImplicitArray):
+    value: Any
+
+    def materialize(self):
+        return jnp.full(self.shape, self.value, self.dtype)
+
+
+@dataclass
+class Tagged(qi.ImplicitArray):
+    x: Any
+    tag: str = qi.aux_field(metadata={"note": "static"}, default="none")
+    maybe: Any = None
+
+    def materialize(self):
+        return self.x
+
+
+def test_shape_and_dtype_from_arguments():
+    filled = Filled(jnp.float32(2), shape=(2, 3), dtype=jnp.float32)
+    assert (filled.shape, filled.dtype) == ((2, 3), jnp.dtype("float32"))
+
+
+def test_shape_and_dtype_from_materialize():
+    tagged = Tagged(jnp.zeros((2, 3), jnp.bfloat16))
+    assert (tagged.shape, tagged.dtype) == ((2, 3), jnp.bfloat16)
+
+
+def test_shape_and_dtype_from_class_variables():
+    class Three(Filled):
+        default_shape = (3,)
+        default_dtype = jnp.float32
+
+    assert Three(jnp.float32(1)).shape == (3,)
+    assert Three(jnp.float32(1), shape=(4,)).shape == (4,)
+
+
+def test_shape_and_dtype_from_methods():
+    @dataclass
+    class Computed(qi.ImplicitArray):
+        value: Any
+        n: int = qi.aux_field(default=2)
+
+        def compute_shape(self):
+            return (self.n, self.n)
+
+        def compute_dtype(self):
+            return self.value.dtype
+
+        def materialize(self):
+            return jnp.broadcast_to(self.value, self.shape)
+
+    array = Computed(jnp.float32(3), n=4)
+    assert (array.shape, array.dtype) == ((4, 4), jnp.float32)
+
+
+@pytest.mark.parametrize(("given", "missing"), [({}, "shape"), ({"shape": (2,)}, "dtype")])
+def test_what_nobody_said(given, missing):
+    with pytest.raises(qi.UninitializedAval, match=missing):
+        Filled(jnp.float32(1), **given)
+
+
+def test_disagreement_is_warned_about():
+    with pytest.warns(UserWarning, match=r"\(3,\).*\(2,\)"):
+        Tagged(jnp.zeros(2), shape=(3,))
+
+
+def test_materialize_is_required():
+    class Nothing(qi.ImplicitArray):
+        pass
+
+    with pytest.raises(TypeError, match="materialize"):
+        Nothing(shape=(2,), dtype=jnp.float32)
+
+
+def test_aux_field_is_structure_and_keeps_metadata():
+    a, b = Tagged(jnp.zeros(2), tag="a"), Tagged(jnp.zeros(2), tag="b")
+    assert jax.tree_util.tree_structure(a) != jax.tree_util.tree_structure(b)
+    assert len(jax.tree_util.tree_leaves(a)) == 1
+    assert Tagged.__dataclass_fields__["tag"].metadata["note"] == "static"
+
+
+@ours
+def test_equal_structures_whatever_the_spelling_of_the_dtype():
+    spellings = (jnp.float32, "float32", np.dtype("float32"))
+    trees = [jax.tree_util.tree_structure(Filled(0.0, shape=[2], dtype=d)) for d in spellings]
+    assert len(set(trees)) == 1
+
+
+def test_tree_has_keys():
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(Tagged(jnp.zeros(2)))
+    ]
+    assert paths == [".x"]
+
+
+def test_unflatten_takes_anything_and_does_not_initialise():
+    leaves, tree = jax.tree_util.tree_flatten(Tagged(jnp.zeros(2)))
+    array = tree.unflatten(["not an array"])
+    assert array.x == "not an array"
+    assert array.tag == "none"
+    assert jax.tree_util.tree_map(lambda leaf: None, array).x is None
+    assert len(leaves) == 1
+
+
+@ours
+def test_aval_ndim_size():
+    array = example(Scaled)
+    assert (array.aval.shape, array.aval.dtype) == ((4, 3), jnp.float32)
+    assert (array.ndim, array.size) == (2, 12)
+
+
+def test_overridden_flattening_is_used():
+    leaves, tree = jax.tree_util.tree_flatten(example(Derived))
+    assert len(leaves) == 2
+    assert tree.unflatten(leaves).shape == (4, 3)
+
+
+@ours
+def test_inheritance():
+    @dataclass
+    class Child(Tagged):
+        more: Any = field(default_factory=lambda: jnp.ones(2))
+
+    child = Child(jnp.zeros(2))
+    assert len(jax.tree_util.tree_leaves(child)) == 2
+
+
+@ours
+@pytest.mark.parametrize("how", ["vmap", "tree_map"])
+def test_a_stored_shape_that_went_stale_is_brought_up_to_date(how):
+    batch = Scaled(jnp.arange(24, dtype=jnp.int8).reshape(2, 4, 3), jnp.full((2, 1, 1), 0.5))
+    assert batch.shape == (2, 4, 3)
+    seen = []
+
+    def f(w):
+        seen.append(w.shape)
+        return w * 2.0
+
+    f = qi.use_implicit_args(f)
+    if how == "vmap":
+        out = jax.vmap(f)(batch)
+        np.testing.assert_array_equal(dense(out), 2 * dense(batch))
+    else:
+        first = jax.tree_util.tree_map(lambda leaf: leaf[0], batch)
+        assert first.shape == (2, 4, 3)  # nobody could tell it
+        assert f(first).shape == (4, 3)
+    assert seen == [(4, 3)]
+
+
+@ours
+def test_a_stale_shape_does_not_hide_behind_a_materialize_that_reads_it():
+    array = jax.tree_util.tree_map(lambda leaf: leaf, Filled(jnp.float32(2), shape=(2, 3), dtype=jnp.float32))
+    assert qi.use_implicit_args(lambda x: x.shape)(array) == (2, 3)
+
+
+@ours
+def test_a_class_keeps_its_own_fall_back():
+    calls = []
+
+    class Own(Tagged):
+        @classmethod
+        def default_handler(cls, primitive, *args, params=None):
+            calls.append(primitive.name)
+            return super().default_handler(primitive, *args, params=params)
+
+    with pytest.warns(qi.MaterializeWarning):
+        out = qi.use_implicit_args(jax.lax.sin)(Own(jnp.zeros(2)))
+    assert calls == ["sin"]
+    np.testing.assert_array_equal(out, jnp.zeros(2))
+
+
+def test_materialize_nested_one_layer_or_all():
+    @dataclass
+    class Wrapped(qi.ImplicitArray):
+        inner: Any
+
+        def materialize(self):
+            return self.inner
+
+    array = Wrapped(example(Scaled))
+    assert isinstance(qi.materialize_nested(array), Scaled)
+    np.testing.assert_array_equal(qi.materialize_nested(array, full=True), dense(example(Scaled)))

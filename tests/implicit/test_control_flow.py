@@ -1,0 +1,190 @@
+"""Implicit arrays through loops and branches."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays_for_tests import KINDS, dense, example, ours
+from jax.ad_checkpoint import checkpoint_name
+
+import qpaged.implicit as qi
+
+pytestmark = [pytest.mark.parametrize("kind", KINDS), ours]
+
+
+@pytest.fixture(params=["eager", "jit"])
+def run(request):
+    def call(f, *args):
+        f = qi.use_implicit_args(f)
+        return (jax.jit(f) if request.param == "jit" else f)(*args)
+
+    return call
+
+
+def test_scan_carry(kind, run):
+    def f(w, xs):
+        return jax.lax.scan(lambda w, x: (w * x, jnp.float32(0)), w, xs)[0]
+
+    out = run(f, example(kind), jnp.array([2.0, 0.5, 4.0]))
+    assert isinstance(out, kind)
+    np.testing.assert_array_equal(dense(out), 4 * dense(example(kind)))
+
+
+def test_scan_carry_that_the_body_writes_into(kind, run):
+    def f(w, rows):
+        def body(w, row):
+            return jax.lax.dynamic_update_slice(w, row[None], (2, 0)), None
+
+        return jax.lax.scan(body, w, rows)[0]
+
+    out = run(f, example(kind), jnp.arange(6.0).reshape(2, 3))
+    assert isinstance(out, kind)
+    np.testing.assert_array_equal(out.codes[2], [3, 4, 5])
+
+
+def test_scan_xs_and_ys(kind, run):
+    shapes = []
+
+    def f(stack):
+        def body(total, w):
+            shapes.append(w.shape)
+            return total + jnp.float32(1), w * 2.0
+
+        return jax.lax.scan(body, jnp.float32(0), stack)
+
+    w = example(kind)
+    stack = kind(jnp.stack([w.codes, -w.codes]), jnp.stack([w.scale, w.scale]))
+    total, out = run(f, stack)
+    assert set(shapes) == {(4, 3)}
+    assert isinstance(out, kind)
+    assert out.shape == (2, 4, 3)
+    assert total == 2
+    np.testing.assert_array_equal(dense(out), 2 * dense(stack))
+
+
+def test_scan_closes_over(kind, run):
+    def f(w, xs):
+        return jax.lax.scan(lambda c, x: (c + jnp.sum((w * x) + 0.0), None), jnp.float32(0), xs)[0]
+
+    with warnings.catch_warnings(action="ignore"):
+        out = run(f, example(kind), jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(out, 3 * dense(example(kind)).sum())
+
+
+def test_scan_reverse_and_unroll(kind, run):
+    def f(w, xs):
+        def body(w, x):
+            return w * x, x
+
+        return jax.lax.scan(body, w, xs, reverse=True, unroll=2)
+
+    out, ys = run(f, example(kind), jnp.array([2.0, 0.5, 4.0]))
+    assert isinstance(out, kind)
+    np.testing.assert_array_equal(ys, [2.0, 0.5, 4.0])
+
+
+def test_scan_carry_that_changes_form_is_materialized(kind, run):
+    def f(w, v, xs):
+        return jax.lax.scan(lambda c, x: ((c[0] + 1.0, c[1] * x), None), (w, v), xs)[0]
+
+    with qi.record_materializations() as records, warnings.catch_warnings(action="ignore"):
+        changed, kept = run(f, example(kind), example(kind), jnp.array([2.0, 3.0]))
+    assert isinstance(changed, jax.Array)
+    assert isinstance(kept, kind)
+    np.testing.assert_array_equal(changed, dense(example(kind)) + 2)
+    np.testing.assert_array_equal(dense(kept), 6 * dense(example(kind)))
+    assert "scan" in {record.primitive for record in records}
+
+
+def test_xs_whose_leaves_cannot_be_sliced_are_materialized(kind, run):
+    def f(w):
+        return jax.lax.scan(lambda c, row: (c + row, None), jnp.zeros(3), w)[0]
+
+    with qi.record_materializations() as records, warnings.catch_warnings(action="ignore"):
+        out = run(f, example(kind))
+    np.testing.assert_array_equal(out, dense(example(kind)).sum(0))
+    assert {record.primitive for record in records} == {"scan"}
+
+
+def test_while_carry_and_constants(kind, run):
+    def f(w, v, limit):
+        def cond(c):
+            return jnp.logical_and(c[0] < 3, jnp.sum(limit * 1.0) < 1e6)
+
+        def body(c):
+            return c[0] + 1, c[1] * 2.0, c[2] + jnp.sum(jnp.cos(v))
+
+        return jax.lax.while_loop(cond, body, (0, w, jnp.float32(0)))
+
+    with warnings.catch_warnings(action="ignore"):
+        n, out, total = run(f, example(kind), example(kind), example(kind))
+    assert n == 3
+    assert isinstance(out, kind)
+    np.testing.assert_array_equal(dense(out), 8 * dense(example(kind)))
+    np.testing.assert_allclose(total, 3 * jnp.cos(dense(example(kind))).sum(), rtol=1e-6)
+
+
+def test_fori_loop(kind, run):
+    out = run(lambda w: jax.lax.fori_loop(0, 3, lambda i, w: w * 2.0, w), example(kind))
+    assert isinstance(out, kind)
+    np.testing.assert_array_equal(dense(out), 8 * dense(example(kind)))
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_cond_whose_branches_agree(kind, run, taken):
+    out = run(
+        lambda p, w: jax.lax.cond(p, lambda w: w * 2.0, lambda w: -w, w), jnp.array(taken), example(kind)
+    )
+    assert isinstance(out, kind)
+    np.testing.assert_array_equal(dense(out), dense(example(kind)) * (2 if taken else -1))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_switch_whose_branches_differ(kind, run, index):
+    def f(i, w):
+        branches = [lambda w: (w, w * 2.0), lambda w: (jnp.cos(w), -w), lambda w: (jnp.zeros(w.shape), w)]
+        return jax.lax.switch(i, branches, w)
+
+    w = example(kind)
+    with warnings.catch_warnings(action="ignore"):
+        differing, agreeing = run(f, jnp.array(index), w)
+    assert isinstance(differing, jax.Array)
+    assert isinstance(agreeing, kind)
+    expected = [dense(w), jnp.cos(dense(w)), jnp.zeros(w.shape)][index]
+    np.testing.assert_allclose(differing, expected, rtol=1e-6)
+    np.testing.assert_array_equal(dense(agreeing), dense(w) * [2, -1, 1][index])
+
+
+def test_platform_dependent(kind, run):
+    def f(w):
+        return jax.lax.platform_dependent(w, cpu=lambda w: w * 2.0, default=lambda w: -w)
+
+    out = run(f, example(kind))
+    assert isinstance(out, kind)
+    np.testing.assert_array_equal(dense(out), 2 * dense(example(kind)))
+
+
+def test_loop_in_a_branch_in_a_loop(kind, run):
+    def f(w, flags):
+        def body(w, flag):
+            def loop(w):
+                return jax.lax.fori_loop(0, 2, lambda i, w: w * 2.0, w)
+
+            return jax.lax.cond(flag, loop, lambda w: -w, w), None
+
+        return jax.lax.scan(body, w, flags)[0]
+
+    out = run(f, example(kind), jnp.array([True, False, True]))
+    assert isinstance(out, kind)
+    np.testing.assert_array_equal(dense(out), -16 * dense(example(kind)))
+
+
+def test_barrier_and_name_pass_through(kind, run):
+    def f(w):
+        w = checkpoint_name(w, "cache")
+        w, _ = jax.lax.optimization_barrier((w, jnp.float32(1)))
+        return w
+
+    assert isinstance(run(f, example(kind)), kind)

@@ -1,0 +1,97 @@
+"""Whose names these are, and what is said where there are none."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import jax
+import pytest
+from arrays_for_tests import ours
+
+import qpaged.implicit as qi
+from qpaged.implicit import _provider
+
+PROTOCOL = (
+    "ArrayValue",
+    "ImplicitArray",
+    "UninitializedAval",
+    "aux_field",
+    "default_handler",
+    "freeze_keys",
+    "materialize_nested",
+    "primitive_handler",
+    "use_implicit_args",
+)
+with_qax = pytest.mark.skipif(qi.provider().name != "qax", reason="needs qax and the JAX that it works on")
+
+
+@with_qax
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_names_are_qaxs_own(name):
+    import qax
+
+    assert getattr(qi, name) is getattr(qax, name)
+    assert str(qi.provider()) == "qax 0.4.1"
+
+
+def test_all_names_are_there():
+    for name in (*PROTOCOL, *qi.__all__):
+        assert getattr(qi, name) is not None
+
+
+def test_import_warns_of_nothing():
+    code = "import qpaged.implicit"
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True).returncode == 0
+
+
+@ours
+def test_ours_without_qax(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert str(qi.provider()) == "qpaged: qax is not installed"
+
+
+@ours
+def test_ours_beside_a_broken_qax(monkeypatch, tmp_path):
+    (tmp_path / "qax.py").write_text("raise AttributeError('jax.core.new_main is gone')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.1")
+    assert str(qi.provider()) == (
+        f"qpaged: qax 0.4.1 on JAX {jax.__version__}: "
+        "importing it fails with AttributeError: jax.core.new_main is gone"
+    )
+
+
+@ours
+def test_ours_beside_a_qax_that_works(monkeypatch, tmp_path):
+    (tmp_path / "qax.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5")
+    assert str(qi.provider()).endswith("it is used with JAX 0.4.35 only")
+    sys.modules.pop("qax")
+
+
+@pytest.mark.parametrize("version", ["0.10.2", "0.12.0.1", "0.13.0.dev20270101+cpu", "1.0"])
+def test_new_jax_needs_no_qax(version):
+    assert _provider.choose(version) is None
+
+
+@pytest.mark.parametrize("version", ["0.4.34", "0.4.36", "0.9.2", "0.10.1"])
+def test_jax_in_between(version):
+    with pytest.raises(ImportError) as error:
+        _provider.choose(version)
+    text = str(error.value)
+    assert f"JAX {version}" in text
+    assert 'pip install -U "jax>=0.10.2"' in text
+    assert 'pip install "qpaged[qax]"' in text
+    assert "tested with JAX 0.10.2 and later, and with JAX 0.4.35 through qax 0.4.1" in text
+
+
+@ours
+def test_the_jax_of_qax_without_qax(monkeypatch, tmp_path):
+    (tmp_path / "qax.py").write_text("raise ImportError('plum has moved')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="importing it fails with ImportError: plum has moved"):
+        _provider.choose("0.4.35")
