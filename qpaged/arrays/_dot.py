@@ -172,7 +172,10 @@ def _offset_term(other: jax.Array, array: QuantizedArray, axes: Axes) -> jax.Arr
         count = array.offsets.shape[mine]
         pieces = summed.shape[:axis] + (count, array.block[mine]) + summed.shape[axis + 1 :]
         summed = summed.reshape(pieces).sum(axis + 1)
-    out = lax.dot_general(summed, _spread(array.offsets, array, axes.batch), axes.numbers)
+    offsets = array.offsets
+    for axis in axes.batch:
+        offsets = refine(offsets, axis, array.block[axis])
+    out = lax.dot_general(summed, offsets, axes.numbers)
     kept = axes.kept(array.ndim)
     for position, axis in enumerate(kept):
         out = refine(out, out.ndim - len(kept) + position, array.block[axis])
@@ -180,7 +183,7 @@ def _offset_term(other: jax.Array, array: QuantizedArray, axes: Axes) -> jax.Arr
 
 
 def _spread(scales: jax.Array, array: QuantizedArray, axes: Sequence[int]) -> jax.Array:
-    """One scale for every element along ``axes``, where there are several at all or one element long."""
+    """One scale for every element along those of ``axes`` that have several."""
     for axis in axes:
         if scales.shape[axis] > 1:
             scales = refine(scales, axis, array.block[axis])

@@ -7,9 +7,9 @@ user warned. Handlers take ``**params``, because primitives gain parameters over
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged.arrays import _dot, _moves, _qax, _windows
+from qpaged.arrays import _dot, _moves, _windows
 from qpaged.arrays._quantized import QuantizedArray
-from qpaged.implicit import primitive_handler, provider
+from qpaged.implicit import primitive_handler
 
 
 def exists(*names: str) -> list[str]:
@@ -45,7 +45,7 @@ def _copy(primitive, array: QuantizedArray, **params):
 @primitive_handler("convert_element_type")
 def _convert(primitive, array: QuantizedArray, *, new_dtype, **params):
     floating = jnp.issubdtype(new_dtype, jnp.floating)
-    return _moves.convert(array, new_dtype) if floating and array.scales is not None else NotImplemented
+    return _moves.convert(array, new_dtype) if floating else NotImplemented
 
 
 @primitive_handler("slice")
@@ -136,6 +136,3 @@ def _scatter(primitive, array: QuantizedArray, index: object, updates: object, *
         return NotImplemented
     return _windows.scatter(array, index, updates, dimension_numbers, mode)
 
-
-if provider().startswith("qax"):
-    _qax.register()

@@ -127,7 +127,9 @@ def slice_(array: QuantizedArray, start: Sequence[int], limit: Sequence[int], st
 
 
 def _slice_scales(scales: jax.Array, axis: int, block: int, low: int, high: int, stride: int) -> jax.Array:
-    if low // block >= (high - 1) // block:  # inside one block
+    if high <= low:
+        return lax.slice_in_dim(scales, 0, 0, axis=axis)
+    if low // block == (high - 1) // block:  # inside one block
         return lax.slice_in_dim(scales, low // block, low // block + 1, axis=axis)
     kept = math.gcd(block, low, high) if stride == 1 else 1
     fine = refine(scales, axis, block // kept)
@@ -141,7 +143,9 @@ def dynamic_slice(array: QuantizedArray, start: Sequence[Any], sizes: Sequence[i
     def cut(scales):
         for axis, (b, at, size) in enumerate(zip(block, start, sizes, strict=True)):
             count = scales.shape[axis]
-            if count == 1 or size == shape[axis]:
+            if size == 0:
+                scales = lax.slice_in_dim(scales, 0, 0, axis=axis)
+            if size == 0 or count == 1 or size == shape[axis]:
                 continue
             touched = min(count, -(-(size - 1) // b) + 1)
             first = jnp.minimum(at // b, count - touched)
@@ -248,13 +252,31 @@ def past_end(array: QuantizedArray) -> tuple[Any, Any]:
     """Codes and scales that read as NaN."""
     if array.scales is None:
         nan = np.full((), np.nan, array.dtype)
-        return nan.view(array.codes.dtype), None
+        return int(nan.view(array.codes.dtype)), None
     return 0, (255 if array.scales.dtype == jnp.uint8 else np.nan)
 
 
 def convert(array: QuantizedArray, dtype: Any) -> QuantizedArray:
     """Another logical floating-point dtype; codes and scales stay."""
-    return array.like(array.codes, array.scales, array.offsets, dtype=jnp.dtype(dtype))
+    dtype, quantizer = jnp.dtype(dtype), array.quantizer
+    if array.scales is None or not quantizer.writable:  # what the codes mean hangs on the dtype they had
+        quantizer = Converted(quantizer, array.dtype)
+    return array.like(array.codes, array.scales, array.offsets, quantizer=quantizer, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A format read as another dtype than its codes were made for: a view, not to be written to."""
+
+    quantizer: Any
+    dtype: Any
+    writable: ClassVar[bool] = False
+
+    def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
+        return self.quantizer.decode(codes, self.dtype).astype(dtype)
+
+    def multiplier(self, scales: jax.Array) -> jax.Array:
+        return self.quantizer.multiplier(scales)
 
 
 @dataclass(frozen=True)

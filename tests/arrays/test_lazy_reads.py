@@ -1,0 +1,157 @@
+"""Programs that read a quantized array give what they give on its values, and decode nothing to do so."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formats import FORMATS, normal, quantized
+from jax import lax
+
+import qpaged
+from qpaged.implicit import use_implicit_args
+
+SCALED = [format for format in FORMATS if format != "raw"]
+
+MOVES = {
+    "transpose": lambda a: a.transpose(2, 0, 3, 1),
+    "slice": lambda a: a[:, 1:3, 4:8, ::2],
+    "slice within a block": lambda a: a[0, :, 3:14, 8:],
+    "one element": lambda a: a[1:, 5, 15],
+    "strided": lambda a: a[:, ::2, ::3],
+    "empty slice": lambda a: a[:, 2:2],
+    "take": lambda a: a[:, jnp.array([3, 1, 1, 5])],
+    "take pages and slots": lambda a: a[:, jnp.array([[3, 1], [1, 5]]), jnp.array([[0, 7], [15, 3]])],
+    "take from the end": lambda a: a[:, jnp.array([-1, 2])],
+    "fill": lambda a: a.at[:, jnp.array([0, 6, -7, 5])].get(mode="fill"),
+    "fill with zeros": lambda a: a.at[:, jnp.array([0, 6, -7, 5])].get(mode="fill", fill_value=0),
+    "clip": lambda a: a.at[:, jnp.array([0, 6, 9, 5])].get(mode="clip"),
+    "batched take": lambda a: jax.vmap(lambda page, i: page[i])(a.swapaxes(0, 1), jnp.array([0, 1, 1, 0, 1, 0])),
+    "broadcast": lambda a: jnp.broadcast_to(a[:, :, None], (2, 6, 3, 16, 32)),
+    "concatenate": lambda a: jnp.concatenate([a, a[:, :2], a[:, 3:4]], 1),
+    "concatenate slots": lambda a: jnp.concatenate([a, a[:, :, 3:4]], 2),
+    "stack": lambda a: jnp.stack([a, a], 1),
+    "squeeze": lambda a: a[:1].squeeze(0),
+    "expand": lambda a: a[:, None, ..., None],
+    "convert": lambda a: a.astype(jnp.float16),
+    "select": lambda a: lax.select_n(jnp.array(True), a[:, :2], a[:, 2:4]),
+    "copy": lambda a: jnp.array(a, copy=True),
+} | {
+    f"reshape to {shape}": functools.partial(lambda shape, a: a.reshape(shape), shape)
+    for shape in [
+        (2, 96, 32), (12, 16, 32), (2, 6, 512), (6144,), (2, 6, 4, 4, 8, 4), (2, 3, 2, 16, 32),
+        (1, 2, 6, 16, 32, 1), (2, 48, 64), (2, 24, 128), (96, 2, 32), (2, 768, 4), (3, 4, 16, 32),
+        (2, 12, 8, 32), (2, 192, 16), (32, 3, 64), (4, 6, 8, 32), (2, 4, 24, 32), (24, 256),
+    ]
+} | {
+    f"dynamic slice at {at}": functools.partial(lambda at, a: lax.dynamic_slice(a, (0, 2, at, 5), (2, 3, 5, 16)), at)
+    for at in (0, 3, 9, 14, 20)
+} | {
+    f"page at {at}": functools.partial(lambda at, a: lax.dynamic_slice_in_dim(a, at, 2, 1), at) for at in (0, 3, 9)
+}  # fmt: skip
+
+SCALINGS = {"times": lambda a: a * 0.3, "over": lambda a: a / 0.3, "negative": lambda a: -a}
+
+P = normal(2, 3, 96, seed=2)
+Q = normal(2, 3, 32, seed=3)
+WIDE = normal(2, 300, 32, seed=4)
+
+DOTS = {
+    "scores": lambda a: jnp.einsum("hgd,hpsd->hgps", Q, a),
+    "scores, keys first": lambda a: jnp.einsum("hpsd,hgd->hpsg", a, Q),
+    "scores of many queries": lambda a: jnp.einsum("hgd,hpsd->hgps", WIDE, a),
+    "values": lambda a: jnp.einsum("hgt,htd->hgd", P, a.reshape(2, 96, 32)),
+    "values, transposed": lambda a: jnp.einsum("htd,hgt->dhg", a.reshape(2, 96, 32), P),
+    "values by page": lambda a: jnp.einsum("hgps,hpsd->hgd", P.reshape(2, 3, 6, 16), a),
+    "no batch": lambda a: jnp.einsum("hpsd,kd->pshk", a, Q[0]),
+    "everything contracted": lambda a: jnp.einsum("hpsd,hpsd->", a, normal(2, 6, 16, 32, seed=5)),
+    "both quantized": lambda a: jnp.einsum("hpsd,hptd->hpst", a, a),
+    "of a transpose": lambda a: a.reshape(192, 32).T @ normal(192, 4, seed=6),
+    "of a stretched axis": lambda a: jnp.einsum(
+        "hgd,hgpsd->hgps", Q, jnp.broadcast_to(a[:, None], (2, 3, 6, 16, 32))
+    ),
+}  # fmt: skip
+
+
+def lazily(program, array):
+    """The program's result under use_implicit_args; a materialization is an error, as every warning is."""
+    return jax.jit(use_implicit_args(program))(array)
+
+
+def both_ways(programs, array):
+    """(name, lazy result, its values, result on the values) of every program, compiled together."""
+    run = use_implicit_args(lambda a: {name: program(a) for name, program in programs.items()})
+
+    @jax.jit
+    def together(array):
+        lazy = run(array)
+        return lazy, jax.tree_util.tree_map(values, lazy, is_leaf=is_quantized), run(array.materialize())
+
+    lazy, out, want = together(array)
+    return [(name, lazy[name], out[name], want[name]) for name in programs]
+
+
+def is_quantized(leaf):
+    return isinstance(leaf, qpaged.QuantizedArray)
+
+
+def values(leaf):
+    return leaf.materialize() if is_quantized(leaf) else leaf
+
+
+@pytest.fixture(params=[(format, offsets) for format in FORMATS for offsets in (False, True)], ids=str)
+def array(request):
+    """A filled array of every format, without and with offsets."""
+    format, offsets = request.param
+    if offsets and format == "raw":
+        pytest.skip("raw has no offsets")
+    return quantized(format, offsets=offsets)
+
+
+def test_moves_are_exact(array):
+    for name, lazy, out, want in both_ways(MOVES, array):
+        assert is_quantized(lazy) and lazy.codes.dtype == array.codes.dtype, name
+        assert (lazy.shape, lazy.dtype) == (out.shape, out.dtype) == (want.shape, want.dtype), name
+        np.testing.assert_array_equal(out, want, err_msg=name)
+
+
+def test_scaling_keeps_the_codes(array):
+    for name, lazy, out, want in both_ways(SCALINGS, array):
+        assert is_quantized(lazy) and lazy.codes.dtype == array.codes.dtype, name
+        # offsets are added to products rounded apart
+        np.testing.assert_allclose(out, want, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+def test_dots_fold_their_scales(array):
+    for name, lazy, out, want in both_ways(DOTS, array):
+        assert not is_quantized(lazy) and (out.shape, out.dtype) == (want.shape, want.dtype), name
+        # float32 sums of at most 6144 products, in another order
+        np.testing.assert_allclose(out, want, rtol=2e-6, atol=2e-6 * float(jnp.abs(want).max()), err_msg=name)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_bfloat16_dots_round_once(format):
+    array = quantized(format, dtype=jnp.bfloat16)
+    query = Q.astype(jnp.bfloat16)
+    out = lazily(lambda a: jnp.einsum("hgd,hpsd->hgps", query, a), array)
+    want = jnp.einsum("hgd,hpsd->hgps", query.astype(jnp.float32), array.dequantize())
+    assert out.dtype == jnp.bfloat16
+    # one rounding of the result, and for scales of a channel one of the query
+    scale = np.einsum("hgd,hpsd->hgps", np.abs(query.astype(np.float32)), np.abs(array.dequantize()))
+    assert (np.abs(out.astype(np.float32) - want) <= 2**-8 * np.abs(want) + 2**-8 * scale).all()
+
+
+def test_scales_of_a_page_stay_one_a_page():
+    array = quantized("int8")
+    assert lazily(MOVES["transpose"], array).scales.size == array.scales.size
+    assert lazily(lambda a: a.reshape(2, 96, 32), array).block == (1, 16, 32)
+    assert lazily(lambda a: a[:, 2:4], array).block == (1, 1, 16, 32)
+    assert lazily(lambda a: a[:, :, 4:8], array).scales.shape == (2, 6, 1, 1)
+
+
+def test_what_cannot_stay_quantized_warns_and_is_right():
+    array = quantized("int8")
+    with pytest.warns(UserWarning, match="exp"):
+        out = use_implicit_args(lambda a: jnp.exp(a))(array)
+    np.testing.assert_array_equal(out, jnp.exp(array.materialize()))
