@@ -74,7 +74,8 @@ def settled(step: Step, init: list[Any], outcome: Outcome) -> tuple[list[Any], O
     """
     if any(is_implicit(value) for value in init):
         while True:
-            after = outcome(init)
+            with _notes.silence():  # only what the loop finally does is worth a warning
+                after = outcome(init)
             moved = [
                 is_implicit(value) and not _tree.same_layout(jax.eval_shape(lambda v: v, value), out)
                 for value, out in zip(init, after, strict=True)

@@ -259,7 +259,7 @@ def test_one_result_instead_of_a_list(fresh):
     def _(primitive, x: A, **params):
         return x
 
-    with pytest.raises(TypeError, match="'sort' returned a A.*return a list"):
+    with pytest.raises(TypeError, match=r"'sort' returned a A.*return a list"):
         call(jnp.sort, A(ones))
 
 
