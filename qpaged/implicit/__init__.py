@@ -5,7 +5,7 @@ on they are this package's implementation of the same protocol, and `provider()`
 written for qax runs on both by changing the import.
 
 What differs. With qax, an implicit array cannot go through cond, shard_map or a function with derivatives
-of its own (`jax.nn.relu` is one), nor be carried by a loop; a while loop materializes it. Here all of them
+of its own (`jax.nn.relu` is one), nor be carried by a loop; here all of them
 take implicit arrays. Here a handler that is annotated with `jax.Array` or `ArrayValue` also fits traced
 values. Materializing warns with `MaterializeWarning` here, and with a plain UserWarning that begins with
 "Primitive" in qax. `record_materializations` needs our own implementation. Importing this package where
