@@ -68,6 +68,11 @@ def source_line(eqn: Any) -> tuple[str, int] | None:
     return (match.group(1), int(match.group(2))) if match else None
 
 
+def is_literal(atom: Any) -> bool:
+    """Whether an operand of an equation is a constant written into the jaxpr."""
+    return isinstance(atom, jex.Literal)
+
+
 def jaxpr_and_consts(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """Open and closed jaxprs alike: JAX 0.11 merged the two classes, 0.10 has both."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())

@@ -4,11 +4,12 @@ Where qax 0.4.1 works (JAX 0.4.35) and is installed, these names are qax's own o
 on they are this package's implementation of the same protocol, and `provider()` says why. Code
 written for qax runs on both by changing the import.
 
-What differs. qax materializes what a scan or a while loop carries and fails inside shard_map and
-functions with derivatives of their own; here all of them take implicit arrays. Here a handler that is
-annotated with `jax.Array` or `ArrayValue` also fits traced values. Materializing warns with
-`MaterializeWarning` here, and with a plain UserWarning that begins with "Primitive" in qax.
-`record_materializations` needs our own implementation.
+What differs. With qax, an implicit array cannot go through cond, shard_map or a function with derivatives
+of its own (`jax.nn.relu` is one), nor be carried by a loop; here all of them
+take implicit arrays. Here a handler that is annotated with `jax.Array` or `ArrayValue` also fits traced
+values. Materializing warns with `MaterializeWarning` here, and with a plain UserWarning that begins with
+"Primitive" in qax. `record_materializations` needs our own implementation. Importing this package where
+the names are qax's registers one handler with it, without which no inner jit would work.
 """
 
 from typing import TYPE_CHECKING

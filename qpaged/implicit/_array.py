@@ -32,6 +32,11 @@ class ImplicitArray(ImplicitValue):
     `materialize()`. A subclass may instead define `shape` or `dtype` as properties of its children,
     with a setter that does nothing: then nothing can go stale under transformations.
 
+    Scanned over, an array is sliced leaf by leaf; in shard_map it is divided leaf by leaf. It is
+    materialized where shapes tell that this is not the same as slicing or dividing what it stands for.
+    They cannot tell when `materialize()` mixes elements along that axis and keeps its length, as a
+    normalisation does: give such a class no leaf with that axis in front, or materialize it first.
+
     Class keywords:
         commute_ops: operands of commutative primitives trade places so that the implicit one is
             first. On by default.

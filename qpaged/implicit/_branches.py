@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qpaged.implicit import _tree
+from qpaged.implicit import _notes, _tree
 from qpaged.implicit._step import Outputs, Step
 from qpaged.implicit._value import is_implicit
 
@@ -19,7 +19,8 @@ def cond(step: Step, values: list[Any]) -> Outputs:
     """An output stays implicit where all branches return it in the same form; elsewhere all make it dense."""
     index, operands = step.dense(values[0]), values[1:]
     raw = [_branch(step, jaxpr) for jaxpr in step.params["branches"]]
-    outcomes = [jax.eval_shape(branch, *operands) for branch in raw]
+    with _notes.silence():
+        outcomes = [jax.eval_shape(branch, *operands) for branch in raw]
     keep = [_alike(forms) for forms in zip(*outcomes, strict=True)]
     branches = [_with_dense(step, branch, keep) for branch in raw]
     platforms = step.params.get("branches_platforms")

@@ -13,18 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qpaged import _compat
 from qpaged.implicit import _notes, _tree
 from qpaged.implicit._dispatch import call_handler, handlers
 from qpaged.implicit._fields import stores
+from qpaged.implicit._operands import as_array, checked
 from qpaged.implicit._rules import RULES
 from qpaged.implicit._step import Step
 from qpaged.implicit._value import ImplicitValue, is_implicit
 
 # Two-operand primitives whose operands may trade places, so that an implicit one comes first.
 COMMUTATIVE = frozenset({"add", "add_any", "and", "eq", "max", "min", "mul", "ne", "or", "xor"})
+_TRACED = object()
 
 
 def use_implicit_args(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,20 +97,21 @@ def _run(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> 
     if not where:
         return f(*args, **kwargs)
     values, avals = zip(*(_at_its_shape(leaves[index]) for index in where), strict=True)
-    output: dict[str, Any] = {}
+    out_tree: Any = None
+    static: list[Any] = []  # what f returns without tracing it; _TRACED where it does
 
     def dense_f(*dense: Any) -> list[Any]:
+        nonlocal out_tree
+        inner = list(leaves)
         for index, value in zip(where, dense, strict=True):
-            leaves[index] = value
-        inner_args, inner_kwargs = tree.unflatten(leaves)
-        found, output["tree"] = jax.tree_util.tree_flatten(f(*inner_args, **inner_kwargs))
-        output["leaves"] = found
+            inner[index] = value
+        inner_args, inner_kwargs = tree.unflatten(inner)
+        found, out_tree = _tree.flatten_fully(f(*inner_args, **inner_kwargs))
+        static[:] = [_TRACED if isinstance(leaf, _compat.Tracer) else leaf for leaf in found]
         return [leaf for leaf in found if isinstance(leaf, _compat.Tracer)]
 
-    jaxpr = jax.make_jaxpr(dense_f)(*avals)
-    traced = iter(_evaluate(jaxpr, values))
-    results = [next(traced) if isinstance(leaf, _compat.Tracer) else leaf for leaf in output["leaves"]]
-    return jax.tree_util.tree_unflatten(output["tree"], results)
+    traced = iter(_evaluate(jax.make_jaxpr(dense_f)(*avals), values))
+    return out_tree.unflatten([next(traced) if leaf is _TRACED else leaf for leaf in static])
 
 
 def _at_its_shape(value: ImplicitValue) -> tuple[ImplicitValue, Any]:
@@ -120,9 +122,22 @@ def _at_its_shape(value: ImplicitValue) -> tuple[ImplicitValue, Any]:
     """
     children = jax.tree_util.tree_leaves(value)
     if stores(type(value), "shape") or any(_compat.placed(jax.typeof(child)) for child in children):
-        struct = logical_struct(value)
+        try:
+            struct = logical_struct(value)
+        except (TypeError, ValueError) as error:
+            error.add_note(_why_materialized(value, children))
+            raise
         return _tree.restated(value, struct.shape, struct.dtype), struct
     return value, jax.ShapeDtypeStruct(value.shape, value.dtype)
+
+
+def _why_materialized(value: ImplicitValue, children: list[Any]) -> str:
+    shapes = ", ".join(str(jnp.shape(child)) for child in children)
+    return (
+        f"This happened in {type(value).__name__}.materialize(), which was traced for its shape: an argument "
+        f"of a function decorated with use_implicit_args has children of shapes {shapes}. If they are "
+        f"stacked, jax.vmap the function, or let materialize() accept leading axes."
+    )
 
 
 def _evaluate(closed: Any, args: Sequence[Any]) -> list[Any]:
@@ -131,21 +146,17 @@ def _evaluate(closed: Any, args: Sequence[Any]) -> list[Any]:
     values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     for var, arg in zip(jaxpr.invars, args, strict=True):
         values[var] = _stated(arg, var.aval)
-    last_use = {var: eqn for eqn in jaxpr.eqns for var in eqn.invars if not _is_literal(var)}
-    kept = {var for var in jaxpr.outvars if not _is_literal(var)}
+    last_use = {var: eqn for eqn in jaxpr.eqns for var in eqn.invars if not _compat.is_literal(var)}
+    kept = {var for var in jaxpr.outvars if not _compat.is_literal(var)}
     for eqn in jaxpr.eqns:
-        operands = [var.val if _is_literal(var) else values[var] for var in eqn.invars]
+        operands = [var.val if _compat.is_literal(var) else values[var] for var in eqn.invars]
         with _compat.equation_context(eqn):
             outs = _apply(eqn, operands)
         values.update(zip(eqn.outvars, outs, strict=True))
-        for var in {v for v in eqn.invars if not _is_literal(v)}:
+        for var in {v for v in eqn.invars if not _compat.is_literal(v)}:
             if last_use[var] is eqn and var not in kept:
                 values.pop(var, None)  # eagerly, this frees the intermediate array
-    return [_as_array(var.val, var.aval) if _is_literal(var) else values[var] for var in jaxpr.outvars]
-
-
-def _is_literal(atom: Any) -> bool:
-    return hasattr(atom, "val")
+    return [as_array(var.val, var.aval) if _compat.is_literal(var) else values[var] for var in jaxpr.outvars]
 
 
 def _stated(value: Any, aval: Any) -> Any:
@@ -159,7 +170,7 @@ def _apply(eqn: Any, operands: list[Any]) -> Sequence[Any]:
     if first is None:
         outs = _compat.bind(primitive, operands, params)
         return outs if primitive.multiple_results else [outs]
-    operands = [_as_array(value, var.aval) for value, var in zip(operands, eqn.invars, strict=True)]
+    operands = [as_array(value, var.aval) for value, var in zip(operands, eqn.invars, strict=True)]
     outs = _call_handler(primitive, first, operands, params)
     if outs is NotImplemented and primitive.name in RULES:
         return [
@@ -172,7 +183,7 @@ def _apply(eqn: Any, operands: list[Any]) -> Sequence[Any]:
             if is_implicit(value):
                 _notes.report(primitive.name, value, place)
         outs = type(first).default_handler(primitive, *operands, params=params)
-    return _checked(outs if primitive.multiple_results else [outs], eqn)
+    return checked(outs if primitive.multiple_results else [outs], eqn)
 
 
 def _call_handler(primitive: Any, first: ImplicitValue, operands: list[Any], params: dict[str, Any]) -> Any:
@@ -194,33 +205,3 @@ def _step(eqn: Any) -> Step:
         evaluate=_evaluate,
         materialize=functools.partial(materialize_nested, full=True),
     )
-
-
-def _checked(outs: Any, eqn: Any) -> Sequence[Any]:
-    """What a handler returned, refused if it has not the shapes that the program was traced with."""
-    outs = list(outs)
-    name = eqn.primitive.name
-    if len(outs) != len(eqn.outvars):
-        raise TypeError(
-            f"A handler of {name!r} returned {len(outs)} values, where {len(eqn.outvars)} are expected. "
-            f"Return as many as the primitive does."
-        )
-    for out, var in zip(outs, eqn.outvars, strict=True):
-        expected = getattr(var.aval, "shape", None)
-        if expected is not None and tuple(jnp.shape(out)) != tuple(expected):
-            raise TypeError(
-                f"A handler of {name!r} returned a {type(out).__name__} of shape {tuple(jnp.shape(out))}, "
-                f"where {tuple(expected)} is expected. Return the shape that the primitive would return."
-            )
-    return outs
-
-
-def _as_array(value: Any, aval: Any) -> Any:
-    """Literals and constants as JAX arrays of the type they have in the jaxpr; the rest as it is."""
-    if isinstance(value, jax.Array) or is_implicit(value) or not isinstance(aval, _compat.ShapedArray):
-        return value  # references are not ShapedArrays, and must stay what they are
-    if aval.weak_type and not aval.shape:
-        weak = jnp.asarray(np.asarray(value).item())
-        if weak.dtype == aval.dtype:
-            return weak
-    return jnp.asarray(np.asarray(value), dtype=aval.dtype)

@@ -74,7 +74,8 @@ def settled(step: Step, init: list[Any], outcome: Outcome) -> tuple[list[Any], O
     """
     if any(is_implicit(value) for value in init):
         while True:
-            after = outcome(init)
+            with _notes.silence():  # only what the loop finally does is worth a warning
+                after = outcome(init)
             moved = [
                 is_implicit(value) and not _tree.same_layout(jax.eval_shape(lambda v: v, value), out)
                 for value, out in zip(init, after, strict=True)
@@ -101,12 +102,20 @@ def _as_varying(value: Any, out: Any) -> Any:
 
 
 def _sliceable(x: Any, length: int, aval: Any, step: Step) -> bool:
-    """Whether taking one slice of every leaf takes one slice of the array."""
+    """Whether taking one slice of every leaf takes one slice of the array.
+
+    Shapes are all there is to tell by: a slice must have the shape of a slice, and one more slice must
+    make the array longer by one. In A @ B.T with a square result the first holds and the second does not.
+    """
     if not is_implicit(x):
         return True
     if any(leaf.shape[:1] != (length,) for leaf in jax.tree_util.tree_leaves(x)):
         return False
-    return fits(jax.eval_shape(_first, x), aval, step)
+    longer = jax.tree_util.tree_map(
+        lambda leaf: jax.ShapeDtypeStruct((length + 1, *leaf.shape[1:]), leaf.dtype), x
+    )
+    one_more = jax.ShapeDtypeStruct((length + 1, *aval.shape), aval.dtype)
+    return fits(jax.eval_shape(_first, x), aval, step) and fits(longer, one_more, step)
 
 
 def fits(part: Any, aval: Any, step: Step) -> bool:
@@ -114,7 +123,7 @@ def fits(part: Any, aval: Any, step: Step) -> bool:
     try:
         with _notes.silence():
             struct = jax.eval_shape(step.materialize, _tree.restated(part, aval.shape, aval.dtype))
-    except (TypeError, ValueError):  # the leaves do not go together any more
+    except Exception:  # whatever a class raises: its leaves do not go together any more
         return False
     return struct.shape == aval.shape
 

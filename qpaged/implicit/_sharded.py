@@ -10,7 +10,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from qpaged import _compat
-from qpaged.implicit import _tree
+from qpaged.implicit import _notes, _tree
 from qpaged.implicit._loops import fits, step_avals
 from qpaged.implicit._step import Outputs, Step
 from qpaged.implicit._value import is_implicit
@@ -108,7 +108,8 @@ def _local_outputs(step: Step, values: Sequence[Any], in_specs: Sequence[Any]) -
         seen[:] = [jax.tree_util.tree_map(jax.typeof, out) if is_implicit(out) else None for out in outs]
         return ()
 
-    jax.eval_shape(_compat.shard_map(probe, step.params, in_specs, ()), *values)
+    with _notes.silence():
+        jax.eval_shape(_compat.shard_map(probe, step.params, in_specs, ()), *values)
     return seen
 
 

@@ -139,10 +139,10 @@ def test_nested_children(kind):
         np.testing.assert_array_equal(qi.materialize_nested(out, full=True), expected)
 
 
-def test_donation_updates_in_place(kind):
-    f = jax.jit(
-        qi.use_implicit_args(lambda w, x: jax.lax.dynamic_update_slice(w, x, (1, 0))), donate_argnums=0
-    )
+@pytest.mark.parametrize("inner", [lambda f: f, jax.jit], ids=["plain", "jit"])
+def test_donation_updates_in_place(kind, inner):
+    write = inner(lambda w, x: jax.lax.dynamic_update_slice(w, x, (1, 0)))
+    f = jax.jit(qi.use_implicit_args(write), donate_argnums=0)
     w = example(kind, (64, 128))
     w = kind(w.codes, jnp.full((1, 128), 0.5))
     x = jnp.ones((1, 128))

@@ -169,6 +169,25 @@ def test_a_stale_shape_does_not_hide_behind_a_materialize_that_reads_it():
 
 
 @ours
+def test_children_that_do_not_go_together_any_more():
+    @dataclass
+    class Product(qi.ImplicitArray):
+        a: Any
+        b: Any
+
+        def materialize(self):
+            return self.a @ self.b.T
+
+    one = Product(jnp.ones((3, 2)), jnp.ones((5, 2)))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[one] * 4)
+    f = qi.use_implicit_args(lambda x: x.shape)
+    with pytest.raises(Exception, match="matmul") as error:
+        f(stacked)
+    assert "children of shapes (4, 3, 2), (4, 5, 2). If they are stacked" in error.value.__notes__[-1]
+    assert jax.vmap(qi.use_implicit_args(lambda x: jnp.zeros(x.shape)))(stacked).shape == (4, 3, 5)
+
+
+@ours
 def test_a_class_keeps_its_own_fall_back():
     calls = []
 

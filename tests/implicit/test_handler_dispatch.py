@@ -252,6 +252,18 @@ def test_wrong_shape_from_a_handler(fresh):
 
 
 @ours
+def test_one_result_instead_of_a_list(fresh):
+    A, _ = fresh
+
+    @qi.primitive_handler("sort")
+    def _(primitive, x: A, **params):
+        return x
+
+    with pytest.raises(TypeError, match=r"'sort' returned a A.*return a list"):
+        call(jnp.sort, A(ones))
+
+
+@ours
 def test_wrong_number_of_results_from_a_handler(fresh):
     A, _ = fresh
 

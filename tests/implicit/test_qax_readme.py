@@ -126,9 +126,12 @@ class LoraMatrix(qax.ImplicitArray):
         return self.w + self.a @ self.b.T
 
 
-# qax skips handlers that are annotated with jax.Array when values are traced, so both lanes get Any.
+# The README says jax.Array. qax skips such a handler when values are traced.
+Dense = Any if qax.provider().name == "qax" else jax.Array
+
+
 @qax.primitive_handler("dot_general")
-def matmul_with_lora(primitive, x: Any, w: LoraMatrix, *, dimension_numbers, **kwargs):
+def matmul_with_lora(primitive, x: Dense, w: LoraMatrix, *, dimension_numbers, **kwargs):
     # For this example, we'll only handle the simple case of of x @ w, rather than
     # all possible dot_general invocations
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
