@@ -1,0 +1,58 @@
+"""The bundled model is small, predicts held-out text, and uses its context."""
+
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qpaged.models
+from qpaged.models import forward, load_tiny, standard_library_text
+
+WINDOWS, LENGTH = 6, 1024
+
+
+def causal_attention(layer, query, key, value):
+    """Plain grouped-query attention over (WINDOWS, LENGTH) tokens laid end to end."""
+    query = query.reshape(WINDOWS, LENGTH, key.shape[1], -1, key.shape[2])
+    key, value = (x.reshape(WINDOWS, LENGTH, *x.shape[1:]) for x in (key, value))
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", query, key) * key.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(jnp.tri(LENGTH, dtype=bool), scores, -jnp.inf))
+    mixed = jnp.einsum("bkgqs,bskd->bqkgd", weights, value)
+    return mixed.reshape(WINDOWS * LENGTH, -1, key.shape[-1])
+
+
+@cache
+def held_out_bits():
+    """Bits of each held-out byte, (WINDOWS, LENGTH): -log2 p under the model."""
+    config, params = load_tiny()
+    text = np.frombuffer(standard_library_text("held_out"), np.uint8).astype(np.int32)
+    starts = np.linspace(0, len(text) - LENGTH - 1, WINDOWS).astype(int)
+    tokens = text[starts[:, None] + np.arange(LENGTH + 1)]
+    positions = jnp.tile(jnp.arange(LENGTH), WINDOWS)
+    run = jax.jit(lambda params, tokens: forward(params, config, tokens, positions, causal_attention))
+    log_p = jax.nn.log_softmax(run(params, tokens[:, :-1].reshape(-1)))
+    bits = -np.take_along_axis(np.asarray(log_p), tokens[:, 1:].reshape(-1, 1), axis=-1) / np.log(2)
+    return bits.reshape(WINDOWS, LENGTH)
+
+
+def test_it_is_a_byte_level_model_of_context_1024():
+    config, params = load_tiny()
+    assert (config.vocab_size, config.max_position_embeddings) == (256, 1024)
+    assert config.num_attention_heads > config.num_key_value_heads
+    assert {weight.dtype for weight in params.values()} == {jnp.dtype(jnp.float32)}
+
+
+def test_it_is_small_enough_to_ship():
+    files = (Path(qpaged.models.__file__).parent / "tiny").iterdir()
+    assert sum(path.stat().st_size for path in files) < 5.5e6
+
+
+def test_it_predicts_held_out_text():
+    assert held_out_bits().mean() < 2.3
+
+
+def test_it_uses_its_context():
+    bits = held_out_bits()
+    assert bits[:, 512:].mean() < bits[:, :64].mean() - 0.2
