@@ -71,6 +71,8 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
         fitted = gather_rows(scales, axes, blocks)
     else:
         old = gather_rows(scales, axes, blocks)
+        # The maximum changes nothing but the order: read before written, the scales need no copy.
+        candidates = jnp.maximum(candidates, old)
         scales = scatter_rows(scales, axes, blocks, candidates, lax.scatter_max)
         fitted = gather_rows(scales, axes, blocks)
         codes = _grow(array, axes, blocks, old, fitted)

@@ -66,16 +66,16 @@ def device_bytes(format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Me
 
 
 class NarrowFloatPoolWarning(UserWarning):
-    """A plain 16- or 8-bit float pool on CPU, where every write costs the whole pool."""
+    """A plain 16- or 8-bit float pool on CPU, where every write and read costs the whole pool."""
 
 
 def warn_of_narrow_floats(*pools: Any) -> None:
-    """Warn of plain pools that XLA on CPU widens whole at every write."""
+    """Warn of plain pools that XLA on CPU widens whole at every write and read."""
     for pool in pools:
         narrow = isinstance(pool, jax.Array) and jnp.issubdtype(pool.dtype, jnp.floating) and pool.itemsize < 4
         if narrow and not isinstance(pool, jax.core.Tracer) and next(iter(pool.devices())).platform == "cpu":
             warnings.warn(
-                f"XLA on CPU copies a whole {pool.dtype.name} pool at every write; quantizer='raw' stores the "
+                f"XLA on CPU copies a whole {pool.dtype.name} pool at every write and read; quantizer='raw' stores the "
                 f"same bits as integers and does not.",
                 NarrowFloatPoolWarning,
                 stacklevel=5,
