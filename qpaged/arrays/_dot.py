@@ -16,7 +16,7 @@ from jax import lax
 
 from qpaged.arrays._blocks import refine
 from qpaged.arrays._moves import reshape
-from qpaged.arrays._quantized import QuantizedArray
+from qpaged.arrays._quantized import QuantizedArray, common_dtype
 
 
 class Axes(NamedTuple):
@@ -52,7 +52,7 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, **params: Any) -> ja
 
 
 def _dot(other: jax.Array, array: QuantizedArray, axes: Axes, preferred_element_type=None, **params):
-    result = preferred_element_type or jnp.promote_types(other.dtype, array.dtype)
+    result = preferred_element_type or common_dtype(other.dtype, array.dtype)
     if array.scales is None:
         return lax.dot_general(other, array.materialize(), axes.numbers, preferred_element_type=result, **params)
     several = [axis for axis, count in enumerate(array.scales.shape) if count > 1]

@@ -163,3 +163,9 @@ def float_dtype(name: str, dtype: Any) -> np.dtype:
             f"convert it first, for example with .astype(jnp.bfloat16)."
         )
     return dtype
+
+
+def common_dtype(one: Any, other: Any) -> np.dtype:
+    """The dtype two floats meet in, also under strict promotion: their own, or float32 or wider."""
+    one, other = jnp.dtype(one), jnp.dtype(other)
+    return one if one == other else max(jnp.dtype(jnp.float32), one, other, key=lambda dtype: dtype.itemsize)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged.arrays import _dot, _moves
-from qpaged.arrays._quantized import QuantizedArray
+from qpaged.arrays._quantized import QuantizedArray, common_dtype
 
 
 def take_pages(pool: Any, pages: jax.Array) -> Any:
@@ -48,4 +48,4 @@ def dot(lhs: jax.Array, rhs: Any, dimension_numbers: Any) -> jax.Array:
 def compute_dtype(query: jax.Array, pool: Any) -> Any:
     """The dtype to contract in: the query's, or a wider one where the pool's values do not fit into that."""
     codes = isinstance(pool, QuantizedArray) and pool.scales is not None
-    return query.dtype if codes else jnp.promote_types(query.dtype, pool.dtype)
+    return query.dtype if codes else common_dtype(query.dtype, pool.dtype)

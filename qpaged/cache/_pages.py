@@ -32,10 +32,9 @@ def fresh_pages(format: PagesFormat, shape: Sequence[int], dtype: Any) -> Any:
 def allocate_pages(format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh | None, manager: Any) -> Any:
     """A fresh pool on the mesh's devices, or on the default device where there is no mesh."""
     shape = tuple(shape)
-    if mesh is None:
-        return jax.jit(lambda: fresh_pages(format, shape, dtype))()
-    shardings = pages_shardings(format, shape, dtype, mesh, manager)
-    return jax.jit(lambda: fresh_pages(format, shape, dtype), out_shardings=shardings)()
+    shardings = None if mesh is None else pages_shardings(format, shape, dtype, mesh, manager)
+    # Static arguments of one function: the pools of all layers share a compilation.
+    return jax.jit(fresh_pages, static_argnums=(0, 1, 2), out_shardings=shardings)(format, shape, dtype)
 
 
 def pages_shardings(format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh, manager: Any) -> Any:

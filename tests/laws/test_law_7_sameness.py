@@ -1,0 +1,64 @@
+"""Law 7: code that takes a cache cannot tell a plain pool from a quantized one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formats import FORMATS, leaves_equal, normal
+
+import qpaged
+from qpaged.implicit import ImplicitArray, use_implicit_args
+
+CONFIG = qpaged.PagedAttentionCacheMetaData(3, 2, 8, 3, 24, 8, 2, 16, 0.5)
+TABLE = np.array([[0, 3, 5], [7, 1, 2], [8, 8, 8]], np.int32)
+POSITION = np.array([17, 9, -1], np.int32)
+
+
+def serve(format, dtype=jnp.float32):
+    """A prefill and a decode; what comes out, and the view."""
+    cache = qpaged.PagedAttentionCache.init_cache(None, dtype, CONFIG, None, format)
+
+    @jax.jit
+    def step(view):
+        for row, length in enumerate((17, 9)):
+            prefill = qpaged.PagedAttentionMetadata.prefill(position=np.arange(17), page_table=TABLE[row], length=length)
+            view = view.write_prefill_to_cache(normal(17, 2, 16, seed=row), normal(17, 2, 16, seed=row + 5), prefill)
+        decode = qpaged.PagedAttentionMetadata.decode(position=POSITION, page_table=TABLE)
+        view = view.write_decodes_to_cache(normal(3, 2, 16, seed=8), normal(3, 2, 16, seed=9), decode)
+        return qpaged.paged_attention(normal(3, 4, 16, seed=10), view, decode), view
+
+    return step(cache.views[0])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_shapes_dtypes_and_values(format):
+    (plain, plain_view), (out, view) = serve(None), serve(format)
+    assert (out.shape, out.dtype) == (plain.shape, plain.dtype)
+    for name in ("key_pages", "value_pages"):
+        one, other = getattr(view, name), getattr(plain_view, name)
+        assert (one.shape, one.dtype, one.ndim, one.size) == (other.shape, other.dtype, other.ndim, other.size)
+        assert isinstance(one, ImplicitArray) and not isinstance(other, ImplicitArray)
+    np.testing.assert_allclose(out, plain, atol=0.2)  # the coarsest format, 2 mantissa bits, on values up to 3
+    if format == "raw":
+        assert leaves_equal(out, plain)
+
+
+def plain_attention(query, keys, values, table, position):
+    """Decode attention as one writes it for plain pools, knowing nothing of formats."""
+    heads, _, page_size, head_dim = keys.shape
+    slot = jnp.arange(table.shape[1] * page_size)
+    k, v = (jnp.take(pool, table, axis=1, mode="fill", fill_value=0) for pool in (keys, values))
+    k, v = (x.reshape(heads, len(table), -1, head_dim) for x in (k, v))
+    q = query.reshape(len(query), heads, -1, head_dim)
+    scores = jnp.einsum("bhgd,hbsd->bhgs", q, k) / head_dim**0.5
+    seen = slot <= position[:, None, None, None]
+    weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30)), 0)
+    return jnp.einsum("bhgs,hbsd->bhgd", weights, v).reshape(query.shape)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_attention_written_for_plain_arrays_takes_the_pages(format):
+    out, view = serve(format)
+    query = normal(3, 4, 16, seed=10)
+    lazy = jax.jit(use_implicit_args(plain_attention))(query, view.key_pages, view.value_pages, TABLE, POSITION)
+    np.testing.assert_allclose(lazy, out, rtol=2e-6, atol=2e-6)
