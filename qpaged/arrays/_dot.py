@@ -54,7 +54,9 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, **params: Any) -> ja
 def _dot(other: jax.Array, array: QuantizedArray, axes: Axes, preferred_element_type=None, **params):
     result = preferred_element_type or common_dtype(other.dtype, array.dtype)
     if array.scales is None:
-        return lax.dot_general(other, array.materialize(), axes.numbers, preferred_element_type=result, **params)
+        return lax.dot_general(
+            other, array.materialize(), axes.numbers, preferred_element_type=result, **params
+        )
     several = [axis for axis, count in enumerate(array.scales.shape) if count > 1]
     contracted = [axis for axis in several if axis in axes.contract]
     kept = [axis for axis in several if axis in axes.kept(array.ndim)]
@@ -142,7 +144,9 @@ def _cut_kept(other, array, axes: Axes, cut: list[int], params) -> jax.Array:
         order += [batch + cut.index(axis)] if axis in cut else []
         order.append(batch + ahead + free + position)
     merged = lax.transpose(out, order)
-    return merged.reshape(*merged.shape[: batch + free], *(array.shape[axis] for axis in axes.kept(array.ndim)))
+    return merged.reshape(
+        *merged.shape[: batch + free], *(array.shape[axis] for axis in axes.kept(array.ndim))
+    )
 
 
 def _cut_contracted(other, array, axes: Axes, cut: list[int], params) -> jax.Array:
@@ -158,7 +162,10 @@ def _cut_contracted(other, array, axes: Axes, cut: list[int], params) -> jax.Arr
     inner = Axes(
         tuple(other_place[axis] for axis in axes.other_contract),
         tuple(place[axis] for axis in axes.contract),
-        (*(other_place[axis] for axis in axes.other_batch), *(other_place[partners[axis]] - 1 for axis in cut)),
+        (
+            *(other_place[axis] for axis in axes.other_batch),
+            *(other_place[partners[axis]] - 1 for axis in cut),
+        ),
         (*(place[axis] for axis in axes.batch), *(place[axis] - 1 for axis in cut)),
     )
     out = _scale_result(other.reshape(shape), pieces, inner, params)
@@ -170,7 +177,7 @@ def _offset_term(other: jax.Array, array: QuantizedArray, axes: Axes) -> jax.Arr
     summed = other.astype(jnp.float32)
     for axis, mine in zip(axes.other_contract, axes.contract, strict=True):
         count = array.offsets.shape[mine]
-        pieces = summed.shape[:axis] + (count, array.block[mine]) + summed.shape[axis + 1 :]
+        pieces = (*summed.shape[:axis], count, array.block[mine], *summed.shape[axis + 1 :])
         summed = summed.reshape(pieces).sum(axis + 1)
     offsets = array.offsets
     for axis in axes.batch:

@@ -4,12 +4,20 @@ A handler returns NotImplemented for what it cannot keep quantized; the array is
 user warned. Handlers take ``**params``, because primitives gain parameters over time.
 """
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+
 import jax.numpy as jnp
 from jax import lax
 
 from qpaged.arrays import _dot, _moves, _windows
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.implicit import primitive_handler
+
+if TYPE_CHECKING:
+    Operand: TypeAlias = Any
+else:
+    Operand = object  # what qax dispatches on as anything whatever
 
 
 def exists(*names: str) -> list[str]:
@@ -59,19 +67,21 @@ def _dynamic_slice(primitive, array: QuantizedArray, *start, slice_sizes, **para
 
 
 @primitive_handler("gather")
-def _gather(primitive, array: QuantizedArray, index, *, dimension_numbers, slice_sizes, mode, fill_value, **params):
+def _gather(
+    primitive, array: QuantizedArray, index, *, dimension_numbers, slice_sizes, mode, fill_value, **params
+):
     out = _moves.gather(array, index, dimension_numbers, slice_sizes, mode, fill_value)
     return NotImplemented if out is None else out
 
 
 @primitive_handler("concatenate")
-def _concatenate(primitive, array: object, *rest: object, dimension, **params):
+def _concatenate(primitive, array: Operand, *rest: Operand, dimension, **params):
     arrays = (array, *rest)
     return _moves.concatenate(arrays, dimension) if _alike(arrays) else NotImplemented
 
 
 @primitive_handler(exists("stack"))
-def _stack(primitive, array: object, *rest: object, axis, **params):
+def _stack(primitive, array: Operand, *rest: Operand, axis, **params):
     arrays = (array, *rest)
     return _moves.stack(arrays, axis) if _alike(arrays) else NotImplemented
 
@@ -82,11 +92,11 @@ def _unstack(primitive, array: QuantizedArray, *, axis, **params):
 
 
 @primitive_handler("select_n")
-def _select(primitive, which: object, *cases: object, **params):
+def _select(primitive, which: Operand, *cases: Operand, **params):
     return _moves.select(which, cases) if jnp.ndim(which) == 0 and _alike(cases) else NotImplemented
 
 
-def _alike(arrays) -> bool:
+def _alike(arrays: Sequence[Any]) -> TypeGuard[Sequence[QuantizedArray]]:
     """Whether all are quantized, in one format and dtype."""
     if not all(isinstance(array, QuantizedArray) for array in arrays):
         return False
@@ -94,15 +104,17 @@ def _alike(arrays) -> bool:
 
 
 @primitive_handler("mul")
-def _multiply(primitive, array: QuantizedArray, factor: object, **params):
+def _multiply(primitive, array: QuantizedArray, factor: Operand, **params):
     scalar = not isinstance(factor, QuantizedArray) and jnp.size(factor) == 1 and array.size > 1
     return _moves.scaled(array, jnp.reshape(factor, ())) if scalar else NotImplemented
 
 
 @primitive_handler("div")
-def _divide(primitive, array: QuantizedArray, divisor: object, **params):
+def _divide(primitive, array: QuantizedArray, divisor: Operand, **params):
     scalar = not isinstance(divisor, QuantizedArray) and jnp.size(divisor) == 1 and array.size > 1
-    return _moves.scaled(array, 1 / jnp.reshape(divisor, ()).astype(jnp.float32)) if scalar else NotImplemented
+    return (
+        _moves.scaled(array, 1 / jnp.reshape(divisor, ()).astype(jnp.float32)) if scalar else NotImplemented
+    )
 
 
 @primitive_handler("neg")
@@ -111,12 +123,12 @@ def _negate(primitive, array: QuantizedArray, **params):
 
 
 @primitive_handler("dot_general")
-def _dot_left(primitive, lhs: QuantizedArray, rhs: object, *, dimension_numbers, **params):
+def _dot_left(primitive, lhs: QuantizedArray, rhs: Operand, *, dimension_numbers, **params):
     return _dot.dot_general(lhs, rhs, dimension_numbers, **params)
 
 
 @primitive_handler("dot_general")
-def _dot_right(primitive, lhs: object, rhs: QuantizedArray, *, dimension_numbers, **params):
+def _dot_right(primitive, lhs: Operand, rhs: QuantizedArray, *, dimension_numbers, **params):
     return _dot.dot_general(lhs, rhs, dimension_numbers, **params)
 
 
@@ -126,13 +138,14 @@ def _dot_both(primitive, lhs: QuantizedArray, rhs: QuantizedArray, *, dimension_
 
 
 @primitive_handler("dynamic_update_slice")
-def _update(primitive, array: QuantizedArray, update: object, *start: object, **params):
+def _update(primitive, array: QuantizedArray, update: Operand, *start: Operand, **params):
     return _windows.dynamic_update_slice(array, update, start) if array.quantizer.writable else NotImplemented
 
 
 @primitive_handler("scatter")
-def _scatter(primitive, array: QuantizedArray, index: object, updates: object, *, dimension_numbers, mode, **params):
+def _scatter(
+    primitive, array: QuantizedArray, index: Operand, updates: Operand, *, dimension_numbers, mode, **params
+):
     if not array.quantizer.writable:
         return NotImplemented
     return _windows.scatter(array, index, updates, dimension_numbers, mode)
-

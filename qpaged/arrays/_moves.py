@@ -49,7 +49,9 @@ def reshape(array: QuantizedArray, shape: Sequence[int]) -> QuantizedArray:
     def regroup(scales):
         counts = [0] * len(shape)
         for old, new in _groups(before, shape):
-            old_block, new_block = _common([before[a] for a in old], [block[a] for a in old], [shape[a] for a in new])
+            old_block, new_block = _common(
+                [before[a] for a in old], [block[a] for a in old], [shape[a] for a in new]
+            )
             for axis, b in zip(old, old_block, strict=True):
                 scales = refine(scales, axis, block[axis] // b)
             for axis, b in zip(new, new_block, strict=True):
@@ -87,7 +89,7 @@ def _run(lengths: Sequence[int], block: Sequence[int]) -> int:
 
 def _split(lengths: Sequence[int], run: int) -> list[int]:
     """Blocks of the new axes: the largest that the run allows, from the last axis on."""
-    block = []
+    block: list[int] = []
     for length in reversed(lengths):
         b = math.gcd(run, length)
         block.insert(0, b)
@@ -161,7 +163,9 @@ def dynamic_slice(array: QuantizedArray, start: Sequence[Any], sizes: Sequence[i
 def clamped(start: Sequence[Any], shape: Sequence[int], sizes: Sequence[int]) -> list[jax.Array]:
     """Start indices as ``lax.dynamic_slice`` clamps them, int32."""
     limits = [length - size for length, size in zip(shape, sizes, strict=True)]
-    return [jnp.clip(jnp.asarray(at).astype(jnp.int32), 0, top) for at, top in zip(start, limits, strict=True)]
+    return [
+        jnp.clip(jnp.asarray(at).astype(jnp.int32), 0, top) for at, top in zip(start, limits, strict=True)
+    ]
 
 
 def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedArray:
@@ -258,7 +262,8 @@ def past_end(array: QuantizedArray) -> tuple[Any, Any]:
 
 def convert(array: QuantizedArray, dtype: Any) -> QuantizedArray:
     """Another logical floating-point dtype; codes and scales stay."""
-    dtype, quantizer = jnp.dtype(dtype), array.quantizer
+    dtype = jnp.dtype(dtype)
+    quantizer: Any = array.quantizer
     if array.scales is None or not quantizer.writable:  # what the codes mean hangs on the dtype they had
         quantizer = Converted(quantizer, array.dtype)
     return array.like(array.codes, array.scales, array.offsets, quantizer=quantizer, dtype=dtype)

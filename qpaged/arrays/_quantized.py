@@ -35,12 +35,12 @@ class QuantizedArray(ImplicitArray):
     codes: Any
     scales: Any
     offsets: Any = None
-    quantizer: "Quantizer" = aux_field(default=None)
+    quantizer: "Quantizer" = aux_field(default=None)  # type: ignore[assignment]  # noqa: RUF009
 
     def __post_init__(self) -> None:
         """Nothing to infer: the shape is the codes', and the dtype is given."""
 
-    @property
+    @property  # type: ignore[misc]  # in place of a field, as the base class allows
     def shape(self) -> tuple[int, ...]:
         return tuple(self.codes.shape)
 

@@ -12,7 +12,9 @@ from qpaged.arrays._quantized import QuantizedArray, common_dtype
 
 def take_pages(pool: Any, pages: jax.Array) -> Any:
     """Pages (kv_heads, n, page_size, head_dim) of a pool, in its format; exact zeros where out of range."""
-    numbers = lax.GatherDimensionNumbers(offset_dims=(0, 2, 3), collapsed_slice_dims=(1,), start_index_map=(1,))
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(0, 2, 3), collapsed_slice_dims=(1,), start_index_map=(1,)
+    )
     sizes = (pool.shape[0], 1, *pool.shape[2:])
     arguments = (pages[:, None], numbers, sizes)
     if isinstance(pool, QuantizedArray):

@@ -66,7 +66,9 @@ def _write_windows(array: QuantizedArray, starts: jax.Array, windows: Any) -> Qu
         last = slice_(windows, (windows.shape[0] - 1, *(0,) * array.ndim), windows.shape, None)
         last = _reshape(last, array.shape)
         inside = starts[-1, 0] == 0 if array.ndim else True
-        return jax.tree_util.tree_map(lambda new, old: jnp.where(inside, new, old), overwrite(array, last), array)
+        return jax.tree_util.tree_map(
+            lambda new, old: jnp.where(inside, new, old), overwrite(array, last), array
+        )
     sizes = [window[axis] for axis in indexed]
     coordinates = []
     for position, axis in enumerate(indexed):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged.arrays._blocks import beside, block_max, block_shape, blocked, counts
+from qpaged.arrays._blocks import beside, block_max, blocked
 from qpaged.arrays._quantized import QuantizedArray, encode, finite, quantize
 
 ROWS_AT_ONCE = 64  # touched blocks that one step of the growth loop rescales, at least

@@ -75,7 +75,9 @@ def paged_attention(
     return use_implicit_args(run)(*pools) if foreign else run(*pools)
 
 
-def _tokens(query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata) -> list[Tokens]:
+def _tokens(
+    query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata
+) -> list[Tokens]:
     """The prefill's tokens and the decode's rows, whichever there are, with their queries."""
     config = view.metadata
     parts = []
@@ -102,9 +104,9 @@ def _check_query(query: jax.Array, rows: int | None, config: Any) -> None:
     right = query.ndim == 3 and query.shape[2] == head_dim and query.shape[1] and query.shape[1] % heads == 0
     if not right or rows not in (None, len(query)):
         raise ValueError(
-            f"query must have shape (tokens, q_heads, head_dim) with {'any' if rows is None else rows} tokens, "
-            f"as the metadata says, q_heads a multiple of the {heads} KV heads, and head_dim {head_dim}, "
-            f"but came with shape {query.shape}."
+            f"query must have shape (tokens, q_heads, head_dim) with {'any' if rows is None else rows} "
+            f"tokens, as the metadata says, q_heads a multiple of the {heads} KV heads, and head_dim "
+            f"{head_dim}, but came with shape {query.shape}."
         )
 
 
@@ -114,7 +116,9 @@ def _options(view: PagedAttentionCacheView, scale: Any, window: Any, cap: Any) -
     if window is not None:
         window = operator.index(window)
         if window < 1:
-            raise ValueError(f"sliding_window must be at least 1, or None for no window, but came as {window}.")
+            raise ValueError(
+                f"sliding_window must be at least 1, or None for no window, but came as {window}."
+            )
     if cap is not None and not cap > 0:
         raise ValueError(f"logits_soft_cap must be positive, or None for no cap, but came as {cap}.")
     return Options(scale, window, cap if cap is None else float(cap), config.num_pages_per_layer)
@@ -123,5 +127,7 @@ def _options(view: PagedAttentionCacheView, scale: Any, window: Any, cap: Any) -
 def _sinks(sinks: Any, q_heads: int) -> jax.Array:
     sinks = jnp.asarray(sinks)
     if sinks.shape != (q_heads,):
-        raise ValueError(f"sinks must have shape (q_heads,) = ({q_heads},), but came with shape {sinks.shape}.")
+        raise ValueError(
+            f"sinks must have shape (q_heads,) = ({q_heads},), but came with shape {sinks.shape}."
+        )
     return sinks.astype(jnp.float32)

@@ -65,5 +65,3 @@ def ungrouped(out: jax.Array, n: int) -> jax.Array:
     """(kv_heads, n * group, head_dim) as (n, q_heads, head_dim): the inverse of :func:`grouped`."""
     kv_heads, rows, head_dim = out.shape
     return out.reshape(kv_heads, n, rows // n, head_dim).swapaxes(0, 1).reshape(n, -1, head_dim)
-
-

@@ -38,7 +38,7 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
     size = min(TILE, n)
     query, position = _padded(tokens.query, 0, size, 0), _padded(tokens.position, 0, size, -1)
     tiles = query.reshape(-1, size, *query.shape[1:]), position.reshape(-1, size)
-    return lax.map(lambda args: tile(*args, table), tiles).reshape(query.shape)[:n]
+    return lax.map(lambda args: tile(args[0], args[1], table), tiles).reshape(query.shape)[:n]
 
 
 def _tile(query, position, table, pages: int, keys, values, sinks, options: Options) -> jax.Array:

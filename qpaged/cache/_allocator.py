@@ -47,8 +47,8 @@ class PageAllocator:
             )
         if wanted > len(self._free):
             raise AllocationError(
-                f"sequence {sequence!r} needs {wanted} more pages for {length} tokens, but {len(self._free)} are "
-                f"free; free a sequence, or make a cache with more pages."
+                f"sequence {sequence!r} needs {wanted} more pages for {length} tokens, but {len(self._free)} "
+                f"are free; free a sequence, or make a cache with more pages."
             )
         given = [self._free.pop() for _ in range(max(wanted, 0))]
         self._pages[sequence] = held + given
@@ -62,7 +62,9 @@ class PageAllocator:
         """
         pages = self._pages.pop(sequence, None)
         if pages is None:
-            raise AllocationError(f"sequence {sequence!r} holds no pages; it was never allocated or is freed.")
+            raise AllocationError(
+                f"sequence {sequence!r} holds no pages; it was never allocated or is freed."
+            )
         self._free.extend(reversed(pages))
         return pages
 

@@ -31,7 +31,8 @@ def available_bytes(mesh: Mesh | None, device: Any, utilization: float, memory_b
     share = _free_host_bytes() // len(stats)
     warnings.warn(
         f"{devices[0].device_kind} devices do not report their memory; the cache takes {utilization:.0%} of "
-        f"{share:,} bytes, each device's share of the host's free memory. Pass memory_bytes= to say otherwise.",
+        f"{share:,} bytes, each device's share of the host's free memory. Pass memory_bytes= to say "
+        f"otherwise.",
         HostMemoryWarning,
         stacklevel=4,
     )

@@ -44,7 +44,7 @@ class PagedAttentionCache(Record):
         return None
 
     def reset_pages(self, pages: Any) -> Self:
-        """The cache with these pages fresh in every layer; see :meth:`PagedAttentionCacheView.reset_pages`."""
+        """The cache with these pages fresh in every layer, as :meth:`PagedAttentionCacheView.reset_pages`."""
         return self.replace(views=[view.reset_pages(pages) for view in self.views])
 
     @property

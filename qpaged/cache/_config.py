@@ -103,7 +103,10 @@ class PagedAttentionCacheMetaData(Record):
             ValueError: as the class, and when not one page fits.
         """
         utilization = _utilization(hbm_utilization)
-        layers, page_size = _positive("num_hidden_layers", num_hidden_layers), _positive("page_size", page_size)
+        layers, page_size = (
+            _positive("num_hidden_layers", num_hidden_layers),
+            _positive("page_size", page_size),
+        )
         shape = (
             _positive("num_kv_heads", num_kv_heads),
             page_size,
@@ -151,8 +154,8 @@ def agreed_format(metadata: PagedAttentionCacheMetaData, quantizer: Any, dtype: 
     format, dtype = cache_format(quantizer), float_dtype("dtype", dtype)
     if metadata.quantizer is not None and metadata.quantizer != format:
         raise ValueError(
-            f"quantizer must be the one the metadata was made for, {metadata.quantizer}, but came as {format}; "
-            f"give both the same, so that the bytes counted are the bytes allocated."
+            f"quantizer must be the one the metadata was made for, {metadata.quantizer}, but came as "
+            f"{format}; give both the same, so that the bytes counted are the bytes allocated."
         )
     if metadata.dtype is not None and metadata.dtype != dtype.name:
         raise ValueError(

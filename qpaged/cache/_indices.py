@@ -21,7 +21,9 @@ def as_indices(name: str, values: Any) -> jax.Array:
         if values.size == 0:
             values = values.astype(np.int32)
     if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, but came as {values.dtype.name}; convert with .astype(int32).")
+        raise TypeError(
+            f"{name} must be integers, but came as {values.dtype.name}; convert with .astype(int32)."
+        )
     if not np.can_cast(values.dtype, np.int32):
         where = jnp.where if isinstance(values, jax.Array) else np.where
         fits = (values >= 0) & (values <= LARGEST)

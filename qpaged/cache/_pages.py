@@ -29,7 +29,9 @@ def fresh_pages(format: PagesFormat, shape: Sequence[int], dtype: Any) -> Any:
     return jax.tree_util.tree_map(lambda leaf: jnp.broadcast_to(leaf, (*shape[:2], *leaf.shape[2:])), page)
 
 
-def allocate_pages(format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh | None, manager: Any) -> Any:
+def allocate_pages(
+    format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh | None, manager: Any
+) -> Any:
     """A fresh pool on the mesh's devices, or on the default device where there is no mesh."""
     shape = tuple(shape)
     shardings = None if mesh is None else pages_shardings(format, shape, dtype, mesh, manager)
@@ -54,7 +56,9 @@ def check_divides(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> None
         )
 
 
-def device_bytes(format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh | None, manager: Any) -> int:
+def device_bytes(
+    format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh | None, manager: Any
+) -> int:
     """Bytes of a pool on one device, scales included: what the format's own arrays take there."""
     leaves = jax.tree_util.tree_leaves(jax.eval_shape(lambda: fresh_pages(format, tuple(shape), dtype)))
     shapes = [leaf.shape for leaf in leaves]
@@ -71,11 +75,13 @@ class NarrowFloatPoolWarning(UserWarning):
 def warn_of_narrow_floats(*pools: Any) -> None:
     """Warn of plain pools that XLA on CPU widens whole at every write and read."""
     for pool in pools:
-        narrow = isinstance(pool, jax.Array) and jnp.issubdtype(pool.dtype, jnp.floating) and pool.itemsize < 4
+        narrow = (
+            isinstance(pool, jax.Array) and jnp.issubdtype(pool.dtype, jnp.floating) and pool.itemsize < 4
+        )
         if narrow and not isinstance(pool, jax.core.Tracer) and next(iter(pool.devices())).platform == "cpu":
             warnings.warn(
-                f"XLA on CPU copies a whole {pool.dtype.name} pool at every write and read; quantizer='raw' stores the "
-                f"same bits as integers and does not.",
+                f"XLA on CPU copies a whole {pool.dtype.name} pool at every write and read; "
+                f"quantizer='raw' stores the same bits as integers and does not.",
                 NarrowFloatPoolWarning,
                 stacklevel=5,
             )

@@ -94,12 +94,18 @@ def _unpack(value: Any) -> Any:
         return [_unpack(item) for item in value]
     if not isinstance(value, Mapping):
         return value
-    kind = value.get("type")
+    kind: Any = value.get("type")
     if kind in Record._records:
         return Record._records[kind].from_dict(value)
-    unpack = {"CacheFormat": CacheFormat.from_config, "array": _array_from_json, "QuantizedArray": _quantized}.get(kind)
+    unpack = {
+        "CacheFormat": CacheFormat.from_config,
+        "array": _array_from_json,
+        "QuantizedArray": _quantized,
+    }.get(kind)
     if unpack is None:
-        raise ValueError(f"data holds a part of unknown type {kind!r}; it was not written by this version of qpaged.")
+        raise ValueError(
+            f"data holds a part of unknown type {kind!r}; it was not written by this version of qpaged."
+        )
     return unpack(value)
 
 

@@ -41,5 +41,8 @@ def leaf_spec(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> Partitio
         known = all(name in mesh.shape for name in names)
         return known and length % int(np.prod([mesh.shape[name] for name in names])) == 0
 
-    parts = [None if part is None or not fits(part, length) else part for part, length in zip(spec, shape)]
+    parts = [
+        None if part is None or not fits(part, length) else part
+        for part, length in zip(spec, shape, strict=False)
+    ]
     return PartitionSpec(*parts)

@@ -116,7 +116,8 @@ class PagedAttentionCacheView(Record):
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "concatenate_to_cache does not apply to pages; use write_prefill_to_cache or write_decodes_to_cache."
+            "concatenate_to_cache does not apply to pages; use write_prefill_to_cache or "
+            "write_decodes_to_cache."
         )
 
     def _nothing_to_write(self, method: str, metadata: PagedAttentionMetadata) -> Self:

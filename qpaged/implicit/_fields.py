@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,13 +22,17 @@ class UninitializedAval(Exception):
         )
 
 
-def aux_field(metadata: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-    """A dataclass field that is static data of the pytree, not one of its children.
+if TYPE_CHECKING:  # checkers know what has a default, and what not, by this name only
+    from dataclasses import field as aux_field
+else:
 
-    Its values must be hashable and comparable, for they become part of the tree's structure. Takes
-    the arguments of `dataclasses.field`.
-    """
-    return dataclasses.field(metadata={**(metadata or {}), _AUX: True}, **kwargs)
+    def aux_field(metadata: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """A dataclass field that is static data of the pytree, not one of its children.
+
+        Its values must be hashable and comparable, for they become part of the tree's structure. Takes
+        the arguments of `dataclasses.field`.
+        """
+        return dataclasses.field(metadata={**(metadata or {}), _AUX: True}, **kwargs)
 
 
 class Declared:

@@ -43,7 +43,9 @@ def get_quantizer(spelling: "str | Quantizer") -> Quantizer:
         )
     head, *wrappers = spelling.split("+")
     if wrappers:
-        raise RegistryError(f"{spelling!r}: no wrapper named {wrappers[0]!r} is installed; drop the '+' part.")
+        raise RegistryError(
+            f"{spelling!r}: no wrapper named {wrappers[0]!r} is installed; drop the '+' part."
+        )
     name, _, granularity = head.partition(":")
     try:
         return _build(name, granularity or None)

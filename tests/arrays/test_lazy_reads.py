@@ -27,7 +27,9 @@ MOVES = {
     "fill": lambda a: a.at[:, jnp.array([0, 6, -7, 5])].get(mode="fill"),
     "fill with zeros": lambda a: a.at[:, jnp.array([0, 6, -7, 5])].get(mode="fill", fill_value=0),
     "clip": lambda a: a.at[:, jnp.array([0, 6, 9, 5])].get(mode="clip"),
-    "batched take": lambda a: jax.vmap(lambda page, i: page[i])(a.swapaxes(0, 1), jnp.array([0, 1, 1, 0, 1, 0])),
+    "batched take": lambda a: jax.vmap(lambda page, i: page[i])(
+        a.swapaxes(0, 1), jnp.array([0, 1, 1, 0, 1, 0])
+    ),
     "broadcast": lambda a: jnp.broadcast_to(a[:, :, None], (2, 6, 3, 16, 32)),
     "concatenate": lambda a: jnp.concatenate([a, a[:, :2], a[:, 3:4]], 1),
     "concatenate slots": lambda a: jnp.concatenate([a, a[:, :, 3:4]], 2),
@@ -45,10 +47,13 @@ MOVES = {
         (2, 12, 8, 32), (2, 192, 16), (32, 3, 64), (4, 6, 8, 32), (2, 4, 24, 32), (24, 256),
     ]
 } | {
-    f"dynamic slice at {at}": functools.partial(lambda at, a: lax.dynamic_slice(a, (0, 2, at, 5), (2, 3, 5, 16)), at)
+    f"dynamic slice at {at}": functools.partial(
+        lambda at, a: lax.dynamic_slice(a, (0, 2, at, 5), (2, 3, 5, 16)), at
+    )
     for at in (0, 3, 9, 14, 20)
 } | {
-    f"page at {at}": functools.partial(lambda at, a: lax.dynamic_slice_in_dim(a, at, 2, 1), at) for at in (0, 3, 9)
+    f"page at {at}": functools.partial(lambda at, a: lax.dynamic_slice_in_dim(a, at, 2, 1), at)
+    for at in (0, 3, 9)
 }  # fmt: skip
 
 SCALINGS = {"times": lambda a: a * 0.3, "over": lambda a: a / 0.3, "negative": lambda a: -a}

@@ -16,13 +16,13 @@ LENGTHS = [0, 1, PAGE_SIZE - 1, PAGE_SIZE, 39, 40]  # 0 is an inactive row
 PER_SEQUENCE = 5
 
 CASES = {
-    "grouped 4": dict(heads=(8, 2)),
-    "grouped 1, window": dict(heads=(2, 2), sliding_window=11),
-    "grouped 8, soft cap, sinks": dict(heads=(8, 1), logits_soft_cap=3.0, sinks=True),
-    "window of one, scale": dict(heads=(6, 2), sliding_window=1, softmax_scale=0.3),
+    "grouped 4": {"heads": (8, 2)},
+    "grouped 1, window": {"heads": (2, 2), "sliding_window": 11},
+    "grouped 8, soft cap, sinks": {"heads": (8, 1), "logits_soft_cap": 3.0, "sinks": True},
+    "window of one, scale": {"heads": (6, 2), "sliding_window": 1, "softmax_scale": 0.3},
 }
 # float32 sums of some tens of products in other orders, through an exponential
-TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def tables(rng):
@@ -142,14 +142,16 @@ def test_prefill(format, name):
 @pytest.mark.parametrize("format", ["int8", "int8:channel", "raw", None])
 def test_both_modes_in_one_call(format):
     view, table = filled(format, 2, 16)
-    prefilled, position, _ = prefill(table)
+    prefilled = prefill(table)[0]
     decoded = decode(table)[0]
     both = prefilled.replace(
         decodes_position=decoded.decodes_position, decodes_page_table=decoded.decodes_page_table
     )
     query = normal(16 + len(LENGTHS), 4, 16, seed=6)
     together = qpaged.paged_attention(query, view, both)
-    np.testing.assert_allclose(together[:16], qpaged.paged_attention(query[:16], view, prefilled), **TOLERANCE)
+    np.testing.assert_allclose(
+        together[:16], qpaged.paged_attention(query[:16], view, prefilled), **TOLERANCE
+    )
     np.testing.assert_allclose(together[16:], qpaged.paged_attention(query[16:], view, decoded), **TOLERANCE)
 
 
@@ -210,21 +212,33 @@ def test_reference_has_a_gradient():
 
 
 BAD = [
-    (dict(backend="tpu"), ValueError, "backend must be one of xla, reference, or None, but came as 'tpu'"),
-    (dict(sliding_window=0), ValueError, "sliding_window must be at least 1, .* came as 0"),
-    (dict(sliding_window=2.5), TypeError, "float"),
-    (dict(logits_soft_cap=-1.0), ValueError, "logits_soft_cap must be positive, .* came as -1.0"),
-    (dict(sinks=np.zeros(3)), ValueError, r"sinks must have shape \(q_heads,\) = \(4,\), .* \(3,\)"),
-    (dict(query=np.zeros((6, 4, 8), np.float32)), ValueError, r"query must have shape .* \(6, 4, 8\)"),
-    (dict(query=np.zeros((6, 3, 16), np.float32)), ValueError, r"multiple of the 2 KV heads, .* \(6, 3, 16\)"),
-    (dict(query=np.zeros((5, 4, 16), np.float32)), ValueError, r"with 6 tokens, .* \(5, 4, 16\)"),
-    (dict(query=np.zeros((6, 4, 16), np.int32)), TypeError, "query must have a real floating-point dtype, .* int32"),
+    ({"backend": "tpu"}, ValueError, "backend must be one of xla, reference, or None, but came as 'tpu'"),
+    ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1, .* came as 0"),
+    ({"sliding_window": 2.5}, TypeError, "float"),
+    ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap must be positive, .* came as -1.0"),
+    ({"sinks": np.zeros(3)}, ValueError, r"sinks must have shape \(q_heads,\) = \(4,\), .* \(3,\)"),
+    ({"query": np.zeros((6, 4, 8), np.float32)}, ValueError, r"query must have shape .* \(6, 4, 8\)"),
+    (
+        {"query": np.zeros((6, 3, 16), np.float32)},
+        ValueError,
+        r"multiple of the 2 KV heads, .* \(6, 3, 16\)",
+    ),
+    ({"query": np.zeros((5, 4, 16), np.float32)}, ValueError, r"with 6 tokens, .* \(5, 4, 16\)"),
+    (
+        {"query": np.zeros((6, 4, 16), np.int32)},
+        TypeError,
+        "query must have a real floating-point dtype, .* int32",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("change", "error", "message"), BAD)
 def test_bad_arguments(change, error, message):
     view, table = filled("int8", 2, 16)
-    arguments = dict(query=np.zeros((6, 4, 16), np.float32), view=view, metadata=decode(table)[0]) | change
+    arguments = {
+        "query": np.zeros((6, 4, 16), np.float32),
+        "view": view,
+        "metadata": decode(table)[0],
+    } | change
     with pytest.raises(error, match=message):
         qpaged.paged_attention(arguments.pop("query"), **arguments)

@@ -13,7 +13,9 @@ def rows(draw):
     rng = np.random.default_rng(draw(SEEDS))
     shape = (TOKENS, HEADS, HEAD_DIM)
     values = rng.normal(size=shape)
-    kind = draw(st.sampled_from(["gaussian", "growing", "outliers", "wild", "tiny", "huge", "constant", "powers"]))
+    kind = draw(
+        st.sampled_from(["gaussian", "growing", "outliers", "wild", "tiny", "huge", "constant", "powers"])
+    )
     if kind == "growing":
         values *= 1.3 ** np.arange(TOKENS)[:, None, None]
     elif kind == "outliers":

@@ -100,7 +100,9 @@ def order(subject, rows, chunks):
         assert leaves_equal(whole, parts), f"{subject.format}: codes or scales depend on the order of writes"
         return
     for one, other in ((whole.key_pages, parts.key_pages), (whole.value_pages, parts.value_pages)):
-        assert leaves_equal(one.scales, other.scales), f"{subject.format}: scales depend on the order of writes"
+        assert leaves_equal(one.scales, other.scales), (
+            f"{subject.format}: scales depend on the order of writes"
+        )
         apart = np.abs(np.asarray(VALUES(one), np.float64) - VALUES(other))
         bound = subject.quantizer.order_bound * np.asarray(FACTORS(one), np.float64)
         assert (apart <= bound).all(), f"{subject.format}: two orders are further apart than declared"
@@ -115,9 +117,14 @@ def locality(subject, rows, token, new):
     position[0] = token
     after = subject.write(before, np.broadcast_to(new, rows.shape), position)
     page, slot = TABLE[token // PAGE_SIZE], token % PAGE_SIZE
-    for old, now, want in ((before.key_pages, after.key_pages, again), (before.value_pages, after.value_pages, -again)):
+    for old, now, want in (
+        (before.key_pages, after.key_pages, again),
+        (before.value_pages, after.value_pages, -again),
+    ):
         assert_within_bound(subject, now, want)
-        for name, a, b in zip("cs", jax.tree_util.tree_leaves(old), jax.tree_util.tree_leaves(now), strict=False):
+        for name, a, b in zip(
+            "cs", jax.tree_util.tree_leaves(old), jax.tree_util.tree_leaves(now), strict=False
+        ):
             a, b = np.array(a), np.array(b)
             a[:, page, slot if a.shape[2] > 1 and _lone(now) else slice(None)] = 0
             b[:, page, slot if b.shape[2] > 1 and _lone(now) else slice(None)] = 0

@@ -42,8 +42,14 @@ STEPS = {
     "decode write": (METHODS.write_decodes_to_cache, (rows(BATCH), rows(BATCH), DECODE)),
     "prefill write": (METHODS.write_prefill_to_cache, (rows(64), rows(64), PREFILL)),
     "reset": (METHODS.reset_pages, (jax.ShapeDtypeStruct((8,), jnp.int32),)),
-    "decode attention": (lambda view, q, m: qpaged.paged_attention(q, view, m), (rows(BATCH, Q_HEADS), DECODE)),
-    "prefill attention": (lambda view, q, m: qpaged.paged_attention(q, view, m), (rows(64, Q_HEADS), PREFILL)),
+    "decode attention": (
+        lambda view, q, m: qpaged.paged_attention(q, view, m),
+        (rows(BATCH, Q_HEADS), DECODE),
+    ),
+    "prefill attention": (
+        lambda view, q, m: qpaged.paged_attention(q, view, m),
+        (rows(64, Q_HEADS), PREFILL),
+    ),
 }
 
 
@@ -78,11 +84,15 @@ def test_no_float_of_the_pools_size(format, name):
 
 def test_the_walk_sees_a_float_of_the_pools_size():
     view = abstract_view("int8", 4096)
-    program = jax.make_jaxpr(lambda view: jax.lax.fori_loop(0, 2, lambda i, x: x + view.key_pages.materialize(), 0.0))
+    program = jax.make_jaxpr(
+        lambda view: jax.lax.fori_loop(0, 2, lambda i, x: x + view.key_pages.materialize(), 0.0)
+    )
     with pytest.raises(TypeError):  # a carry that changes its shape does not even trace
         program(view)
     made = arrays_in(jax.make_jaxpr(jax.jit(lambda view: view.key_pages.materialize().sum()))(view).jaxpr)
-    assert any(aval.size == HEADS * 4096 * PAGE_SIZE * HEAD_DIM and aval.dtype == jnp.float32 for _, aval in made)
+    assert any(
+        aval.size == HEADS * 4096 * PAGE_SIZE * HEAD_DIM and aval.dtype == jnp.float32 for _, aval in made
+    )
 
 
 def temporaries(format, name, pages):
@@ -107,7 +117,9 @@ def test_temporaries_do_not_grow_with_the_pool(format, name):
 def test_a_donated_write_reuses_its_buffers(format):
     config = qpaged.PagedAttentionCacheMetaData(2, 1, 8, 4, 64, 16, 2, 32, 0.5)
     view = METHODS.init(None, jnp.bfloat16, config, 0, None, format)
-    metadata = qpaged.PagedAttentionMetadata.decode(position=np.array([3, 20]), page_table=np.arange(8).reshape(2, 4))
+    metadata = qpaged.PagedAttentionMetadata.decode(
+        position=np.array([3, 20]), page_table=np.arange(8).reshape(2, 4)
+    )
     before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree_util.tree_leaves(view)]
     key = jnp.ones((2, 2, 32), jnp.bfloat16)
     after = jax.jit(METHODS.write_decodes_to_cache, donate_argnums=0)(view, key, key, metadata)

@@ -21,8 +21,12 @@ def serve(format, dtype=jnp.float32):
     @jax.jit
     def step(view):
         for row, length in enumerate((17, 9)):
-            prefill = qpaged.PagedAttentionMetadata.prefill(position=np.arange(17), page_table=TABLE[row], length=length)
-            view = view.write_prefill_to_cache(normal(17, 2, 16, seed=row), normal(17, 2, 16, seed=row + 5), prefill)
+            prefill = qpaged.PagedAttentionMetadata.prefill(
+                position=np.arange(17), page_table=TABLE[row], length=length
+            )
+            view = view.write_prefill_to_cache(
+                normal(17, 2, 16, seed=row), normal(17, 2, 16, seed=row + 5), prefill
+            )
         decode = qpaged.PagedAttentionMetadata.decode(position=POSITION, page_table=TABLE)
         view = view.write_decodes_to_cache(normal(3, 2, 16, seed=8), normal(3, 2, 16, seed=9), decode)
         return qpaged.paged_attention(normal(3, 4, 16, seed=10), view, decode), view
@@ -36,9 +40,16 @@ def test_shapes_dtypes_and_values(format):
     assert (out.shape, out.dtype) == (plain.shape, plain.dtype)
     for name in ("key_pages", "value_pages"):
         one, other = getattr(view, name), getattr(plain_view, name)
-        assert (one.shape, one.dtype, one.ndim, one.size) == (other.shape, other.dtype, other.ndim, other.size)
+        assert (one.shape, one.dtype, one.ndim, one.size) == (
+            other.shape,
+            other.dtype,
+            other.ndim,
+            other.size,
+        )
         assert isinstance(one, ImplicitArray) and not isinstance(other, ImplicitArray)
-    np.testing.assert_allclose(out, plain, atol=0.2)  # the coarsest format, 2 mantissa bits, on values up to 3
+    np.testing.assert_allclose(
+        out, plain, atol=0.2
+    )  # the coarsest format, 2 mantissa bits, on values up to 3
     if format == "raw":
         assert leaves_equal(out, plain)
 
@@ -60,5 +71,7 @@ def plain_attention(query, keys, values, table, position):
 def test_an_attention_written_for_plain_arrays_takes_the_pages(format):
     out, view = serve(format)
     query = normal(3, 4, 16, seed=10)
-    lazy = jax.jit(use_implicit_args(plain_attention))(query, view.key_pages, view.value_pages, TABLE, POSITION)
+    lazy = jax.jit(use_implicit_args(plain_attention))(
+        query, view.key_pages, view.value_pages, TABLE, POSITION
+    )
     np.testing.assert_allclose(lazy, out, rtol=2e-6, atol=2e-6)

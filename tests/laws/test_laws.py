@@ -80,7 +80,9 @@ def test_eager_writes_leave_what_jitted_ones_leave(format):
     parts = np.arange(laws.TOKENS, dtype=np.int32)
     first, second = np.where(parts < 11, parts, -1), np.where(parts < 11, -1, parts)
     jitted = subject.write(subject.write(subject.fresh(), values, first), values * 3, second)
-    bare = subject.write(subject.write(subject.fresh(), values, first, write=eager), values * 3, second, write=eager)
+    bare = subject.write(
+        subject.write(subject.fresh(), values, first, write=eager), values * 3, second, write=eager
+    )
     assert leaves_equal(jitted, bare)
 
 
@@ -107,7 +109,9 @@ def test_nan_and_infinity_touch_no_other_block(format, bad):
     values = np.random.default_rng(3).normal(size=(laws.TOKENS, laws.HEADS, laws.HEAD_DIM)).astype(np.float32)
     poisoned = values.copy()
     poisoned[9, 1, 5] = bad
-    clean, dirty = (laws.in_chunks(subject, subject.fresh(), v, [np.arange(laws.TOKENS)]) for v in (values, poisoned))
+    clean, dirty = (
+        laws.in_chunks(subject, subject.fresh(), v, [np.arange(laws.TOKENS)]) for v in (values, poisoned)
+    )
     read = laws.slots(laws.VALUES(dirty.key_pages))
     if format == "raw":
         np.testing.assert_array_equal(read[9, 1, 5], bad)
@@ -120,7 +124,9 @@ def test_nan_and_infinity_touch_no_other_block(format, bad):
         want[9, 1, 5] = np.sign(bad) * np.finfo(np.float32).max
         laws.assert_within_bound(subject, dirty.key_pages, want)
     block = dirty.key_pages.block
-    for old, new in zip(jax.tree_util.tree_leaves(clean.key_pages), jax.tree_util.tree_leaves(dirty.key_pages), strict=True):
+    for old, new in zip(
+        jax.tree_util.tree_leaves(clean.key_pages), jax.tree_util.tree_leaves(dirty.key_pages), strict=True
+    ):
         old, new = np.array(old), np.array(new)
         for leaf in (old, new):
             slot = slice(None) if block[2] > 1 or leaf.shape[2] == 1 else 1

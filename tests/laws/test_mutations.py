@@ -1,14 +1,9 @@
 """The checks of the laws catch what they are for: each fails on a subject that breaks its law."""
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-
-import qpaged
 
 ROWS = np.random.default_rng(0).normal(size=(laws.TOKENS, laws.HEADS, laws.HEAD_DIM)).astype(np.float32)
 ROWS *= 2.0 ** (np.arange(laws.TOKENS) // 4)[:, None, None]  # scales differ from page to page
@@ -107,7 +102,9 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("format", ["int8", "int8:channel", "fp8_e4m3"])
-@pytest.mark.parametrize(("law", "mutant"), [(law, mutant) for law, all_ in MUTANTS.items() for mutant in all_])
+@pytest.mark.parametrize(
+    ("law", "mutant"), [(law, mutant) for law, all_ in MUTANTS.items() for mutant in all_]
+)
 def test_a_check_fails_on_a_mutant(law, mutant, format):
     with pytest.raises(AssertionError):
         CHECKS[law](mutant(format))
