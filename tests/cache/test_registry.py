@@ -1,0 +1,289 @@
+"""Formats by name: what is found, what is refused and why, and how formats are spelled and saved."""
+
+import copy
+import json
+import pickle
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from caches_for_tests import FORMATS
+
+import qpaged
+
+registry = sys.modules["qpaged.quantizer._registry"]
+NAMES = ("fp8_e4m3", "fp8_e5m2", "int8", "raw")
+
+
+class Point:
+    """An entry point of a package."""
+
+    def __init__(self, name, package, make, value="package:Format"):
+        self.name, self.value, self._make = name, value, make
+        self.dist = package and type("Distribution", (), {"name": package})
+
+    def load(self):
+        if isinstance(self._make, Exception):
+            raise self._make
+        return self._make
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Adds entry points to those that are installed."""
+
+    def add(*points):
+        found = registry.entry_points
+        monkeypatch.setattr(registry, "entry_points", lambda group: [*found(group=group), *points])
+
+    return add
+
+
+@dataclass(frozen=True)
+class Odd(type(qpaged.get_quantizer("int8"))):
+    granularity: str = "channel"
+    name: ClassVar[str] = "odd"
+    granularities: ClassVar = ("channel", "page")
+
+
+def test_what_is_installed():
+    assert qpaged.available_quantizers() == NAMES
+    assert FORMATS == (
+        *(f"fp8_e4m3{g}" for g in ("", ":token", ":channel")),
+        *(f"fp8_e5m2{g}" for g in ("", ":token", ":channel")),
+        *(f"int8{g}" for g in ("", ":token", ":channel")),
+        "raw",
+    )
+
+
+@pytest.mark.parametrize("spelling", FORMATS)
+def test_spellings_come_back(spelling):
+    quantizer = qpaged.get_quantizer(spelling)
+    assert str(quantizer) == spelling
+    assert isinstance(quantizer, qpaged.Quantizer)
+    assert qpaged.get_quantizer(quantizer) is quantizer
+    again = qpaged.get_quantizer(spelling)
+    assert again == quantizer
+    assert hash(again) == hash(quantizer)
+    assert json.loads(json.dumps(quantizer.config)) == quantizer.config
+    assert quantizer.config["name"] == quantizer.name == spelling.partition(":")[0]
+    assert quantizer.config["granularity"] == quantizer.granularity
+    for copied in (copy.copy(quantizer), copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
+        assert copied == quantizer
+    spelled_out = f"{quantizer.name}:{quantizer.granularity}"
+    assert qpaged.get_quantizer(spelled_out) == quantizer
+
+
+def test_formats_are_told_apart():
+    assert len({qpaged.get_quantizer(spelling) for spelling in FORMATS}) == len(FORMATS)
+
+
+@pytest.mark.parametrize("spelling", ["int5", "", "INT8", "int8 ", " int8", ":token", "int8/int8", "plain", "None"])
+def test_an_unknown_name_lists_what_is_installed(spelling):
+    with pytest.raises(qpaged.RegistryError, match=f"installed are {', '.join(NAMES)}. Formats are found"):
+        qpaged.get_quantizer(spelling)
+
+
+def test_nothing_installed(monkeypatch):
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    assert qpaged.available_formats() == ()
+    with pytest.raises(qpaged.RegistryError, match="no format is named 'int8'; installed are none"):
+        qpaged.get_quantizer("int8")
+
+
+@pytest.mark.parametrize(
+    ("spelling", "offered"),
+    [
+        ("int8:block", "page, token, channel"),
+        ("int8:token:x", "page, token, channel"),
+        ("int8:Token", "page, token, channel"),
+        ("fp8_e4m3:element", "page, token, channel"),
+        ("raw:page", "element"),
+    ],
+)
+def test_a_granularity_that_is_not_offered_lists_those_that_are(spelling, offered):
+    name, _, granularity = spelling.partition(":")
+    message = f"'{spelling}': granularity must be one of {offered} for {name}, but came as '{granularity}'"
+    with pytest.raises(qpaged.RegistryError, match=message):
+        qpaged.get_quantizer(spelling)
+
+
+def test_an_empty_granularity_is_no_spelling():
+    with pytest.raises(qpaged.RegistryError, match="int8:"):
+        qpaged.get_quantizer("int8:")
+
+
+def test_a_wrapper_that_is_not_installed():
+    with pytest.raises(qpaged.RegistryError, match=r"'int8\+rotate': no wrapper named 'rotate' is installed"):
+        qpaged.get_quantizer("int8+rotate")
+
+
+@pytest.mark.parametrize("thing", [8, None, b"int8", object(), qpaged.Quantizer, ["int8"], np.int8])
+def test_what_is_no_spelling(thing):
+    with pytest.raises(TypeError, match=f"or a qpaged.Quantizer, but came as {type(thing).__name__}"):
+        qpaged.get_quantizer(thing)
+
+
+def test_a_package_is_found_without_being_listed(install):
+    install(Point("odd", "oddities", Odd))
+    assert qpaged.available_quantizers() == ("fp8_e4m3", "fp8_e5m2", "int8", "odd", "raw")
+    assert qpaged.get_quantizer("odd") == Odd("channel")
+    assert qpaged.get_quantizer("odd:page") == Odd("page")
+    assert {"odd", "odd:page"} <= set(qpaged.available_formats())
+    assert str(qpaged.CacheFormat.of("odd/odd:page")) == "odd/odd:page"
+
+
+def test_a_name_that_two_packages_claim(install):
+    install(Point("odd", "oddities", Odd), Point("odd", "curios", Odd), Point("even", "curios", Odd))
+    with pytest.raises(
+        qpaged.RegistryError, match="the name 'odd' is claimed by 2 packages, curios and oddities; uninstall"
+    ):
+        qpaged.get_quantizer("odd")
+    assert qpaged.get_quantizer("int8").name == "int8"  # the others are not in doubt
+
+
+def test_a_built_in_name_that_a_package_claims(install):
+    install(Point("int8", "impostor", Odd))
+    with pytest.raises(qpaged.RegistryError, match="'int8' is claimed by 2 packages, impostor and qpaged"):
+        qpaged.get_quantizer("int8")
+
+
+def test_an_installation_that_is_seen_twice_counts_once(install):
+    install(Point("odd", "oddities", Odd), Point("odd", "oddities", Odd), Point("lone", None, Odd), Point("lone", None, Odd))
+    assert qpaged.get_quantizer("odd") == Odd()
+    assert qpaged.get_quantizer("lone") == Odd()
+
+
+@pytest.mark.parametrize(
+    "error", [ImportError("no oddlib"), ModuleNotFoundError("no oddlib"), AttributeError("no oddlib")]
+)
+def test_a_package_that_cannot_be_imported(install, error):
+    install(Point("odd", "oddities", error, "oddlib:Odd"))
+    assert "odd" in qpaged.available_quantizers()
+    with pytest.raises(
+        qpaged.RegistryError, match=r"'odd' of package oddities cannot be loaded from 'oddlib:Odd': no oddlib"
+    ):
+        qpaged.get_quantizer("odd")
+    assert qpaged.get_quantizer("int8").name == "int8"
+
+
+@pytest.mark.parametrize("error", [SyntaxError("bad line"), RuntimeError("bad line"), NameError("bad line")])
+def test_a_package_that_breaks_while_it_is_imported(install, error):
+    install(Point("odd", "oddities", error, "oddlib:Odd"))
+    with pytest.raises(qpaged.RegistryError, match=r"'odd' of package oddities cannot be loaded .*bad line"):
+        qpaged.get_quantizer("odd")
+
+
+def test_an_entry_point_that_makes_no_quantizer(install):
+    install(Point("odd", "oddities", dict))
+    with pytest.raises(
+        qpaged.RegistryError, match=r"the entry point 'odd' must make a qpaged.Quantizer, but made a dict"
+    ):
+        qpaged.get_quantizer("odd")
+
+
+def test_registry_errors_are_value_errors():
+    assert issubclass(qpaged.RegistryError, ValueError)
+
+
+CacheFormat = qpaged.CacheFormat
+INT8, TOKEN, CHANNEL, RAW = (qpaged.get_quantizer(s) for s in ("int8", "int8:token", "int8:channel", "raw"))
+
+
+@pytest.mark.parametrize(
+    ("format", "key", "value", "spelling"),
+    [
+        (None, None, None, "plain"),
+        ("plain", None, None, "plain"),
+        ("plain/plain", None, None, "plain"),
+        ("int8", INT8, INT8, "int8"),
+        ("int8:page", INT8, INT8, "int8"),
+        (TOKEN, TOKEN, TOKEN, "int8:token"),
+        ("int8:channel/int8:token", CHANNEL, TOKEN, "int8:channel/int8:token"),
+        ("int8/int8", INT8, INT8, "int8"),
+        ("plain/raw", None, RAW, "plain/raw"),
+        ("raw/plain", RAW, None, "raw/plain"),
+        (CacheFormat(INT8, None), INT8, None, "int8/plain"),
+        (CacheFormat(), None, None, "plain"),
+    ],
+)
+def test_what_a_cache_format_is_made_of(format, key, value, spelling):
+    made = CacheFormat.of(format)
+    assert made == CacheFormat(key, value)
+    assert hash(made) == hash(CacheFormat(key, value))
+    assert made.layer(0) == made.layer(99) == (key, value)
+    assert str(made) == spelling
+    assert CacheFormat.of(str(made)) == made
+    assert CacheFormat.from_config(json.loads(json.dumps(made.config))) == made
+
+
+def test_formats_by_layer():
+    made = CacheFormat.of("int8").with_layers({3: "raw/plain", 0: None, 1: TOKEN, 2: CacheFormat(INT8, RAW)})
+    assert [made.layer(i) for i in range(5)] == [
+        (None, None),
+        (TOKEN, TOKEN),
+        (INT8, RAW),
+        (RAW, None),
+        (INT8, INT8),
+    ]
+    assert str(made) == "int8 (0: plain/plain; 1: int8:token/int8:token; 2: int8/raw; 3: raw/plain)"
+    assert CacheFormat.from_config(json.loads(json.dumps(made.config))) == made
+    assert made.with_layers({0: "int8"}).layer(0) == (INT8, INT8)
+    assert made.with_layers({0: "int8"}).layer(1) == (TOKEN, TOKEN)
+    assert made == CacheFormat.of("int8").with_layers({0: "plain", 1: TOKEN}).with_layers(
+        {2: "int8/raw", 3: "raw/plain"}
+    )
+    assert made.layer(0) == (None, None)  # it was not changed
+
+
+@pytest.mark.parametrize("spelling", ["int8/int8/int8", "raw//raw"])
+def test_too_many_parts(spelling):
+    with pytest.raises(qpaged.RegistryError, match=f"'{spelling}': at most one '/'"):
+        CacheFormat.of(spelling)
+
+
+@pytest.mark.parametrize("spelling", ["int8/", "/int8", "", "/", "plain:token", "int5/int8", "int8/int5"])
+def test_parts_that_name_nothing(spelling):
+    with pytest.raises(qpaged.RegistryError, match="no format is named"):
+        CacheFormat.of(spelling)
+
+
+@pytest.mark.parametrize("thing", [3, b"int8", ("int8", "int8")])
+def test_what_is_no_cache_format(thing):
+    with pytest.raises(TypeError, match=f"but came as {type(thing).__name__}"):
+        CacheFormat.of(thing)
+
+
+def test_layers_that_cannot_be():
+    with pytest.raises(ValueError, match="counted from 0, but -1 came"):
+        CacheFormat.of("int8").with_layers({-1: "raw"})
+    by_layer = CacheFormat.of("int8").with_layers({0: "raw"})
+    with pytest.raises(ValueError, match=r"layer 2 must have one format, but .* by layer: int8 \(0: raw/raw\)"):
+        CacheFormat().with_layers({2: by_layer})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"key": "int8", "value": "int8"},
+        {"key": "int8", "layers": []},
+        {"key": "int8", "value": "int8", "layers": 3},
+        {"key": "int8", "value": "int8", "layers": [3]},
+        {"key": "int8", "value": "int8", "layers": [["x", ["raw", "raw"]]]},
+        {"key": "int8", "value": "int8", "layers": [[0, [3, 4]]]},
+        {"key": "int8/int8", "value": "int8", "layers": []},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_is_not_whole(config):
+    with pytest.raises(ValueError, match=r"config must hold|at most one '/'|invalid literal"):
+        CacheFormat.from_config(config)
+
+
+@pytest.mark.parametrize("spelling", FORMATS)
+def test_quantizers_are_frozen(spelling):
+    with pytest.raises(AttributeError):
+        qpaged.get_quantizer(spelling).granularity = "page"
