@@ -1,0 +1,136 @@
+"""Programs that update a quantized array leave one that holds what they would have written, within its bound."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formats import FORMATS, leaves_equal, multipliers, normal, quantized
+from jax import lax
+
+import qpaged
+from qpaged.implicit import use_implicit_args
+
+ROW = normal(2, 1, 1, 32, seed=1) * 3
+SOME = normal(2, 5, 32, seed=2) * 3
+
+
+def update(at, array):
+    return lax.dynamic_update_slice(array, ROW, (0, 3, at, 0))
+
+
+WRITES = {
+    "one slot": lambda a: update(5, a),
+    "clamped past the end": lambda a: update(40, a),
+    "clamped before the start": lambda a: lax.dynamic_update_slice(a, ROW, (0, -9, 3, 0)),
+    "half a head": lambda a: lax.dynamic_update_slice(a, ROW[:1, :, :, :16].reshape(1, 1, 2, 8), (1, 3, 4, 7)),
+    "two unaligned pages": lambda a: lax.dynamic_update_slice_in_dim(a, normal(2, 2, 16, 32, seed=3), 3, 1),
+    "everything": lambda a: lax.dynamic_update_slice(a, normal(2, 6, 16, 32, seed=4), (0, 0, 0, 0)),
+    "rows, one page twice": lambda a: (
+        a.at[:, jnp.array([1, 2, 2, 9, -1]), jnp.array([1, 5, 6, 3, 4])].set(SOME, mode="drop")
+    ),
+    "a page": lambda a: a.at[1, 2].set(ROW[0, 0] * 2),
+    "a box": lambda a: a.at[1, 2:4, 3:7, 5:9].set(3.0),
+    "nothing": lambda a: a.at[:, jnp.zeros((0,), jnp.int32)].set(1.0),
+    "vmapped update": lambda a: jax.vmap(lambda c, v, i: lax.dynamic_update_slice(c, v, (i, 0, 0)))(
+        a, ROW, jnp.array([2, 4])
+    ),
+    "in a scan": lambda a: lax.scan(lambda c, i: (update(i, c), None), a, jnp.array([3, 9, 4]))[0],
+    "a page copied": lambda a: a.at[:, 1].set(a[:, 3]),
+    "pages copied": lambda a: a.at[:, jnp.array([0, 4])].set(a[:, jnp.array([5, 2])]),
+}
+
+
+def in_scan(name):
+    return name == "in a scan"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_written_reads_back_within_the_bound(format):
+    array = quantized(format)
+    names = [name for name in WRITES if not (in_scan(name) and qpaged.implicit.provider().name == "qax")]
+
+    @jax.jit
+    def together(array):
+        lazy = use_implicit_args(lambda a: {name: WRITES[name](a) for name in names})(array)
+        dense = {name: WRITES[name](array.materialize()) for name in names}
+        return {name: (lazy[name], lazy[name].dequantize(), dense[name], multipliers(lazy[name])) for name in names}
+
+    for name, (lazy, got, want, factors) in together(array).items():
+        assert isinstance(lazy, qpaged.QuantizedArray), name
+        assert lazy.block == array.block and lazy.quantizer == array.quantizer, name
+        # what was read back once is rounded anew where its block's scale grew: two bounds
+        bound = 2 * np.asarray(array.quantizer.error_bound(want, factors))
+        assert (np.abs(got - want) <= bound + 1e-30).all(), (name, float(jnp.abs(got - want).max()))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_copied_pages_move_codes_and_scales(format):
+    array = quantized(format)
+
+    @jax.jit
+    def copied(array):
+        return use_implicit_args(lambda a: (WRITES["pages copied"](a), a[:, jnp.array([5, 2])]))(array)
+
+    after, source = copied(array)
+    for moved, taken in zip(jax.tree_util.tree_leaves(after), jax.tree_util.tree_leaves(source), strict=True):
+        np.testing.assert_array_equal(np.asarray(moved)[:, [0, 4]], taken)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_moving_decodes_nothing(format):
+    array = quantized(format)
+    jaxpr = jax.make_jaxpr(use_implicit_args(WRITES["pages copied"]))(array)
+    floats = [v.aval for eqn in jaxpr.eqns for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
+    assert all(aval.size <= np.prod(array.scales.shape) for aval in floats)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_row_written_twice_in_one_call_is_one_of_the_two(format):
+    array = quantized(format)
+    rows = jnp.stack([normal(2, 32, seed=5), 1000 * normal(2, 32, seed=6)], axis=1)
+    slots = jnp.array([7, 7])
+    write = jax.jit(use_implicit_args(lambda a: a.at[:, 2, slots].set(rows)))
+    written = write(array)
+    got, factors = written.dequantize()[:, 2, 7], multipliers(written)[:, 2, 7]
+    errors = [np.abs(got - rows[:, i]) <= array.quantizer.error_bound(rows[:, i], factors) for i in (0, 1)]
+    assert any(error.all() for error in errors)
+
+
+@pytest.mark.parametrize("change", [lambda a: a * 2.0, lambda a: a.astype(jnp.bfloat16).astype(jnp.float32)])
+def test_a_scaled_view_is_not_written_to(change):
+    """Its scales are no longer the format's: a write to it materializes, warns, and is right."""
+    array = quantized("int8")
+    view = use_implicit_args(change)(array)
+    if view.quantizer == array.quantizer:
+        return  # a conversion leaves the scales what they are
+    with pytest.warns(UserWarning, match="dynamic_update_slice"):
+        out = use_implicit_args(lambda a: update(5, a))(view)
+    np.testing.assert_array_equal(out, update(5, view.materialize()))
+
+
+@pytest.mark.parametrize(("block", "shape"), [((1, 5), (4, 12)), ((1,), (4, 12)), ((0, 4), (4, 12))])
+def test_a_block_must_tile_the_array(block, shape):
+    with pytest.raises(ValueError, match="block must divide the array along every axis"):
+        qpaged.arrays.quantize(jnp.zeros(shape), qpaged.get_quantizer("int8"), block)
+
+
+def test_only_floats_are_quantized():
+    with pytest.raises(TypeError, match="array must have a real floating-point dtype, but came as int32"):
+        qpaged.get_quantizer("int8").quantize(jnp.zeros((4, 4), jnp.int32))
+    with pytest.raises(ValueError, match=r"at least two axes, .* but came with shape \(4,\)"):
+        qpaged.get_quantizer("int8").quantize(jnp.zeros(4))
+
+
+def test_offsets_are_read_and_not_written():
+    with pytest.raises(NotImplementedError, match="offsets"):
+        jax.jit(use_implicit_args(lambda a: update(5, a)))(quantized("int8", offsets=True))
+
+
+def test_a_pytree_of_arrays_only():
+    array = quantized("int8")
+    leaves, tree = jax.tree_util.tree_flatten(array)
+    assert len(leaves) == 2 and all(isinstance(leaf, jax.Array) for leaf in leaves)
+    assert leaves_equal(jax.tree_util.tree_unflatten(tree, leaves), array)
+    assert array.nbytes == array.codes.nbytes + array.scales.nbytes
+    sliced = jax.vmap(lambda a: a.dequantize(), in_axes=1)(array)
+    np.testing.assert_array_equal(sliced, array.dequantize().swapaxes(0, 1))
