@@ -16,13 +16,17 @@ class Fp8(PowerOfTwoQuantizer):
     Integers, because a pool stored as fp8 is widened whole by XLA on CPU at every write; kernels bitcast
     after the load. Scales are powers of two, so growing one only moves exponents: exact, except for values
     that fall among the subnormals, which are rounded again. The roundings of any number of growths add up
-    to less than one subnormal step, and two orders of writing differ by no more: ``order_bound``.
+    to less than one subnormal step, 2^-resolution s, and two orders of writing differ by no more.
 
     8 bits an element and 8 per block.
     """
 
     float8: ClassVar[Any]
     mantissa: ClassVar[int]
+
+    @property
+    def order_bound(self) -> float:
+        return 0.0 if self.granularity == "token" else 2.0**-self.resolution
 
     def code_dtype(self, dtype: Any) -> Any:
         return jnp.uint8
@@ -37,7 +41,7 @@ class Fp8(PowerOfTwoQuantizer):
 
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
         """|x| 2^-(mantissa + 1) where the value is normal, one subnormal step where it is not."""
-        return jnp.abs(x) * 2.0 ** -(self.mantissa + 1) + self.order_bound * multipliers
+        return jnp.abs(x) * 2.0 ** -(self.mantissa + 1) + 2.0**-self.resolution * multipliers
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,6 @@ class Fp8E4M3(Fp8):
 
     name: ClassVar[str] = "fp8_e4m3"
     bound: ClassVar[float] = 8.0
-    order_bound: ClassVar[float] = 2.0**-9
     headroom: ClassVar[int] = 8
     resolution: ClassVar[int] = 9
     float8: ClassVar[Any] = jnp.float8_e4m3fn
@@ -59,7 +62,6 @@ class Fp8E5M2(Fp8):
 
     name: ClassVar[str] = "fp8_e5m2"
     bound: ClassVar[float] = 2048.0
-    order_bound: ClassVar[float] = 2.0**-16
     headroom: ClassVar[int] = 15
     resolution: ClassVar[int] = 16
     float8: ClassVar[Any] = jnp.float8_e5m2

@@ -110,7 +110,7 @@ def _distinct(blocks: jax.Array, needs: jax.Array, grid: Axes) -> tuple[jax.Arra
     for extent in reversed(grid[1:]):
         strides.insert(0, strides[0] * extent)
     nowhere = grid[0] * strides[0]
-    flat = jnp.where(needs, blocks @ jnp.array(strides, jnp.int32), nowhere)
+    flat = jnp.where(needs, (blocks * jnp.array(strides, jnp.int32)).sum(axis=-1), nowhere)
     order = jnp.argsort(flat)
     ascending = flat[order]
     is_first = jnp.append(True, ascending[1:] != ascending[:-1]) & (ascending < nowhere)

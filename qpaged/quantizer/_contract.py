@@ -36,9 +36,8 @@ class Quantizer(abc.ABC):
     """Dtype of a stored scale; None for a format without scales."""
     bound: ClassVar[float]
     """Largest error |x - x̂|, in units of the block's scale."""
-    order_bound: ClassVar[float] = 0.0
-    """Largest difference, in units of the scale, between two orders of the same writes; 0 is bit for bit."""
     writable: ClassVar[bool] = True
+    """False for views of a format that lazy reads make, which can only be read."""
 
     def __post_init__(self) -> None:
         if self.granularity not in self.granularities:
@@ -61,6 +60,11 @@ class Quantizer(abc.ABC):
     @abc.abstractmethod
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
         """Values of codes, in units of their scale, exactly, as ``dtype``."""
+
+    @property
+    def order_bound(self) -> float:
+        """Largest difference, in units of the scale, between two orders of the same writes; 0 is bit for bit."""
+        return 0.0
 
     def code_dtype(self, dtype: Any) -> Any:
         """The integer dtype that stores the codes of an array of logical ``dtype``."""

@@ -96,7 +96,7 @@ def order(subject, rows, chunks):
     """Law 2: one prefill and any chunks in any order leave the same codes and scales."""
     whole = in_chunks(subject, subject.fresh(), rows, [np.arange(TOKENS)])
     parts = in_chunks(subject, subject.fresh(), rows, chunks)
-    if subject.quantizer.order_bound == 0 or subject.quantizer.granularity == "token":
+    if subject.quantizer.order_bound == 0:
         assert leaves_equal(whole, parts), f"{subject.format}: codes or scales depend on the order of writes"
         return
     for one, other in ((whole.key_pages, parts.key_pages), (whole.value_pages, parts.value_pages)):

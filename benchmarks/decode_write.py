@@ -1,0 +1,93 @@
+"""How long a donated decode write takes as the pool grows: it should not grow with it.
+
+    python benchmarks/decode_write.py --out benchmarks/results/decode_write.json
+
+For every installed format: one layer's keys and values, 8 rows, at 512 and at 32,768 pages of 16 slots,
+8 heads, head_dim 128. The two sizes take turns in one process; medians over rounds.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qpaged
+
+HEADS, PAGE_SIZE, HEAD_DIM, BATCH = 8, 16, 128, 8
+SIZES = (512, 32_768)
+STEPS = 50  # writes timed together in a round
+
+
+def view_of(format: str, pages: int) -> qpaged.PagedAttentionCacheView:
+    per_sequence = SIZES[0] // BATCH
+    config = qpaged.PagedAttentionCacheMetaData(
+        BATCH, 1, pages, per_sequence, per_sequence * PAGE_SIZE, PAGE_SIZE, HEADS, HEAD_DIM, 0.5
+    )
+    return qpaged.PagedAttentionCacheView.init(None, jnp.bfloat16, config, 0, None, format)
+
+
+def steps_of(pages: int) -> list[qpaged.PagedAttentionMetadata]:
+    """Metadata of successive decode steps; the sequences' pages lie spread over the pool."""
+    table = np.random.default_rng(0).permutation(pages)[: SIZES[0]].reshape(BATCH, -1)
+    start = np.arange(BATCH) * 37
+    return [qpaged.PagedAttentionMetadata.decode(position=start + i, page_table=table) for i in range(STEPS)]
+
+
+def measure(format: str, rounds: int) -> dict[str, object]:
+    write = jax.jit(qpaged.PagedAttentionCacheView.write_decodes_to_cache, donate_argnums=0)
+    rows = jnp.asarray(np.random.default_rng(1).normal(size=(STEPS, BATCH, HEADS, HEAD_DIM)), jnp.bfloat16)
+    key = list(rows)
+    views = {pages: view_of(format, pages) for pages in SIZES}
+    metadata = {pages: steps_of(pages) for pages in SIZES}
+    times: dict[int, list[float]] = {pages: [] for pages in SIZES}
+    for turn in range(rounds + 1):
+        for pages in SIZES:
+            begin = time.perf_counter()
+            for step in range(STEPS):
+                views[pages] = write(views[pages], key[step], key[step], metadata[pages][step])
+            jax.block_until_ready(views[pages])
+            if turn:  # the first round compiles
+                times[pages].append((time.perf_counter() - begin) / STEPS * 1e6)
+    small, large = (statistics.median(times[pages]) for pages in SIZES)
+    spread = {str(pages): [round(min(times[pages]), 1), round(max(times[pages]), 1)] for pages in SIZES}
+    temporaries = write.lower(views[SIZES[1]], key[0], key[0], metadata[SIZES[1]][0]).compile()
+    return {
+        "format": format,
+        "microseconds": {str(SIZES[0]): round(small, 1), str(SIZES[1]): round(large, 1)},
+        "spread": spread,
+        "ratio": round(large / small, 3),
+        "temp_size_in_bytes": temporaries.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the results here as JSON")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    runs = []
+    for format in qpaged.available_formats():
+        runs.append(measure(format, arguments.rounds))
+        print(json.dumps(runs[-1]), flush=True)
+    results = {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "qpaged": qpaged.__version__},
+        "shape": {"kv_heads": HEADS, "page_size": PAGE_SIZE, "head_dim": HEAD_DIM, "rows": BATCH},
+        "runs": runs,
+    }
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
