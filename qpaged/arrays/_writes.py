@@ -34,6 +34,8 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
     """
     axes = tuple(axes)
     index = jnp.stack([c.astype(jnp.int32) for c in coordinates], axis=-1)
+    if len(index) == 0:
+        return array
     if not isinstance(array, QuantizedArray):
         return scatter_rows(array, axes, index, jnp.asarray(rows).astype(array.dtype))
     if isinstance(rows, QuantizedArray):
