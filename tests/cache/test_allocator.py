@@ -108,7 +108,9 @@ def test_numpy_lengths(allocator):
 def test_too_long_a_sequence(allocator):
     with pytest.raises(qpaged.AllocationError, match=r"at most 12 tokens, but 13 came for sequence 'a'"):
         allocator.allocate("a", 13)
-    with pytest.raises(qpaged.AllocationError, match=r"sequence 'a' holds no pages; allocate it, or pass None"):
+    with pytest.raises(
+        qpaged.AllocationError, match=r"sequence 'a' holds no pages; allocate it, or pass None"
+    ):
         allocator.page_table(["a"])
 
 
