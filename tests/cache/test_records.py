@@ -213,7 +213,7 @@ def test_what_is_not_json_is_refused(cls, text):
 def test_another_class_is_refused():
     record = config().to_dict()
     with pytest.raises(
-        ValueError, match="PagedAttentionCache of .* holds type 'PagedAttentionCacheMetaData'"
+        ValueError, match=r"PagedAttentionCache of .* holds type 'PagedAttentionCacheMetaData'"
     ):
         qpaged.PagedAttentionCache.from_dict(record)
 
@@ -228,7 +228,7 @@ def test_another_version_is_refused(version):
 def test_another_version_inside_is_refused():
     record = filled().to_dict()
     record["metadata"] = record["metadata"] | {"version": 7}
-    with pytest.raises(ValueError, match="PagedAttentionCacheMetaData of version 1, but holds .* version 7"):
+    with pytest.raises(ValueError, match=r"PagedAttentionCacheMetaData of version 1, but holds .* version 7"):
         qpaged.PagedAttentionCacheView.from_dict(record)
 
 
@@ -341,7 +341,7 @@ def test_pools_of_another_shape_than_the_metadata_says_are_refused():
 def test_a_callable_format_cannot_be_written():
     metadata = config(quantizer=lambda zeros: zeros)
     with pytest.raises(
-        TypeError, match="only plain and QuantizedArray pages and named formats .* function came"
+        TypeError, match=r"only plain and QuantizedArray pages and named formats .* function came"
     ):
         metadata.to_dict()
     with pytest.raises(TypeError, match="a object came"):

@@ -85,7 +85,7 @@ def test_a_utilization_is_a_number(value):
 def test_what_int32_cannot_index():
     assert config(num_pages_per_layer=2**31 - 2).num_pages_per_layer == 2**31 - 2
     with pytest.raises(
-        ValueError, match="num_pages_per_layer must be at most 2,147,483,646 .* came as 2,147,483,647"
+        ValueError, match=r"num_pages_per_layer must be at most 2,147,483,646 .* came as 2,147,483,647"
     ):
         config(num_pages_per_layer=2**31 - 1)
     with pytest.raises(
@@ -130,7 +130,7 @@ def test_a_format_that_is_not_there(name):
 
 
 def test_a_format_that_is_none():
-    with pytest.raises(TypeError, match="quantizer must be a spelling .* came as int"):
+    with pytest.raises(TypeError, match=r"quantizer must be a spelling .* came as int"):
         create(quantizer=8)
 
 
@@ -195,7 +195,7 @@ class Resolved:
 )
 def test_a_partition_that_does_not_divide(spec):
     mesh = make_mesh((4, 2), ("tp", "dp"))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="partition_manager") as error:
         make_view("int8", mesh=mesh, manager=Resolved(*spec), num_pages_per_layer=18)
     message = str(error.value)
     assert "partition_manager must divide a pool of shape (2, 18, 4, 8) evenly over the mesh" in message
@@ -219,14 +219,14 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_tokens_of_another_shape(name, shape):
     step, right, wrong = prefill(np.arange(8), TABLE), np.zeros((8, 2, 8)), np.zeros(shape)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=name) as error:
         fresh().write_prefill_to_cache(**{"key": right, "value": right, "metadata": step} | {name: wrong})
     assert str(error.value) == (
         f"{name} must have shape (len(prefill_position), kv_heads, head_dim) = (8, 2, 8), "
         f"but came with shape {shape}."
     )
     rows = decode(np.arange(8), np.tile(TABLE, (8, 1)))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=name) as error:
         fresh("int8").write_decodes_to_cache(
             **{"key": right, "value": right, "metadata": rows} | {name: wrong}
         )
@@ -364,11 +364,12 @@ def test_fields_of_a_decode_of_another_shape_are_refused(changes, call):
     key, value = tokens(2)
     step = field_by_field(**changes)
     step = step.replace(prefill_position=np.int32(0), prefill_page_table=np.int32(0))
+    calls = {
+        "write": lambda: fresh().write_decodes_to_cache(key, value, step),
+        "attend": lambda: qpaged.paged_attention(key, fresh(), step),
+    }
     with pytest.raises(ValueError, match=f"{next(iter(changes))}|query must have shape"):
-        if call == "write":
-            fresh().write_decodes_to_cache(key, value, step)
-        else:
-            qpaged.paged_attention(key, fresh(), step)
+        calls[call]()
 
 
 @pytest.mark.parametrize("format", [None, "int8"])
