@@ -1,5 +1,8 @@
 """PageAllocator: whatever is asked, in whatever order, each page has one owner or none."""
 
+import functools
+import operator
+
 import numpy as np
 import pytest
 from caches_for_tests import config
@@ -72,7 +75,7 @@ class Allocation(RuleBasedStateMachine):
             self.allocator.free(name)
         assert self.allocator.num_free == PAGES
         whole = [self.allocator.allocate(("last", i), PAGE_SIZE) for i in range(PAGES)]
-        assert sorted(sum(whole, [])) == list(range(PAGES))
+        assert sorted(functools.reduce(operator.iadd, whole, [])) == list(range(PAGES))
 
 
 Allocation.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
@@ -108,7 +111,9 @@ def test_numpy_lengths(allocator):
 def test_too_long_a_sequence(allocator):
     with pytest.raises(qpaged.AllocationError, match=r"at most 12 tokens, but 13 came for sequence 'a'"):
         allocator.allocate("a", 13)
-    with pytest.raises(qpaged.AllocationError, match=r"sequence 'a' holds no pages; allocate it, or pass None"):
+    with pytest.raises(
+        qpaged.AllocationError, match=r"sequence 'a' holds no pages; allocate it, or pass None"
+    ):
         allocator.page_table(["a"])
 
 

@@ -273,7 +273,9 @@ def test_replicas_are_not_capacity():
 def test_the_budget_is_never_negative(monkeypatch):
     full = Device(bytes_limit=100 * PAGE_BYTES, bytes_in_use=90 * PAGE_BYTES)
     monkeypatch.setattr(jax, "devices", lambda *_: [full])
-    with pytest.raises(ValueError, match=f"takes {PAGE_BYTES:,} bytes on a device, but the cache may take 0;"):
+    with pytest.raises(
+        ValueError, match=f"takes {PAGE_BYTES:,} bytes on a device, but the cache may take 0;"
+    ):
         create()
 
 

@@ -92,7 +92,9 @@ def test_the_page_that_just_fits(quantizer):
     assert create(None, quantizer, 2 * page * 7).num_pages_per_layer == 7
     assert create(None, quantizer, 2 * page * 7 - 2).num_pages_per_layer == 6
     assert create(None, quantizer, 2 * page).num_pages_per_layer == 1
-    with pytest.raises(ValueError, match=f"takes {page:,} bytes on a device, but the cache may take {page - 1:,};"):
+    with pytest.raises(
+        ValueError, match=f"takes {page:,} bytes on a device, but the cache may take {page - 1:,};"
+    ):
         create(None, quantizer, 2 * page - 2)
 
 
@@ -192,9 +194,7 @@ def test_the_budget_is_filled_whatever_is_needed():
 
 
 def test_more_pages_than_int32_can_index():
-    metadata = create(
-        None, None, 2**60, page_size=1, num_kv_heads=1, kv_head_dim_size=1, num_hidden_layers=1
-    )
+    metadata = create(None, None, 2**60, page_size=1, num_kv_heads=1, kv_head_dim_size=1, num_hidden_layers=1)
     assert metadata.num_pages_per_layer == 2**31 - 2
 
 
@@ -274,7 +274,10 @@ def test_only_this_processs_devices_are_asked():
 @pytest.mark.parametrize("stats", [None, {}])
 def test_the_hosts_memory_is_shared_and_said_so(monkeypatch, stats):
     monkeypatch.setattr(budget, "_free_host_bytes", lambda: 8_000_000)
-    with pytest.warns(qpaged.HostMemoryWarning, match=r"takes 50% of 2,000,000 bytes, each device's share .* Pass memory_bytes="):
+    with pytest.warns(
+        qpaged.HostMemoryWarning,
+        match=r"takes 50% of 2,000,000 bytes, each device's share .* Pass memory_bytes=",
+    ):
         assert room(*[Device(stats)] * 4) == 1_000_000
 
 

@@ -191,7 +191,9 @@ CLASSES = (
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize(("data", "seen"), [({}, "type None, version None"), (None, "type None"), ([1], "type None")])
+@pytest.mark.parametrize(
+    ("data", "seen"), [({}, "type None, version None"), (None, "type None"), ([1], "type None")]
+)
 def test_what_is_no_record_is_refused(cls, data, seen):
     with pytest.raises(ValueError, match=f"must hold a {cls.__name__} of version 1, but holds {seen}"):
         cls.from_dict(data)
@@ -200,7 +202,9 @@ def test_what_is_no_record_is_refused(cls, data, seen):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("text", ["", "{", "no", b"\xff".decode("latin1"), '{"type": "PagedAttentionMetadata"'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "no", b"\xff".decode("latin1"), '{"type": "PagedAttentionMetadata"']
+)
 def test_what_is_not_json_is_refused(cls, text):
     with pytest.raises(ValueError, match="line 1 column"):
         cls.from_json(text)
@@ -208,7 +212,9 @@ def test_what_is_not_json_is_refused(cls, text):
 
 def test_another_class_is_refused():
     record = config().to_dict()
-    with pytest.raises(ValueError, match="PagedAttentionCache of .* holds type 'PagedAttentionCacheMetaData'"):
+    with pytest.raises(
+        ValueError, match=r"PagedAttentionCache of .* holds type 'PagedAttentionCacheMetaData'"
+    ):
         qpaged.PagedAttentionCache.from_dict(record)
 
 
@@ -222,14 +228,16 @@ def test_another_version_is_refused(version):
 def test_another_version_inside_is_refused():
     record = filled().to_dict()
     record["metadata"] = record["metadata"] | {"version": 7}
-    with pytest.raises(ValueError, match="PagedAttentionCacheMetaData of version 1, but holds .* version 7"):
+    with pytest.raises(ValueError, match=r"PagedAttentionCacheMetaData of version 1, but holds .* version 7"):
         qpaged.PagedAttentionCacheView.from_dict(record)
 
 
 def test_missing_and_unknown_fields_are_refused():
     record = config().to_dict()
     without = {key: value for key, value in record.items() if key != "page_size"}
-    with pytest.raises(ValueError, match=r"exactly the fields .*, but \['page_size'\] are missing or unknown"):
+    with pytest.raises(
+        ValueError, match=r"exactly the fields .*, but \['page_size'\] are missing or unknown"
+    ):
         qpaged.PagedAttentionCacheMetaData.from_dict(without)
     with pytest.raises(ValueError, match=r"but \['bits', 'page_size'\] are missing or unknown"):
         qpaged.PagedAttentionCacheMetaData.from_dict(without | {"bits": 3})
@@ -332,7 +340,9 @@ def test_pools_of_another_shape_than_the_metadata_says_are_refused():
 
 def test_a_callable_format_cannot_be_written():
     metadata = config(quantizer=lambda zeros: zeros)
-    with pytest.raises(TypeError, match="only plain and QuantizedArray pages and named formats .* function came"):
+    with pytest.raises(
+        TypeError, match=r"only plain and QuantizedArray pages and named formats .* function came"
+    ):
         metadata.to_dict()
     with pytest.raises(TypeError, match="a object came"):
         filled().replace(key_pages=object()).to_json()

@@ -50,12 +50,12 @@ class Odd(type(qpaged.get_quantizer("int8"))):
 
 def test_what_is_installed():
     assert qpaged.available_quantizers() == NAMES
-    assert FORMATS == (
+    assert (
         *(f"fp8_e4m3{g}" for g in ("", ":token", ":channel")),
         *(f"fp8_e5m2{g}" for g in ("", ":token", ":channel")),
         *(f"int8{g}" for g in ("", ":token", ":channel")),
         "raw",
-    )
+    ) == FORMATS
 
 
 @pytest.mark.parametrize("spelling", FORMATS)
@@ -80,7 +80,9 @@ def test_formats_are_told_apart():
     assert len({qpaged.get_quantizer(spelling) for spelling in FORMATS}) == len(FORMATS)
 
 
-@pytest.mark.parametrize("spelling", ["int5", "", "INT8", "int8 ", " int8", ":token", "int8/int8", "plain", "None"])
+@pytest.mark.parametrize(
+    "spelling", ["int5", "", "INT8", "int8 ", " int8", ":token", "int8/int8", "plain", "None"]
+)
 def test_an_unknown_name_lists_what_is_installed(spelling):
     with pytest.raises(qpaged.RegistryError, match=f"installed are {', '.join(NAMES)}. Formats are found"):
         qpaged.get_quantizer(spelling)
@@ -151,7 +153,12 @@ def test_a_built_in_name_that_a_package_claims(install):
 
 
 def test_an_installation_that_is_seen_twice_counts_once(install):
-    install(Point("odd", "oddities", Odd), Point("odd", "oddities", Odd), Point("lone", None, Odd), Point("lone", None, Odd))
+    install(
+        Point("odd", "oddities", Odd),
+        Point("odd", "oddities", Odd),
+        Point("lone", None, Odd),
+        Point("lone", None, Odd),
+    )
     assert qpaged.get_quantizer("odd") == Odd()
     assert qpaged.get_quantizer("lone") == Odd()
 
@@ -260,7 +267,9 @@ def test_layers_that_cannot_be():
     with pytest.raises(ValueError, match="counted from 0, but -1 came"):
         CacheFormat.of("int8").with_layers({-1: "raw"})
     by_layer = CacheFormat.of("int8").with_layers({0: "raw"})
-    with pytest.raises(ValueError, match=r"layer 2 must have one format, but .* by layer: int8 \(0: raw/raw\)"):
+    with pytest.raises(
+        ValueError, match=r"layer 2 must have one format, but .* by layer: int8 \(0: raw/raw\)"
+    ):
         CacheFormat().with_layers({2: by_layer})
 
 

@@ -202,6 +202,9 @@ def test_replace():
     assert view.layer_index == 0
     assert config().replace(page_size=8).page_size == 8
     assert fresh_cache().replace(views=[]).views == []
-    assert int(qpaged.PagedAttentionMetadata.init_empty().replace(prefill_length=jnp.int32(3)).prefill_length) == 3
+    assert (
+        int(qpaged.PagedAttentionMetadata.init_empty().replace(prefill_length=jnp.int32(3)).prefill_length)
+        == 3
+    )
     with pytest.raises(TypeError, match="pages"):
         config().replace(pages=8)
