@@ -1,0 +1,57 @@
+"""What the documentation shows: its Python runs, and what scripts made is as they would make it now."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+import qpaged
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def snippets(page):
+    """(line, source) of each fenced Python block of a page."""
+    text = page.read_text()
+    return [(text.count("\n", 0, match.start(1)), match.group(1)) for match in FENCE.finditer(text)]
+
+
+def script(path):
+    """A script of the documentation as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if snippets(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_snippets_run(page):
+    namespace = {"__name__": "snippets"}
+    for line, source in snippets(page):
+        # the blank lines make tracebacks name the page's own lines
+        exec(compile("\n" * line + source, page, "exec"), namespace)
+
+
+def test_snippets_are_found():
+    counts = {str(page.relative_to(ROOT)): len(snippets(page)) for page in PAGES}
+    assert counts["README.md"] == 1
+    assert counts["docs/errors.md"] == 3
+
+
+@pytest.mark.parametrize("name", ["doubling.svg", "granularities.svg", "lookup.svg"])
+def test_figures_are_as_drawn(name):
+    drawn = script(ROOT / "docs/figures/draw.py").FIGURES[name]()
+    assert (ROOT / "docs/figures" / name).read_text() == drawn, "run python docs/figures/draw.py"
+
+
+def test_sizes_are_as_allocated():
+    sizes = script(ROOT / "docs/includes/sizes.py")
+    table = sizes.table(["plain", *qpaged.available_formats()])
+    assert sizes.TABLE.read_text() == table, "run python docs/includes/sizes.py"
+    shown = ["plain", "int8", "int8:token", "fp8_e4m3", "fp8_e5m2", "raw"]
+    assert sizes.table(shown) in (ROOT / "README.md").read_text(), (
+        f"README.md must show:\n{sizes.table(shown)}"
+    )
