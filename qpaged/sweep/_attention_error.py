@@ -46,7 +46,9 @@ def plain_probes(model: Model, tokens: np.ndarray, settings: Settings) -> list[P
     return probes
 
 
-def attention_error(model: Model, probes: list[Probe], format: Any, dtype: Any, settings: Settings) -> list[float]:
+def attention_error(
+    model: Model, probes: list[Probe], format: Any, dtype: Any, settings: Settings
+) -> list[float]:
     """||out - plain out|| / ||plain out|| of each layer, over all tokens, heads and channels."""
     cache = make_cache(model, format, dtype, settings, 1)
     return [_layer_error(view, probes, index) for index, view in enumerate(cache.views)]

@@ -10,7 +10,7 @@ class MissingExtraError(ImportError):
     """An optional package is not installed; the message is the cure."""
 
 
-def need(module: str, extra: str = "sweep") -> ModuleType:
+def need(module: str) -> ModuleType:
     """Import ``module``.
 
     Raises:
@@ -20,21 +20,24 @@ def need(module: str, extra: str = "sweep") -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise MissingExtraError(f'{package} is needed here: pip install "qpaged[{extra}]"') from error
+        raise MissingExtraError(f'{package} is needed here: pip install "qpaged[sweep]"') from error
 
 
-def need_all(modules: tuple[str, ...] = SWEEP, extra: str = "sweep") -> None:
-    """Import every one of ``modules``, so that a long job does not fail at its end.
+def need_sweep_extra() -> None:
+    """Import all that a sweep needs, so that a long job does not fail at its end.
 
     Raises:
         MissingExtraError: naming all that are missing.
     """
-    missing = []
-    for module in modules:
-        try:
-            need(module, extra)
-        except MissingExtraError:
-            missing.append(module)
+    missing = [module for module in SWEEP if not _installed(module)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise MissingExtraError(f'{", ".join(missing)} {verb} needed here: pip install "qpaged[{extra}]"')
+        raise MissingExtraError(f'{", ".join(missing)} {verb} needed here: pip install "qpaged[sweep]"')
+
+
+def _installed(module: str) -> bool:
+    try:
+        need(module)
+    except MissingExtraError:
+        return False
+    return True

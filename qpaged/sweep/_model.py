@@ -32,8 +32,8 @@ class Model:
     def __post_init__(self) -> None:
         if self.config.vocab_size != VOCABULARY:
             raise ValueError(
-                f"{self.name} has a vocabulary of {self.config.vocab_size:,} tokens, but only byte-level models, "
-                f"whose vocabulary is the {VOCABULARY} bytes, can be swept; choose such a checkpoint."
+                f"{self.name} has a vocabulary of {self.config.vocab_size:,} tokens, but only byte-level "
+                f"models, whose vocabulary is the {VOCABULARY} bytes, can be swept; choose such a checkpoint."
             )
 
     @property

@@ -10,7 +10,10 @@ from qpaged.sweep._run import Report
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Report]:
-    """A bar over ``total`` tokens with the format in work and the time left; a line per format off a terminal."""
+    """A bar over ``total`` tokens with the format in work and the time left.
+
+    Off a terminal it is a line for each format.
+    """
     console = need("rich.console").Console(stderr=True)
     if not console.is_terminal:
         yield _lines()

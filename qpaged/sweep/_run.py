@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import jax.numpy as jnp
 import numpy as np
 
 from qpaged.quantizer import CacheFormat
-from qpaged.sweep._attention_error import attention_error, plain_probes
+from qpaged.sweep._attention_error import Probe, attention_error, plain_probes
 from qpaged.sweep._metrics import Accuracy, measure_accuracy
 from qpaged.sweep._model import Model
 from qpaged.sweep._settings import Settings
@@ -17,6 +17,7 @@ from qpaged.sweep._stream import cached_forward, make_cache
 from qpaged.sweep._text import Text
 
 PLAIN = CacheFormat()
+REFERENCE_DTYPE = "float32"  # what models are computed in
 BF16_BYTES = 2
 
 Report = Callable[[str, int], None]
@@ -29,8 +30,9 @@ class Run:
 
     Attributes:
         format: as it was asked for.
-        key, value: the canonical spellings of its parts.
-        dtype: the logical dtype of its cache.
+        key: the canonical spelling of the keys' format.
+        value: of the values'.
+        dtype: the logical dtype of the cache.
         bytes_per_token: of the allocated cache, keys and values of all layers, scales included.
         ratio: bytes of the same cache in bfloat16 over these.
         bits_per_element: likewise, over the elements of keys and values.
@@ -54,6 +56,7 @@ class Run:
 
     @property
     def worst_attention_error(self) -> float:
+        """The largest error of a layer."""
         return max(self.attention_error)
 
 
@@ -77,62 +80,92 @@ def sweep_order(formats: Sequence[str]) -> list[tuple[str, CacheFormat]]:
     return [*(plain[:1] or [("plain", PLAIN)]), *rest]
 
 
-def iter_sweep(
-    model: Model, text: Text, formats: Sequence[str], settings: Settings, report: Report = lambda *_: None
-) -> Iterator[Run | Failure]:
-    """Measure each of ``formats``, the plain float32 reference first.
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep to be run: formats, the plain float32 reference first, on a model and a text.
 
-    Lazy: whoever stops early keeps what came. A format that fails is yielded as a failure, and the rest
-    goes on.
+    Attributes:
+        formats: spellings, as :meth:`qpaged.CacheFormat.of` takes them; the reference is added if missing.
 
     Raises:
         RegistryError: a spelling that names no installed format.
         ValueError: a text shorter than one sequence, or a context longer than the model's.
     """
-    _check_context(model, settings)
-    order, windows = sweep_order(formats), text.sequences(settings)
-    return _runs(model, windows, order, settings, report)
 
+    model: Model
+    text: Text
+    formats: tuple[str, ...]
+    settings: Settings
 
-def _runs(model, windows: np.ndarray, order, settings: Settings, report: Report) -> Iterator[Run | Failure]:
-    reference: np.ndarray | None = None
-    began = time.perf_counter()
-    probes = plain_probes(model, windows[:, :-1], settings)
-    for spelling, format in order:
-        dtype = "float32" if format == PLAIN else settings.dtype
-        try:
-            run, logits = _measure(model, windows, spelling, format, dtype, reference, probes, settings, report, began)
-        except Exception as error:
-            if reference is None:
-                raise
-            yield Failure(spelling, " ".join(f"{type(error).__name__}: {error}".split()))
-        else:
-            reference = logits if reference is None else reference
-            yield run
-        began = time.perf_counter()
+    def __post_init__(self) -> None:
+        longest = self.model.config.max_position_embeddings
+        if self.settings.context > longest:
+            raise ValueError(
+                f"context must be at most {longest:,}, the longest that {self.model.name} was made for, "
+                f"but came as {self.settings.context:,}."
+            )
+        _ = self.order, self.windows  # both raise where they cannot be had
 
+    @cached_property
+    def order(self) -> list[tuple[str, CacheFormat]]:
+        """Each spelling once, with what it stands for; the reference first."""
+        return sweep_order(self.formats)
 
-def _measure(model, windows, spelling, format, dtype, reference, probes, settings, report, began):
-    """(run, logits) of one format; it is its own reference where there is none yet."""
-    tokens, truth = windows[:, :-1], windows[:, 1:]
-    cache = make_cache(model, format, jnp.dtype(dtype), settings, min(settings.batch, len(tokens)))
-    size = cache.nbytes / (cache.views[0].metadata.num_pages_per_layer * settings.page_size)
-    logits = cached_forward(model, cache, tokens, settings, lambda count: report(spelling, count))
-    accuracy = measure_accuracy(logits if reference is None else reference, logits, truth)
-    errors = attention_error(model, probes, format, jnp.dtype(dtype), settings)
-    parts = format.config
-    elements = model.elements_per_token
-    run = Run(
-        spelling, parts["key"], parts["value"], dtype, size, BF16_BYTES * elements / size, 8 * size / elements,
-        accuracy, tuple(errors), truth.size, time.perf_counter() - began,
-    )  # fmt: skip
-    return run, logits
+    @cached_property
+    def windows(self) -> np.ndarray:
+        """(sequences, context + 1) int32: the tokens that are fed and predicted."""
+        return self.text.sequences(self.settings)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens that each format predicts."""
+        return len(self.windows) * self.settings.context
 
-def _check_context(model: Model, settings: Settings) -> None:
-    longest = model.config.max_position_embeddings
-    if settings.context > longest:
-        raise ValueError(
-            f"context must be at most {longest:,}, the longest that {model.name} was made for, "
-            f"but came as {settings.context:,}."
+    def run(self, report: Report = lambda format, tokens: None) -> Iterator[Run | Failure]:
+        """Measure format by format; whoever stops early keeps what came.
+
+        A format that fails is yielded as a failure, and the others go on.
+        """
+        (plain, _), *rest = self.order
+        probes = plain_probes(self.model, self.windows[:, :-1], self.settings)
+        run, reference = self._measure(plain, PLAIN, REFERENCE_DTYPE, probes, None, report)
+        yield run
+        for spelling, format in rest:
+            try:
+                run, _ = self._measure(spelling, format, self.settings.dtype, probes, reference, report)
+            except Exception as error:  # a plugin's own; the other formats are still worth having
+                yield Failure(spelling, " ".join(f"{type(error).__name__}: {error}".split()))
+            else:
+                yield run
+
+    def _measure(
+        self,
+        spelling: str,
+        format: CacheFormat,
+        dtype: str,
+        probes: list[Probe],
+        reference: np.ndarray | None,
+        report: Report,
+    ) -> tuple[Run, np.ndarray]:
+        """The run, and its logits; they are their own reference where there is none."""
+        began, model, settings = time.perf_counter(), self.model, self.settings
+        tokens, truth = self.windows[:, :-1], self.windows[:, 1:]
+        cache = make_cache(model, format, jnp.dtype(dtype), settings, min(settings.batch, len(tokens)))
+        size = cache.nbytes / (cache.views[0].metadata.num_pages_per_layer * settings.page_size)
+        logits = cached_forward(model, cache, tokens, settings, lambda count: report(spelling, count))
+        accuracy = measure_accuracy(logits if reference is None else reference, logits, truth)
+        errors = attention_error(model, probes, format, jnp.dtype(dtype), settings)
+        run = Run(
+            format=spelling,
+            key=format.config["key"],
+            value=format.config["value"],
+            dtype=dtype,
+            bytes_per_token=size,
+            ratio=BF16_BYTES * model.elements_per_token / size,
+            bits_per_element=8 * size / model.elements_per_token,
+            accuracy=accuracy,
+            attention_error=tuple(errors),
+            tokens=truth.size,
+            seconds=time.perf_counter() - began,
         )
+        return run, logits

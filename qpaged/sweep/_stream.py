@@ -27,7 +27,9 @@ Advance = Callable[[int], None]
 """Called with the number of tokens that were done since the last call."""
 
 
-def make_cache(model: Model, format: Any, dtype: Any, settings: Settings, sequences: int) -> PagedAttentionCache:
+def make_cache(
+    model: Model, format: Any, dtype: Any, settings: Settings, sequences: int
+) -> PagedAttentionCache:
     """A fresh cache that holds exactly ``sequences`` sequences."""
     pages = settings.pages_per_sequence
     metadata = PagedAttentionCacheMetaData(
@@ -64,7 +66,15 @@ def cached_forward(
         table = allocator.page_table([*rows, *[None] * (batch - len(rows))])
         for row in rows:
             cache = _prefill(model, cache, tokens[row], table[row - first], logits[row], settings, advance)
-        cache = _decode(model, cache, tokens[rows.start : rows.stop], table, logits[rows.start : rows.stop], settings, advance)
+        cache = _decode(
+            model,
+            cache,
+            tokens[rows.start : rows.stop],
+            table,
+            logits[rows.start : rows.stop],
+            settings,
+            advance,
+        )
         for row in rows:
             allocator.free(row)
     return logits
@@ -80,8 +90,8 @@ def chunks(tokens: np.ndarray, end: int, size: int) -> Iterator[tuple[int, int, 
 
 def _prefill(model, cache, tokens, table, logits, settings: Settings, advance: Advance):
     for start, length, part in chunks(tokens, settings.prefilled, settings.chunk):
-        step = prefill_step(model.params, cache, model.config, part, np.int32(start), np.int32(length), table)
-        cache, out = step
+        where = np.int32(start), np.int32(length), table
+        cache, out = prefill_step(model.params, cache, model.config, part, *where)
         logits[start : start + length] = np.asarray(out)[:length]
         advance(length)
     return cache
@@ -110,7 +120,9 @@ def reset(cache: PagedAttentionCache, pages: jax.Array) -> PagedAttentionCache:
 
 
 @functools.partial(jax.jit, static_argnums=2, donate_argnums=1)
-def prefill_step(params: Params, cache: PagedAttentionCache, config: LlamaConfig, tokens, start, length, table):
+def prefill_step(
+    params: Params, cache: PagedAttentionCache, config: LlamaConfig, tokens, start, length, table
+):
     """(cache, logits (chunk, vocabulary)) after one chunk of a sequence that begins at position ``start``."""
     position = start + jnp.arange(len(tokens), dtype=jnp.int32)
     metadata = PagedAttentionMetadata.prefill(position=position, page_table=table, length=length)

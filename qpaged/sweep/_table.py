@@ -7,24 +7,35 @@ from qpaged.sweep._extras import need
 from qpaged.sweep._result import SweepResult, pareto_front
 from qpaged.sweep._run import Run
 
+ROOMY = 90  # columns that have room for two spaces between columns
 PIPE_WIDTH = 120  # columns where nothing says how many there are
 
-COLUMNS = ("format", "bytes/\ntoken", "ratio", "bits/\nbyte", "KL\nmean", "KL\nmedian", "KL\n99.9 %", "same\ntop-1", "attn\nerror")
+COLUMNS = (
+    "format",
+    "bytes/\ntoken",
+    "ratio",
+    "bits/\nbyte",
+    "KL\nmean",
+    "KL\nmedian",
+    "KL\n99.9 %",
+    "same\ntop-1",
+    "attn\nerror",
+)
 
 LEGEND = (
     "KL in nats a token, to {reference}, a plain float32 cache. ratio: bfloat16 bytes over these. "
-    "attn error: worst layer, relative. * Pareto front: nothing is smaller and closer."
+    "attn error: worst layer, relative. * Pareto front: none is both smaller and closer."
 )
 
 
 def print_table(result: SweepResult, console: Any = None) -> None:
-    """One row per format, as they were asked for, and what failed."""
+    """One row per format, in the order they were asked for."""
     console = console or _console()
     table = need("rich.table").Table(
         title=title(result),
         caption=LEGEND.format(reference=result.runs[0].format if result.runs else "plain"),
         box=need("rich.box").SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=(0, 1 if console.width >= ROOMY else 0, 0, 0),
         caption_justify="left",
         title_justify="left",
     )
@@ -35,8 +46,6 @@ def print_table(result: SweepResult, console: Any = None) -> None:
     for run in result.runs:
         table.add_row(*_cells(run, run in front), style="bold" if run in front else None)
     console.print(table, highlight=False)
-    for failure in result.failures:
-        console.print(f"failed: {failure.format}: {failure.error}", markup=False, highlight=False)
 
 
 def title(result: SweepResult) -> str:
@@ -62,7 +71,7 @@ def _cells(run: Run, on_front: bool) -> list[str]:
         f"{accuracy.bits_per_byte:.4f}",
         *(_small(kl) for kl in (accuracy.kl_mean, accuracy.kl_median, accuracy.kl_p999)),
         f"{accuracy.same_top:.2%}",
-        f"{run.worst_attention_error:.2%}",
+        f"{run.worst_attention_error:.1%}",
     ]
 
 

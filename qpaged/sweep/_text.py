@@ -34,8 +34,8 @@ class Text:
         windows = (len(tokens) - 1) // context
         if windows < 1:
             raise ValueError(
-                f"{self.source} holds {len(tokens):,} bytes, but a sequence of {context:,} needs {context + 1:,}; "
-                f"give a longer text, or a smaller context."
+                f"{self.source} holds {len(tokens):,} bytes, but a sequence of {context:,} needs "
+                f"{context + 1:,}; give a longer text, or a smaller context."
             )
         chosen = min(settings.tokens // context, windows)
         starts = np.arange(chosen) * windows // chosen * context
