@@ -46,34 +46,12 @@ def _add_sweep(commands) -> None:
     )
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL_DIR", help="a byte-level Llama checkpoint (the bundled one)")
-    add(
-        "--text",
-        metavar="FILE",
-        help="what to predict (held-out files of Python's own library)",
-    )
+    add("--text", metavar="FILE", help="what to predict (held-out files of Python's own library)")
     add("--formats", metavar="LIST", help="such as int8,int8:token/fp8_e4m3 (all installed ones)")
-    add(
-        "--tokens",
-        type=int,
-        metavar="N",
-        default=default.tokens,
-        help="bytes to predict, at most (%(default)s)",
-    )
-    add(
-        "--context",
-        type=int,
-        metavar="N",
-        help=f"bytes of a sequence (up to {default.context})",
-    )
-    add(
-        "--page-size", type=int, metavar="N", default=default.page_size, help="tokens of a page (%(default)s)"
-    )
-    add(
-        "--dtype",
-        choices=sweep.DTYPES,
-        default=default.dtype,
-        help="the caches' logical dtype (%(default)s)",
-    )
+    add("--tokens", type=int, metavar="N", default=default.tokens, help="bytes to predict (%(default)s)")
+    add("--context", type=int, metavar="N", help=f"bytes of a sequence (up to {default.context})")
+    add("--page-size", type=int, metavar="N", default=default.page_size, help="tokens a page (%(default)s)")
+    add("--dtype", choices=sweep.DTYPES, default=default.dtype, help="caches' logical dtype (%(default)s)")
     add("--out", metavar="DIR", type=Path, default=Path(), help="where the two files go (here)")
     add("--json", action="store_true", help="print the JSON instead of the table")
     parser.set_defaults(run=_sweep)

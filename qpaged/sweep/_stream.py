@@ -66,15 +66,8 @@ def cached_forward(
         table = allocator.page_table([*rows, *[None] * (batch - len(rows))])
         for row in rows:
             cache = _prefill(model, cache, tokens[row], table[row - first], logits[row], settings, advance)
-        cache = _decode(
-            model,
-            cache,
-            tokens[rows.start : rows.stop],
-            table,
-            logits[rows.start : rows.stop],
-            settings,
-            advance,
-        )
+        held = slice(rows.start, rows.stop)
+        cache = _decode(model, cache, tokens[held], table, logits[held], settings, advance)
         for row in rows:
             allocator.free(row)
     return logits
