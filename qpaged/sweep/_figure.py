@@ -97,7 +97,7 @@ def _label(axes: Any, dots: list[Dot]) -> None:
     scale = 72 / axes.figure.dpi  # pixels to points
     place = {id(dot): axes.transData.transform((dot.x, dot.y)) * scale for dot in dots}
     for column in _columns(sorted(dots, key=lambda dot: dot.x), lambda dot: place[id(dot)][0]):
-        column.sort(key=lambda dot: dot.y)
+        column.sort(key=lambda dot: (round(place[id(dot)][1] / 9), -dot.x))  # so that lines do not cross
         left = max(place[id(dot)][0] for dot in column) + 16
         heights = spread_apart([place[id(dot)][1] for dot in column], 9 * LINE)
         for dot, height in zip(column, heights, strict=True):
@@ -117,7 +117,7 @@ def _columns(dots: list[Dot], x: Any) -> list[list[Dot]]:
 
 
 def spread_apart(places: Sequence[float], gap: float) -> list[float]:
-    """Ascending ``places`` moved as little as keeps them ``gap`` apart, groups about their own mean."""
+    """``places``, about ascending, moved as little as keeps them ``gap`` apart: groups about their mean."""
     groups: list[tuple[float, int]] = []  # mean place, members
     for place in places:
         group = (place, 1)

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -25,7 +23,7 @@ class Settings:
         ValueError: a count that is too small, or another dtype.
     """
 
-    tokens: int = 32_768
+    tokens: int = 16_384
     context: int = 1024
     page_size: int = 16
     dtype: str = "bfloat16"
@@ -58,7 +56,3 @@ class Settings:
     @property
     def pages_per_sequence(self) -> int:
         return -(-self.context // self.page_size)
-
-    def itemsize(self) -> int:
-        """Bytes of one element of the logical dtype."""
-        return jnp.dtype(self.dtype).itemsize
