@@ -8,6 +8,7 @@ from functools import cached_property
 import jax.numpy as jnp
 import numpy as np
 
+from qpaged.cache import PagedAttentionCache
 from qpaged.quantizer import CacheFormat
 from qpaged.sweep._attention_error import Probe, attention_error, plain_probes
 from qpaged.sweep._metrics import Accuracy, measure_accuracy
@@ -127,7 +128,8 @@ class Sweep:
         A format that fails is yielded as a failure, and the others go on.
         """
         (plain, _), *rest = self.order
-        probes = plain_probes(self.model, self.windows[:, :-1], self.settings)
+        cache = self._cache(PLAIN, REFERENCE_DTYPE)
+        probes = plain_probes(self.model, cache, self.windows[:, :-1], self.settings)
         run, reference = self._measure(plain, PLAIN, REFERENCE_DTYPE, probes, None, report)
         yield run
         for spelling, format in rest:
@@ -150,11 +152,11 @@ class Sweep:
         """The run, and its logits; they are their own reference where there is none."""
         began, model, settings = time.perf_counter(), self.model, self.settings
         tokens, truth = self.windows[:, :-1], self.windows[:, 1:]
-        cache = make_cache(model, format, jnp.dtype(dtype), settings, min(settings.batch, len(tokens)))
+        cache = self._cache(format, dtype)
         size = cache.nbytes / (cache.views[0].metadata.num_pages_per_layer * settings.page_size)
         logits = cached_forward(model, cache, tokens, settings, lambda count: report(spelling, count))
         accuracy = measure_accuracy(logits if reference is None else reference, logits, truth)
-        errors = attention_error(model, probes, format, jnp.dtype(dtype), settings)
+        errors = attention_error(self._cache(format, dtype), probes)
         run = Run(
             format=spelling,
             key=format.config["key"],
@@ -169,3 +171,7 @@ class Sweep:
             seconds=time.perf_counter() - began,
         )
         return run, logits
+
+    def _cache(self, format: CacheFormat, dtype: str) -> PagedAttentionCache:
+        held = min(self.settings.batch, len(self.windows))
+        return make_cache(self.model, format, jnp.dtype(dtype), self.settings, held)

@@ -2,7 +2,8 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,9 +16,10 @@ from qpaged.cache import (
     PageAllocator,
     PagedAttentionCache,
     PagedAttentionCacheMetaData,
+    PagedAttentionCacheView,
     PagedAttentionMetadata,
 )
-from qpaged.models import LlamaConfig, Params, forward
+from qpaged.models import forward
 from qpaged.sweep._model import Model
 from qpaged.sweep._settings import Settings
 
@@ -62,7 +64,7 @@ def cached_forward(
     for first in range(0, len(tokens), batch):
         rows = range(first, min(first + batch, len(tokens)))
         given = [page for row in rows for page in allocator.allocate(row, settings.context)]
-        cache = reset(cache, _padded(np.array(given, np.int32), allocator.metadata.num_pages_per_layer))
+        cache = reset(cache, given)
         table = allocator.page_table([*rows, *[None] * (batch - len(rows))])
         for row in rows:
             cache = _prefill(model, cache, tokens[row], table[row - first], logits[row], settings, advance)
@@ -73,20 +75,36 @@ def cached_forward(
     return logits
 
 
-def chunks(tokens: np.ndarray, end: int, size: int) -> Iterator[tuple[int, int, np.ndarray]]:
-    """(start, length, padded tokens) of each chunk of ``tokens[:end]``; all padded to one size."""
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one sequence that are prefilled at once: all chunks of a sequence are padded to one size."""
+
+    start: int
+    length: int
+    tokens: np.ndarray
+
+    def metadata(self, table: np.ndarray) -> PagedAttentionMetadata:
+        """Of its prefill into the pages of ``table``."""
+        position = self.start + np.arange(len(self.tokens), dtype=np.int32)
+        return PagedAttentionMetadata.prefill(
+            position=position, page_table=table, length=np.int32(self.length)
+        )
+
+
+def chunks(tokens: np.ndarray, end: int, size: int) -> Iterator[Chunk]:
+    """The chunks of ``tokens[:end]``."""
     size = min(size, end)
     for start in range(0, end, size):
         part = tokens[start : min(start + size, end)]
-        yield start, len(part), np.pad(part, (0, size - len(part)))
+        yield Chunk(start, len(part), np.pad(part, (0, size - len(part))))
 
 
 def _prefill(model, cache, tokens, table, logits, settings: Settings, advance: Advance):
-    for start, length, part in chunks(tokens, settings.prefilled, settings.chunk):
-        where = np.int32(start), np.int32(length), table
-        cache, out = prefill_step(model.params, cache, model.config, part, *where)
-        logits[start : start + length] = np.asarray(out)[:length]
-        advance(length)
+    for chunk in chunks(tokens, settings.prefilled, settings.chunk):
+        metadata = chunk.metadata(table)
+        cache, out = step(model, cache, chunk.tokens, metadata.prefill_position, metadata)
+        logits[chunk.start : chunk.start + chunk.length] = np.asarray(out)[: chunk.length]
+        advance(chunk.length)
     return cache
 
 
@@ -94,48 +112,63 @@ def _decode(model, cache, tokens, table, logits, settings: Settings, advance: Ad
     rows, batch = len(tokens), len(table)
     for index in range(settings.prefilled, settings.context):
         position = np.where(np.arange(batch) < rows, index, -1).astype(np.int32)
+        metadata = PagedAttentionMetadata.decode(position=position, page_table=table)
         part = np.pad(tokens[:, index], (0, batch - rows))
-        cache, out = decode_step(model.params, cache, model.config, part, position, table)
+        cache, out = step(model, cache, part, metadata.decodes_position, metadata)
         logits[:, index] = np.asarray(out)[:rows]
         advance(rows)
     return cache
 
 
-def _padded(pages: np.ndarray, count: int) -> np.ndarray:
-    """``pages`` filled up to ``count`` with "no page"."""
-    return np.pad(pages, (0, count - len(pages)), constant_values=count)
+def step(
+    model: Model, cache: PagedAttentionCache, tokens: Any, position: Any, metadata: PagedAttentionMetadata
+) -> tuple[PagedAttentionCache, jax.Array]:
+    """(cache, logits (n, vocabulary)) after ``tokens`` (n,) int32 of a prefill or a decode.
 
-
-@functools.partial(jax.jit, donate_argnums=0)
-def reset(cache: PagedAttentionCache, pages: jax.Array) -> PagedAttentionCache:
-    """The cache with these pages fresh."""
-    return cache.reset_pages(pages)
-
-
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=1)
-def prefill_step(
-    params: Params, cache: PagedAttentionCache, config: LlamaConfig, tokens, start, length, table
-):
-    """(cache, logits (chunk, vocabulary)) after one chunk of a sequence that begins at position ``start``."""
-    position = start + jnp.arange(len(tokens), dtype=jnp.int32)
-    metadata = PagedAttentionMetadata.prefill(position=position, page_table=table, length=length)
-    return _step(params, cache, config, tokens, position, metadata)
-
-
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=1)
-def decode_step(params: Params, cache: PagedAttentionCache, config: LlamaConfig, tokens, position, table):
-    """(cache, logits (batch, vocabulary)) after one token of each sequence."""
-    metadata = PagedAttentionMetadata.decode(position=position, page_table=table)
-    return _step(params, cache, config, tokens, position, metadata)
-
-
-def _step(params, cache, config, tokens, position, metadata):
+    The model runs operation by operation and only a layer's cache is compiled, once for all layers of a
+    format: compiling the whole model for each format would take most of a sweep's time.
+    """
     views = list(cache.views)
 
     def attend(layer, query, key, value):
-        write = "write_decodes_to_cache" if metadata.is_decode_mode() else "write_prefill_to_cache"
-        views[layer] = getattr(views[layer], write)(key, value, metadata)
-        return paged_attention(query, views[layer], metadata, backend=BACKEND)
+        views[layer], out = through_cache(views[layer], query, key, value, metadata)
+        return out
 
-    logits = forward(params, config, tokens, position, attend)
-    return cache.replace(views=views), logits.astype(jnp.float32)
+    logits = forward(model.params, model.config, jnp.asarray(tokens), position, attend)
+    return cache.replace(views=views), logits
+
+
+def through_cache(
+    view: PagedAttentionCacheView, query: Any, key: Any, value: Any, metadata: PagedAttentionMetadata
+) -> tuple[PagedAttentionCacheView, jax.Array]:
+    """(view, attention's output) after keys and values were written; donates ``view``."""
+    written, out = _write_and_attend(view.replace(layer_index=0), query, key, value, metadata)
+    return written.replace(layer_index=view.layer_index), out
+
+
+def reset(cache: PagedAttentionCache, pages: Sequence[int]) -> PagedAttentionCache:
+    """The cache with these pages fresh; donates it."""
+    return cache.replace(views=[reset_view(view, pages) for view in cache.views])
+
+
+def reset_view(view: PagedAttentionCacheView, pages: Sequence[int]) -> PagedAttentionCacheView:
+    """The view with these pages fresh; donates it."""
+    count = view.metadata.num_pages_per_layer
+    padded = np.full(count, count, np.int32)  # "no page", so that every batch has the same shapes
+    padded[: len(pages)] = pages
+    return _reset(view.replace(layer_index=0), padded).replace(layer_index=view.layer_index)
+
+
+# The layer's index is static: at 0 for all, layers of one format share one compilation.
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_and_attend(view: PagedAttentionCacheView, query, key, value, metadata):
+    write = view.write_decodes_to_cache if metadata.is_decode_mode() else view.write_prefill_to_cache
+    view = write(key, value, metadata)
+    return view, paged_attention(query, view, metadata, backend=BACKEND)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _reset(view: PagedAttentionCacheView, pages: jax.Array) -> PagedAttentionCacheView:
+    return view.reset_pages(pages)

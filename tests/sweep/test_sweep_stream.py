@@ -9,7 +9,7 @@ from formats import leaves_equal
 from qpaged.models import forward
 from qpaged.sweep import Settings, load_model, load_text
 from qpaged.sweep._attention_error import attention_error, plain_probes
-from qpaged.sweep._stream import cached_forward, chunks, make_cache, prefill_step
+from qpaged.sweep._stream import cached_forward, chunks, make_cache, step
 
 SETTINGS = Settings(tokens=5 * 48, context=48, page_size=8, chunk=11, decode=6, batch=2)
 
@@ -64,9 +64,9 @@ def test_chunks_leave_the_codes_that_one_prefill_leaves(model, tokens):
     def first_layer(size):
         cache = make_cache(model, "int8", jnp.float32, SETTINGS, SETTINGS.batch)
         table = np.arange(SETTINGS.pages_per_sequence, dtype=np.int32)
-        for start, length, part in chunks(tokens[0], SETTINGS.context, size):
-            where = np.int32(start), np.int32(length), table
-            cache, _ = prefill_step(model.params, cache, model.config, part, *where)
+        for chunk in chunks(tokens[0], SETTINGS.context, size):
+            metadata = chunk.metadata(table)
+            cache, _ = step(model, cache, chunk.tokens, metadata.prefill_position, metadata)
         return cache.views[0]  # deeper ones depend on sums that chunks reorder
 
     assert leaves_equal(first_layer(11), first_layer(48))
@@ -74,9 +74,9 @@ def test_chunks_leave_the_codes_that_one_prefill_leaves(model, tokens):
 
 def test_chunks_end_inside_pages_and_cover_the_sequence():
     parts = list(chunks(np.arange(48), 42, 11))
-    assert [(start, length) for start, length, _ in parts] == [(0, 11), (11, 11), (22, 11), (33, 9)]
-    assert np.concatenate([part[:length] for _, length, part in parts]).tolist() == list(range(42))
-    assert {len(part) for _, _, part in parts} == {11}
+    assert [(part.start, part.length) for part in parts] == [(0, 11), (11, 11), (22, 11), (33, 9)]
+    assert np.concatenate([part.tokens[: part.length] for part in parts]).tolist() == list(range(42))
+    assert {len(part.tokens) for part in parts} == {11}
 
 
 def test_plain_parts_are_not_warned_about(model):
@@ -85,10 +85,12 @@ def test_plain_parts_are_not_warned_about(model):
 
 
 def test_attention_error_is_each_layers_own(model, tokens):
-    probes = plain_probes(model, tokens, SETTINGS)
-    exact = attention_error(model, probes, None, jnp.float32, SETTINGS)
+    def cache(format, dtype):
+        return make_cache(model, format, dtype, SETTINGS, SETTINGS.batch)
+
+    probes = plain_probes(model, cache(None, jnp.float32), tokens, SETTINGS)
+    exact = attention_error(cache(None, jnp.float32), probes)
     with jax.numpy_dtype_promotion("standard"):  # a float32 query meets bfloat16 values
-        rounded = attention_error(model, probes, "raw", jnp.bfloat16, SETTINGS)
-    assert len(exact) == model.config.num_hidden_layers
-    assert max(exact) < 1e-6
+        rounded = attention_error(cache("raw", jnp.bfloat16), probes)
+    assert exact == [0.0] * model.config.num_hidden_layers
     assert all(2**-12 < error < 2**-8 for error in rounded)  # the rounding of bfloat16 is at most 2^-9
