@@ -1,0 +1,58 @@
+"""How much is measured, and in what pieces it goes through the cache."""
+
+from dataclasses import dataclass
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a sweep measures.
+
+    Attributes:
+        tokens: predicted tokens, at most; rounded down to whole sequences.
+        context: tokens of a sequence.
+        page_size: tokens of a page.
+        dtype: the logical dtype of the caches that are measured; the reference is float32 always.
+        chunk: tokens of a prefill chunk; not a multiple of usual page sizes, so that chunks end inside pages.
+        decode: tokens at each sequence's end that are decoded one by one, at most half of them.
+        batch: sequences in the cache at once; its pages are reset and reused for the next ones.
+        probed: sequences that the attention error is measured on, at most.
+
+    Raises:
+        ValueError: a count that is too small, or another dtype.
+    """
+
+    tokens: int = 16_384
+    context: int = 1024
+    page_size: int = 16
+    dtype: str = "bfloat16"
+    chunk: int = 250
+    decode: int = 32
+    batch: int = 8
+    probed: int = 2
+
+    def __post_init__(self) -> None:
+        least = {"context": 2, "tokens": self.context, "decode": 0}
+        for name in ("context", "tokens", "page_size", "chunk", "decode", "batch", "probed"):
+            if getattr(self, name) < least.get(name, 1):
+                raise ValueError(
+                    f"{name} must be at least {least.get(name, 1)}, but came as {getattr(self, name)}"
+                    + ("; a sweep needs one whole context of tokens." if name == "tokens" else ".")
+                )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, but came as {self.dtype!r}.")
+
+    @property
+    def decoded(self) -> int:
+        """Tokens of each sequence that are decoded one by one."""
+        return min(self.decode, self.context // 2)
+
+    @property
+    def prefilled(self) -> int:
+        """Tokens of each sequence that are prefilled."""
+        return self.context - self.decoded
+
+    @property
+    def pages_per_sequence(self) -> int:
+        return -(-self.context // self.page_size)

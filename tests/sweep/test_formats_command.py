@@ -1,0 +1,61 @@
+"""``qpaged formats``, with the base dependencies only."""
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qpaged
+from qpaged.cli import main
+from qpaged.quantizer import _registry
+from qpaged.sweep import installed_formats
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("rich", "matplotlib", "safetensors"):
+    sys.modules[name] = None
+from qpaged.cli import main
+raise SystemExit(main(["formats"]))
+"""
+
+
+def rows(text):
+    return {line.split()[0]: line.split() for line in text.split("\n\n")[0].splitlines()[1:]}
+
+
+def test_every_installed_format_is_listed(capsys):
+    assert main(["formats"]) == 0
+    listed = rows(capsys.readouterr().out)
+    assert tuple(listed) == qpaged.available_formats()
+    assert listed["int8"][1:3] == ["page", "8.004"]
+    assert listed["int8:token"][1:3] == ["token", "8.250"]
+    assert listed["int8:channel"][1:3] == ["channel", "8.500"]
+    assert listed["raw"][1:3] == ["element", "16.000"]
+    assert " ".join(listed["raw"][3:]).startswith("The bits of the logical dtype")
+
+
+def test_no_extra_is_needed():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRAS], capture_output=True, text=True, check=True)
+    assert tuple(rows(done.stdout)) == qpaged.available_formats()
+    assert done.stderr == ""
+
+
+def test_a_plugin_that_cannot_be_loaded_is_named(monkeypatch, capsys):
+    claims = _registry._claims()
+    broken = EntryPoint("broken", "no_such_module:Format", _registry.GROUP)
+    monkeypatch.setattr(_registry, "_claims", lambda: {**claims, "broken": {"some-package": broken}})
+    assert main(["formats"]) == 1
+    said = capsys.readouterr()
+    assert "int8" in rows(said.out)
+    assert "the format 'broken' of package some-package cannot be loaded" in said.err
+
+
+@pytest.mark.parametrize("spelling", qpaged.available_formats())
+def test_listed_bits_are_those_of_a_page(spelling):
+    page = qpaged.get_quantizer(spelling).quantize(jnp.ones((1, 1, 16, 128), jnp.bfloat16))
+    size = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(page))
+    (info,) = (info for info in installed_formats()[0] if info.spelling == spelling)
+    assert info.bits_per_element == 8 * size / (16 * 128)

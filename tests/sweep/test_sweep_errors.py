@@ -1,0 +1,111 @@
+"""What cannot be swept is said in one line, before any work, with status 2."""
+
+import sys
+
+import jax
+import pytest
+from conftest import SIZES
+
+import qpaged.sweep._run as run_module
+from qpaged.cli import main
+from qpaged.models import LlamaConfig, init_params, save_checkpoint
+
+
+def one_line(found):
+    assert (found.status, found.out) == (2, "")
+    assert found.err.count("\n") == 1
+    assert found.err.startswith("qpaged sweep: ")
+    return found.err
+
+
+def test_unknown_format(sweep):
+    said = one_line(sweep("--formats", "int8,int9"))
+    assert "no format is named 'int9'" in said
+    assert "fp8_e4m3, fp8_e5m2, int8, raw" in said
+
+
+def test_unknown_granularity(sweep):
+    assert "granularity must be one of page, token, channel" in one_line(sweep("--formats", "int8:row"))
+
+
+def test_empty_list_of_formats(sweep):
+    assert "no format is named ''" in one_line(sweep("--formats", ""))
+
+
+def test_missing_text(sweep, tmp_path):
+    assert "nowhere.txt" in one_line(sweep(text=tmp_path / "nowhere.txt"))
+
+
+def test_short_text(sweep, tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_bytes(b"x" * 64)
+    assert "holds 64 bytes, but a sequence of 64 needs 65" in one_line(sweep(text=path))
+
+
+def test_missing_checkpoint(sweep, tmp_path):
+    assert "There is no" in one_line(sweep(model=tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("config", ["[]", "{", '{"model_type": "llama", "num_attention_heads": 0}', "\xff"])
+def test_malformed_checkpoint(sweep, tmp_path, config):
+    (tmp_path / "config.json").write_text(config, encoding="latin-1")
+    assert one_line(sweep(model=tmp_path))
+
+
+def test_other_vocabulary(sweep, tmp_path):
+    config = LlamaConfig(**vars(SIZES) | {"vocab_size": 300})
+    save_checkpoint(tmp_path, config, init_params(config, jax.random.key(0)))
+    assert "has a vocabulary of 300 tokens, but only byte-level models" in one_line(sweep(model=tmp_path))
+
+
+def test_context_longer_than_the_models(sweep):
+    assert "context must be at most 64" in one_line(sweep("--context", 65))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tokens", 63), "tokens must be at least 64"),
+        (("--context", 0), "context must be at least 2"),
+        (("--page-size", 0), "page_size must be at least 1"),
+    ],
+)
+def test_counts_that_are_too_small(sweep, arguments, message):
+    assert message in one_line(sweep(*arguments))
+
+
+def test_output_that_is_no_directory(sweep, text_file):
+    assert "text.txt" in one_line(sweep("--out", text_file))
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib", "safetensors"])
+def test_missing_extra(sweep, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f'{package} is needed here: pip install "qpaged[sweep]"' in one_line(sweep())
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["sweeep"], ["sweep", "--dtype", "int8"], ["sweep", "--tokens", "x"]]
+)
+def test_wrong_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert "usage: qpaged" in capsys.readouterr().err
+
+
+def test_a_text_shorter_than_asked_for_is_told(sweep, monkeypatch):
+    monkeypatch.setattr(run_module.Sweep, "run", lambda self, report: iter(()))
+    found = sweep("--tokens", 6400, "--formats", "int8")
+    assert "is enough for 960 tokens only" in found.err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert (exit.value.code, capsys.readouterr().out) == (0, "qpaged 0.1.0\n")
+
+
+def test_nothing_is_written_where_nothing_was_run(sweep):
+    found = sweep("--formats", "int9")
+    assert not found.directory.exists()
