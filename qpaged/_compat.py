@@ -121,6 +121,24 @@ def make_varying(value: Any, axes: frozenset[Any]) -> Any:
     return jax.lax.pcast(value, missing, to="varying") if missing else value
 
 
+def explicit_sharding(array: Any) -> Any:
+    """The sharding of an array on a mesh with Explicit axes; None on any other, and on JAX without them."""
+    sharding = getattr(jax.typeof(array), "sharding", None) if hasattr(jax, "typeof") else None
+    if sharding is None or sharding.mesh.empty:
+        return None
+    explicit = any(kind == jax.sharding.AxisType.Explicit for kind in sharding.mesh.axis_types)
+    return sharding if explicit else None
+
+
+def automatic(fun: Callable[..., Any], out_shardings: Any) -> Callable[..., Any]:
+    """`fun`, with Explicit mesh axes left to the compiler inside; `fun` itself if `out_shardings` holds a None."""
+    shardings = jax.tree_util.tree_leaves(out_shardings, is_leaf=lambda leaf: leaf is None)
+    if any(sharding is None for sharding in shardings):
+        return fun
+    axes = shardings[0].mesh.axis_names
+    return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out_shardings)
+
+
 def shard_map(fun: Callable[..., Any], params: dict[str, Any], in_specs: Any, out_specs: Any) -> Any:
     """`jax.shard_map` again, with the settings of a shard_map equation."""
     return jax.shard_map(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SMALLEST = float(np.finfo(np.float32).smallest_normal)
 
 
-@dataclass
+@dataclass(repr=False)
 class QuantizedArray(ImplicitArray):
     """An array held as integer codes and one scale per block: x̂ = decode(codes) · scale (+ offset).
 
@@ -67,6 +67,11 @@ class QuantizedArray(ImplicitArray):
     def nbytes(self) -> int:
         """Bytes of codes, scales and offsets."""
         return sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(self))
+
+    def __repr__(self) -> str:
+        parts = {name: getattr(self, name) for name in ("codes", "scales", "offsets")}
+        kept = ", ".join(f"{name}={part!r}" for name, part in parts.items() if part is not None)
+        return f"QuantizedArray({self.quantizer}, {jnp.dtype(self.dtype).name}, {kept})"
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
@@ -155,8 +160,12 @@ def finite(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def float_dtype(name: str, dtype: Any) -> np.dtype:
-    """``dtype`` as a NumPy dtype; TypeError unless it is a real floating-point one."""
+    """``dtype`` as a NumPy dtype; TypeError unless it is a real floating-point one that JAX has enabled."""
+    if dtype is None:
+        raise TypeError(f"{name} must be a real floating-point dtype, but came as None; give jnp.bfloat16, say.")
     dtype = jnp.dtype(dtype)
+    if dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise TypeError(f"{name} came as float64, which JAX has not enabled; use float32, or set jax_enable_x64.")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{name} must have a real floating-point dtype, but came as {dtype.name}; "

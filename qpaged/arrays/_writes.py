@@ -113,17 +113,17 @@ def _distinct(blocks: jax.Array, needs: jax.Array, grid: Axes) -> tuple[jax.Arra
         strides.insert(0, strides[0] * extent)
     nowhere = grid[0] * strides[0]
     flat = jnp.where(needs, (blocks * jnp.array(strides, jnp.int32)).sum(axis=-1), nowhere)
-    order = jnp.argsort(flat)
+    order = jnp.argsort(flat).astype(jnp.int32)
     ascending = flat[order]
     is_first = jnp.append(True, ascending[1:] != ascending[:-1]) & (ascending < nowhere)
     chunk = min(rows, max(ROWS_AT_ONCE, rows // 8))
     padded = -(-rows // chunk) * chunk
-    place = jnp.where(is_first, jnp.cumsum(is_first) - 1, padded)
-    first = jnp.zeros(padded, jnp.int32).at[place].set(order.astype(jnp.int32), mode="drop")
+    place = jnp.where(is_first, jnp.cumsum(is_first, dtype=jnp.int32) - 1, padded)
+    first = jnp.zeros(padded, jnp.int32).at[place].set(order, mode="drop")
     found = jnp.full(padded, nowhere, jnp.int32).at[place].set(ascending, mode="drop")
     coordinates = [found // stride % extent for stride, extent in zip(strides[1:], grid[1:], strict=True)]
-    steps = (jnp.sum(is_first) + chunk - 1) // chunk
-    return jnp.stack([found // strides[0], *coordinates], axis=-1), first, steps.astype(jnp.int32), chunk
+    steps = (jnp.sum(is_first, dtype=jnp.int32) + chunk - 1) // chunk
+    return jnp.stack([found // strides[0], *coordinates], axis=-1), first, steps, chunk
 
 
 def _grow_window(array: QuantizedArray, axes: Axes, window: jax.Array, old: jax.Array, new: jax.Array):

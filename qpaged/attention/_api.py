@@ -11,7 +11,7 @@ from qpaged.arrays import QuantizedArray, float_dtype
 from qpaged.attention import _reference, _xla
 from qpaged.attention._options import Options, Tokens
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
-from qpaged.cache._indices import as_indices
+from qpaged.cache._config import LARGEST_INDEX
 from qpaged.implicit import ImplicitArray, use_implicit_args
 
 BACKENDS = {"xla": _xla.attend, "reference": _reference.attend}  # the default first
@@ -65,8 +65,13 @@ def paged_attention(
     attend = BACKENDS[backend or "xla"]
 
     def run(keys, values):
-        outs = [attend(tokens, keys, values, sinks, options) for tokens in parts if len(tokens.query)]
-        return jnp.concatenate([jnp.zeros((0, *query.shape[1:])), *outs]).astype(query.dtype)
+        outs = [
+            attend(tokens, keys, values, sinks, options)
+            if tokens.query.size and tokens.table.shape[-1]
+            else jnp.zeros(tokens.query.shape)
+            for tokens in parts
+        ]
+        return jnp.concatenate(outs).astype(query.dtype)
 
     if not parts:
         return jnp.zeros_like(query)
@@ -80,18 +85,15 @@ def _tokens(
 ) -> list[Tokens]:
     """The prefill's tokens and the decode's rows, whichever there are, with their queries."""
     config = view.metadata
-    parts = []
-    if not metadata.is_decode_mode():
-        position = as_indices("prefill_position", metadata.prefill_position)
-        counts = jnp.arange(len(position)) < as_indices("prefill_length", metadata.prefill_length)
-        table = as_indices("prefill_page_table", metadata.prefill_page_table)
-        parts.append((jnp.where(counts, position, -1), table))
-    if not metadata.is_prefill_mode():
-        table = as_indices("decodes_page_table", metadata.decodes_page_table)
-        parts.append((as_indices("decodes_position", metadata.decodes_position), table))
+    parts = [part for part in (metadata.prefill_tokens(), metadata.decodes_tokens()) if part is not None]
     _check_query(query, sum(len(position) for position, _ in parts) if parts else None, config)
     tokens, start = [], 0
     for position, table in parts:
+        if table.shape[-1] * config.page_size > LARGEST_INDEX:
+            raise ValueError(
+                f"page_table must cover at most {LARGEST_INDEX:,} slots, which int32 can count, but its "
+                f"{table.shape[-1]:,} pages of {config.page_size:,} are more; pass the pages in use."
+            )
         position = jnp.where(position < table.shape[-1] * config.page_size, position, -1)
         tokens.append(Tokens(query[start : start + len(position)], position, table))
         start += len(position)

@@ -23,7 +23,7 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
 def _sequence(query, position, table, keys, values, sinks, options: Options) -> jax.Array:
     kv_heads, _, page_size, _ = keys.shape
     group = query.shape[1] // kv_heads
-    slot = jnp.arange(len(table) * page_size)
+    slot = jnp.arange(len(table) * page_size, dtype=jnp.int32)
     seen = options.attends(position, table, slot, page_size)
 
     k = _float32(as_slots(take_pages(keys, table)))

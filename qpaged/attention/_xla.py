@@ -49,7 +49,7 @@ def _tile(query, position, table, pages: int, keys, values, sinks, options: Opti
     def block(index, state):
         top, total, out = state
         held = lax.dynamic_slice_in_dim(table, index * pages, pages)
-        slot = index * size + jnp.arange(size)
+        slot = index * size + jnp.arange(size, dtype=jnp.int32)
         seen = options.attends(position, table, slot, page_size)
         held = jnp.where(seen.any(axis=0).reshape(pages, page_size).any(axis=1), held, options.num_pages)
         k = as_slots(take_pages(keys, held))

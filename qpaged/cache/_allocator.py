@@ -1,5 +1,6 @@
 """Who owns which page: host-side, no JAX."""
 
+import operator
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -36,7 +37,14 @@ class PageAllocator:
 
         Raises:
             AllocationError: more tokens than a sequence may have, or than there are pages free.
+            TypeError, ValueError: a length that is no count, or None for a sequence.
         """
+        length = operator.index(length)
+        if length < 0 or sequence is None:
+            raise ValueError(
+                f"sequence and length must be a name other than None and a count of tokens, but came as "
+                f"{sequence!r} and {length}; None stands for an inactive row in page_table."
+            )
         config, held = self.metadata, self._pages.get(sequence, [])
         wanted = -(-length // config.page_size) - len(held)
         if len(held) + wanted > config.num_pages_per_sequence:

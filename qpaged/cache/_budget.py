@@ -5,6 +5,7 @@ import warnings
 from fractions import Fraction
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from qpaged.cache._pages import PagesFormat, device_bytes
@@ -23,18 +24,19 @@ def available_bytes(mesh: Mesh | None, device: Any, utilization: float, memory_b
     if memory_bytes is not None:
         return int(memory_bytes * utilization)
     devices = [device] if mesh is None else list(mesh.devices.flat)
-    stats = [device.memory_stats() for device in devices if device.process_index == devices[0].process_index]
-    if all(stats):
-        limits = [s.get("bytes_reservable_limit", s["bytes_limit"]) for s in stats]
-        used = [s["bytes_in_use"] for s in stats]
+    mine = jax.process_index()
+    stats = [device.memory_stats() or {} for device in devices if device.process_index == mine]
+    limits = [s.get("bytes_reservable_limit", s.get("bytes_limit")) for s in stats]
+    if all(limits):
+        used = [s.get("bytes_in_use", 0) for s in stats]
         return min(int(limit * utilization) - use for limit, use in zip(limits, used, strict=True))
-    share = _free_host_bytes() // len(stats)
+    share = _free_host_bytes() // max(1, len(stats))
     warnings.warn(
         f"{devices[0].device_kind} devices do not report their memory; the cache takes {utilization:.0%} of "
         f"{share:,} bytes, each device's share of the host's free memory. Pass memory_bytes= to say "
         f"otherwise.",
         HostMemoryWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
     return int(share * utilization)
 

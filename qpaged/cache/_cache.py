@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from qpaged.cache._config import PagedAttentionCacheMetaData
+from qpaged.cache._pages import warn_of_narrow_floats
 from qpaged.cache._record import Record
 from qpaged.cache._view import PagedAttentionCacheView
 
@@ -36,8 +37,10 @@ class PagedAttentionCache(Record):
             ValueError: the metadata was made for another format or dtype.
         """
         layers = range(metadata.num_hidden_layers)
-        init = PagedAttentionCacheView.init
-        return cls([init(mesh, dtype, metadata, i, partition_manager, quantizer) for i in layers])
+        fresh = PagedAttentionCacheView.fresh
+        views = [fresh(mesh, dtype, metadata, i, partition_manager, quantizer) for i in layers]
+        warn_of_narrow_floats(*(pages for view in views for pages in (view.key_pages, view.value_pages)))
+        return cls(views)
 
     def init_empty(self, *args: Any, **kwargs: Any) -> None:
         """Not used for pages; returns None."""
@@ -50,7 +53,7 @@ class PagedAttentionCache(Record):
     @property
     def nbytes(self) -> int:
         """Bytes of all pools, scales included."""
-        return sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(self))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(self))
 
 
 jax.tree_util.register_dataclass(PagedAttentionCache, data_fields=["views"], meta_fields=[])

@@ -11,7 +11,7 @@ LARGEST = np.iinfo(np.int32).max
 
 
 def as_indices(name: str, values: Any) -> jax.Array:
-    """``values`` as int32, where what int32 cannot hold becomes :data:`NOWHERE`.
+    """``values`` as int32: what is beyond its range is as good as its ends, past every pool or negative.
 
     Raises:
         TypeError: the values are not integers.
@@ -25,10 +25,8 @@ def as_indices(name: str, values: Any) -> jax.Array:
             f"{name} must be integers, but came as {values.dtype.name}; convert with .astype(int32)."
         )
     if not np.can_cast(values.dtype, np.int32):
-        where = jnp.where if isinstance(values, jax.Array) else np.where
-        fits = (values >= 0) & (values <= LARGEST)
-        values = where(fits, values, 0).astype(np.int32) + where(fits, 0, NOWHERE).astype(np.int32)
-    return jnp.asarray(values, jnp.int32)
+        values = values.clip(0 if values.dtype.kind == "u" else NOWHERE, LARGEST)
+    return jnp.asarray(values.astype(np.int32))
 
 
 def slots_of(position: jax.Array, page_table: jax.Array, page_size: int, num_pages: int):

@@ -68,17 +68,40 @@ class PagedAttentionMetadata(Record):
         """
         position = _shaped("position", position, "(batch,)", 1)
         page_table = _shaped("page_table", page_table, "(batch, pages_per_sequence)", 2)
-        if len(position) != len(page_table):
-            raise ValueError(
-                f"position and page_table must have one row for each sequence, but came with {len(position)} "
-                f"and {len(page_table)} rows."
-            )
+        _check_batch(position, page_table)
         return cls(jnp.int32(0), *(_nothing(),) * 2, position, page_table)
 
     @classmethod
     def init_empty(cls) -> Self:
         """A placeholder in which both modes are True, and which writes and attends to nothing."""
         return cls(jnp.int32(0), *(_nothing(),) * 4)
+
+    def prefill_tokens(self) -> tuple[jax.Array, jax.Array] | None:
+        """(position, page_table) of the prefill, int32, with padding at negative positions; None if there is none.
+
+        Raises:
+            TypeError, ValueError: fields of other kinds or shapes than the class says.
+        """
+        if self.is_decode_mode():
+            return None
+        position = _shaped("prefill_position", self.prefill_position, "(padded_len,)", 1)
+        length = _shaped("prefill_length", self.prefill_length, "()", 0)
+        counts = jnp.arange(len(position), dtype=jnp.int32) < length
+        table = _shaped("prefill_page_table", self.prefill_page_table, "(pages,)", 1)
+        return jnp.where(counts, position, -1), table
+
+    def decodes_tokens(self) -> tuple[jax.Array, jax.Array] | None:
+        """(position, page_table) of the decode, int32; None if there is none.
+
+        Raises:
+            TypeError, ValueError: fields of other kinds or shapes than the class says.
+        """
+        if self.is_prefill_mode():
+            return None
+        position = _shaped("decodes_position", self.decodes_position, "(batch,)", 1)
+        table = _shaped("decodes_page_table", self.decodes_page_table, "(batch, pages_per_sequence)", 2)
+        _check_batch(position, table)
+        return position, table
 
     def is_prefill_mode(self) -> bool:
         """Whether only a prefill is present: the decode arrays have shape ()."""
@@ -94,6 +117,14 @@ def _shaped(name: str, values: Any, shape: str, ndim: int) -> jax.Array:
     if indices.ndim != ndim:
         raise ValueError(f"{name} must have shape {shape}, but came with shape {indices.shape}.")
     return indices
+
+
+def _check_batch(position: jax.Array, page_table: jax.Array) -> None:
+    if len(position) != len(page_table):
+        raise ValueError(
+            f"position and page_table must have one row for each sequence, but came with {len(position)} "
+            f"and {len(page_table)} rows."
+        )
 
 
 def _nothing() -> jax.Array:

@@ -83,6 +83,6 @@ def warn_of_narrow_floats(*pools: Any) -> None:
                 f"XLA on CPU copies a whole {pool.dtype.name} pool at every write and read; "
                 f"quantizer='raw' stores the same bits as integers and does not.",
                 NarrowFloatPoolWarning,
-                stacklevel=5,
+                stacklevel=3,
             )
             return

@@ -1,5 +1,6 @@
 """One layer's pools of keys and values."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from qpaged._compat import automatic, explicit_sharding
 from qpaged.arrays import QuantizedArray, float_dtype, write_rows
 from qpaged.cache._config import PagedAttentionCacheMetaData, agreed_format, layer_formats
 from qpaged.cache._indices import as_indices, slots_of
@@ -56,11 +58,32 @@ class PagedAttentionCacheView(Record):
         Raises:
             ValueError: the metadata was made for another format or dtype.
         """
+        view = cls.fresh(mesh, dtype, metadata, layer_index, partition_manager, quantizer)
+        warn_of_narrow_floats(view.key_pages, view.value_pages)
+        return view
+
+    @classmethod
+    def fresh(cls, mesh, dtype, metadata, layer_index, partition_manager, quantizer) -> Self:
+        """:meth:`init` without its warning."""
+        if not 0 <= layer_index < metadata.num_hidden_layers:
+            raise ValueError(
+                f"layer_index must be one of the {metadata.num_hidden_layers} layers, counted from 0, "
+                f"but came as {layer_index}."
+            )
         formats = layer_formats(agreed_format(metadata, quantizer, dtype), layer_index)
         shape, dtype = metadata.pool_shape, float_dtype("dtype", dtype)
         keys, values = (allocate_pages(part, shape, dtype, mesh, partition_manager) for part in formats)
-        warn_of_narrow_floats(keys, values)
         return cls(metadata, layer_index, keys, values)
+
+    def check_record(self) -> None:
+        """ValueError unless the pools have the shape that the metadata says."""
+        for name in ("key_pages", "value_pages"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != self.metadata.pool_shape:
+                raise ValueError(
+                    f"{name} must have the metadata's shape {self.metadata.pool_shape}, but holds {shape}; "
+                    f"the data was not written whole."
+                )
 
     def write_prefill_to_cache(self, key: Any, value: Any, metadata: PagedAttentionMetadata) -> Self:
         """The view with a prefill's keys and values written.
@@ -75,12 +98,10 @@ class PagedAttentionCacheView(Record):
         Raises:
             TypeError, ValueError: floats, shapes or a mode other than these.
         """
-        if metadata.is_decode_mode():
+        tokens = metadata.prefill_tokens()
+        if tokens is None:
             return self._nothing_to_write("write_prefill_to_cache", metadata)
-        position = as_indices("prefill_position", metadata.prefill_position)
-        counts = jnp.arange(len(position)) < as_indices("prefill_length", metadata.prefill_length)
-        table = as_indices("prefill_page_table", metadata.prefill_page_table)
-        return self._write(key, value, jnp.where(counts, position, -1), table, "prefill_position")
+        return self._write(key, value, *tokens, "prefill_position")
 
     def write_decodes_to_cache(self, key: Any, value: Any, metadata: PagedAttentionMetadata) -> Self:
         """The view with one token's keys and values written for each row.
@@ -93,11 +114,10 @@ class PagedAttentionCacheView(Record):
         Raises:
             TypeError, ValueError: floats, shapes or a mode other than these.
         """
-        if metadata.is_prefill_mode():
+        tokens = metadata.decodes_tokens()
+        if tokens is None:
             return self._nothing_to_write("write_decodes_to_cache", metadata)
-        position = as_indices("decodes_position", metadata.decodes_position)
-        table = as_indices("decodes_page_table", metadata.decodes_page_table)
-        return self._write(key, value, position, table, "decodes_position")
+        return self._write(key, value, *tokens, "decodes_position")
 
     def reset_pages(self, pages: Any) -> Self:
         """The view with these pages fresh: codes and scales cleared, in O(pages); out of range is dropped.
@@ -106,6 +126,8 @@ class PagedAttentionCacheView(Record):
             pages: (n,) integers. Whoever gives a page to a new sequence resets it; no write ever does.
         """
         pages = jnp.atleast_1d(as_indices("pages", pages))
+        if pages.ndim != 1:
+            raise ValueError(f"pages must have shape (n,), but came with shape {pages.shape}.")
         keys, values = (_reset(pool, pages) for pool in (self.key_pages, self.value_pages))
         return self.replace(key_pages=keys, value_pages=values)
 
@@ -144,23 +166,33 @@ jax.tree_util.register_dataclass(
 
 
 def _write(pool: Any, places: tuple[jax.Array, jax.Array], rows: Any) -> Any:
-    """``rows`` (tokens, kv_heads, head_dim) put at (page, slot); foreign implicit pages write as they can."""
-    rows = jnp.asarray(rows)
-    if isinstance(pool, ImplicitArray) and not isinstance(pool, QuantizedArray):
-        return use_implicit_args(lambda pool: write_rows(pool, (1, 2), places, rows))(pool)
-    return write_rows(pool, (1, 2), places, rows)
+    """``rows`` (tokens, kv_heads, head_dim) put at (page, slot)."""
+    return _updated(pool, lambda pool, rows, *places: write_rows(pool, (1, 2), places, rows), rows, *places)
 
 
 def _reset(pool: Any, pages: jax.Array) -> Any:
-    if isinstance(pool, QuantizedArray):
-        shape = (pool.shape[0], len(pages), *pool.shape[2:])
-        zeros = pool.quantizer.quantize(jnp.zeros((1, 1, *pool.shape[2:]), pool.dtype))
-        fresh = jax.tree_util.tree_map(
-            lambda leaf: jnp.broadcast_to(leaf[0], (len(pages), shape[0], *leaf.shape[2:])), zeros
+    page = (1, 1, *pool.shape[2:])
+    if not isinstance(pool, QuantizedArray):
+        fresh = jnp.zeros((len(pages), pool.shape[0], *page[2:]), pool.dtype)
+        return _updated(pool, lambda pool, fresh, pages: write_rows(pool, (1,), (pages,), fresh), fresh, pages)
+    zeros = pool.quantizer.quantize(jnp.zeros(page, pool.dtype))
+    fresh = jax.tree_util.tree_map(
+        lambda leaf: jnp.broadcast_to(leaf[0], (len(pages), pool.shape[0], *leaf.shape[2:])), zeros
+    )
+    return _updated(pool, lambda pool, fresh, pages: write_rows(pool, (1,), (pages,), fresh), fresh, pages)
+
+
+def _updated(pool: Any, update: Callable[..., Any], *args: Any) -> Any:
+    """``update(pool, *args)``, placed as the pool is; foreign implicit pages do it by their own handlers."""
+    if not isinstance(pool, ImplicitArray) or isinstance(pool, QuantizedArray):
+        return automatic(update, jax.tree_util.tree_map(explicit_sharding, pool))(pool, *args)
+    updated = use_implicit_args(lambda pool: update(pool, *args))(pool)
+    if type(updated) is not type(pool):
+        raise TypeError(
+            f"pages of type {type(pool).__name__} must stay what they are when written to, but scatter made "
+            f"them a plain array; give the class a handler of the primitive 'scatter'."
         )
-        return write_rows(pool, (1,), (pages,), fresh)
-    rows = jnp.zeros((len(pages), pool.shape[0], *pool.shape[2:]), pool.dtype)
-    return use_implicit_args(lambda pool: write_rows(pool, (1,), (pages,), rows))(pool)
+    return updated
 
 
 def _check_rows(name: str, array: Any, shape: tuple[int, ...], rows: str) -> None:

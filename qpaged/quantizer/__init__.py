@@ -8,6 +8,7 @@ from qpaged.quantizer._registry import (
     available_formats,
     available_quantizers,
     get_quantizer,
+    quantizer_from_config,
 )
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "available_formats",
     "available_quantizers",
     "get_quantizer",
+    "quantizer_from_config",
 ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qpaged.quantizer._contract import Quantizer
-from qpaged.quantizer._registry import RegistryError, get_quantizer
+from qpaged.quantizer._registry import RegistryError, get_quantizer, quantizer_from_config
 
 PLAIN = "plain"
 
@@ -60,9 +60,9 @@ class CacheFormat:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Everything that makes this format, as plain JSON."""
-        layers = [[index, [_spell(part) for part in pair]] for index, pair in self.layers]
-        return {"key": _spell(self.key), "value": _spell(self.value), "layers": layers}
+        """Everything that makes this format, as plain JSON; null for plain arrays."""
+        layers = [[index, [_config(part) for part in pair]] for index, pair in self.layers]
+        return {"key": _config(self.key), "value": _config(self.value), "layers": layers}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "CacheFormat":
@@ -72,13 +72,14 @@ class CacheFormat:
             ValueError: a part is missing or malformed.
         """
         try:
-            layers = {int(index): "/".join(pair) for index, pair in config["layers"]}
-            return cls(*_pair(f"{config['key']}/{config['value']}")).with_layers(layers)
+            key, value = _from_config(config["key"]), _from_config(config["value"])
+            layers = [(int(i), (_from_config(k), _from_config(v))) for i, (k, v) in config["layers"]]
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"config must hold 'key', 'value' and 'layers' as CacheFormat.config writes them, "
                 f"but came as {config!r}."
             ) from error
+        return cls(key, value).with_layers({index: cls(*pair) for index, pair in layers})
 
     def __str__(self) -> str:
         key, value = _spell(self.key), _spell(self.value)
@@ -106,3 +107,11 @@ def _layer(index: int, format: Any) -> Pair:
 
 def _spell(quantizer: Quantizer | None) -> str:
     return PLAIN if quantizer is None else str(quantizer)
+
+
+def _config(quantizer: Quantizer | None) -> dict[str, Any] | None:
+    return None if quantizer is None else quantizer.config
+
+
+def _from_config(config: Any) -> Quantizer | None:
+    return None if config is None else quantizer_from_config(config)

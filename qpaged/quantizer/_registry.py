@@ -1,8 +1,10 @@
 """Formats by name: the entry points ``qpaged.quantizers`` of whatever is installed, read when asked."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from qpaged.quantizer._contract import Quantizer
 
@@ -19,12 +21,17 @@ def available_quantizers() -> tuple[str, ...]:
 
 
 def available_formats() -> tuple[str, ...]:
-    """Spellings of every installed format at each of its granularities, the default first."""
-    return tuple(
-        str(_build(name, granularity))
-        for name in available_quantizers()
-        for granularity in _build(name).granularities
-    )
+    """Spellings of every installed format at each of its granularities, the default first.
+
+    A format that cannot be had, because its package is broken or two claim its name, is warned of and left out.
+    """
+    spellings: list[str] = []
+    for name in available_quantizers():
+        try:
+            spellings += [str(_build(name, granularity=g)) for g in _build(name).granularities]
+        except RegistryError as error:
+            warnings.warn(str(error), stacklevel=2)
+    return tuple(spellings)
 
 
 def get_quantizer(spelling: "str | Quantizer") -> Quantizer:
@@ -46,16 +53,35 @@ def get_quantizer(spelling: "str | Quantizer") -> Quantizer:
         raise RegistryError(
             f"{spelling!r}: no wrapper named {wrappers[0]!r} is installed; drop the '+' part."
         )
-    name, _, granularity = head.partition(":")
+    name, colon, granularity = head.partition(":")
     try:
-        return _build(name, granularity or None)
+        return _build(name, granularity=granularity) if colon else _build(name)
     except (TypeError, ValueError) as error:
         if isinstance(error, RegistryError):
             raise
         raise RegistryError(f"{spelling!r}: {error}") from error
 
 
-def _build(name: str, granularity: str | None = None) -> Quantizer:
+def quantizer_from_config(config: Any) -> Quantizer:
+    """The quantizer that :attr:`Quantizer.config` describes.
+
+    Raises:
+        RegistryError: malformed, or the installed format of that name is another one.
+    """
+    try:
+        options = dict(config)
+        quantizer = _build(options.pop("name"), **options)
+    except (KeyError, TypeError, ValueError) as error:
+        raise RegistryError(f"no format can be made from {config!r}: {error}") from error
+    if quantizer.config != config:
+        raise RegistryError(
+            f"the format was {config}, but the installed {config['name']} makes {quantizer.config}; "
+            f"install the version of its package that wrote it."
+        )
+    return quantizer
+
+
+def _build(name: str, **options: Any) -> Quantizer:
     claims = _claims()
     if name not in claims:
         raise RegistryError(
@@ -63,7 +89,7 @@ def _build(name: str, granularity: str | None = None) -> Quantizer:
             f"Formats are found through the entry points {GROUP!r} of installed packages."
         )
     factory = _load(name, claims[name])
-    quantizer = factory() if granularity is None else factory(granularity=granularity)
+    quantizer = factory(**options)
     if not isinstance(quantizer, Quantizer):
         raise RegistryError(
             f"the entry point {name!r} must make a qpaged.Quantizer, but made a {type(quantizer).__name__}."
@@ -88,7 +114,7 @@ def _load(name: str, claims: dict[str, EntryPoint]) -> Callable[..., object]:
     ((package, point),) = claims.items()
     try:
         return point.load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever another package raises as it is imported
         raise RegistryError(
             f"the format {name!r} of package {package} cannot be loaded from {point.value!r}: {error}. "
             f"Reinstall that package, and see that no other package hides its modules."

@@ -159,8 +159,8 @@ class Sweep:
         errors = attention_error(self._cache(format, dtype), probes)
         run = Run(
             format=spelling,
-            key=format.config["key"],
-            value=format.config["value"],
+            key=str(CacheFormat(format.key, format.key)),
+            value=str(CacheFormat(format.value, format.value)),
             dtype=dtype,
             bytes_per_token=size,
             ratio=BF16_BYTES * model.elements_per_token / size,
