@@ -89,10 +89,10 @@ def doubling():
             x = 84 + width * index
             kind = "hit" if code == (-3 if row == 0 else -2) else "ab"[code % 2]
             parts += [rect(x, top, width, CELL, kind), text(x + width / 2, top + 18, code)]
-    parts += ['<path d="M172 8 L172 122" class="value"/>', text(178, 12, "x = -2.53 s", "note", "start")]
+    parts += ['<path d="M156 8 L156 122" class="value"/>', text(162, 12, "x = -2.8 s", "note", "start")]
     parts += [
-        text(84, 138, "floor(-2.53) = -3", "note", "start"),
-        text(84, 156, "-3 &gt;&gt; 1 = -2 = floor(-2.53 / 2)", "note", "start"),
+        text(84, 138, "floor(-2.8) = -3", "note", "start"),
+        text(84, 156, "-3 &gt;&gt; 1 = -2 = floor(-2.8 / 2)", "note", "start"),
     ]
     return figure(580, 166, "Doubling the scale joins neighbouring cells in pairs", parts)
 
