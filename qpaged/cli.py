@@ -122,7 +122,7 @@ def _publish(args: argparse.Namespace, result: sweep.SweepResult) -> int:
     for failure in result.failures:
         _say(args, f"{failure.format} failed: {failure.error}")
     if not result.complete:
-        _say(args, f"interrupted; {len(result.runs)} formats were finished.")
+        _say(args, f"interrupted; finished: {', '.join(run.format for run in result.runs)}.")
         return INTERRUPTED
     return FAILED if result.failures else FINE
 

@@ -1,8 +1,10 @@
 """How far a sweep is, on stderr."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from qpaged.sweep._extras import need
 from qpaged.sweep._run import Report
@@ -24,13 +26,19 @@ def progress_bar(total: int) -> Iterator[Report]:
         progress.BarColumn(),
         progress.TaskProgressColumn(),
         progress.TimeElapsedColumn(),
-        progress.TextColumn("left"),
-        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[left]}"),
     )
-    # A long window for the speed: every format begins with a pause for its compilation.
-    with progress.Progress(*columns, console=console, transient=True, speed_estimate_period=600) as bar:
-        task = bar.add_task("compiling", total=total)
-        yield lambda format, tokens: bar.update(task, advance=tokens, description=format)
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=total, left="")
+        began = time.monotonic()
+
+        def report(format: str, tokens: int) -> None:
+            # By the mean speed so far: each format begins with a pause for its compilation.
+            done = bar.tasks[0].completed + tokens
+            left = timedelta(seconds=round((time.monotonic() - began) * (total / done - 1)))
+            bar.update(task, advance=tokens, description=format, left=f"{left} left")
+
+        yield report
 
 
 def _lines() -> Report:

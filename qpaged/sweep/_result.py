@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class SweepResult:
     runs: tuple[Run, ...]
     failures: tuple[Failure, ...] = ()
     complete: bool = True
+    date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     @property
     def sequences(self) -> int:
@@ -44,7 +45,7 @@ class SweepResult:
             "text": {"source": self.text.source, "bytes": len(self.text.data), "sha256": self.text.sha256},
             "reference": "plain pages in float32, the precision that the model computes in",
             "settings": _settings_record(self.settings) | {"sequences": self.sequences},
-            "environment": _environment(),
+            "environment": _environment() | {"date": self.date},
             "runs": [run_record(run) for run in self.runs],
             "failures": [dataclasses.asdict(failure) for failure in self.failures],
         }
@@ -95,5 +96,4 @@ def _environment() -> dict[str, str]:
         "qpaged": qpaged.__version__,
         "device": jax.devices()[0].device_kind,
         "platform": platform.platform(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

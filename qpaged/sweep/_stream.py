@@ -2,13 +2,14 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from numpy.typing import ArrayLike
 
 from qpaged.attention import paged_attention
 from qpaged.cache import (
@@ -146,16 +147,16 @@ def through_cache(
     return written.replace(layer_index=view.layer_index), out
 
 
-def reset(cache: PagedAttentionCache, pages: Sequence[int]) -> PagedAttentionCache:
+def reset(cache: PagedAttentionCache, pages: ArrayLike) -> PagedAttentionCache:
     """The cache with these pages fresh; donates it."""
     return cache.replace(views=[reset_view(view, pages) for view in cache.views])
 
 
-def reset_view(view: PagedAttentionCacheView, pages: Sequence[int]) -> PagedAttentionCacheView:
+def reset_view(view: PagedAttentionCacheView, pages: ArrayLike) -> PagedAttentionCacheView:
     """The view with these pages fresh; donates it."""
     count = view.metadata.num_pages_per_layer
     padded = np.full(count, count, np.int32)  # "no page", so that every batch has the same shapes
-    padded[: len(pages)] = pages
+    padded[: np.size(pages)] = pages
     return _reset(view.replace(layer_index=0), padded).replace(layer_index=view.layer_index)
 
 
