@@ -131,11 +131,8 @@ def explicit_sharding(array: Any) -> Any:
 
 
 def automatic(fun: Callable[..., Any], out_shardings: Any) -> Callable[..., Any]:
-    """`fun`, with Explicit mesh axes left to the compiler inside; `fun` itself if `out_shardings` holds a None."""
-    shardings = jax.tree_util.tree_leaves(out_shardings, is_leaf=lambda leaf: leaf is None)
-    if any(sharding is None for sharding in shardings):
-        return fun
-    axes = shardings[0].mesh.axis_names
+    """`fun`, with Explicit mesh axes left to the compiler inside, and its outputs placed."""
+    axes = jax.tree_util.tree_leaves(out_shardings)[0].mesh.axis_names
     return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out_shardings)
 
 

@@ -31,6 +31,11 @@ class Int8Floor(PowerOfTwoQuantizer):
     headroom: ClassVar[int] = 7
     resolution: ClassVar[int] = 1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.granularity == "token":
+            raise ValueError("granularity must not be token for Int8Floor; that is Int8Token, which rounds.")
+
     def encode(self, units: jax.Array) -> jax.Array:
         # A negative that underflowed in the division is -0 here; its floor is -1, as the shift gives.
         codes = jnp.where(jnp.signbit(units), jnp.minimum(jnp.floor(units), -1), jnp.floor(units))
@@ -58,6 +63,11 @@ class Int8Token(Quantizer):
     name: ClassVar[str] = "int8"
     granularities: ClassVar = ("page", "token", "channel")
     bound: ClassVar[float] = 0.5 + 127 * 2.0**-22
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.granularity != "token":
+            raise ValueError(f"granularity must be token for Int8Token, but came as {self.granularity!r}.")
 
     def scale(self, absmax: jax.Array) -> jax.Array:
         # A product, since XLA may or may not turn a division by a constant into one.

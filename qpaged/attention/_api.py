@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from qpaged._compat import automatic, explicit_sharding
 from qpaged.arrays import QuantizedArray, float_dtype
 from qpaged.attention import _reference, _xla
 from qpaged.attention._options import Options, Tokens
@@ -64,7 +66,7 @@ def paged_attention(
     sinks = None if sinks is None else _sinks(sinks, query.shape[1])
     attend = BACKENDS[backend or "xla"]
 
-    def run(keys, values):
+    def run(keys, values, parts, sinks):
         outs = [
             attend(tokens, keys, values, sinks, options)
             if tokens.query.size and tokens.table.shape[-1]
@@ -76,8 +78,13 @@ def paged_attention(
     if not parts:
         return jnp.zeros_like(query)
     pools = view.key_pages, view.value_pages
-    foreign = any(isinstance(pool, ImplicitArray) and not isinstance(pool, QuantizedArray) for pool in pools)
-    return use_implicit_args(run)(*pools) if foreign else run(*pools)
+    if any(isinstance(pool, ImplicitArray) and not isinstance(pool, QuantizedArray) for pool in pools):
+        return use_implicit_args(lambda *pools: run(*pools, parts, sinks))(*pools)
+    placed = [explicit_sharding(leaf) for leaf in jax.tree_util.tree_leaves(pools)]
+    if any(sharding is None for sharding in placed):
+        return run(*pools, parts, sinks)
+    over_heads = PartitionSpec(None, placed[0].spec[0], None)  # as the pools' heads are
+    return automatic(run, placed[0].update(spec=over_heads))(*pools, parts, sinks)
 
 
 def _tokens(

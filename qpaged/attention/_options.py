@@ -54,6 +54,9 @@ class Tokens:
         return self.table.ndim == 1
 
 
+jax.tree_util.register_dataclass(Tokens, data_fields=["query", "position", "table"], meta_fields=[])
+
+
 def grouped(query: jax.Array, kv_heads: int) -> jax.Array:
     """(n, q_heads, head_dim) as (kv_heads, n * group, head_dim): grouped queries share their head's keys."""
     n, q_heads, head_dim = query.shape

@@ -185,6 +185,8 @@ def _reset(pool: Any, pages: jax.Array) -> Any:
 def _updated(pool: Any, update: Callable[..., Any], *args: Any) -> Any:
     """``update(pool, *args)``, placed as the pool is; foreign implicit pages do it by their own handlers."""
     if not isinstance(pool, ImplicitArray) or isinstance(pool, QuantizedArray):
+        if any(explicit_sharding(leaf) is None for leaf in jax.tree_util.tree_leaves(pool)):
+            return update(pool, *args)
         return automatic(update, jax.tree_util.tree_map(explicit_sharding, pool))(pool, *args)
     updated = use_implicit_args(lambda pool: update(pool, *args))(pool)
     if type(updated) is not type(pool):
