@@ -20,6 +20,9 @@ else:
     Operand = object  # what qax dispatches on as anything whatever
 
 
+LAST = -1  # for handlers of any operands, which must not stand in the way of others
+
+
 def exists(*names: str) -> list[str]:
     """Those of the primitives that this JAX has."""
     return [name for name in names if hasattr(lax, f"{name}_p")]
@@ -74,13 +77,13 @@ def _gather(
     return NotImplemented if out is None else out
 
 
-@primitive_handler("concatenate")
+@primitive_handler("concatenate", precedence=LAST)
 def _concatenate(primitive, array: Operand, *rest: Operand, dimension, **params):
     arrays = (array, *rest)
     return _moves.concatenate(arrays, dimension) if _alike(arrays) else NotImplemented
 
 
-@primitive_handler(exists("stack"))
+@primitive_handler(exists("stack"), precedence=LAST)
 def _stack(primitive, array: Operand, *rest: Operand, axis, **params):
     arrays = (array, *rest)
     return _moves.stack(arrays, axis) if _alike(arrays) else NotImplemented
@@ -91,7 +94,7 @@ def _unstack(primitive, array: QuantizedArray, *, axis, **params):
     return _moves.unstack(array, axis)
 
 
-@primitive_handler("select_n")
+@primitive_handler("select_n", precedence=LAST)
 def _select(primitive, which: Operand, *cases: Operand, **params):
     return _moves.select(which, cases) if jnp.ndim(which) == 0 and _alike(cases) else NotImplemented
 

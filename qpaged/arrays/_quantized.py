@@ -162,10 +162,14 @@ def finite(x: jax.Array, dtype: Any) -> jax.Array:
 def float_dtype(name: str, dtype: Any) -> np.dtype:
     """``dtype`` as a NumPy dtype; TypeError unless it is a real floating-point one that JAX has enabled."""
     if dtype is None:
-        raise TypeError(f"{name} must be a real floating-point dtype, but came as None; give jnp.bfloat16, say.")
+        raise TypeError(
+            f"{name} must be a real floating-point dtype, but came as None; give jnp.bfloat16, say."
+        )
     dtype = jnp.dtype(dtype)
     if dtype == np.float64 and not jax.config.jax_enable_x64:
-        raise TypeError(f"{name} came as float64, which JAX has not enabled; use float32, or set jax_enable_x64.")
+        raise TypeError(
+            f"{name} came as float64, which JAX has not enabled; use float32, or set jax_enable_x64."
+        )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{name} must have a real floating-point dtype, but came as {dtype.name}; "

@@ -174,7 +174,9 @@ def _reset(pool: Any, pages: jax.Array) -> Any:
     page = (1, 1, *pool.shape[2:])
     if not isinstance(pool, QuantizedArray):
         fresh = jnp.zeros((len(pages), pool.shape[0], *page[2:]), pool.dtype)
-        return _updated(pool, lambda pool, fresh, pages: write_rows(pool, (1,), (pages,), fresh), fresh, pages)
+        return _updated(
+            pool, lambda pool, fresh, pages: write_rows(pool, (1,), (pages,), fresh), fresh, pages
+        )
     zeros = pool.quantizer.quantize(jnp.zeros(page, pool.dtype))
     fresh = jax.tree_util.tree_map(
         lambda leaf: jnp.broadcast_to(leaf[0], (len(pages), pool.shape[0], *leaf.shape[2:])), zeros

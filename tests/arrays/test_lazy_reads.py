@@ -132,7 +132,13 @@ def test_dots_fold_their_scales(array):
     for name, lazy, out, want in both_ways(DOTS, array):
         assert not is_quantized(lazy) and (out.shape, out.dtype) == (want.shape, want.dtype), name
         # float32 sums in another order: of at most 96 products, or of 6144 where all is contracted
-        np.testing.assert_allclose(out, want, rtol=2e-6, atol=6144 * 2.0**-24 if want.ndim == 0 else 2e-6 * float(jnp.abs(want).max()), err_msg=name)
+        np.testing.assert_allclose(
+            out,
+            want,
+            rtol=2e-6,
+            atol=6144 * 2.0**-24 if want.ndim == 0 else 2e-6 * float(jnp.abs(want).max()),
+            err_msg=name,
+        )
 
 
 @pytest.mark.parametrize("format", FORMATS)

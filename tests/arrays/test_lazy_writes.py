@@ -22,11 +22,13 @@ WRITES = {
     "one slot": lambda a: update(5, a),
     "clamped past the end": lambda a: update(40, a),
     "clamped before the start": lambda a: lax.dynamic_update_slice(a, ROW, (0, -9, 3, 0)),
-    "half a head": lambda a: lax.dynamic_update_slice(a, ROW[:1, :, :, :16].reshape(1, 1, 2, 8), (1, 3, 4, 7)),
+    "half a head": lambda a: lax.dynamic_update_slice(
+        a, ROW[:1, :, :, :16].reshape(1, 1, 2, 8), (1, 3, 4, 7)
+    ),
     "two unaligned pages": lambda a: lax.dynamic_update_slice_in_dim(a, normal(2, 2, 16, 32, seed=3), 3, 1),
     "everything": lambda a: lax.dynamic_update_slice(a, normal(2, 6, 16, 32, seed=4), (0, 0, 0, 0)),
-    "rows, one page twice": lambda a: (
-        a.at[:, jnp.array([1, 2, 2, 9, -1]), jnp.array([1, 5, 6, 3, 4])].set(SOME, mode="drop")
+    "rows, one page twice": lambda a: a.at[:, jnp.array([1, 2, 2, 9, -1]), jnp.array([1, 5, 6, 3, 4])].set(
+        SOME, mode="drop"
     ),
     "a page": lambda a: a.at[1, 2].set(ROW[0, 0] * 2),
     "a box": lambda a: a.at[1, 2:4, 3:7, 5:9].set(3.0),
@@ -53,7 +55,10 @@ def test_what_is_written_reads_back_within_the_bound(format):
     def together(array):
         lazy = use_implicit_args(lambda a: {name: WRITES[name](a) for name in names})(array)
         dense = {name: WRITES[name](array.materialize()) for name in names}
-        return {name: (lazy[name], lazy[name].dequantize(), dense[name], multipliers(lazy[name])) for name in names}
+        return {
+            name: (lazy[name], lazy[name].dequantize(), dense[name], multipliers(lazy[name]))
+            for name in names
+        }
 
     for name, (lazy, got, want, factors) in together(array).items():
         assert isinstance(lazy, qpaged.QuantizedArray), name
