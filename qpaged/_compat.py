@@ -130,7 +130,7 @@ def explicit_sharding(array: Any) -> Any:
     return sharding if explicit else None
 
 
-def automatic(fun: Callable[..., Any], out_shardings: Any) -> Callable[..., Any]:
+def automatic(fun: Callable[..., Any], out_shardings: Any) -> Any:
     """`fun`, with Explicit mesh axes left to the compiler inside, and its outputs placed."""
     axes = jax.tree_util.tree_leaves(out_shardings)[0].mesh.axis_names
     return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out_shardings)

@@ -140,6 +140,24 @@ def quantize(array: Any, quantizer: "Quantizer", block: Sequence[int], dtype: An
     return QuantizedArray(codes, scales, quantizer=quantizer, dtype=dtype)
 
 
+def check_parts(codes: Any, scales: Any, offsets: Any, quantizer: "Quantizer", dtype: Any) -> None:
+    """ValueError unless these are the parts of one array of this format."""
+    right = codes.dtype == quantizer.code_dtype(dtype) and (scales is None) == (quantizer.scale_dtype is None)
+    for part in (scales, offsets):
+        if part is not None and right:
+            right = part.ndim == codes.ndim and all(
+                n > 0 and length % n == 0 for length, n in zip(codes.shape, part.shape, strict=True)
+            )
+    if not right or (scales is not None and scales.dtype != quantizer.scale_dtype):
+        shapes = [
+            None if part is None else f"{part.dtype.name}{part.shape}" for part in (codes, scales, offsets)
+        ]
+        raise ValueError(
+            f"codes, scales and offsets must be of one {quantizer} array, but came as {shapes}; "
+            f"the data was not written whole."
+        )
+
+
 def encode(x: jax.Array, scales: jax.Array, quantizer: "Quantizer") -> jax.Array:
     """Codes of finite float32 ``x`` under the stored ``scales`` of its blocks; a zero scale encodes zeros."""
     multiplier = quantizer.multiplier(scales)
@@ -166,7 +184,7 @@ def float_dtype(name: str, dtype: Any) -> np.dtype:
             f"{name} must be a real floating-point dtype, but came as None; give jnp.bfloat16, say."
         )
     dtype = jnp.dtype(dtype)
-    if dtype == np.float64 and not jax.config.jax_enable_x64:
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise TypeError(
             f"{name} came as float64, which JAX has not enabled; use float32, or set jax_enable_x64."
         )

@@ -99,7 +99,7 @@ def _grow(array: QuantizedArray, axes: Axes, blocks: jax.Array, old: jax.Array, 
         grown = jax.vmap(lambda w, a, b: _grow_window(array, axes, w, a, b))(windows, old[row], new[row])
         return _scatter_windows(codes, axes, at, array.block, grown)
 
-    return lax.fori_loop(0, steps, rescale, array.codes)
+    return lax.fori_loop(jnp.int32(0), steps, rescale, array.codes)
 
 
 def _distinct(blocks: jax.Array, needs: jax.Array, grid: Axes) -> tuple[jax.Array, jax.Array, jax.Array, int]:
@@ -112,7 +112,7 @@ def _distinct(blocks: jax.Array, needs: jax.Array, grid: Axes) -> tuple[jax.Arra
     for extent in reversed(grid[1:]):
         strides.insert(0, strides[0] * extent)
     nowhere = grid[0] * strides[0]
-    flat = jnp.where(needs, (blocks * jnp.array(strides, jnp.int32)).sum(axis=-1), nowhere)
+    flat = jnp.where(needs, (blocks * jnp.array(strides, jnp.int32)).sum(axis=-1, dtype=jnp.int32), nowhere)
     order = jnp.argsort(flat).astype(jnp.int32)
     ascending = flat[order]
     is_first = jnp.append(True, ascending[1:] != ascending[:-1]) & (ascending < nowhere)

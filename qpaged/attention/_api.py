@@ -70,7 +70,7 @@ def paged_attention(
         outs = [
             attend(tokens, keys, values, sinks, options)
             if tokens.query.size and tokens.table.shape[-1]
-            else jnp.zeros(tokens.query.shape)
+            else jnp.zeros(tokens.query.shape, jnp.float32)
             for tokens in parts
         ]
         return jnp.concatenate(outs).astype(query.dtype)
@@ -79,12 +79,12 @@ def paged_attention(
         return jnp.zeros_like(query)
     pools = view.key_pages, view.value_pages
     if any(isinstance(pool, ImplicitArray) and not isinstance(pool, QuantizedArray) for pool in pools):
-        return use_implicit_args(lambda *pools: run(*pools, parts, sinks))(*pools)
+        return use_implicit_args(lambda keys, values: run(keys, values, parts, sinks))(*pools)
     placed = [explicit_sharding(leaf) for leaf in jax.tree_util.tree_leaves(pools)]
     if any(sharding is None for sharding in placed):
-        return run(*pools, parts, sinks)
+        return run(pools[0], pools[1], parts, sinks)
     over_heads = PartitionSpec(None, placed[0].spec[0], None)  # as the pools' heads are
-    return automatic(run, placed[0].update(spec=over_heads))(*pools, parts, sinks)
+    return automatic(run, placed[0].update(spec=over_heads))(pools[0], pools[1], parts, sinks)
 
 
 def _tokens(
@@ -96,11 +96,7 @@ def _tokens(
     _check_query(query, sum(len(position) for position, _ in parts) if parts else None, config)
     tokens, start = [], 0
     for position, table in parts:
-        if table.shape[-1] * config.page_size > LARGEST_INDEX:
-            raise ValueError(
-                f"page_table must cover at most {LARGEST_INDEX:,} slots, which int32 can count, but its "
-                f"{table.shape[-1]:,} pages of {config.page_size:,} are more; pass the pages in use."
-            )
+        table = table[..., : LARGEST_INDEX // config.page_size]  # no int32 position lies further
         position = jnp.where(position < table.shape[-1] * config.page_size, position, -1)
         tokens.append(Tokens(query[start : start + len(position)], position, table))
         start += len(position)

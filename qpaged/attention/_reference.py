@@ -38,7 +38,9 @@ def _softmax(scores: jax.Array, seen: jax.Array, sinks: jax.Array | None, n: int
     """Softmax over what is seen and the sink, which takes weight and gives nothing; zeros where neither."""
     scores = jnp.where(seen, scores, -jnp.inf)
     sink = (
-        jnp.full(scores.shape[:2], -jnp.inf) if sinks is None else jnp.tile(sinks.reshape(len(scores), -1), n)
+        jnp.full(scores.shape[:2], -jnp.inf, jnp.float32)
+        if sinks is None
+        else jnp.tile(sinks.reshape(len(scores), -1), n)
     )
     top = jnp.maximum(scores.max(axis=-1, initial=-jnp.inf), sink)[..., None]
     top = jnp.where(jnp.isfinite(top), top, 0)

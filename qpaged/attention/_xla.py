@@ -64,10 +64,10 @@ def _tile(query, position, table, pages: int, keys, values, sinks, options: Opti
         return higher, total, out * fade[..., None] + dot(weights, v, PV)
 
     if sinks is None:
-        top, total = jnp.full((kv_heads, rows), FLOOR), jnp.zeros((kv_heads, rows))
+        top, total = jnp.full((kv_heads, rows), FLOOR, jnp.float32), jnp.zeros((kv_heads, rows), jnp.float32)
     else:
-        top, total = jnp.tile(sinks.reshape(kv_heads, -1), n), jnp.ones((kv_heads, rows))
-    state = top, total, jnp.zeros((kv_heads, rows, head_dim))
+        top, total = jnp.tile(sinks.reshape(kv_heads, -1), n), jnp.ones((kv_heads, rows), jnp.float32)
+    state = top, total, jnp.zeros((kv_heads, rows, head_dim), jnp.float32)
     first, last = _blocks(position, size, options.sliding_window)
     _, total, out = lax.fori_loop(first, last, block, state)
     return ungrouped(out / jnp.where(total > 0, total, 1)[..., None], n)

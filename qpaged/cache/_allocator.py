@@ -39,7 +39,10 @@ class PageAllocator:
             AllocationError: more tokens than a sequence may have, or than there are pages free.
             TypeError, ValueError: a length that is no count, or None for a sequence.
         """
-        length = operator.index(length)
+        try:
+            length = operator.index(length)
+        except TypeError:
+            raise TypeError(f"length must be a whole number of tokens, but came as {length!r}.") from None
         if length < 0 or sequence is None:
             raise ValueError(
                 f"sequence and length must be a name other than None and a count of tokens, but came as "

@@ -26,8 +26,8 @@ def available_bytes(mesh: Mesh | None, device: Any, utilization: float, memory_b
     devices = [device] if mesh is None else list(mesh.devices.flat)
     mine = jax.process_index()
     stats = [device.memory_stats() or {} for device in devices if device.process_index == mine]
-    limits = [s.get("bytes_reservable_limit", s.get("bytes_limit")) for s in stats]
-    if all(limits):
+    limits = [int(s.get("bytes_reservable_limit", s.get("bytes_limit", 0))) for s in stats]
+    if stats and all(limits):
         used = [s.get("bytes_in_use", 0) for s in stats]
         return min(int(limit * utilization) - use for limit, use in zip(limits, used, strict=True))
     share = _free_host_bytes() // max(1, len(stats))
@@ -39,6 +39,11 @@ def available_bytes(mesh: Mesh | None, device: Any, utilization: float, memory_b
         stacklevel=3,
     )
     return int(share * utilization)
+
+
+def default_device() -> Any:
+    """The device on which arrays are made where none is named."""
+    return getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
 
 
 def _free_host_bytes() -> int:

@@ -7,11 +7,12 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from qpaged.arrays import float_dtype
-from qpaged.cache._budget import available_bytes, bytes_per_page
-from qpaged.cache._pages import PagesFormat
+from qpaged.cache._budget import available_bytes, bytes_per_page, default_device
+from qpaged.cache._pages import PagesFormat, whole_shards
 from qpaged.cache._record import Record
 from qpaged.quantizer import CacheFormat, Quantizer
 
@@ -67,6 +68,10 @@ class PagedAttentionCacheMetaData(Record):
         for name in COUNTS:
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
         object.__setattr__(self, "hbm_utilization", _utilization(self.hbm_utilization))
+        if self.quantizer is not None:
+            object.__setattr__(self, "quantizer", cache_format(self.quantizer))
+        if self.dtype is not None:
+            object.__setattr__(self, "dtype", float_dtype("dtype", self.dtype).name)
         _indexable("num_pages_per_layer", self.num_pages_per_layer)
         _indexable("num_pages_per_sequence * page_size", self.num_pages_per_sequence * self.page_size)
 
@@ -116,9 +121,10 @@ class PagedAttentionCacheMetaData(Record):
         format = cache_format(quantizer)
         pools = [part for layer in range(layers) for part in layer_formats(format, layer)]
         page_bytes = bytes_per_page(pools, shape, dtype, mesh, partition_manager)
-        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        device = default_device() if mesh is None else mesh.devices.flat[0]
         room = available_bytes(mesh, device, utilization, memory_bytes)
         pages = min(int(room / page_bytes), LARGEST_INDEX)
+        pages = whole_shards(pages, shape, mesh, partition_manager)
         if pages < 1:
             raise ValueError(
                 f"memory: one page of {layers} layers takes {int(page_bytes):,} bytes on a device, but the "
@@ -175,8 +181,8 @@ def _positive(name: str, value: Any) -> int:
     return number
 
 
-def _utilization(value: float) -> float:
-    if not 0 < value < 1:
+def _utilization(value: Any) -> float:
+    if not isinstance(value, int | float | np.floating) or not 0 < value < 1:
         raise ValueError(
             f"hbm_utilization must lie between 0 and 1, both excluded, but came as {value}; "
             f"0.9 takes nine tenths of a device's memory."

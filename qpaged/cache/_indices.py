@@ -24,9 +24,14 @@ def as_indices(name: str, values: Any) -> jax.Array:
         raise TypeError(
             f"{name} must be integers, but came as {values.dtype.name}; convert with .astype(int32)."
         )
+    return jnp.asarray(clipped(values))
+
+
+def clipped(values: Any) -> Any:
+    """An integer array as int32, what is beyond its range at its ends."""
     if not np.can_cast(values.dtype, np.int32):
         values = values.clip(0 if values.dtype.kind == "u" else NOWHERE, LARGEST)
-    return jnp.asarray(values.astype(np.int32))
+    return values.astype(np.int32)
 
 
 def slots_of(position: jax.Array, page_table: jax.Array, page_size: int, num_pages: int):

@@ -1,5 +1,6 @@
 """What a step needs to know: which tokens, where they go, and where their sequences' pages are."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qpaged.cache._indices import as_indices
+from qpaged.cache._indices import as_indices, clipped
 from qpaged.cache._record import Record
 
 
@@ -33,6 +34,13 @@ class PagedAttentionMetadata(Record):
     prefill_page_table: Any
     decodes_position: Any
     decodes_page_table: Any
+
+    def __post_init__(self) -> None:
+        # A jitted function would take host integers of 64 bits modulo 2^32.
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray | np.integer | int) and np.asarray(value).dtype.kind in "iu":
+                object.__setattr__(self, field.name, clipped(np.asarray(value)))
 
     @classmethod
     def prefill(cls, *, position: Any, page_table: Any, length: Any = None) -> Self:
@@ -68,7 +76,7 @@ class PagedAttentionMetadata(Record):
         """
         position = _shaped("position", position, "(batch,)", 1)
         page_table = _shaped("page_table", page_table, "(batch, pages_per_sequence)", 2)
-        _check_batch(position, page_table)
+        _check_batch("", position, page_table)
         return cls(jnp.int32(0), *(_nothing(),) * 2, position, page_table)
 
     @classmethod
@@ -77,7 +85,7 @@ class PagedAttentionMetadata(Record):
         return cls(jnp.int32(0), *(_nothing(),) * 4)
 
     def prefill_tokens(self) -> tuple[jax.Array, jax.Array] | None:
-        """(position, page_table) of the prefill, int32, with padding at negative positions; None if there is none.
+        """(position, page_table) of the prefill, int32, padding at negative positions; None if there is none.
 
         Raises:
             TypeError, ValueError: fields of other kinds or shapes than the class says.
@@ -100,7 +108,7 @@ class PagedAttentionMetadata(Record):
             return None
         position = _shaped("decodes_position", self.decodes_position, "(batch,)", 1)
         table = _shaped("decodes_page_table", self.decodes_page_table, "(batch, pages_per_sequence)", 2)
-        _check_batch(position, table)
+        _check_batch("decodes_", position, table)
         return position, table
 
     def is_prefill_mode(self) -> bool:
@@ -119,11 +127,11 @@ def _shaped(name: str, values: Any, shape: str, ndim: int) -> jax.Array:
     return indices
 
 
-def _check_batch(position: jax.Array, page_table: jax.Array) -> None:
+def _check_batch(prefix: str, position: jax.Array, page_table: jax.Array) -> None:
     if len(position) != len(page_table):
         raise ValueError(
-            f"position and page_table must have one row for each sequence, but came with {len(position)} "
-            f"and {len(page_table)} rows."
+            f"{prefix}position and {prefix}page_table must have one row for each sequence, "
+            f"but came with {len(position)} and {len(page_table)} rows."
         )
 
 

@@ -56,6 +56,22 @@ def check_divides(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> None
         )
 
 
+def whole_shards(pages: int, shape: Sequence[int], mesh: Mesh | None, manager: Any) -> int:
+    """``pages``, or as many fewer as make them a number that the mesh divides as it divides any.
+
+    Args:
+        shape: (kv_heads, page_size, head_dim).
+    """
+    if mesh is None or manager is None:
+        return pages
+    kv_heads, page_size, head_dim = shape
+    pool = (kv_heads, pages - pages % mesh.size, page_size, head_dim)
+    spec = manager.resolve([KV_HEAD, EMPTY, EMPTY, EMPTY], mode=MODE, shape=pool)
+    names = spec[1] if len(spec) > 1 and spec[1] is not None else ()
+    names = names if isinstance(names, tuple) else (names,)
+    return pages - pages % int(np.prod([mesh.shape[name] for name in names if name in mesh.shape]))
+
+
 def device_bytes(
     format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh | None, manager: Any
 ) -> int:

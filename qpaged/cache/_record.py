@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qpaged.arrays import QuantizedArray
-from qpaged.quantizer import CacheFormat, get_quantizer
+from qpaged.arrays import QuantizedArray, check_parts, float_dtype
+from qpaged.quantizer import CacheFormat, quantizer_from_config
 
 VERSION = 1
 
@@ -54,7 +54,12 @@ class Record:
                 f"data of a {cls.__name__} must hold exactly the fields {sorted(known)}, "
                 f"but {sorted(known ^ given.keys())} are missing or unknown."
             )
-        return cls(**{key: _unpack(value) for key, value in given.items()})
+        record = cls(**{key: _unpack(value) for key, value in given.items()})
+        record.check_record()
+        return record
+
+    def check_record(self) -> None:
+        """ValueError where fields that were read do not fit each other."""
 
     def to_json(self, **kwargs: Any) -> str:
         """JSON text; arrays as base64. ``kwargs`` go to ``json.dumps``."""
@@ -94,7 +99,7 @@ def _unpack(value: Any) -> Any:
         return [_unpack(item) for item in value]
     if not isinstance(value, Mapping):
         return value
-    kind: Any = value.get("type")
+    kind = str(value.get("type"))
     if kind in Record._records:
         return Record._records[kind].from_dict(value)
     unpack = {
@@ -110,26 +115,28 @@ def _unpack(value: Any) -> Any:
 
 
 def _quantized(data: Mapping[str, Any]) -> QuantizedArray:
-    config = dict(data["quantizer"])
-    quantizer = get_quantizer(":".join([config["name"], config["granularity"]]))
-    if quantizer.config != config:
-        raise ValueError(
-            f"the pages are of format {config}, but the installed {config['name']} is {quantizer.config}; "
-            f"install the package version that wrote them."
-        )
-    codes, scales, offsets = (_unpack(data[name]) for name in ("codes", "scales", "offsets"))
-    return QuantizedArray(codes, scales, offsets, quantizer, dtype=jnp.dtype(data["dtype"]))
+    try:
+        quantizer = quantizer_from_config(data["quantizer"])
+        dtype = float_dtype("dtype", data["dtype"])
+        codes, scales, offsets = (_unpack(data[name]) for name in ("codes", "scales", "offsets"))
+        check_parts(codes, scales, offsets, quantizer, dtype)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"data holds pages that are not whole: {error!r}") from error
+    return QuantizedArray(codes, scales, offsets, quantizer, dtype=dtype)
 
 
 def _array_to_json(array: Any) -> dict[str, Any]:
     array = np.asarray(array)
+    array = array.astype(array.dtype.newbyteorder("="))  # the dtype's name does not tell the order
     data = base64.b64encode(array.tobytes()).decode("ascii")
     return {"type": "array", "dtype": array.dtype.name, "shape": list(array.shape), "data": data}
 
 
-def _array_from_json(data: Mapping[str, Any]) -> jax.Array:
+def _array_from_json(data: Mapping[str, Any]) -> jax.Array | np.ndarray:
+    """A JAX array; a NumPy one of what JAX would narrow."""
     try:
         flat = np.frombuffer(base64.b64decode(data["data"], validate=True), jnp.dtype(data["dtype"]))
-        return jnp.asarray(flat.reshape(data["shape"]))
+        array = flat.reshape(data["shape"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"data holds an array that is not whole: {error}") from error
+    return jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array

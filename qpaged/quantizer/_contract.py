@@ -63,7 +63,7 @@ class Quantizer(abc.ABC):
 
     @property
     def order_bound(self) -> float:
-        """Largest difference, in units of the scale, between two orders of the same writes; 0 is bit for bit."""
+        """Largest difference, in units of the scale, between two orders of writing; 0 is bit for bit."""
         return 0.0
 
     def code_dtype(self, dtype: Any) -> Any:

@@ -23,7 +23,7 @@ def available_quantizers() -> tuple[str, ...]:
 def available_formats() -> tuple[str, ...]:
     """Spellings of every installed format at each of its granularities, the default first.
 
-    A format that cannot be had, because its package is broken or two claim its name, is warned of and left out.
+    A format that cannot be had (its package is broken, or two claim its name) is warned of and left out.
     """
     spellings: list[str] = []
     for name in available_quantizers():
@@ -72,6 +72,8 @@ def quantizer_from_config(config: Any) -> Quantizer:
         options = dict(config)
         quantizer = _build(options.pop("name"), **options)
     except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, RegistryError):
+            raise
         raise RegistryError(f"no format can be made from {config!r}: {error}") from error
     if quantizer.config != config:
         raise RegistryError(

@@ -1,4 +1,4 @@
-"""Programs that update a quantized array leave one that holds what they would have written, within its bound."""
+"""Programs that update a quantized array leave one that holds what they wrote, within its bound."""
 
 import jax
 import jax.numpy as jnp

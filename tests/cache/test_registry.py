@@ -288,7 +288,7 @@ def test_layers_that_cannot_be():
     ids=str,
 )
 def test_a_configuration_that_is_not_whole(config):
-    with pytest.raises(ValueError, match=r"config must hold|at most one '/'|invalid literal"):
+    with pytest.raises(ValueError, match=r"config must hold|no format can be made|invalid literal"):
         CacheFormat.from_config(config)
 
 
