@@ -39,8 +39,8 @@ class PagedAttentionMetadata(Record):
         # A jitted function would take host integers of 64 bits modulo 2^32.
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, np.ndarray | np.integer | int) and np.asarray(value).dtype.kind in "iu":
-                object.__setattr__(self, field.name, clipped(np.asarray(value)))
+            if isinstance(value, np.ndarray | np.integer) and value.dtype.kind in "iu" and value.itemsize > 2:
+                object.__setattr__(self, field.name, clipped(value))
 
     @classmethod
     def prefill(cls, *, position: Any, page_table: Any, length: Any = None) -> Self:

@@ -95,5 +95,5 @@ def _environment() -> dict[str, str]:
         "jax": jax.__version__,
         "qpaged": qpaged.__version__,
         "device": jax.devices()[0].device_kind,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
     }

@@ -55,3 +55,11 @@ def test_sizes_are_as_allocated():
     assert sizes.table(shown) in (ROOT / "README.md").read_text(), (
         f"README.md must show:\n{sizes.table(shown)}"
     )
+
+
+@pytest.mark.parametrize("name", ["sweep.md", "decode_write.md"])
+def test_tables_are_those_of_the_committed_results(name):
+    results = script(ROOT / "docs/includes/results.py")
+    assert (ROOT / "docs/includes" / name).read_text() == results.TABLES[name](), (
+        "run docs/includes/results.py"
+    )
