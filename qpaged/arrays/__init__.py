@@ -2,6 +2,7 @@
 
 from qpaged.arrays import _handlers as _handlers  # registers the handlers
 from qpaged.arrays._dot import dot_general
+from qpaged.arrays._indices import clipped
 from qpaged.arrays._quantized import QuantizedArray, check_parts, float_dtype, quantize
 from qpaged.arrays._reads import as_slots, compute_dtype, dot, keep_slots, take_pages
 from qpaged.arrays._writes import write_rows
@@ -10,6 +11,7 @@ __all__ = [
     "QuantizedArray",
     "as_slots",
     "check_parts",
+    "clipped",
     "compute_dtype",
     "dot",
     "dot_general",

@@ -53,7 +53,7 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, **params: Any) -> ja
 
 def _dot(other: jax.Array, array: QuantizedArray, axes: Axes, preferred_element_type=None, **params):
     result = preferred_element_type or common_dtype(other.dtype, array.dtype)
-    if array.scales is None:
+    if array.scales is None or array.size == 0:
         return lax.dot_general(
             other, array.materialize(), axes.numbers, preferred_element_type=result, **params
         )
@@ -111,7 +111,9 @@ def _scale_other(other, array, axes: Axes, params) -> jax.Array:
     at = [places[axis] for axis in sorted(shared)]
     factors = lax.transpose(factors, sorted(range(len(at)), key=at.__getitem__))
     factors = lax.expand_dims(factors, [axis for axis in range(other.ndim) if axis not in at])
-    return _contract_codes((other.astype(jnp.float32) * factors).astype(other.dtype), array, axes, params)
+    # Scaled, a float16 may leave its range; what it was made for, it still has in float32.
+    dtype = jnp.float32 if other.dtype == jnp.float16 else other.dtype
+    return _contract_codes((other.astype(jnp.float32) * factors).astype(dtype), array, axes, params)
 
 
 def _cut_axes(array: QuantizedArray, cut: list[int]) -> tuple[QuantizedArray, list[int]]:
@@ -182,7 +184,7 @@ def _offset_term(other: jax.Array, array: QuantizedArray, axes: Axes) -> jax.Arr
     offsets = array.offsets
     for axis in axes.batch:
         offsets = refine(offsets, axis, array.block[axis])
-    out = lax.dot_general(summed, offsets, axes.numbers)
+    out = lax.dot_general(summed, offsets, axes.numbers, precision="highest")
     kept = axes.kept(array.ndim)
     for position, axis in enumerate(kept):
         out = refine(out, out.ndim - len(kept) + position, array.block[axis])

@@ -108,13 +108,13 @@ def _alike(arrays: Sequence[Any]) -> TypeGuard[Sequence[QuantizedArray]]:
 
 @primitive_handler("mul")
 def _multiply(primitive, array: QuantizedArray, factor: Operand, **params):
-    scalar = not isinstance(factor, QuantizedArray) and jnp.size(factor) == 1 and array.size > 1
+    scalar = _is_scalar(factor, array)
     return _moves.scaled(array, jnp.reshape(factor, ())) if scalar else NotImplemented
 
 
 @primitive_handler("div")
 def _divide(primitive, array: QuantizedArray, divisor: Operand, **params):
-    scalar = not isinstance(divisor, QuantizedArray) and jnp.size(divisor) == 1 and array.size > 1
+    scalar = _is_scalar(divisor, array)
     return (
         _moves.scaled(array, 1 / jnp.reshape(divisor, ()).astype(jnp.float32)) if scalar else NotImplemented
     )
@@ -142,13 +142,25 @@ def _dot_both(primitive, lhs: QuantizedArray, rhs: QuantizedArray, *, dimension_
 
 @primitive_handler("dynamic_update_slice")
 def _update(primitive, array: QuantizedArray, update: Operand, *start: Operand, **params):
-    return _windows.dynamic_update_slice(array, update, start) if array.quantizer.writable else NotImplemented
+    return _windows.dynamic_update_slice(array, update, start) if _writable(array) else NotImplemented
 
 
 @primitive_handler("scatter")
 def _scatter(
     primitive, array: QuantizedArray, index: Operand, updates: Operand, *, dimension_numbers, mode, **params
 ):
-    if not array.quantizer.writable:
+    if not _writable(array):
         return NotImplemented
     return _windows.scatter(array, index, updates, dimension_numbers, mode)
+
+
+def _writable(array: QuantizedArray) -> bool:
+    """Whether the array is in its format's own form, and without offsets, which no write fits yet."""
+    return array.quantizer.writable and array.offsets is None
+
+
+def _is_scalar(factor: Operand, array: QuantizedArray) -> bool:
+    """Whether a product of the two is the array, scaled."""
+    if isinstance(factor, QuantizedArray):
+        return False
+    return jnp.ndim(factor) == 0 or (jnp.size(factor) == 1 and array.size > 1)

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from qpaged.arrays._blocks import refine
+from qpaged.arrays._indices import clipped
 from qpaged.arrays._quantized import QuantizedArray
 
 
@@ -112,10 +113,6 @@ def squeeze(array: QuantizedArray, dimensions: Sequence[int]) -> QuantizedArray:
     return move(array, lax.squeeze(array.codes, dimensions), lambda s: lax.squeeze(s, dimensions))
 
 
-def expand_dims(array: QuantizedArray, dimensions: Sequence[int]) -> QuantizedArray:
-    return move(array, lax.expand_dims(array.codes, dimensions), lambda s: lax.expand_dims(s, dimensions))
-
-
 def slice_(array: QuantizedArray, start: Sequence[int], limit: Sequence[int], strides: Any) -> QuantizedArray:
     strides = (1,) * array.ndim if strides is None else tuple(strides)
     block = array.block
@@ -163,9 +160,7 @@ def dynamic_slice(array: QuantizedArray, start: Sequence[Any], sizes: Sequence[i
 def clamped(start: Sequence[Any], shape: Sequence[int], sizes: Sequence[int]) -> list[jax.Array]:
     """Start indices as ``lax.dynamic_slice`` clamps them, int32."""
     limits = [length - size for length, size in zip(shape, sizes, strict=True)]
-    return [
-        jnp.clip(jnp.asarray(at).astype(jnp.int32), 0, top) for at, top in zip(start, limits, strict=True)
-    ]
+    return [jnp.clip(clipped(jnp.asarray(at)), 0, top) for at, top in zip(start, limits, strict=True)]
 
 
 def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedArray:
@@ -227,7 +222,10 @@ def gather(
         for axis, (size, length, count) in enumerate(zip(sizes, array.shape, counts, strict=True))
     ):
         return None
-    code_fill, scale_fill = past_end(array) if to_nan else (0, 0)
+    fill = past_end(array) if to_nan else (0, 0)
+    if fill is None:
+        return None
+    code_fill, scale_fill = fill
     codes = lax.gather(array.codes, index, numbers, sizes, mode=mode, fill_value=code_fill)
 
     def read(scales):
@@ -243,7 +241,7 @@ def gather(
 
 def _block_index(array: QuantizedArray, index: jax.Array, axes: Sequence[int], sizes, mode) -> jax.Array:
     """Indices of blocks for indices of elements, past the end where those are."""
-    index = index.astype(jnp.int32)
+    index = clipped(index)
     tops = jnp.array([array.shape[axis] - sizes[axis] for axis in axes], jnp.int32)
     if mode == lax.GatherScatterMode.CLIP:
         index = jnp.clip(index, 0, tops)
@@ -252,12 +250,15 @@ def _block_index(array: QuantizedArray, index: jax.Array, axes: Sequence[int], s
     return jnp.where((index >= 0) & (index <= tops), blocks, past)
 
 
-def past_end(array: QuantizedArray) -> tuple[Any, Any]:
-    """Codes and scales that read as NaN."""
-    if array.scales is None:
-        nan = np.full((), np.nan, array.dtype)
-        return int(nan.view(array.codes.dtype)), None
-    return 0, (255 if array.scales.dtype == jnp.uint8 else np.nan)
+def past_end(array: QuantizedArray) -> tuple[Any, Any] | None:
+    """Codes and scales that read as NaN; None where the stored scales have no such value."""
+    if array.scales is not None:
+        scale = array.quantizer.past_end
+        return None if scale is None else (0, scale)
+    dtype, quantizer = array.dtype, array.quantizer
+    while isinstance(quantizer, Converted):
+        dtype, quantizer = quantizer.dtype, quantizer.quantizer
+    return int(np.full((), np.nan, dtype).view(array.codes.dtype)), None
 
 
 def convert(array: QuantizedArray, dtype: Any) -> QuantizedArray:
@@ -277,6 +278,10 @@ class Converted:
     dtype: Any
     writable: ClassVar[bool] = False
 
+    @property
+    def past_end(self) -> Any:
+        return self.quantizer.past_end
+
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
         return self.quantizer.decode(codes, self.dtype).astype(dtype)
 
@@ -290,6 +295,7 @@ class Scaled:
 
     quantizer: Any
     writable: ClassVar[bool] = False
+    past_end: ClassVar[float] = math.nan
 
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
         return self.quantizer.decode(codes, dtype)
@@ -301,6 +307,10 @@ class Scaled:
 def scaled(array: QuantizedArray, factor: jax.Array) -> QuantizedArray:
     """``array`` times a scalar: the codes stay, the scales become float32 factors."""
     factor = jnp.asarray(factor).astype(jnp.float32)
-    scales = jnp.ones((1,) * array.ndim, jnp.float32) if array.scales is None else array.multipliers()
+    if array.scales is None:
+        one = jnp.ones((1,) * array.ndim, jnp.float32)
+        return array.like(
+            array.codes, one * factor, quantizer=Scaled(Converted(array.quantizer, array.dtype))
+        )
     offsets = None if array.offsets is None else array.offsets * factor
-    return array.like(array.codes, scales * factor, offsets, quantizer=Scaled(array.quantizer))
+    return array.like(array.codes, array.multipliers() * factor, offsets, quantizer=Scaled(array.quantizer))

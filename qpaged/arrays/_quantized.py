@@ -91,20 +91,21 @@ class QuantizedArray(ImplicitArray):
 
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The values as ``dtype``: computed in float32, rounded once, clipped to the finite numbers."""
-        values = self.values(jnp.float32)
-        if self.scales is None:
+        if self.scales is None or self.size == 0:
             return self.values(self.dtype).astype(dtype)
-        x = blocked(values, self.scales.shape) * beside(self.multipliers())
+        values = blocked(self.values(jnp.float32), self.scales.shape)
+        x = values * beside(self.multipliers())
         if self.offsets is not None:
             x = x + beside(self.offsets)
         largest = jnp.float32(jnp.finfo(dtype).max)
-        # A NaN can only come from a read past the end, and stays one.
-        x = jnp.where(jnp.isnan(x), x, jnp.clip(x, -largest, largest))
+        # What was never finite stays as it is, as does the NaN of a read past the end.
+        x = jnp.where(jnp.isfinite(values), jnp.clip(x, -largest, largest), x)
         return x.reshape(self.shape).astype(dtype)
 
     def values(self, dtype: Any) -> jax.Array:
         """The codes as numbers in units of their scale; exact in ``dtype`` for codes of 8 bits and fewer."""
-        return self.quantizer.decode(self.codes, self.dtype).astype(dtype)
+        made_for = self.dtype if self.scales is None else dtype
+        return self.quantizer.decode(self.codes, made_for).astype(dtype)
 
     def multipliers(self) -> jax.Array:
         """The scales as float32 factors, in the shape of ``scales``."""
@@ -172,7 +173,7 @@ def finite(x: jax.Array, dtype: Any) -> jax.Array:
     keeps codes the same on all of them.
     """
     x = x.astype(jnp.float32)
-    largest = jnp.float32(jnp.finfo(dtype).max)
+    largest = np.float32(min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max)))
     x = jnp.clip(jnp.where(jnp.isnan(x), 0, x), -largest, largest)
     return jnp.where(jnp.abs(x) < SMALLEST, 0, x)
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from qpaged.arrays import _moves
+from qpaged.arrays._indices import clipped
 from qpaged.arrays._moves import clamped
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._writes import overwrite, write_rows
@@ -20,6 +21,8 @@ from qpaged.arrays._writes import overwrite, write_rows
 
 def dynamic_update_slice(array: QuantizedArray, update: Any, start: Sequence[Any]) -> QuantizedArray:
     """``lax.dynamic_update_slice``: quantizes what it writes; the start is clamped, as there."""
+    if update.shape == array.shape:
+        return overwrite(array, update)
     starts = jnp.stack(clamped(start, array.shape, update.shape))[None]
     return _write_windows(array, starts, _reshape(update, (1, *update.shape)))
 
@@ -37,7 +40,7 @@ def scatter(array: QuantizedArray, index: jax.Array, updates: Any, numbers: Any,
 
     starts = jnp.zeros((*index.shape[:-1], array.ndim), jnp.int32)
     for position, axis in enumerate(numbers.scatter_dims_to_operand_dims):
-        starts = starts.at[..., axis].set(index[..., position].astype(jnp.int32))
+        starts = starts.at[..., axis].set(clipped(index[..., position]))
     for axis, of in zip(batched, getattr(numbers, "scatter_indices_batching_dims", ()), strict=True):
         starts = starts.at[..., axis].set(lax.broadcasted_iota(jnp.int32, index.shape[:-1], of))
     starts = _in_bounds(starts.reshape(count, array.ndim), array.shape, window, mode)
@@ -57,18 +60,9 @@ def _in_bounds(starts: jax.Array, shape: Sequence[int], window: Sequence[int], m
 def _write_windows(array: QuantizedArray, starts: jax.Array, windows: Any) -> QuantizedArray:
     """``windows`` (count, *window) written at ``starts`` (count, ndim)."""
     window = windows.shape[1:]
-    indexed = [axis for axis in range(array.ndim) if window[axis] != array.shape[axis]]
+    # Where a window covers the array, the first axis is indexed all the same: it may still be out of range.
+    indexed = [axis for axis in range(array.ndim) if window[axis] != array.shape[axis]] or [0]
     whole = [axis for axis in range(array.ndim) if axis not in indexed]
-    if windows.shape[0] == 0:
-        return array
-    if not indexed:
-        slice_ = _moves.slice_ if isinstance(windows, QuantizedArray) else lax.slice
-        last = slice_(windows, (windows.shape[0] - 1, *(0,) * array.ndim), windows.shape, None)
-        last = _reshape(last, array.shape)
-        inside = starts[-1, 0] == 0 if array.ndim else True
-        return jax.tree_util.tree_map(
-            lambda new, old: jnp.where(inside, new, old), overwrite(array, last), array
-        )
     sizes = [window[axis] for axis in indexed]
     coordinates = []
     for position, axis in enumerate(indexed):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged.arrays._blocks import beside, block_max, blocked
+from qpaged.arrays._indices import clipped
 from qpaged.arrays._quantized import QuantizedArray, encode, finite, quantize
 
 ROWS_AT_ONCE = 64  # touched blocks that one step of the growth loop rescales, at least
@@ -33,7 +34,7 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
     Cost is that of the rows and of the blocks they touch, whatever the size of ``array``.
     """
     axes = tuple(axes)
-    index = jnp.stack([c.astype(jnp.int32) for c in coordinates], axis=-1)
+    index = jnp.stack([clipped(c) for c in coordinates], axis=-1)
     if len(index) == 0:
         return array
     if not isinstance(array, QuantizedArray):

@@ -124,8 +124,11 @@ def _options(view: PagedAttentionCacheView, scale: Any, window: Any, cap: Any) -
             raise ValueError(
                 f"sliding_window must be at least 1, or None for no window, but came as {window}."
             )
-    if cap is not None and not cap > 0:
-        raise ValueError(f"logits_soft_cap must be positive, or None for no cap, but came as {cap}.")
+        window = None if window >= LARGEST_INDEX else window
+    if cap is not None and not 0 < cap < math.inf:
+        raise ValueError(
+            f"logits_soft_cap must be positive and finite, or None for no cap, but came as {cap}."
+        )
     return Options(scale, window, cap if cap is None else float(cap), config.num_pages_per_layer)
 
 

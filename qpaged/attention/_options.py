@@ -34,6 +34,11 @@ class Options:
             seen &= slot > position[:, None] - self.sliding_window
         return seen
 
+    def held(self, table: jax.Array, seen: jax.Array) -> jax.Array:
+        """The pages (pages,) of which any slot is ``seen`` (queries, slots), "no page" for the others."""
+        needed = seen.any(axis=0).reshape(len(table), -1).any(axis=1)
+        return jnp.where(needed, table, self.num_pages)
+
 
 @dataclass(frozen=True)
 class Tokens:

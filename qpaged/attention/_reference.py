@@ -26,6 +26,7 @@ def _sequence(query, position, table, keys, values, sinks, options: Options) -> 
     slot = jnp.arange(len(table) * page_size, dtype=jnp.int32)
     seen = options.attends(position, table, slot, page_size)
 
+    table = options.held(table, seen)
     k = _float32(as_slots(take_pages(keys, table)))
     v = _float32(keep_slots(as_slots(take_pages(values, table)), seen.any(axis=0)))
     q = grouped(query, kv_heads).astype(jnp.float32)  # (kv_heads, n * group, head_dim)

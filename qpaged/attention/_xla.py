@@ -51,7 +51,7 @@ def _tile(query, position, table, pages: int, keys, values, sinks, options: Opti
         held = lax.dynamic_slice_in_dim(table, index * pages, pages)
         slot = index * size + jnp.arange(size, dtype=jnp.int32)
         seen = options.attends(position, table, slot, page_size)
-        held = jnp.where(seen.any(axis=0).reshape(pages, page_size).any(axis=1), held, options.num_pages)
+        held = options.held(held, seen)
         k = as_slots(take_pages(keys, held))
         v = keep_slots(as_slots(take_pages(values, held)), seen.any(axis=0))
 

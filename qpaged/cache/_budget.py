@@ -43,7 +43,8 @@ def available_bytes(mesh: Mesh | None, device: Any, utilization: float, memory_b
 
 def default_device() -> Any:
     """The device on which arrays are made where none is named."""
-    return getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
+    device = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
+    return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
 
 
 def _free_host_bytes() -> int:

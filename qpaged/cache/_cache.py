@@ -42,6 +42,12 @@ class PagedAttentionCache(Record):
         warn_of_narrow_floats(*(pages for view in views for pages in (view.key_pages, view.value_pages)))
         return cls(views)
 
+    def check_record(self) -> None:
+        """ValueError unless there is a view for every layer, in order."""
+        layers = [view.layer_index for view in self.views]
+        if layers and layers != list(range(self.views[0].metadata.num_hidden_layers)):
+            raise ValueError(f"views must be those of all layers in order, but layers {layers} came.")
+
     def init_empty(self, *args: Any, **kwargs: Any) -> None:
         """Not used for pages; returns None."""
         return None

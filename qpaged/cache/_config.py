@@ -70,6 +70,7 @@ class PagedAttentionCacheMetaData(Record):
         object.__setattr__(self, "hbm_utilization", _utilization(self.hbm_utilization))
         if self.quantizer is not None:
             object.__setattr__(self, "quantizer", cache_format(self.quantizer))
+            check_layers(self.quantizer, self.num_hidden_layers)
         if self.dtype is not None:
             object.__setattr__(self, "dtype", float_dtype("dtype", self.dtype).name)
         _indexable("num_pages_per_layer", self.num_pages_per_layer)
@@ -145,9 +146,20 @@ class PagedAttentionCacheMetaData(Record):
 
 def cache_format(quantizer: Any) -> "CacheFormat | Callable[[jax.Array], Any]":
     """What ``quantizer=`` stands for: a cache format, or a callable that makes pages."""
+    if isinstance(quantizer, type) and issubclass(quantizer, Quantizer):
+        raise TypeError(f"quantizer must be an instance, but the class came; give {quantizer.__name__}().")
     if callable(quantizer) and not isinstance(quantizer, Quantizer | CacheFormat):
         return quantizer
     return CacheFormat.of(quantizer)
+
+
+def check_layers(format: Any, layers: int) -> None:
+    """ValueError where a format is given for a layer that is not there."""
+    beyond = [index for index, _ in getattr(format, "layers", ()) if index >= layers]
+    if beyond:
+        raise ValueError(
+            f"quantizer must name layers of the model's {layers}, counted from 0, but names {beyond}."
+        )
 
 
 def layer_formats(format: Any, layer: int) -> tuple[PagesFormat, PagesFormat]:
@@ -158,10 +170,12 @@ def layer_formats(format: Any, layer: int) -> tuple[PagesFormat, PagesFormat]:
 def agreed_format(metadata: PagedAttentionCacheMetaData, quantizer: Any, dtype: Any) -> Any:
     """The format asked for; ValueError if the metadata's pages were counted for another, or another dtype."""
     format, dtype = cache_format(quantizer), float_dtype("dtype", dtype)
+    check_layers(format, metadata.num_hidden_layers)
     if metadata.quantizer is not None and metadata.quantizer != format:
         raise ValueError(
             f"quantizer must be the one the metadata was made for, {metadata.quantizer}, but came as "
-            f"{format}; give both the same, so that the bytes counted are the bytes allocated."
+            f"{format}; give both the same, so that the bytes counted are the bytes allocated. "
+            f"None asks for plain arrays."
         )
     if metadata.dtype is not None and metadata.dtype != dtype.name:
         raise ValueError(

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-NOWHERE = -1  # no position and no page; writes drop it, reads skip it
-LARGEST = np.iinfo(np.int32).max
+from qpaged.arrays import clipped
 
 
 def as_indices(name: str, values: Any) -> jax.Array:
@@ -25,13 +24,6 @@ def as_indices(name: str, values: Any) -> jax.Array:
             f"{name} must be integers, but came as {values.dtype.name}; convert with .astype(int32)."
         )
     return jnp.asarray(clipped(values))
-
-
-def clipped(values: Any) -> Any:
-    """An integer array as int32, what is beyond its range at its ends."""
-    if not np.can_cast(values.dtype, np.int32):
-        values = values.clip(0 if values.dtype.kind == "u" else NOWHERE, LARGEST)
-    return values.astype(np.int32)
 
 
 def slots_of(position: jax.Array, page_table: jax.Array, page_size: int, num_pages: int):

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qpaged.cache._indices import as_indices, clipped
+from qpaged.arrays import clipped
+from qpaged.cache._indices import as_indices
 from qpaged.cache._record import Record
 
 

@@ -26,6 +26,14 @@ class CacheFormat:
     value: Quantizer | None = None
     layers: tuple[tuple[int, Pair], ...] = ()
 
+    def __post_init__(self) -> None:
+        for part in (self.key, self.value, *(part for _, pair in self.layers for part in pair)):
+            if part is not None and not isinstance(part, Quantizer):
+                raise TypeError(
+                    f"key and value must be quantizers or None, but {part!r} came; "
+                    f"CacheFormat.of takes spellings."
+                )
+
     @classmethod
     def of(cls, format: Any) -> "CacheFormat":
         """The cache format that any accepted argument stands for.

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -38,6 +39,9 @@ class Quantizer(abc.ABC):
     """Largest error |x - x̂|, in units of the block's scale."""
     writable: ClassVar[bool] = True
     """False for views of a format that lazy reads make, which can only be read."""
+
+    past_end: ClassVar[Any] = math.nan
+    """The stored scale that reads as NaN; None if no value does."""
 
     def __post_init__(self) -> None:
         if self.granularity not in self.granularities:
@@ -90,7 +94,7 @@ class Quantizer(abc.ABC):
                 f"array must have at least two axes, (..., slots, head_dim), but came with shape "
                 f"{tuple(shape)}; give the block yourself with qpaged.arrays.quantize."
             )
-        slots, head_dim = shape[-2:]
+        slots, head_dim = (max(1, length) for length in shape[-2:])
         last = {"page": (slots, head_dim), "token": (1, head_dim), "channel": (slots, 1)}
         return (1,) * (len(shape) - 2) + last[self.granularity]
 

@@ -22,6 +22,7 @@ class PowerOfTwoQuantizer(Quantizer):
     """
 
     scale_dtype = jnp.uint8
+    past_end = PAST_END
     headroom: ClassVar[int]
     """Values in units of the scale stay below 2 ** headroom in magnitude."""
     resolution: ClassVar[int]

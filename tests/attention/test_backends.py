@@ -215,7 +215,7 @@ BAD = [
     ({"backend": "tpu"}, ValueError, "backend must be one of xla, reference, or None, but came as 'tpu'"),
     ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1, .* came as 0"),
     ({"sliding_window": 2.5}, TypeError, "float"),
-    ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap must be positive, .* came as -1.0"),
+    ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap must be positive and finite, .* came as -1.0"),
     ({"sinks": np.zeros(3)}, ValueError, r"sinks must have shape \(q_heads,\) = \(4,\), .* \(3,\)"),
     ({"query": np.zeros((6, 4, 8), np.float32)}, ValueError, r"query must have shape .* \(6, 4, 8\)"),
     (
