@@ -86,6 +86,7 @@ def main() -> None:
             "qpaged": qpaged.__version__,
         },
         "shape": {"kv_heads": HEADS, "page_size": PAGE_SIZE, "head_dim": HEAD_DIM, "rows": BATCH},
+        "rounds": arguments.rounds,
         "runs": runs,
     }
     if arguments.out:

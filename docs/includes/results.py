@@ -35,7 +35,8 @@ def decode_write():
     versions = results["versions"]
     lines = [
         f"One decode write of {results['shape']['rows']} rows, keys and values of a layer, donated: "
-        f"microseconds, median of 15 rounds, jax {versions['jax']} on CPU, {results['date']}.",
+        f"microseconds, median of {results['rounds']} rounds, jax {versions['jax']} on CPU, "
+        f"{results['date']}.",
         "",
         "| format | 512 pages | 32,768 pages | ratio | temporaries, bytes |",
         "|---|--:|--:|--:|--:|",

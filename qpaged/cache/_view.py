@@ -171,15 +171,10 @@ def _write(pool: Any, places: tuple[jax.Array, jax.Array], rows: Any) -> Any:
 
 
 def _reset(pool: Any, pages: jax.Array) -> Any:
-    page = (1, 1, *pool.shape[2:])
-    if not isinstance(pool, QuantizedArray):
-        fresh = jnp.zeros((len(pages), pool.shape[0], *page[2:]), pool.dtype)
-        return _updated(
-            pool, lambda pool, fresh, pages: write_rows(pool, (1,), (pages,), fresh), fresh, pages
-        )
-    zeros = pool.quantizer.quantize(jnp.zeros(page, pool.dtype))
+    zeros = jnp.zeros((1, 1, *pool.shape[2:]), pool.dtype)
+    page = pool.quantizer.quantize(zeros) if isinstance(pool, QuantizedArray) else zeros
     fresh = jax.tree_util.tree_map(
-        lambda leaf: jnp.broadcast_to(leaf[0], (len(pages), pool.shape[0], *leaf.shape[2:])), zeros
+        lambda leaf: jnp.broadcast_to(leaf[0], (len(pages), pool.shape[0], *leaf.shape[2:])), page
     )
     return _updated(pool, lambda pool, fresh, pages: write_rows(pool, (1,), (pages,), fresh), fresh, pages)
 

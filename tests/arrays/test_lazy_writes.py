@@ -101,13 +101,10 @@ def test_a_row_written_twice_in_one_call_is_one_of_the_two(format):
     assert any(error.all() for error in errors)
 
 
-@pytest.mark.parametrize("change", [lambda a: a * 2.0, lambda a: a.astype(jnp.bfloat16).astype(jnp.float32)])
-def test_a_scaled_view_is_not_written_to(change):
+def test_a_scaled_view_is_not_written_to():
     """Its scales are no longer the format's: a write to it materializes, warns, and is right."""
-    array = quantized("int8")
-    view = use_implicit_args(change)(array)
-    if view.quantizer == array.quantizer:
-        return  # a conversion leaves the scales what they are
+    view = use_implicit_args(lambda a: a * 2.0)(quantized("int8"))
+    assert isinstance(view, qpaged.QuantizedArray)
     with pytest.warns(UserWarning, match="dynamic_update_slice"):
         out = use_implicit_args(lambda a: update(5, a))(view)
     np.testing.assert_array_equal(out, update(5, view.materialize()))

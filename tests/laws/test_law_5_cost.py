@@ -7,6 +7,7 @@ import pytest
 from formats import FORMATS
 
 import qpaged
+from qpaged.attention import _xla
 
 HEADS, PAGE_SIZE, HEAD_DIM, BATCH, Q_HEADS, PAGES_PER_SEQUENCE = 8, 16, 128, 8, 32, 64
 MEGABYTE = 1_000_000
@@ -83,16 +84,14 @@ def test_no_float_of_the_pools_size(format, name):
 
 
 def test_the_walk_sees_a_float_of_the_pools_size():
-    view = abstract_view("int8", 4096)
-    program = jax.make_jaxpr(
-        lambda view: jax.lax.fori_loop(0, 2, lambda i, x: x + view.key_pages.materialize(), 0.0)
-    )
-    with pytest.raises(TypeError):  # a carry that changes its shape does not even trace
-        program(view)
-    made = arrays_in(jax.make_jaxpr(jax.jit(lambda view: view.key_pages.materialize().sum()))(view).jaxpr)
-    assert any(
-        aval.size == HEADS * 4096 * PAGE_SIZE * HEAD_DIM and aval.dtype == jnp.float32 for _, aval in made
-    )
+    def program(view):
+        """The pool's values, made inside a loop inside a jit."""
+        body = jax.jit(lambda i, total: total + view.key_pages.materialize().astype(jnp.float32).sum())
+        return jax.lax.fori_loop(0, 2, body, jnp.float32(0))
+
+    made = arrays_in(jax.make_jaxpr(program)(abstract_view("int8", 4096)).jaxpr)
+    pool = HEADS * 4096 * PAGE_SIZE * HEAD_DIM
+    assert any(aval.size == pool and aval.dtype == jnp.float32 for _, aval in made)
 
 
 def temporaries(format, name, pages):
@@ -126,18 +125,31 @@ def test_a_donated_write_reuses_its_buffers(format):
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree_util.tree_leaves(after)] == before
 
 
-def blocks_read(positions, **options):
-    """Block reads of a decode, counted by running the backend's own bounds."""
-    from qpaged.attention import _xla
+def blocks_read(monkeypatch, lengths, **options):
+    """How often a decode over sequences of these lengths reads a block of keys, as it runs."""
+    reads = []
 
-    total = 0
-    for position in positions:
-        first, last = _xla._blocks(jnp.array([position], jnp.int32), _xla.BLOCK, options.get("window"))
-        total += max(int(last) - int(first), 0)
-    return total
+    def counted(pool, pages):
+        jax.debug.callback(lambda: reads.append(1))
+        return take_pages(pool, pages)
+
+    take_pages = _xla.take_pages
+    config = qpaged.PagedAttentionCacheMetaData(len(lengths), 1, 64, 64, 4096, 64, 1, 16, 0.5)
+    view = METHODS.init(None, jnp.float32, config, 0, None, "int8")
+    table = np.tile(np.arange(64), (len(lengths), 1))
+    metadata = qpaged.PagedAttentionMetadata.decode(position=np.array(lengths) - 1, page_table=table)
+    with monkeypatch.context() as patched:
+        patched.setattr(_xla, "take_pages", counted)
+        jax.block_until_ready(
+            qpaged.paged_attention(jnp.ones((len(lengths), 1, 16)), view, metadata, **options)
+        )
+        jax.effects_barrier()
+    assert len(reads) % 2 == 0  # keys and values
+    return len(reads) // 2
 
 
-def test_attention_reads_the_sum_of_the_lengths():
-    assert blocks_read([4095]) == 8
-    assert blocks_read([4095, 100, 100, -1]) == 8 + 1 + 1 + 0
-    assert blocks_read([4095], window=512) <= 2
+def test_attention_reads_the_sum_of_the_lengths(monkeypatch):
+    assert _xla.BLOCK == 512
+    assert blocks_read(monkeypatch, [4096]) == 8
+    assert blocks_read(monkeypatch, [4096, 100, 100, 0]) == 8 + 1 + 1 + 0
+    assert blocks_read(monkeypatch, [4096], sliding_window=512) == 1
