@@ -18,8 +18,10 @@ from qpaged.quantizer import (
     PowerOfTwoQuantizer,
     Quantizer,
     RegistryError,
+    Wrapper,
     available_formats,
     available_quantizers,
+    available_wrappers,
     get_quantizer,
 )
 
@@ -40,9 +42,11 @@ __all__ = [
     "QuantizedArray",
     "Quantizer",
     "RegistryError",
+    "Wrapper",
     "attention_backends",
     "available_formats",
     "available_quantizers",
+    "available_wrappers",
     "get_quantizer",
     "paged_attention",
 ]

@@ -6,7 +6,10 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from qpaged import PowerOfTwoQuantizer, Quantizer
+from qpaged import Quantizer
+from quantizers._floor import Floor
+
+GRANULARITIES = ("page", "token", "channel")
 
 
 def int8(granularity: str = "page") -> Quantizer:
@@ -15,7 +18,7 @@ def int8(granularity: str = "page") -> Quantizer:
 
 
 @dataclass(frozen=True)
-class Int8Floor(PowerOfTwoQuantizer):
+class Int8Floor(Floor):
     """c = floor(x / s), read back as (c + 1/2) s, with s a power of two and absmax < 128 s.
 
     Doubling s is an arithmetic shift, and floor(floor(x) / 2) = floor(x / 2): codes depend on the values
@@ -26,27 +29,13 @@ class Int8Floor(PowerOfTwoQuantizer):
     """
 
     name: ClassVar[str] = "int8"
-    granularities: ClassVar = ("page", "token", "channel")
-    bound: ClassVar[float] = 0.5
+    granularities: ClassVar = GRANULARITIES
     headroom: ClassVar[int] = 7
-    resolution: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.granularity == "token":
             raise ValueError("granularity must not be token for Int8Floor; that is Int8Token, which rounds.")
-
-    def encode(self, units: jax.Array) -> jax.Array:
-        # A negative that underflowed in the division is -0 here; its floor is -1, as the shift gives.
-        codes = jnp.where(jnp.signbit(units), jnp.minimum(jnp.floor(units), -1), jnp.floor(units))
-        return jnp.clip(codes, -128, 127).astype(jnp.int8)
-
-    def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        return codes.astype(dtype) + jnp.asarray(0.5, dtype)
-
-    def grow(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-        shift = jnp.minimum(new.astype(jnp.int32) - old.astype(jnp.int32), 7)
-        return codes >> jnp.maximum(shift, 0).astype(jnp.int8)
 
 
 @dataclass(frozen=True)
@@ -61,8 +50,9 @@ class Int8Token(Quantizer):
     granularity: str = "token"
 
     name: ClassVar[str] = "int8"
-    granularities: ClassVar = ("page", "token", "channel")
+    granularities: ClassVar = GRANULARITIES
     bound: ClassVar[float] = 0.5 + 127 * 2.0**-22
+    levels: ClassVar = (-127.0, 127.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,6 +39,3 @@ class Raw(Quantizer):
 
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
         return jnp.zeros(x.shape, jnp.float32)
-
-    def block(self, shape: Any) -> tuple[int, ...]:
-        return (1,) * len(shape)

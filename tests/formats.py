@@ -1,4 +1,6 @@
-"""What the tests run over: every format that the registry has, and the arrays they are tried on."""
+"""What the tests run over: the formats that the registry has, and the arrays they are tried on."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,35 @@ import numpy as np
 
 import qpaged
 
-FORMATS = qpaged.available_formats()
+EVERY_FORMAT = qpaged.available_formats(wrapped=True)
+"""Every format at every granularity in every set of wrappers: what the laws are tested for."""
+
+
+def features(spelling):
+    """What the framework does otherwise for some formats than for others."""
+    quantizer = qpaged.get_quantizer(spelling)
+    granularity = re.sub(r"\d+", "", quantizer.granularity)
+    return {
+        ("granularity", granularity),
+        ("bits", quantizer.bits, granularity in ("page", "channel")),
+        ("scales", str(quantizer.scale_dtype), quantizer.outer_dtype is None),
+        ("wrappers", tuple(spelling.split("+")[1:]), granularity if "+offset" in spelling else ""),
+        ("transforms", quantizer.transforms, quantizer.bits),
+    }
+
+
+def representatives():
+    """A few formats that have every feature between them, the plainest first."""
+    chosen, seen = [], set()
+    for spelling in sorted(EVERY_FORMAT, key=lambda spelling: (spelling.count("+"), not spelling.startswith("int8"))):
+        if not features(spelling) <= seen:
+            chosen.append(spelling)
+            seen |= features(spelling)
+    return tuple(chosen)
+
+
+FORMATS = representatives()
+"""Formats with every feature that the framework tells apart, for what is not a law."""
 CACHES = (None, *FORMATS)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -16,12 +46,9 @@ def normal(*shape, seed=0, scale=1.0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, jnp.float32)
 
 
-def quantized(spelling, shape=(2, 6, 16, 32), dtype=jnp.float32, offsets=False):
-    """A filled array of a format, with arbitrary offsets if asked for."""
-    array = qpaged.get_quantizer(spelling).quantize(normal(*shape).astype(dtype))
-    if offsets:
-        return array.like(array.codes, array.scales, normal(*array.scales.shape, seed=1))
-    return array
+def quantized(spelling, shape=(2, 6, 16, 32), dtype=jnp.float32):
+    """A filled array of a format."""
+    return qpaged.get_quantizer(spelling).quantize(normal(*shape).astype(dtype))
 
 
 def multipliers(array):

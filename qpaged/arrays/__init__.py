@@ -3,8 +3,8 @@
 from qpaged.arrays import _handlers as _handlers  # registers the handlers
 from qpaged.arrays._dot import dot_general
 from qpaged.arrays._indices import clipped
-from qpaged.arrays._quantized import QuantizedArray, check_parts, float_dtype, quantize
-from qpaged.arrays._reads import as_slots, compute_dtype, dot, keep_slots, take_pages
+from qpaged.arrays._quantized import QuantizedArray, check_parts, empty, float_dtype, nonzero, quantize
+from qpaged.arrays._reads import as_slots, compute_dtype, contracted, dot, keep_slots, take_pages, weighed
 from qpaged.arrays._writes import write_rows
 
 __all__ = [
@@ -13,11 +13,15 @@ __all__ = [
     "check_parts",
     "clipped",
     "compute_dtype",
+    "contracted",
     "dot",
     "dot_general",
+    "empty",
     "float_dtype",
     "keep_slots",
+    "nonzero",
     "quantize",
     "take_pages",
+    "weighed",
     "write_rows",
 ]

@@ -45,10 +45,18 @@ def beside(scales: jax.Array) -> jax.Array:
 
 def block_max(array: jax.Array, scale_shape: Sequence[int]) -> jax.Array:
     """Largest element of each block, in the shape of the scales; 0 where a block is empty."""
+    empty = array.size == 0
     inner = tuple(range(1, 2 * array.ndim, 2))
-    return jnp.max(blocked(array, scale_shape), axis=inner, initial=0)
+    return jnp.zeros(scale_shape, array.dtype) if empty else jnp.max(blocked(array, scale_shape), axis=inner)
 
 
 def refine(scales: jax.Array, axis: int, factor: int) -> jax.Array:
     """Cut every block along ``axis`` into ``factor`` equal ones, which repeats their scales."""
     return scales if factor == 1 else jnp.repeat(scales, factor, axis=axis)
+
+
+def spread(scales: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """The scales of larger blocks on the grid ``shape`` of smaller ones."""
+    for axis, (length, count) in enumerate(zip(shape, scales.shape, strict=True)):
+        scales = refine(scales, axis, length // max(1, count))
+    return scales

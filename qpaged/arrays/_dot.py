@@ -17,6 +17,7 @@ from jax import lax
 from qpaged.arrays._blocks import refine
 from qpaged.arrays._moves import reshape
 from qpaged.arrays._quantized import QuantizedArray, common_dtype
+from qpaged.arrays._views import adjoint, factored, stored
 
 
 class Axes(NamedTuple):
@@ -53,27 +54,39 @@ def dot_general(lhs: Any, rhs: Any, dimension_numbers: Any, **params: Any) -> ja
 
 def _dot(other: jax.Array, array: QuantizedArray, axes: Axes, preferred_element_type=None, **params):
     result = preferred_element_type or common_dtype(other.dtype, array.dtype)
-    if array.scales is None or array.size == 0:
+    channels = array.channel_axis % array.ndim
+    turned = array.quantizer.transforms
+    if array.scales is None or array.size == 0 or (turned and channels in axes.batch):
         return lax.dot_general(
             other, array.materialize(), axes.numbers, preferred_element_type=result, **params
         )
+    if turned and channels in axes.contract:
+        partner = axes.other_contract[axes.contract.index(channels)] - other.ndim
+        other = adjoint(array.quantizer, other, partner)
+    out = _folded(other, factored(stored(array)), axes, params)
+    if turned and channels not in axes.contract:
+        kept = axes.kept(array.ndim)
+        out = array.quantizer.inverse(out, kept.index(channels) - len(kept))
+    return out.astype(result)
+
+
+def _folded(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
+    """The dot in float32, for an array of float32 factors and, it may be, offsets."""
     several = [axis for axis, count in enumerate(array.scales.shape) if count > 1]
     contracted = [axis for axis in several if axis in axes.contract]
     kept = [axis for axis in several if axis in axes.kept(array.ndim)]
+    codes = array.like(array.codes, array.scales)
     if not contracted:
-        out = _scale_result(other, array, axes, params)
+        out = _scale_result(other, codes, axes, params)
     elif not kept:
-        out = _scale_other(other, array, axes, params)
+        out = _scale_other(other, codes, axes, params)
     else:
-        out = _cut(other, array, axes, contracted, kept, params)
-    if array.offsets is not None:
-        out = out + _offset_term(other, array, axes)
-    return out.astype(result)
+        out = _cut(other, codes, axes, contracted, kept, params)
+    return out if array.offsets is None else out + _offset_term(other, array, axes)
 
 
 def _cut(other, array, axes: Axes, contracted: list[int], kept: list[int], params) -> jax.Array:
     """Scales along contracted and kept axes at once: whichever way makes the smallest copies."""
-    array = array.like(array.codes, array.scales)
     blocks = array.scales.shape
     summed = math.prod(other.shape[axis] for axis in axes.other_contract)
     rows = other.size // max(1, summed)
@@ -95,7 +108,7 @@ def _contract_codes(other: jax.Array, array: QuantizedArray, axes: Axes, params)
 
 def _scale_result(other, array, axes: Axes, params) -> jax.Array:
     order = (*axes.batch, *axes.kept(array.ndim))
-    factors = _spread(array.multipliers(), array, order)
+    factors = _spread(array.scales, array, order)
     factors = lax.transpose(factors, (*order, *axes.contract))
     factors = lax.squeeze(factors, range(len(order), array.ndim))
     free = other.ndim - len(axes.contract) - len(axes.batch)
@@ -105,7 +118,7 @@ def _scale_result(other, array, axes: Axes, params) -> jax.Array:
 
 def _scale_other(other, array, axes: Axes, params) -> jax.Array:
     shared = axes.contract + axes.batch
-    factors = _spread(array.multipliers(), array, shared)
+    factors = _spread(array.scales, array, shared)
     factors = lax.squeeze(factors, axes.kept(array.ndim))
     places = dict(zip(shared, axes.other_contract + axes.other_batch, strict=True))
     at = [places[axis] for axis in sorted(shared)]
@@ -123,7 +136,9 @@ def _cut_axes(array: QuantizedArray, cut: list[int]) -> tuple[QuantizedArray, li
     for axis, length in enumerate(array.shape):
         shape += [array.scales.shape[axis], array.block[axis]] if axis in cut else [length]
         place.append(len(shape) - 1)
-    return reshape(array, shape), place
+    pieces = reshape(array, shape)
+    assert pieces is not None, "channels are not transformed here, so that they may be taken apart"
+    return pieces, place
 
 
 def _cut_kept(other, array, axes: Axes, cut: list[int], params) -> jax.Array:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged.arrays import _dot, _moves, _windows
+from qpaged.arrays import _dot, _moves, _views, _windows
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.implicit import primitive_handler
 
@@ -21,6 +21,11 @@ else:
 
 
 LAST = -1  # for handlers of any operands, which must not stand in the way of others
+
+
+def _lazy(moved: Any) -> Any:
+    """What was moved, or NotImplemented where it cannot be without being decoded."""
+    return NotImplemented if moved is None else moved
 
 
 def exists(*names: str) -> list[str]:
@@ -35,12 +40,12 @@ def _transpose(primitive, array: QuantizedArray, *, permutation, **params):
 
 @primitive_handler("reshape")
 def _reshape(primitive, array: QuantizedArray, *rest, new_sizes, dimensions=None, **params):
-    return NotImplemented if dimensions is not None else _moves.reshape(array, new_sizes)
+    return NotImplemented if dimensions is not None else _lazy(_moves.reshape(array, new_sizes))
 
 
 @primitive_handler("broadcast_in_dim")
 def _broadcast(primitive, array: QuantizedArray, *rest, shape, broadcast_dimensions, **params):
-    return _moves.broadcast_in_dim(array, shape, broadcast_dimensions)
+    return _lazy(_moves.broadcast_in_dim(array, shape, broadcast_dimensions))
 
 
 @primitive_handler("squeeze")
@@ -56,31 +61,30 @@ def _copy(primitive, array: QuantizedArray, **params):
 @primitive_handler("convert_element_type")
 def _convert(primitive, array: QuantizedArray, *, new_dtype, **params):
     floating = jnp.issubdtype(new_dtype, jnp.floating)
-    return _moves.convert(array, new_dtype) if floating else NotImplemented
+    return _views.convert(array, new_dtype) if floating else NotImplemented
 
 
 @primitive_handler("slice")
 def _slice(primitive, array: QuantizedArray, *, start_indices, limit_indices, strides, **params):
-    return _moves.slice_(array, start_indices, limit_indices, strides)
+    return _lazy(_moves.slice_(array, start_indices, limit_indices, strides))
 
 
 @primitive_handler("dynamic_slice")
 def _dynamic_slice(primitive, array: QuantizedArray, *start, slice_sizes, **params):
-    return _moves.dynamic_slice(array, start, slice_sizes)
+    return _lazy(_moves.dynamic_slice(array, start, slice_sizes))
 
 
 @primitive_handler("gather")
 def _gather(
     primitive, array: QuantizedArray, index, *, dimension_numbers, slice_sizes, mode, fill_value, **params
 ):
-    out = _moves.gather(array, index, dimension_numbers, slice_sizes, mode, fill_value)
-    return NotImplemented if out is None else out
+    return _lazy(_moves.gather(array, index, dimension_numbers, slice_sizes, mode, fill_value))
 
 
 @primitive_handler("concatenate", precedence=LAST)
 def _concatenate(primitive, array: Operand, *rest: Operand, dimension, **params):
     arrays = (array, *rest)
-    return _moves.concatenate(arrays, dimension) if _alike(arrays) else NotImplemented
+    return _lazy(_moves.concatenate(arrays, dimension)) if _alike(arrays) else NotImplemented
 
 
 @primitive_handler(exists("stack"), precedence=LAST)
@@ -91,7 +95,7 @@ def _stack(primitive, array: Operand, *rest: Operand, axis, **params):
 
 @primitive_handler(exists("unstack"))
 def _unstack(primitive, array: QuantizedArray, *, axis, **params):
-    return _moves.unstack(array, axis)
+    return _lazy(_moves.unstack(array, axis))
 
 
 @primitive_handler("select_n", precedence=LAST)
@@ -103,26 +107,26 @@ def _alike(arrays: Sequence[Any]) -> TypeGuard[Sequence[QuantizedArray]]:
     """Whether all are quantized, in one format and dtype."""
     if not all(isinstance(array, QuantizedArray) for array in arrays):
         return False
-    return len({(array.quantizer, array.dtype, array.offsets is None) for array in arrays}) == 1
+    return len({(a.quantizer, a.dtype, a.ndim, a.channel_axis, a.offsets is None) for a in arrays}) == 1
 
 
 @primitive_handler("mul")
 def _multiply(primitive, array: QuantizedArray, factor: Operand, **params):
     scalar = _is_scalar(factor, array)
-    return _moves.scaled(array, jnp.reshape(factor, ())) if scalar else NotImplemented
+    return _views.scaled(array, jnp.reshape(factor, ())) if scalar else NotImplemented
 
 
 @primitive_handler("div")
 def _divide(primitive, array: QuantizedArray, divisor: Operand, **params):
     scalar = _is_scalar(divisor, array)
     return (
-        _moves.scaled(array, 1 / jnp.reshape(divisor, ()).astype(jnp.float32)) if scalar else NotImplemented
+        _views.scaled(array, 1 / jnp.reshape(divisor, ()).astype(jnp.float32)) if scalar else NotImplemented
     )
 
 
 @primitive_handler("neg")
 def _negate(primitive, array: QuantizedArray, **params):
-    return _moves.scaled(array, jnp.float32(-1))
+    return _views.scaled(array, jnp.float32(-1))
 
 
 @primitive_handler("dot_general")
@@ -142,20 +146,20 @@ def _dot_both(primitive, lhs: QuantizedArray, rhs: QuantizedArray, *, dimension_
 
 @primitive_handler("dynamic_update_slice")
 def _update(primitive, array: QuantizedArray, update: Operand, *start: Operand, **params):
-    return _windows.dynamic_update_slice(array, update, start) if _writable(array) else NotImplemented
+    return _lazy(_windows.dynamic_update_slice(array, update, start) if _writable(array) else None)
 
 
 @primitive_handler("scatter")
 def _scatter(
     primitive, array: QuantizedArray, index: Operand, updates: Operand, *, dimension_numbers, mode, **params
 ):
-    if not _writable(array):
-        return NotImplemented
-    return _windows.scatter(array, index, updates, dimension_numbers, mode)
+    return _lazy(
+        _windows.scatter(array, index, updates, dimension_numbers, mode) if _writable(array) else None
+    )
 
 
 def _writable(array: QuantizedArray) -> bool:
-    """Whether the array is in its format's own form, and without offsets, which no write fits yet."""
+    """Whether the array is in its format's own form, and not a view that a read made."""
     return array.quantizer.writable and array.offsets is None
 
 

@@ -6,48 +6,87 @@ first refined: cut into smaller ones that repeat their scale.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qpaged.arrays._blocks import refine
+from qpaged.arrays._blocks import block_shape, refine
 from qpaged.arrays._indices import clipped
 from qpaged.arrays._quantized import QuantizedArray
+from qpaged.arrays._views import cut_channels, keeps_channels, past_end
 
 
-def move(array: QuantizedArray, codes: Any, scales: Callable[[jax.Array], jax.Array]) -> QuantizedArray:
-    """The array whose codes have become ``codes`` and whose scales and offsets go through ``scales``."""
-    moved = (None if part is None else scales(part) for part in (array.scales, array.offsets))
-    return array.like(codes, *moved)
+Change = Callable[[jax.Array, Sequence[int]], jax.Array]
+"""What a move does to scales, given the extents of their blocks."""
+
+
+def move(
+    array: QuantizedArray, codes: Any, change: Change, channel_axis: int | None = None
+) -> QuantizedArray:
+    """The array whose codes have become ``codes``, and whose scales of all kinds go through ``change``.
+
+    Args:
+        channel_axis: where the channels are now, counted from the end; where they were, if None.
+    """
+    scales, offsets, outer = (
+        None if part is None else change(part, block_shape(array.shape, part.shape))
+        for part in (array.scales, array.offsets, array.outer)
+    )
+    if channel_axis is None or not keeps_channels(array):
+        channel_axis = array.channel_axis
+    return array.like(codes, scales, offsets, outer, channel_axis=channel_axis)
+
+
+def physical(array: QuantizedArray, shape: Sequence[int], channel_axis: int | None = None) -> list[int]:
+    """The shape of codes for a logical ``shape`` with channels on ``channel_axis``."""
+    lengths = list(shape)
+    if array.packing > 1:
+        lengths[array.channel_axis if channel_axis is None else channel_axis] //= array.packing
+    return lengths
 
 
 def transpose(array: QuantizedArray, permutation: Sequence[int]) -> QuantizedArray:
-    return move(array, lax.transpose(array.codes, permutation), lambda s: lax.transpose(s, permutation))
+    channels = tuple(permutation).index(array.channel_axis % array.ndim) - array.ndim
+    codes = lax.transpose(array.codes, permutation)
+    return move(array, codes, lambda s, _: lax.transpose(s, permutation), channels)
 
 
-def broadcast_in_dim(array: QuantizedArray, shape: Sequence[int], dims: Sequence[int]) -> QuantizedArray:
+def broadcast_in_dim(
+    array: QuantizedArray, shape: Sequence[int], dims: Sequence[int]
+) -> QuantizedArray | None:
     """New and stretched axes have one block: what is repeated shares its scale."""
+    channels = -1
+    if keeps_channels(array):
+        channels = dims[array.channel_axis] - len(shape)
+        if shape[channels] != array.shape[array.channel_axis]:
+            return None
 
-    def spread(scales):
+    def spread(scales, _):
         target = [1] * len(shape)
         for axis, dim in enumerate(dims):
             target[dim] = scales.shape[axis]
         return lax.broadcast_in_dim(scales, target, dims)
 
-    return move(array, lax.broadcast_in_dim(array.codes, shape, dims), spread)
+    codes = lax.broadcast_in_dim(array.codes, physical(array, shape, channels), dims)
+    return move(array, codes, spread, channels)
 
 
-def reshape(array: QuantizedArray, shape: Sequence[int]) -> QuantizedArray:
+def reshape(array: QuantizedArray, shape: Sequence[int]) -> QuantizedArray | None:
     """Split and merge axes; blocks that do not tile the new axes are refined until they do."""
-    before, block, shape = array.shape, array.block, tuple(shape)
+    before, shape = array.shape, tuple(shape)
     if array.size == 0:
-        return move(array, array.codes.reshape(shape), lambda s: jnp.zeros(shape, s.dtype))
+        codes = array.unpacked().reshape(shape)
+        view = cut_channels(array) or array
+        return move(view, codes, lambda s, _: jnp.zeros(shape, s.dtype))
+    channels = _channels_after(array, shape) if keeps_channels(array) else -1
+    if channels is None:
+        view = cut_channels(array)
+        return None if view is None else reshape(view, shape)
 
-    def regroup(scales):
+    def regroup(scales, block):
         counts = [0] * len(shape)
         for old, new in _groups(before, shape):
             old_block, new_block = _common(
@@ -59,7 +98,26 @@ def reshape(array: QuantizedArray, shape: Sequence[int]) -> QuantizedArray:
                 counts[axis] = shape[axis] // b
         return scales.reshape(counts)
 
-    return move(array, array.codes.reshape(shape), regroup)
+    return move(array, array.codes.reshape(physical(array, shape, channels)), regroup, channels)
+
+
+def _channels_after(array: QuantizedArray, shape: Sequence[int]) -> int | None:
+    """Where a reshape puts the channels, counted from the end; None where it takes them apart.
+
+    Packed codes stay together where the channels come last of what is merged or split, and the new last axis
+    is of whole bytes; a transform needs them all, and no others, on one axis.
+    """
+    channels = array.channel_axis % array.ndim
+    for old, new in _groups(array.shape, shape):
+        if channels in old:
+            old = [axis for axis in old if array.shape[axis] > 1]
+            new = [axis for axis in new if shape[axis] > 1]
+            if not old or not new or old[-1] != channels:
+                return None
+            length = shape[new[-1]]
+            alone = length == array.shape[channels] or not array.quantizer.transforms
+            return new[-1] - len(shape) if alone and length % array.packing == 0 else None
+    return None
 
 
 def _groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -110,19 +168,34 @@ def _common(old: Sequence[int], block: Sequence[int], new: Sequence[int]) -> tup
 
 
 def squeeze(array: QuantizedArray, dimensions: Sequence[int]) -> QuantizedArray:
-    return move(array, lax.squeeze(array.codes, dimensions), lambda s: lax.squeeze(s, dimensions))
+    gone = {axis % array.ndim for axis in dimensions}
+    channels = -1 - sum(axis not in gone for axis in range(array.channel_axis % array.ndim + 1, array.ndim))
+    codes = lax.squeeze(array.codes, dimensions)
+    return move(array, codes, lambda s, _: lax.squeeze(s, dimensions), channels)
 
 
-def slice_(array: QuantizedArray, start: Sequence[int], limit: Sequence[int], strides: Any) -> QuantizedArray:
+def slice_(
+    array: QuantizedArray, start: Sequence[int], limit: Sequence[int], strides: Any
+) -> QuantizedArray | None:
     strides = (1,) * array.ndim if strides is None else tuple(strides)
-    block = array.block
+    channels = array.channel_axis
+    if keeps_channels(array) and (start[channels], limit[channels], strides[channels]) != (
+        0,
+        array.shape[channels],
+        1,
+    ):
+        aligned = start[channels] % array.packing == limit[channels] % array.packing == 0
+        if array.quantizer.transforms or not (aligned and strides[channels] == 1):
+            view = cut_channels(array)
+            return None if view is None else slice_(view, start, limit, strides)
 
-    def cut(scales):
+    def cut(scales, block):
         for axis, window in enumerate(zip(block, start, limit, strides, strict=True)):
             scales = _slice_scales(scales, axis, *window)
         return scales
 
-    return move(array, lax.slice(array.codes, start, limit, strides), cut)
+    first, last = physical(array, start), physical(array, limit)
+    return move(array, lax.slice(array.codes, first, last, strides), cut)
 
 
 def _slice_scales(scales: jax.Array, axis: int, block: int, low: int, high: int, stride: int) -> jax.Array:
@@ -135,11 +208,14 @@ def _slice_scales(scales: jax.Array, axis: int, block: int, low: int, high: int,
     return lax.slice_in_dim(fine, low // kept, high // kept, stride, axis)
 
 
-def dynamic_slice(array: QuantizedArray, start: Sequence[Any], sizes: Sequence[int]) -> QuantizedArray:
-    shape, block = array.shape, array.block
+def dynamic_slice(array: QuantizedArray, start: Sequence[Any], sizes: Sequence[int]) -> QuantizedArray | None:
+    shape = array.shape
+    if keeps_channels(array) and sizes[array.channel_axis] != shape[array.channel_axis]:
+        view = cut_channels(array)
+        return None if view is None else dynamic_slice(view, start, sizes)
     start = clamped(start, shape, sizes)
 
-    def cut(scales):
+    def cut(scales, block):
         for axis, (b, at, size) in enumerate(zip(block, start, sizes, strict=True)):
             count = scales.shape[axis]
             if size == 0:
@@ -154,7 +230,7 @@ def dynamic_slice(array: QuantizedArray, start: Sequence[Any], sizes: Sequence[i
                 scales = lax.dynamic_slice_in_dim(fine, at - first * b, size, axis)
         return scales
 
-    return move(array, lax.dynamic_slice(array.codes, start, sizes), cut)
+    return move(array, lax.dynamic_slice(array.codes, start, physical(array, sizes)), cut)
 
 
 def clamped(start: Sequence[Any], shape: Sequence[int], sizes: Sequence[int]) -> list[jax.Array]:
@@ -163,25 +239,34 @@ def clamped(start: Sequence[Any], shape: Sequence[int], sizes: Sequence[int]) ->
     return [jnp.clip(clipped(jnp.asarray(at)), 0, top) for at, top in zip(start, limits, strict=True)]
 
 
-def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedArray:
-    """Arrays of one format, end to end."""
+def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedArray | None:
+    """Arrays of one format, end to end; None if that would add channels to others."""
+    array = arrays[0]
+    if dimension == array.channel_axis % array.ndim and (array.quantizer.transforms or array.outer is not None):
+        return None
     return _join(arrays, lambda parts: lax.concatenate(parts, dimension))
 
 
 def stack(arrays: Sequence[QuantizedArray], axis: int) -> QuantizedArray:
     """Arrays of one format, side by side along a new axis."""
-    return _join(arrays, lambda parts: jnp.stack(parts, axis))
+    array = arrays[0]
+    after = axis > array.channel_axis % array.ndim  # the new axis comes behind the channels
+    return _join(arrays, lambda parts: jnp.stack(parts, axis), array.channel_axis - after)
 
 
-def unstack(array: QuantizedArray, axis: int) -> list[QuantizedArray]:
-    """The slices along ``axis``, without it."""
+def unstack(array: QuantizedArray, axis: int) -> list[QuantizedArray] | None:
+    """The slices along ``axis``, without it; None along the channels of a format that keeps them together."""
+    if keeps_channels(array) and axis == array.channel_axis % array.ndim:
+        view = cut_channels(array)
+        return None if view is None else unstack(view, axis)
     sizes = [length if a != axis else 1 for a, length in enumerate(array.shape)]
 
     def at(index):
         start = [0 if a != axis else index for a in range(array.ndim)]
-        return slice_(array, start, [s + n for s, n in zip(start, sizes, strict=True)], None)
+        piece = slice_(array, start, [s + n for s, n in zip(start, sizes, strict=True)], None)
+        return squeeze(piece, (axis,))
 
-    return [squeeze(at(index), (axis,)) for index in range(array.shape[axis])]
+    return [at(index) for index in range(array.shape[axis])]
 
 
 def select(which: jax.Array, cases: Sequence[QuantizedArray]) -> QuantizedArray:
@@ -189,22 +274,28 @@ def select(which: jax.Array, cases: Sequence[QuantizedArray]) -> QuantizedArray:
     return _join(cases, lambda parts: lax.select_n(which, *parts))
 
 
-def _join(arrays: Sequence[QuantizedArray], joined: Callable[[list], jax.Array]) -> QuantizedArray:
-    blocks = [math.gcd(*extents) for extents in zip(*(a.block for a in arrays), strict=True)]
-    arrays = [refined(a, blocks) for a in arrays]
-    parts = [[getattr(a, name) for a in arrays] for name in ("codes", "scales", "offsets")]
-    return arrays[0].like(*(None if part[0] is None else joined(part) for part in parts))
+def _join(
+    arrays: Sequence[QuantizedArray], joined: Callable[[list], jax.Array], channel_axis: int | None = None
+) -> QuantizedArray:
+    def common(parts):
+        """The scales of all, on the blocks that all have in common."""
+        if parts[0] is None:
+            return None
+        blocks = [block_shape(a.shape, part.shape) for a, part in zip(arrays, parts, strict=True)]
+        shared = [math.gcd(*extents) for extents in zip(*blocks, strict=True)]
+        return joined([_refined(part, b, shared) for part, b in zip(parts, blocks, strict=True)])
+
+    scales, offsets, outer = (common([getattr(a, n) for a in arrays]) for n in ("scales", "offsets", "outer"))
+    codes = joined([a.codes for a in arrays])
+    if channel_axis is None or not keeps_channels(arrays[0]):
+        channel_axis = arrays[0].channel_axis
+    return arrays[0].like(codes, scales, offsets, outer, channel_axis=channel_axis)
 
 
-def refined(array: QuantizedArray, block: Sequence[int]) -> QuantizedArray:
-    """The same array with smaller blocks, which divide its own."""
-
-    def cut(scales):
-        for axis, (old, new) in enumerate(zip(array.block, block, strict=True)):
-            scales = refine(scales, axis, old // new)
-        return scales
-
-    return move(array, array.codes, cut)
+def _refined(scales: jax.Array, block: Sequence[int], smaller: Sequence[int]) -> jax.Array:
+    for axis, (old, new) in enumerate(zip(block, smaller, strict=True)):
+        scales = refine(scales, axis, old // new)
+    return scales
 
 
 def gather(
@@ -214,103 +305,59 @@ def gather(
 
     What is read past the end is NaN, or 0 where ``fill_value`` is, as from a plain array.
     """
-    counts = array.shape if array.scales is None else array.scales.shape
-    batched = getattr(numbers, "operand_batching_dims", ())
+    channels = array.channel_axis % array.ndim
+    if keeps_channels(array) and sizes[channels] != array.shape[channels]:
+        view = cut_channels(array)
+        return None if view is None else gather(view, index, numbers, sizes, mode, fill_value)
     to_nan = fill_value is None or np.isnan(fill_value)
-    if not (to_nan or fill_value == 0) or not all(
-        count == length or (axis not in batched and (count == 1 or size in (1, length)))
-        for axis, (size, length, count) in enumerate(zip(sizes, array.shape, counts, strict=True))
-    ):
+    if not (to_nan or fill_value == 0) or not _windows_fit(array, numbers, sizes):
         return None
     fill = past_end(array) if to_nan else (0, 0)
     if fill is None:
         return None
     code_fill, scale_fill = fill
-    codes = lax.gather(array.codes, index, numbers, sizes, mode=mode, fill_value=code_fill)
+    codes = lax.gather(
+        array.codes, index, numbers, physical(array, sizes), mode=mode, fill_value=code_fill
+    )
 
-    def read(scales):
+    def read(scales, block):
         extents = [
             count if size == length else min(size, count)
-            for size, length, count in zip(sizes, array.shape, counts, strict=True)
+            for size, length, count in zip(sizes, array.shape, scales.shape, strict=True)
         ]
-        blocks = _block_index(array, index, numbers.start_index_map, sizes, mode)
+        blocks = _block_index(array.shape, block, index, numbers.start_index_map, sizes, mode)
         return lax.gather(scales, blocks, numbers, extents, mode=mode, fill_value=scale_fill)
 
-    return move(array, codes, read)
+    return move(array, codes, read, _channels_gathered(array, numbers, codes.ndim))
 
 
-def _block_index(array: QuantizedArray, index: jax.Array, axes: Sequence[int], sizes, mode) -> jax.Array:
+def _windows_fit(array: QuantizedArray, numbers: Any, sizes: Sequence[int]) -> bool:
+    """Whether every window is of whole blocks, or inside one, wherever it lies."""
+    batched = getattr(numbers, "operand_batching_dims", ())
+    return all(
+        count == length or (axis not in batched and (count == 1 or size in (1, length)))
+        for part in (array.scales, array.outer)
+        if part is not None
+        for axis, (size, length, count) in enumerate(zip(sizes, array.shape, part.shape, strict=True))
+    )
+
+
+def _channels_gathered(array: QuantizedArray, numbers: Any, ndim: int) -> int:
+    """Where a gather of whole channels puts them, counted from the end."""
+    gone = (*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ()))
+    windows = [axis for axis in range(array.ndim) if axis not in gone]
+    channels = array.channel_axis % array.ndim
+    return numbers.offset_dims[windows.index(channels)] - ndim if channels in windows else -1
+
+
+def _block_index(
+    shape: Sequence[int], block: Sequence[int], index: jax.Array, axes: Sequence[int], sizes, mode
+) -> jax.Array:
     """Indices of blocks for indices of elements, past the end where those are."""
     index = clipped(index)
-    tops = jnp.array([array.shape[axis] - sizes[axis] for axis in axes], jnp.int32)
+    tops = jnp.array([shape[axis] - sizes[axis] for axis in axes], jnp.int32)
     if mode == lax.GatherScatterMode.CLIP:
         index = jnp.clip(index, 0, tops)
-    blocks = index // jnp.array([array.block[axis] for axis in axes], jnp.int32)
-    past = jnp.array([array.shape[axis] for axis in axes], jnp.int32)
+    blocks = index // jnp.array([block[axis] for axis in axes], jnp.int32)
+    past = jnp.array([shape[axis] for axis in axes], jnp.int32)
     return jnp.where((index >= 0) & (index <= tops), blocks, past)
-
-
-def past_end(array: QuantizedArray) -> tuple[Any, Any] | None:
-    """Codes and scales that read as NaN; None where the stored scales have no such value."""
-    if array.scales is not None:
-        scale = array.quantizer.past_end
-        return None if scale is None else (0, scale)
-    dtype, quantizer = array.dtype, array.quantizer
-    while isinstance(quantizer, Converted):
-        dtype, quantizer = quantizer.dtype, quantizer.quantizer
-    return int(np.full((), np.nan, dtype).view(array.codes.dtype)), None
-
-
-def convert(array: QuantizedArray, dtype: Any) -> QuantizedArray:
-    """Another logical floating-point dtype; codes and scales stay."""
-    dtype = jnp.dtype(dtype)
-    quantizer: Any = array.quantizer
-    if array.scales is None or not quantizer.writable:  # what the codes mean hangs on the dtype they had
-        quantizer = Converted(quantizer, array.dtype)
-    return array.like(array.codes, array.scales, array.offsets, quantizer=quantizer, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A format read as another dtype than its codes were made for: a view, not to be written to."""
-
-    quantizer: Any
-    dtype: Any
-    writable: ClassVar[bool] = False
-
-    @property
-    def past_end(self) -> Any:
-        return self.quantizer.past_end
-
-    def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        return self.quantizer.decode(codes, self.dtype).astype(dtype)
-
-    def multiplier(self, scales: jax.Array) -> jax.Array:
-        return self.quantizer.multiplier(scales)
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """A format read through float32 factors instead of its stored scales: a view, not to be written to."""
-
-    quantizer: Any
-    writable: ClassVar[bool] = False
-    past_end: ClassVar[float] = math.nan
-
-    def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        return self.quantizer.decode(codes, dtype)
-
-    def multiplier(self, scales: jax.Array) -> jax.Array:
-        return scales
-
-
-def scaled(array: QuantizedArray, factor: jax.Array) -> QuantizedArray:
-    """``array`` times a scalar: the codes stay, the scales become float32 factors."""
-    factor = jnp.asarray(factor).astype(jnp.float32)
-    if array.scales is None:
-        one = jnp.ones((1,) * array.ndim, jnp.float32)
-        return array.like(
-            array.codes, one * factor, quantizer=Scaled(Converted(array.quantizer, array.dtype))
-        )
-    offsets = None if array.offsets is None else array.offsets * factor
-    return array.like(array.codes, array.multipliers() * factor, offsets, quantizer=Scaled(array.quantizer))

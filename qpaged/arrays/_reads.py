@@ -1,5 +1,6 @@
 """Reads of pools, plain or quantized, for code that is written for both."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ from jax import lax
 
 from qpaged.arrays import _dot, _moves
 from qpaged.arrays._quantized import QuantizedArray, common_dtype
+from qpaged.arrays._views import adjoint, stored
 
 
 def take_pages(pool: Any, pages: jax.Array) -> Any:
@@ -34,10 +36,26 @@ def keep_slots(slots: Any, used: jax.Array) -> Any:
     if not isinstance(slots, QuantizedArray):
         return jnp.where(kept, slots, jnp.zeros((), slots.dtype))
 
-    def scales(s):
+    def scales(s, _):
         return jnp.where(kept, s, jnp.zeros((), s.dtype)) if s.shape[1] == len(used) else s
 
     return _moves.move(slots, jnp.where(kept, slots.codes, jnp.zeros((), slots.codes.dtype)), scales)
+
+
+def contracted(query: jax.Array, keys: Any) -> tuple[jax.Array, Any]:
+    """Query (..., head_dim) and keys (..., head_dim) whose products along head_dim are those of the given
+    ones, and whose keys have nothing left to transform."""
+    if not (isinstance(keys, QuantizedArray) and keys.quantizer.transforms):
+        return query, keys
+    return adjoint(keys.quantizer, query, keys.channel_axis), stored(keys)
+
+
+def weighed(values: Any) -> tuple[Any, Callable[[jax.Array], jax.Array]]:
+    """Values (..., head_dim) with nothing left to transform; and what makes sums of them (..., head_dim) those
+    of the given ones."""
+    if not (isinstance(values, QuantizedArray) and values.quantizer.transforms):
+        return values, lambda out: out
+    return stored(values), lambda out: values.quantizer.inverse(out, values.channel_axis)
 
 
 def dot(lhs: jax.Array, rhs: Any, dimension_numbers: Any) -> jax.Array:

@@ -16,19 +16,24 @@ from qpaged.arrays import _moves
 from qpaged.arrays._indices import clipped
 from qpaged.arrays._moves import clamped
 from qpaged.arrays._quantized import QuantizedArray
-from qpaged.arrays._writes import overwrite, write_rows
+from qpaged.arrays._writes import overwrite, takes_rows, write_rows
 
 
-def dynamic_update_slice(array: QuantizedArray, update: Any, start: Sequence[Any]) -> QuantizedArray:
-    """``lax.dynamic_update_slice``: quantizes what it writes; the start is clamped, as there."""
+def dynamic_update_slice(array: QuantizedArray, update: Any, start: Sequence[Any]) -> QuantizedArray | None:
+    """``lax.dynamic_update_slice``: quantizes what it writes; the start is clamped, as there.
+
+    None where the format cannot be written to in such windows.
+    """
     if update.shape == array.shape:
         return overwrite(array, update)
     starts = jnp.stack(clamped(start, array.shape, update.shape))[None]
     return _write_windows(array, starts, _reshape(update, (1, *update.shape)))
 
 
-def scatter(array: QuantizedArray, index: jax.Array, updates: Any, numbers: Any, mode: Any) -> QuantizedArray:
-    """``lax.scatter``, windows and batching dimensions included."""
+def scatter(
+    array: QuantizedArray, index: jax.Array, updates: Any, numbers: Any, mode: Any
+) -> QuantizedArray | None:
+    """``lax.scatter``, windows and batching dimensions included; None where the format takes no such windows."""
     batched = tuple(getattr(numbers, "operand_batching_dims", ()))
     missing = sorted((*numbers.inserted_window_dims, *batched))
     scatter_dims = [axis for axis in range(updates.ndim) if axis not in numbers.update_window_dims]
@@ -57,11 +62,13 @@ def _in_bounds(starts: jax.Array, shape: Sequence[int], window: Sequence[int], m
     return jnp.where(inside, starts, jnp.array(shape, jnp.int32))
 
 
-def _write_windows(array: QuantizedArray, starts: jax.Array, windows: Any) -> QuantizedArray:
+def _write_windows(array: QuantizedArray, starts: jax.Array, windows: Any) -> QuantizedArray | None:
     """``windows`` (count, *window) written at ``starts`` (count, ndim)."""
     window = windows.shape[1:]
     # Where a window covers the array, the first axis is indexed all the same: it may still be out of range.
     indexed = [axis for axis in range(array.ndim) if window[axis] != array.shape[axis]] or [0]
+    if not takes_rows(array, indexed):
+        return None
     whole = [axis for axis in range(array.ndim) if axis not in indexed]
     sizes = [window[axis] for axis in indexed]
     coordinates = []
@@ -79,4 +86,6 @@ def _transpose(array: Any, order: Sequence[int]) -> Any:
 
 
 def _reshape(array: Any, shape: Sequence[int]) -> Any:
-    return (_moves if isinstance(array, QuantizedArray) else lax).reshape(array, shape)
+    moved = _moves.reshape(array, shape) if isinstance(array, QuantizedArray) else None
+    dense = array.materialize() if isinstance(array, QuantizedArray) else array
+    return lax.reshape(dense, shape) if moved is None else moved

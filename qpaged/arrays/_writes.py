@@ -14,9 +14,10 @@ from jax import lax
 
 from qpaged.arrays._blocks import beside, block_max, blocked
 from qpaged.arrays._indices import clipped
-from qpaged.arrays._quantized import QuantizedArray, encode, finite, quantize
+from qpaged.arrays._packing import merge, pack, unpack
+from qpaged.arrays._quantized import QuantizedArray, encode, extremes, fit, outer_grid, prepared, quantize
 
-ROWS_AT_ONCE = 64  # touched blocks that one step of the growth loop rescales, at least
+BLOCKS_AT_ONCE = 64  # blocks that one step of the growth loop rescales, at least
 
 Axes = tuple[int, ...]
 
@@ -32,6 +33,9 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
 
     A shared scale grows to fit by the quantizer's rule; the blocks it is grown under are rescaled once.
     Cost is that of the rows and of the blocks they touch, whatever the size of ``array``.
+
+    Raises:
+        ValueError: the format cannot be written to in such rows; :func:`takes_rows` says so beforehand.
     """
     axes = tuple(axes)
     index = jnp.stack([clipped(c) for c in coordinates], axis=-1)
@@ -43,112 +47,189 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
         if moves_whole_blocks(array, axes, rows):
             return move_rows(array, axes, index, rows)
         rows = rows.dequantize()
+    if not takes_rows(array, axes):
+        raise ValueError(
+            f"array must be written in whole blocks, since the scales of {array.quantizer} do not grow and its "
+            f"channels go together, but blocks of {array.block} are written in part; write more at once."
+        )
     rows = lax.stop_gradient(jnp.asarray(rows))
     if array.scales is None:
         codes = array.quantizer.encode(rows.astype(array.dtype))
-        return array.like(scatter_rows(array.codes, axes, index, codes), None)
-    return _quantize_rows(array, axes, index, finite(rows, array.dtype))
+        return array.like(_scatter_codes(array, array.codes, axes, index, codes), None)
+    return _quantize_rows(array, axes, index, prepared(rows, array.quantizer, array.dtype, _channels(array, axes)))
+
+
+def takes_rows(array: QuantizedArray, axes: Sequence[int]) -> bool:
+    """Whether rows that name a coordinate along each of ``axes`` can be written."""
+    quantizer, channels = array.quantizer, array.channel_axis % array.ndim
+    own = all(array.block[axis] == 1 for axis in axes)
+    grows = quantizer.shareable and array.outer is None
+    turned = quantizer.transforms and channels in axes
+    packed = array.packing > 1 and channels in axes and array.block[channels] > 1
+    return quantizer.writable and array.offsets is None and (own or grows) and not (turned or packed)
 
 
 def overwrite(array: Any, new: Any) -> Any:
     """``array`` with every element replaced by ``new``: fresh scales, the same blocks."""
     if isinstance(new, QuantizedArray):
-        same = new.quantizer == array.quantizer and new.block == array.block
-        return array.like(new.codes, new.scales) if same else overwrite(array, new.dequantize())
-    return quantize(lax.stop_gradient(new), array.quantizer, array.block, array.dtype)
+        same = (new.quantizer, new.block, new.channel_axis) == (array.quantizer, array.block, array.channel_axis)
+        return new.like(*_parts(new), dtype=array.dtype) if same else overwrite(array, new.dequantize())
+    return quantize(
+        lax.stop_gradient(new), array.quantizer, array.block, array.dtype, array.channel_axis
+    )
 
 
 def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: jax.Array) -> QuantizedArray:
-    if array.offsets is not None:
-        raise NotImplementedError("offsets: arrays with offsets can be read, but not written to in part.")
-    extents = jnp.array([array.block[axis] for axis in axes], jnp.int32)
-    blocks = index // extents
-    whole_counts = tuple(n for axis, n in enumerate(array.scales.shape) if axis not in axes)
-    candidates = jax.vmap(lambda row: array.quantizer.scale(block_max(jnp.abs(row), whole_counts)))(rows)
+    """Rows (rows, *whole), prepared. Rows of one block are fitted together, and so are duplicates."""
+    quantizer, grid = array.quantizer, array.scales.shape
+    blocks = index // jnp.array([array.block[axis] for axis in axes], jnp.int32)
+    whole = tuple(n for axis, n in enumerate(grid) if axis not in axes)
+    low, high = jax.vmap(lambda row: extremes(row, whole))(rows)
+    distinct, of_row = _distinct(blocks, tuple(grid[axis] for axis in axes))
+    low = jax.ops.segment_min(low, of_row, len(rows))
+    high = jax.ops.segment_max(high, of_row, len(rows))
 
-    scales, codes = array.scales, array.codes
-    owned = all(array.block[axis] == 1 for axis in axes)
-    if owned:  # a row covers its blocks, so their old scales go
-        scales = scatter_rows(scales, axes, blocks, jnp.zeros_like(candidates))
-        scales = scatter_rows(scales, axes, blocks, candidates, lax.scatter_max)
-        fitted = gather_rows(scales, axes, blocks)
-    else:
-        old = gather_rows(scales, axes, blocks)
-        # The maximum changes nothing but the order: read before written, the scales need no copy.
-        candidates = jnp.maximum(candidates, old)
-        scales = scatter_rows(scales, axes, blocks, candidates, lax.scatter_max)
-        fitted = gather_rows(scales, axes, blocks)
-        codes = _grow(array, axes, blocks, old, fitted)
-    new = jax.vmap(lambda row, scale: encode(row, scale, array.quantizer))(rows, fitted)
-    return array.like(scatter_rows(codes, axes, index, new), scales)
+    outer_shape = outer_grid(quantizer, whole, _channels(array, axes))
+    scales, outer = jax.vmap(lambda low, high: fit(quantizer, low, high, outer_shape))(low, high)
+    codes = array.codes
+    if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
+        codes, scales = _grow(array, axes, distinct, scales, low, high)
+    stored = scatter_rows(array.scales, axes, distinct, scales)
+    if outer is None:
+        new = jax.vmap(lambda row, s: encode(row, quantizer, s))(rows, scales[of_row])
+        return array.like(_scatter_codes(array, codes, axes, index, new), stored)
+    new = jax.vmap(lambda row, s, o: encode(row, quantizer, s, o))(rows, scales[of_row], outer[of_row])
+    outer = scatter_rows(array.outer, axes, distinct, outer)
+    return array.like(_scatter_codes(array, codes, axes, index, new), stored, None, outer)
 
 
-def _grow(array: QuantizedArray, axes: Axes, blocks: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """Codes with each touched block whose scale grew rescaled, once, however many rows touch it.
+def _distinct(blocks: jax.Array, grid: Axes) -> tuple[jax.Array, jax.Array]:
+    """Coordinates of the distinct blocks among ``blocks`` (rows, axes), and which of them each row is in.
 
-    A loop over chunks of distinct blocks: most writes grow few blocks, and a fresh page grows none.
+    Unused places hold a coordinate past the end, which gathers and scatters drop, and so do rows that are out
+    of range, negative ones included.
     """
-    grew = (old > 0) & (new > old)
-    needs = grew.reshape(len(blocks), -1).any(axis=1)
-    grid = tuple(array.scales.shape[axis] for axis in axes)
-    distinct, first, steps, chunk = _distinct(blocks, needs, grid)
-
-    def rescale(step, codes):
-        at = lax.dynamic_slice_in_dim(distinct, step * chunk, chunk)
-        row = lax.dynamic_slice_in_dim(first, step * chunk, chunk)
-        windows = _gather_windows(codes, axes, at, array.block)
-        grown = jax.vmap(lambda w, a, b: _grow_window(array, axes, w, a, b))(windows, old[row], new[row])
-        return _scatter_windows(codes, axes, at, array.block, grown)
-
-    return lax.fori_loop(jnp.int32(0), steps, rescale, array.codes)
-
-
-def _distinct(blocks: jax.Array, needs: jax.Array, grid: Axes) -> tuple[jax.Array, jax.Array, jax.Array, int]:
-    """Coordinates of the distinct needed blocks, a row that touches each, and how to walk over them.
-
-    Unused places hold a coordinate past the end, which gathers and scatters drop.
-    """
-    rows = len(blocks)
     strides = [1]
     for extent in reversed(grid[1:]):
         strides.insert(0, strides[0] * extent)
     nowhere = grid[0] * strides[0]
-    flat = jnp.where(needs, (blocks * jnp.array(strides, jnp.int32)).sum(axis=-1, dtype=jnp.int32), nowhere)
-    order = jnp.argsort(flat).astype(jnp.int32)
+    inside = jnp.all((blocks >= 0) & (blocks < jnp.array(grid, jnp.int32)), axis=-1)
+    flat = (blocks * jnp.array(strides, jnp.int32)).sum(axis=-1, dtype=jnp.int32)
+    flat = jnp.where(inside, flat, nowhere)
+    order = jnp.argsort(flat)
     ascending = flat[order]
-    is_first = jnp.append(True, ascending[1:] != ascending[:-1]) & (ascending < nowhere)
-    chunk = min(rows, max(ROWS_AT_ONCE, rows // 8))
-    padded = -(-rows // chunk) * chunk
-    place = jnp.where(is_first, jnp.cumsum(is_first, dtype=jnp.int32) - 1, padded)
-    first = jnp.zeros(padded, jnp.int32).at[place].set(order, mode="drop")
-    found = jnp.full(padded, nowhere, jnp.int32).at[place].set(ascending, mode="drop")
+    begins = jnp.append(jnp.zeros(1, bool), ascending[1:] != ascending[:-1])
+    place = jnp.cumsum(begins, dtype=jnp.int32)
+    of_row = jnp.zeros(len(flat), jnp.int32).at[order].set(place)
+    found = jnp.full(len(flat), nowhere, jnp.int32).at[place].set(ascending)
     coordinates = [found // stride % extent for stride, extent in zip(strides[1:], grid[1:], strict=True)]
-    steps = (jnp.sum(is_first, dtype=jnp.int32) + chunk - 1) // chunk
-    return jnp.stack([found // strides[0], *coordinates], axis=-1), first, steps, chunk
+    return jnp.stack([found // strides[0], *coordinates], axis=-1), of_row
 
 
-def _grow_window(array: QuantizedArray, axes: Axes, window: jax.Array, old: jax.Array, new: jax.Array):
-    """One block's codes, re-expressed under its new scale where that is larger and the block was in use."""
-    old, new = jnp.expand_dims(old, axes), jnp.expand_dims(new, axes)
-    quantizer, codes = array.quantizer, blocked(window, old.shape)
-    grown = quantizer.grow(codes, beside(old), beside(new))
-    return jnp.where(beside((old > 0) & (new > old)), grown, codes).reshape(window.shape)
+def _grow(
+    array: QuantizedArray, axes: Axes, blocks: jax.Array, fresh: jax.Array, low: jax.Array, high: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of distinct ``blocks`` that are to hold new extremes.
+
+    Blocks in which nothing was written get their ``fresh`` scales. The others keep theirs if they can; those
+    that cannot are fitted again, and their codes rescaled: a loop over chunks, since most writes grow few
+    blocks and a fresh page grows none.
+    """
+    quantizer = array.quantizer
+    old = gather_rows(array.scales, axes, blocks)
+    used = old != 0
+    grows = used & ~quantizer.holds(old, low, high)
+    chosen, steps, chunk = _chunked(grows.reshape(len(blocks), -1).any(axis=1))
+    at_end = jnp.array([array.scales.shape[axis] for axis in axes], jnp.int32)
+
+    def rescale(step, state):
+        codes, scales = state
+        row = lax.dynamic_slice_in_dim(chosen, step * chunk, chunk)
+        at = jnp.where((row < len(blocks))[:, None], blocks.at[row].get(mode="clip"), at_end)
+        windows = _gather_windows(codes, axes, at, array)
+        grown, new = jax.vmap(lambda *window: _grow_window(array, axes, *window))(
+            windows, old[row], grows[row], low[row], high[row]
+        )
+        return _scatter_windows(codes, axes, at, array, grown), scales.at[row].set(new, mode="drop")
+
+    return lax.fori_loop(jnp.int32(0), steps, rescale, (array.codes, jnp.where(used, old, fresh)))
+
+
+def _chunked(needed: jax.Array) -> tuple[jax.Array, jax.Array, int]:
+    """Indices of what is needed, the number of rows where there are no more; and how to walk over them."""
+    rows = len(needed)
+    chunk = min(rows, max(BLOCKS_AT_ONCE, rows // 8))
+    padded = -(-rows // chunk) * chunk
+    place = jnp.where(needed, jnp.cumsum(needed, dtype=jnp.int32) - 1, padded)
+    chosen = jnp.full(padded, rows, jnp.int32).at[place].set(jnp.arange(rows, dtype=jnp.int32), mode="drop")
+    return chosen, (jnp.sum(needed, dtype=jnp.int32) + chunk - 1) // chunk, chunk
+
+
+def _grow_window(array: QuantizedArray, axes: Axes, window, old, grows, low, high):
+    """One window of blocks: the codes and the scales of those that grow made anew, the others left."""
+    quantizer = array.quantizer
+    dtype = quantizer.code_dtype(array.dtype)
+    codes = unpack(window, quantizer.bits, array.channel_axis, dtype)
+    grid = tuple(1 if axis in axes else n for axis, n in enumerate(array.scales.shape))
+    old, grows, low, high = (part.reshape(grid) for part in (old, grows, low, high))
+    new = jnp.where(grows, quantizer.refit(old, block_max(codes, grid), low, high), old)
+    grown = jnp.where(beside(grows), quantizer.grow(blocked(codes, grid), beside(old), beside(new)), blocked(codes, grid))
+    packed = pack(grown.reshape(codes.shape), quantizer.bits, array.channel_axis)
+    return packed, new.reshape([n for axis, n in enumerate(grid) if axis not in axes])
 
 
 def moves_whole_blocks(array: QuantizedArray, axes: Axes, rows: QuantizedArray) -> bool:
     """Whether ``rows`` are whole blocks of the same format, which move without being decoded."""
+    own = all(array.block[axis] == 1 for axis in axes)
+    if not own or rows.quantizer != array.quantizer or rows.dtype != array.dtype:
+        return False
+    if any((part is None) != (other is None) for part, other in zip(_parts(array), _parts(rows), strict=True)):
+        return False
+    channels = array.channel_axis % array.ndim
+    if (array.packing > 1 or array.quantizer.transforms) and (
+        channels in axes or _channels(array, axes) != rows.channel_axis
+    ):
+        return False
     whole = tuple(b for axis, b in enumerate(array.block) if axis not in axes)
-    owned = all(array.block[axis] == 1 for axis in axes)
-    return owned and rows.quantizer == array.quantizer and rows.block[1:] == whole
+    return rows.block[1:] == whole
 
 
 def move_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: QuantizedArray) -> QuantizedArray:
     """Rows of the same format, codes and scales moved together."""
-    return jax.tree_util.tree_map(
-        lambda operand, updates: scatter_rows(operand, axes, index, updates),
-        array,
-        array.like(rows.codes, rows.scales, rows.offsets),
+    return array.like(
+        *(
+            None if part is None else scatter_rows(part, axes, index, update)
+            for part, update in zip(_parts(array), _parts(rows), strict=True)
+        )
     )
+
+
+def _parts(array: QuantizedArray) -> tuple[Any, Any, Any, Any]:
+    """The children, as :meth:`QuantizedArray.like` takes them."""
+    return array.codes, array.scales, array.offsets, array.outer
+
+
+def _channels(array: QuantizedArray, axes: Sequence[int]) -> int:
+    """The channel axis of rows that leave out ``axes``, counted from the end."""
+    channels = array.channel_axis % array.ndim
+    return -1 - sum(axis not in axes for axis in range(channels + 1, array.ndim))
+
+
+def _scatter_codes(array: QuantizedArray, codes: jax.Array, axes: Axes, index: jax.Array, new: jax.Array):
+    """``codes`` of an array with the codes ``new``, one an element, packed and put at ``index``."""
+    channels, several = array.channel_axis % array.ndim, array.packing
+    if several == 1 or channels not in axes:
+        packed = pack(new, array.quantizer.bits, _channels(array, axes))
+        return scatter_rows(codes, axes, index, packed)
+    # Channels one by one: of the codes that share a byte, one at a time is put into it.
+    along = axes.index(channels)
+    at = index.at[:, along].set(index[:, along] // several)
+    place = (index[:, along] % several).reshape(-1, *[1] * (new.ndim - 1))
+    for turn in range(several):
+        whole = merge(gather_rows(codes, axes, at), new, place, array.quantizer.bits)
+        mine = place.reshape(-1, 1) == turn
+        codes = scatter_rows(codes, axes, jnp.where(mine, at, jnp.int32(codes.size)), whole)
+    return codes
 
 
 def scatter_rows(operand, axes: Axes, index: jax.Array, updates, scatter=lax.scatter) -> jax.Array:
@@ -173,23 +254,25 @@ def gather_rows(operand, axes: Axes, index: jax.Array) -> jax.Array:
     return lax.gather(operand, index, numbers, sizes, mode=mode, fill_value=0)
 
 
-def _gather_windows(codes, axes: Axes, blocks: jax.Array, block: Sequence[int]) -> jax.Array:
+def _gather_windows(codes, axes: Axes, blocks: jax.Array, array: QuantizedArray) -> jax.Array:
     """(rows, *window): the codes of whole blocks along ``axes``, of everything along the others."""
     numbers = lax.GatherDimensionNumbers(
         offset_dims=tuple(range(1, 1 + codes.ndim)), collapsed_slice_dims=(), start_index_map=axes
     )
-    sizes = tuple(block[axis] if axis in axes else n for axis, n in enumerate(codes.shape))
-    starts = blocks * jnp.array([block[axis] for axis in axes], jnp.int32)
+    sizes = tuple(array.block[axis] if axis in axes else n for axis, n in enumerate(codes.shape))
     mode = lax.GatherScatterMode.FILL_OR_DROP
-    return lax.gather(codes, starts, numbers, sizes, mode=mode, fill_value=0)
+    return lax.gather(codes, _starts(axes, blocks, array), numbers, sizes, mode=mode, fill_value=0)
 
 
-def _scatter_windows(codes, axes: Axes, blocks: jax.Array, block: Sequence[int], windows) -> jax.Array:
+def _scatter_windows(codes, axes: Axes, blocks: jax.Array, array: QuantizedArray, windows) -> jax.Array:
     numbers = lax.ScatterDimensionNumbers(
         update_window_dims=tuple(range(1, windows.ndim)),
         inserted_window_dims=(),
         scatter_dims_to_operand_dims=axes,
     )
-    starts = blocks * jnp.array([block[axis] for axis in axes], jnp.int32)
     mode = lax.GatherScatterMode.FILL_OR_DROP
-    return lax.scatter(codes, starts, windows, numbers, mode=mode)
+    return lax.scatter(codes, _starts(axes, blocks, array), windows, numbers, mode=mode)
+
+
+def _starts(axes: Axes, blocks: jax.Array, array: QuantizedArray) -> jax.Array:
+    return blocks * jnp.array([array.block[axis] for axis in axes], jnp.int32)

@@ -1,5 +1,6 @@
 """paged_attention: one function for decode and prefill, on whichever backend."""
 
+import dataclasses
 import math
 import operator
 from typing import Any
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from qpaged._compat import automatic, explicit_sharding
-from qpaged.arrays import QuantizedArray, float_dtype
+from qpaged.arrays import QuantizedArray, contracted, float_dtype, weighed
 from qpaged.attention import _reference, _xla
 from qpaged.attention._options import Options, Tokens
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
@@ -67,12 +68,7 @@ def paged_attention(
     attend = BACKENDS[backend or "xla"]
 
     def run(keys, values, parts, sinks):
-        outs = [
-            attend(tokens, keys, values, sinks, options)
-            if tokens.query.size and tokens.table.shape[-1]
-            else jnp.zeros(tokens.query.shape, jnp.float32)
-            for tokens in parts
-        ]
+        outs = [_attend(attend, tokens, keys, values, sinks, options) for tokens in parts]
         return jnp.concatenate(outs).astype(query.dtype)
 
     if not parts:
@@ -85,6 +81,16 @@ def paged_attention(
         return run(pools[0], pools[1], parts, sinks)
     over_heads = PartitionSpec(None, placed[0].spec[0], None)  # as the pools' heads are
     return automatic(run, placed[0].update(spec=over_heads))(pools[0], pools[1], parts, sinks)
+
+
+def _attend(attend, tokens: Tokens, keys: Any, values: Any, sinks: Any, options: Options) -> jax.Array:
+    """One backend on one kind of tokens, over what the pages hold: formats that transform channels have the
+    query and the output transformed, never the cache."""
+    if not tokens.query.size or not tokens.table.shape[-1]:
+        return jnp.zeros(tokens.query.shape, jnp.float32)
+    query, keys = contracted(tokens.query, keys)
+    values, restored = weighed(values)
+    return restored(attend(dataclasses.replace(tokens, query=query), keys, values, sinks, options))
 
 
 def _tokens(

@@ -18,15 +18,11 @@ PagesFormat = Quantizer | Callable[[jax.Array], Any] | None
 def fresh_pages(format: PagesFormat, shape: Sequence[int], dtype: Any) -> Any:
     """A pool (kv_heads, pages, page_size, head_dim) that reads as exact zeros; traceable.
 
-    A callable takes the pool's zeros and returns its pages. Any other format is asked for one page of one
-    head, which is repeated: no float of the pool's size is ever made.
+    A callable takes the pool's zeros and returns its pages.
     """
     if format is None:
         return jnp.zeros(shape, dtype)
-    if not isinstance(format, Quantizer):
-        return format(jnp.zeros(shape, dtype))
-    page = format.quantize(jnp.zeros((1, 1, *shape[2:]), dtype))
-    return jax.tree_util.tree_map(lambda leaf: jnp.broadcast_to(leaf, (*shape[:2], *leaf.shape[2:])), page)
+    return format.empty(shape, dtype) if isinstance(format, Quantizer) else format(jnp.zeros(shape, dtype))
 
 
 def allocate_pages(

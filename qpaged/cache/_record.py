@@ -13,7 +13,8 @@ import numpy as np
 from qpaged.arrays import QuantizedArray, check_parts, float_dtype
 from qpaged.quantizer import CacheFormat, quantizer_from_config
 
-VERSION = 1
+VERSION = 2
+PARTS = ("codes", "scales", "outer")
 
 
 class Record:
@@ -81,8 +82,8 @@ def _pack(value: Any) -> Any:
     if isinstance(value, CacheFormat):
         return {"type": "CacheFormat", **value.config}
     if isinstance(value, QuantizedArray):
-        parts = {name: getattr(value, name) for name in ("codes", "scales", "offsets")}
         config = value.quantizer.config
+        parts = {name: getattr(value, name) for name in PARTS}
         return {"type": "QuantizedArray", "quantizer": config, "dtype": jnp.dtype(value.dtype).name, **parts}
     if isinstance(value, list | tuple):
         return [_pack(item) for item in value]
@@ -118,11 +119,11 @@ def _quantized(data: Mapping[str, Any]) -> QuantizedArray:
     try:
         quantizer = quantizer_from_config(data["quantizer"])
         dtype = float_dtype("dtype", data["dtype"])
-        codes, scales, offsets = (_unpack(data[name]) for name in ("codes", "scales", "offsets"))
-        check_parts(codes, scales, offsets, quantizer, dtype)
+        codes, scales, outer = (_unpack(data[name]) for name in PARTS)
+        check_parts(codes, scales, outer, quantizer, dtype)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"data holds pages that are not whole: {error!r}") from error
-    return QuantizedArray(codes, scales, offsets, quantizer, dtype=dtype)
+    return QuantizedArray(codes, scales, None, outer, quantizer, dtype=dtype)
 
 
 def _array_to_json(array: Any) -> dict[str, Any]:

@@ -171,12 +171,19 @@ def _write(pool: Any, places: tuple[jax.Array, jax.Array], rows: Any) -> Any:
 
 
 def _reset(pool: Any, pages: jax.Array) -> Any:
-    zeros = jnp.zeros((1, 1, *pool.shape[2:]), pool.dtype)
-    page = pool.quantizer.quantize(zeros) if isinstance(pool, QuantizedArray) else zeros
-    fresh = jax.tree_util.tree_map(
-        lambda leaf: jnp.broadcast_to(leaf[0], (len(pages), pool.shape[0], *leaf.shape[2:])), page
-    )
-    return _updated(pool, lambda pool, fresh, pages: write_rows(pool, (1,), (pages,), fresh), fresh, pages)
+    if isinstance(pool, QuantizedArray):
+        return _updated(pool, _cleared, pages)
+    zeros = jnp.zeros((len(pages), pool.shape[0], *pool.shape[2:]), pool.dtype)
+    return _updated(pool, lambda pool, zeros, pages: write_rows(pool, (1,), (pages,), zeros), zeros, pages)
+
+
+def _cleared(pool: QuantizedArray, pages: jax.Array) -> QuantizedArray:
+    """The pool with zeros for every part of these pages: what a page is before anything is written to it."""
+
+    def cleared(part):
+        return write_rows(part, (1,), (pages,), jnp.zeros((len(pages), part.shape[0], *part.shape[2:]), part.dtype))
+
+    return jax.tree_util.tree_map(cleared, pool)
 
 
 def _updated(pool: Any, update: Callable[..., Any], *args: Any) -> Any:

@@ -9,46 +9,55 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from qpaged.arrays import QuantizedArray, quantize
-
-GRANULARITIES = ("page", "token", "channel")
+from qpaged.arrays import QuantizedArray, empty, nonzero, quantize
+from qpaged.quantizer._granularity import check_granularity, page_block
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantizer(abc.ABC):
     """A format: how values become codes and scales, and back.
 
-    A subclass gives a scale rule, :meth:`encode` and :meth:`decode`; blocks, scatter, growth, lazy reads,
-    sizing, files and sweeps come from the framework. Both directions work in *units of the scale*, so a
-    format never multiplies by its scale, and attention can fold it away.
+    A subclass gives a scale rule, :meth:`encode` and :meth:`decode`; blocks, packing, scatter, growth, lazy
+    reads, sizing, files and sweeps come from the framework. Both directions work in *units of the scale*, so
+    a format never multiplies by its scale, and attention can fold it away.
 
     Attributes:
-        granularity: which elements of a page share a scale: ``page`` (all), ``token`` (one slot's) or
-            ``channel`` (one channel's, over the page's slots).
+        granularity: which elements of a page share a scale: ``page`` (all), ``token`` (one slot's),
+            ``channel`` (one channel's, over the page's slots), ``group32`` (32 neighbouring channels of one
+            slot; any number goes) or ``element`` (none do). Empty for the format's default.
     """
 
-    granularity: str = "page"
+    granularity: str = ""
 
     name: ClassVar[str]
     """The spelling's first part; the name of the entry point."""
-    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
-    """What ``granularity`` may be; the first is the default."""
+    granularities: ClassVar[tuple[str, ...]] = ("token", "group32", "group64", "group128")
+    """What ``granularity`` may be; the first is the default. Where tokens share a scale (``page``,
+    ``channel``) it grows as they arrive: see :meth:`grow`."""
+    bits: ClassVar[int] = 8
+    """Bits of a code: 8, or 4 or 2, which are packed into bytes."""
     scale_dtype: ClassVar[Any] = jnp.float32
     """Dtype of a stored scale; None for a format without scales."""
+    outer_dtype: ClassVar[Any] = None
+    """Dtype of a stored second-level scale; None for a format without."""
     bound: ClassVar[float]
     """Largest error |x - x̂|, in units of the block's scale."""
+    levels: ClassVar[tuple[float, float] | None] = None
+    """The lowest and the highest value of a code in units of the scale, where codes are evenly spaced between
+    them: what wrappers that shift blocks need to know. None otherwise."""
+    shareable: ClassVar[bool] = True
+    """False for a format whose scales cannot grow, so that every write must cover its blocks."""
+    transforms: ClassVar[bool] = False
+    """Whether blocks hold :meth:`transform` of the values instead of these."""
     writable: ClassVar[bool] = True
     """False for views of a format that lazy reads make, which can only be read."""
-
     past_end: ClassVar[Any] = math.nan
     """The stored scale that reads as NaN; None if no value does."""
 
     def __post_init__(self) -> None:
-        if self.granularity not in self.granularities:
-            raise ValueError(
-                f"granularity must be one of {', '.join(self.granularities)} for {self.name}, "
-                f"but came as {self.granularity!r}."
-            )
+        if not self.granularity:
+            object.__setattr__(self, "granularity", self.granularities[0])
+        check_granularity(self.name, self.granularity, self.granularities)
 
     @abc.abstractmethod
     def scale(self, absmax: jax.Array) -> jax.Array:
@@ -59,11 +68,11 @@ class Quantizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, units: jax.Array) -> jax.Array:
-        """Codes of float32 values in units of their scale."""
+        """Codes, one an element, of float32 values in units of their scale."""
 
     @abc.abstractmethod
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        """Values of codes, in units of their scale, exactly, as ``dtype``."""
+        """Values of codes, in units of their scale, exactly, as ``dtype``; elementwise."""
 
     @property
     def order_bound(self) -> float:
@@ -71,32 +80,73 @@ class Quantizer(abc.ABC):
         return 0.0
 
     def code_dtype(self, dtype: Any) -> Any:
-        """The integer dtype that stores the codes of an array of logical ``dtype``."""
+        """The integer dtype of codes, one an element, for an array of logical ``dtype``."""
         return jnp.int8
 
     def multiplier(self, scales: jax.Array) -> jax.Array:
         """Stored scales as float32 factors."""
         return scales.astype(jnp.float32)
 
+    def shift(self, scales: jax.Array) -> jax.Array | None:
+        """The float32 offsets that stored scales carry and values are read with; None for a format without."""
+        return None
+
+    def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
+        """The stored scale of a block from its least and greatest value (float32)."""
+        return self.scale(jnp.maximum(-low, high))
+
+    def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        """Codes of float32 ``x`` under stored ``scales`` (broadcast); a zero scale encodes zeros."""
+        shift = self.shift(scales)
+        return self.encode((x if shift is None else x - shift) / nonzero(self.multiplier(scales)))
+
+    def holds(self, scales: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+        """Whether blocks with these stored ``scales`` take these extremes without growing."""
+        needed = self.multiplier(self.fit(low, high))
+        return jnp.abs(needed) <= jnp.abs(self.multiplier(scales))
+
+    def refit(self, scales: jax.Array, codes: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+        """The stored scales of blocks that do not hold new extremes.
+
+        Args:
+            scales: what was stored.
+            codes: the greatest code of each block.
+            low, high: the extremes of what is written now.
+        """
+        return self.fit(low, high)
+
     def grow(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         """Codes under ``old`` stored scales re-expressed under larger ``new`` ones (broadcast)."""
         ratio = self.multiplier(old) / self.multiplier(new)
         return self.encode(self.decode(codes, jnp.float32) * ratio)
 
+    def outer_scale(self, absmax: jax.Array) -> jax.Array:
+        """The stored second-level scale, for the largest magnitude in all its blocks (float32)."""
+        raise NotImplementedError(f"{self.name} has no second-level scales; outer_dtype says so.")
+
+    def outer_multiplier(self, outer: jax.Array) -> jax.Array:
+        """Stored second-level scales as float32 factors; powers of two."""
+        raise NotImplementedError(f"{self.name} has no second-level scales; outer_dtype says so.")
+
+    def transform(self, x: jax.Array, axis: int) -> jax.Array:
+        """The float32 values that blocks hold: a linear map along the channels, which are on ``axis``."""
+        return x
+
+    def inverse(self, x: jax.Array, axis: int) -> jax.Array:
+        """The inverse of :meth:`transform`, and linear too."""
+        return x
+
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
-        """The largest |x - x̂| for each element of ``x``, given its block's factor (broadcast)."""
-        return jnp.broadcast_to(self.bound * multipliers, x.shape)
+        """The largest |x - x̂| for each element of ``x`` (..., channels), given its block's factor."""
+        return jnp.broadcast_to(self.bound * jnp.abs(multipliers), x.shape)
 
     def block(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The block on an array (..., slots, head_dim), as a pool (kv_heads, pages, page_size, head_dim)."""
-        if len(shape) < 2:
-            raise ValueError(
-                f"array must have at least two axes, (..., slots, head_dim), but came with shape "
-                f"{tuple(shape)}; give the block yourself with qpaged.arrays.quantize."
-            )
-        slots, head_dim = (max(1, length) for length in shape[-2:])
-        last = {"page": (slots, head_dim), "token": (1, head_dim), "channel": (slots, 1)}
-        return (1,) * (len(shape) - 2) + last[self.granularity]
+        """The block on an array (..., slots, head_dim), as a pool (kv_heads, pages, page_size, head_dim).
+
+        Raises:
+            ValueError: the array has no such axes, or the group does not divide head_dim.
+        """
+        return page_block(self, shape)
 
     def quantize(self, array: Any, dtype: Any = None) -> QuantizedArray:
         """The whole of ``array`` (..., slots, head_dim); its last two axes are one page.
@@ -107,9 +157,19 @@ class Quantizer(abc.ABC):
 
         Raises:
             TypeError: the array is not of a real floating-point dtype.
+            ValueError: the group does not divide head_dim, or codes do not fill whole bytes.
         """
         array = jnp.asarray(array)
         return quantize(array, self, self.block(array.shape), dtype)
+
+    def empty(self, shape: Sequence[int], dtype: Any) -> QuantizedArray:
+        """An array (..., slots, head_dim) in which nothing was written: it reads as zeros.
+
+        Args:
+            shape: of the array.
+            dtype: the logical dtype.
+        """
+        return empty(shape, self, self.block(shape), dtype)
 
     @property
     def config(self) -> dict[str, Any]:

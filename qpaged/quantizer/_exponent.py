@@ -21,6 +21,7 @@ class PowerOfTwoQuantizer(Quantizer):
     inequality is strict, so that no power of two needs the code one past the largest.
     """
 
+    granularities: ClassVar[tuple[str, ...]] = ("page", "token", "channel")
     scale_dtype = jnp.uint8
     past_end = PAST_END
     headroom: ClassVar[int]

@@ -1,14 +1,19 @@
 """Formats by name: the entry points ``qpaged.quantizers`` of whatever is installed, read when asked."""
 
+import contextlib
+import functools
+import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from qpaged.quantizer._contract import Quantizer
+from qpaged.quantizer._spelling import parse
 
 GROUP = "qpaged.quantizers"
+PLUS = "+"  # what the names of wrappers begin with
 
 
 class RegistryError(ValueError):
@@ -17,28 +22,46 @@ class RegistryError(ValueError):
 
 def available_quantizers() -> tuple[str, ...]:
     """Names of the installed formats, sorted."""
-    return tuple(sorted(_claims()))
+    return tuple(sorted(name for name in _claims() if not name.startswith(PLUS)))
 
 
-def available_formats() -> tuple[str, ...]:
+def available_wrappers() -> tuple[str, ...]:
+    """Names of the installed wrappers, sorted, each with its plus."""
+    return tuple(sorted(name for name in _claims() if name.startswith(PLUS)))
+
+
+def available_formats(*, wrapped: bool = False) -> tuple[str, ...]:
     """Spellings of every installed format at each of its granularities, the default first.
 
     A format that cannot be had (its package is broken, or two claim its name) is warned of and left out.
+
+    Args:
+        wrapped: whether to list each in every set of wrappers that goes with it, too.
     """
     spellings: list[str] = []
     for name in available_quantizers():
         try:
-            spellings += [str(_build(name, granularity=g)) for g in _build(name).granularities]
+            formats = [_build(name, granularity=g) for g in _build(name).granularities]
+            spellings += [str(format) for bare in formats for format in _wrapped(bare, wrapped)]
         except RegistryError as error:
             warnings.warn(str(error), stacklevel=2)
     return tuple(spellings)
 
 
+def _wrapped(bare: Quantizer, wrapped: bool) -> Iterator[Quantizer]:
+    names = available_wrappers() if wrapped else ()
+    for count in range(len(names) + 1):
+        for chosen in itertools.combinations(names, count):
+            with contextlib.suppress(ValueError):  # a wrapper that does not go with it
+                yield functools.reduce(_wrap, chosen, bare)
+
+
 def get_quantizer(spelling: "str | Quantizer") -> Quantizer:
-    """The quantizer that a spelling ``name[:granularity]`` names; a quantizer is returned as it is.
+    """The quantizer that a spelling ``name[:granularity][+wrapper]...`` names; a quantizer is itself.
 
     Raises:
-        RegistryError: no installed package has that name, several have, or the granularity is not offered.
+        RegistryError: no installed package has that name, several have, the granularity is not offered, or a
+            wrapper does not go with the format.
         TypeError: neither a string nor a quantizer.
     """
     if isinstance(spelling, Quantizer):
@@ -48,17 +71,11 @@ def get_quantizer(spelling: "str | Quantizer") -> Quantizer:
             f"quantizer must be a spelling such as 'int8:token' or a qpaged.Quantizer, but came as "
             f"{type(spelling).__name__}."
         )
-    head, *wrappers = spelling.split("+")
-    if wrappers:
-        raise RegistryError(
-            f"{spelling!r}: no wrapper named {wrappers[0]!r} is installed; drop the '+' part."
-        )
-    name, colon, granularity = head.partition(":")
     try:
-        return _build(name, granularity=granularity) if colon else _build(name)
+        name, granularity, wrappers = parse(spelling)
+        bare = _build(name) if granularity is None else _build(name, granularity=granularity)
+        return functools.reduce(_wrap, [PLUS + wrapper for wrapper in wrappers], bare)
     except (TypeError, ValueError) as error:
-        if isinstance(error, RegistryError):
-            raise
         raise RegistryError(f"{spelling!r}: {error}") from error
 
 
@@ -70,6 +87,8 @@ def quantizer_from_config(config: Any) -> Quantizer:
     """
     try:
         options = dict(config)
+        if "inner" in options:
+            options["inner"] = quantizer_from_config(options["inner"])
         quantizer = _build(options.pop("name"), **options)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, RegistryError):
@@ -83,12 +102,18 @@ def quantizer_from_config(config: Any) -> Quantizer:
     return quantizer
 
 
+def _wrap(inner: Quantizer, name: str) -> Quantizer:
+    return _build(name, inner=inner)
+
+
 def _build(name: str, **options: Any) -> Quantizer:
     claims = _claims()
     if name not in claims:
+        kind = "wrapper" if name.startswith(PLUS) else "format"
+        installed = sorted(other for other in claims if other.startswith(PLUS) == name.startswith(PLUS))
         raise RegistryError(
-            f"no format is named {name!r}; installed are {', '.join(sorted(claims)) or 'none'}. "
-            f"Formats are found through the entry points {GROUP!r} of installed packages."
+            f"no {kind} is named {name!r}; installed are {', '.join(installed) or 'none'}. "
+            f"They are found through the entry points {GROUP!r} of installed packages."
         )
     factory = _load(name, claims[name])
     quantizer = factory(**options)

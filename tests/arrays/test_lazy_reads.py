@@ -105,13 +105,10 @@ def values(leaf):
     return leaf.materialize() if is_quantized(leaf) else leaf
 
 
-@pytest.fixture(params=[(format, offsets) for format in FORMATS for offsets in (False, True)], ids=str)
+@pytest.fixture(params=FORMATS)
 def array(request):
-    """A filled array of every format, without and with offsets."""
-    format, offsets = request.param
-    if offsets and format == "raw":
-        pytest.skip("raw has no offsets")
-    return quantized(format, offsets=offsets)
+    """A filled array."""
+    return quantized(request.param)
 
 
 def test_moves_are_exact(array):

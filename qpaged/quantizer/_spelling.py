@@ -1,0 +1,28 @@
+"""The grammar of formats: ``name[:granularity][+wrapper]...``, as ``int4:group32+rotate``."""
+
+import re
+from typing import NamedTuple
+
+WORD = r"[^:+/,;\s]+"
+GRAMMAR = re.compile(rf"(?P<name>{WORD})(:(?P<granularity>{WORD}))?(?P<wrappers>(\+{WORD})*)")
+
+
+class Spelling(NamedTuple):
+    """The parts of a spelling; ``granularity`` is None for the format's default."""
+
+    name: str
+    granularity: str | None
+    wrappers: tuple[str, ...]
+
+
+def parse(spelling: str) -> Spelling:
+    """The parts of a spelling.
+
+    Raises:
+        ValueError: not of the grammar.
+    """
+    match = GRAMMAR.fullmatch(spelling)
+    if match is None:
+        raise ValueError("it must read name[:granularity][+wrapper]..., as int8, int8:token or int8+rotate")
+    wrappers = tuple(match["wrappers"].split("+")[1:])
+    return Spelling(match["name"], match["granularity"], wrappers)

@@ -1,0 +1,32 @@
+"""E2M1: the 4-bit float of OCP MX v1.0 and NVFP4. 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LARGEST = 6.0
+# Between neighbours, each with whether a tie goes up, to the even code.
+THRESHOLDS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
+SIGN = 8
+
+
+def encode(units: jax.Array) -> jax.Array:
+    """The nearest E2M1 number's code, ties to even, saturating; uint8, sign in bit 3."""
+    size = jnp.abs(units)
+    code = sum((size >= t if up else size > t).astype(jnp.uint8) for t, up in THRESHOLDS)
+    return code | jnp.where(jnp.signbit(units), jnp.uint8(SIGN), jnp.uint8(0))
+
+
+def decode(codes: jax.Array, dtype: Any) -> jax.Array:
+    """The numbers of codes, exactly, as ``dtype``."""
+    exponent, mantissa = (codes >> 1) & 3, codes & 1
+    doubled = jnp.where(exponent == 0, mantissa, (2 + mantissa) << jnp.maximum(exponent, 1) - 1)
+    signed = jnp.where(codes & SIGN != 0, -doubled.astype(jnp.int8), doubled.astype(jnp.int8))
+    return signed.astype(dtype) * jnp.asarray(0.5, dtype)
+
+
+def unit_error(units: jax.Array) -> jax.Array:
+    """The largest error of coding ``units``: half the spacing there, or what is beyond the largest number."""
+    size = jnp.abs(units)
+    return jnp.maximum(jnp.maximum(size / 4, 0.25), size - LARGEST)

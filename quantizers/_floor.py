@@ -1,0 +1,37 @@
+"""Floors: integer codes under shared power-of-two scales, the same in whatever order tokens are written."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from qpaged import PowerOfTwoQuantizer
+
+
+class Floor(PowerOfTwoQuantizer):
+    """c = floor(x / s), read back as (c + 1/2) s, with s a power of two and absmax < 2^(bits - 1) s.
+
+    Doubling s is an arithmetic shift, and floor(floor(x) / 2) = floor(x / 2): codes depend on the values
+    alone, never on the order or the chunks in which they arrived. The error is at most s / 2, always.
+    A block in which anything was written reads a written zero as s / 2.
+    """
+
+    granularities: ClassVar[tuple[str, ...]] = ("page", "channel")
+    bound: ClassVar[float] = 0.5
+    resolution: ClassVar[int] = 1
+
+    def encode(self, units: jax.Array) -> jax.Array:
+        most = 2**self.headroom
+        return jnp.clip(floors(units), -most, most - 1).astype(jnp.int8)
+
+    def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
+        return codes.astype(dtype) + jnp.asarray(0.5, dtype)
+
+    def grow(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        shift = jnp.minimum(new.astype(jnp.int32) - old.astype(jnp.int32), 7)
+        return codes >> jnp.maximum(shift, 0).astype(jnp.int8)
+
+
+def floors(units: jax.Array) -> jax.Array:
+    """floor(units); -1 for a negative number that underflowed to -0 in a division, as the shift gives."""
+    return jnp.where(jnp.signbit(units), jnp.minimum(jnp.floor(units), -1), jnp.floor(units))

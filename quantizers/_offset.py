@@ -1,0 +1,190 @@
+"""+offset: one offset per block, for values that do not lie around zero (KIVI, Liu et al. 2024)."""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qpaged import PowerOfTwoQuantizer, Quantizer, Wrapper
+from quantizers._bfloat16 import NAN, away_from_zero, first_of, paired, second_of, toward_zero
+from quantizers._floor import Floor, floors
+
+OFFSET_BITS = 8
+FURTHEST = 2.0**30  # beyond any place of a window, and within int32
+
+
+def offset(inner: Quantizer) -> Quantizer:
+    """The inner format with an offset: floors where tokens share scales, nearest where they do not.
+
+    A rotation stays outermost: the offsets are those of rotated values either way.
+    """
+    if isinstance(inner, Wrapper) and inner.transforms:
+        return replace(inner, inner=offset(inner.inner))
+    return OffsetFloor(inner=inner) if isinstance(inner, Floor) else Offset(inner=inner)
+
+
+@dataclass(frozen=True)
+class Offset(Wrapper):
+    """x̂ = c s + o with the inner format's codes c, whose levels just cover the block from its least value to its
+    greatest: s = (max - min) / (levels - 1), o = min + |lowest code| s.
+
+    Both are bfloat16, in one 32-bit word: the offset is rounded first and the scale then made to cover the
+    block around it, upward, so that nothing is clipped. 32 bits per block: ``int8:token+offset`` has 8.25 at
+    head_dim 128, ``int4+offset`` 5 and ``int2+offset`` 3 at their groups of 32. The error is at most s / 2,
+    beside float32 roundings.
+
+    Attention adds o times the sum of what it multiplies the block with; nothing is decoded for it.
+    """
+
+    name: ClassVar[str] = "offset"
+    scale_dtype: ClassVar[Any] = jnp.uint32
+    bound: ClassVar[float] = 0.5 + 2.0**-12
+    shareable: ClassVar[bool] = False
+    past_end: ClassVar[int] = NAN
+
+    def check(self) -> None:
+        if self.inner.levels is None or self.inner.scale_dtype is None or self.inner.outer_dtype is not None:
+            raise ValueError(
+                f"+offset goes with formats of evenly spaced codes and one scale per block (int8, int4, int2), "
+                f"but {self.inner} is none."
+            )
+
+    def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
+        lowest, highest = self.inner.levels
+        weight = jnp.float32(highest / (highest - lowest))
+        center = toward_zero(low * weight + high * (1 - weight))
+        scale = jnp.maximum((high - center) * jnp.float32(1 / highest), (low - center) * jnp.float32(1 / lowest))
+        return paired(away_from_zero(jnp.minimum(scale, jnp.finfo(jnp.bfloat16).max)), center)
+
+    def multiplier(self, scales: jax.Array) -> jax.Array:
+        return first_of(scales)
+
+    def shift(self, scales: jax.Array) -> jax.Array:
+        return second_of(scales)
+
+    def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        return Quantizer.encode_under(self, x, scales)
+
+    def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
+        return self.bound * multipliers + jnp.abs(x) * 2.0**-20
+
+
+@dataclass(frozen=True)
+class OffsetFloor(Wrapper):
+    """n = floor(x / s), c = n - z + 1, read back as (n + 1/2) s: a window of codes that begins at z s.
+
+    s is a power of two and z a multiple of g, a quarter of the codes. Of the scales whose window, begun at the
+    multiple below the block's least value, reaches the greatest, a block has the smallest: a rule of the values
+    alone. Doubling s halves n and z with the floor, exactly; so codes, scales and offsets are the same in
+    whatever order tokens are written, and the error is at most s / 2, as without the offset. Code 0 is a slot
+    to which nothing was written.
+
+    A scale byte and an offset byte (z / g) per block: ``int8:channel+offset`` has 9 bits at 16 tokens a page and
+    8.5 at 32, ``int4:channel+offset`` 5 and 4.5. The offset byte reaches 128 g, so that s is at least
+    |x| / (128 g), which is 2^-13 of the block's largest magnitude in 8 bits and 2^-9 in 4.
+    """
+
+    name: ClassVar[str] = "offset"
+    scale_dtype: ClassVar[Any] = jnp.uint16
+    past_end: ClassVar[int] = PowerOfTwoQuantizer.past_end << OFFSET_BITS
+    levels: ClassVar[None] = None
+
+    @property
+    def codes(self) -> int:
+        """One more than the greatest code."""
+        return 2**self.inner.bits
+
+    @property
+    def granule(self) -> int:
+        """What offsets are multiples of, in units of the scale."""
+        return self.codes // 4
+
+    def check(self) -> None:
+        if not isinstance(self.inner, Floor):
+            raise ValueError(f"inner must be a format of floors for OffsetFloor, but is {self.inner}.")
+
+    def code_dtype(self, dtype: Any) -> Any:
+        return jnp.uint8
+
+    def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
+        return self._smallest(low, high, _least_exponent(self.inner, low, high))
+
+    def refit(self, scales: jax.Array, codes: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+        # What the block holds, to within its scale, which is all that larger scales tell apart.
+        factor, begin = self.multiplier(scales), self._begin(scales)
+        last = begin + jnp.maximum(codes.astype(jnp.int32), 1) - 1
+        low = jnp.minimum(low, begin.astype(jnp.float32) * factor)
+        high = jnp.maximum(high, last.astype(jnp.float32) * factor)
+        exponent = jnp.maximum(_exponent(scales), _least_exponent(self.inner, low, high))
+        return self._smallest(low, high, exponent)
+
+    def holds(self, scales: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+        return self._covers(scales, low, high)
+
+    def multiplier(self, scales: jax.Array) -> jax.Array:
+        return self.inner.multiplier(_exponent(scales).astype(jnp.uint8))
+
+    def shift(self, scales: jax.Array) -> jax.Array:
+        middle = self._begin(scales) + self.codes // 2
+        return middle.astype(jnp.float32) * self.multiplier(scales)
+
+    def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        factor = self.multiplier(scales)
+        # Of floors, not of differences: x - z s would round where x is small beside z s.
+        codes = _places(x, factor) - self._begin(scales) + 1
+        kept = jnp.where(factor == 0, 0, jnp.clip(codes, 1, self.codes - 1))
+        return kept.astype(jnp.uint8)
+
+    def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
+        centred = codes.astype(jnp.int16) - jnp.int16(self.codes // 2)
+        return centred.astype(dtype) - jnp.asarray(0.5, dtype)
+
+    def grow(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        places = self._begin(old) + codes.astype(jnp.int32) - 1
+        doublings = jnp.clip(_exponent(new) - _exponent(old), 0, 31)
+        grown = (places >> doublings) - self._begin(new) + 1
+        return jnp.where(codes == 0, 0, grown).astype(jnp.uint8)
+
+    def _begin(self, scales: jax.Array) -> jax.Array:
+        """z, the first place of the window, int32."""
+        signed = lax.bitcast_convert_type((scales & 0xFF).astype(jnp.uint8), jnp.int8)
+        return signed.astype(jnp.int32) * self.granule
+
+    def _covers(self, scales: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+        factor, begin = self.multiplier(scales), self._begin(scales)
+        return (_places(low, factor) >= begin) & (_places(high, factor) - begin <= self.codes - 2)
+
+    def _smallest(self, low: jax.Array, high: jax.Array, exponent: jax.Array) -> jax.Array:
+        """What is stored for the smallest scale from ``exponent`` on whose window covers both: that or the next."""
+        small, reached = self._window(low, exponent)
+        large, _ = self._window(low, exponent + 1)
+        return jnp.where(reached & self._covers(small, low, high), small, large)
+
+    def _window(self, low: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """What is stored for a window under this scale that begins at or below ``low``; whether there is one."""
+        begin = _places(low, self.inner.multiplier(exponent.astype(jnp.uint8))) // self.granule
+        reached = (begin >= -128) & (begin <= 127)
+        return (exponent.astype(jnp.uint16) << OFFSET_BITS) | (begin & 0xFF).astype(jnp.uint16), reached
+
+
+def _exponent(scales: jax.Array) -> jax.Array:
+    return (scales >> OFFSET_BITS).astype(jnp.int32)
+
+
+def _places(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """floor(x / s), int32."""
+    return jnp.clip(floors(x / jnp.where(factor > 0, factor, 1)), -FURTHEST, FURTHEST).astype(jnp.int32)
+
+
+def _least_exponent(floor: Floor, low: jax.Array, high: jax.Array) -> jax.Array:
+    """The stored exponent below which no window covers both; the next one's does.
+
+    ``floor.scale`` stores the exponent of the scale that its argument is less than 2^(bits - 1) times of. Of
+    half the span that is the scale that the span is less than 2^bits times of; and the offset byte reaches
+    128 granules of 2^(bits - 2).
+    """
+    span = floor.scale(high / 2 - low / 2).astype(jnp.int32)
+    reach = floor.scale(jnp.abs(low)).astype(jnp.int32) - 7
+    return jnp.maximum(jnp.maximum(span, reach), 1)
