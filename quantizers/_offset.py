@@ -56,7 +56,7 @@ class Offset(Wrapper):
         weight = jnp.float32(highest / (highest - lowest))
         center = toward_zero(low * weight + high * (1 - weight))
         scale = jnp.maximum((high - center) * jnp.float32(1 / highest), (low - center) * jnp.float32(1 / lowest))
-        return paired(away_from_zero(jnp.minimum(scale, jnp.finfo(jnp.bfloat16).max)), center)
+        return paired(away_from_zero(jnp.minimum(scale, float(jnp.finfo(jnp.bfloat16).max))), center)
 
     def multiplier(self, scales: jax.Array) -> jax.Array:
         return first_of(scales)

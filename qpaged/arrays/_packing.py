@@ -29,7 +29,8 @@ def unpack(packed: jax.Array, bits: int, axis: int, dtype: Any) -> jax.Array:
     # Each code is brought to the top of its byte and from there down, which brings its sign along.
     high = jnp.expand_dims(packed, axis + 1) << (jnp.uint8(BYTE - bits) - shifts)
     apart = high.astype(dtype) >> jnp.asarray(BYTE - bits, dtype)
-    return apart.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
+    length = packed.shape[axis] * (BYTE // bits)
+    return apart.reshape(*packed.shape[:axis], length, *packed.shape[axis + 1 :])
 
 
 def merge(packed: jax.Array, codes: jax.Array, place: jax.Array, bits: int) -> jax.Array:

@@ -86,6 +86,7 @@ def _transpose(array: Any, order: Sequence[int]) -> Any:
 
 
 def _reshape(array: Any, shape: Sequence[int]) -> Any:
-    moved = _moves.reshape(array, shape) if isinstance(array, QuantizedArray) else None
-    dense = array.materialize() if isinstance(array, QuantizedArray) else array
-    return lax.reshape(dense, shape) if moved is None else moved
+    if not isinstance(array, QuantizedArray):
+        return lax.reshape(array, shape)
+    moved = _moves.reshape(array, shape)
+    return lax.reshape(array.materialize(), shape) if moved is None else moved

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import FORMATS, normal, quantized
+from formats import FORMATS, multipliers, normal, quantized
 from jax import lax
 
 import qpaged
@@ -21,21 +21,20 @@ def lazily(program, *arguments):
 @pytest.mark.parametrize("format", SCALED)
 def test_float16_weights_keep_small_scales(format):
     slots = 4096
-    values = (normal(16, slots // 16, 8) * 3e-4 + 3e-4).astype(jnp.float16)
+    values = (normal(16, slots // 16, 32) * 3e-4 + 3e-4).astype(jnp.float16)
     array = qpaged.get_quantizer(format).quantize(values)
     weights = jnp.full((1, slots), 1 / slots, jnp.float16)
-    out = lazily(lambda p, v: p @ v.reshape(slots, 8), weights, array)
-    want = np.asarray(weights, np.float64) @ np.asarray(array.dequantize(), np.float64).reshape(slots, 8)
+    out = lazily(lambda p, v: p @ v.reshape(slots, 32), weights, array)
+    want = np.asarray(weights, np.float64) @ np.asarray(array.dequantize(), np.float64).reshape(slots, 32)
     np.testing.assert_allclose(out, want, rtol=2e-3)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_window_that_covers_the_array_may_be_out_of_range(format):
-    array = qpaged.get_quantizer(format).quantize(normal(1, 8))
-    rows = jnp.stack([normal(8, seed=1), normal(8, seed=2)])
+    array = qpaged.get_quantizer(format).quantize(normal(1, 32))
+    rows = jnp.stack([normal(32, seed=1), normal(32, seed=2)])
     out = lazily(lambda a: a.at[jnp.array([0, 1])].set(rows, mode="drop"), array)
-    bound = 0.2 * jnp.abs(rows[0]).max()  # the coarsest format
-    assert jnp.abs(out[0] - rows[0]).max() <= bound
+    assert jnp.abs(out[0] - rows[0]).max() <= 0.5 * jnp.abs(rows[0]).max()  # the coarsest format
     untouched = lazily(lambda a: a.at[jnp.array([1, 2])].set(rows, mode="drop"), array)
     np.testing.assert_array_equal(untouched, array.materialize())
 
@@ -85,8 +84,9 @@ def test_raw_keeps_what_is_not_finite(program):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_narrow_logical_dtypes(format):
-    values = normal(2, 4, 16).astype(jnp.float8_e4m3fn)
+    values = normal(2, 4, 32).astype(jnp.float8_e4m3fn)
     array = qpaged.get_quantizer(format).quantize(values)
     got, want = np.asarray(array.materialize(), np.float32), np.asarray(values, np.float32)
     assert np.isfinite(got).all()
-    np.testing.assert_allclose(got, want, atol=0.3)  # two mantissa bits on values up to 3.5
+    bound = np.asarray(array.quantizer.error_bound(want, multipliers(array)))
+    assert (np.abs(got - want) <= bound + 0.25).all()  # the logical dtype's own rounding of values up to 4
