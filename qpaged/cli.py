@@ -12,6 +12,7 @@ from pathlib import Path
 import qpaged
 from qpaged import sweep
 
+EVERYTHING = "all"
 FINE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -47,7 +48,7 @@ def _add_sweep(commands) -> None:
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL_DIR", help="a byte-level Llama checkpoint (the bundled one)")
     add("--text", metavar="FILE", help="what to predict (held-out files of Python's own library)")
-    add("--formats", metavar="LIST", help="such as int8,int8:token/fp8_e4m3 (all installed ones)")
+    add("--formats", metavar="LIST", help="such as int8,int8:token/int4+rotate; all, for every wrapper too (all bare)")
     add("--tokens", type=int, metavar="N", default=default.tokens, help="bytes to predict (%(default)s)")
     add("--context", type=int, metavar="N", help=f"bytes of a sequence (up to {default.context})")
     add("--page-size", type=int, metavar="N", default=default.page_size, help="tokens a page (%(default)s)")
@@ -76,19 +77,29 @@ def _sweep(args: argparse.Namespace) -> int:
 def _job(args: argparse.Namespace) -> tuple[sweep.Sweep, list[sweep.Failure]]:
     """What is to be run; and the installed formats that cannot even be loaded, where all are asked for."""
     failures: list[sweep.Failure] = []
-    if args.formats is None:
-        infos, broken = sweep.installed_formats()
-        formats = [info.spelling for info in infos]
-        failures = [sweep.Failure(name, error) for name, error in broken.items()]
-    else:
+    if args.formats not in (None, EVERYTHING):
         formats = [part.strip() for part in args.formats.split(",")]
         sweep.sweep_order(formats)
     model = sweep.load_model(args.model)
+    if args.formats in (None, EVERYTHING):
+        formats, failures = _installed(args, model.config.head_dim)
     context = args.context
     if context is None:
         context = min(sweep.Settings().context, model.config.max_position_embeddings)
     settings = sweep.Settings(tokens=args.tokens, context=context, page_size=args.page_size, dtype=args.dtype)
     return sweep.Sweep(model, sweep.load_text(args.text), tuple(formats), settings), failures
+
+
+def _installed(args: argparse.Namespace, head_dim: int) -> tuple[list[str], list[sweep.Failure]]:
+    """The installed formats that go with the model, and those that are broken."""
+    infos, broken = sweep.installed_formats()
+    formats = [info.spelling for info in infos]
+    if args.formats == EVERYTHING:
+        formats = list(qpaged.available_formats(wrapped=True))
+    formats, unfit = sweep.fitting(formats, head_dim)
+    if unfit:
+        _say(args, f"left out, since they do not go with head_dim {head_dim}: {', '.join(unfit)}.")
+    return formats, [sweep.Failure(name, error) for name, error in broken.items()]
 
 
 def _make_writable(directory: Path) -> None:
@@ -136,6 +147,7 @@ def _formats(args: argparse.Namespace) -> int:
         print(f"{name:{widths[0]}}  {granularity:{widths[1]}}  {bits:>{widths[2]}}  {summary}".rstrip())
     print("\nbits: per element, scales included, for pages of 16 tokens, head_dim 128, logical bfloat16.")
     print("Keys and values apart: KEYS/VALUES, as int8:channel/int8:token. Without quantization: plain.")
+    print(f"Wrappers, after any format that they go with: {', '.join(qpaged.available_wrappers()) or 'none'}.")
     for name, error in broken.items():
         _say(args, f"{name}: {error}")
     return FAILED if broken else FINE

@@ -13,7 +13,7 @@ import numpy as np
 from qpaged.arrays import QuantizedArray, check_parts, float_dtype
 from qpaged.quantizer import CacheFormat, quantizer_from_config
 
-VERSION = 2
+VERSION = 1
 PARTS = ("codes", "scales", "outer")
 
 
@@ -119,7 +119,8 @@ def _quantized(data: Mapping[str, Any]) -> QuantizedArray:
     try:
         quantizer = quantizer_from_config(data["quantizer"])
         dtype = float_dtype("dtype", data["dtype"])
-        codes, scales, outer = (_unpack(data[name]) for name in PARTS)
+        codes, scales = _unpack(data["codes"]), _unpack(data["scales"])
+        outer = _unpack(data.get("outer"))  # which the first files do not have
         check_parts(codes, scales, outer, quantizer, dtype)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"data holds pages that are not whole: {error!r}") from error

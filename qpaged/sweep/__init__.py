@@ -2,7 +2,7 @@
 
 from qpaged.sweep._extras import MissingExtraError, need_sweep_extra
 from qpaged.sweep._figure import write_figure
-from qpaged.sweep._formats import FormatInfo, installed_formats
+from qpaged.sweep._formats import FormatInfo, fitting, installed_formats
 from qpaged.sweep._metrics import Accuracy
 from qpaged.sweep._model import Model, load_model
 from qpaged.sweep._progress import progress_bar
@@ -24,6 +24,7 @@ __all__ = [
     "Sweep",
     "SweepResult",
     "Text",
+    "fitting",
     "installed_formats",
     "load_model",
     "load_text",

@@ -1,5 +1,6 @@
 """The installed formats, as the command line lists them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax
@@ -37,6 +38,19 @@ def installed_formats() -> tuple[list[FormatInfo], dict[str, str]]:
         except RegistryError as error:
             broken[name] = str(error)
     return infos, broken
+
+
+def fitting(formats: Iterable[str], head_dim: int) -> tuple[list[str], dict[str, str]]:
+    """Those of the formats that a cache of this head_dim can have; and why the others cannot."""
+    fit: list[str] = []
+    reasons: dict[str, str] = {}
+    for spelling in formats:
+        try:
+            jax.eval_shape(lambda s=spelling: get_quantizer(s).empty((1, 1, 16, head_dim), jnp.bfloat16))
+            fit.append(spelling)
+        except ValueError as error:
+            reasons[spelling] = str(error)
+    return fit, reasons
 
 
 def bits_per_element(quantizer: Quantizer) -> float:

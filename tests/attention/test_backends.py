@@ -53,8 +53,9 @@ def poisoned(pool, table):
     if pool.scales is None:
         return pool.like(spoil(pool.codes, np.float32(np.nan).view(np.uint32)), None)
     code = 0x7F  # a NaN of both fp8 formats, and the largest int8
-    scale = np.nan if jnp.issubdtype(pool.scales.dtype, jnp.floating) else 255
-    return pool.like(spoil(pool.codes, code), spoil(pool.scales, scale))
+    outer = None if pool.outer is None else spoil(pool.outer, 254)
+    scales = spoil(pool.scales, pool.quantizer.past_end)
+    return pool.like(spoil(pool.codes, code), scales, None, outer)
 
 
 @functools.cache
@@ -90,7 +91,7 @@ def everything(query, view, metadata, sinks, **options):
     return outs, pools
 
 
-def run(case, format, metadata_of, rows, dtype=jnp.float32, head_dim=16):
+def run(case, format, metadata_of, rows, dtype=jnp.float32, head_dim=32):
     """Results by backend, and the oracle's."""
     options = dict(case)
     q_heads, kv_heads = options.pop("heads")
@@ -141,13 +142,13 @@ def test_prefill(format, name):
 
 @pytest.mark.parametrize("format", ["int8", "int8:channel", "raw", None])
 def test_both_modes_in_one_call(format):
-    view, table = filled(format, 2, 16)
+    view, table = filled(format, 2, 32)
     prefilled = prefill(table)[0]
     decoded = decode(table)[0]
     both = prefilled.replace(
         decodes_position=decoded.decodes_position, decodes_page_table=decoded.decodes_page_table
     )
-    query = normal(16 + len(LENGTHS), 4, 16, seed=6)
+    query = normal(16 + len(LENGTHS), 4, 32, seed=6)
     together = qpaged.paged_attention(query, view, both)
     np.testing.assert_allclose(
         together[:16], qpaged.paged_attention(query[:16], view, prefilled), **TOLERANCE

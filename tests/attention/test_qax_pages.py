@@ -11,14 +11,14 @@ from qpaged.implicit import provider
 qax = pytest.importorskip("qax", reason="needs qax") if provider().name == "qax" else None
 pytestmark = pytest.mark.skipif(qax is None, reason="needs qax and the JAX that it works on")
 
-CONFIG = qpaged.PagedAttentionCacheMetaData(1, 1, 4, 3, 24, 8, 2, 16, 0.5)
+CONFIG = qpaged.PagedAttentionCacheMetaData(1, 1, 4, 3, 24, 8, 2, 32, 0.5)
 TABLE = np.array([[2, 0, 3]], np.int32)
 
 
 def decode_attention(query, keys, values):
     """One query of 17 tokens over plain pages, in plain JAX."""
-    k, v = (pool[:, TABLE[0]].reshape(2, 24, 16)[:, :17] for pool in (keys, values))
-    weights = jax.nn.softmax(jax.numpy.einsum("hgd,hsd->hgs", query, k) / 4.0)
+    k, v = (pool[:, TABLE[0]].reshape(2, 24, 32)[:, :17] for pool in (keys, values))
+    weights = jax.nn.softmax(jax.numpy.einsum("hgd,hsd->hgs", query, k) / 32**0.5)
     return jax.numpy.einsum("hgs,hsd->hgd", weights, v)
 
 
@@ -27,13 +27,13 @@ def test_qax_attends_over_the_pages(format):
     view = qpaged.PagedAttentionCacheView.init(None, "float32", CONFIG, 0, None, format)
     prefill = qpaged.PagedAttentionMetadata.prefill(position=np.arange(17), page_table=TABLE[0])
     view = jax.jit(qpaged.PagedAttentionCacheView.write_prefill_to_cache)(
-        view, normal(17, 2, 16), normal(17, 2, 16, seed=1), prefill
+        view, normal(17, 2, 32), normal(17, 2, 32, seed=1), prefill
     )
     assert isinstance(view.key_pages, qax.ImplicitArray)
-    query = normal(1, 4, 16, seed=2)
+    query = normal(1, 4, 32, seed=2)
     decode = qpaged.PagedAttentionMetadata.decode(position=np.array([16]), page_table=TABLE)
     want = jax.jit(qpaged.paged_attention)(query, view, decode)
     got = jax.jit(qax.use_implicit_args(decode_attention))(
-        query[0].reshape(2, 2, 16), view.key_pages, view.value_pages
+        query[0].reshape(2, 2, 32), view.key_pages, view.value_pages
     )
-    np.testing.assert_allclose(got.reshape(1, 4, 16), want, rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(got.reshape(1, 4, 32), want, rtol=2e-6, atol=2e-6)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 import qpaged
 import qpaged.cache._budget as budget
 
-LAYERS, HEADS, PAGE_SIZE, HEAD_DIM = 2, 4, 4, 8
+LAYERS, HEADS, PAGE_SIZE, HEAD_DIM = 2, 4, 4, 32
 FLOAT32_PAGE = 2 * LAYERS * PAGE_SIZE * HEADS * HEAD_DIM * 4
 
 

@@ -117,7 +117,7 @@ def test_the_position_of_one_page_of_the_largest_size():
     """position // page_size and the table's reach in tokens do not overflow int32 either."""
     wide = config(page_size=2**20, num_pages_per_layer=2, num_pages_per_sequence=1, max_sequences=1)
     table = np.zeros(4096, np.int32)  # reaches 2 ** 32 tokens
-    pool = jax.ShapeDtypeStruct((2, 2, 2**20, 8), jnp.float32)
+    pool = jax.ShapeDtypeStruct((2, 2, 2**20, 32), jnp.float32)
     view = qpaged.PagedAttentionCacheView(wide, 0, pool, pool)
     step = prefill(np.arange(8), table)
     written = jax.eval_shape(lambda view: view.write_prefill_to_cache(KEY, VALUE, step), view)
@@ -171,8 +171,8 @@ def test_no_tokens(format):
     assert bits(reset(view, nothing)) == bits(view)
     if format is not None:
         return
-    assert attend(none[0], view, prefill(nothing, TABLE)).shape == (0, 2, 8)
-    assert attend(none[0], view, decode(nothing, np.zeros((0, 4), int))).shape == (0, 2, 8)
+    assert attend(none[0], view, prefill(nothing, TABLE)).shape == (0, 2, 32)
+    assert attend(none[0], view, decode(nothing, np.zeros((0, 4), int))).shape == (0, 2, 32)
 
 
 @pytest.mark.parametrize("format", [None, "int8:token"])
@@ -277,7 +277,7 @@ def test_methods_keep_the_types_of_the_pools(format):
 
     def step(view, metadata, rows, pages):
         after = view.write_prefill_to_cache(KEY, VALUE, metadata)
-        after = after.write_decodes_to_cache(jnp.full((2, 2, 8), 1.0), jnp.ones((2, 2, 8)) * 2, rows)
+        after = after.write_decodes_to_cache(jnp.full((2, 2, 32), 1.0), jnp.ones((2, 2, 32)) * 2, rows)
         return after.reset_pages(pages)
 
     shapes = jax.eval_shape(step, view, prefill(np.arange(8), TABLE), decode([0, 5], ROWS), np.array([3]))
@@ -375,7 +375,7 @@ def test_sixty_four_bits(format):
 def test_a_pool_of_float64():
     with x64():
         view = make_view(None, jnp.float64)
-        key = np.full((8, 2, 8), 1 + 2.0**-50)
+        key = np.full((8, 2, 32), 1 + 2.0**-50)
         view = view.write_prefill_to_cache(key, key, prefill(np.arange(8), TABLE))
         assert view.key_pages.dtype == jnp.float64
         assert float(view.key_pages[0, 3, 0, 0]) == 1 + 2.0**-50
@@ -456,10 +456,10 @@ def test_foreign_pages_are_made_by_a_callable(foreign):
     assert isinstance(foreign.key_pages, Halves)
     assert [leaf.dtype for leaf in jax.tree_util.tree_leaves(foreign)] == [jnp.uint16, jnp.uint16]
     metadata = qpaged.PagedAttentionCacheMetaData.create(
-        None, 2, 2, 16, 4, 2, 8, 0.5, jnp.float32, memory_bytes=10**5, quantizer=Halves.of
+        None, 2, 2, 16, 4, 2, 32, 0.5, jnp.float32, memory_bytes=10**5, quantizer=Halves.of
     )
     cache = qpaged.PagedAttentionCache.init_cache(None, jnp.float32, metadata, None, Halves.of)
-    page = 2 * 2 * 4 * 2 * 8 * 2
+    page = 2 * 2 * 4 * 2 * 32 * 2
     assert metadata.num_pages_per_layer == 50_000 // page
     assert cache.nbytes == page * metadata.num_pages_per_layer
     with pytest.raises(ValueError, match="quantizer must be the one the metadata was made for"):

@@ -107,8 +107,8 @@ def test_every_format_comes_back(format):
 @pytest.mark.parametrize("format", [None, "raw"])
 def test_every_bit_pattern_comes_back(dtype, format):
     width = jnp.dtype(dtype).itemsize
-    patterns = np.arange(16 * 2 * 4 * 8, dtype=f"uint{8 * width}") * (257 if width == 2 else 8388617)
-    patterns = patterns.view(jnp.dtype(dtype)).reshape(2, 16, 4, 8)
+    patterns = np.arange(16 * 2 * 4 * 32, dtype=f"uint{8 * width}") * (257 if width == 2 else 8388617)
+    patterns = patterns.view(jnp.dtype(dtype)).reshape(2, 16, 4, 32)
     patterns[0, 0, 0, :4] = [-0.0, np.inf, -np.inf, np.nan]
     assert np.isnan(patterns.astype(np.float32)).sum() > 1  # payloads of many kinds
     pool = jnp.asarray(patterns)
@@ -311,7 +311,7 @@ def test_pages_of_a_format_of_other_options_are_refused():
 @pytest.mark.parametrize(
     "changes",
     [
-        *({part: "missing"} for part in ("codes", "scales", "offsets", "quantizer", "dtype")),
+        *({part: "missing"} for part in ("codes", "scales", "quantizer", "dtype")),
         {"quantizer": {"name": "int8"}},
         {"quantizer": "int8"},
         {"quantizer": {"name": "int8", "granularity": 3}},

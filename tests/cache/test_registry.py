@@ -3,18 +3,19 @@
 import copy
 import json
 import pickle
+import re
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import pytest
-from caches_for_tests import FORMATS
+from formats import EVERY_FORMAT
 
 import qpaged
 
 registry = sys.modules["qpaged.quantizer._registry"]
-NAMES = ("fp8_e4m3", "fp8_e5m2", "int8", "raw")
+NAMES = ("fp8_e4m3", "fp8_e5m2", "int2", "int4", "int8", "mxfp4", "mxfp8", "nvfp4", "raw")
 
 
 class Point:
@@ -50,15 +51,31 @@ class Odd(type(qpaged.get_quantizer("int8"))):
 
 def test_what_is_installed():
     assert qpaged.available_quantizers() == NAMES
-    assert (
+    assert qpaged.available_wrappers() == ("+offset", "+rotate")
+    assert qpaged.available_formats() == (
         *(f"fp8_e4m3{g}" for g in ("", ":token", ":channel")),
         *(f"fp8_e5m2{g}" for g in ("", ":token", ":channel")),
+        *(f"int2{g}" for g in ("", ":group64")),
+        *(f"int4{g}" for g in ("", ":group64", ":group128", ":token", ":page", ":channel")),
         *(f"int8{g}" for g in ("", ":token", ":channel")),
+        "mxfp4",
+        "mxfp8",
+        "nvfp4",
         "raw",
-    ) == FORMATS
+    )
 
 
-@pytest.mark.parametrize("spelling", FORMATS)
+def test_every_format_in_every_wrapper_that_goes_with_it():
+    bare = [spelling for spelling in EVERY_FORMAT if "+" not in spelling]
+    assert tuple(bare) == qpaged.available_formats()
+    for spelling in bare:
+        has = {other[len(spelling) :] for other in EVERY_FORMAT if other.partition("+")[0] == spelling}
+        turns = {"+rotate"} if spelling != "raw" else set()
+        shifts = {"+offset", "+offset+rotate"} if spelling.startswith("int") else set()
+        assert has == {""} | turns | shifts
+
+
+@pytest.mark.parametrize("spelling", EVERY_FORMAT)
 def test_spellings_come_back(spelling):
     quantizer = qpaged.get_quantizer(spelling)
     assert str(quantizer) == spelling
@@ -68,23 +85,31 @@ def test_spellings_come_back(spelling):
     assert again == quantizer
     assert hash(again) == hash(quantizer)
     assert json.loads(json.dumps(quantizer.config)) == quantizer.config
-    assert quantizer.config["name"] == quantizer.name == spelling.partition(":")[0]
-    assert quantizer.config["granularity"] == quantizer.granularity
+    assert qpaged.quantizer.quantizer_from_config(quantizer.config) == quantizer
     for copied in (copy.copy(quantizer), copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
         assert copied == quantizer
-    spelled_out = f"{quantizer.name}:{quantizer.granularity}"
+    name, _, wrappers = spelling.partition("+")
+    plus = "+" if wrappers else ""
+    spelled_out = f"{name.partition(':')[0]}:{quantizer.granularity}{plus}{wrappers}"
     assert qpaged.get_quantizer(spelled_out) == quantizer
 
 
 def test_formats_are_told_apart():
-    assert len({qpaged.get_quantizer(spelling) for spelling in FORMATS}) == len(FORMATS)
+    assert len({qpaged.get_quantizer(spelling) for spelling in EVERY_FORMAT}) == len(EVERY_FORMAT)
+
+
+@pytest.mark.parametrize("spelling", ["int5", "INT8", "plain", "None", "int5:token+rotate"])
+def test_an_unknown_name_lists_what_is_installed(spelling):
+    with pytest.raises(qpaged.RegistryError, match=f"installed are {', '.join(NAMES)}. They are found"):
+        qpaged.get_quantizer(spelling)
 
 
 @pytest.mark.parametrize(
-    "spelling", ["int5", "", "INT8", "int8 ", " int8", ":token", "int8/int8", "plain", "None"]
+    "spelling", ["", "int8 ", " int8", ":token", "int8:", "int8/int8", "int8:token:x", "+rotate", "int8+", "a,b"]
 )
-def test_an_unknown_name_lists_what_is_installed(spelling):
-    with pytest.raises(qpaged.RegistryError, match=f"installed are {', '.join(NAMES)}. Formats are found"):
+def test_what_is_not_of_the_grammar(spelling):
+    message = re.escape(f"{spelling!r}: it must read name[:granularity][+wrapper]..., as int8, int8:token or")
+    with pytest.raises(qpaged.RegistryError, match=message):
         qpaged.get_quantizer(spelling)
 
 
@@ -99,7 +124,6 @@ def test_nothing_installed(monkeypatch):
     ("spelling", "offered"),
     [
         ("int8:block", "page, token, channel"),
-        ("int8:token:x", "page, token, channel"),
         ("int8:Token", "page, token, channel"),
         ("fp8_e4m3:element", "page, token, channel"),
         ("raw:page", "element"),
@@ -112,14 +136,20 @@ def test_a_granularity_that_is_not_offered_lists_those_that_are(spelling, offere
         qpaged.get_quantizer(spelling)
 
 
-def test_an_empty_granularity_is_no_spelling():
-    with pytest.raises(qpaged.RegistryError, match="int8:"):
-        qpaged.get_quantizer("int8:")
-
-
 def test_a_wrapper_that_is_not_installed():
-    with pytest.raises(qpaged.RegistryError, match=r"'int8\+rotate': no wrapper named 'rotate' is installed"):
-        qpaged.get_quantizer("int8+rotate")
+    message = r"'int8\+turn': no wrapper is named '\+turn'; installed are \+offset, \+rotate"
+    with pytest.raises(qpaged.RegistryError, match=message):
+        qpaged.get_quantizer("int8+turn")
+
+
+@pytest.mark.parametrize("spelling", ["int8+rotate+rotate", "int8+offset+rotate+offset", "int4+rotate+offset+rotate"])
+def test_a_wrapper_twice(spelling):
+    with pytest.raises(qpaged.RegistryError, match=r"\+(rotate|offset) may be given once, but int[48]\S* has it"):
+        qpaged.get_quantizer(spelling)
+
+
+def test_wrappers_print_the_order_they_stand_in():
+    assert str(qpaged.get_quantizer("int8:channel+rotate+offset")) == "int8:channel+offset+rotate"
 
 
 @pytest.mark.parametrize("thing", [8, None, b"int8", object(), qpaged.Quantizer, ["int8"], np.int8])
@@ -130,7 +160,7 @@ def test_what_is_no_spelling(thing):
 
 def test_a_package_is_found_without_being_listed(install):
     install(Point("odd", "oddities", Odd))
-    assert qpaged.available_quantizers() == ("fp8_e4m3", "fp8_e5m2", "int8", "odd", "raw")
+    assert qpaged.available_quantizers() == tuple(sorted((*NAMES, "odd")))
     assert qpaged.get_quantizer("odd") == Odd("channel")
     assert qpaged.get_quantizer("odd:page") == Odd("page")
     assert {"odd", "odd:page"} <= set(qpaged.available_formats())
@@ -253,7 +283,7 @@ def test_too_many_parts(spelling):
 
 @pytest.mark.parametrize("spelling", ["int8/", "/int8", "", "/", "plain:token", "int5/int8", "int8/int5"])
 def test_parts_that_name_nothing(spelling):
-    with pytest.raises(qpaged.RegistryError, match="no format is named"):
+    with pytest.raises(qpaged.RegistryError, match="no format is named|it must read"):
         CacheFormat.of(spelling)
 
 
@@ -292,7 +322,7 @@ def test_a_configuration_that_is_not_whole(config):
         CacheFormat.from_config(config)
 
 
-@pytest.mark.parametrize("spelling", FORMATS)
+@pytest.mark.parametrize("spelling", EVERY_FORMAT)
 def test_quantizers_are_frozen(spelling):
     with pytest.raises(AttributeError):
         qpaged.get_quantizer(spelling).granularity = "page"

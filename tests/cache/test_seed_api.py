@@ -118,7 +118,7 @@ def test_defaults(name, method, parameter, default):
 
 
 def test_the_configuration_is_what_was_given():
-    counts = dict(zip(FIELDS["PagedAttentionCacheMetaData"], (2, 3, 16, 4, 15, 4, 2, 8, 0.5), strict=True))
+    counts = dict(zip(FIELDS["PagedAttentionCacheMetaData"], (2, 3, 16, 4, 15, 4, 2, 32, 0.5), strict=True))
     metadata = qpaged.PagedAttentionCacheMetaData(*counts.values())
     assert {name: getattr(metadata, name) for name in counts} == counts
 
@@ -140,7 +140,7 @@ def test_a_cache_has_a_view_for_each_layer():
     assert [view.layer_index for view in cache.views] == [0, 1]
     for view in cache.views:
         assert view.metadata == config()
-        assert view.key_pages.shape == view.value_pages.shape == (2, 16, 4, 8)
+        assert view.key_pages.shape == view.value_pages.shape == (2, 16, 4, 32)
         assert view.key_pages.dtype == view.value_pages.dtype == jnp.float32
 
 
@@ -193,7 +193,7 @@ def test_metadata_built_field_by_field_as_before():
     key, value = tokens(8)
     view = fresh().write_prefill_to_cache(key, value, metadata)
     assert isinstance(view, qpaged.PagedAttentionCacheView)
-    assert (view.key_pages[:, :2] == key.reshape(2, 4, 2, 8).transpose(2, 0, 1, 3)).all()
+    assert (view.key_pages[:, :2] == key.reshape(2, 4, 2, 32).transpose(2, 0, 1, 3)).all()
 
 
 def test_replace():

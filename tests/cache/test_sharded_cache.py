@@ -83,7 +83,7 @@ def test_writes_and_attention_are_those_of_one_device(format, axis_type):
         for leaf in jax.tree_util.tree_leaves(tree):
             assert set(shards(leaf)) == set(mesh.devices.flat)
             assert {shape[0] for shape in shards(leaf).values()} == {1}  # of 4 heads
-    assert written.key_pages.shape == (HEADS, PAGES, 4, 8)
+    assert written.key_pages.shape == (HEADS, PAGES, 4, 32)
 
 
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
@@ -172,24 +172,24 @@ class Resolved:
 @pytest.mark.parametrize(
     ("spec", "codes", "scales"),
     [
-        ((), (4, 16, 4, 8), (4, 16, 1, 1)),
-        (("dp",), (2, 16, 4, 8), (2, 16, 1, 1)),
+        ((), (4, 16, 4, 32), (4, 16, 1, 1)),
+        (("dp",), (2, 16, 4, 32), (2, 16, 1, 1)),
         ((("dp", "tp"),), None, None),
-        ((None, ("dp", "tp")), (4, 2, 4, 8), (4, 2, 1, 1)),
-        (("tp", "dp"), (1, 8, 4, 8), (1, 8, 1, 1)),
-        ((None, None, "tp", "dp"), (4, 16, 1, 4), (4, 16, 1, 1)),
-        (("tp", None, None, "dp"), (1, 16, 4, 4), (1, 16, 1, 1)),
+        ((None, ("dp", "tp")), (4, 2, 4, 32), (4, 2, 1, 1)),
+        (("tp", "dp"), (1, 8, 4, 32), (1, 8, 1, 1)),
+        ((None, None, "tp", "dp"), (4, 16, 1, 16), (4, 16, 1, 1)),
+        (("tp", None, None, "dp"), (1, 16, 4, 16), (1, 16, 1, 1)),
     ],
     ids=str,
 )
 def test_a_partition_manager_of_ones_own(spec, codes, scales):
     mesh, manager = tp(8, shape=(2, 4), names=("dp", "tp")), Resolved(*spec)
     if codes is None:
-        with pytest.raises(ValueError, match=r"divide a pool of shape \(4, 16, 4, 8\) evenly over the mesh"):
+        with pytest.raises(ValueError, match=r"divide a pool of shape \(4, 16, 4, 32\) evenly over the mesh"):
             make_view("int8", mesh=mesh, manager=manager, num_kv_heads=HEADS)
         return
     view = make_view("int8", mesh=mesh, manager=manager, num_kv_heads=HEADS)
-    asked = (["__KV_HEAD__", "_", "_", "_"], "__prefill__", (HEADS, PAGES, 4, 8))
+    asked = (["__KV_HEAD__", "_", "_", "_"], "__prefill__", (HEADS, PAGES, 4, 32))
     assert set(map(str, manager.asked)) == {str(asked)}
     assert set(shards(view.key_pages.codes).values()) == {codes}
     assert set(shards(view.key_pages.scales).values()) == {scales}
@@ -200,7 +200,7 @@ def test_a_partition_manager_of_ones_own(spec, codes, scales):
 @pytest.mark.parametrize("spec", [("tp", None), (None, "tp"), ("nowhere",)], ids=str)
 def test_a_partition_that_does_not_divide_is_refused(spec):
     mesh = tp(4)
-    with pytest.raises(ValueError, match=r"must divide a pool of shape \(2, 18, 4, 8\) evenly .*'tp': 4"):
+    with pytest.raises(ValueError, match=r"must divide a pool of shape \(2, 18, 4, 32\) evenly .*'tp': 4"):
         make_view(None, mesh=mesh, manager=Resolved(*spec), num_pages_per_layer=18)
 
 

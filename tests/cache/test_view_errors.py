@@ -27,7 +27,7 @@ CREATE = {
     "max_sequences": 16,
     "page_size": 4,
     "num_kv_heads": 2,
-    "kv_head_dim_size": 8,
+    "kv_head_dim_size": 32,
     "hbm_utilization": 0.5,
 }
 
@@ -121,7 +121,7 @@ def test_a_dtype_that_jax_does_not_have_now(quantizer):
         create(dtype=np.float64, quantizer=quantizer)
 
 
-@pytest.mark.parametrize("name", ["int5", "int8:block", "int8+rotate", "int8/int8/int8"])
+@pytest.mark.parametrize("name", ["int5", "int8:block", "int8+turn", "int8/int8/int8"])
 def test_a_format_that_is_not_there(name):
     with pytest.raises(qpaged.RegistryError):
         create(quantizer=name)
@@ -198,18 +198,18 @@ def test_a_partition_that_does_not_divide(spec):
     with pytest.raises(ValueError, match="partition_manager") as error:
         make_view("int8", mesh=mesh, manager=Resolved(*spec), num_pages_per_layer=18)
     message = str(error.value)
-    assert "partition_manager must divide a pool of shape (2, 18, 4, 8) evenly over the mesh" in message
+    assert "partition_manager must divide a pool of shape (2, 18, 4, 32) evenly over the mesh" in message
     assert "{'tp': 4, 'dp': 2}, but resolved it to PartitionSpec(" in message.replace(
         " to P(", " to PartitionSpec("
     )
 
 
 SHAPES = {
-    "another number of tokens": (7, 2, 8),
-    "another number of heads": (8, 1, 8),
+    "another number of tokens": (7, 2, 32),
+    "another number of heads": (8, 1, 32),
     "another size of head": (8, 2, 4),
-    "heads before tokens": (2, 8, 8),
-    "a batch axis": (1, 8, 2, 8),
+    "heads before tokens": (2, 8, 32),
+    "a batch axis": (1, 8, 2, 32),
     "heads and sizes flat": (8, 16),
     "a scalar": (),
 }
@@ -218,11 +218,11 @@ SHAPES = {
 @pytest.mark.parametrize("name", ["key", "value"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_tokens_of_another_shape(name, shape):
-    step, right, wrong = prefill(np.arange(8), TABLE), np.zeros((8, 2, 8)), np.zeros(shape)
+    step, right, wrong = prefill(np.arange(8), TABLE), np.zeros((8, 2, 32)), np.zeros(shape)
     with pytest.raises(ValueError, match=name) as error:
         fresh().write_prefill_to_cache(**{"key": right, "value": right, "metadata": step} | {name: wrong})
     assert str(error.value) == (
-        f"{name} must have shape (len(prefill_position), kv_heads, head_dim) = (8, 2, 8), "
+        f"{name} must have shape (len(prefill_position), kv_heads, head_dim) = (8, 2, 32), "
         f"but came with shape {shape}."
     )
     rows = decode(np.arange(8), np.tile(TABLE, (8, 1)))

@@ -21,7 +21,7 @@ def one_line(found):
 def test_unknown_format(sweep):
     said = one_line(sweep("--formats", "int8,int9"))
     assert "no format is named 'int9'" in said
-    assert "fp8_e4m3, fp8_e5m2, int8, raw" in said
+    assert "fp8_e4m3, fp8_e5m2, int2, int4, int8, mxfp4, mxfp8, nvfp4, raw" in said
 
 
 def test_unknown_granularity(sweep):
@@ -29,7 +29,7 @@ def test_unknown_granularity(sweep):
 
 
 def test_empty_list_of_formats(sweep):
-    assert "no format is named ''" in one_line(sweep("--formats", ""))
+    assert "'': it must read name" in one_line(sweep("--formats", ""))
 
 
 def test_missing_text(sweep, tmp_path):
