@@ -61,11 +61,14 @@ def _add_sweep(commands) -> None:
 def _sweep(args: argparse.Namespace) -> int:
     try:
         sweep.need_sweep_extra()
-        job, failures = _job(args)
+        job, failures, unfit = _job(args)
         _make_writable(args.out)
     except (OSError, ValueError, ImportError) as error:
         _say(args, str(error))
         return USAGE
+    if unfit:
+        head_dim = job.model.config.head_dim
+        _say(args, f"left out, since they do not go with head_dim {head_dim}: {', '.join(unfit)}.")
     if job.tokens < args.tokens // job.settings.context * job.settings.context:
         _say(args, f"{job.text.source} is enough for {job.tokens:,} tokens only.")
     result = _run(job, failures)
@@ -74,32 +77,30 @@ def _sweep(args: argparse.Namespace) -> int:
     return _publish(args, result)
 
 
-def _job(args: argparse.Namespace) -> tuple[sweep.Sweep, list[sweep.Failure]]:
-    """What is to be run; and the installed formats that cannot even be loaded, where all are asked for."""
+def _job(args: argparse.Namespace) -> tuple[sweep.Sweep, list[sweep.Failure], list[str]]:
+    """What is to be run; and, where all installed formats are asked for, those that cannot even be loaded and
+    those that do not go with the model."""
     failures: list[sweep.Failure] = []
+    unfit: list[str] = []
     if args.formats not in (None, EVERYTHING):
         formats = [part.strip() for part in args.formats.split(",")]
         sweep.sweep_order(formats)
     model = sweep.load_model(args.model)
     if args.formats in (None, EVERYTHING):
-        formats, failures = _installed(args, model.config.head_dim)
+        formats, failures, unfit = _installed(args.formats == EVERYTHING, model.config.head_dim)
     context = args.context
     if context is None:
         context = min(sweep.Settings().context, model.config.max_position_embeddings)
     settings = sweep.Settings(tokens=args.tokens, context=context, page_size=args.page_size, dtype=args.dtype)
-    return sweep.Sweep(model, sweep.load_text(args.text), tuple(formats), settings), failures
+    return sweep.Sweep(model, sweep.load_text(args.text), tuple(formats), settings), failures, unfit
 
 
-def _installed(args: argparse.Namespace, head_dim: int) -> tuple[list[str], list[sweep.Failure]]:
-    """The installed formats that go with the model, and those that are broken."""
+def _installed(wrapped: bool, head_dim: int) -> tuple[list[str], list[sweep.Failure], list[str]]:
+    """The installed formats that go with the model, those that are broken, and those that do not go."""
     infos, broken = sweep.installed_formats()
-    formats = [info.spelling for info in infos]
-    if args.formats == EVERYTHING:
-        formats = list(qpaged.available_formats(wrapped=True))
-    formats, unfit = sweep.fitting(formats, head_dim)
-    if unfit:
-        _say(args, f"left out, since they do not go with head_dim {head_dim}: {', '.join(unfit)}.")
-    return formats, [sweep.Failure(name, error) for name, error in broken.items()]
+    formats = list(qpaged.available_formats(wrapped=True)) if wrapped else [info.spelling for info in infos]
+    fit, reasons = sweep.fitting(formats, head_dim)
+    return fit, [sweep.Failure(name, error) for name, error in broken.items()], list(reasons)
 
 
 def _make_writable(directory: Path) -> None:
