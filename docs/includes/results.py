@@ -1,10 +1,16 @@
-"""Tables of committed results: ``python docs/includes/results.py`` rewrites sweep.md and decode_write.md."""
+"""Tables of committed results: ``python docs/includes/results.py`` rewrites those named in TABLES."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
+LOSSES = {
+    "attention_kl": "KL of attention with the keys of the cache, nats",
+    "key_rms": "Relative RMS error of the keys",
+    "output_error": "Relative error of attention with the keys and values of the cache",
+}
 
 
 def sweep():
@@ -49,7 +55,93 @@ def decode_write():
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"sweep.md": sweep, "decode_write.md": decode_write}
+def stress():
+    """What ``benchmarks/stress.py`` left: its cases and its targets, as Markdown tables with their figure."""
+    results = json.loads((RESULTS / "stress.json").read_text())
+    sizes, versions = results["sizes"], results["versions"]
+    lines = [
+        f"`benchmarks/stress.py`: {sizes['tokens']} tokens of {sizes['kv_heads']} KV heads with "
+        f"{sizes['queries_per_head']} query heads each, head size {sizes['head_dim']}, float32, "
+        f"jax {versions['jax']} on CPU, {results['date']}. Entropy is that of plain attention, in nats.",
+        "",
+        "| case | keys and values | entropy |",
+        "|---|---|--:|",
+    ]
+    lines += [f"| `{name}` | {c['what']} | {c['entropy']:.2f} |" for name, c in results["cases"].items()]
+    lines += ["", "| case | loss | of | target | best | |", "|---|---|---|--:|---|---|"]
+    lines += [_target(target) for target in results["targets"]]
+    lines += ["", "![Attention KL against bits in three of the cases](assets/stress.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _target(target):
+    metric, limit, best = target["metric"], target["limit"], target["best"]
+    found = "none"
+    if best is not None:
+        place = f"pages of {best['page_size']}, {best['key_bits']:.2f} bits"
+        found = f"{_loss(metric, best['loss'])}: `{best['format']}`, {place}"
+    cells = (
+        f"`{target['case']}`",
+        LOSSES[metric],
+        f"`{target['format']}`" if target["format"] else f"any, at most {target['max_bits']:g} bits",
+        "" if limit is None else _loss(metric, limit),
+        found,
+        {True: "met", False: "**missed**", None: ""}[target["met"]],
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def stress_losses(metric):
+    """One loss of ``benchmarks/stress.py`` as a Markdown table; page sizes that read alike share a row."""
+    results = json.loads((RESULTS / "stress.json").read_text())
+    names = [name for name in results["cases"] if name != "near_zero_as_is"]
+    head = ["format", "page size", "bits", *(f"`{name}`" for name in names)]
+    lines = [
+        f"{LOSSES[metric]}. Bold: nothing of as few bits, to a tenth, is better.",
+        "",
+        f"| {' | '.join(head)} |",
+        f"|---|--:|--:|{'--:|' * len(names)}",
+    ]
+    rows = {}
+    for run in sorted(results["runs"], key=lambda run: (round(_bits(run, metric), 2), run["format"])):
+        cells = [_marked(run, name, metric, results["runs"]) for name in names]
+        rows.setdefault((run["format"], f"{_bits(run, metric):.2f}", *cells), []).append(run["page_size"])
+    for (format, *cells), page_sizes in rows.items():
+        lines.append(f"| {' | '.join([f'`{format}`', ', '.join(map(str, page_sizes)), *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _bits(run, metric):
+    """Bits an element of what the metric is about: keys, or keys and values."""
+    return (run["key_bits"] + run["value_bits"]) / 2 if metric == "output_error" else run["key_bits"]
+
+
+def _marked(run, case, metric, runs):
+    """The loss of a run, bold if none of as few bits has a smaller one."""
+    bits, loss = round(_bits(run, metric), 1), run["losses"][case][metric]
+    if loss is None:
+        return "not finite"
+    small = [other["losses"][case][metric] for other in runs if round(_bits(other, metric), 1) <= bits]
+    best = min(other for other in small if other is not None)
+    return f"**{_loss(metric, loss)}**" if loss == best else _loss(metric, loss)
+
+
+def _loss(metric, loss):
+    if not loss:
+        return "0"
+    if metric == "attention_kl":
+        return f"{loss:.1e}"
+    return f"{loss:.2%}" if loss < 0.1 else f"{loss:.0%}"
+
+
+TABLES = {
+    "sweep.md": sweep,
+    "decode_write.md": decode_write,
+    "stress.md": stress,
+    "stress_attention_kl.md": partial(stress_losses, "attention_kl"),
+    "stress_key_rms.md": partial(stress_losses, "key_rms"),
+    "stress_output_error.md": partial(stress_losses, "output_error"),
+}
 
 if __name__ == "__main__":
     for name, table in TABLES.items():

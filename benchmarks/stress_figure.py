@@ -1,0 +1,114 @@
+"""Draws what ``stress.py`` measured: bits against attention KL, with the Pareto front of each case.
+
+    python benchmarks/stress_figure.py
+
+A number in brackets is the page size, where page sizes differ.
+"""
+
+import argparse
+import json
+import math
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "stress.json", ROOT / "docs" / "assets" / "stress.png"
+SHOWN = ("gaussian", "bias_slow", "bias_fast")
+MOST_BITS, LABEL_BITS = 10, 2.4  # where the axis ends, and how much of it a label takes
+FRONT, REST = "#1f4e8c", "#7a7a7a"
+GAP = 11  # points (1/72 inch) from one label to the next
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A format at a page size."""
+
+    name: str
+    bits: float
+    kl: float
+
+
+def dots_of(results: dict[str, Any], case: str) -> list[Dot]:
+    """Dots of a case that have a place on the axes; page sizes of one outcome join."""
+    joined: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        bits, kl = run["key_bits"], run["losses"][case]["attention_kl"]
+        if kl and bits <= MOST_BITS:
+            joined.setdefault((run["format"], round(bits, 1), kl), []).append(run)
+    sizes = len({run["page_size"] for run in results["runs"]})
+    return [
+        Dot(_name(format, [run["page_size"] for run in runs], sizes), runs[0]["key_bits"], kl)
+        for (format, _, kl), runs in joined.items()
+    ]
+
+
+def _name(format: str, pages: list[int], sizes: int) -> str:
+    return format if len(pages) == sizes else f"{format} ({', '.join(map(str, pages))})"
+
+
+def front_of(dots: list[Dot]) -> list[Dot]:
+    """Those that nothing of as few bits, to a tenth, is closer than; fewest bits first."""
+    front: list[Dot] = []
+    for dot in sorted(dots, key=lambda dot: (round(dot.bits, 1), dot.kl)):
+        if not front or dot.kl < front[-1].kl:
+            front.append(dot)
+    return front
+
+
+def draw(results: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(8, 11), layout="constrained")
+    panels = figure.subplots(len(SHOWN), sharex=True)
+    cases = [dots_of(results, case) for case in SHOWN]
+    for axes, case, dots in zip(panels, SHOWN, cases, strict=True):
+        draw_case(axes, dots)
+        title = f"{case}: {results['cases'][case]['what']}"
+        axes.set_title(textwrap.fill(title, 95), fontsize=10, loc="left")
+    fewest = min(dot.bits for dots in cases for dot in dots)
+    panels[-1].set(xlim=(fewest - LABEL_BITS, MOST_BITS + 0.2), xticks=range(int(fewest), MOST_BITS + 1))
+    panels[-1].set_xlabel("bits an element of the keys, scales included (in brackets: page size)")
+    figure.draw_without_rendering()  # so that places are known in points
+    for axes, dots in zip(panels, cases, strict=True):
+        label(axes, front_of(dots))
+    return figure
+
+
+def draw_case(axes: Any, dots: list[Dot]) -> None:
+    front = front_of(dots)
+    steps = [dot.bits for dot in front], [dot.kl for dot in front]
+    axes.plot([dot.bits for dot in dots], [dot.kl for dot in dots], "o", color=REST, mfc="white", ms=5)
+    axes.step(*steps, where="post", color=FRONT, lw=1.5)
+    axes.plot(*steps, "o", color=FRONT, ms=6)
+    bottom, top = math.floor(math.log10(front[-1].kl)), math.ceil(math.log10(max(dot.kl for dot in dots)))
+    axes.set(yscale="log", ylim=(10.0 ** (bottom - 0.5), 2 * 10.0**top), ylabel="attention KL (nats)")
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def label(axes: Any, front: list[Dot]) -> None:
+    """Names left of and below the front, where nothing lies; each below the one before."""
+    scale, height = 72 / axes.figure.dpi, math.inf
+    line = {"arrowstyle": "-", "lw": 0.6, "color": REST, "shrinkA": 0, "shrinkB": 3, "relpos": (1, 0.5)}
+    for dot in front:
+        y = axes.transData.transform((dot.bits, dot.kl))[1] * scale
+        height = min(y - GAP / 2, height - GAP)
+        axes.annotate(
+            dot.name, (dot.bits, dot.kl), (-10, height - y), textcoords="offset points", fontsize=8,
+            ha="right", va="center", arrowprops=line,
+        )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=PICTURE)
+    arguments = parser.parse_args()
+    draw(json.loads(arguments.results.read_text())).savefig(arguments.out, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
