@@ -1,11 +1,15 @@
-"""bfloat16 by its bits: roundings in a given direction, and two numbers in one word."""
+"""bfloat16 by its bits: roundings in a given direction, and numbers in integer words.
+
+Scales are stored as integers for the reason that codes are: XLA on CPU widens a whole bfloat16 array at every
+write to it.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 LOW = 0xFFFF  # the bits that float32 has below bfloat16
-NAN = 0x7FC0 << 16
+NAN = 0x7FC0
 SMALLEST = float(jnp.finfo(jnp.float32).smallest_normal)
 
 
@@ -18,6 +22,16 @@ def away_from_zero(x: jax.Array) -> jax.Array:
 def toward_zero(x: jax.Array) -> jax.Array:
     """float32 ``x`` rounded to bfloat16 toward zero."""
     return _float32(_bits(x) & ~jnp.uint32(LOW))
+
+
+def word(x: jax.Array) -> jax.Array:
+    """float32 ``x`` that bfloat16 holds, as the bits of that in a uint16."""
+    return (_bits(x) >> 16).astype(jnp.uint16)
+
+
+def of_word(bits: jax.Array) -> jax.Array:
+    """What :func:`word` took, float32."""
+    return _float32(bits.astype(jnp.uint32) << 16)
 
 
 def paired(first: jax.Array, second: jax.Array) -> jax.Array:

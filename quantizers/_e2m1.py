@@ -20,10 +20,10 @@ def encode(units: jax.Array) -> jax.Array:
 
 def decode(codes: jax.Array, dtype: Any) -> jax.Array:
     """The numbers of codes, exactly, as ``dtype``."""
-    exponent, mantissa = (codes >> 1) & 3, codes & 1
-    doubled = jnp.where(exponent == 0, mantissa, (2 + mantissa) << jnp.maximum(exponent, 1) - 1)
-    signed = jnp.where(codes & SIGN != 0, -doubled.astype(jnp.int8), doubled.astype(jnp.int8))
-    return signed.astype(dtype) * jnp.asarray(0.5, dtype)
+    size = (codes & (SIGN - 1)).astype(jnp.int8)
+    # 0, 1, 2, 3, 4, 6, 8, 12: twice the numbers, as a line with two bends
+    doubled = size + jnp.maximum(size - 4, 0) + 2 * jnp.maximum(size - 6, 0)
+    return jnp.where(codes & SIGN != 0, -doubled, doubled).astype(dtype) * jnp.asarray(0.5, dtype)
 
 
 def unit_error(units: jax.Array) -> jax.Array:

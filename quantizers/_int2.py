@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qpaged import Quantizer
-from quantizers._bfloat16 import away_from_zero
+from quantizers._bfloat16 import NAN, away_from_zero, of_word, word
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,17 @@ class Int2(Quantizer):
     name: ClassVar[str] = "int2"
     granularities: ClassVar = ("group32", "group64")
     bits: ClassVar[int] = 2
-    scale_dtype: ClassVar[Any] = jnp.bfloat16
+    scale_dtype: ClassVar[Any] = jnp.uint16
+    past_end: ClassVar[int] = NAN
     bound: ClassVar[float] = 0.5 + 2.0**-20
     levels: ClassVar = (-1.5, 1.5)
 
     def scale(self, absmax: jax.Array) -> jax.Array:
         scale = away_from_zero(absmax * jnp.float32(0.5))
-        return jnp.where(absmax == 0, 0, scale).astype(jnp.bfloat16)
+        return word(jnp.where(absmax == 0, 0, scale))
+
+    def multiplier(self, scales: jax.Array) -> jax.Array:
+        return of_word(scales)
 
     def encode(self, units: jax.Array) -> jax.Array:
         return jnp.clip(jnp.floor(units), -2, 1).astype(jnp.int8)

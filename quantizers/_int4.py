@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qpaged import Quantizer
-from quantizers._bfloat16 import away_from_zero
+from quantizers._bfloat16 import NAN, away_from_zero, of_word, word
 from quantizers._floor import Floor
 
 GRANULARITIES = ("group32", "group64", "group128", "token", "page", "channel")
@@ -24,7 +24,7 @@ class Int4(Quantizer):
     """c = round(x / s), s = extreme / -8: the value of largest magnitude maps to -8, whatever its sign.
 
     All 16 codes are used, and none is spent on a magnitude that does not occur (ggml's q4_0 does the same).
-    The scale is a bfloat16 and carries the sign.
+    The scale is a bfloat16, stored as its bits, and carries the sign.
 
     4 bits an element and 16 per group or token: 4.5 at ``group32``, 4.25 at ``group64``, 4.125 at ``group128``
     and at ``token`` with head_dim 128. The error is at most s / 2 up to 7.5 s on the extreme's opposite side,
@@ -34,7 +34,8 @@ class Int4(Quantizer):
     name: ClassVar[str] = "int4"
     granularities: ClassVar = GRANULARITIES
     bits: ClassVar[int] = 4
-    scale_dtype: ClassVar[Any] = jnp.bfloat16
+    scale_dtype: ClassVar[Any] = jnp.uint16
+    past_end: ClassVar[int] = NAN
     bound: ClassVar[float] = 1.0 + 2.0**-18
     levels: ClassVar = (-8.0, 7.0)
 
@@ -49,7 +50,10 @@ class Int4(Quantizer):
     def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
         extreme = jnp.where(high > -low, high, low)
         scale = away_from_zero(extreme * jnp.float32(-1 / 8))
-        return jnp.where(extreme == 0, 0, scale).astype(jnp.bfloat16)
+        return word(jnp.where(extreme == 0, 0, scale))
+
+    def multiplier(self, scales: jax.Array) -> jax.Array:
+        return of_word(scales)
 
     def encode(self, units: jax.Array) -> jax.Array:
         return jnp.clip(jnp.round(units), -8, 7).astype(jnp.int8)

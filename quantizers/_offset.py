@@ -42,7 +42,7 @@ class Offset(Wrapper):
     scale_dtype: ClassVar[Any] = jnp.uint32
     bound: ClassVar[float] = 0.5 + 2.0**-12
     shareable: ClassVar[bool] = False
-    past_end: ClassVar[int] = NAN
+    past_end: ClassVar[int] = NAN << 16
 
     def check(self) -> None:
         if self.inner.levels is None or self.inner.scale_dtype is None or self.inner.outer_dtype is not None:
@@ -138,7 +138,7 @@ class OffsetFloor(Wrapper):
         return kept.astype(jnp.uint8)
 
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        centred = codes.astype(jnp.int16) - jnp.int16(self.codes // 2)
+        centred = lax.bitcast_convert_type(codes - jnp.uint8(self.codes // 2), jnp.int8)  # with a wrap, below 0
         return centred.astype(dtype) - jnp.asarray(0.5, dtype)
 
     def grow(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:

@@ -2,11 +2,10 @@
 
 Along each axis of the quantized operand the scales are either one block, which is nothing to fold, or
 several. Several along axes that the result keeps: the result is multiplied. Several along contracted axes
-alone: the other operand is. Both at once (a scale per page and channel): one side's axes are cut into their
-blocks, which are batched over, and what is left is one of the two cases above.
+alone: the other operand is. Both at once (a scale per page and channel, or per group of channels): the codes
+are. Packed codes are contracted place by place, so that they need not be interleaved.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged.arrays._blocks import refine
-from qpaged.arrays._moves import reshape
+from qpaged.arrays._blocks import beside, blocked, refine
 from qpaged.arrays._quantized import QuantizedArray, common_dtype
-from qpaged.arrays._views import adjoint, factored, stored
+from qpaged.arrays._views import adjoint, factored, places, stored
 
 
 class Axes(NamedTuple):
@@ -63,11 +61,28 @@ def _dot(other: jax.Array, array: QuantizedArray, axes: Axes, preferred_element_
     if turned and channels in axes.contract:
         partner = axes.other_contract[axes.contract.index(channels)] - other.ndim
         other = adjoint(array.quantizer, other, partner)
-    out = _folded(other, factored(stored(array)), axes, params)
+    out = _by_place(other, factored(stored(array)), axes, params)
     if turned and channels not in axes.contract:
         kept = axes.kept(array.ndim)
         out = array.quantizer.inverse(out, kept.index(channels) - len(kept))
     return out.astype(result)
+
+
+def _by_place(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
+    """The dot in float32, of each place in a byte by itself where codes are packed."""
+    channels, several = array.channel_axis % array.ndim, array.packing
+    pieces = places(array)
+    if pieces is None or channels in axes.batch:
+        return _folded(other, array, axes, params)
+    if channels in axes.contract:
+        partner = axes.other_contract[axes.contract.index(channels)]
+        parts = [lax.slice_in_dim(other, at, None, several, partner) for at in range(several)]
+        return sum(_folded(part, piece, axes, params) for part, piece in zip(parts, pieces, strict=True))
+    outs = [_folded(other, piece, axes, params) for piece in pieces]
+    kept = axes.kept(array.ndim)
+    at = outs[0].ndim - len(kept) + kept.index(channels)
+    shape = outs[0].shape
+    return jnp.stack(outs, at + 1).reshape(*shape[:at], shape[at] * several, *shape[at + 1 :])
 
 
 def _folded(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
@@ -81,24 +96,8 @@ def _folded(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.
     elif not kept:
         out = _scale_other(other, codes, axes, params)
     else:
-        out = _cut(other, codes, axes, contracted, kept, params)
+        out = _contract_scaled(other, codes, axes, params)
     return out if array.offsets is None else out + _offset_term(other, array, axes)
-
-
-def _cut(other, array, axes: Axes, contracted: list[int], kept: list[int], params) -> jax.Array:
-    """Scales along contracted and kept axes at once: whichever way makes the smallest copies."""
-    blocks = array.scales.shape
-    summed = math.prod(other.shape[axis] for axis in axes.other_contract)
-    rows = other.size // max(1, summed)
-    results = rows * math.prod(array.shape[axis] for axis in axes.kept(array.ndim))
-    copies_of_other = other.size * math.prod(blocks[axis] for axis in kept)
-    copies_of_result = results * math.prod(blocks[axis] for axis in contracted)
-    if min(copies_of_other, copies_of_result) > array.size:
-        values = array.dequantize(other.dtype)
-        return lax.dot_general(other, values, axes.numbers, preferred_element_type=jnp.float32, **params)
-    if copies_of_other <= copies_of_result:
-        return _cut_kept(other, array, axes, kept, params)
-    return _cut_contracted(other, array, axes, contracted, params)
 
 
 def _contract_codes(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
@@ -129,64 +128,13 @@ def _scale_other(other, array, axes: Axes, params) -> jax.Array:
     return _contract_codes((other.astype(jnp.float32) * factors).astype(dtype), array, axes, params)
 
 
-def _cut_axes(array: QuantizedArray, cut: list[int]) -> tuple[QuantizedArray, list[int]]:
-    """Each axis of ``cut`` as (blocks, block); and where every axis, or its block, has gone."""
-    shape: list[int] = []
-    place = []
-    for axis, length in enumerate(array.shape):
-        shape += [array.scales.shape[axis], array.block[axis]] if axis in cut else [length]
-        place.append(len(shape) - 1)
-    pieces = reshape(array, shape)
-    assert pieces is not None, "channels are not transformed here, so that they may be taken apart"
-    return pieces, place
-
-
-def _cut_kept(other, array, axes: Axes, cut: list[int], params) -> jax.Array:
-    """Kept axes become (blocks, block); each of the blocks meets a copy of ``other`` under its scales."""
-    pieces, place = _cut_axes(array, cut)
-    grid = [place[axis] - 1 for axis in cut]
-    ahead = len(grid)
-    inner = Axes(
-        tuple(axis + ahead for axis in axes.other_contract),
-        tuple(place[axis] for axis in axes.contract),
-        (*(axis + ahead for axis in axes.other_batch), *range(ahead)),
-        (*(place[axis] for axis in axes.batch), *grid),
+def _contract_scaled(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
+    """Scales along contracted and kept axes at once: the codes are scaled, and rounded, before the dot."""
+    values = (blocked(array.values(jnp.float32), array.scales.shape) * beside(array.scales)).reshape(array.shape)
+    dtype = jnp.float32 if other.dtype == jnp.float16 else other.dtype
+    return lax.dot_general(
+        other.astype(dtype), values.astype(dtype), axes.numbers, preferred_element_type=jnp.float32, **params
     )
-    copies = lax.broadcast(other, [pieces.shape[axis] for axis in grid])
-    out = _scale_other(copies, pieces, inner, params)
-    # (batch, blocks, free of other, kept): put each count of blocks before its block, and merge
-    batch, free = len(axes.batch), other.ndim - len(axes.contract) - len(axes.batch)
-    order = [*range(batch), *range(batch + ahead, batch + ahead + free)]
-    for position, axis in enumerate(axes.kept(array.ndim)):
-        order += [batch + cut.index(axis)] if axis in cut else []
-        order.append(batch + ahead + free + position)
-    merged = lax.transpose(out, order)
-    return merged.reshape(
-        *merged.shape[: batch + free], *(array.shape[axis] for axis in axes.kept(array.ndim))
-    )
-
-
-def _cut_contracted(other, array, axes: Axes, cut: list[int], params) -> jax.Array:
-    """Contracted axes become (blocks, block); each of the blocks gives a result under its scales, summed."""
-    pieces, place = _cut_axes(array, cut)
-    partners = dict(zip(axes.contract, axes.other_contract, strict=True))
-    shape: list[int] = []
-    other_place = []
-    counts = {partners[axis]: array.scales.shape[axis] for axis in cut}
-    for axis, length in enumerate(other.shape):
-        shape += [counts[axis], length // counts[axis]] if axis in counts else [length]
-        other_place.append(len(shape) - 1)
-    inner = Axes(
-        tuple(other_place[axis] for axis in axes.other_contract),
-        tuple(place[axis] for axis in axes.contract),
-        (
-            *(other_place[axis] for axis in axes.other_batch),
-            *(other_place[partners[axis]] - 1 for axis in cut),
-        ),
-        (*(place[axis] for axis in axes.batch), *(place[axis] - 1 for axis in cut)),
-    )
-    out = _scale_result(other.reshape(shape), pieces, inner, params)
-    return out.sum(tuple(range(len(axes.batch), len(axes.batch) + len(cut))))
 
 
 def _offset_term(other: jax.Array, array: QuantizedArray, axes: Axes) -> jax.Array:

@@ -33,6 +33,12 @@ def unpack(packed: jax.Array, bits: int, axis: int, dtype: Any) -> jax.Array:
     return apart.reshape(*packed.shape[:axis], length, *packed.shape[axis + 1 :])
 
 
+def unpack_place(packed: jax.Array, bits: int, place: int, dtype: Any) -> jax.Array:
+    """Of each byte the code number ``place`` (0 is the lowest), with its sign if ``dtype`` has one."""
+    high = packed << jnp.uint8(BYTE - bits * (place + 1))
+    return high.astype(dtype) >> jnp.asarray(BYTE - bits, dtype)
+
+
 def merge(packed: jax.Array, codes: jax.Array, place: jax.Array, bits: int) -> jax.Array:
     """Bytes ``packed`` whose code number ``place`` (0 is the lowest) has become ``codes``."""
     shift = place.astype(jnp.uint8) * jnp.uint8(bits)

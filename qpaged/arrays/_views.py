@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from qpaged.arrays._packing import unpack_place
 from qpaged.arrays._quantized import QuantizedArray
 
 
@@ -78,6 +80,25 @@ def cut_channels(array: QuantizedArray) -> QuantizedArray | None:
     return array if array.packing == 1 else array.like(
         array.unpacked(), *parts, quantizer=Unpacked(array.quantizer), channel_axis=-1
     )
+
+
+def places(array: QuantizedArray) -> list[QuantizedArray] | None:
+    """For each place in a byte the codes there, as an array of every so many channels; None if there is one
+    place, or blocks do not have the same channels at each."""
+    several, axis = array.packing, array.channel_axis % array.ndim
+    block = array.block[axis]
+    if several == 1 or (block > 1 and block % several):
+        return None
+    quantizer, view = array.quantizer, Unpacked(array.quantizer)
+
+    def at(place: int) -> QuantizedArray:
+        codes = unpack_place(array.codes, quantizer.bits, place, quantizer.code_dtype(array.dtype))
+        parts = [array.scales, array.offsets, array.outer]
+        if block == 1:
+            parts = [p if p is None else lax.slice_in_dim(p, place, None, several, axis) for p in parts]
+        return array.like(codes, *parts, quantizer=view, channel_axis=-1)
+
+    return [at(place) for place in range(several)]
 
 
 def factored(array: QuantizedArray) -> QuantizedArray:
