@@ -121,7 +121,11 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "machine": platform.machine(),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__, "qpaged": qpaged.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "qpaged": qpaged.__version__,
+        },
         "shape": shape | {"page_size": PAGE_SIZE, "prompt": PROMPT},
         "rounds": arguments.rounds,
         "runs": runs,

@@ -48,7 +48,11 @@ def _add_sweep(commands) -> None:
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL_DIR", help="a byte-level Llama checkpoint (the bundled one)")
     add("--text", metavar="FILE", help="what to predict (held-out files of Python's own library)")
-    add("--formats", metavar="LIST", help="such as int8,int8:token/int4+rotate; all, for every wrapper too (all bare)")
+    add(
+        "--formats",
+        metavar="LIST",
+        help="such as int8,int8:token/int4+rotate; all, for every wrapper too (all bare)",
+    )
     add("--tokens", type=int, metavar="N", default=default.tokens, help="bytes to predict (%(default)s)")
     add("--context", type=int, metavar="N", help=f"bytes of a sequence (up to {default.context})")
     add("--page-size", type=int, metavar="N", default=default.page_size, help="tokens a page (%(default)s)")
@@ -148,7 +152,9 @@ def _formats(args: argparse.Namespace) -> int:
         print(f"{name:{widths[0]}}  {granularity:{widths[1]}}  {bits:>{widths[2]}}  {summary}".rstrip())
     print("\nbits: per element, scales included, for pages of 16 tokens, head_dim 128, logical bfloat16.")
     print("Keys and values apart: KEYS/VALUES, as int8:channel/int8:token. Without quantization: plain.")
-    print(f"Wrappers, after any format that they go with: {', '.join(qpaged.available_wrappers()) or 'none'}.")
+    print(
+        f"Wrappers, after any format that they go with: {', '.join(qpaged.available_wrappers()) or 'none'}."
+    )
     for name, error in broken.items():
         _say(args, f"{name}: {error}")
     return FAILED if broken else FINE

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 
 LARGEST = 6.0
 # Between neighbours, each with whether a tie goes up, to the even code.
-THRESHOLDS = ((0.25, False), (0.75, True), (1.25, False), (1.75, True), (2.5, False), (3.5, True), (5.0, False))
+THRESHOLDS = (
+    (0.25, False),
+    (0.75, True),
+    (1.25, False),
+    (1.75, True),
+    (2.5, False),
+    (3.5, True),
+    (5.0, False),
+)
 SIGN = 8
 
 

@@ -26,9 +26,9 @@ class Int4(Quantizer):
     All 16 codes are used, and none is spent on a magnitude that does not occur (ggml's q4_0 does the same).
     The scale is a bfloat16, stored as its bits, and carries the sign.
 
-    4 bits an element and 16 per group or token: 4.5 at ``group32``, 4.25 at ``group64``, 4.125 at ``group128``
-    and at ``token`` with head_dim 128. The error is at most s / 2 up to 7.5 s on the extreme's opposite side,
-    and x - 7 s from there on, at most s.
+    4 bits an element and 16 per group or token: 4.5 at ``group32``, 4.25 at ``group64``, 4.125 at
+    ``group128`` and at ``token`` with head_dim 128. The error is at most s / 2 up to 7.5 s on the extreme's
+    opposite side, and x - 7 s from there on, at most s.
     """
 
     name: ClassVar[str] = "int4"
@@ -68,9 +68,9 @@ class Int4(Quantizer):
 
 @dataclass(frozen=True)
 class Int4Floor(Floor):
-    """c = floor(x / s), read back as (c + 1/2) s, with s a power of two and absmax < 8 s: as int8, in 4 bits.
+    """c = floor(x / s), read back as (c + 1/2) s, with s a power of two and absmax < 8 s: int8's rule.
 
-    The same codes in whatever order tokens are written, with an error of at most s / 2; the scale is one byte.
+    The same codes in whatever order tokens are written, and an error of at most s / 2; the scale is a byte.
 
     4 bits an element and 8 per block: 4.004 at ``page`` (16 slots of 128), 4.5 at ``channel``.
     """
@@ -83,4 +83,6 @@ class Int4Floor(Floor):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.granularity not in SHARED:
-            raise ValueError(f"granularity must be one of {', '.join(SHARED)} for Int4Floor; others are Int4.")
+            raise ValueError(
+                f"granularity must be one of {', '.join(SHARED)} for Int4Floor; others are Int4."
+            )

@@ -1,5 +1,6 @@
 """+offset: one offset per block, for values that do not lie around zero (KIVI, Liu et al. 2024)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -27,8 +28,9 @@ def offset(inner: Quantizer) -> Quantizer:
 
 @dataclass(frozen=True)
 class Offset(Wrapper):
-    """x̂ = c s + o with the inner format's codes c, whose levels just cover the block from its least value to its
-    greatest: s = (max - min) / (levels - 1), o = min + |lowest code| s.
+    """x̂ = c s + o with the inner format's codes c, whose levels just cover the block's values.
+
+    s = (max - min) / (levels - 1) and o = min + |lowest code| s.
 
     Both are bfloat16, in one 32-bit word: the offset is rounded first and the scale then made to cover the
     block around it, upward, so that nothing is clipped. 32 bits per block: ``int8:token+offset`` has 8.25 at
@@ -47,15 +49,18 @@ class Offset(Wrapper):
     def check(self) -> None:
         if self.inner.levels is None or self.inner.scale_dtype is None or self.inner.outer_dtype is not None:
             raise ValueError(
-                f"+offset goes with formats of evenly spaced codes and one scale per block (int8, int4, int2), "
-                f"but {self.inner} is none."
+                f"+offset goes with formats of evenly spaced codes and one scale per block, as int8, int4 "
+                f"and int2, but {self.inner} is none."
             )
 
     def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
+        assert self.inner.levels is not None  # as checked
         lowest, highest = self.inner.levels
         weight = jnp.float32(highest / (highest - lowest))
         center = toward_zero(low * weight + high * (1 - weight))
-        scale = jnp.maximum((high - center) * jnp.float32(1 / highest), (low - center) * jnp.float32(1 / lowest))
+        scale = jnp.maximum(
+            (high - center) * jnp.float32(1 / highest), (low - center) * jnp.float32(1 / lowest)
+        )
         return paired(away_from_zero(jnp.minimum(scale, float(jnp.finfo(jnp.bfloat16).max))), center)
 
     def multiplier(self, scales: jax.Array) -> jax.Array:
@@ -75,15 +80,15 @@ class Offset(Wrapper):
 class OffsetFloor(Wrapper):
     """n = floor(x / s), c = n - z + 1, read back as (n + 1/2) s: a window of codes that begins at z s.
 
-    s is a power of two and z a multiple of g, a quarter of the codes. Of the scales whose window, begun at the
-    multiple below the block's least value, reaches the greatest, a block has the smallest: a rule of the values
-    alone. Doubling s halves n and z with the floor, exactly; so codes, scales and offsets are the same in
-    whatever order tokens are written, and the error is at most s / 2, as without the offset. Code 0 is a slot
-    to which nothing was written.
+    s is a power of two and z a multiple of g, a quarter of the codes. Of the scales whose window, begun at
+    the multiple below the block's least value, reaches the greatest, a block has the smallest: a rule of the
+    values alone. Doubling s halves n and z with the floor, exactly; so codes, scales and offsets are the same
+    in whatever order tokens are written, and the error is at most s / 2, as without the offset. Code 0 is a
+    slot to which nothing was written.
 
-    A scale byte and an offset byte (z / g) per block: ``int8:channel+offset`` has 9 bits at 16 tokens a page and
-    8.5 at 32, ``int4:channel+offset`` 5 and 4.5. The offset byte reaches 128 g, so that s is at least
-    |x| / (128 g), which is 2^-13 of the block's largest magnitude in 8 bits and 2^-9 in 4.
+    A scale byte and an offset byte (z / g) per block: ``int8:channel+offset`` has 9 bits at 16 tokens a page
+    and 8.5 at 32, ``int4:channel+offset`` 5 and 4.5. The offset byte reaches 128 g, so that s is at least
+    |min| / (128 g): 2^-13 of the block's least value in 8 bits, and 2^-9 in 4.
     """
 
     name: ClassVar[str] = "offset"
@@ -109,7 +114,7 @@ class OffsetFloor(Wrapper):
         return jnp.uint8
 
     def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
-        return self._smallest(low, high, _least_exponent(self.inner, low, high))
+        return self._smallest(low, high, _least_exponent(self.inner.scale, low, high))
 
     def refit(self, scales: jax.Array, codes: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
         # What the block holds, to within its scale, which is all that larger scales tell apart.
@@ -117,7 +122,7 @@ class OffsetFloor(Wrapper):
         last = begin + jnp.maximum(codes.astype(jnp.int32), 1) - 1
         low = jnp.minimum(low, begin.astype(jnp.float32) * factor)
         high = jnp.maximum(high, last.astype(jnp.float32) * factor)
-        exponent = jnp.maximum(_exponent(scales), _least_exponent(self.inner, low, high))
+        exponent = jnp.maximum(_exponent(scales), _least_exponent(self.inner.scale, low, high))
         return self._smallest(low, high, exponent)
 
     def holds(self, scales: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
@@ -138,7 +143,9 @@ class OffsetFloor(Wrapper):
         return kept.astype(jnp.uint8)
 
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        centred = lax.bitcast_convert_type(codes - jnp.uint8(self.codes // 2), jnp.int8)  # with a wrap, below 0
+        centred = lax.bitcast_convert_type(
+            codes - jnp.uint8(self.codes // 2), jnp.int8
+        )  # with a wrap, below 0
         return centred.astype(dtype) - jnp.asarray(0.5, dtype)
 
     def grow(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
@@ -157,13 +164,16 @@ class OffsetFloor(Wrapper):
         return (_places(low, factor) >= begin) & (_places(high, factor) - begin <= self.codes - 2)
 
     def _smallest(self, low: jax.Array, high: jax.Array, exponent: jax.Array) -> jax.Array:
-        """What is stored for the smallest scale from ``exponent`` on whose window covers both: that or the next."""
+        """What is stored for the smallest scale from ``exponent`` on whose window covers both.
+
+        It is that exponent or the next.
+        """
         small, reached = self._window(low, exponent)
         large, _ = self._window(low, exponent + 1)
         return jnp.where(reached & self._covers(small, low, high), small, large)
 
     def _window(self, low: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What is stored for a window under this scale that begins at or below ``low``; whether there is one."""
+        """What is stored for a window under this scale that begins at or below ``low``, if there is one."""
         begin = _places(low, self.inner.multiplier(exponent.astype(jnp.uint8))) // self.granule
         reached = (begin >= -128) & (begin <= 127)
         return (exponent.astype(jnp.uint16) << OFFSET_BITS) | (begin & 0xFF).astype(jnp.uint16), reached
@@ -178,13 +188,13 @@ def _places(x: jax.Array, factor: jax.Array) -> jax.Array:
     return jnp.clip(floors(x / jnp.where(factor > 0, factor, 1)), -FURTHEST, FURTHEST).astype(jnp.int32)
 
 
-def _least_exponent(floor: Floor, low: jax.Array, high: jax.Array) -> jax.Array:
+def _least_exponent(scale: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
     """The stored exponent below which no window covers both; the next one's does.
 
-    ``floor.scale`` stores the exponent of the scale that its argument is less than 2^(bits - 1) times of. Of
+    ``scale`` stores the exponent of the scale that its argument is less than 2^(bits - 1) times of. Of
     half the span that is the scale that the span is less than 2^bits times of; and the offset byte reaches
     128 granules of 2^(bits - 2).
     """
-    span = floor.scale(high / 2 - low / 2).astype(jnp.int32)
-    reach = floor.scale(jnp.abs(low)).astype(jnp.int32) - 7
+    span = scale(high / 2 - low / 2).astype(jnp.int32)
+    reach = scale(jnp.abs(low)).astype(jnp.int32) - 7
     return jnp.maximum(jnp.maximum(span, reach), 1)

@@ -21,8 +21,8 @@ class Rotate(Wrapper):
     head_dim itself, runs of n channels are rotated each by itself.
 
     The bits of the inner format. An error of y reaches all of its run: |x - x̂| is at most the sum of the
-    inner bounds over the run, beside float32 roundings. Some models lose by it: what was easy to code, such as
-    a channel that is always near zero, is mixed with what was not.
+    inner bounds over the run, beside float32 roundings. Some models lose by it: what was easy to code, such
+    as a channel that is always near zero, is mixed with what was not.
     """
 
     name: ClassVar[str] = "rotate"
@@ -54,7 +54,7 @@ def run(channels: int) -> int:
 def hadamard(x: jax.Array, axis: int) -> jax.Array:
     """H x along ``axis`` in runs of the largest power of two; H of ones and minus ones is its own transpose.
 
-    Sums of pairs, stage by stage: the same roundings whatever else is in the array, as the law of order wants.
+    Sums of pairs, stage by stage: the same roundings whatever else is in the array, as law 2 wants.
     """
     x = jnp.moveaxis(x, axis, -1)
     shape = x.shape

@@ -28,7 +28,9 @@ def features(spelling):
 def representatives():
     """A few formats that have every feature between them, the plainest first."""
     chosen, seen = [], set()
-    for spelling in sorted(EVERY_FORMAT, key=lambda spelling: (spelling.count("+"), not spelling.startswith("int8"))):
+    for spelling in sorted(
+        EVERY_FORMAT, key=lambda spelling: (spelling.count("+"), not spelling.startswith("int8"))
+    ):
         if not features(spelling) <= seen:
             chosen.append(spelling)
             seen |= features(spelling)

@@ -6,6 +6,7 @@ alone: the other operand is. Both at once (a scale per page and channel, or per 
 are. Packed codes are contracted place by place, so that they need not be interleaved.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -77,7 +78,8 @@ def _by_place(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> ja
     if channels in axes.contract:
         partner = axes.other_contract[axes.contract.index(channels)]
         parts = [lax.slice_in_dim(other, at, None, several, partner) for at in range(several)]
-        return sum(_folded(part, piece, axes, params) for part, piece in zip(parts, pieces, strict=True))
+        sums = [_folded(part, piece, axes, params) for part, piece in zip(parts, pieces, strict=True)]
+        return functools.reduce(jnp.add, sums)
     outs = [_folded(other, piece, axes, params) for piece in pieces]
     kept = axes.kept(array.ndim)
     at = outs[0].ndim - len(kept) + kept.index(channels)
@@ -130,7 +132,9 @@ def _scale_other(other, array, axes: Axes, params) -> jax.Array:
 
 def _contract_scaled(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
     """Scales along contracted and kept axes at once: the codes are scaled, and rounded, before the dot."""
-    values = (blocked(array.values(jnp.float32), array.scales.shape) * beside(array.scales)).reshape(array.shape)
+    values = (blocked(array.values(jnp.float32), array.scales.shape) * beside(array.scales)).reshape(
+        array.shape
+    )
     dtype = jnp.float32 if other.dtype == jnp.float16 else other.dtype
     return lax.dot_general(
         other.astype(dtype), values.astype(dtype), axes.numbers, preferred_element_type=jnp.float32, **params

@@ -16,8 +16,7 @@ from jax import lax
 from qpaged.arrays._blocks import block_shape, refine
 from qpaged.arrays._indices import clipped
 from qpaged.arrays._quantized import QuantizedArray
-from qpaged.arrays._views import cut_channels, keeps_channels, past_end
-
+from qpaged.arrays._views import cut_channels, keeps_channels, one_an_element, past_end
 
 Change = Callable[[jax.Array, Sequence[int]], jax.Array]
 """What a move does to scales, given the extents of their blocks."""
@@ -32,8 +31,7 @@ def move(
         channel_axis: where the channels are now, counted from the end; where they were, if None.
     """
     scales, offsets, outer = (
-        None if part is None else change(part, block_shape(array.shape, part.shape))
-        for part in (array.scales, array.offsets, array.outer)
+        None if part is None else change(part, block_shape(array.shape, part.shape)) for part in array.parts
     )
     if channel_axis is None or not keeps_channels(array):
         channel_axis = array.channel_axis
@@ -79,8 +77,7 @@ def reshape(array: QuantizedArray, shape: Sequence[int]) -> QuantizedArray | Non
     before, shape = array.shape, tuple(shape)
     if array.size == 0:
         codes = array.unpacked().reshape(shape)
-        view = cut_channels(array) or array
-        return move(view, codes, lambda s, _: jnp.zeros(shape, s.dtype))
+        return move(one_an_element(array), codes, lambda s, _: jnp.zeros(shape, s.dtype))
     channels = _channels_after(array, shape) if keeps_channels(array) else -1
     if channels is None:
         view = cut_channels(array)
@@ -242,7 +239,9 @@ def clamped(start: Sequence[Any], shape: Sequence[int], sizes: Sequence[int]) ->
 def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedArray | None:
     """Arrays of one format, end to end; None if that would add channels to others."""
     array = arrays[0]
-    if dimension == array.channel_axis % array.ndim and (array.quantizer.transforms or array.outer is not None):
+    if dimension == array.channel_axis % array.ndim and (
+        array.quantizer.transforms or array.outer is not None
+    ):
         return None
     return _join(arrays, lambda parts: lax.concatenate(parts, dimension))
 
@@ -263,10 +262,10 @@ def unstack(array: QuantizedArray, axis: int) -> list[QuantizedArray] | None:
 
     def at(index):
         start = [0 if a != axis else index for a in range(array.ndim)]
-        piece = slice_(array, start, [s + n for s, n in zip(start, sizes, strict=True)], None)
-        return squeeze(piece, (axis,))
+        return slice_(array, start, [s + n for s, n in zip(start, sizes, strict=True)], None)
 
-    return [at(index) for index in range(array.shape[axis])]
+    pieces = [at(index) for index in range(array.shape[axis])]
+    return [squeeze(piece, (axis,)) for piece in pieces if piece is not None]
 
 
 def select(which: jax.Array, cases: Sequence[QuantizedArray]) -> QuantizedArray:
@@ -316,9 +315,7 @@ def gather(
     if fill is None:
         return None
     code_fill, scale_fill = fill
-    codes = lax.gather(
-        array.codes, index, numbers, physical(array, sizes), mode=mode, fill_value=code_fill
-    )
+    codes = lax.gather(array.codes, index, numbers, physical(array, sizes), mode=mode, fill_value=code_fill)
 
     def read(scales, block):
         extents = [

@@ -46,7 +46,7 @@ class QuantizedArray(ImplicitArray):
     offsets: Any = None
     outer: Any = None
     quantizer: "Quantizer" = aux_field(default=None)  # type: ignore[assignment]  # noqa: RUF009
-    channel_axis: int = aux_field(default=-1)  # type: ignore[assignment]  # noqa: RUF009
+    channel_axis: int = aux_field(default=-1)
 
     def __post_init__(self) -> None:
         """Nothing to infer: the shape is the codes', and the dtype is given."""
@@ -121,6 +121,11 @@ class QuantizedArray(ImplicitArray):
         # What was never finite stays as it is, as does the NaN of a read past the end.
         known = jnp.isfinite(values).reshape(self.shape)
         return jnp.where(known, jnp.clip(x, -largest, largest), x).astype(dtype)
+
+    @property
+    def parts(self) -> tuple[Any, Any, Any]:
+        """The children beside the codes, as :meth:`like` takes them."""
+        return self.scales, self.offsets, self.outer
 
     def values(self, dtype: Any) -> jax.Array:
         """The codes as numbers in units of their scale; exact in ``dtype`` for codes of 8 bits and fewer."""
@@ -216,7 +221,9 @@ def check_parts(codes: Any, scales: Any, outer: Any, quantizer: "Quantizer", dty
         right = right and (part is None) == (part_dtype is None)
         if part is not None and right:
             right = part.ndim == codes.ndim and part.dtype == part_dtype
-            right = right and all(n > 0 and length % n == 0 for length, n in zip(shape, part.shape, strict=True))
+            right = right and all(
+                n > 0 and length % n == 0 for length, n in zip(shape, part.shape, strict=True)
+            )
     if not right:
         shapes = [None if p is None else f"{p.dtype.name}{p.shape}" for p in (codes, scales, outer)]
         raise ValueError(

@@ -43,16 +43,14 @@ def keep_slots(slots: Any, used: jax.Array) -> Any:
 
 
 def contracted(query: jax.Array, keys: Any) -> tuple[jax.Array, Any]:
-    """Query (..., head_dim) and keys (..., head_dim) whose products along head_dim are those of the given
-    ones, and whose keys have nothing left to transform."""
+    """Query and keys (..., head_dim), with the same products, whose keys have nothing left to transform."""
     if not (isinstance(keys, QuantizedArray) and keys.quantizer.transforms):
         return query, keys
     return adjoint(keys.quantizer, query, keys.channel_axis), stored(keys)
 
 
 def weighed(values: Any) -> tuple[Any, Callable[[jax.Array], jax.Array]]:
-    """Values (..., head_dim) with nothing left to transform; and what makes sums of them (..., head_dim) those
-    of the given ones."""
+    """Values (..., head_dim) with nothing left to transform; what makes sums of them sums of the given."""
     if not (isinstance(values, QuantizedArray) and values.quantizer.transforms):
         return values, lambda out: out
     return stored(values), lambda out: values.quantizer.inverse(out, values.channel_axis)

@@ -74,12 +74,14 @@ def keeps_channels(array: QuantizedArray) -> bool:
 
 def cut_channels(array: QuantizedArray) -> QuantizedArray | None:
     """The array with its codes one an element, so that channels may be taken apart; None if they may not."""
-    if array.quantizer.transforms:
-        return None
-    parts = array.scales, array.offsets, array.outer
-    return array if array.packing == 1 else array.like(
-        array.unpacked(), *parts, quantizer=Unpacked(array.quantizer), channel_axis=-1
-    )
+    return None if array.quantizer.transforms else one_an_element(array)
+
+
+def one_an_element(array: QuantizedArray) -> QuantizedArray:
+    """The array with its codes unpacked."""
+    if array.packing == 1:
+        return array
+    return array.like(array.unpacked(), *array.parts, quantizer=Unpacked(array.quantizer), channel_axis=-1)
 
 
 def places(array: QuantizedArray) -> list[QuantizedArray] | None:
@@ -93,7 +95,7 @@ def places(array: QuantizedArray) -> list[QuantizedArray] | None:
 
     def at(place: int) -> QuantizedArray:
         codes = unpack_place(array.codes, quantizer.bits, place, quantizer.code_dtype(array.dtype))
-        parts = [array.scales, array.offsets, array.outer]
+        parts: list[Any] = [*array.parts]
         if block == 1:
             parts = [p if p is None else lax.slice_in_dim(p, place, None, several, axis) for p in parts]
         return array.like(codes, *parts, quantizer=view, channel_axis=-1)
@@ -137,16 +139,14 @@ def convert(array: QuantizedArray, dtype: Any) -> QuantizedArray:
     quantizer: Any = array.quantizer
     if array.scales is None or not quantizer.writable:  # what the codes mean hangs on the dtype they had
         quantizer = Converted(quantizer, array.dtype)
-    parts = array.scales, array.offsets, array.outer
-    return array.like(array.codes, *parts, quantizer=quantizer, dtype=dtype)
+    return array.like(array.codes, *array.parts, quantizer=quantizer, dtype=dtype)
 
 
 def stored(array: QuantizedArray) -> QuantizedArray:
     """What the blocks of ``array`` hold: its channels as the format transforms them."""
     if not array.quantizer.transforms:
         return array
-    parts = array.scales, array.offsets, array.outer
-    return array.like(array.codes, *parts, quantizer=Stored(array.quantizer))
+    return array.like(array.codes, *array.parts, quantizer=Stored(array.quantizer))
 
 
 def adjoint(quantizer: Any, x: jax.Array, axis: int) -> jax.Array:

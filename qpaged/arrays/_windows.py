@@ -33,7 +33,10 @@ def dynamic_update_slice(array: QuantizedArray, update: Any, start: Sequence[Any
 def scatter(
     array: QuantizedArray, index: jax.Array, updates: Any, numbers: Any, mode: Any
 ) -> QuantizedArray | None:
-    """``lax.scatter``, windows and batching dimensions included; None where the format takes no such windows."""
+    """``lax.scatter``, windows and batching dimensions included.
+
+    None where the format cannot be written to in such windows.
+    """
     batched = tuple(getattr(numbers, "operand_batching_dims", ()))
     missing = sorted((*numbers.inserted_window_dims, *batched))
     scatter_dims = [axis for axis in range(updates.ndim) if axis not in numbers.update_window_dims]

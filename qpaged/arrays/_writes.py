@@ -49,14 +49,16 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
         rows = rows.dequantize()
     if not takes_rows(array, axes):
         raise ValueError(
-            f"array must be written in whole blocks, since the scales of {array.quantizer} do not grow and its "
-            f"channels go together, but blocks of {array.block} are written in part; write more at once."
+            f"array must be written in whole blocks, since scales of {array.quantizer} do not grow or its "
+            f"channels go together, but blocks {array.block} are written in part; write more at once."
         )
     rows = lax.stop_gradient(jnp.asarray(rows))
     if array.scales is None:
         codes = array.quantizer.encode(rows.astype(array.dtype))
         return array.like(_scatter_codes(array, array.codes, axes, index, codes), None)
-    return _quantize_rows(array, axes, index, prepared(rows, array.quantizer, array.dtype, _channels(array, axes)))
+    return _quantize_rows(
+        array, axes, index, prepared(rows, array.quantizer, array.dtype, _channels(array, axes))
+    )
 
 
 def takes_rows(array: QuantizedArray, axes: Sequence[int]) -> bool:
@@ -72,11 +74,13 @@ def takes_rows(array: QuantizedArray, axes: Sequence[int]) -> bool:
 def overwrite(array: Any, new: Any) -> Any:
     """``array`` with every element replaced by ``new``: fresh scales, the same blocks."""
     if isinstance(new, QuantizedArray):
-        same = (new.quantizer, new.block, new.channel_axis) == (array.quantizer, array.block, array.channel_axis)
+        same = (new.quantizer, new.block, new.channel_axis) == (
+            array.quantizer,
+            array.block,
+            array.channel_axis,
+        )
         return new.like(*_parts(new), dtype=array.dtype) if same else overwrite(array, new.dequantize())
-    return quantize(
-        lax.stop_gradient(new), array.quantizer, array.block, array.dtype, array.channel_axis
-    )
+    return quantize(lax.stop_gradient(new), array.quantizer, array.block, array.dtype, array.channel_axis)
 
 
 def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: jax.Array) -> QuantizedArray:
@@ -173,7 +177,9 @@ def _grow_window(array: QuantizedArray, axes: Axes, window, old, grows, low, hig
     grid = tuple(1 if axis in axes else n for axis, n in enumerate(array.scales.shape))
     old, grows, low, high = (part.reshape(grid) for part in (old, grows, low, high))
     new = jnp.where(grows, quantizer.refit(old, block_max(codes, grid), low, high), old)
-    grown = jnp.where(beside(grows), quantizer.grow(blocked(codes, grid), beside(old), beside(new)), blocked(codes, grid))
+    grown = jnp.where(
+        beside(grows), quantizer.grow(blocked(codes, grid), beside(old), beside(new)), blocked(codes, grid)
+    )
     packed = pack(grown.reshape(codes.shape), quantizer.bits, array.channel_axis)
     return packed, new.reshape([n for axis, n in enumerate(grid) if axis not in axes])
 
@@ -183,7 +189,9 @@ def moves_whole_blocks(array: QuantizedArray, axes: Axes, rows: QuantizedArray) 
     own = all(array.block[axis] == 1 for axis in axes)
     if not own or rows.quantizer != array.quantizer or rows.dtype != array.dtype:
         return False
-    if any((part is None) != (other is None) for part, other in zip(_parts(array), _parts(rows), strict=True)):
+    if any(
+        (part is None) != (other is None) for part, other in zip(_parts(array), _parts(rows), strict=True)
+    ):
         return False
     channels = array.channel_axis % array.ndim
     if (array.packing > 1 or array.quantizer.transforms) and (
@@ -206,7 +214,7 @@ def move_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: Quantiz
 
 def _parts(array: QuantizedArray) -> tuple[Any, Any, Any, Any]:
     """The children, as :meth:`QuantizedArray.like` takes them."""
-    return array.codes, array.scales, array.offsets, array.outer
+    return (array.codes, *array.parts)
 
 
 def _channels(array: QuantizedArray, axes: Sequence[int]) -> int:

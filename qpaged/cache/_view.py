@@ -181,7 +181,9 @@ def _cleared(pool: QuantizedArray, pages: jax.Array) -> QuantizedArray:
     """The pool with zeros for every part of these pages: what a page is before anything is written to it."""
 
     def cleared(part):
-        return write_rows(part, (1,), (pages,), jnp.zeros((len(pages), part.shape[0], *part.shape[2:]), part.dtype))
+        return write_rows(
+            part, (1,), (pages,), jnp.zeros((len(pages), part.shape[0], *part.shape[2:]), part.dtype)
+        )
 
     return jax.tree_util.tree_map(cleared, pool)
 

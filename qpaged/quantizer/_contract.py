@@ -43,8 +43,8 @@ class Quantizer(abc.ABC):
     bound: ClassVar[float]
     """Largest error |x - x̂|, in units of the block's scale."""
     levels: ClassVar[tuple[float, float] | None] = None
-    """The lowest and the highest value of a code in units of the scale, where codes are evenly spaced between
-    them: what wrappers that shift blocks need to know. None otherwise."""
+    """The lowest and the highest value of a code in units of the scale, where codes are evenly spaced in
+    between: what wrappers that shift blocks need to know. None otherwise."""
     shareable: ClassVar[bool] = True
     """False for a format whose scales cannot grow, so that every write must cover its blocks."""
     transforms: ClassVar[bool] = False
@@ -88,7 +88,7 @@ class Quantizer(abc.ABC):
         return scales.astype(jnp.float32)
 
     def shift(self, scales: jax.Array) -> jax.Array | None:
-        """The float32 offsets that stored scales carry and values are read with; None for a format without."""
+        """The float32 offsets that stored scales carry, added to what is read; None for a format without."""
         return None
 
     def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:

@@ -31,8 +31,8 @@ def page_block(quantizer: Any, shape: Sequence[int]) -> tuple[int, ...]:
     last = {"page": (slots, head_dim), "token": (1, head_dim), "channel": (slots, 1)}
     if quantizer.granularity not in last:
         raise ValueError(
-            f"granularity {quantizer.granularity!r} of {quantizer.name} is none of {', '.join(last)}, element or "
-            f"group and a number; override Quantizer.block to say what its blocks are."
+            f"granularity must be one of {', '.join(last)}, element, or group and a number, but "
+            f"{quantizer.name} has {quantizer.granularity!r}; override Quantizer.block to say what it means."
         )
     return (1,) * (len(shape) - 2) + last[quantizer.granularity]
 
@@ -42,7 +42,7 @@ def _group(quantizer: Any, size: int, head_dim: int) -> int:
         sizes = {name: GROUP.fullmatch(name) for name in quantizer.granularities}
         fitting = [name for name, group in sizes.items() if group is None or head_dim % int(group[1]) == 0]
         raise ValueError(
-            f"head_dim must be a multiple of {size} for {quantizer}, whose groups have {size} channels, but is "
-            f"{head_dim}; granularities of {quantizer.name} that fit it: {', '.join(fitting) or 'none'}."
+            f"head_dim must be a multiple of {size} for {quantizer}, whose groups have so many channels, but "
+            f"is {head_dim}; granularities of {quantizer.name} that fit it: {', '.join(fitting) or 'none'}."
         )
     return size

@@ -140,7 +140,7 @@ def test_blocks_that_must_be_written_whole(name, format):
     with pytest.warns(UserWarning, match="has no handler for the primitive"):
         out = jax.jit(use_implicit_args(WRITES[name]))(array)
     np.testing.assert_array_equal(out, WRITES[name](array.materialize()))
-    with pytest.raises(ValueError, match="array must be written in whole blocks, since the scales of"):
+    with pytest.raises(ValueError, match="array must be written in whole blocks, since scales of"):
         qpaged.arrays.write_rows(array, (3,), (jnp.array([0]),), jnp.zeros((1, 2, 6, 16)))
 
 

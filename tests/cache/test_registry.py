@@ -105,7 +105,8 @@ def test_an_unknown_name_lists_what_is_installed(spelling):
 
 
 @pytest.mark.parametrize(
-    "spelling", ["", "int8 ", " int8", ":token", "int8:", "int8/int8", "int8:token:x", "+rotate", "int8+", "a,b"]
+    "spelling",
+    ["", "int8 ", " int8", ":token", "int8:", "int8/int8", "int8:token:x", "+rotate", "int8+", "a,b"],
 )
 def test_what_is_not_of_the_grammar(spelling):
     message = re.escape(f"{spelling!r}: it must read name[:granularity][+wrapper]..., as int8, int8:token or")
@@ -142,9 +143,13 @@ def test_a_wrapper_that_is_not_installed():
         qpaged.get_quantizer("int8+turn")
 
 
-@pytest.mark.parametrize("spelling", ["int8+rotate+rotate", "int8+offset+rotate+offset", "int4+rotate+offset+rotate"])
+@pytest.mark.parametrize(
+    "spelling", ["int8+rotate+rotate", "int8+offset+rotate+offset", "int4+rotate+offset+rotate"]
+)
 def test_a_wrapper_twice(spelling):
-    with pytest.raises(qpaged.RegistryError, match=r"\+(rotate|offset) may be given once, but int[48]\S* has it"):
+    with pytest.raises(
+        qpaged.RegistryError, match=r"\+(rotate|offset) may be given once, but int[48]\S* has it"
+    ):
         qpaged.get_quantizer(spelling)
 
 
@@ -283,7 +288,7 @@ def test_too_many_parts(spelling):
 
 @pytest.mark.parametrize("spelling", ["int8/", "/int8", "", "/", "plain:token", "int5/int8", "int8/int5"])
 def test_parts_that_name_nothing(spelling):
-    with pytest.raises(qpaged.RegistryError, match="no format is named|it must read"):
+    with pytest.raises(qpaged.RegistryError, match=r"no format is named|it must read"):
         CacheFormat.of(spelling)
 
 

@@ -126,7 +126,10 @@ def test_all_installed_formats_are_the_default(quick, sweep):
     found = sweep(*SMALL, "--json")
     formats = [run["format"] for run in json.loads(found.out)["runs"]]
     unfit = {"int2", "int2:group64", "int4", "int4:group64", "int4:group128", "mxfp4", "mxfp8"}  # head_dim 16
-    assert formats == ["plain", *(spelling for spelling in qpaged.available_formats() if spelling not in unfit)]
+    assert formats == [
+        "plain",
+        *(spelling for spelling in qpaged.available_formats() if spelling not in unfit),
+    ]
     assert "left out, since they do not go with head_dim 16: int2, int2:group64, int4," in found.err
 
 
