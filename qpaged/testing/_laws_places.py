@@ -1,0 +1,132 @@
+"""Laws 3, 4 and 9: a write stays in its place, none lands out of range, and a reset page forgets."""
+
+from typing import Any
+
+import numpy as np
+
+from qpaged.testing._draws import LARGEST_INDEX
+from qpaged.testing._law import require
+from qpaged.testing._laws_values import within_bound
+from qpaged.testing._pool import (
+    ELSEWHERE,
+    MANY_PAGES,
+    PAGE_SIZE,
+    PAGES,
+    TABLE,
+    TOKENS,
+    different,
+    moved,
+    outside,
+    parts,
+    pools,
+)
+from qpaged.testing._subject import Subject
+
+BAD_PAGES = np.array([PAGES, LARGEST_INDEX, -LARGEST_INDEX - 1], np.int32)
+NEGATIVE = np.array([-1, -PAGES, 4 * PAGES], np.int32)
+
+
+def locality(subject: Subject, rows: np.ndarray, token: int, new: np.ndarray, case: str = "") -> None:
+    """Law 3: writing one more row changes the blocks it writes into, and no other bit."""
+    before = subject.prefilled(rows)
+    again = rows.copy()
+    again[token] = new
+    position = np.full(TOKENS, -1, np.int32)
+    position[0] = token
+    after = subject.write(before, np.broadcast_to(new, rows.shape), position)
+    within_bound(subject, after, again, f"{case}, one of them overwritten", law=3)
+    untouched(subject, before, after, token, f"writing token {token} of {case}")
+
+
+def untouched(
+    subject: Subject, before: Any, after: Any, token: int, case: str, element: tuple[int, int] | None = None
+) -> None:
+    """Two views differ only in the blocks of a token; or of one ``element`` (head, channel) of it.
+
+    A block may reach over the slots of a page and the channels of a head, never over pages or heads. What is
+    transformed, or has second-level scales, may change in all channels of the token.
+    """
+    page, slot = TABLE[token // PAGE_SIZE], token % PAGE_SIZE
+    for (name, old), (_, new) in zip(pools(before), pools(after), strict=True):
+        heads, _, _, channels = old.shape
+        box = [(0, heads), (page, page + 1), around(slot, old.block[2]), (0, channels)]
+        if element is not None:
+            box[0] = element[0], element[0] + 1
+            if not (subject.quantizer.transforms or subject.quantizer.outer_dtype):
+                box[3] = around(element[1], old.block[3])
+        for part, stored in parts(old).items():
+            here, there = (outside(stored, old.shape, box) for stored in (stored, parts(new)[part]))
+            alone = here.tobytes() == there.tobytes()
+            require(alone, 3, subject, f"{case} changes the {part} of other blocks of the {name}")
+
+
+def around(index: int, extent: int) -> tuple[int, int]:
+    """From where to where the block of an index reaches."""
+    return index // extent * extent, index // extent * extent + extent
+
+
+def not_finite(subject: Subject, rows: np.ndarray, bad: float) -> None:
+    """Laws 1 and 3: NaN is stored as 0 and an infinity as the largest number, and no other block knows of it.
+
+    A format without scales may keep what it is given.
+    """
+    token, head, channel = 9, 1, 5
+    poisoned = rows.copy()
+    poisoned[token, head, channel] = bad
+    clean, dirty = subject.prefilled(rows), subject.prefilled(poisoned)
+    stored = [found["values"][token, head, channel] for found in subject.read(dirty, poisoned)]
+    kept = subject.quantizer.scale_dtype is None and np.array_equal(stored, [bad, -bad], equal_nan=True)
+    if not kept:
+        within_bound(subject, dirty, poisoned, f"values of which one is {bad}")
+    untouched(subject, clean, dirty, token, f"one {bad}", (head, channel))
+
+
+def totality(subject: Subject, rows: np.ndarray, position: np.ndarray, table: np.ndarray) -> None:
+    """Law 4: rows whose position or page is out of range are dropped, never clamped or wrapped."""
+    lands = (position >= 0) & (position < len(table) * PAGE_SIZE)
+    page = table[np.where(lands, position // PAGE_SIZE, 0)]
+    lands &= (page >= 0) & (page < PAGES)
+    base = subject.prefilled(rows[::-1].copy())
+    everything = subject.write(base, rows, position, table)
+    only = subject.write(base, np.where(lands[:, None, None], rows, 0), np.where(lands, position, -1), table)
+    where = f"positions {position[~lands].tolist()} in pages {table.tolist()} of {PAGES}"
+    found = different(everything, only)
+    require(not found, 4, subject, f"rows out of range, at {where}, were written to {', '.join(found)}")
+    found = different(subject.write(base, rows, np.where(lands, -1, position), table), base)
+    require(not found, 4, subject, f"a write of nothing but rows out of range, at {where}, changed {', '.join(found)}")
+
+
+def nowhere(subject: Subject, rows: np.ndarray) -> None:
+    """Law 4: decodes and resets out of range do nothing, and what is read there is NaN, as of a plain pool."""
+    view = subject.prefilled(rows)
+    for pages in (BAD_PAGES, NEGATIVE):
+        found = different(subject.reset(view, pages), view)
+        require(not found, 4, subject, f"a reset of pages {pages.tolist()} of {PAGES} changed {', '.join(found)}")
+    copies, past = subject.copied(view, TABLE, BAD_PAGES)
+    found = different(copies, view)
+    require(not found, 4, subject, f"copying to pages {BAD_PAGES.tolist()} of {PAGES} changed {', '.join(found)}")
+    read = all(np.isnan(np.asarray(pages, np.float32)).all() for pages in past)
+    require(read, 4, subject, "a read past the end is not NaN, as it is of a plain pool; Quantizer.past_end says how")
+
+    beyond = np.array([-1, -LARGEST_INDEX - 1, len(TABLE) * PAGE_SIZE, LARGEST_INDEX], np.int32)
+    position = np.stack([np.resize(beyond, TOKENS), np.arange(TOKENS, dtype=np.int32)], axis=1)
+    table = np.stack([ELSEWHERE, np.array([MANY_PAGES, -1, LARGEST_INDEX], np.int32)])
+    decoded = subject.decode(subject.enlarged(view), np.stack([rows, rows], axis=1), position, table)
+    found = different(decoded, subject.enlarged(view))
+    require(not found, 4, subject, f"decode steps of nothing but rows out of range changed {', '.join(found)}")
+
+
+def reuse(subject: Subject, rows: np.ndarray, later: np.ndarray, chunks: list[np.ndarray], case: str = "") -> None:
+    """Law 9: a page that was reset carries nothing of its earlier sequence."""
+    again = subject.in_chunks(subject.reset(subject.prefilled(rows), TABLE), later, chunks)
+    found = different(again, subject.in_chunks(subject.fresh(), later, chunks))
+    require(not found, 9, subject, f"pages that held {case} and were reset remember it in {', '.join(found)}")
+
+
+def fresh_pages(subject: Subject, rows: np.ndarray) -> None:
+    """Law 9: fresh pages, and those that were reset, read as exact zeros and hold the same bits."""
+    view = subject.fresh()
+    for name, found in zip(("keys", "values"), subject.read(view, rows), strict=True):
+        require(not found["values"].any(), 9, subject, f"fresh {name} do not read as exact zeros")
+    found = different(moved(subject.reset(subject.prefilled(rows), TABLE), TABLE, TABLE, PAGES), view)
+    require(not found, 9, subject, f"pages that were reset differ from fresh ones in {', '.join(found)}")
