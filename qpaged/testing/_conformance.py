@@ -2,7 +2,6 @@
 
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 
 from qpaged.testing import _draws as draws
@@ -33,19 +32,18 @@ class QuantizerConformance:
         if "subject" not in metafunc.fixturenames:
             return
         if not hasattr(self, "format"):
-            raise pytest.UsageError(f"{type(self).__name__} must say which format it tests: format = 'myformat'.")
+            raise pytest.UsageError(f"{type(self).__name__} must name a format to test: format = 'myformat'.")
         formats = self.format if isinstance(self.format, list | tuple) else [self.format]
-        together = metafunc.config.pluginmanager.hasplugin("xdist")
+        together = metafunc.config.pluginmanager.hasplugin("xdist")  # in one process: they share programs
+        marks = [[pytest.mark.xdist_group(str(format))] if together else [] for format in formats]
         params = [
-            pytest.param(
-                Subject(format), id=str(format), marks=[pytest.mark.xdist_group(str(format))] if together else []
-            )
-            for format in formats
+            pytest.param(Subject(format), id=str(format), marks=mark)
+            for format, mark in zip(formats, marks, strict=True)
         ]
         metafunc.parametrize("subject", params, scope="class")
 
     def test_law_1_error(self, subject):
-        """Values of every magnitude read back within the stated bound, in whatever order they were written."""
+        """Values of every magnitude read back within the bound, in whatever order they were written."""
         for turn, (name, rows) in enumerate(draws.every_kind(subject.shape)):
             way, chunks = draws.a_way(turn)
             values.error(subject, rows, chunks, f"{name} written {way}")
@@ -110,7 +108,8 @@ class QuantizerConformance:
 
     def test_law_7_sameness_of_attention(self, subject):
         """Attention over pages is attention over the values that they hold."""
-        sameness.attention(subject, draws.rows(draws.GAUSSIAN, 0, subject.shape), sameness.queries(subject.shape))
+        rows = draws.rows(draws.GAUSSIAN, 0, subject.shape)
+        sameness.attention(subject, rows, sameness.queries(subject.shape))
 
     def test_law_7_sameness_in_bfloat16(self, subject):
         """Codes are exact in the dtype that dots take."""
@@ -128,15 +127,15 @@ class QuantizerConformance:
     def test_law_8_travel_to_files(self, subject):
         """A view survives JSON, and one of another format is refused."""
         if not travel.registered(subject.quantizer):
-            pytest.skip(f"{subject} is not registered, and records name formats: see the entry points qpaged.quantizers")
+            pytest.skip(f"{subject} has no entry point in qpaged.quantizers, by which records are read")
         travel.records(subject, draws.rows(draws.GAUSSIAN, 0, subject.shape))
 
     def test_law_9_reuse(self, subject):
         """A page that was reset carries nothing of its earlier sequence."""
-        for turn, (kind, later) in enumerate((("huge", "tiny"), ("growing", "zeros"), ("wild", draws.GAUSSIAN))):
-            held, rows = (draws.rows(kind, turn, subject.shape) for kind in (kind, later))
-            places.reuse(subject, held, rows, draws.a_way(turn)[1], f"{kind} values")
+        for turn, kinds in enumerate((("huge", "tiny"), ("growing", "zeros"), ("wild", draws.GAUSSIAN))):
+            rows, later = (draws.rows(kind, turn, subject.shape) for kind in kinds)
+            places.reuse(subject, rows, later, draws.a_way(turn)[1], f"{kinds[0]} values")
 
     def test_law_9_reuse_of_fresh_pages(self, subject):
         """Fresh pages read as exact zeros."""
-        places.fresh_pages(subject, np.zeros(subject.shape, np.float32))
+        places.fresh_pages(subject, draws.rows(draws.GAUSSIAN, 0, subject.shape))

@@ -4,29 +4,30 @@ from typing import Any
 
 import numpy as np
 
-from qpaged.testing._draws import LARGEST_INDEX
-from qpaged.testing._law import require
+from qpaged.testing._law import law
 from qpaged.testing._laws_values import within_bound
 from qpaged.testing._pool import (
     ELSEWHERE,
+    LARGEST_INDEX,
     MANY_PAGES,
     PAGE_SIZE,
     PAGES,
     TABLE,
     TOKENS,
     different,
-    moved,
     outside,
     parts,
     pools,
 )
 from qpaged.testing._subject import Subject
 
-BAD_PAGES = np.array([PAGES, LARGEST_INDEX, -LARGEST_INDEX - 1], np.int32)
-NEGATIVE = np.array([-1, -PAGES, 4 * PAGES], np.int32)
+NO_PAGES = (
+    np.array([PAGES, LARGEST_INDEX, -LARGEST_INDEX - 1], np.int32),
+    np.array([-1, -PAGES, 4 * PAGES], np.int32),
+)
 
 
-def locality(subject: Subject, rows: np.ndarray, token: int, new: np.ndarray, case: str = "") -> None:
+def locality(subject: Subject, rows: np.ndarray, token: int, new: np.ndarray, case: str = "rows") -> None:
     """Law 3: writing one more row changes the blocks it writes into, and no other bit."""
     before = subject.prefilled(rows)
     again = rows.copy()
@@ -34,8 +35,8 @@ def locality(subject: Subject, rows: np.ndarray, token: int, new: np.ndarray, ca
     position = np.full(TOKENS, -1, np.int32)
     position[0] = token
     after = subject.write(before, np.broadcast_to(new, rows.shape), position)
-    within_bound(subject, after, again, f"{case}, one of them overwritten", law=3)
-    untouched(subject, before, after, token, f"writing token {token} of {case}")
+    within_bound(subject, after, again, f"{case}, one of them overwritten", number=3)
+    untouched(subject, before, after, token, f"writing token {token} of {case} again")
 
 
 def untouched(
@@ -46,6 +47,7 @@ def untouched(
     A block may reach over the slots of a page and the channels of a head, never over pages or heads. What is
     transformed, or has second-level scales, may change in all channels of the token.
     """
+    keeps = law(3, subject)
     page, slot = TABLE[token // PAGE_SIZE], token % PAGE_SIZE
     for (name, old), (_, new) in zip(pools(before), pools(after), strict=True):
         heads, _, _, channels = old.shape
@@ -55,9 +57,10 @@ def untouched(
             if not (subject.quantizer.transforms or subject.quantizer.outer_dtype):
                 box[3] = around(element[1], old.block[3])
         for part, stored in parts(old).items():
-            here, there = (outside(stored, old.shape, box) for stored in (stored, parts(new)[part]))
-            alone = here.tobytes() == there.tobytes()
-            require(alone, 3, subject, f"{case} changes the {part} of other blocks of the {name}")
+            here, there = (outside(array, old.shape, box) for array in (stored, parts(new)[part]))
+            keeps(
+                here.tobytes() == there.tobytes(), f"{case} changes the {part} of other blocks of the {name}"
+            )
 
 
 def around(index: int, extent: int) -> tuple[int, int]:
@@ -83,50 +86,54 @@ def not_finite(subject: Subject, rows: np.ndarray, bad: float) -> None:
 
 def totality(subject: Subject, rows: np.ndarray, position: np.ndarray, table: np.ndarray) -> None:
     """Law 4: rows whose position or page is out of range are dropped, never clamped or wrapped."""
+    keeps = law(4, subject)
     lands = (position >= 0) & (position < len(table) * PAGE_SIZE)
     page = table[np.where(lands, position // PAGE_SIZE, 0)]
     lands &= (page >= 0) & (page < PAGES)
     base = subject.prefilled(rows[::-1].copy())
     everything = subject.write(base, rows, position, table)
     only = subject.write(base, np.where(lands[:, None, None], rows, 0), np.where(lands, position, -1), table)
-    where = f"positions {position[~lands].tolist()} in pages {table.tolist()} of {PAGES}"
+    where = f"at {position[~lands].tolist()} in pages {table.tolist()} of {PAGES}"
     found = different(everything, only)
-    require(not found, 4, subject, f"rows out of range, at {where}, were written to {', '.join(found)}")
+    keeps(not found, f"rows out of range, {where}, were written to {', '.join(found)}")
     found = different(subject.write(base, rows, np.where(lands, -1, position), table), base)
-    require(not found, 4, subject, f"a write of nothing but rows out of range, at {where}, changed {', '.join(found)}")
+    keeps(not found, f"a write of nothing but rows out of range, {where}, changed {', '.join(found)}")
 
 
 def nowhere(subject: Subject, rows: np.ndarray) -> None:
-    """Law 4: decodes and resets out of range do nothing, and what is read there is NaN, as of a plain pool."""
+    """Law 4: resets, copies and decodes out of range do nothing; reads there give NaN, as of a plain pool."""
+    keeps = law(4, subject)
     view = subject.prefilled(rows)
-    for pages in (BAD_PAGES, NEGATIVE):
+    for pages in NO_PAGES:
         found = different(subject.reset(view, pages), view)
-        require(not found, 4, subject, f"a reset of pages {pages.tolist()} of {PAGES} changed {', '.join(found)}")
-    copies, past = subject.copied(view, TABLE, BAD_PAGES)
+        keeps(not found, f"a reset of pages {pages.tolist()} of {PAGES} changed {', '.join(found)}")
+    copies, past = subject.copied(view, TABLE, NO_PAGES[0])
     found = different(copies, view)
-    require(not found, 4, subject, f"copying to pages {BAD_PAGES.tolist()} of {PAGES} changed {', '.join(found)}")
-    read = all(np.isnan(np.asarray(pages, np.float32)).all() for pages in past)
-    require(read, 4, subject, "a read past the end is not NaN, as it is of a plain pool; Quantizer.past_end says how")
+    keeps(not found, f"copying to pages {NO_PAGES[0].tolist()} of {PAGES} changed {', '.join(found)}")
+    nan = all(np.isnan(np.asarray(pages, np.float32)).all() for pages in past)
+    keeps(nan, "a read past the end is not NaN, as it is of a plain pool; Quantizer.past_end says how")
 
     beyond = np.array([-1, -LARGEST_INDEX - 1, len(TABLE) * PAGE_SIZE, LARGEST_INDEX], np.int32)
     position = np.stack([np.resize(beyond, TOKENS), np.arange(TOKENS, dtype=np.int32)], axis=1)
     table = np.stack([ELSEWHERE, np.array([MANY_PAGES, -1, LARGEST_INDEX], np.int32)])
     decoded = subject.decode(subject.enlarged(view), np.stack([rows, rows], axis=1), position, table)
     found = different(decoded, subject.enlarged(view))
-    require(not found, 4, subject, f"decode steps of nothing but rows out of range changed {', '.join(found)}")
+    keeps(not found, f"decode steps of nothing but rows out of range changed {', '.join(found)}")
 
 
-def reuse(subject: Subject, rows: np.ndarray, later: np.ndarray, chunks: list[np.ndarray], case: str = "") -> None:
+def reuse(
+    subject: Subject, rows: np.ndarray, later: np.ndarray, chunks: list[np.ndarray], case: str = "rows"
+) -> None:
     """Law 9: a page that was reset carries nothing of its earlier sequence."""
     again = subject.in_chunks(subject.reset(subject.prefilled(rows), TABLE), later, chunks)
     found = different(again, subject.in_chunks(subject.fresh(), later, chunks))
-    require(not found, 9, subject, f"pages that held {case} and were reset remember it in {', '.join(found)}")
+    law(9, subject)(not found, f"pages that held {case} and were reset remember it in {', '.join(found)}")
 
 
 def fresh_pages(subject: Subject, rows: np.ndarray) -> None:
-    """Law 9: fresh pages, and those that were reset, read as exact zeros and hold the same bits."""
-    view = subject.fresh()
-    for name, found in zip(("keys", "values"), subject.read(view, rows), strict=True):
-        require(not found["values"].any(), 9, subject, f"fresh {name} do not read as exact zeros")
-    found = different(moved(subject.reset(subject.prefilled(rows), TABLE), TABLE, TABLE, PAGES), view)
-    require(not found, 9, subject, f"pages that were reset differ from fresh ones in {', '.join(found)}")
+    """Law 9: fresh pages read as exact zeros, and those that were reset hold the same bits."""
+    keeps, view = law(9, subject), subject.fresh()
+    for (name, _), found in zip(pools(view), subject.read(view, np.zeros_like(rows)), strict=True):
+        keeps(not found["values"].any(), f"fresh {name} do not read as exact zeros")
+    remembered = different(subject.reset(subject.prefilled(rows), TABLE), view)
+    keeps(not remembered, f"pages that were reset differ from fresh ones in {', '.join(remembered)}")

@@ -7,8 +7,8 @@ import numpy as np
 
 import qpaged
 from qpaged.implicit import ImplicitArray
-from qpaged.testing._law import require
-from qpaged.testing._pool import ELSEWHERE, HEADS, MANY_PAGES, PAGES, TABLE, TOKENS, configuration, moved, pools
+from qpaged.testing._law import law
+from qpaged.testing._pool import ELSEWHERE, HEADS, PAGES, TABLE, TOKENS, configuration, moved, pools
 from qpaged.testing._subject import LARGE, Subject, narrowed
 
 GROUP = 2  # query heads of a key/value head
@@ -18,65 +18,70 @@ TOLERANCE = 2e-5  # of the largest value: float32 sums in another order
 
 
 def looks(subject: Subject, rows: np.ndarray) -> None:
-    """Law 7: pages have the shapes and dtypes of plain ones, and stay what they are through transformations."""
-    config = configuration(subject.quantizer)
+    """Law 7: pages have the shapes and dtypes of plain ones, and come through transformations."""
+    keeps, config = law(7, subject), configuration(subject.quantizer)
     for stage, view in (("fresh", subject.fresh()), ("written", subject.prefilled(rows))):
-        require(view.metadata == config, 7, subject, f"the metadata of {stage} pages are not those they were made for")
+        keeps(view.metadata == config, f"{stage} pages have other metadata than they were made for")
         for (name, pages), dtype in zip(pools(view), (np.float32, np.float16), strict=True):
             plain = np.empty(config.pool_shape, dtype)
             for asked in ("shape", "dtype", "ndim", "size"):
                 given, wanted = getattr(pages, asked), getattr(plain, asked)
-                what = f"{asked} of {stage} {name} is {given} where a plain pool's is {wanted}"
-                require(given == wanted, 7, subject, what)
-            right = isinstance(pages, ImplicitArray) and pages.quantizer == subject.quantizer
-            require(right, 7, subject, f"{stage} {name} are no implicit arrays of the format any more")
-            mapped = jax.eval_shape(jax.vmap(lambda one: stays(one, pages)), pages)  # noqa: B023
-            require(
-                jax.tree_util.tree_structure(mapped) == jax.tree_util.tree_structure(pages), 7, subject,
-                f"{name} that are mapped over their heads come back as something else",
-            )  # fmt: skip
+                keeps(
+                    given == wanted, f"{asked} of {stage} {name} is {given} where a plain pool's is {wanted}"
+                )
+            own = isinstance(pages, qpaged.QuantizedArray) and pages.quantizer == subject.quantizer
+            keeps(own and isinstance(pages, ImplicitArray), f"{stage} {name} are no arrays of the format")
+            keeps(mapped(pages), f"{name} do not come through vmap over their heads as what they are")
 
 
-def stays(one: Any, pages: Any) -> Any:
-    """What vmap gives of pages, if it is these without their heads."""
-    same = isinstance(one, qpaged.QuantizedArray) and (one.shape, one.block) == (pages.shape[1:], pages.block[1:])
-    return one if same else None
+def mapped(pages: Any) -> bool:
+    """Whether vmap over the heads sees pages without their heads, and gives back pages."""
+    seen = []
+
+    def one(head):
+        seen.append((head.shape, head.block) == (pages.shape[1:], pages.block[1:]))
+        return head
+
+    kinds: list[Any] = [
+        jax.tree_util.tree_structure(tree) for tree in (pages, jax.eval_shape(jax.vmap(one), pages))
+    ]
+    return all(seen) and bool(kinds[0] == kinds[1])
 
 
 def attention(subject: Subject, rows: np.ndarray, query: np.ndarray) -> None:
     """Law 7: attention over pages is attention over the values they hold, on every backend."""
-    rows = narrowed(rows, LARGE[1])
+    keeps, rows = law(7, subject), narrowed(rows, LARGE[1])
     batch = np.stack([rows, rows], axis=1)
     position = np.stack([np.full(TOKENS, -1, np.int32), np.arange(TOKENS, dtype=np.int32)], axis=1)
     view = subject.decode(subject.enlarged(subject.fresh()), batch, position, TABLES[:2])
-    require(
-        all(isinstance(pages, qpaged.QuantizedArray) for _, pages in pools(view)), 7, subject,
-        "pages that a scan carries come out as something else",
-    )  # fmt: skip
-    keys, values = subject.read(moved(view, ELSEWHERE, TABLE, PAGES), rows)
-    wanted = attended(query, keys["values"], values["values"], POSITION)
+    kept = all(isinstance(pages, qpaged.QuantizedArray) for _, pages in pools(view))
+    keeps(kept, "pages that a scan carries come out as something else")
+
+    keys, values = (found["values"] for found in subject.read(moved(view, ELSEWHERE, TABLE, PAGES), rows))
+    wanted, tolerance = attended(query, keys, values, POSITION), TOLERANCE * np.abs(values).max()
     for backend, out in subject.attend(view, query, POSITION, TABLES).items():
-        out = np.asarray(out)
-        require((out.shape, out.dtype) == (query.shape, query.dtype), 7, subject, f"{backend} gives {out.dtype}{out.shape}")
-        off = np.abs(out - wanted).max()
-        require(
-            off <= TOLERANCE * np.abs(values["values"]).max(), 7, subject,
-            f"attention by the backend {backend} is off by {off:.3g} from attention over the values read back; "
-            f"decode must be exact and elementwise, transform linear",
-        )  # fmt: skip
-    require(view.metadata.num_pages_per_layer == MANY_PAGES, 7, subject, "a decode changes the metadata of a view")
+        same = (out.shape, out.dtype) == (query.shape, query.dtype)
+        keeps(same, f"attention by {backend} gives {out.dtype} of shape {out.shape}")
+        off = np.abs(np.asarray(out) - wanted).max()
+        keeps(
+            off <= tolerance,
+            f"attention by {backend} is off by {off:.3g} from attention over the values read back (is "
+            f"decode elementwise, and exact in every dtype? is transform linear, and inverse its inverse?)",
+        )
 
 
-def exact_in_bfloat16(subject: Subject, rows: np.ndarray, case: str = "") -> None:
-    """Law 7: codes are exact in the dtype of the dot, so that attention in bfloat16 sees what float32 would."""
+def exact_in_bfloat16(subject: Subject, rows: np.ndarray, case: str = "rows") -> None:
+    """Law 7: codes are exact in the dtype of a dot, so that bfloat16 attention sees what float32 would."""
     view = subject.prefilled(rows)
-    for name, found in zip(("keys", "values"), subject.read(view, rows), strict=True):
-        what = f"{name} of {case} are not exact in units of the scale when decoded as bfloat16, as dots do"
-        require(not found["inexact"].any(), 7, subject, what)
+    for (name, _), found in zip(pools(view), subject.read(view, rows), strict=True):
+        exact = not found["inexact"].any()
+        law(7, subject)(
+            exact, f"{name} of {case}, in units of their scales, are not exact in bfloat16, as dots ask"
+        )
 
 
 def attended(query: np.ndarray, keys: np.ndarray, values: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Attention of queries (batch, q_heads, head_dim) at ``position`` over slots (tokens, heads, head_dim)."""
+    """Attention of (batch, q_heads, head_dim) at ``position`` over slots (tokens, heads, head_dim)."""
     out = np.zeros(query.shape)
     for row, last in enumerate(position):
         for head in range(query.shape[1]):

@@ -87,7 +87,7 @@ def different(one: Any, other: Any) -> list[str]:
 
 
 def outside(part: np.ndarray, shape: Sequence[int], box: Sequence[tuple[int, int]]) -> np.ndarray:
-    """A part of an array of ``shape``, with zeros for what belongs to a box of elements, (from, to) by axis."""
+    """A part of an array of ``shape``, with zeros for a box of elements, (from, to) by axis."""
     part = part.copy()
     spans = zip(part.shape, shape, box, strict=True)
     part[tuple(slice(low * n // length, -(-high * n // length)) for n, length, (low, high) in spans)] = 0

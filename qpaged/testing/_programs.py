@@ -24,7 +24,7 @@ class Program:
 
 
 def compiled(function: Any, *args: Any, donate: tuple[int, ...] = (), quickly: bool = False) -> Program:
-    """``function`` compiled ahead for arguments like these; ``quickly`` where what it gives is not compared in bits."""
+    """``function`` compiled ahead for arguments like these; ``quickly`` if its last bits do not matter."""
     traced = jax.jit(function, donate_argnums=donate).trace(*args)
     options = {"xla_backend_optimization_level": 0} if quickly else None
     return Program(traced.lower().compile(compiler_options=options), traced.jaxpr)
@@ -72,7 +72,7 @@ def like(*arrays: np.ndarray) -> tuple[jax.ShapeDtypeStruct, ...]:
 
 @functools.lru_cache(KEPT)
 def read(quantizer: qpaged.Quantizer, dtypes: tuple[Any, Any], table: Any, keys: Any, values: Any) -> Program:
-    """What a sequence's slots hold, and what the format allows for ``keys`` and ``values``; arguments by shape."""
+    """What a sequence's slots hold, and what is allowed for ``keys`` and ``values``; arguments by shape."""
 
     def both(view, table, keys, values):
         wanted = (view.key_pages, keys), (view.value_pages, values)
@@ -111,7 +111,7 @@ def factors(pages: Any) -> jax.Array:
 
 @jax.jit
 def copied(view: Any, source: Any, target: Any) -> tuple[Any, Any]:
-    """The view with pages copied, by code that knows nothing of formats; and those past the end, as it reads them."""
+    """The view with pages copied by code for plain ones, and pages past the end as such code reads them."""
 
     @use_implicit_args
     def copy(keys, values):

@@ -115,8 +115,10 @@ def narrowed(rows: np.ndarray, dtype: Any) -> np.ndarray:
 
 def wants(view: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """What keys and values should read back as: 0 for NaN, the largest finite number for an infinity."""
-    wanted = []
-    for rows, dtype in ((rows, view.key_pages.dtype), (-narrowed(rows, view.value_pages.dtype), view.value_pages.dtype)):
-        largest = float(jnp.finfo(dtype).max)
-        wanted.append(np.nan_to_num(rows, nan=0.0, posinf=largest, neginf=-largest))
-    return wanted[0], wanted[1]
+    wanted = [(rows, view.key_pages.dtype)]
+    wanted.append((-narrowed(rows, view.value_pages.dtype), view.value_pages.dtype))
+    largest = [float(jnp.finfo(dtype).max) for _, dtype in wanted]
+    keys, values = (
+        np.nan_to_num(x, nan=0.0, posinf=m, neginf=-m) for (x, _), m in zip(wanted, largest, strict=True)
+    )
+    return keys, values
