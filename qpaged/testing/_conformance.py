@@ -37,7 +37,7 @@ class QuantizerConformance:
         together = metafunc.config.pluginmanager.hasplugin("xdist")  # in one process: they share programs
         marks = [[pytest.mark.xdist_group(str(format))] if together else [] for format in formats]
         params = [
-            pytest.param(Subject(format), id=str(format), marks=mark)
+            pytest.param(Subject(format), id=str(Subject(format)), marks=mark)
             for format, mark in zip(formats, marks, strict=True)
         ]
         metafunc.parametrize("subject", params, scope="class")
@@ -52,10 +52,10 @@ class QuantizerConformance:
         """The bound says something, and so does the format."""
         values.worth_stating(subject)
 
-    @pytest.mark.parametrize("bad", draws.NOT_FINITE)
-    def test_law_1_error_of_what_is_not_finite(self, subject, bad):
-        """NaN and infinities have the documented outcome, and harm no other block."""
-        places.not_finite(subject, draws.rows(draws.GAUSSIAN, 2, subject.shape), bad)
+    def test_law_1_error_of_what_is_not_finite(self, subject):
+        """NaN and infinities have the documented outcome."""
+        for bad in draws.NOT_FINITE:
+            places.not_finite(subject, draws.rows(draws.GAUSSIAN, 2, subject.shape), bad)
 
     def test_law_2_order(self, subject):
         """Chunks, permutations and single tokens leave the bits that one prefill leaves."""
@@ -63,10 +63,9 @@ class QuantizerConformance:
             way, chunks = draws.a_way(turn)
             values.order(subject, rows, chunks, f"{name} written {way}")
 
-    @pytest.mark.parametrize("prefilled", [0, 11])
-    def test_law_2_order_of_decodes(self, subject, prefilled):
+    def test_law_2_order_of_decodes(self, subject):
         """Decode steps leave the bits that one prefill leaves."""
-        for kind in (draws.GAUSSIAN, "growing"):
+        for kind, prefilled in ((draws.GAUSSIAN, 0), ("growing", 11), ("wild", 3)):
             case = f"{kind} values decoded behind a prefill of {prefilled} tokens"
             values.decodes(subject, draws.rows(kind, 1, subject.shape), prefilled, case)
 
@@ -75,6 +74,11 @@ class QuantizerConformance:
         for turn, (name, rows) in enumerate(draws.every_kind(subject.shape, seeds=1)):
             new = draws.rows("wild" if turn % 2 else draws.GAUSSIAN, turn, subject.shape)
             places.locality(subject, rows, 7 * turn % len(rows), new[0], name)
+
+    def test_law_3_locality_of_what_is_not_finite(self, subject):
+        """NaN and infinities harm no other block."""
+        for bad in draws.NOT_FINITE:
+            places.not_finite_alone(subject, draws.rows(draws.GAUSSIAN, 2, subject.shape), bad)
 
     def test_law_4_totality(self, subject):
         """Rows out of range are dropped, never clamped or wrapped."""

@@ -20,7 +20,7 @@ BYTE = 8
 
 
 def decode_cost(subject: Subject, rows: np.ndarray) -> None:
-    """Law 5: a decode write makes no float of the pool's size, needs no memory to speak of, writes in place."""
+    """Law 5: a decode write makes no float as large as the pool, takes next to no memory, writes in place."""
     keeps = law(5, subject)
     batch = np.stack([rows] * BATCH, axis=1)
     position = np.stack([np.full(TOKENS, -1, np.int32), np.arange(TOKENS, dtype=np.int32)], axis=1)

@@ -25,6 +25,7 @@ NO_PAGES = (
     np.array([PAGES, LARGEST_INDEX, -LARGEST_INDEX - 1], np.int32),
     np.array([-1, -PAGES, 4 * PAGES], np.int32),
 )
+POISONED = 9, 1, 5  # token, head, channel
 
 
 def locality(subject: Subject, rows: np.ndarray, token: int, new: np.ndarray, case: str = "rows") -> None:
@@ -69,18 +70,22 @@ def around(index: int, extent: int) -> tuple[int, int]:
 
 
 def not_finite(subject: Subject, rows: np.ndarray, bad: float) -> None:
-    """Laws 1 and 3: NaN is stored as 0 and an infinity as the largest number, and no other block knows of it.
-
-    A format without scales may keep what it is given.
-    """
-    token, head, channel = 9, 1, 5
+    """Law 1: NaN is stored as 0 and an infinity as the largest number; without scales they may be kept."""
     poisoned = rows.copy()
-    poisoned[token, head, channel] = bad
-    clean, dirty = subject.prefilled(rows), subject.prefilled(poisoned)
-    stored = [found["values"][token, head, channel] for found in subject.read(dirty, poisoned)]
+    poisoned[POISONED] = bad
+    dirty = subject.prefilled(poisoned)
+    stored = [found["values"][POISONED] for found in subject.read(dirty, poisoned)]
     kept = subject.quantizer.scale_dtype is None and np.array_equal(stored, [bad, -bad], equal_nan=True)
     if not kept:
         within_bound(subject, dirty, poisoned, f"values of which one is {bad}")
+
+
+def not_finite_alone(subject: Subject, rows: np.ndarray, bad: float) -> None:
+    """Law 3: one NaN or infinity is known to no other block."""
+    poisoned = rows.copy()
+    poisoned[POISONED] = bad
+    token, head, channel = POISONED
+    clean, dirty = subject.prefilled(rows), subject.prefilled(poisoned)
     untouched(subject, clean, dirty, token, f"one {bad}", (head, channel))
 
 

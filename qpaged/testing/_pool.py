@@ -17,21 +17,21 @@ TABLE = np.array([4, 1, 3], np.int32)
 ELSEWHERE = np.array([MANY_PAGES - 1, 17, 4000], np.int32)  # where it lies in the large pool
 LARGEST_INDEX = 2**31 - 1
 SMALLEST = 2.0**-125  # values below 2^-126 count as zero, and so may bounds
-WIDEST_HEAD = 1024
+HEAD_DIMS = (16, 32, 64, 128, 256)  # that a format is asked for, the smallest first
 
 
 @functools.cache
 def head_dim(quantizer: qpaged.Quantizer) -> int:
     """The smallest head that the format takes."""
-    size = 16
-    while size <= WIDEST_HEAD:
+    for size in HEAD_DIMS:
         try:
-            jax.eval_shape(lambda: quantizer.empty((1, 1, PAGE_SIZE, size), jnp.float32))  # noqa: B023
+            jax.eval_shape(lambda: quantizer.empty((HEADS, PAGES, PAGE_SIZE, size), jnp.float32))  # noqa: B023
         except ValueError:
-            size *= 2
+            if size == HEAD_DIMS[-1]:
+                raise
         else:
-            return size
-    raise AssertionError(f"{quantizer} takes none of the head_dims 16, 32, ... {WIDEST_HEAD}.")
+            break
+    return size
 
 
 def configuration(quantizer: qpaged.Quantizer, pages: int = PAGES) -> qpaged.PagedAttentionCacheMetaData:

@@ -52,12 +52,8 @@ def decode(subject: Any, dtypes: tuple[Any, Any], rows: Any, position: Any, tabl
 def attend(subject: Any, dtypes: tuple[Any, Any], query: Any, position: Any, table: Any) -> Program:
     """Decode attention on every backend, over an abstract large pool; arguments by shape."""
 
-    def every(view, query, position, table):
-        metadata = qpaged.PagedAttentionMetadata.decode(position=position, page_table=table)
-        attention = functools.partial(qpaged.paged_attention, query, view, metadata)
-        return {backend: attention(backend=backend) for backend in qpaged.attention_backends()}
-
-    return compiled(every, large(subject.quantizer, dtypes), query, position, table, quickly=True)
+    view = large(subject.quantizer, dtypes)
+    return compiled(subject.attend_step, view, query, position, table, quickly=True)
 
 
 def large(quantizer: qpaged.Quantizer, dtypes: tuple[Any, Any]) -> Any:

@@ -1,5 +1,6 @@
 """What the laws are checked on: a format, and the way its pages are written."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,9 @@ class Subject:
         return TOKENS, HEADS, head_dim(self.quantizer)
 
     def __str__(self) -> str:
-        return str(self.format)
+        return (
+            self.format if isinstance(self.format, str) else f"{self.format} ({type(self.format).__name__})"
+        )
 
     def fresh(self) -> Any:
         """A view in which nothing was written."""
@@ -65,12 +68,18 @@ class Subject:
         """The large view, which is given away, after steps of ``rows`` (steps, batch, heads, head_dim)."""
         return self.decode_program(rows, position, table).run(view, rows, position, table)
 
+    def attend_step(self, view: Any, query: Any, position: Any, table: Any) -> dict[str, Any]:
+        """Decode attention by the name of the backend; traced into :meth:`attend`."""
+        metadata = qpaged.PagedAttentionMetadata.decode(position=position, page_table=table)
+        attention = functools.partial(qpaged.paged_attention, query, view, metadata)
+        return {backend: attention(backend=backend) for backend in qpaged.attention_backends()}
+
     def attend_program(self, query: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
         """The program that :meth:`attend` runs."""
         return _programs.attend(self, LARGE, *_programs.like(query, position, table))
 
     def attend(self, view: Any, query: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
-        """Decode attention over the large view, by the name of the backend."""
+        """What :meth:`attend_step` gives over the large view."""
         return self.attend_program(query, position, table).run(view, query, position, table)
 
     def copied(self, view: Any, source: np.ndarray, target: np.ndarray) -> Any:
