@@ -13,7 +13,7 @@ import qpaged
 HEADS, PAGES, PAGE_SIZE = 2, 6, 8
 MANY_PAGES = 32_768  # of the large pool, beside which anything that a step needs is small
 TOKENS = 20  # of a sequence that lies on three pages, the last not full
-TABLE = np.array([4, 1, 3], np.int32)
+TABLE = np.array([4, 1, 5], np.int32)  # two of them neighbours
 ELSEWHERE = np.array([MANY_PAGES - 1, 17, 4000], np.int32)  # where it lies in the large pool
 LARGEST_INDEX = 2**31 - 1
 SMALLEST = 2.0**-125  # values below 2^-126 count as zero, and so may bounds
