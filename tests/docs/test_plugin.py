@@ -23,7 +23,6 @@ def example(name):
 
 class TestTutorialFormats(QuantizerConformance):
     format = (
-        nf4.Nf4(),
         example("floor6").Floor6(),
         example("nearest6").Nearest6(),
         example("signs").Signs(inner=Rotate(inner=nf4.Nf4())),
