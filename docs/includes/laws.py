@@ -13,7 +13,7 @@ def table():
     for number, (name, reason) in LAWS.items():
         tests = [test for test in vars(QuantizerConformance) if test.startswith(f"test_law_{number}_")]
         tried = [getattr(QuantizerConformance, test).__doc__ for test in tests]
-        lines.append(f"| {number}. {name} | {' '.join(tried)} | {reason[0].upper()}{reason[1:]}. |")
+        lines.append(f"| {number}.&nbsp;{name} | {' '.join(tried)} | {reason[0].upper()}{reason[1:]}. |")
     return "\n".join(lines) + "\n"
 
 

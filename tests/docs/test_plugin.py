@@ -3,12 +3,14 @@
 import re
 import statistics
 
+import jax.numpy as jnp
 import numpy as np
+import pytest
 from scripts import PLUGIN, ROOT, script
 
 import qpaged
 from qpaged.models import load_tiny
-from qpaged.testing import QuantizerConformance
+from qpaged.testing import QuantizerConformance, Subject
 from quantizers import Rotate
 
 TUTORIAL = (ROOT / "docs/writing-a-format.md").read_text()
@@ -44,6 +46,20 @@ def test_levels_are_exact_in_bfloat16_and_near_the_published_ones():
 def test_bounds_are_those_that_the_docstring_states():
     assert round(nf4.Nf4.bound, 2) == 2.44 and round(nf4.Nf4.bound / 16, 3) == 0.152
     assert "2.44 s or 0.152 absmax" in nf4.Nf4.__doc__
+
+
+class Inexact(nf4.Nf4):
+    """NF4 with the published levels."""
+
+    def decode(self, codes, dtype):
+        return jnp.take(jnp.asarray(16 * nf4.PUBLISHED, dtype), codes, mode="clip")
+
+
+def test_the_law_that_is_shown_as_broken_is():
+    (shown,) = re.findall(r"^    (law \d, .*\n .*)$", TUTORIAL, re.MULTILINE)
+    with pytest.raises(AssertionError) as broken:
+        QuantizerConformance().test_law_7_sameness_in_bfloat16(Subject(Inexact()))
+    assert str(broken.value).replace(" (Inexact)", "") == " ".join(shown.split())
 
 
 def test_the_plugin_is_found(plugin):
