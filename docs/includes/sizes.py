@@ -14,9 +14,9 @@ PAGE_SIZE, HEAD_DIM = 16, 128
 TABLE = Path(__file__).with_name("sizes.md")
 
 
-def bytes_per_token(quantizer, dtype):
+def bytes_per_token(quantizer, dtype, head_dim=HEAD_DIM):
     """Bytes that one token of one KV head takes, keys alone."""
-    page = jnp.zeros((1, 1, PAGE_SIZE, HEAD_DIM), dtype)
+    page = jnp.zeros((1, 1, PAGE_SIZE, head_dim), dtype)
     if quantizer is not None:
         page = jax.eval_shape(qpaged.get_quantizer(quantizer).quantize, page)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(page)) / PAGE_SIZE
@@ -33,5 +33,11 @@ def table(spellings):
     return "\n".join(lines) + "\n"
 
 
+def built_in():
+    """The formats that come with qpaged, at each of their granularities."""
+    formats = qpaged.available_formats()
+    return [f for f in formats if type(qpaged.get_quantizer(f)).__module__.split(".")[0] == "quantizers"]
+
+
 if __name__ == "__main__":
-    TABLE.write_text(table(["plain", *qpaged.available_formats()]))
+    TABLE.write_text(table(["plain", *built_in()]))

@@ -1,34 +1,27 @@
 """What the documentation shows: its Python runs, and what scripts made is as they would make it now."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
+from scripts import ROOT, script
 
-import qpaged
-
-ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+INCLUDE = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)
 
 
 def snippets(page):
-    """(line, source) of each fenced Python block of a page."""
+    """(line, source) of each fenced Python block of a page, with the files that it includes."""
     text = page.read_text()
-    return [(text.count("\n", 0, match.start(1)), match.group(1)) for match in FENCE.finditer(text)]
+    return [(text.count("\n", 0, match.start(1)), included(match.group(1))) for match in FENCE.finditer(text)]
 
 
-def script(path):
-    """A script of the documentation as a module."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def included(source):
+    return INCLUDE.sub(lambda match: (ROOT / match.group(1)).read_text(), source)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if snippets(p)], ids=lambda p: str(p.relative_to(ROOT)))
-def test_snippets_run(page):
+def test_snippets_run(page, plugin):
     namespace = {"__name__": "snippets"}
     for line, source in snippets(page):
         # the blank lines make tracebacks name the page's own lines
@@ -39,6 +32,7 @@ def test_snippets_are_found():
     counts = {str(page.relative_to(ROOT)): len(snippets(page)) for page in PAGES}
     assert counts["README.md"] == 1
     assert counts["docs/errors.md"] == 3
+    assert any("class Nf4" in source for _, source in snippets(ROOT / "docs/writing-a-format.md"))
 
 
 @pytest.mark.parametrize("name", ["doubling.svg", "granularities.svg", "lookup.svg"])
@@ -49,12 +43,17 @@ def test_figures_are_as_drawn(name):
 
 def test_sizes_are_as_allocated():
     sizes = script(ROOT / "docs/includes/sizes.py")
-    table = sizes.table(["plain", *qpaged.available_formats()])
+    table = sizes.table(["plain", *sizes.built_in()])
     assert sizes.TABLE.read_text() == table, "run python docs/includes/sizes.py"
     shown = ["plain", "int8", "int8:token", "fp8_e4m3", "fp8_e5m2", "raw"]
     assert sizes.table(shown) in (ROOT / "README.md").read_text(), (
         f"README.md must show:\n{sizes.table(shown)}"
     )
+
+
+def test_laws_are_those_of_the_kit():
+    laws = script(ROOT / "docs/includes/laws.py")
+    assert laws.TABLE.read_text() == laws.table(), "run python docs/includes/laws.py"
 
 
 @pytest.mark.parametrize("name", script(ROOT / "docs/includes/results.py").TABLES)

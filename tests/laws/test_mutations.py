@@ -1,14 +1,18 @@
-"""The checks of the laws catch what they are for: each fails on a subject that breaks its law."""
+"""The checks of the laws catch what they are for: each fails on pages that are written in breach of it."""
 
 import jax.numpy as jnp
-import laws
 import numpy as np
 import pytest
 
-ROWS = np.random.default_rng(0).normal(size=(laws.TOKENS, laws.HEADS, laws.HEAD_DIM)).astype(np.float32)
-ROWS *= 2.0 ** (np.arange(laws.TOKENS) // 4)[:, None, None]  # scales differ from page to page
-ONE_BY_ONE = [np.array([token]) for token in range(laws.TOKENS)]
-SHUFFLED = np.array_split(np.random.default_rng(1).permutation(laws.TOKENS), 5)
+from qpaged.testing import Subject
+from qpaged.testing import _laws_places as places
+from qpaged.testing import _laws_values as values
+from qpaged.testing._pool import HEADS, PAGE_SIZE, TABLE, TOKENS
+
+ROWS = np.random.default_rng(0).normal(size=(TOKENS, HEADS, 16)).astype(np.float32)
+ROWS *= 2.0 ** (np.arange(TOKENS) // 4)[:, None, None]  # scales differ from page to page
+ONE_BY_ONE = [np.array([token]) for token in range(TOKENS)]
+SHUFFLED = np.array_split(np.random.default_rng(1).permutation(TOKENS), 5)
 
 
 def on_keys(view, change):
@@ -19,55 +23,55 @@ def with_scales(pages, change):
     return pages.like(pages.codes, change(pages.scales))
 
 
-class SwappedScales(laws.Subject):
+class SwappedScales(Subject):
     """The scales of two pages swapped."""
 
-    def write(self, view, rows, position, table=laws.TABLE, write=laws.WRITE):
-        view = super().write(view, rows, position, table, write)
+    def write(self, view, rows, position, table=TABLE):
+        view = super().write(view, rows, position, table)
         swap = jnp.array([0, 3, 2, 1, 4, 5])
         return on_keys(view, lambda pages: with_scales(pages, lambda s: s[:, swap]))
 
 
-class DroppedScale(laws.Subject):
+class DroppedScale(Subject):
     """A scale that a write should have grown, left as it was."""
 
-    def write(self, view, rows, position, table=laws.TABLE, write=laws.WRITE):
-        after = super().write(view, rows, position, table, write)
+    def write(self, view, rows, position, table=TABLE):
+        after = super().write(view, rows, position, table)
         old = view.key_pages.scales
         return on_keys(after, lambda pages: with_scales(pages, lambda s: jnp.where(old > 0, old, s)))
 
 
-class OneSlotOff(laws.Subject):
+class OneSlotOff(Subject):
     """Every row written one slot further."""
 
-    def write(self, view, rows, position, table=laws.TABLE, write=laws.WRITE):
-        return super().write(view, rows, np.where(position >= 0, position + 1, position), table, write)
+    def write(self, view, rows, position, table=TABLE):
+        return super().write(view, rows, np.where(position >= 0, position + 1, position), table)
 
 
-class Wrapping(laws.Subject):
+class Wrapping(Subject):
     """Negative positions count from the end, and large ones wrap."""
 
-    def write(self, view, rows, position, table=laws.TABLE, write=laws.WRITE):
-        return super().write(view, rows, position % (len(table) * laws.PAGE_SIZE), table, write)
+    def write(self, view, rows, position, table=TABLE):
+        return super().write(view, rows, position % (len(table) * PAGE_SIZE), table)
 
 
-class Drifting(laws.Subject):
+class Drifting(Subject):
     """Codes that drift at every write."""
 
-    def write(self, view, rows, position, table=laws.TABLE, write=laws.WRITE):
-        view = super().write(view, rows, position, table, write)
+    def write(self, view, rows, position, table=TABLE):
+        view = super().write(view, rows, position, table)
         return on_keys(view, lambda pages: pages.quantizer.quantize(pages.dequantize() * 0.9))
 
 
-class Leaking(laws.Subject):
+class Leaking(Subject):
     """A write that touches a bit of another page."""
 
-    def write(self, view, rows, position, table=laws.TABLE, write=laws.WRITE):
-        view = super().write(view, rows, position, table, write)
+    def write(self, view, rows, position, table=TABLE):
+        view = super().write(view, rows, position, table)
         return on_keys(view, lambda pages: pages.like(pages.codes.at[0, 0, 0, 0].add(1), pages.scales))
 
 
-class ForgetfulReset(laws.Subject):
+class ForgetfulReset(Subject):
     """A reset that clears the codes and leaves the scales."""
 
     def reset(self, view, pages):
@@ -75,7 +79,7 @@ class ForgetfulReset(laws.Subject):
         return on_keys(super().reset(view, pages), lambda pages: with_scales(pages, lambda s: old))
 
 
-class NoReset(laws.Subject):
+class NoReset(Subject):
     """A reset that does nothing."""
 
     def reset(self, view, pages):
@@ -91,13 +95,13 @@ MUTANTS = {
 }
 
 CHECKS = {
-    "error": lambda subject: laws.error(subject, ROWS, ONE_BY_ONE),
-    "order": lambda subject: laws.order(subject, ROWS, SHUFFLED),
-    "locality": lambda subject: laws.locality(subject, ROWS, 5, ROWS[0] * 100),
-    "totality": lambda subject: laws.totality(
-        subject, ROWS, np.arange(-3, laws.TOKENS - 3, dtype=np.int32), np.array([4, -1, 3], np.int32)
+    "error": lambda subject: values.error(subject, ROWS, ONE_BY_ONE),
+    "order": lambda subject: values.order(subject, ROWS, SHUFFLED),
+    "locality": lambda subject: places.locality(subject, ROWS, 5, ROWS[0] * 100),
+    "totality": lambda subject: places.totality(
+        subject, ROWS, np.arange(-3, TOKENS - 3, dtype=np.int32), np.array([4, -1, 3], np.int32)
     ),
-    "reuse": lambda subject: laws.reuse(subject, ROWS * 64, ROWS, SHUFFLED),
+    "reuse": lambda subject: places.reuse(subject, ROWS * 64, ROWS, SHUFFLED),
 }
 
 
@@ -106,11 +110,11 @@ CHECKS = {
     ("law", "mutant"), [(law, mutant) for law, all_ in MUTANTS.items() for mutant in all_]
 )
 def test_a_check_fails_on_a_mutant(law, mutant, format):
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=f"{law}: {format} breaks it"):
         CHECKS[law](mutant(format))
 
 
 @pytest.mark.parametrize("format", ["int8", "int8:channel", "fp8_e4m3"])
 @pytest.mark.parametrize("law", CHECKS)
 def test_a_check_passes_on_the_real_thing(law, format):
-    CHECKS[law](laws.Subject(format))
+    CHECKS[law](Subject(format))

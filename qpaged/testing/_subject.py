@@ -1,0 +1,133 @@
+"""What the laws are checked on: a format, and the way its pages are written."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import qpaged
+from qpaged.testing import _programs
+from qpaged.testing._pool import ELSEWHERE, HEADS, MANY_PAGES, TABLE, TOKENS, head_dim, moved
+
+SMALL = (jnp.float32, jnp.float16)  # the dtypes of keys and of values
+LARGE = (jnp.float32, jnp.bfloat16)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A format under test. A subclass may override a method, to write in another way or to break a law.
+
+    Pages are of a small pool, keys in float32 and values in float16; decodes and attention run on a pool of
+    32,768 pages, values in bfloat16. Values are the keys' negatives.
+
+    Attributes:
+        format: a spelling or a quantizer.
+    """
+
+    format: Any
+
+    @property
+    def quantizer(self) -> qpaged.Quantizer:
+        return qpaged.get_quantizer(self.format)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of the rows of a sequence: (tokens, heads, head_dim)."""
+        return TOKENS, HEADS, head_dim(self.quantizer)
+
+    def __str__(self) -> str:
+        return (
+            self.format if isinstance(self.format, str) else f"{self.format} ({type(self.format).__name__})"
+        )
+
+    def fresh(self) -> Any:
+        """A view in which nothing was written."""
+        return _programs.view_like(self.quantizer, SMALL)
+
+    def write(self, view: Any, rows: np.ndarray, position: np.ndarray, table: np.ndarray = TABLE) -> Any:
+        """The view after a prefill of ``rows`` (tokens, heads, head_dim)."""
+        metadata = qpaged.PagedAttentionMetadata.prefill(position=position, page_table=table)
+        return _programs.write(view, rows, -narrowed(rows, SMALL[1]), metadata)
+
+    def reset(self, view: Any, pages: np.ndarray) -> Any:
+        """The view with these pages reset."""
+        return _programs.reset(view, pages)
+
+    def decode_step(self, view: Any, rows: Any, position: Any, table: Any) -> Any:
+        """The view after one decode step; traced into :meth:`decode`."""
+        metadata = qpaged.PagedAttentionMetadata.decode(position=position, page_table=table)
+        return view.write_decodes_to_cache(rows, -rows, metadata)
+
+    def decode_program(self, rows: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
+        """The program that :meth:`decode` runs."""
+        return _programs.decode(self, LARGE, *_programs.like(rows, position, table))
+
+    def decode(self, view: Any, rows: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
+        """The large view, which is given away, after steps of ``rows`` (steps, batch, heads, head_dim)."""
+        return self.decode_program(rows, position, table).run(view, rows, position, table)
+
+    def attend_step(self, view: Any, query: Any, position: Any, table: Any) -> dict[str, Any]:
+        """Decode attention by the name of the backend; traced into :meth:`attend`."""
+        metadata = qpaged.PagedAttentionMetadata.decode(position=position, page_table=table)
+        attention = functools.partial(qpaged.paged_attention, query, view, metadata)
+        return {backend: attention(backend=backend) for backend in qpaged.attention_backends()}
+
+    def attend_program(self, query: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
+        """The program that :meth:`attend` runs."""
+        return _programs.attend(self, LARGE, *_programs.like(query, position, table))
+
+    def attend(self, view: Any, query: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
+        """What :meth:`attend_step` gives over the large view."""
+        return self.attend_program(query, position, table).run(view, query, position, table)
+
+    def copied(self, view: Any, source: np.ndarray, target: np.ndarray) -> Any:
+        """The view with pages copied, and pages past the end as a program reads them."""
+        return _programs.copied(view, source, target)
+
+    def read(self, view: Any, rows: np.ndarray, table: np.ndarray = TABLE) -> list[dict[str, np.ndarray]]:
+        """What the slots of keys and of values hold where ``rows`` were written, and what is allowed."""
+        wanted = wants(view, rows)
+        dtypes = view.key_pages.dtype.type, view.value_pages.dtype.type
+        program = _programs.read(self.quantizer, dtypes, *_programs.like(table, *wanted))
+        found = program.run(view, table, *wanted)
+        return [
+            {"want": want} | {name: np.asarray(array) for name, array in pool.items()}
+            for want, pool in zip(wanted, found, strict=True)
+        ]
+
+    def prefilled(self, rows: np.ndarray) -> Any:
+        """A fresh view after one prefill."""
+        return self.write(self.fresh(), rows, np.arange(TOKENS, dtype=np.int32))
+
+    def in_chunks(self, view: Any, rows: np.ndarray, chunks: list[np.ndarray]) -> Any:
+        """The view after ``rows`` were written chunk by chunk; each chunk is an array of tokens."""
+        for chunk in chunks:
+            position, order = np.full(TOKENS, -1, np.int32), np.zeros(TOKENS, np.int32)
+            position[: len(chunk)] = order[: len(chunk)] = chunk
+            view = self.write(view, rows[order], position)
+        return view
+
+    def enlarged(self, view: Any) -> Any:
+        """A large view that holds the pages of a small one elsewhere, values in another dtype and fresh."""
+        values = moved(_programs.view_like(self.quantizer, LARGE), TABLE, ELSEWHERE, MANY_PAGES)
+        return values.replace(key_pages=moved(view, TABLE, ELSEWHERE, MANY_PAGES).key_pages)
+
+
+def narrowed(rows: np.ndarray, dtype: Any) -> np.ndarray:
+    """``rows``, float32, as ``dtype`` holds them: the largest finite number where they are beyond it."""
+    largest = float(jnp.finfo(dtype).max)
+    kept = np.where(np.isfinite(rows), np.clip(rows, -largest, largest), rows)
+    return kept.astype(dtype).astype(np.float32)
+
+
+def wants(view: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What keys and values should read back as: 0 for NaN, the largest finite number for an infinity."""
+    wanted = [(rows, view.key_pages.dtype)]
+    wanted.append((-narrowed(rows, view.value_pages.dtype), view.value_pages.dtype))
+    largest = [float(jnp.finfo(dtype).max) for _, dtype in wanted]
+    keys, values = (
+        np.nan_to_num(x, nan=0.0, posinf=m, neginf=-m) for (x, _), m in zip(wanted, largest, strict=True)
+    )
+    return keys, values
