@@ -43,7 +43,9 @@ def sweep(element, beyond=2.0):
     coarse = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
     coarse = coarse[np.isfinite(coarse) & (np.abs(coarse) <= beyond * finite.max())]
     values = np.concatenate([*near, coarse])
-    return np.where(np.abs(values) < 2.0**-126, np.copysign(0, values), values)  # float32 subnormals count as zero
+    return np.where(
+        np.abs(values) < 2.0**-126, np.copysign(0, values), values
+    )  # float32 subnormals count as zero
 
 
 def cast(values, element):
@@ -95,7 +97,9 @@ def test_arrays_hold_those_codes(spelling, dtype):
     codes = from_nibbles(array.codes) if element is E2M1 else np.asarray(array.codes)
     want = cast(values, element)
     same = (codes == want) | ((values == 0) & (codes & (len(codes_of(element)) // 2 - 1) == 0))
-    assert same.all(), [(values[at].item().hex(), codes[at], want[at]) for at in zip(*np.nonzero(~same), strict=True)][:5]
+    assert same.all(), [
+        (values[at].item().hex(), codes[at], want[at]) for at in zip(*np.nonzero(~same), strict=True)
+    ][:5]
     read = np.asarray(jax.jit(lambda array: array.materialize())(array)).astype(np.float32)
     np.testing.assert_array_equal(read, want.view(element).astype(np.float32))
 

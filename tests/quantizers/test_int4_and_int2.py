@@ -18,24 +18,38 @@ unpacked = jax.jit(lambda array: array.unpacked())
 
 
 def away_from_zero(x):
-    """float64 as bfloat16, at least the smallest normal number in magnitude, rounded away from zero; float64."""
+    """float64 rounded to bfloat16 away from zero, at least the smallest normal number in magnitude."""
     x = np.copysign(np.maximum(np.abs(x), 2.0**-126), x)
     mantissa, exponent = np.frexp(x)
     return np.ldexp(np.copysign(np.ceil(np.abs(mantissa) * 2**8), mantissa), exponent - 8)
 
 
 def groups():
-    """Groups (n, 32), float32: gaussian in every binade, outliers of either sign, ties, constants, extremes."""
+    """Groups (n, 32), float32: gaussian in every binade, outliers, ties, constants, extremes."""
     rng = np.random.default_rng(0)
     binades = 2.0 ** np.arange(-124, 124)
     gaussian = rng.normal(size=(len(binades), 32)) * binades[:, None]
     outliers = np.where(rng.random((64, 32)) < 0.05, 100, 1) * rng.normal(size=(64, 32))
-    flat = np.repeat([[1.0], [-1.0], [0.1], [-0.1], [8.0], [-7.0], [LARGEST], [-LARGEST], [2.0**-126]], 32, axis=1)
+    flat = np.repeat(
+        [[1.0], [-1.0], [0.1], [-0.1], [8.0], [-7.0], [LARGEST], [-LARGEST], [2.0**-126]], 32, axis=1
+    )
     halves = np.arange(-16, 16) / 2  # under s = 1 every tie
     ties = np.stack([halves, -halves, halves * 0.75, np.nextafter(halves, 0), np.nextafter(halves, 9)])
-    both = np.stack([np.resize([a, -a, b], 32) for a, b in ((1, 0.5), (3, -2.9), (LARGEST, 0), (2.0**-126, 0))])
+    both = np.stack(
+        [np.resize([a, -a, b], 32) for a, b in ((1, 0.5), (3, -2.9), (LARGEST, 0), (2.0**-126, 0))]
+    )
     one = np.stack([np.where(np.arange(32) == 7, x, 0) for x in (1.0, -1.0, LARGEST, -LARGEST, 2.0**-126)])
-    kinds = [gaussian, np.abs(gaussian), -np.abs(gaussian), outliers, flat, ties, both, one, np.zeros((1, 32))]
+    kinds = [
+        gaussian,
+        np.abs(gaussian),
+        -np.abs(gaussian),
+        outliers,
+        flat,
+        ties,
+        both,
+        one,
+        np.zeros((1, 32)),
+    ]
     x = np.concatenate(kinds).astype(np.float32)
     return np.where(np.abs(x) < 2.0**-126, 0, x)
 
@@ -83,7 +97,9 @@ def test_the_largest_numbers_have_codes_like_others(spelling, oracle, largest):
     np.testing.assert_array_equal(np.asarray(unpacked(array)), codes)
 
 
-@pytest.mark.parametrize(("spelling", "width"), [("int4:group64", 64), ("int4:group128", 128), ("int4:token", 96)])
+@pytest.mark.parametrize(
+    ("spelling", "width"), [("int4:group64", 64), ("int4:group128", 128), ("int4:token", 96)]
+)
 def test_every_granularity_has_the_same_rule(spelling, width):
     x = np.random.default_rng(1).normal(size=(64, width)).astype(np.float32)
     codes, scales = int4_oracle(x)
@@ -190,7 +206,9 @@ def test_every_byte_holds_the_codes_that_its_bits_say(spelling, bits):
     np.testing.assert_array_equal(np.asarray(unpacked(array)), want)
 
 
-@pytest.mark.parametrize(("spelling", "bits"), [("int4", 4), ("int2", 2), ("mxfp4", 4), ("int4:page+offset", 4)])
+@pytest.mark.parametrize(
+    ("spelling", "bits"), [("int4", 4), ("int2", 2), ("mxfp4", 4), ("int4:page+offset", 4)]
+)
 @pytest.mark.parametrize("axis", range(4))
 def test_channels_may_lie_on_any_axis(spelling, bits, axis):
     """What is packed along one axis reads as what is packed along the last."""

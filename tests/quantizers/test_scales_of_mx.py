@@ -52,7 +52,9 @@ def test_scales_and_codes_are_those_of_the_specification(spelling):
     want = np.array([rule(float(np.abs(row).max()), EMAX[spelling]) for row in x])
     scales = np.asarray(array.scales)[:, 0]
     empty = want == 0
-    np.testing.assert_array_equal(scales[~empty].view(ml_dtypes.float8_e8m0fnu).astype(np.float64), want[~empty])
+    np.testing.assert_array_equal(
+        scales[~empty].view(ml_dtypes.float8_e8m0fnu).astype(np.float64), want[~empty]
+    )
     np.testing.assert_array_equal(scales[empty], 0)
     np.testing.assert_array_equal(np.asarray(array.multipliers())[:, 0], want)
 

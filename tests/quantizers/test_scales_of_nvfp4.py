@@ -30,7 +30,7 @@ def nearest(size, numbers):
 def powers_of_two(tokens):
     """g of each token: the smallest power of two above absmax / (6 · 448); float64."""
     absmax = np.abs(tokens).max(axis=-1).astype(np.float64)
-    mantissa, exponent = np.frexp(absmax / 2688)  # in [0.5, 1) · 2^exponent
+    exponent = np.frexp(absmax / 2688)[1]  # what it multiplies the power of two of is in [0.5, 1)
     return np.where(absmax > 0, np.maximum(np.ldexp(1.0, exponent), LEAST), 0)
 
 
@@ -99,7 +99,9 @@ def test_every_scale_and_the_ties_between_them():
 def test_every_element_and_the_ties_between_them():
     marks = np.concatenate([E2M1, (E2M1[1:] + E2M1[:-1]) / 2, E2M1 * 2])
     marks = np.concatenate([marks, -marks]).astype(np.float32)
-    near = np.concatenate([marks, np.nextafter(marks, np.float32(9e9)), np.nextafter(marks, np.float32(-9e9))])
+    near = np.concatenate(
+        [marks, np.nextafter(marks, np.float32(9e9)), np.nextafter(marks, np.float32(-9e9))]
+    )
     near = near[np.abs(near) <= 6]
     near = np.pad(near, (0, -len(near) % 15)).reshape(-1, 15)
     tokens = np.concatenate([np.full((len(near), 1), 6, np.float32), near], axis=1)  # t is 1 where g is
@@ -122,7 +124,13 @@ def test_at_and_beside_the_largest_that_a_power_of_two_takes(exponent):
 
 def test_zeros_tiny_and_huge():
     rng = np.random.default_rng(2)
-    kinds = [np.zeros(32), np.full(32, LARGEST), np.full(32, -LARGEST), np.full(32, 2.0**-126), np.full(32, 1e-45)]
+    kinds = [
+        np.zeros(32),
+        np.full(32, LARGEST),
+        np.full(32, -LARGEST),
+        np.full(32, 2.0**-126),
+        np.full(32, 1e-45),
+    ]
     kinds += [np.where(np.arange(32) == 5, size, 0) for size in (LARGEST, 2.0**-126, 2.0**-120, 1.0)]
     kinds += [rng.normal(size=32) * 2.0**-118, np.where(np.arange(32) < 16, LARGEST, 2.0**-126)]
     tokens = np.stack(kinds).astype(np.float32)
