@@ -101,7 +101,7 @@ GROUPS = {
     ],
     ("int4", 48): ["head_dim must be a multiple of 32 for int4", "but is 48", "token, page, channel"],
     ("int4:group64+offset+rotate", 96): [
-        "multiple of 64 for int4:group64+offset+rotate",
+        "multiple of 64 for int4:group64",
         "but is 96",
         "group32",
     ],
