@@ -1,7 +1,6 @@
 """int4 and int2: the signed extreme, the floors, and how their codes lie in bytes."""
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,11 +9,15 @@ from built_in import array_of, from_nibbles, two_to_a_byte
 import qpaged
 from qpaged.arrays import quantize as quantize_blocks
 
-BFLOAT16 = ml_dtypes.bfloat16
 LARGEST = float(np.finfo(np.float32).max)
 quantize = jax.jit(lambda spelling, x: qpaged.get_quantizer(spelling).quantize(x), static_argnums=0)
 values = jax.jit(lambda array: array.dequantize())
 unpacked = jax.jit(lambda array: array.unpacked())
+
+
+def factors(array):
+    """Scales, which are stored as the bits of bfloat16; float64."""
+    return np.asarray(array.scales).view(ml_dtypes.bfloat16).astype(np.float64)
 
 
 def away_from_zero(x):
@@ -81,8 +84,8 @@ def test_codes_and_scales_are_those_of_the_rule(spelling, oracle):
     x = groups_below(2.0**127)
     codes, scales = oracle(x)
     array = quantize(spelling, x)
-    assert array.scales.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(np.asarray(array.scales)[:, 0].astype(np.float64), scales)
+    assert array.scales.dtype == np.uint16
+    np.testing.assert_array_equal(factors(array)[:, 0], scales)
     np.testing.assert_array_equal(np.asarray(unpacked(array)), codes)
 
 
@@ -93,7 +96,7 @@ def test_the_largest_numbers_have_codes_like_others(spelling, oracle, largest):
     x = (np.linspace(-1, 1, 32) * largest).astype(np.float32)[None]
     codes, scales = oracle(x)
     array = quantize(spelling, x)
-    np.testing.assert_array_equal(np.asarray(array.scales)[:, 0].astype(np.float64), scales)
+    np.testing.assert_array_equal(factors(array)[:, 0], scales)
     np.testing.assert_array_equal(np.asarray(unpacked(array)), codes)
 
 
@@ -104,7 +107,7 @@ def test_every_granularity_has_the_same_rule(spelling, width):
     x = np.random.default_rng(1).normal(size=(64, width)).astype(np.float32)
     codes, scales = int4_oracle(x)
     array = quantize(spelling, x)
-    np.testing.assert_array_equal(np.asarray(array.scales)[:, 0].astype(np.float64), scales)
+    np.testing.assert_array_equal(factors(array)[:, 0], scales)
     np.testing.assert_array_equal(np.asarray(unpacked(array)), codes)
 
 
@@ -112,7 +115,7 @@ def test_the_extreme_has_the_lowest_code_whatever_its_sign():
     x = np.random.default_rng(2).normal(size=(200, 32)).astype(np.float32)
     array = quantize("int4", x)
     extreme = x[np.arange(200), np.abs(x).argmax(axis=1)]
-    scales = np.asarray(array.scales)[:, 0].astype(np.float32)
+    scales = factors(array)[:, 0]
     np.testing.assert_array_equal(np.sign(scales), -np.sign(extreme))
     at = np.asarray(unpacked(array))[np.arange(200), np.abs(x).argmax(axis=1)]
     np.testing.assert_array_equal(at, -8)
@@ -122,7 +125,7 @@ def test_of_two_extremes_the_negative_decides_wherever_they_lie():
     x = np.full((4, 32), 0.25, np.float32)
     x[0, [3, 9]], x[1, [3, 9]], x[2, [0, 31]], x[3, [0, 31]] = (2, -2), (-2, 2), (2, -2), (-2, 2)
     array = quantize("int4", x)
-    np.testing.assert_array_equal(np.asarray(array.scales).astype(np.float32), 0.25)
+    np.testing.assert_array_equal(factors(array), 0.25)
     codes, read = np.asarray(unpacked(array)), np.asarray(values(array))
     np.testing.assert_array_equal(codes[x == -2], -8)
     np.testing.assert_array_equal(codes[x == 2], 7)
@@ -133,7 +136,7 @@ def test_ties_go_to_the_even_code():
     halves = (np.arange(-16, 16) / 2).astype(np.float32)
     for x, sign in ((halves, 1), (-halves, -1)):
         array = quantize("int4", x[None])
-        assert float(array.scales[0, 0]) == sign
+        assert factors(array)[0, 0] == sign
         want = np.clip(np.rint(halves), -8, 7)
         np.testing.assert_array_equal(np.asarray(unpacked(array))[0], want)
 
@@ -143,7 +146,7 @@ def test_the_error_is_as_stated():
     x = groups_below(2.0**127)
     for spelling in ("int4", "int2"):
         array = quantize(spelling, x)
-        s = np.asarray(array.scales).astype(np.float64)
+        s = factors(array)
         error = np.abs(np.asarray(values(array)).astype(np.float64) - x)
         units = np.where(s == 0, 0, x / np.where(s == 0, 1, s))
         allowed = np.maximum(0.5, units - 7) if spelling == "int4" else 0.5
@@ -174,7 +177,7 @@ def test_int4_floors(granularity):
 def test_int4_lies_two_to_a_byte_the_first_in_the_low_nibble():
     x = np.arange(-8, 8).repeat(2).reshape(1, 32)[:, np.random.default_rng(4).permutation(32)]
     array = quantize("int4", x.astype(np.float32))
-    assert float(array.scales[0, 0]) == 1
+    assert factors(array)[0, 0] == 1
     codes = np.asarray(array.codes)
     assert codes.dtype == np.uint8 and codes.shape == (1, 16)
     np.testing.assert_array_equal(codes, two_to_a_byte(x & 15))
@@ -188,7 +191,7 @@ def test_int2_lies_four_to_a_byte_the_first_in_the_lowest_bits():
     array = quantize("int2", x.astype(np.float32))
     codes = np.asarray(array.codes)
     assert codes.dtype == np.uint8 and codes.shape == (2, 8)
-    np.testing.assert_array_equal(np.asarray(array.scales).astype(np.float32), 1)
+    np.testing.assert_array_equal(factors(array), 1)
     for place in range(4):
         np.testing.assert_array_equal(codes >> 2 * place & 3, x[:, place::4] & 3)
     np.testing.assert_array_equal(np.asarray(values(array)), x + 0.5)
@@ -198,7 +201,7 @@ def test_int2_lies_four_to_a_byte_the_first_in_the_lowest_bits():
 def test_every_byte_holds_the_codes_that_its_bits_say(spelling, bits):
     several = 8 // bits
     packed = np.arange(256, dtype=np.uint8).reshape(-1, 32 // several)
-    scales = np.ones((len(packed), 1), BFLOAT16)
+    scales = np.ones((len(packed), 1), ml_dtypes.bfloat16).view(np.uint16)
     array = array_of(spelling, packed, scales)
     want = np.stack([packed >> bits * place & (1 << bits) - 1 for place in range(several)], axis=-1)
     want = want.reshape(len(packed), 32).astype(int)
