@@ -1,0 +1,96 @@
+"""What is frozen of a format: the rows it was given, the bytes it made of them, and what these read as.
+
+A file is a saved view whose keys are in the format and whose values are plain: the same rows, as they came.
+"""
+
+import base64
+import json
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qpaged
+
+FOLDER = Path(__file__).parent
+PAGES, SLOTS = 2, 4
+TABLE = np.array([1, 0], np.int32)
+POSITIONS = np.array([0, 5, 1, 2, 4, 3], np.int32)  # two slots stay empty
+METADATA = qpaged.PagedAttentionMetadata.prefill(position=POSITIONS, page_table=TABLE)
+VALUES = jax.jit(lambda pool: pool.dequantize())
+
+
+def path_of(spelling):
+    """The file of a format: its spelling, with a dot for the colon that some file systems refuse."""
+    return FOLDER / f"{spelling.replace(':', '.')}.json"
+
+
+def head_dim_of(spelling):
+    """The smallest that the groups divide, and at least 16."""
+    group = qpaged.get_quantizer(spelling).granularity.removeprefix("group")
+    return max(16, int(group)) if group.isdigit() else 16
+
+
+def rows_of(head_dim):
+    """Rows (tokens, 1, head_dim), float32, of integer arithmetic alone.
+
+    Between -8 and 8, of either sign; a zero in nine, an outlier in thirteen, a channel in eight around 3, and
+    a token a thousandth of the others.
+    """
+    index = np.arange(len(POSITIONS) * head_dim, dtype=np.uint64)
+    state = (index * np.uint64(2654435761) + np.uint64(12345)) & np.uint64(0xFFFFFFFF)
+    state = (state ^ (state >> np.uint64(15))) * np.uint64(2246822519) & np.uint64(0xFFFFFFFF)
+    x = ((state >> np.uint64(16)).astype(np.int64) - 2**15) * 2.0**-12
+    x = np.where(index % 9 == 4, 0.0, np.where(index % 13 == 7, x * 32, x))
+    x = x.reshape(len(POSITIONS), 1, head_dim)
+    x = x + np.where(np.arange(head_dim) % 8 == 5, 3.0, 0.0)
+    x[2] *= 2.0**-10
+    return x.astype(np.float32)
+
+
+def view_of(spelling, rows):
+    """The pages that the rows are written to, in one prefill."""
+    head_dim = rows.shape[-1]
+    config = qpaged.PagedAttentionCacheMetaData(1, 1, PAGES, PAGES, PAGES * SLOTS, SLOTS, 1, head_dim, 0.5)
+    view = qpaged.PagedAttentionCacheView.init(None, jnp.float32, config, 0, None, f"{spelling}/plain")
+    return jax.jit(lambda view, rows: view.write_prefill_to_cache(rows, rows, METADATA))(view, rows)
+
+
+def written_slots(pool):
+    """(tokens, 1, head_dim) NumPy: what was written to a pool (1, pages, slots, head_dim), in its order."""
+    page, slot = TABLE[POSITIONS // SLOTS], POSITIONS % SLOTS
+    return np.swapaxes(np.asarray(pool)[:, page, slot], 0, 1)
+
+
+def record_of(spelling):
+    """The record that is frozen: values as base64 of little-endian float32."""
+    view = view_of(spelling, rows_of(head_dim_of(spelling)))
+    values = written_slots(VALUES(view.key_pages)).astype("<f4")
+    data = base64.b64encode(values.tobytes()).decode("ascii")
+    return {"format": spelling, "values": data, "view": json.loads(view.to_json())}
+
+
+def built_in_formats():
+    """Spellings of the formats of this distribution, in every set of wrappers."""
+    points = entry_points(group="qpaged.quantizers")
+    names = {point.name for point in points if point.dist is not None and point.dist.name == "qpaged"}
+
+    def is_built_in(spelling):
+        name, *wrappers = spelling.split("+")
+        return {name.split(":")[0], *(f"+{wrapper}" for wrapper in wrappers)} <= names
+
+    return tuple(filter(is_built_in, qpaged.available_formats(wrapped=True)))
+
+
+def make(spellings):
+    """Makes the files that are missing; one that exists is never written again."""
+    for spelling in spellings:
+        path = path_of(spelling)
+        if not path.exists():
+            record = json.dumps(record_of(spelling))
+            with path.open("x", encoding="utf-8") as file:
+                file.write(f"{record}\n")
+            print(f"made {path.name}", file=sys.stderr)

@@ -1,0 +1,42 @@
+"""The formats of this distribution, and arrays made of their parts."""
+
+from importlib.metadata import entry_points
+
+import jax.numpy as jnp
+import numpy as np
+
+import qpaged
+
+NAMES = {
+    point.name
+    for point in entry_points(group="qpaged.quantizers")
+    if point.dist is not None and point.dist.name == "qpaged"
+}
+
+
+def is_built_in(spelling):
+    """Whether the format and all its wrappers are of this distribution."""
+    name, *wrappers = spelling.split("+")
+    return {name.split(":")[0], *(f"+{wrapper}" for wrapper in wrappers)} <= NAMES
+
+
+BUILT_IN = tuple(spelling for spelling in qpaged.available_formats(wrapped=True) if is_built_in(spelling))
+
+
+def array_of(spelling, codes, scales, outer=None, dtype=jnp.float32):
+    """A quantized array of these parts."""
+    parts = [None if part is None else jnp.asarray(part) for part in (codes, scales, outer)]
+    return qpaged.QuantizedArray(
+        *parts[:2], None, parts[2], quantizer=qpaged.get_quantizer(spelling), dtype=jnp.dtype(dtype)
+    )
+
+
+def two_to_a_byte(codes):
+    """Codes 0 to 15 as bytes: element 2i in the low nibble, 2i + 1 in the high one."""
+    return (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)
+
+
+def from_nibbles(packed):
+    """The inverse of :func:`two_to_a_byte`."""
+    packed = np.asarray(packed)
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
