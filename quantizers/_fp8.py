@@ -28,9 +28,6 @@ class Fp8(PowerOfTwoQuantizer):
     def order_bound(self) -> float:
         return 0.0 if self.granularity == "token" else 2.0**-self.resolution
 
-    def code_dtype(self, dtype: Any) -> Any:
-        return jnp.uint8
-
     def encode(self, units: jax.Array) -> jax.Array:
         # Out of range, a cast to e4m3 gives NaN and one to e5m2 infinity.
         largest = float(jnp.finfo(self.float8).max)

@@ -35,9 +35,6 @@ class MX(Quantizer):
         factor = lax.bitcast_convert_type(scales.astype(jnp.uint32) << MANTISSA_BITS, jnp.float32)
         return jnp.where(scales == NAN, jnp.nan, factor)
 
-    def code_dtype(self, dtype: Any) -> Any:
-        return jnp.uint8
-
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
         return self.unit_error(x / jnp.where(multipliers > 0, multipliers, 1)) * multipliers
 

@@ -56,9 +56,6 @@ class Nvfp4(Quantizer):
     def multiplier(self, scales: jax.Array) -> jax.Array:
         return lax.bitcast_convert_type(scales, jnp.float8_e4m3fn).astype(jnp.float32)
 
-    def code_dtype(self, dtype: Any) -> Any:
-        return jnp.uint8
-
     def encode(self, units: jax.Array) -> jax.Array:
         return _e2m1.encode(units)
 

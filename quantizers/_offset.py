@@ -13,6 +13,8 @@ from quantizers._bfloat16 import NAN, away_from_zero, first_of, paired, second_o
 from quantizers._floor import Floor, floors
 
 OFFSET_BITS = 8
+REACH = 128  # multiples of g, to either side
+LARGEST = float(jnp.finfo(jnp.float32).max)
 FURTHEST = 2.0**30  # beyond any place of a window, and within int32
 
 
@@ -81,14 +83,15 @@ class OffsetFloor(Wrapper):
     """n = floor(x / s), c = n - z + 1, read back as (n + 1/2) s: a window of codes that begins at z s.
 
     s is a power of two and z a multiple of g, a quarter of the codes. Of the scales whose window, begun at
-    the multiple below the block's least value, reaches the greatest, a block has the smallest: a rule of the
-    values alone. Doubling s halves n and z with the floor, exactly; so codes, scales and offsets are the same
-    in whatever order tokens are written, and the error is at most s / 2, as without the offset. Code 0 is a
-    slot to which nothing was written.
+    the multiple below the block's least value, reaches the greatest, and whose offset byte reaches them all,
+    a block has the smallest: a rule of the values alone. Doubling s halves n and z with the floor, exactly;
+    so codes, scales and offsets are the same in whatever order tokens are written, and the error is at most
+    s / 2, as without the offset (beside the largest float32, where the middle of a window is none, half a
+    window more). Code 0 is a slot to which nothing was written.
 
     A scale byte and an offset byte (z / g) per block: ``int8:channel+offset`` has 9 bits at 16 tokens a page
     and 8.5 at 32, ``int4:channel+offset`` 5 and 4.5. The offset byte reaches 128 g, so that s is at least
-    |min| / (128 g): 2^-13 of the block's least value in 8 bits, and 2^-9 in 4.
+    |x| / (128 g): 2^-13 of the block's largest magnitude in 8 bits, and 2^-9 in 4.
     """
 
     name: ClassVar[str] = "offset"
@@ -120,7 +123,7 @@ class OffsetFloor(Wrapper):
         # What the block holds, to within its scale, which is all that larger scales tell apart.
         factor, begin = self.multiplier(scales), self._begin(scales)
         last = begin + jnp.maximum(codes.astype(jnp.int32), 1) - 1
-        low = jnp.minimum(low, begin.astype(jnp.float32) * factor)
+        low = jnp.minimum(low, jnp.maximum(begin.astype(jnp.float32) * factor, -LARGEST))
         high = jnp.maximum(high, last.astype(jnp.float32) * factor)
         exponent = jnp.maximum(_exponent(scales), _least_exponent(self.inner.scale, low, high))
         return self._smallest(low, high, exponent)
@@ -132,14 +135,13 @@ class OffsetFloor(Wrapper):
         return self.inner.multiplier(_exponent(scales).astype(jnp.uint8))
 
     def shift(self, scales: jax.Array) -> jax.Array:
-        middle = self._begin(scales) + self.codes // 2
-        return middle.astype(jnp.float32) * self.multiplier(scales)
+        middle = (self._begin(scales) + self.codes // 2).astype(jnp.float32)
+        return jnp.clip(middle * self.multiplier(scales), -LARGEST, LARGEST)
 
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
-        factor = self.multiplier(scales)
         # Of floors, not of differences: x - z s would round where x is small beside z s.
-        codes = _places(x, factor) - self._begin(scales) + 1
-        kept = jnp.where(factor == 0, 0, jnp.clip(codes, 1, self.codes - 1))
+        codes = self._places(x, scales) - self._begin(scales) + 1
+        kept = jnp.where(scales == 0, 0, jnp.clip(codes, 1, self.codes - 1))
         return kept.astype(jnp.uint8)
 
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
@@ -154,38 +156,43 @@ class OffsetFloor(Wrapper):
         grown = (places >> doublings) - self._begin(new) + 1
         return jnp.where(codes == 0, 0, grown).astype(jnp.uint8)
 
+    def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
+        edge = jnp.abs(x) > LARGEST - self.codes * multipliers
+        return multipliers * jnp.where(edge, self.bound + self.codes / 2, self.bound)
+
     def _begin(self, scales: jax.Array) -> jax.Array:
         """z, the first place of the window, int32."""
         signed = lax.bitcast_convert_type((scales & 0xFF).astype(jnp.uint8), jnp.int8)
         return signed.astype(jnp.int32) * self.granule
 
     def _covers(self, scales: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-        factor, begin = self.multiplier(scales), self._begin(scales)
-        return (_places(low, factor) >= begin) & (_places(high, factor) - begin <= self.codes - 2)
+        """Whether both are in the window, and in reach: of two values either may come first, and alone."""
+        begin, last = self._begin(scales), self._places(high, scales)
+        window = (self._places(low, scales) >= begin) & (last - begin <= self.codes - 2)
+        return window & (last < REACH * self.granule)
 
     def _smallest(self, low: jax.Array, high: jax.Array, exponent: jax.Array) -> jax.Array:
         """What is stored for the smallest scale from ``exponent`` on whose window covers both.
 
         It is that exponent or the next.
         """
-        small, reached = self._window(low, exponent)
-        large, _ = self._window(low, exponent + 1)
+        small, large = (self._window(low, at) for at in (exponent, exponent + 1))
+        reached = self._places(low, small) >= -REACH * self.granule
         return jnp.where(reached & self._covers(small, low, high), small, large)
 
-    def _window(self, low: jax.Array, exponent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What is stored for a window under this scale that begins at or below ``low``, if there is one."""
-        begin = _places(low, self.inner.multiplier(exponent.astype(jnp.uint8))) // self.granule
-        reached = (begin >= -128) & (begin <= 127)
-        return (exponent.astype(jnp.uint16) << OFFSET_BITS) | (begin & 0xFF).astype(jnp.uint16), reached
+    def _window(self, low: jax.Array, exponent: jax.Array) -> jax.Array:
+        """What is stored for a window under this scale that begins at or below ``low``."""
+        scales = exponent.astype(jnp.uint16) << OFFSET_BITS
+        begin = self._places(low, scales) // self.granule
+        return scales | (begin & 0xFF).astype(jnp.uint16)
+
+    def _places(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        """floor(x / s), int32."""
+        return jnp.clip(floors(self.in_units(x, scales)), -FURTHEST, FURTHEST).astype(jnp.int32)
 
 
 def _exponent(scales: jax.Array) -> jax.Array:
     return (scales >> OFFSET_BITS).astype(jnp.int32)
-
-
-def _places(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """floor(x / s), int32."""
-    return jnp.clip(floors(x / jnp.where(factor > 0, factor, 1)), -FURTHEST, FURTHEST).astype(jnp.int32)
 
 
 def _least_exponent(scale: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:
@@ -196,5 +203,5 @@ def _least_exponent(scale: Callable[[jax.Array], jax.Array], low: jax.Array, hig
     128 granules of 2^(bits - 2).
     """
     span = scale(high / 2 - low / 2).astype(jnp.int32)
-    reach = scale(jnp.abs(low)).astype(jnp.int32) - 7
+    reach = scale(jnp.maximum(-low, high)).astype(jnp.int32) - 7
     return jnp.maximum(jnp.maximum(span, reach), 1)

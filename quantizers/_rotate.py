@@ -45,7 +45,8 @@ class Rotate(Wrapper):
         n = run(x.shape[-1])
         largest = jnp.max(jnp.abs(x.reshape(*x.shape[:-1], -1, n)), axis=-1)
         step = jnp.repeat(_step(largest, n), n, axis=-1)
-        y = hadamard(jnp.round(x / step), -1) * jnp.float32(1 / n) * step
+        # step is a power of two of at most 2^111, whose reciprocal is exact.
+        y = hadamard(jnp.round(x * (1 / step)), -1) * jnp.float32(1 / n) * step
         most = float(jnp.finfo(jnp.float32).max)
         return jnp.moveaxis(jnp.clip(y, -most, most), -1, axis)
 
@@ -54,7 +55,9 @@ class Rotate(Wrapper):
 
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
         y, n = self.transform(x, -1), run(x.shape[-1])
-        each = self.inner.error_bound(y, multipliers) + jnp.abs(y) * 2.0**-20 + jnp.finfo(jnp.float32).tiny
+        # What is below the smallest normal number when it is brought down for room, is lost.
+        lost = float(jnp.finfo(jnp.float32).tiny) / ROOM
+        each = self.inner.error_bound(y, multipliers) + jnp.abs(y) * 2.0**-20 + 2 * lost
         total, largest = (part.reshape(*x.shape[:-1], -1, n) for part in (each, jnp.abs(x)))
         return jnp.repeat(total.sum(axis=-1) + largest.max(axis=-1) * (n * 2.0**-EXACT_BITS), n, axis=-1)
 
@@ -65,7 +68,7 @@ def run(channels: int) -> int:
 
 
 def hadamard(x: jax.Array, axis: int) -> jax.Array:
-    """H x along ``axis`` in runs of the largest power of two; H of ones and minus ones is its own transpose."""
+    """H x along ``axis``, in runs of the largest power of two; H, of 1 and -1, is its own transpose."""
     x = jnp.moveaxis(x, axis, -1)
     n = run(x.shape[-1])
     runs = x.reshape(*x.shape[:-1], x.shape[-1] // n, n)

@@ -3,7 +3,7 @@
 from qpaged.arrays import _handlers as _handlers  # registers the handlers
 from qpaged.arrays._dot import dot_general
 from qpaged.arrays._indices import clipped
-from qpaged.arrays._quantized import QuantizedArray, check_parts, empty, float_dtype, nonzero, quantize
+from qpaged.arrays._quantized import QuantizedArray, check_parts, empty, float_dtype, in_units, quantize
 from qpaged.arrays._reads import as_slots, compute_dtype, contracted, dot, keep_slots, take_pages, weighed
 from qpaged.arrays._writes import write_rows
 
@@ -18,8 +18,8 @@ __all__ = [
     "dot_general",
     "empty",
     "float_dtype",
+    "in_units",
     "keep_slots",
-    "nonzero",
     "quantize",
     "take_pages",
     "weighed",

@@ -5,7 +5,7 @@ An array of shape (L0, L1, ...) with scales of shape (n0, n1, ...) has blocks of
 vmap, scan and shard_map, which change both shapes together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,18 @@ def beside(scales: jax.Array) -> jax.Array:
 
 def block_max(array: jax.Array, scale_shape: Sequence[int]) -> jax.Array:
     """Largest element of each block, in the shape of the scales; 0 where a block is empty."""
-    empty = array.size == 0
-    inner = tuple(range(1, 2 * array.ndim, 2))
-    return jnp.zeros(scale_shape, array.dtype) if empty else jnp.max(blocked(array, scale_shape), axis=inner)
+    return _of_blocks(jnp.max, array, scale_shape)
+
+
+def block_min(array: jax.Array, scale_shape: Sequence[int]) -> jax.Array:
+    """Least element of each block, in the shape of the scales; 0 where a block is empty."""
+    return _of_blocks(jnp.min, array, scale_shape)
+
+
+def _of_blocks(reduce: Callable[..., jax.Array], array: jax.Array, scale_shape: Sequence[int]) -> jax.Array:
+    if array.size == 0:
+        return jnp.zeros(scale_shape, array.dtype)
+    return reduce(blocked(array, scale_shape), axis=tuple(range(1, 2 * array.ndim, 2)))
 
 
 def refine(scales: jax.Array, axis: int, factor: int) -> jax.Array:

@@ -8,7 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qpaged.arrays._blocks import beside, block_max, block_shape, blocked, check_block, counts, spread
+from qpaged.arrays._blocks import (
+    beside,
+    block_max,
+    block_min,
+    block_shape,
+    blocked,
+    check_block,
+    counts,
+    spread,
+)
 from qpaged.arrays._packing import BYTE, pack, unpack
 from qpaged.implicit import ImplicitArray, aux_field
 
@@ -16,6 +25,7 @@ if TYPE_CHECKING:
     from qpaged.quantizer import Quantizer
 
 SMALLEST = float(np.finfo(np.float32).smallest_normal)
+LARGE = 2.0**64  # a factor whose reciprocal is still far from the subnormal numbers
 
 
 PARTS = ("codes", "scales", "outer", "offsets")
@@ -234,7 +244,7 @@ def check_parts(codes: Any, scales: Any, outer: Any, quantizer: "Quantizer", dty
 
 def extremes(x: jax.Array, grid: Sequence[int]) -> tuple[jax.Array, jax.Array]:
     """The least and the greatest value of each block."""
-    return -block_max(-x, grid), block_max(x, grid)
+    return block_min(x, grid), block_max(x, grid)
 
 
 def outer_grid(quantizer: "Quantizer", grid: Sequence[int], channel_axis: int) -> tuple[int, ...] | None:
@@ -275,6 +285,16 @@ def encode(
 def nonzero(factor: jax.Array) -> jax.Array:
     """``factor``, with 1 where it is 0."""
     return jnp.where(factor != 0, factor, 1)
+
+
+def in_units(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """float32 ``x`` in units of ``factor`` (broadcast), as it is where that is 0.
+
+    A product with the reciprocal, which XLA makes of some quotients and not of others: codes must not hang on
+    the program around them. Where the reciprocal would not be a normal number, both are brought down first.
+    """
+    down = jnp.where(jnp.abs(factor) >= LARGE, jnp.float32(1 / LARGE), jnp.float32(1))
+    return (x * down) * (1 / (nonzero(factor) * down))
 
 
 def prepared(x: jax.Array, quantizer: "Quantizer", dtype: Any, channel_axis: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -9,8 +10,22 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from qpaged.arrays import QuantizedArray, empty, nonzero, quantize
+from qpaged.arrays import QuantizedArray, empty, in_units, quantize
 from qpaged.quantizer._granularity import check_granularity, page_block
+
+
+def _check_scale_dtype(name: str, dtype: Any) -> None:
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4:
+        raise TypeError(
+            f"scale_dtype must be float32 or an integer dtype, but is {jnp.dtype(dtype).name} for {name}, "
+            f"and XLA on CPU copies a whole array of narrow floats at each write; store the bits of it in "
+            f"an integer of its width, and read them in multiplier()."
+        )
+
+
+@functools.lru_cache
+def _code_dtype(quantizer: "Quantizer") -> Any:
+    return jax.eval_shape(quantizer.encode, jax.ShapeDtypeStruct((), jnp.float32)).dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +52,8 @@ class Quantizer(abc.ABC):
     bits: ClassVar[int] = 8
     """Bits of a code: 8, or 4 or 2, which are packed into bytes."""
     scale_dtype: ClassVar[Any] = jnp.float32
-    """Dtype of a stored scale; None for a format without scales."""
+    """Dtype of a stored scale, float32 or an integer one; None for a format without scales. A scale should be
+    a normal float32 number, and one that a code's least value times is one, too."""
     outer_dtype: ClassVar[Any] = None
     """Dtype of a stored second-level scale; None for a format without."""
     bound: ClassVar[float]
@@ -58,6 +74,7 @@ class Quantizer(abc.ABC):
         if not self.granularity:
             object.__setattr__(self, "granularity", self.granularities[0])
         check_granularity(self.name, self.granularity, self.granularities)
+        _check_scale_dtype(self.name, self.scale_dtype)
 
     @abc.abstractmethod
     def scale(self, absmax: jax.Array) -> jax.Array:
@@ -72,7 +89,11 @@ class Quantizer(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        """Values of codes, in units of their scale, exactly, as ``dtype``; elementwise."""
+        """Values of codes, in units of their scale, as ``dtype``; elementwise.
+
+        They must be exact in bfloat16, since attention contracts at the precision of its query. Code 0 is
+        asked for, too, whatever it means.
+        """
 
     @property
     def order_bound(self) -> float:
@@ -80,8 +101,8 @@ class Quantizer(abc.ABC):
         return 0.0
 
     def code_dtype(self, dtype: Any) -> Any:
-        """The integer dtype of codes, one an element, for an array of logical ``dtype``."""
-        return jnp.int8
+        """The integer dtype of codes, one an element, in an array of logical ``dtype``: encode's own."""
+        return _code_dtype(self)
 
     def multiplier(self, scales: jax.Array) -> jax.Array:
         """Stored scales as float32 factors."""
@@ -98,7 +119,11 @@ class Quantizer(abc.ABC):
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
         """Codes of float32 ``x`` under stored ``scales`` (broadcast); a zero scale encodes zeros."""
         shift = self.shift(scales)
-        return self.encode((x if shift is None else x - shift) / nonzero(self.multiplier(scales)))
+        return self.encode(self.in_units(x if shift is None else x - shift, scales))
+
+    def in_units(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        """float32 ``x`` in units of stored ``scales`` (broadcast): the same bits in every program."""
+        return in_units(x, self.multiplier(scales))
 
     def holds(self, scales: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
         """Whether blocks with these stored ``scales`` take these extremes without growing."""
@@ -111,7 +136,8 @@ class Quantizer(abc.ABC):
         Args:
             scales: what was stored.
             codes: the greatest code of each block.
-            low, high: the extremes of what is written now.
+            low: the least of what is written now.
+            high: the greatest of it.
         """
         return self.fit(low, high)
 

@@ -33,7 +33,7 @@ class PowerOfTwoQuantizer(Quantizer):
         biased = (lax.bitcast_convert_type(absmax, jnp.uint32) >> MANTISSA_BITS).astype(jnp.int32)
         exponent = biased - FLOAT32_BIAS + 1 - self.headroom
         smallest = 1 - FLOAT32_BIAS + self.resolution
-        stored = jnp.maximum(exponent, smallest) + BIAS
+        stored = jnp.maximum(jnp.maximum(exponent, smallest) + BIAS, 1)
         return jnp.where(absmax > 0, stored, 0).astype(jnp.uint8)
 
     def multiplier(self, scales: jax.Array) -> jax.Array:

@@ -37,9 +37,6 @@ class Nf4(Quantizer):
     def scale(self, absmax: jax.Array) -> jax.Array:
         return jnp.where(absmax > 0, jnp.maximum(absmax / 16, 2.0**-120), 0)
 
-    def code_dtype(self, dtype: Any) -> Any:
-        return jnp.uint8  # 0 to 15; int8 would be -8 to 7
-
     def encode(self, units: jax.Array) -> jax.Array:
         return sum((units > middle).astype(jnp.uint8) for middle in MIDPOINTS)
 
