@@ -77,16 +77,15 @@ class PagePrograms:
         """Pages copied by code for plain ones, and pages past the end as it reads them."""
         return compiled(_copy, self.fresh, PAGE_ROW, PAGE_ROW)
 
-    @functools.cache  # noqa: B019  # of a frozen key that is itself kept
-    def read(self, dtypes: tuple[Any, Any]) -> Program:
-        """What the slots of a sequence hold: (view, table, keys, values) -> (of keys, of values)."""
+    @cached_property
+    def read_small(self) -> Program:
+        """:func:`_reads` of the small pool."""
+        return _reads(self.quantizer, SMALL)
 
-        def both(view, table, keys, values):
-            wanted = (view.key_pages, keys), (view.value_pages, values)
-            return [_read(pages, table, want) for pages, want in wanted]
-
-        view = jax.eval_shape(lambda: fresh(self.quantizer, dtypes))
-        return compiled(both, view, PAGE_ROW, rows(self.quantizer), rows(self.quantizer))
+    @cached_property
+    def read_large(self) -> Program:
+        """:func:`_reads` of pages that were moved out of a large pool."""
+        return _reads(self.quantizer, LARGE)
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,17 @@ def _copy(view: Any, source: Any, target: Any) -> tuple[Any, Any]:
     (keys, values), past = copy(view.key_pages, view.value_pages)
     plain = [pages.materialize() if isinstance(pages, qpaged.QuantizedArray) else pages for pages in past]
     return view.replace(key_pages=keys, value_pages=values), plain
+
+
+def _reads(quantizer: qpaged.Quantizer, dtypes: tuple[Any, Any]) -> Program:
+    """What the slots of a sequence hold: (view, table, keys, values) -> (of keys, of values)."""
+
+    def both(view, table, keys, values):
+        wanted = (view.key_pages, keys), (view.value_pages, values)
+        return [_read(pages, table, want) for pages, want in wanted]
+
+    view = jax.eval_shape(lambda: fresh(quantizer, dtypes))
+    return compiled(both, view, PAGE_ROW, rows(quantizer), rows(quantizer))
 
 
 def _read(pages: Any, table: Any, want: Any) -> dict[str, Any]:

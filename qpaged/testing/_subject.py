@@ -25,7 +25,7 @@ class Subject:
 
     format: Any
 
-    @property
+    @functools.cached_property
     def quantizer(self) -> qpaged.Quantizer:
         return qpaged.get_quantizer(self.format)
 
@@ -77,7 +77,8 @@ class Subject:
     def read(self, view: Any, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
         """What the slots of keys and of values hold where ``rows`` were written, and what is allowed."""
         wanted = wants(view, rows)
-        program = of_pages(self.quantizer).read((view.key_pages.dtype.type, view.value_pages.dtype.type))
+        programs = of_pages(self.quantizer)
+        program = programs.read_small if view.value_pages.dtype == SMALL[1] else programs.read_large
         return [
             {"want": want} | {name: np.asarray(array) for name, array in pool.items()}
             for want, pool in zip(wanted, program.run(view, TABLE, *wanted), strict=True)
