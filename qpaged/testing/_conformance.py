@@ -96,7 +96,7 @@ class QuantizerConformance:
 
     def test_law_5_cost_of_attention(self, subject):
         """Attention makes nothing of the size of the pool."""
-        cost.attention_cost(subject, sameness.queries(subject.shape), sameness.POSITION, sameness.TABLES)
+        cost.attention_cost(subject)
 
     def test_law_6_truth(self, subject):
         """The bytes that are planned and reported are those that are allocated."""

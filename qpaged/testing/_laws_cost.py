@@ -10,11 +10,11 @@ import numpy as np
 
 import qpaged
 from qpaged.testing._law import law
-from qpaged.testing._pool import ELSEWHERE, MANY_PAGES, PAGES, TOKENS, configuration, parts, pools
+from qpaged.testing._pool import BATCH, ELSEWHERE, MANY_PAGES, PAGES, TOKENS, configuration, parts, pools
+from qpaged.testing._programs import of_steps
 from qpaged.testing._subject import Subject
 
 MEGABYTE = 1_000_000
-BATCH = 2
 UTILIZATION = 0.5
 BYTE = 8
 
@@ -25,7 +25,7 @@ def decode_cost(subject: Subject, rows: np.ndarray) -> None:
     batch = np.stack([rows] * BATCH, axis=1)
     position = np.stack([np.full(TOKENS, -1, np.int32), np.arange(TOKENS, dtype=np.int32)], axis=1)
     table = np.stack([ELSEWHERE] * BATCH)
-    program = subject.decode_program(batch, position, table)
+    program = of_steps(subject).decode
     no_large_floats(subject, program.jaxpr, "a decode write")
 
     view = subject.enlarged(subject.fresh())
@@ -39,9 +39,9 @@ def decode_cost(subject: Subject, rows: np.ndarray) -> None:
     keeps(in_place, "a decode write of donated pages does not reuse their buffers")
 
 
-def attention_cost(subject: Subject, query: np.ndarray, position: np.ndarray, table: np.ndarray) -> None:
+def attention_cost(subject: Subject) -> None:
     """Law 5: attention makes no float of the pool's size, on any backend."""
-    no_large_floats(subject, subject.attend_program(query, position, table).jaxpr, "attention")
+    no_large_floats(subject, of_steps(subject).attend.jaxpr, "attention")
 
 
 def no_large_floats(subject: Subject, jaxpr: Any, step: str) -> None:

@@ -8,12 +8,22 @@ import numpy as np
 import qpaged
 from qpaged.implicit import ImplicitArray
 from qpaged.testing._law import law
-from qpaged.testing._pool import ELSEWHERE, HEADS, PAGES, TABLE, TOKENS, configuration, moved, pools
+from qpaged.testing._pool import (
+    ELSEWHERE,
+    GROUP,
+    HEADS,
+    PAGES,
+    QUERIES,
+    TABLE,
+    TOKENS,
+    configuration,
+    moved,
+    pools,
+)
 from qpaged.testing._subject import LARGE, Subject, narrowed
 
-GROUP = 2  # query heads of a key/value head
 POSITION = np.array([TOKENS - 1, 9, -1], np.int32)  # of the queries; the last row is inactive
-TABLES = np.stack([ELSEWHERE] * 3)
+TABLES = np.stack([ELSEWHERE] * QUERIES)
 TOLERANCE = 2e-5  # of the largest value: float32 sums in another order
 
 
@@ -95,4 +105,4 @@ def attended(query: np.ndarray, keys: np.ndarray, values: np.ndarray, position: 
 def queries(shape: tuple[int, int, int]) -> np.ndarray:
     """(batch, q_heads, head_dim) float32 for rows (tokens, heads, head_dim)."""
     rng = np.random.default_rng(0)
-    return rng.normal(size=(len(POSITION), HEADS * GROUP, shape[-1])).astype(np.float32)
+    return rng.normal(size=(QUERIES, HEADS * GROUP, shape[-1])).astype(np.float32)

@@ -12,6 +12,8 @@ import qpaged
 
 HEADS, PAGES, PAGE_SIZE = 2, 6, 8
 MANY_PAGES = 32_768  # of the large pool, beside which anything that a step needs is small
+BATCH = 2  # sequences that decode together
+QUERIES, GROUP = 3, 2  # that attend together, and of each key/value head
 TOKENS = 20  # of a sequence that lies on three pages, the last not full
 TABLE = np.array([4, 1, 5], np.int32)  # two of them neighbours
 ELSEWHERE = np.array([MANY_PAGES - 1, 17, 4000], np.int32)  # where it lies in the large pool

@@ -8,11 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import qpaged
-from qpaged.testing import _programs
-from qpaged.testing._pool import ELSEWHERE, HEADS, MANY_PAGES, TABLE, TOKENS, head_dim, moved
-
-SMALL = (jnp.float32, jnp.float16)  # the dtypes of keys and of values
-LARGE = (jnp.float32, jnp.bfloat16)
+from qpaged.testing._pool import ELSEWHERE, HEADS, MANY_PAGES, TABLE, TOKENS, fresh, head_dim, moved
+from qpaged.testing._programs import LARGE, SMALL, of_pages, of_steps
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,7 @@ class Subject:
 
     format: Any
 
-    @property
+    @functools.cached_property
     def quantizer(self) -> qpaged.Quantizer:
         return qpaged.get_quantizer(self.format)
 
@@ -44,29 +41,28 @@ class Subject:
 
     def fresh(self) -> Any:
         """A view in which nothing was written."""
-        return _programs.view_like(self.quantizer, SMALL)
+        return of_pages(self.quantizer).fresh
 
     def write(self, view: Any, rows: np.ndarray, position: np.ndarray, table: np.ndarray = TABLE) -> Any:
         """The view after a prefill of ``rows`` (tokens, heads, head_dim)."""
-        metadata = qpaged.PagedAttentionMetadata.prefill(position=position, page_table=table)
-        return _programs.write(view, rows, -narrowed(rows, SMALL[1]), metadata)
+        return of_pages(self.quantizer).write.run(view, rows, -narrowed(rows, SMALL[1]), position, table)
 
     def reset(self, view: Any, pages: np.ndarray) -> Any:
-        """The view with these pages reset."""
-        return _programs.reset(view, pages)
+        """The view with these three pages reset."""
+        return of_pages(self.quantizer).reset.run(view, pages)
+
+    def copied(self, view: Any, source: np.ndarray, target: np.ndarray) -> Any:
+        """The view with three pages copied; and pages past the end, as a program reads them."""
+        return of_pages(self.quantizer).copy.run(view, source, target)
 
     def decode_step(self, view: Any, rows: Any, position: Any, table: Any) -> Any:
         """The view after one decode step; traced into :meth:`decode`."""
         metadata = qpaged.PagedAttentionMetadata.decode(position=position, page_table=table)
         return view.write_decodes_to_cache(rows, -rows, metadata)
 
-    def decode_program(self, rows: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
-        """The program that :meth:`decode` runs."""
-        return _programs.decode(self, LARGE, *_programs.like(rows, position, table))
-
     def decode(self, view: Any, rows: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
         """The large view, which is given away, after steps of ``rows`` (steps, batch, heads, head_dim)."""
-        return self.decode_program(rows, position, table).run(view, rows, position, table)
+        return of_steps(self).decode.run(view, rows, position, table)
 
     def attend_step(self, view: Any, query: Any, position: Any, table: Any) -> dict[str, Any]:
         """Decode attention by the name of the backend; traced into :meth:`attend`."""
@@ -74,27 +70,18 @@ class Subject:
         attention = functools.partial(qpaged.paged_attention, query, view, metadata)
         return {backend: attention(backend=backend) for backend in qpaged.attention_backends()}
 
-    def attend_program(self, query: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
-        """The program that :meth:`attend` runs."""
-        return _programs.attend(self, LARGE, *_programs.like(query, position, table))
-
     def attend(self, view: Any, query: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
         """What :meth:`attend_step` gives over the large view."""
-        return self.attend_program(query, position, table).run(view, query, position, table)
+        return of_steps(self).attend.run(view, query, position, table)
 
-    def copied(self, view: Any, source: np.ndarray, target: np.ndarray) -> Any:
-        """The view with pages copied, and pages past the end as a program reads them."""
-        return _programs.copied(view, source, target)
-
-    def read(self, view: Any, rows: np.ndarray, table: np.ndarray = TABLE) -> list[dict[str, np.ndarray]]:
+    def read(self, view: Any, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
         """What the slots of keys and of values hold where ``rows`` were written, and what is allowed."""
         wanted = wants(view, rows)
-        dtypes = view.key_pages.dtype.type, view.value_pages.dtype.type
-        program = _programs.read(self.quantizer, dtypes, *_programs.like(table, *wanted))
-        found = program.run(view, table, *wanted)
+        programs = of_pages(self.quantizer)
+        program = programs.read_small if view.value_pages.dtype == SMALL[1] else programs.read_large
         return [
             {"want": want} | {name: np.asarray(array) for name, array in pool.items()}
-            for want, pool in zip(wanted, found, strict=True)
+            for want, pool in zip(wanted, program.run(view, TABLE, *wanted), strict=True)
         ]
 
     def prefilled(self, rows: np.ndarray) -> Any:
@@ -111,7 +98,7 @@ class Subject:
 
     def enlarged(self, view: Any) -> Any:
         """A large view that holds the pages of a small one elsewhere, values in another dtype and fresh."""
-        values = moved(_programs.view_like(self.quantizer, LARGE), TABLE, ELSEWHERE, MANY_PAGES)
+        values = moved(fresh(self.quantizer, LARGE), TABLE, ELSEWHERE, MANY_PAGES)
         return values.replace(key_pages=moved(view, TABLE, ELSEWHERE, MANY_PAGES).key_pages)
 
 
