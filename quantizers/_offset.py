@@ -58,12 +58,12 @@ class Offset(Wrapper):
     def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
         assert self.inner.levels is not None  # as checked
         lowest, highest = self.inner.levels
-        weight = jnp.float32(highest / (highest - lowest))
-        center = toward_zero(low * weight + high * (1 - weight))
-        scale = jnp.maximum(
-            (high - center) * jnp.float32(1 / highest), (low - center) * jnp.float32(1 / lowest)
-        )
-        return paired(away_from_zero(jnp.minimum(scale, float(jnp.finfo(jnp.bfloat16).max))), center)
+        share = jnp.float32(-lowest / (highest - lowest))
+        down = jnp.where(jnp.maximum(-low, high) > 1, jnp.float32(0.25), jnp.float32(1))  # no sum overflows
+        low, high = low * down, high * down
+        center = toward_zero(low + (high - low) * share)
+        above, below = (high - center) * jnp.float32(1 / highest), (low - center) * jnp.float32(1 / lowest)
+        return paired(away_from_zero(jnp.maximum(above, below) / down), center / down)
 
     def multiplier(self, scales: jax.Array) -> jax.Array:
         return first_of(scales)
@@ -72,7 +72,8 @@ class Offset(Wrapper):
         return second_of(scales)
 
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
-        return Quantizer.encode_under(self, x, scales)
+        down = jnp.where(self.multiplier(scales) > 1, jnp.float32(0.25), jnp.float32(1))  # no sum overflows
+        return self.encode(self.in_units(x * down - self.shift(scales) * down, scales) / down)
 
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
         return self.bound * multipliers + jnp.abs(x) * 2.0**-20
@@ -87,7 +88,7 @@ class OffsetFloor(Wrapper):
     a block has the smallest: a rule of the values alone. Doubling s halves n and z with the floor, exactly;
     so codes, scales and offsets are the same in whatever order tokens are written, and the error is at most
     s / 2, as without the offset (beside the largest float32, where the middle of a window is none, half a
-    window more). Code 0 is a slot to which nothing was written.
+    window more). Code 0 is a slot to which nothing was written, and reads as (z - 1/2) s.
 
     A scale byte and an offset byte (z / g) per block: ``int8:channel+offset`` has 9 bits at 16 tokens a page
     and 8.5 at 32, ``int4:channel+offset`` 5 and 4.5. The offset byte reaches 128 g, so that s is at least

@@ -25,8 +25,8 @@ class Rotate(Wrapper):
     once a call, never the cache. n is the largest power of two that divides head_dim; where that is not
     head_dim itself, runs of n channels are rotated each by itself.
 
-    Values are first rounded to multiples of a power of two, n 2^-24 of the largest in their run at most, so
-    that the sums are exact: the same codes on every device and in whatever batch (law 2).
+    Values are first rounded, by n 2^-24 of the largest in their run at most, so that all sums are exact: the
+    same codes on every device and in whatever batch (law 2).
 
     The bits of the inner format. An error of y reaches all of its run: |x - x̂| is at most the sum of the
     inner bounds over the run, beside float32 roundings. Some models lose by it: what was easy to code, such

@@ -152,7 +152,7 @@ def _grow(
         at = jnp.where((row < len(blocks))[:, None], blocks.at[row].get(mode="clip"), at_end)
         windows = _gather_windows(codes, axes, at, array)
         grown, new = jax.vmap(lambda *window: _grow_window(array, axes, *window))(
-            windows, old[row], grows[row], low[row], high[row]
+            windows, scales.at[row].get(mode="clip"), grows[row], low[row], high[row]
         )
         return _scatter_windows(codes, axes, at, array, grown), scales.at[row].set(new, mode="drop")
 
@@ -170,7 +170,10 @@ def _chunked(needed: jax.Array) -> tuple[jax.Array, jax.Array, int]:
 
 
 def _grow_window(array: QuantizedArray, axes: Axes, window, old, grows, low, high):
-    """One window of blocks: the codes and the scales of those that grow made anew, the others left."""
+    """One window of blocks: the codes and the scales of those that grow made anew, the others left.
+
+    The others are those that hold the new values, and, beside them, those that nothing was written to.
+    """
     quantizer = array.quantizer
     dtype = quantizer.code_dtype(array.dtype)
     codes = unpack(window, quantizer.bits, array.channel_axis, dtype)

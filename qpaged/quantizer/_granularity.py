@@ -41,8 +41,9 @@ def _group(quantizer: Any, size: int, head_dim: int) -> int:
     if head_dim % size:
         sizes = {name: GROUP.fullmatch(name) for name in quantizer.granularities}
         fitting = [name for name, group in sizes.items() if group is None or head_dim % int(group[1]) == 0]
+        fit = ", ".join(fitting) or "none; take another format, as int8:token"
         raise ValueError(
             f"head_dim must be a multiple of {size} for {quantizer}, whose groups have so many channels, but "
-            f"is {head_dim}; granularities of {quantizer.name} that fit it: {', '.join(fitting) or 'none'}."
+            f"is {head_dim}; granularities of {quantizer.name} that fit it: {fit}."
         )
     return size
