@@ -169,3 +169,17 @@ def test_a_pytree_of_arrays_only():
     assert array.nbytes == array.codes.nbytes + array.scales.nbytes
     sliced = jax.vmap(lambda a: a.dequantize(), in_axes=1)(array)
     np.testing.assert_array_equal(sliced, array.dequantize().swapaxes(0, 1))
+
+
+@pytest.mark.parametrize("format", ["int8:channel", "int4:channel", "int8:channel+offset"])
+def test_a_channel_that_was_zero_beside_channels_that_grow(format):
+    """A block of zeros may be one that nothing was written to; its scale comes with its first value."""
+    array = qpaged.get_quantizer(format).empty((1, 2, 16, 32), jnp.float32)
+    first = jnp.where(jnp.arange(32) == 5, 0.0, 1.0)
+    rows = jnp.stack([first, jnp.full(32, 100.0)])[:, None]  # (2, 1, 32)
+    write = jax.jit(qpaged.arrays.write_rows, static_argnums=1)
+    for slot in (0, 1):
+        array = write(array, (1, 2), (jnp.array([0]), jnp.array([slot])), rows[slot : slot + 1])
+    got, factors = array.dequantize()[0, 0, :2], multipliers(array)[0, 0, :2]
+    bound = array.quantizer.error_bound(rows[:, 0], factors)
+    assert (np.abs(got - rows[:, 0]) <= bound + 1e-30).all()
