@@ -18,7 +18,8 @@ def sweep():
     results = json.loads((RESULTS / "sweep" / "results.json").read_text())
     model, text, environment = results["model"], results["text"], results["environment"]
     lines = [
-        f"`qpaged sweep`, as it comes: the {model['name']} ({model['parameters']:,} weights) on "
+        f"`qpaged sweep` of every format that goes with the model, and of some pairs: the {model['name']} "
+        f"({model['parameters']:,} weights, head size 64) on "
         f"{results['settings']['tokens']:,} bytes of {text['source']}, jax {environment['jax']} on CPU, "
         f"{environment['date'][:10]}. KL is in nats a token, against a plain float32 cache.",
         "",
@@ -52,6 +53,25 @@ def decode_write():
         lines.append(
             f"| `{run['format']}` | {small} | {large} | {run['ratio']:.2f} | {run['temp_size_in_bytes']:,} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def write_attend():
+    """What ``benchmarks/write_attend.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "write_attend.json").read_text())
+    shape, plain = results["shape"], results["runs"][0]["milliseconds"]
+    lines = [
+        f"`benchmarks/write_attend.py`: one layer, {shape['batch']} sequences of {shape['length']} tokens, "
+        f"{shape['q_heads']} query heads over {shape['kv_heads']} KV heads, head size {shape['head_dim']}, "
+        f"bfloat16: milliseconds, median of {results['rounds']} rounds, jax {results['versions']['jax']} on "
+        f"CPU, {results['date']}; in brackets, times as long as plain bfloat16.",
+        "",
+        f"| format | bits | decode write | prefill of {shape['prompt']} | decode attention |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for run in results["runs"]:
+        cells = [f"{took:.2f} ({took / plain[name]:.2f})" for name, took in run["milliseconds"].items()]
+        lines.append(f"| `{run['format']}` | {run['bits']:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -137,6 +157,7 @@ def _loss(metric, loss):
 TABLES = {
     "sweep.md": sweep,
     "decode_write.md": decode_write,
+    "write_attend.md": write_attend,
     "stress.md": stress,
     "stress_attention_kl.md": partial(stress_losses, "attention_kl"),
     "stress_key_rms.md": partial(stress_losses, "key_rms"),

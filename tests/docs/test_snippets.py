@@ -45,7 +45,7 @@ def test_sizes_are_as_allocated():
     sizes = script(ROOT / "docs/includes/sizes.py")
     table = sizes.table(["plain", *sizes.built_in()])
     assert sizes.TABLE.read_text() == table, "run python docs/includes/sizes.py"
-    shown = ["plain", "int8", "int8:token", "fp8_e4m3", "fp8_e5m2", "raw"]
+    shown = ["plain", "int8", "int8:token", "fp8_e4m3", "int4", "nvfp4", "int2+offset", "raw"]
     assert sizes.table(shown) in (ROOT / "README.md").read_text(), (
         f"README.md must show:\n{sizes.table(shown)}"
     )
