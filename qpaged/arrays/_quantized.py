@@ -120,10 +120,12 @@ class QuantizedArray(ImplicitArray):
         if self.scales is None or self.size == 0:
             return self.values(self.dtype).astype(dtype)
         values = blocked(self.values(jnp.float32), self.scales.shape)
-        x = values * beside(self.multipliers())
-        shift = self.shift()
-        if shift is not None:
-            x = x + beside(shift)
+        factors, shift = self.multipliers(), self.shift()
+        if shift is None:
+            x = values * beside(factors)
+        else:  # brought down where the product may be too large for float32 and the sum is not
+            down = jnp.where(jnp.abs(factors) > 1, jnp.float32(0.25), jnp.float32(1))
+            x = (values * beside(factors * down) + beside(shift * down)) / beside(down)
         x = x.reshape(self.shape)
         if self.quantizer.transforms:
             x = self.quantizer.inverse(x, self.channel_axis)
