@@ -18,6 +18,7 @@ FRONT, REST = "#1f4e8c", "#7a7a7a"
 LINE = 1.35  # height of a label, in font sizes
 FRONT_LABEL = "Pareto front: none is both smaller and closer"
 TIMES = "\N{MULTIPLICATION SIGN}"
+MOST_NAMES = 16  # where there are more dots, those on the front are named
 COLUMN = 90  # points (1/72 inch): labels of dots this close in x stand in one column
 
 
@@ -43,7 +44,7 @@ def write_figure(result: SweepResult, directory: Path) -> Path:
         axes.plot(dot.x, dot.y, "o", color=color, mfc=color if dot.on_front else "white", ms=7, zorder=3)
     axes.set_title(textwrap.fill(title(result), 90), fontsize=10)
     figure.draw_without_rendering()  # so that places are known in points
-    _label(axes, dots)
+    _label(axes, dots if len(dots) <= MOST_NAMES else [dot for dot in dots if dot.on_front])
     path = directory / "frontier.png"
     figure.savefig(path, dpi=150)
     return path
