@@ -130,7 +130,7 @@ def test_moves_are_exact(array):
 @pytest.mark.parametrize("name", sorted(CUTS - {name for name in CUTS if name.startswith("dynamic")}))
 def test_turned_channels_are_decoded_to_be_taken_apart(name):
     array = quantized("int8+rotate")
-    with pytest.warns(qpaged.implicit.MaterializeWarning):
+    with pytest.warns(UserWarning, match="materialized"):
         out = lazily(MOVES[name], array)
     np.testing.assert_array_equal(out, jax.jit(MOVES[name])(array.materialize()))
 
