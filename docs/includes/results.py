@@ -18,7 +18,7 @@ def sweep():
     results = json.loads((RESULTS / "sweep" / "results.json").read_text())
     model, text, environment = results["model"], results["text"], results["environment"]
     lines = [
-        f"`qpaged sweep` of every format that goes with the model, and of some pairs: the {model['name']} "
+        f"`qpaged sweep` of {len(results['runs'])} formats and pairs of them: the {model['name']} "
         f"({model['parameters']:,} weights, head size 64) on "
         f"{results['settings']['tokens']:,} bytes of {text['source']}, jax {environment['jax']} on CPU, "
         f"{environment['date'][:10]}. KL is in nats a token, against a plain float32 cache.",
