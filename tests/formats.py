@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qpaged
+from qpaged.testing._programs import factors as multipliers  # noqa: F401 - each element's scale
 
 EVERY_FORMAT = qpaged.available_formats(wrapped=True)
 """Every format at every granularity in every set of wrappers."""
@@ -57,16 +58,6 @@ def normal(*shape, seed=0, scale=1.0):
 def quantized(spelling, shape=(2, 6, 16, 32), dtype=jnp.float32):
     """A filled array of a format."""
     return qpaged.get_quantizer(spelling).quantize(normal(*shape).astype(dtype))
-
-
-def multipliers(array):
-    """Each element's scale, float32, in the array's shape."""
-    if array.scales is None:
-        return jnp.zeros(array.shape, jnp.float32)
-    factors = array.multipliers()
-    for axis, extent in enumerate(array.block):
-        factors = jnp.repeat(factors, extent, axis=axis)
-    return factors
 
 
 def leaves_equal(a, b):
