@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from qpaged import PowerOfTwoQuantizer
+from quantizers import _float8
 
 
 class Fp8(PowerOfTwoQuantizer):
@@ -29,12 +29,10 @@ class Fp8(PowerOfTwoQuantizer):
         return 0.0 if self.granularity == "token" else 2.0**-self.resolution
 
     def encode(self, units: jax.Array) -> jax.Array:
-        # Out of range, a cast to e4m3 gives NaN and one to e5m2 infinity.
-        largest = float(jnp.finfo(self.float8).max)
-        return lax.bitcast_convert_type(jnp.clip(units, -largest, largest).astype(self.float8), jnp.uint8)
+        return _float8.encode(units, self.float8)
 
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        return lax.bitcast_convert_type(codes, self.float8).astype(dtype)
+        return _float8.decode(codes, self.float8, dtype)
 
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
         """|x| 2^-(mantissa + 1) where the value is normal, one subnormal step where it is not."""

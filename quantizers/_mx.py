@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged import Quantizer
-from quantizers import _e2m1
+from quantizers import _e2m1, _float8
 
 MANTISSA_BITS = 23
 NAN = 255
@@ -56,12 +56,10 @@ class Mxfp8(MX):
     bound: ClassVar[float] = 64.0
 
     def encode(self, units: jax.Array) -> jax.Array:
-        largest = float(jnp.finfo(jnp.float8_e4m3fn).max)
-        clipped = jnp.clip(units, -largest, largest)
-        return lax.bitcast_convert_type(clipped.astype(jnp.float8_e4m3fn), jnp.uint8)
+        return _float8.encode(units, jnp.float8_e4m3fn)
 
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        return lax.bitcast_convert_type(codes, jnp.float8_e4m3fn).astype(dtype)
+        return _float8.decode(codes, jnp.float8_e4m3fn, dtype)
 
     def unit_error(self, units: jax.Array) -> jax.Array:
         size = jnp.abs(units)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged import Quantizer
-from quantizers import _e2m1
+from quantizers import _e2m1, _float8
 
 MANTISSA_BITS = 23
 LARGEST_SCALE = 448.0  # of E4M3
@@ -51,10 +51,10 @@ class Nvfp4(Quantizer):
     def scale(self, absmax: jax.Array) -> jax.Array:
         # Never 0: the token's power of two says whether anything is there.
         scale = jnp.clip(absmax * jnp.float32(1 / _e2m1.LARGEST), SMALLEST_SCALE, LARGEST_SCALE)
-        return lax.bitcast_convert_type(scale.astype(jnp.float8_e4m3fn), jnp.uint8)
+        return _float8.encode(scale, jnp.float8_e4m3fn)
 
     def multiplier(self, scales: jax.Array) -> jax.Array:
-        return lax.bitcast_convert_type(scales, jnp.float8_e4m3fn).astype(jnp.float32)
+        return _float8.decode(scales, jnp.float8_e4m3fn, jnp.float32)
 
     def encode(self, units: jax.Array) -> jax.Array:
         return _e2m1.encode(units)
