@@ -6,7 +6,6 @@ from importlib.metadata import EntryPoint
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 import qpaged
 from qpaged.cli import main
@@ -53,9 +52,8 @@ def test_a_plugin_that_cannot_be_loaded_is_named(monkeypatch, capsys):
     assert "the format 'broken' of package some-package cannot be loaded" in said.err
 
 
-@pytest.mark.parametrize("spelling", qpaged.available_formats())
-def test_listed_bits_are_those_of_a_page(spelling):
-    page = qpaged.get_quantizer(spelling).quantize(jnp.ones((1, 1, 16, 128), jnp.bfloat16))
-    size = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(page))
-    (info,) = (info for info in installed_formats()[0] if info.spelling == spelling)
-    assert info.bits_per_element == 8 * size / (16 * 128)
+def test_listed_bits_are_those_of_a_page():
+    for info in installed_formats()[0]:
+        page = qpaged.get_quantizer(info.spelling).quantize(jnp.ones((1, 1, 16, 128), jnp.bfloat16))
+        size = sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(page))
+        assert info.bits_per_element == 8 * size / (16 * 128), info.spelling
