@@ -1,0 +1,16 @@
+"""A quantized cache in the model you already have: find its cache, and run its own code on QuantizedArrays."""
+
+from qpaged.adopt._found import CacheLeaf, CacheNotFoundError, FoundCache, find_cache
+from qpaged.adopt._step import Materialized, MaterializeError, QuantizedStep, Report, quantize_cache
+
+__all__ = [
+    "CacheLeaf",
+    "CacheNotFoundError",
+    "FoundCache",
+    "MaterializeError",
+    "Materialized",
+    "QuantizedStep",
+    "Report",
+    "find_cache",
+    "quantize_cache",
+]

@@ -1,0 +1,169 @@
+"""What one array argument is to a program: keys or values of a cache, and which axis is what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from qpaged.adopt._dataflow import NOWHERE, Axes, Flow, Read, Write
+
+Role: TypeAlias = Literal["key", "value", "key and value"]
+
+NAME_THEM = "name the axes with axes="
+
+
+@dataclass(frozen=True)
+class CacheLeaf:
+    """One array of a cache.
+
+    Attributes:
+        path: where it is among the step's arguments: the argument's name, then keys, with slashes between.
+        shape: of the array in the example.
+        dtype: of the array, a float.
+        role: whether dots read it as keys, as values, or as both.
+        axes: for each axis what runs along it: "layers", "pair" (keys and values of one array), "batch",
+            "length", "heads" or "head_dim".
+        layer: its place among the arrays of its role, in the order of the program; None where it holds
+            several layers.
+        output: the path of the output that returns it; None where none does.
+        evidence: what the program does to it, and where.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: Any
+    role: Role
+    axes: tuple[str, ...]
+    layer: int | None
+    output: str | None
+    evidence: tuple[str, ...]
+
+    def axis(self, name: str) -> int:
+        """The number of the axis that ``name`` runs along."""
+        return self.axes.index(name)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} {size}" for name, size in zip(self.axes, self.shape, strict=True))
+        layer = "several layers" if self.layer is None else f"layer {self.layer}"
+        head = f"{self.path}: {self.role}, {layer}, {jnp.dtype(self.dtype).name} ({sizes})"
+        return "\n".join([head, *(f"    {line}" for line in self.evidence)])
+
+
+@dataclass(frozen=True)
+class Miss:
+    """An array that is like one of a cache, and why it is none; or ``unclear``, why it cannot be told."""
+
+    text: str
+    unclear: bool = False
+
+
+def classify(
+    path: str,
+    aval: jax.ShapeDtypeStruct,
+    flow: Flow,
+    number: int,
+    output: str | None,
+    names: tuple[str, ...] | None,
+) -> CacheLeaf | Miss | None:
+    """What an array is in the cache; a miss where it is like one; None where it has nothing of one.
+
+    Args:
+        path: of the array among the arguments.
+        aval: its shape and dtype.
+        flow: of the program.
+        number: the array's among the program's inputs.
+        output: the path of the output that returns it.
+        names: of its axes, where the caller gave them.
+    """
+    writes = [write for write in flow.writes if write.leaf == number]
+    reads = [read for read in flow.reads if read.leaf == number]
+    grown = [write for write in flow.grown if write.leaf == number]
+    head = f"{path} {short(aval)}"
+    if not writes:
+        if not (grown and reads):
+            return None
+        how = f"grows by {grown[0].primitive} {_at(grown[0])}"
+        return Miss(f"{head}: {how}; only caches of fixed size can be adopted")
+    if not reads:
+        return Miss(f"{head}: {_written(writes[0])}, but no dot_general reads it")
+    lengths = _lengths(aval.shape, writes, reads) if names is None else frozenset((names.index("length"),))
+    if len(lengths) != 1:
+        what = f"axes {sorted(lengths)} may each be the length" if lengths else "no axis can be the length"
+        return Miss(f"{head}: {what}; {_written(writes[0])}; {NAME_THEM}", unclear=True)
+    (length,) = lengths
+    keys = [read for read in reads if length in read.kept]
+    values = [read for read in reads if length in read.contract]
+    if not (keys or values):
+        return Miss(f"{head}: no dot_general keeps or contracts axis {length}, its length; {NAME_THEM}", True)
+    if names is None:
+        channels = _channels(length, keys, values)
+        if len(channels) != 1:
+            return Miss(f"{head}: axes {sorted(channels)} may each be head_dim; {NAME_THEM}", unclear=True)
+        names = _names(len(aval.shape), length, *channels, keys, values)
+    return CacheLeaf(
+        path=path,
+        shape=aval.shape,
+        dtype=aval.dtype,
+        role="key and value" if keys and values else "key" if keys else "value",
+        axes=names,
+        layer=None if "layers" in names else 0,
+        output=output,
+        evidence=_evidence(writes, keys, values, output),
+    )
+
+
+def _lengths(shape: Sequence[int], writes: Sequence[Write], reads: Sequence[Read]) -> Axes:
+    """The axes along which every write takes a part, and over which no dot batches."""
+    parts = [write.axes for write in writes if write.axes]
+    part = frozenset.intersection(*parts) if parts else NOWHERE
+    batched = NOWHERE.union(*(read.batch for read in reads))
+    return frozenset(axis for axis in part - batched if shape[axis] > 1)
+
+
+def _channels(length: int, keys: Sequence[Read], values: Sequence[Read]) -> Axes:
+    """What keys contract, and what values keep."""
+    axes = [read.contract for read in keys] + [read.kept for read in values]
+    shared = frozenset.intersection(*axes) - {length}
+    return shared or axes[0] - {length}
+
+
+def _names(
+    ndim: int, length: int, channels: int, keys: Sequence[Read], values: Sequence[Read]
+) -> tuple[str, ...]:
+    names = {length: "length", channels: "head_dim"}
+    for axis in sorted({axis for read in (*keys, *values) for axis, _ in read.picked} - set(names)):
+        of_keys, of_values = ({dict(read.picked).get(axis) for read in group} for group in (keys, values))
+        apart = of_keys and of_values and not (of_keys & of_values or None in of_keys | of_values)
+        names[axis] = "pair" if apart and "pair" not in names.values() else "layers"
+    rest = [axis for axis in range(ndim) if axis not in names]
+    names |= dict(zip(rest, ("batch", "heads"), strict=False))
+    return tuple(names.get(axis, "layers") for axis in range(ndim))
+
+
+def _evidence(
+    writes: Sequence[Write], keys: Sequence[Read], values: Sequence[Read], output: str | None
+) -> tuple[str, ...]:
+    lines = [_written(write) for write in writes]
+    lines += [f"read as keys by dot_general {_at(read)}" for read in keys]
+    lines += [f"read as values by dot_general {_at(read)}" for read in values]
+    lines.append(f"returned as output {output}" if output else "not returned")
+    return tuple(dict.fromkeys(lines))
+
+
+def short(aval: jax.ShapeDtypeStruct) -> str:
+    """Dtype and shape in a word."""
+    return f"{jnp.dtype(aval.dtype).name}{aval.shape}"
+
+
+def _written(write: Write) -> str:
+    axes = ", ".join(map(str, sorted(write.axes)))
+    how = f"in part along axis {axes}" if axes else "whole"
+    return f"written {how} by {write.primitive} {_at(write)}"
+
+
+def _at(event: Write | Read) -> str:
+    return f"at {event.place[0]}:{event.place[1]}" if event.place else "somewhere"
