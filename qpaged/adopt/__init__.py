@@ -1,4 +1,4 @@
-"""A quantized cache in the model you already have: find its cache, and run its own code on QuantizedArrays."""
+"""A quantized cache in the model you have: find it, and run the model's own code on QuantizedArrays."""
 
 from qpaged.adopt._found import CacheLeaf, CacheNotFoundError, FoundCache, find_cache
 from qpaged.adopt._step import Materialized, MaterializeError, QuantizedStep, Report, quantize_cache

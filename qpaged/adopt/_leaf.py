@@ -103,7 +103,9 @@ def classify(
         channels = _channels(length, keys, values)
         if len(channels) != 1:
             return Miss(f"{head}: axes {sorted(channels)} may each be head_dim; {NAME_THEM}", unclear=True)
-        names = _names(len(aval.shape), length, *channels, keys, values)
+        names = _names(
+            len(aval.shape), {length: "length"} | dict.fromkeys(channels, "head_dim"), keys, values
+        )
     return CacheLeaf(
         path=path,
         shape=aval.shape,
@@ -131,10 +133,8 @@ def _channels(length: int, keys: Sequence[Read], values: Sequence[Read]) -> Axes
     return shared or axes[0] - {length}
 
 
-def _names(
-    ndim: int, length: int, channels: int, keys: Sequence[Read], values: Sequence[Read]
-) -> tuple[str, ...]:
-    names = {length: "length", channels: "head_dim"}
+def _names(ndim: int, names: dict[int, str], keys: Sequence[Read], values: Sequence[Read]) -> tuple[str, ...]:
+    """The names of all axes, those of some being known."""
     for axis in sorted({axis for read in (*keys, *values) for axis, _ in read.picked} - set(names)):
         of_keys, of_values = ({dict(read.picked).get(axis) for read in group} for group in (keys, values))
         apart = of_keys and of_values and not (of_keys & of_values or None in of_keys | of_values)

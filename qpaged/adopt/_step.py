@@ -18,6 +18,7 @@ from qpaged.arrays._blocks import block_max
 from qpaged.arrays._quantized import quantize
 from qpaged.arrays._writes import overwrite
 from qpaged.implicit import record_materializations, use_implicit_args
+from qpaged.implicit._tree import same_layout
 from qpaged.quantizer import CacheFormat, Quantizer
 
 PAGE_SIZE = 16
@@ -198,7 +199,7 @@ class QuantizedStep:
 
         def leaf(path: Any, value: Any) -> Any:
             like = wanted.get(join(path))
-            if not isinstance(like, QuantizedArray) or _same_layout(like, value):
+            if not isinstance(like, QuantizedArray) or same_layout(like, value):
                 return value
             code = self._step.__code__ if hasattr(self._step, "__code__") else None
             place = (code.co_filename, code.co_firstlineno) if code else ("<unknown>", 0)
@@ -247,12 +248,3 @@ def _fresh(
         return made
     used = block_max(jnp.abs(array), made.scales.shape) > 0
     return made.like(made.codes, jnp.where(used, made.scales, 0).astype(made.scales.dtype), None, made.outer)
-
-
-def _same_layout(one: Any, other: Any) -> bool:
-    """Whether two trees differ in nothing but the numbers in their arrays."""
-    leaves, tree = jax.tree_util.tree_flatten(one)
-    others, other_tree = jax.tree_util.tree_flatten(other)
-    return bool(tree == other_tree) and all(
-        (a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip(leaves, others, strict=True)
-    )
