@@ -1,1 +1,1 @@
-"""Models of other packages, unmodified, with their cache quantized: the cases, and what is measured on them."""
+"""Models of other packages, unmodified, with a quantized cache: the cases, and what is measured on them."""

@@ -19,6 +19,10 @@ from qpaged.arrays._quantized import QuantizedArray, common_dtype
 from qpaged.arrays._views import adjoint, factored, places, stored
 
 
+# What is decoded at once, if blocks are not longer: positions, and elements of all of them.
+POSITIONS, ELEMENTS = 512, 2**19
+
+
 class Axes(NamedTuple):
     """Which axes of two operands a dot contracts and which it batches over, pair by pair."""
 
@@ -62,11 +66,55 @@ def _dot(other: jax.Array, array: QuantizedArray, axes: Axes, preferred_element_
     if turned and channels in axes.contract:
         partner = axes.other_contract[axes.contract.index(channels)] - other.ndim
         other = adjoint(array.quantizer, other, partner)
-    out = _by_place(other, factored(stored(array)), axes, params)
+    out = _in_pieces(other, factored(stored(array)), axes, params)
     if turned and channels not in axes.contract:
         kept = axes.kept(array.ndim)
         out = array.quantizer.inverse(out, kept.index(channels) - len(kept))
     return out.astype(result)
+
+
+def _in_pieces(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
+    """The dot in float32, a piece of the array's longest axis at a time, so that it is never decoded whole."""
+    channels = array.channel_axis % array.ndim
+    axis = max(
+        (a for a in range(array.ndim) if a != channels), key=lambda a: array.shape[a], default=channels
+    )
+    length, block = array.shape[axis], array.block[axis]
+    most = min(POSITIONS, ELEMENTS * length // max(1, array.size))
+    size = max(block, most // block * block)
+    if axis == channels or length < 2 * size:
+        return _by_place(other, array, axes, params)
+    pairs = dict(zip(axes.contract + axes.batch, axes.other_contract + axes.other_batch, strict=True))
+    kept = axes.kept(array.ndim)
+
+    # Made anew for a gradient, which would keep all that was decoded.
+    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+    def piece(start: Any, other: jax.Array, extent: int) -> jax.Array:
+        cut = functools.partial(_cut, axis=axis, start=start, extent=extent, length=length)
+        if axis in pairs:
+            other = cut(other, axis=pairs[axis])
+        return _by_place(other, array.like(cut(array.codes), *map(cut, array.parts)), axes, params)
+
+    count, rest = divmod(length, size)
+    starts = size * jnp.arange(count, dtype=jnp.int32)
+    last = [piece(count * size, other, rest)] if rest else []
+    if axis in axes.contract:
+        first = piece(0, other, size)
+        total, _ = lax.scan(lambda total, start: (total + piece(start, other, size), None), first, starts[1:])
+        return functools.reduce(jnp.add, last, total)
+    outs = lax.map(lambda start: piece(start, other, size), starts)
+    at = axes.batch.index(axis) if axis in axes.batch else outs.ndim - 1 - len(kept) + kept.index(axis)
+    outs = jnp.moveaxis(outs, 0, at)
+    whole = outs.reshape(*outs.shape[:at], count * size, *outs.shape[at + 2 :])
+    return lax.concatenate([whole, *last], at)
+
+
+def _cut(part: jax.Array | None, axis: int, start: Any, extent: int, length: int) -> Any:
+    """What a part of an array has of ``extent`` elements along an axis of ``length``, from ``start`` on."""
+    if part is None or part.shape[axis] == 1:
+        return part
+    block = length // part.shape[axis]
+    return lax.dynamic_slice_in_dim(part, start // block, extent // block, axis)
 
 
 def _by_place(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
