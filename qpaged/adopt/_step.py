@@ -131,6 +131,12 @@ class QuantizedStep:
         self._note([Materialized(r.primitive, r.shape, r.dtype, r.file, r.line) for r in records])
         return self._as_it_came(out, Arguments(self._step, args, kwargs))
 
+    def of(self, step: Callable[..., Any], found: FoundCache) -> QuantizedStep:
+        """A part of this step, with a part of its cache: the same format and the same report."""
+        part = QuantizedStep(step, self.format, found, self._page_size, self._strict)
+        part._places = self._places
+        return part
+
     def init(self, *cache: Any) -> Any:
         """A cache, quantized: the same tree with a QuantizedArray for each of its arrays.
 
@@ -209,7 +215,7 @@ class QuantizedStep:
         return jax.tree_util.tree_map_with_path(leaf, out, is_leaf=lambda x: isinstance(x, QuantizedArray))
 
     def _note(self, places: Sequence[Materialized]) -> None:
-        self._places |= dict.fromkeys(places)
+        self._places.update(dict.fromkeys(places))
         if self._strict and places:
             raise MaterializeError(
                 f"step must not decode its cache, since strict is set, but {Report(places)}\n"
