@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+PADDING = 0
+
 
 @dataclass(frozen=True)
 class Case:
@@ -20,6 +22,8 @@ class Case:
         params: the weights.
         cache: ``cache(batch, length)``: an unwritten float cache.
         vocabulary: tokens are below it.
+        pads: whether the step masks tokens that are PADDING, in the prompt's beginning, for good.
+        prompt: text of which prompts are cut, as tokens, for a model with trained weights.
     """
 
     name: str
@@ -28,3 +32,5 @@ class Case:
     params: Any
     cache: Callable[[int, int], Any]
     vocabulary: int
+    pads: bool = False
+    prompt: Any = None

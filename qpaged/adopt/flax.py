@@ -64,7 +64,7 @@ def quantize_nnx(
     page_size: int = PAGE_SIZE,
     strict: bool = False,
 ) -> QuantizedStep:
-    """Quantize the cache of an nnx module in place; ``model(...)``, ``nnx.jit``, ``nnx.scan`` go on as before.
+    """Quantize the cache of an nnx module in place; ``model(...)``, ``nnx.jit`` and ``nnx.scan`` go on.
 
         quantize_nnx(model, "int8", example=(token,))
         out = model(token)
@@ -83,7 +83,7 @@ def quantize_nnx(
         strict: as there.
 
     Returns:
-        The step, from the module's state and inputs to outputs and state: its ``found`` and ``report()`` tell.
+        The step, from the module's state and inputs to outputs and state; it has ``found`` and ``report()``.
 
     Raises:
         CacheNotFoundError: as :func:`qpaged.adopt.quantize_cache`.
@@ -126,7 +126,8 @@ def _owner(model: nnx.Module, leaf: CacheLeaf) -> tuple[str, nnx.Module]:
 
 def _adopt(module: nnx.Module, adopted: QuantizedStep, found: FoundCache) -> None:
     """Have a module run its own code on its quantized variables."""
-    own = type(module)
+    own: Any = type(module)
+    metaclass: Any = type(own)
 
     def step(state: Any, graph: Any, args: Any, kwargs: Any) -> Any:
         merged = nnx.merge(graph, state)
@@ -138,7 +139,7 @@ def _adopt(module: nnx.Module, adopted: QuantizedStep, found: FoundCache) -> Non
         "__call__": _call_quantized,
         "quantized_step": adopted.of(step, found),
     }
-    object.__setattr__(module, "__class__", type(own)(own.__name__, (own,), members))
+    object.__setattr__(module, "__class__", metaclass(own.__name__, (own,), members))
 
 
 def _call_quantized(module: Any, *args: Any, **kwargs: Any) -> Any:

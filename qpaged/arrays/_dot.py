@@ -18,7 +18,6 @@ from qpaged.arrays._blocks import beside, blocked, refine
 from qpaged.arrays._quantized import QuantizedArray, common_dtype
 from qpaged.arrays._views import adjoint, factored, places, stored
 
-
 # What is decoded at once, if blocks are not longer: positions, and elements of all of them.
 POSITIONS, ELEMENTS = 512, 2**19
 
@@ -74,7 +73,7 @@ def _dot(other: jax.Array, array: QuantizedArray, axes: Axes, preferred_element_
 
 
 def _in_pieces(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
-    """The dot in float32, a piece of the array's longest axis at a time, so that it is never decoded whole."""
+    """The dot in float32, a piece of the array's longest axis at a time: it is never decoded whole."""
     channels = array.channel_axis % array.ndim
     axis = max(
         (a for a in range(array.ndim) if a != channels), key=lambda a: array.shape[a], default=channels
