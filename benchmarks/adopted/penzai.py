@@ -1,4 +1,4 @@
-"""penzai's llama-like transformer, layers apart and stacked; the sequence is on the last axis of its caches."""
+"""penzai's llama-like transformer, layers apart and stacked; its caches have the sequence last."""
 
 import jax
 import jax.numpy as jnp
