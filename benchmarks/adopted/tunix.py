@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from benchmarks.adopted._case import Case
 from flax import nnx
 from tunix.generate import sampler, utils
 from tunix.models.gemma3 import model as gemma3
 from tunix.models.llama3 import model as llama3
 from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen3 import model as qwen3
+
+from benchmarks.adopted._case import Case
 
 LAYERS = 2
 KV_HEADS = 2
