@@ -1,6 +1,6 @@
 """Causal language models of keras-hub, whose cache is one array for all layers, keys and values.
 
-Python 3.11 or newer: ``pip install -e . keras-hub==0.32.0``, which brings TensorFlow.
+On Python 3.11: ``pip install -e . keras-hub==0.32.0``, which brings TensorFlow.
 """
 
 import os

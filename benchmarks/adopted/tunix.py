@@ -1,6 +1,6 @@
 """Models of google-tunix, with the caches and masks of its sampler.
 
-Python 3.11 or newer: ``pip install -e . google-tunix==0.1.7``.
+On Python 3.11: ``pip install -e . google-tunix==0.1.7``.
 """
 
 from collections.abc import Callable
