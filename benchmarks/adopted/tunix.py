@@ -46,7 +46,7 @@ def cases() -> list[Case]:
 
 
 def _gemma3(dtype: Any) -> gemma3.ModelConfig:
-    """Layers with a window of 32 tokens; as many of them as show one that has none, too, would be six."""
+    """Layers with a window of 32 tokens: the first five of every six are such."""
     return gemma3.ModelConfig(**SIZES, num_embed=VOCABULARY, sliding_window_size=32, param_dtype=dtype)
 
 
