@@ -80,13 +80,15 @@ def find_cache(
     flow, paths = follow(closed), given.paths
     outputs = _returned(flow, list(leaves_by_path(out)))
     wanted = _chosen(where)
+    touched = {write.leaf for write in flow.writes} & {read.leaf for read in flow.reads}
 
     leaves: list[CacheLeaf] = []
     misses: list[Miss] = []
     for number, (path, aval) in enumerate(zip(paths, given.structs, strict=True)):
         if not (wanted(path) and jnp.issubdtype(aval.dtype, jnp.floating)):
             continue
-        found = classify(path, aval, flow, number, outputs.get(number), _named(axes, path, aval))
+        names = _named(axes, path, aval) if number in touched else None
+        found = classify(path, aval, flow, number, outputs.get(number), names)
         if isinstance(found, CacheLeaf):
             leaves.append(found)
         elif found is not None:
