@@ -40,7 +40,8 @@ def main(argv: list[str]) -> int:
                 rows.append(result.row())
                 print(
                     f"{result.model:40} {result.format:10} same {result.same_tokens:6.1%} "
-                    f"KL {result.kl_mean:.1e} bytes {result.ratio:.3f} full-size floats {result.full_size_floats} "
+                    f"KL {result.kl_mean:.1e} bytes {result.ratio:.3f} "
+                    f"full-size floats {result.full_size_floats} "
                     f"ms {result.ms_float:.2f} {result.ms_quantized:.2f} {result.ms_materialized:.2f}",
                     flush=True,
                 )

@@ -60,7 +60,10 @@ def trained() -> Case:
     """Llama with the weights that qpaged brings, written as a checkpoint, on text of the kind they know."""
     tiny = Path(str(files("qpaged.models") / "tiny"))
     with TemporaryDirectory() as folder:
-        config = json.loads((tiny / "config.json").read_text()) | {"tie_word_embeddings": False}
+        config = json.loads((tiny / "config.json").read_text()) | {
+            "tie_word_embeddings": False,
+            "max_position_embeddings": LONGEST,
+        }
         (Path(folder) / "config.json").write_text(json.dumps(config))
         weights = {name: w.astype(jnp.float32) for name, w in load_file(tiny / "model.safetensors").items()}
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # Flax's Llama does not tie them

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks.adopted._case import Case
+from adopted._case import Case
 
 os.environ["KERAS_BACKEND"] = "jax"  # Keras reads it when it is imported
 import keras

@@ -15,7 +15,7 @@ from tunix.models.llama3 import model as llama3
 from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen3 import model as qwen3
 
-from benchmarks.adopted._case import Case
+from adopted._case import Case
 
 LAYERS = 2
 KV_HEADS = 2

@@ -128,7 +128,13 @@ class QuantizedStep:
         """What the step returns, the cache quantized as it came."""
         with record_materializations() as records:
             out = self._run(*args, **kwargs)
-        self._note([Materialized(r.primitive, r.shape, r.dtype, r.file, r.line) for r in records])
+        self._note(
+            [
+                Materialized(r.primitive, r.shape, r.dtype, r.file, r.line)
+                for r in records
+                if r.array_type == "QuantizedArray"
+            ]
+        )
         return self._as_it_came(out, Arguments(self._step, args, kwargs))
 
     def of(self, step: Callable[..., Any], found: FoundCache) -> QuantizedStep:

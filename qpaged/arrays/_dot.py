@@ -16,7 +16,7 @@ from jax import lax
 
 from qpaged.arrays._blocks import beside, blocked, refine
 from qpaged.arrays._quantized import QuantizedArray, common_dtype
-from qpaged.arrays._views import adjoint, factored, places, stored
+from qpaged.arrays._views import adjoint, factored, keeps_channels, places, stored
 
 # What is decoded at once, if blocks are not longer: positions, and elements of all of them.
 POSITIONS, ELEMENTS = 512, 2**19
@@ -74,14 +74,14 @@ def _dot(other: jax.Array, array: QuantizedArray, axes: Axes, preferred_element_
 
 def _in_pieces(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
     """The dot in float32, a piece of the array's longest axis at a time: it is never decoded whole."""
-    channels = array.channel_axis % array.ndim
-    axis = max(
-        (a for a in range(array.ndim) if a != channels), key=lambda a: array.shape[a], default=channels
-    )
+    whole = array.channel_axis % array.ndim if keeps_channels(array) else None
+    axis = max((a for a in range(array.ndim) if a != whole), key=lambda a: array.shape[a], default=None)
+    if axis is None:
+        return _by_place(other, array, axes, params)
     length, block = array.shape[axis], array.block[axis]
-    most = min(POSITIONS, ELEMENTS * length // max(1, array.size))
+    most = min(POSITIONS, ELEMENTS * length // array.size)
     size = max(block, most // block * block)
-    if axis == channels or length < 2 * size:
+    if length < 2 * size:
         return _by_place(other, array, axes, params)
     pairs = dict(zip(axes.contract + axes.batch, axes.other_contract + axes.other_batch, strict=True))
     kept = axes.kept(array.ndim)
@@ -104,8 +104,8 @@ def _in_pieces(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> j
     outs = lax.map(lambda start: piece(start, other, size), starts)
     at = axes.batch.index(axis) if axis in axes.batch else outs.ndim - 1 - len(kept) + kept.index(axis)
     outs = jnp.moveaxis(outs, 0, at)
-    whole = outs.reshape(*outs.shape[:at], count * size, *outs.shape[at + 2 :])
-    return lax.concatenate([whole, *last], at)
+    merged = outs.reshape(*outs.shape[:at], count * size, *outs.shape[at + 2 :])
+    return lax.concatenate([merged, *last], at)
 
 
 def _cut(part: jax.Array | None, axis: int, start: Any, extent: int, length: int) -> Any:

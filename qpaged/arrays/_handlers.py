@@ -12,7 +12,8 @@ from jax import lax
 
 from qpaged.arrays import _dot, _moves, _views, _windows
 from qpaged.arrays._quantized import QuantizedArray
-from qpaged.implicit import primitive_handler
+from qpaged.arrays._repeated import Repeated
+from qpaged.implicit import primitive_handler, provider
 
 if TYPE_CHECKING:
     Operand: TypeAlias = Any
@@ -20,6 +21,7 @@ else:
     Operand = object  # what qax dispatches on as anything whatever
 
 
+REPEATS = provider().name == "qpaged"  # qax does not look into arrays inside of arrays
 LAST = -1  # for handlers of any operands, which must not stand in the way of others
 
 
@@ -45,7 +47,15 @@ def _reshape(primitive, array: QuantizedArray, *rest, new_sizes, dimensions=None
 
 @primitive_handler("broadcast_in_dim")
 def _broadcast(primitive, array: QuantizedArray, *rest, shape, broadcast_dimensions, **params):
-    return _lazy(_moves.broadcast_in_dim(array, shape, broadcast_dimensions))
+    once = [1] * len(shape)
+    for axis, place in enumerate(broadcast_dimensions):
+        once[place] = array.shape[axis]
+    stretched = [axis for axis, n in enumerate(shape) if n != once[axis]]
+    lazily = REPEATS and len(stretched) == 1
+    moved = _moves.broadcast_in_dim(array, once if lazily else shape, broadcast_dimensions)
+    if moved is None or not lazily:
+        return _lazy(moved)
+    return Repeated(moved, stretched[0] - len(shape), shape[stretched[0]])
 
 
 @primitive_handler("squeeze")

@@ -1,0 +1,145 @@
+"""Repeated: an array along one axis of which each element stands several times, held once.
+
+What models with grouped heads make of their keys and values before a dot. The dot is then that of the array
+itself, with the other operand's axis taken apart into groups, and nothing is copied.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import jax.numpy as jnp
+from jax import lax
+
+from qpaged.implicit import ImplicitArray, aux_field, primitive_handler, use_implicit_args
+
+if TYPE_CHECKING:
+    Operand: TypeAlias = Any
+else:
+    Operand = object  # what qax dispatches on as anything whatever
+
+BEFORE_OTHERS = 1
+
+
+@dataclass(eq=False)
+class Repeated(ImplicitArray, warn_on_materialize=False):
+    """``jnp.repeat(array, times, axis)``.
+
+    What has no handler for it has it copied out: the copies of a quantized array are quantized, too.
+
+    Attributes:
+        array: plain or implicit.
+        axis: static; counted from the end.
+        times: static.
+    """
+
+    array: Any
+    axis: int = aux_field()
+    times: int = aux_field()
+
+    def __post_init__(self) -> None:
+        """Nothing to infer: shape and dtype are the array's."""
+
+    @property  # type: ignore[misc]  # in place of fields, as the base class allows
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.array.shape)
+        shape[self.axis] *= self.times
+        return tuple(shape)
+
+    @shape.setter
+    def shape(self, _: Any) -> None:
+        """Ignored: it would go stale."""
+
+    @property  # type: ignore[misc]
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    @dtype.setter
+    def dtype(self, _: Any) -> None:
+        """Ignored: it would go stale."""
+
+    def materialize(self) -> Any:
+        """The copies, of the kind that the array is."""
+        return _copies(self.array, self.axis, self.times)
+
+    def over(self, array: Any) -> "Repeated":
+        """The same of another array."""
+        return Repeated(array, self.axis, self.times)
+
+
+@use_implicit_args
+def _copies(array: Any, axis: int, times: int) -> Any:
+    at = axis % array.ndim
+    apart = lax.reshape(array, (*array.shape[: at + 1], 1, *array.shape[at + 1 :]))
+    shape = (*array.shape[:at], array.shape[at] * times, *array.shape[at + 1 :])
+    return lax.reshape(lax.concatenate([apart] * times, at + 1), shape)
+
+
+@primitive_handler("convert_element_type")
+def _convert(primitive, repeated: Repeated, *, new_dtype, **params):
+    return repeated.over(lax.convert_element_type(repeated.array, new_dtype))
+
+
+@primitive_handler(["mul", "div"])
+def _scale(primitive, repeated: Repeated, factor: Operand, **params):
+    if isinstance(factor, ImplicitArray) or jnp.ndim(factor):
+        return NotImplemented
+    return repeated.over(primitive.bind(repeated.array, factor, **params))
+
+
+@primitive_handler("transpose")
+def _transpose(primitive, repeated: Repeated, *, permutation, **params):
+    axis = tuple(permutation).index(repeated.axis % repeated.ndim) - repeated.ndim
+    return Repeated(lax.transpose(repeated.array, permutation), axis, repeated.times)
+
+
+@primitive_handler("reshape")
+def _reshape(primitive, repeated: Repeated, *rest, new_sizes, dimensions=None, **params):
+    """An axis of copies alone is merged into the one before it; nothing else is done to it."""
+    at, shape = repeated.axis % repeated.ndim, repeated.shape
+    merged = (*shape[: at - 1], shape[at - 1] * shape[at], *shape[at + 1 :])
+    if dimensions is not None or at == 0 or repeated.array.shape[at] != 1 or tuple(new_sizes) != merged:
+        return NotImplemented
+    return Repeated(lax.squeeze(repeated.array, (at,)), repeated.axis, repeated.times)
+
+
+@primitive_handler("dot_general", precedence=BEFORE_OTHERS)
+def _dot_left(primitive, lhs: Repeated, rhs: Operand, *, dimension_numbers, **params):
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
+    swapped = (rhs_contract, lhs_contract), (rhs_batch, lhs_batch)
+    out = _dot(rhs, lhs, swapped, params)
+    if out is NotImplemented:
+        return out
+    batch, free = len(lhs_batch), jnp.ndim(rhs) - len(rhs_contract) - len(rhs_batch)
+    return lax.transpose(out, (*range(batch), *range(batch + free, out.ndim), *range(batch, batch + free)))
+
+
+@primitive_handler("dot_general", precedence=BEFORE_OTHERS)
+def _dot_right(primitive, lhs: Operand, rhs: Repeated, *, dimension_numbers, **params):
+    return _dot(lhs, rhs, dimension_numbers, params)
+
+
+@primitive_handler("dot_general", precedence=BEFORE_OTHERS)
+def _dot_both(primitive, lhs: Repeated, rhs: Repeated, *, dimension_numbers, **params):
+    return NotImplemented
+
+
+def _dot(other: Any, repeated: Repeated, numbers: Any, params: dict[str, Any]) -> Any:
+    """The dot with groups of ``other`` beside each element of the array, where the axis is one of a batch."""
+    (other_contract, contract), (other_batch, batch) = numbers
+    at = repeated.axis % repeated.ndim
+    if at not in batch or isinstance(other, ImplicitArray):
+        return NotImplemented
+    partner, times = other_batch[tuple(batch).index(at)], repeated.times
+    count = repeated.array.shape[at]
+    grouped = lax.reshape(other, (*other.shape[:partner], count, times, *other.shape[partner + 1 :]))
+
+    def moved(axes: Any) -> tuple[int, ...]:
+        return tuple(axis + (axis > partner) for axis in axes)
+
+    inner = (moved(other_contract), contract), (moved(other_batch), batch)
+    out = lax.dot_general(grouped, repeated.array, inner, **params)
+    # The groups are now among the free axes of the other operand: back beside the batch axis they belong to.
+    free = [axis for axis in range(grouped.ndim) if axis not in (*inner[0][0], *inner[1][0])]
+    source, target = len(batch) + free.index(partner + 1), tuple(batch).index(at) + 1
+    out = jnp.moveaxis(out, source, target)
+    return lax.reshape(out, (*out.shape[: target - 1], count * times, *out.shape[target + 1 :]))
