@@ -15,7 +15,7 @@ from qpaged.adopt._arguments import Arguments, as_arrays, beneath, join, leaves_
 from qpaged.adopt._found import AxesOption, CacheLeaf, FoundCache, Where, find_cache
 from qpaged.arrays import QuantizedArray
 from qpaged.arrays._blocks import block_max
-from qpaged.arrays._quantized import quantize
+from qpaged.arrays._quantized import empty, quantize
 from qpaged.arrays._writes import overwrite
 from qpaged.implicit import record_materializations, use_implicit_args
 from qpaged.implicit._tree import same_layout
@@ -146,7 +146,8 @@ class QuantizedStep:
     def init(self, *cache: Any) -> Any:
         """A cache, quantized: the same tree with a QuantizedArray for each of its arrays.
 
-        Blocks of zeros are taken for unwritten. Under ``jax.eval_shape`` it gives shapes.
+        Blocks of zeros are taken for unwritten. Arrays given as ``jax.ShapeDtypeStruct`` are made unwritten,
+        so that a float cache never needs to be; what is not of the cache stays as it is given.
 
         Args:
             *cache: the argument that holds the cache, or, where several do, these in their order.
@@ -194,12 +195,14 @@ class QuantizedStep:
         leaf = self._leaves.get(path)
         if leaf is None or (quantizer := _format(self.format, leaf)) is None:
             return array
-        if array.ndim != len(leaf.axes):
+        if len(array.shape) != len(leaf.axes):
             raise ValueError(f"{path} must have the axes {leaf.axes}, but came with shape {array.shape}.")
         length, channels = leaf.axis("length"), leaf.axis("head_dim")
-        block = [1] * array.ndim
+        block = [1] * len(array.shape)
         page = _page(array.shape[length], self._page_size)
         block[length], block[channels] = quantizer.block((page, array.shape[channels]))
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return empty(array.shape, quantizer, block, array.dtype, channels - len(array.shape))
         return _fresh(array, quantizer, tuple(block), channels - array.ndim)
 
     def _as_it_came(self, out: Any, given: Arguments) -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from qpaged.adopt._step import PAGE_SIZE, QuantizedStep
 from qpaged.adopt._step import quantize_cache as quantize_step
+from qpaged.arrays import QuantizedArray
 
 LENGTH = 2 * PAGE_SIZE  # of the cache that the model is looked at with
 
@@ -59,7 +60,14 @@ class _WithQuantizedCache:
         return out.restored() if isinstance(out, _Output) else out
 
     def init_cache(self, *args: Any, **kwargs: Any) -> Any:
-        return self.quantized_step.init(super().init_cache(*args, **kwargs))  # type: ignore[misc]
+        make = super().init_cache  # type: ignore[misc]
+        made = self.quantized_step.init(jax.eval_shape(lambda: make(*args, **kwargs)))
+        return jax.tree_util.tree_map(_zeros, made, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+
+
+def _zeros(leaf: Any) -> Any:
+    """What a new cache holds beside keys and values."""
+    return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["items"], meta_fields=["made_as"])

@@ -1,0 +1,35 @@
+"""What is promised of every adopted model, seen on those that the benchmarks measure."""
+
+import importlib
+
+import jax
+import pytest
+from frameworks import needed
+
+needed("flax", "transformers", "penzai")
+
+from adopted import _measure
+
+with jax.numpy_dtype_promotion("standard"):
+    CASES = [
+        case
+        for group in ("flax_attention", "huggingface", "penzai")
+        for case in importlib.import_module(f"adopted.{group}").cases()
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_an_adopted_model(case, monkeypatch):
+    monkeypatch.setattr(_measure, "ROUNDS", 1)
+    (result,) = _measure.measure(case, ["int8"])
+    assert result.full_size_floats == 0
+    assert result.materialized == 0
+    assert result.compilations == 1
+    assert result.same_type
+    assert result.buffers_reused
+    assert result.ratio_bfloat16 <= 0.52
+    assert result.ratio <= 0.26
+    assert result.kl_mean < 1e-3
+    assert result.kl_padded is None or result.kl_padded < 1e-3

@@ -1,0 +1,126 @@
+"""flax's attention with a quantized cache: nnx called as ever, linen through its variables."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formats import normal
+from frameworks import needed
+
+needed("flax")
+
+from flax import linen, nnx
+
+import qpaged
+from qpaged import adopt
+from qpaged.adopt.flax import quantize_linen, quantize_nnx
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("standard_promotion"),
+]
+BATCH, LENGTH, WIDTH, HEADS, LAYERS = 2, 32, 64, 2, 2
+SHAPE = (BATCH, LENGTH, WIDTH)
+XS = normal(12, BATCH, 1, WIDTH)
+
+
+class Decoder(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List(
+            nnx.MultiHeadAttention(num_heads=HEADS, in_features=WIDTH, decode=True, rngs=rngs)
+            for _ in range(LAYERS)
+        )
+        for layer in self.layers:
+            layer.init_cache(SHAPE)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def run(decode, model):
+    return jnp.stack([decode(model, x) for x in XS])
+
+
+def is_close(got, want, tolerance=0.05):
+    return float(jnp.abs(got - want).max()) < tolerance * float(jnp.abs(want).max())
+
+
+@pytest.mark.parametrize("format", ["int8", "int8:token", "fp8_e4m3", "int8:channel+offset/int4:token"])
+def test_nnx_modules_are_called_as_ever(format):
+    plain, model = Decoder(), Decoder()
+    step = quantize_nnx(model, format, example=(XS[0],), strict=True)
+    assert [leaf.role for leaf in step.found.leaves] == ["key", "value"] * LAYERS
+    first = model.layers[0].cached_key.get_value()
+    assert isinstance(first, qpaged.QuantizedArray) and first.shape == (*SHAPE[:2], HEADS, WIDTH // HEADS)
+    want = run(lambda model, x: model(x), plain)
+    got = run(nnx.jit(lambda model, x: model(x)), model)
+    assert is_close(got, want, 0.05 if "int4" not in format else 0.3)
+    assert type(model.layers[0]).__name__ == "MultiHeadAttention"
+    assert isinstance(model.layers[0], nnx.MultiHeadAttention)
+    assert int(model.layers[0].cache_index[...]) == len(XS)
+    after = model.layers[0].cached_key.get_value()
+    assert jax.tree_util.tree_structure(after) == jax.tree_util.tree_structure(first)
+
+
+def test_eager_and_jitted_calls_leave_the_same():
+    eager, jitted = Decoder(), Decoder()
+    for model in (eager, jitted):
+        quantize_nnx(model, "int8", example=(XS[0],))
+    a, b = run(lambda m, x: m(x), eager), run(nnx.jit(lambda m, x: m(x)), jitted)
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_other_modules_of_the_class_stay_as_they_are():
+    model, other = Decoder(), Decoder()
+    quantize_nnx(model, "int8", example=(XS[0],))
+    assert type(other.layers[0]) is nnx.MultiHeadAttention
+    assert isinstance(other.layers[0].cached_key.get_value(), jax.Array)
+
+
+@nnx.vmap(in_axes=0, out_axes=0)
+def stacked(key):
+    layer = nnx.MultiHeadAttention(num_heads=HEADS, in_features=WIDTH, decode=True, rngs=nnx.Rngs(key))
+    layer.init_cache(SHAPE)
+    return layer
+
+
+def through_layers(layers, x):
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def body(layer, x):
+        return x + layer(x)
+
+    return body(layers, x)
+
+
+def test_stacked_layers_are_scanned():
+    keys = jax.random.split(jax.random.key(0), LAYERS)
+    plain, model = stacked(keys), stacked(keys)
+    step = quantize_nnx(model, "int8", example=(XS[0],), call=through_layers, strict=True)
+    assert {leaf.axes[0] for leaf in step.found.leaves} == {"layers"}
+    assert is_close(run(nnx.jit(through_layers), model), run(through_layers, plain))
+    assert model.cached_key.get_value().shape[0] == LAYERS
+
+
+def test_linen_variables():
+    module = linen.MultiHeadDotProductAttention(num_heads=HEADS, decode=True)
+    variables = module.init(jax.random.key(0), jnp.zeros(SHAPE))
+    step = quantize_linen(module, "int8", example=(variables, XS[0]), strict=True)
+    quantized, jitted = step.init(variables), jax.jit(step)
+    for x in XS:
+        want, updates = module.apply(variables, x, mutable=["cache"])
+        variables |= updates
+        got, updates = jitted(quantized, x)
+        quantized |= updates
+    assert is_close(got, want) and jitted._cache_size() == 1
+    assert isinstance(quantized["cache"]["cached_key"], qpaged.QuantizedArray)
+
+
+def test_errors_name_what_came():
+    with pytest.raises(TypeError, match="model must be an nnx module, but came as Dense"):
+        quantize_nnx(linen.Dense(WIDTH), "int8", example=(XS[0],))
+    no_cache = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
+    with pytest.raises(adopt.CacheNotFoundError, match="none of its 3 arrays is one"):
+        quantize_nnx(no_cache, "int8", example=(XS[0],))

@@ -1,0 +1,95 @@
+"""generate of transformers' Flax models, their cache quantized."""
+
+import jax
+import numpy as np
+import pytest
+from frameworks import needed
+
+needed("flax", "transformers")
+
+import transformers
+from adopted import huggingface as cases
+
+import qpaged
+from qpaged.adopt.huggingface import quantize_cache
+from qpaged.testing._laws_cost import arrays_in
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("standard_promotion")]
+PROMPT = np.random.default_rng(0).integers(3, cases.VOCABULARY, (2, 16)).astype(np.int32)
+GREEDY = {"max_length": 32, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.mark.parametrize("name", cases.MODELS)
+def test_generate_runs_on_a_quantized_cache(name):
+    model = cases.model(name)
+    quantized = quantize_cache(model, "int8", strict=True)
+    cache = quantized.init_cache(2, 32)
+    arrays = jax.tree_util.tree_leaves(cache, is_leaf=lambda x: isinstance(x, qpaged.QuantizedArray))
+    assert sum(isinstance(array, qpaged.QuantizedArray) for array in arrays) == 2 * cases.LAYERS
+    tokens = quantized.generate(PROMPT, **GREEDY).sequences
+    want = model.generate(PROMPT, **GREEDY).sequences
+    assert tokens.shape == want.shape == (2, 32)
+    # Weights are random, and later tokens may be near ties.
+    np.testing.assert_array_equal(tokens[:, :17], want[:, :17])
+    assert not quantized.quantized_step.report()
+    assert type(model) is not type(quantized) and isinstance(quantized, type(model))
+
+
+def test_the_loop_of_generate_makes_no_float_of_the_cache():
+    """At a length where the model's own masks do not outgrow the cache."""
+    model = quantize_cache(cases.model("Llama"), "int8", strict=True)
+    settings = GREEDY | {"max_length": 1040}
+    jaxpr = jax.make_jaxpr(lambda prompt: model.generate(prompt, **settings).sequences)(PROMPT)
+    array = model.init_cache(2, 1040)["model"]["layers"]["0"]["self_attn"]["cached_key"]
+    floats = {aval.shape for _, aval in arrays_in(jaxpr.jaxpr) if str(aval.dtype) == "float32"}
+    assert array.shape not in floats
+    assert array.shape in {aval.shape for _, aval in arrays_in(jaxpr.jaxpr) if str(aval.dtype) == "int8"}
+
+
+def test_padded_rows_stay_right():
+    """A row whose prompt begins with padding gives what it gives with a float cache."""
+    model = cases.model("Llama")
+    mask = np.ones_like(PROMPT)
+    mask[1, :10] = 0
+    outs = []
+    for one in (model, quantize_cache(model, "int8")):
+        full = np.concatenate([mask, np.ones((2, 16), np.int32)], axis=1)
+        cache = one.init_cache(2, 32)
+        out = one(PROMPT, attention_mask=full, position_ids=np.cumsum(mask, 1) - 1, past_key_values=cache)
+        garbage = np.where(mask == 0, 5, PROMPT)
+        cache = one.init_cache(2, 32)
+        other = one(garbage, attention_mask=full, position_ids=np.cumsum(mask, 1) - 1, past_key_values=cache)
+        outs.append((np.asarray(out.logits[1, -1]), np.asarray(other.logits[1, -1])))
+    (want, same), (got, with_garbage) = outs
+    np.testing.assert_allclose(want, same, atol=1e-4)
+    scale = np.abs(want).max()
+    assert np.abs(got - want).max() < 0.03 * scale
+    assert np.abs(with_garbage - got).max() < 0.03 * scale
+
+
+def test_finished_rows_do_not_disturb_the_others():
+    model = cases.model("GPT2")
+    settings = {**GREEDY, "eos_token_id": int(model.generate(PROMPT, **GREEDY).sequences[0, 18])}
+    quantized = quantize_cache(model, "int8:token")
+    tokens = np.asarray(quantized.generate(PROMPT, **settings).sequences)
+    alone = np.asarray(quantized.generate(PROMPT[1:], **settings).sequences)
+    np.testing.assert_array_equal(tokens[1], alone[0])
+    assert (tokens[0, 19:] == 0).all()
+
+
+def test_trained_weights():
+    case = cases.trained()
+    prompt = jax.numpy.asarray(case.prompt[None, 4000:4064], jax.numpy.int32)
+    example = (case.params, prompt, jax.numpy.int32(0), case.cache(1, 128))
+    step = qpaged.adopt.quantize_cache(case.step, "int8", example=example, strict=True)
+    want, _ = case.step(*example)
+    got, _ = step(*example[:3], step.init(case.cache(1, 128)))
+    p, q = (jax.nn.log_softmax(x, axis=-1) for x in (want, got))
+    assert float((jax.numpy.exp(p) * (p - q)).sum(-1).mean()) < 1e-3
+
+
+def test_errors_name_what_came():
+    with pytest.raises(TypeError, match="but came as LlamaConfig"):
+        quantize_cache(transformers.LlamaConfig(), "int8")
+    with pytest.raises(qpaged.RegistryError, match="int9"):
+        quantize_cache(cases.model("Llama"), "int9")
