@@ -1,0 +1,210 @@
+"""quantize_cache: the step that it makes, the cache that it begins with, and what it reports."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formats import normal
+from jax import lax
+from test_find_cache import CACHE, X, attend, step, written
+
+import qpaged
+from qpaged import adopt
+from qpaged.implicit import MaterializeWarning
+
+EXAMPLE = (X, jnp.int32(0), CACHE)
+
+
+def adopted(format="int8", step=step, example=EXAMPLE, **options):
+    return adopt.quantize_cache(step, format, example=example, **options)
+
+
+def centered(x, position, cache):
+    """Does to its keys what cannot be done lazily."""
+    cache = {name: written(array, x, position) for name, array in cache.items()}
+    keys = cache["k"] - cache["k"].mean(axis=1, keepdims=True)
+    return attend(x, keys, cache["v"]), cache
+
+
+def quantized(tree):
+    return [leaf for leaf in jax.tree_util.tree_leaves(tree, is_leaf=is_quantized) if is_quantized(leaf)]
+
+
+def is_quantized(leaf):
+    return isinstance(leaf, qpaged.QuantizedArray)
+
+
+def test_the_cache_keeps_its_tree_and_its_logical_arrays():
+    cache = adopted("int8:channel/int4:token").init(CACHE)
+    assert cache.keys() == CACHE.keys()
+    assert [str(cache[name].quantizer) for name in "kv"] == ["int8:channel", "int4:token"]
+    assert {(array.shape, array.dtype.name) for array in cache.values()} == {((2, 32, 2, 16), "float32")}
+    assert (cache["k"].block, cache["v"].block) == ((1, 16, 1, 1), (1, 1, 1, 16))
+
+
+def test_the_step_sees_floats_of_its_own_dtype():
+    def curious(x, position, cache):
+        assert cache["v"].shape == (2, 32, 2, 16) and cache["v"].dtype == jnp.bfloat16
+        out, cache = step(x.astype(cache["k"].dtype), position, cache)
+        assert cache["v"].dtype == jnp.bfloat16
+        return out, cache
+
+    halves = jax.tree_util.tree_map(lambda array: array.astype(jnp.bfloat16), CACHE)
+    run = adopted("int8", curious, (X, jnp.int32(0), halves), strict=True)
+    out, cache = jax.jit(run)(X, jnp.int32(1), run.init(halves))
+    assert out.dtype == jnp.bfloat16 and cache["k"].dtype == jnp.bfloat16
+    nbytes = sum(array.nbytes for array in quantized(cache))
+    assert nbytes <= 0.52 * sum(array.nbytes for array in halves.values())
+
+
+@pytest.mark.parametrize("format", ["int8", "int8:token+offset", "nvfp4", "mxfp8", "raw", "plain"])
+def test_zeros_begin_unwritten(format):
+    cache = {name: jnp.zeros((2, 32, 2, 32)) for name in "kv"}
+    run = adopted(format, example=(normal(2, 1, 2, 32), jnp.int32(0), cache))
+    for made in (run.init(cache), jax.jit(run.init)(cache), run.init(jax.eval_shape(lambda: cache))):
+        for array in quantized(made):
+            assert not np.any(array.dequantize())
+            assert array.scales is None or not np.any(array.scales)
+    assert len(quantized(run.init(cache))) == (0 if format == "plain" else 2)
+
+
+@pytest.mark.parametrize("format", ["int8", "int8:token", "int8:channel+offset"])
+def test_a_cache_that_is_in_use_may_be_quantized(format):
+    values = normal(2, 32, 2, 16).at[:, 20:].set(0)
+    array = adopted(format).init({"k": values, "v": values})["k"]
+    error = jnp.abs(array.dequantize() - values)[:, :20]
+    assert float(error.max()) <= 0.51 * float(array.multipliers().max())
+    if array.block[1] == 16:
+        np.testing.assert_array_equal(jnp.any(array.scales != 0, axis=(0, 2, 3)), [True, True])
+    else:
+        np.testing.assert_array_equal(jnp.any(array.scales != 0, axis=(0, 2, 3)), np.arange(32) < 20)
+
+
+@pytest.mark.parametrize(("length", "page"), [(32, 16), (48, 16), (100, 10), (30, 15), (13, 13), (37, 1)])
+def test_pages_divide_the_length(length, page):
+    cache = {name: jnp.zeros((2, length, 2, 16)) for name in "kv"}
+    run = adopted(example=(X, jnp.int32(0), cache), strict=True)
+    assert run.init(cache)["k"].block == (1, page, 1, 16)
+    _, after = jax.jit(run)(X, jnp.int32(length - 1), run.init(cache))
+    np.testing.assert_allclose(after["k"].dequantize()[:, -1], X[:, 0], atol=0.02)
+
+
+def test_layers_may_differ():
+    def deep(x, position, cache):
+        layers = []
+        for layer in cache:
+            x, layer = step(x, position, layer)
+            layers.append(layer)
+        return x, layers
+
+    format = qpaged.CacheFormat.of("int8").with_layers({0: "plain", 2: "int8/int4:token"})
+    cache = adopted(format, deep, (X, jnp.int32(0), [CACHE] * 3)).init([CACHE] * 3)
+    formats = [[str(a.quantizer) if is_quantized(a) else "plain" for a in layer.values()] for layer in cache]
+    assert formats == [["plain", "plain"], ["int8", "int8"], ["int8", "int4:token"]]
+
+
+def test_one_array_has_one_format():
+    def fused(x, position, cache):
+        pair = {"k": cache[:, 0], "v": cache[:, 1]}
+        out, pair = step(x, position, pair)
+        return out, jnp.stack([pair["k"], pair["v"]], axis=1)
+
+    example = (X, jnp.int32(0), jnp.zeros((2, 2, 32, 2, 16)))
+    assert is_quantized(adopted("int8", fused, example).init(example[2]))
+    with pytest.raises(ValueError, match="same for all keys and values that one array holds, as cache does"):
+        adopted("int8/int8:token", fused, example)
+
+    def stacked(x, position, cache):
+        return lax.scan(lambda x, layer: step(x, position, layer), x, cache)
+
+    layers = jax.tree_util.tree_map(lambda array: jnp.stack([array] * 3), CACHE)
+    by_layer = qpaged.CacheFormat.of("int8").with_layers({1: "int8:token"})
+    with pytest.raises(ValueError, match="same for all layers that one array holds, as cache/k does"):
+        adopted(by_layer, stacked, (X, jnp.int32(0), layers))
+
+
+def test_one_program_serves_all_steps_in_place():
+    run = adopted(strict=True)
+    jitted = jax.jit(run, donate_argnums=2)
+    _, cache = jitted(X, jnp.int32(0), run.init(CACHE))
+    given = {part.unsafe_buffer_pointer() for part in jax.tree_util.tree_leaves(cache)}
+    for position in range(1, 5):
+        _, cache = jitted(X, jnp.int32(position), cache)
+    assert {part.unsafe_buffer_pointer() for part in jax.tree_util.tree_leaves(cache)} == given
+    assert jitted._cache_size() == 1
+
+
+def test_a_loop_carries_the_cache():
+    run = adopted(strict=True)
+
+    @jax.jit
+    def generate(x, cache):
+        return lax.fori_loop(0, 8, lambda index, state: run(state[0], index, state[1]), (x, cache))
+
+    _, looped = generate(X, run.init(CACHE))
+    x, cache = X, run.init(CACHE)
+    for position in range(8):
+        x, cache = jax.jit(run)(x, jnp.int32(position), cache)
+    assert jax.tree_util.tree_structure(looped) == jax.tree_util.tree_structure(cache)
+    np.testing.assert_array_equal(looped["k"].codes, cache["k"].codes)
+
+
+def test_a_lazy_step_reports_nothing():
+    run = adopted()
+    run(X, jnp.int32(0), run.init(CACHE))
+    assert not run.report() and str(run.report()) == "nothing was materialized"
+
+
+def test_places_that_materialize_are_reported_with_their_lines():
+    with pytest.warns(MaterializeWarning):
+        run = adopted(step=centered)
+    primitives = {place.primitive for place in run.report()}
+    assert primitives == {"reduce_sum", "sub"}
+    place = run.report()[0]
+    assert (place.shape, place.dtype, place.nbytes) == ((2, 32, 2, 16), jnp.float32, 2 * 32 * 2 * 16 * 4)
+    line = centered.__code__.co_firstlineno + 3
+    assert (place.file, place.line) == (__file__, line)
+    assert f"places materialized:\n    {place.primitive} float32(2, 32, 2, 16), 8,192 bytes, at" in str(
+        run.report()
+    )
+    with pytest.warns(MaterializeWarning):
+        out, cache = jax.jit(run)(X, jnp.int32(0), run.init(CACHE))
+    want, _ = centered(X, jnp.int32(0), CACHE)
+    np.testing.assert_allclose(out, want, atol=0.02)
+    assert len(quantized(cache)) == 2
+
+
+@pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
+def test_a_strict_step_raises_where_it_would_materialize():
+    with pytest.raises(adopt.MaterializeError, match=r"since strict is set, but [12] places materialized:\n"):
+        adopted(step=centered, strict=True)
+
+
+@pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
+def test_a_cache_that_comes_back_decoded_is_quantized_again():
+    def clipped(x, position, cache):
+        out, cache = step(x, position, cache)
+        return out, {name: jnp.clip(array, -8, 8) for name, array in cache.items()}
+
+    run = adopted(step=clipped)
+    assert "return" in {place.primitive for place in run.report()}
+    _, cache = jax.jit(run)(X, jnp.int32(0), run.init(CACHE))
+    assert jax.tree_util.tree_structure(cache) == jax.tree_util.tree_structure(run.init(CACHE))
+
+
+def test_errors_name_the_argument():
+    run = adopted()
+    with pytest.raises(ValueError, match="cache must hold the arrays of the example, but lacks cache/v"):
+        run.init({"k": CACHE["k"]})
+    with pytest.raises(ValueError, match="init must be given cache, but 2 arguments came"):
+        run.init(CACHE, CACHE)
+    with pytest.raises(
+        ValueError, match=r"cache/k must have the axes \('batch', .* came with shape \(32, 2, 16\)"
+    ):
+        run.init(jax.tree_util.tree_map(lambda array: array[0], CACHE))
+    with pytest.raises(ValueError, match="page_size must be at least 1, but is 0"):
+        adopted(page_size=0)
+    with pytest.raises(ValueError, match="head_dim must be a multiple of 32 for int4"):
+        adopted("int4")
+    with pytest.raises(qpaged.RegistryError, match="int9"):
+        adopted("int9")
