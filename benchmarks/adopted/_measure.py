@@ -148,11 +148,10 @@ def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 def _leaves(step: adopt.QuantizedStep, cache: Any) -> list[Any]:
     """The arrays of a cache that the step quantizes."""
-    name = step.found.arguments[0]
+    (name,) = step.found.arguments
     keyed = jax.tree_util.tree_leaves_with_path(cache, is_leaf=lambda x: isinstance(x, QuantizedArray))
-    paths = {leaf.path for leaf in step.found.leaves}
-    join = jax.tree_util.keystr
-    return [leaf for path, leaf in keyed if f"{name}/{join(path, simple=True, separator='/')}" in paths]
+    wanted = {leaf.path.removeprefix(name).lstrip("/") for leaf in step.found.leaves}
+    return [leaf for path, leaf in keyed if jax.tree_util.keystr(path, simple=True, separator="/") in wanted]
 
 
 def _bytes(step: adopt.QuantizedStep, case: Case) -> tuple[int, int]:

@@ -75,6 +75,27 @@ def write_attend():
     return "\n".join(lines) + "\n"
 
 
+def adopt():
+    """What ``benchmarks/adopt.py`` left for each group of models, as a Markdown table."""
+    groups = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("adopt_*.json"))]
+    lines = [
+        "| model | format | same | KL | cache, of float | of bfloat16 | floats "
+        "| ms: float cache | quantized | decoded each step |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in (row for group in groups for row in group["results"]):
+        lines.append(
+            f"| {row['model']} | `{row['format']}` | {row['same_tokens']:.0%} | {row['kl_mean']:.0e} "
+            f"| {row['ratio']:.3f} | {row['ratio_bfloat16']:.3f} | {row['full_size_floats']} "
+            f"| {row['ms_float']:.1f} | {row['ms_quantized']:.1f} | {row['ms_materialized']:.1f} |"
+        )
+    lines.append("")
+    for group in groups:
+        versions = ", ".join(f"{name} {number}" for name, number in group["versions"].items())
+        lines.append(f"{group['date']}, {group['device']} ({group['machine']}, two cores): {versions}.")
+    return "\n".join(lines) + "\n"
+
+
 def stress():
     """What ``benchmarks/stress.py`` left: its cases and its targets, as Markdown tables with their figure."""
     results = json.loads((RESULTS / "stress.json").read_text())
@@ -155,6 +176,7 @@ def _loss(metric, loss):
 
 
 TABLES = {
+    "adopt.md": adopt,
     "sweep.md": sweep,
     "decode_write.md": decode_write,
     "write_attend.md": write_attend,

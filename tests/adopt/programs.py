@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from formats import normal
 from jax import lax
 
-BATCH, LENGTH, KV_HEADS, HEAD_DIM, LAYERS = 2, 32, 2, 32, 3
+BATCH, LENGTH, KV_HEADS, HEAD_DIM = 2, 64, 2, 32
+GROUP = 2
 SIZES = {"b": BATCH, "s": LENGTH, "k": KV_HEADS, "d": HEAD_DIM}
 NAMES = {"b": "batch", "s": "length", "k": "heads", "d": "head_dim"}
 
@@ -28,21 +29,22 @@ class Program:
         update: how new rows come into it.
         grouping: how query heads share key heads.
         stacking: how the layers are held together.
+        layers: of them.
     """
 
     layout: str = "bskd"
     update: str = "slice"
     grouping: str = "grouped"
     stacking: str = "apart"
-    group: int = 2
+    layers: int = 2
 
     def cache(self):
         shape = tuple(SIZES[axis] for axis in self.layout)
         if self.stacking == "apart":
-            return [{"k": jnp.zeros(shape), "v": jnp.zeros(shape)} for _ in range(LAYERS)]
+            return [{"k": jnp.zeros(shape), "v": jnp.zeros(shape)} for _ in range(self.layers)]
         if self.stacking == "pair":
-            return jnp.zeros((LAYERS, 2, *shape))
-        return {"k": jnp.zeros((LAYERS, *shape)), "v": jnp.zeros((LAYERS, *shape))}
+            return jnp.zeros((self.layers, 2, *shape))
+        return {"k": jnp.zeros((self.layers, *shape)), "v": jnp.zeros((self.layers, *shape))}
 
     def step(self, x, position, cache):
         """One step of all layers: (outputs, cache). ``x`` is (batch, tokens, heads, head_dim)."""
@@ -54,13 +56,13 @@ class Program:
 
             return lax.scan(layer, x, cache)
         if self.stacking == "indexed":
-            for index in range(LAYERS):
+            for index in range(self.layers):
                 k, v = (self.write(cache[name][index], x, position) for name in "kv")
                 cache = {"k": cache["k"].at[index].set(k), "v": cache["v"].at[index].set(v)}
                 x = self.read(x, k, v, position)
             return x, cache
         layers = []
-        for index in range(LAYERS):
+        for index in range(self.layers):
             k, v = self.of_layer(cache, index)
             k, v = self.write(k, x, position), self.write(v, x, position)
             layers.append((k, v))
@@ -101,11 +103,11 @@ class Program:
 
     def read(self, x, k, v, position):
         """Attention of ``x`` to what was written up to its own positions."""
-        q = x.reshape(*x.shape[:2], KV_HEADS, self.group, HEAD_DIM)
+        q = x.reshape(*x.shape[:2], KV_HEADS, GROUP, HEAD_DIM)
         kv, heads = self.layout, "kg"
         if self.grouping == "repeated":
             axis = self.layout.index("k")
-            k, v = jnp.repeat(k, self.group, axis), jnp.repeat(v, self.group, axis)
+            k, v = jnp.repeat(k, GROUP, axis), jnp.repeat(v, GROUP, axis)
             q, heads = x, "k"
         scores = jnp.einsum(f"bt{heads}d,{kv}->b{heads}ts", q, k) / HEAD_DIM**0.5
         seen = jnp.arange(LENGTH) <= position + jnp.arange(x.shape[1])[:, None]
@@ -127,12 +129,12 @@ class Program:
 
 
 def inputs(tokens, seed=0):
-    return normal(BATCH, tokens, KV_HEADS * Program.group, HEAD_DIM, seed=seed)
+    return normal(BATCH, tokens, KV_HEADS * GROUP, HEAD_DIM, seed=seed)
 
 
-def every():
+def every(layers):
     """All programs."""
-    return [Program(*choice) for choice in itertools.product(LAYOUTS, UPDATES, GROUPINGS, STACKINGS)]
+    return [Program(*choice, layers) for choice in itertools.product(LAYOUTS, UPDATES, GROUPINGS, STACKINGS)]
 
 
 def each():
