@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -78,7 +79,8 @@ class Run:
     compilations: int
 
 
-def measure(case: Case, formats: list[str]) -> Iterator[Result]:
+def measure(case: Case, formats: list[str], rounds: int = ROUNDS) -> Iterator[Result]:
+    """The results of a model, format by format; with no rounds, nothing is timed."""
     prompt = _prompt(case)
     plain = _run(case.step, case, prompt, case.cache(BATCH, PROMPT + STEPS))
     long = case.cache(BATCH, LONG)
@@ -91,7 +93,7 @@ def measure(case: Case, formats: list[str]) -> Iterator[Result]:
         kl = _kl(plain.logits, forced.logits)
         other = (free.tokens != plain.tokens).any(axis=0)
         floats, quantized = _bytes(step, case)
-        times = _times(case, step, long)
+        times = _times(case, step, long, rounds) if rounds else [math.nan] * 3
         yield Result(
             model=case.name,
             format=format,
@@ -200,7 +202,7 @@ def _reuses(case: Case, step: adopt.QuantizedStep, cache: Any) -> bool:
     return _pointers(_leaves(step, out)) <= given
 
 
-def _times(case: Case, step: adopt.QuantizedStep, cache: Any) -> list[float]:
+def _times(case: Case, step: adopt.QuantizedStep, cache: Any, rounds: int) -> list[float]:
     """Milliseconds of a step: the float cache, the quantized one, and one decoded and quantized each time."""
 
     def materializing(params: Any, token: jax.Array, position: jax.Array, cache: Any) -> Any:
@@ -212,7 +214,7 @@ def _times(case: Case, step: adopt.QuantizedStep, cache: Any) -> list[float]:
     subjects = [(case.step, fresh(cache))] + [(f, fresh(step.init(cache))) for f in (step, materializing)]
     jitted = [[jax.jit(f, donate_argnums=3), state, []] for f, state in subjects]
     token = jnp.ones((BATCH, 1), jnp.int32)
-    for turn in range(ROUNDS + 2):
+    for turn in range(rounds + 2):
         for subject in jitted:
             function, state, times = subject
             start = time.perf_counter()

@@ -8,7 +8,7 @@ from frameworks import needed
 
 needed("flax", "transformers", "penzai")
 
-from adopted import _measure
+from adopted._measure import measure
 
 with jax.numpy_dtype_promotion("standard"):
     CASES = [
@@ -21,9 +21,8 @@ with jax.numpy_dtype_promotion("standard"):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_an_adopted_model(case, monkeypatch):
-    monkeypatch.setattr(_measure, "ROUNDS", 1)
-    (result,) = _measure.measure(case, ["int8"])
+def test_an_adopted_model(case):
+    (result,) = measure(case, ["int8"], rounds=0)
     assert result.full_size_floats == 0
     assert result.materialized == 0
     assert result.compilations == 1
