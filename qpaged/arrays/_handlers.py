@@ -51,7 +51,7 @@ def _broadcast(primitive, array: QuantizedArray, *rest, shape, broadcast_dimensi
     for axis, place in enumerate(broadcast_dimensions):
         once[place] = array.shape[axis]
     stretched = [axis for axis, n in enumerate(shape) if n != once[axis]]
-    lazily = REPEATS and len(stretched) == 1
+    lazily = REPEATS and len(stretched) == 1 and shape[stretched[0]] > 0
     moved = _moves.broadcast_in_dim(array, once if lazily else shape, broadcast_dimensions)
     if moved is None or not lazily:
         return _lazy(moved)
