@@ -132,8 +132,7 @@ def _returned(flow: Flow, paths: Sequence[str]) -> dict[int, str]:
     found: dict[int, str] = {}
     for views, path in zip(flow.outputs, paths, strict=True):
         for view in views:
-            whole = all(axis in dims for axis, dims in enumerate(view.dims))
-            if view.written and whole:
+            if view.written and view.whole:
                 found.setdefault(view.leaf, path)
     return found
 

@@ -81,13 +81,17 @@ def classify(
     """
     writes = [write for write in flow.writes if write.leaf == number]
     reads = [read for read in flow.reads if read.leaf == number]
-    grown = [write for write in flow.grown if write.leaf == number]
     head = f"{path} {short(aval)}"
     if not writes:
-        if not (grown and reads):
+        returned = (view for views in flow.outputs for view in views if view.leaf == number and view.whole)
+        made = next((view.remade for view in returned if view.remade), None)
+        if not (made and reads):
             return None
-        how = f"grows by {grown[0].primitive} {_at(grown[0])}"
-        return Miss(f"{head}: {how}; only caches of fixed size can be adopted")
+        how = f"returned as made anew by {made.primitive} {_at(made)}"
+        return Miss(
+            f"{head}: {how}; only what is written in part can be adopted, by lax.dynamic_update_slice or "
+            f".at[...].set in a cache of fixed size"
+        )
     if not reads:
         return Miss(f"{head}: {_written(writes[0])}, but no dot_general reads it")
     lengths = _lengths(aval.shape, writes, reads) if names is None else frozenset((names.index("length"),))
