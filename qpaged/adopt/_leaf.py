@@ -103,6 +103,9 @@ def classify(
     values = [read for read in reads if length in read.contract]
     if not (keys or values):
         return Miss(f"{head}: no dot_general keeps or contracts axis {length}, its length; {NAME_THEM}", True)
+    if names is not None and not any(names.index("head_dim") in axes for axes in _inner(keys, values)):
+        what = f"no dot_general contracts axis {names.index('head_dim')}, its head_dim, or keeps it of values"
+        return Miss(f"{head}: {what}; {NAME_THEM}", unclear=True)
     if names is None:
         channels = _channels(length, keys, values)
         if len(channels) != 1:
@@ -132,9 +135,14 @@ def _lengths(shape: Sequence[int], writes: Sequence[Write], reads: Sequence[Read
 
 def _channels(length: int, keys: Sequence[Read], values: Sequence[Read]) -> Axes:
     """What keys contract, and what values keep."""
-    axes = [read.contract for read in keys] + [read.kept for read in values]
+    axes = _inner(keys, values)
     shared = frozenset.intersection(*axes) - {length}
     return shared or axes[0] - {length}
+
+
+def _inner(keys: Sequence[Read], values: Sequence[Read]) -> list[Axes]:
+    """By read, the axes among which the channels are."""
+    return [read.contract for read in keys] + [read.kept for read in values]
 
 
 def _names(ndim: int, names: dict[int, str], keys: Sequence[Read], values: Sequence[Read]) -> tuple[str, ...]:
