@@ -26,12 +26,19 @@ class View:
         dims: for each axis of the value, the axes of the input along which it runs; none where it repeats.
         picked: (axis of the input, index) where the value holds one index alone; None for one not known.
         written: whether something was written into it on the way.
+        remade: the first operation on the way that made it anew, of other values too; None where none did.
     """
 
     leaf: int
     dims: tuple[Axes, ...]
     picked: frozenset[tuple[int, int | None]] = frozenset()
     written: bool = False
+    remade: Write | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether it runs along every axis of the input, and in their order."""
+        return all(axis in dims for axis, dims in enumerate(self.dims))
 
 
 Views = tuple[View, ...]
@@ -61,12 +68,23 @@ class Read:
 
 @dataclass
 class Flow:
-    """What became of a program's inputs, in the order of the program."""
+    """What became of a program's inputs, in the order of the program.
+
+    Attributes:
+        writes: into them, in part.
+        reads: of them by dots.
+        outputs: what the program returns of them.
+        around: where the call is that is being followed.
+    """
 
     writes: list[Write] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
-    grown: list[Write] = field(default_factory=list)
     outputs: list[Views] = field(default_factory=list)
+    around: tuple[str, int] | None = None
+
+    def place(self, eqn: Any) -> tuple[str, int] | None:
+        """The line of an equation, or that of the call around one in JAX's own functions."""
+        return _compat.source_line(eqn) or self.around
 
 
 def follow(closed: Any) -> Flow:
@@ -112,7 +130,13 @@ def _union(views: Iterable[View]) -> Views:
         other = merged.get(view.leaf)
         if other is not None and len(other.dims) == len(view.dims):
             dims = tuple(a | b for a, b in zip(other.dims, view.dims, strict=True))
-            view = View(view.leaf, dims, view.picked & other.picked, view.written or other.written)
+            view = View(
+                view.leaf,
+                dims,
+                view.picked & other.picked,
+                view.written or other.written,
+                other.remade or view.remade,
+            )
         merged[view.leaf] = view
     return tuple(merged.values())
 
@@ -138,12 +162,21 @@ def _unknown(flow: Flow, eqn: Any, operands: Sequence[Views]) -> Sequence[Views]
         v for v in eqn.params.values() if hasattr(v, "eqns") or hasattr(getattr(v, "jaxpr", None), "eqns")
     ]
     if len(inner) == 1 and len(_compat.jaxpr_and_consts(inner[0])[0].invars) == len(operands):
-        return _follow(flow, inner[0], operands)
+        outside, flow.around = flow.around, flow.place(eqn)
+        outs = _follow(flow, inner[0], operands)
+        flow.around = outside
+        return outs
     outs = []
     for out in eqn.outvars:
         same = [v for atom, v in zip(eqn.invars, operands, strict=True) if _shape(atom) == _shape(out)]
-        outs.append(_union(view for views in same for view in views))
+        shown = _union(view for views in same for view in views)
+        outs.append(tuple(_remade(flow, eqn, view) for view in shown) if len(operands) > 1 else shown)
     return outs
+
+
+def _remade(flow: Flow, eqn: Any, view: View) -> View:
+    made = Write(view.leaf, eqn.primitive.name, NOWHERE, flow.place(eqn))
+    return view if view.remade else replace(view, remade=made)
 
 
 # Axes that move
@@ -255,9 +288,10 @@ def _join(flow: Flow, eqn: Any, operands: Sequence[Views], axis: int, new: bool)
         if new:
             dims.insert(axis, NOWHERE)
         dims[axis] |= along
-        joined.append(View(leaf, tuple(dims), common, any(part.written for part in parts)))
-        if not new and not along and len(parts) < len(operands):
-            _note(flow.grown, Write(leaf, eqn.primitive.name, dims[axis], _compat.source_line(eqn)))
+        remade = next((part.remade for part in parts if part.remade), None)
+        view = View(leaf, tuple(dims), common, any(part.written for part in parts), remade)
+        grown = not new and not along and len(parts) < len(operands)
+        joined.append(_remade(flow, eqn, view) if grown else view)
     return [tuple(joined)]
 
 
@@ -278,7 +312,7 @@ def _write(flow: Flow, eqn: Any, operand: Views, update: Views, partial: Sequenc
     for view in operand:
         if view.leaf not in own:  # else a part of it is put back
             axes = NOWHERE.union(*(view.dims[axis] for axis in partial))
-            _note(flow.writes, Write(view.leaf, eqn.primitive.name, axes, _compat.source_line(eqn)))
+            _note(flow.writes, Write(view.leaf, eqn.primitive.name, axes, flow.place(eqn)))
     return [tuple(replace(view, written=True) for view in operand)]
 
 
@@ -308,8 +342,7 @@ def _dot(flow: Flow, eqn: Any, operands: Sequence[Views]) -> Sequence[Views]:
             contract, batch, keep = (
                 NOWHERE.union(*(view.dims[axis] for axis in group)) for group in (contracted, batched, kept)
             )
-            place = _compat.source_line(eqn)
-            _note(flow.reads, Read(view.leaf, contract, batch, keep, view.picked, place))
+            _note(flow.reads, Read(view.leaf, contract, batch, keep, view.picked, flow.place(eqn)))
     return [()]
 
 

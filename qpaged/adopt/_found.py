@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from qpaged.adopt._arguments import Arguments, as_arrays, leaves_by_path
+from qpaged.adopt._arguments import Arguments, as_arrays, join
 from qpaged.adopt._dataflow import Flow, follow
 from qpaged.adopt._leaf import CacheLeaf, Miss, classify, short
 
@@ -68,7 +68,8 @@ def find_cache(
     Raises:
         CacheNotFoundError: no array, or one whose axes the program leaves open; the message shows the near
             misses and the argument that settles it.
-        ValueError: ``axes`` has other names, or another number of them than an array has axes.
+        ValueError: ``axes`` has other names, or another number of them than an array has axes; ``where`` is
+            no pattern; a path of the cache is that of two arrays.
     """
     given = Arguments(step, args, kwargs)
 
@@ -78,7 +79,8 @@ def find_cache(
 
     closed, out = jax.make_jaxpr(program, return_shape=True)(*given.structs)
     flow, paths = follow(closed), given.paths
-    outputs = _returned(flow, list(leaves_by_path(out)))
+    returned = [join(path) for path, _ in jax.tree_util.tree_leaves_with_path(out)]
+    outputs = _returned(flow, returned)
     wanted = _chosen(where)
     touched = {write.leaf for write in flow.writes} & {read.leaf for read in flow.reads}
 
@@ -96,6 +98,7 @@ def find_cache(
     if not leaves or any(miss.unclear for miss in misses):
         seen = sum(map(wanted, paths))
         raise CacheNotFoundError(_message(len(leaves), misses, where, seen))
+    _check_paths(leaves, paths, returned)
     return FoundCache(_numbered(leaves, flow, paths))
 
 
@@ -103,9 +106,15 @@ def find_cache(
 
 
 def _chosen(where: Where) -> Callable[[str], bool]:
-    if where is None:
-        return lambda path: True
-    return where if callable(where) else lambda path: re.search(where, path) is not None
+    if where is None or callable(where):
+        return where or (lambda path: True)
+    try:
+        pattern = re.compile(where)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"where must be a regular expression or a function of the path, but came as {where!r}: {error}."
+        ) from error
+    return lambda path: pattern.search(path) is not None
 
 
 def _named(axes: AxesOption, path: str, aval: jax.ShapeDtypeStruct) -> tuple[str, ...] | None:
@@ -114,7 +123,7 @@ def _named(axes: AxesOption, path: str, aval: jax.ShapeDtypeStruct) -> tuple[str
         axes = next((names for pattern, names in axes.items() if re.search(pattern, path)), None)
     if axes is None:
         return None
-    names = tuple(axes)
+    names = (axes,) if isinstance(axes, str) else tuple(axes)
     known = set(names) <= set(AXIS_NAMES) and len(set(names)) == len(names)
     if not known or len(names) != len(aval.shape) or not {"length", "head_dim"} <= set(names):
         raise ValueError(
@@ -132,10 +141,23 @@ def _returned(flow: Flow, paths: Sequence[str]) -> dict[int, str]:
     found: dict[int, str] = {}
     for views, path in zip(flow.outputs, paths, strict=True):
         for view in views:
-            whole = all(axis in dims for axis, dims in enumerate(view.dims))
-            if view.written and whole:
+            if view.written and view.whole:
                 found.setdefault(view.leaf, path)
     return found
+
+
+def _check_paths(leaves: Sequence[CacheLeaf], inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """ValueError where what a path of the cache leads to is not one array."""
+    for what, paths, found in (
+        ("arguments", inputs, [leaf.path for leaf in leaves]),
+        ("outputs", outputs, [leaf.output for leaf in leaves]),
+    ):
+        twice = sorted(path for path in found if path is not None and paths.count(path) > 1)
+        if twice:
+            raise ValueError(
+                f"step must have a path of its own for each array of its {what}, but {twice[0]} is that of "
+                f"{paths.count(twice[0])}; leave slashes out of the keys."
+            )
 
 
 def _numbered(leaves: Sequence[CacheLeaf], flow: Flow, paths: Sequence[str]) -> tuple[CacheLeaf, ...]:

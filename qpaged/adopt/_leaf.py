@@ -81,13 +81,17 @@ def classify(
     """
     writes = [write for write in flow.writes if write.leaf == number]
     reads = [read for read in flow.reads if read.leaf == number]
-    grown = [write for write in flow.grown if write.leaf == number]
     head = f"{path} {short(aval)}"
     if not writes:
-        if not (grown and reads):
+        returned = (view for views in flow.outputs for view in views if view.leaf == number and view.whole)
+        made = next((view.remade for view in returned if view.remade), None)
+        if not (made and reads):
             return None
-        how = f"grows by {grown[0].primitive} {_at(grown[0])}"
-        return Miss(f"{head}: {how}; only caches of fixed size can be adopted")
+        how = f"returned as made anew by {made.primitive} {_at(made)}"
+        return Miss(
+            f"{head}: {how}; only what is written in part can be adopted, by lax.dynamic_update_slice or "
+            f".at[...].set in a cache of fixed size"
+        )
     if not reads:
         return Miss(f"{head}: {_written(writes[0])}, but no dot_general reads it")
     lengths = _lengths(aval.shape, writes, reads) if names is None else frozenset((names.index("length"),))
@@ -99,6 +103,9 @@ def classify(
     values = [read for read in reads if length in read.contract]
     if not (keys or values):
         return Miss(f"{head}: no dot_general keeps or contracts axis {length}, its length; {NAME_THEM}", True)
+    if names is not None and not any(names.index("head_dim") in axes for axes in _inner(keys, values)):
+        what = f"no dot_general contracts axis {names.index('head_dim')}, its head_dim, or keeps it of values"
+        return Miss(f"{head}: {what}; {NAME_THEM}", unclear=True)
     if names is None:
         channels = _channels(length, keys, values)
         if len(channels) != 1:
@@ -128,9 +135,14 @@ def _lengths(shape: Sequence[int], writes: Sequence[Write], reads: Sequence[Read
 
 def _channels(length: int, keys: Sequence[Read], values: Sequence[Read]) -> Axes:
     """What keys contract, and what values keep."""
-    axes = [read.contract for read in keys] + [read.kept for read in values]
+    axes = _inner(keys, values)
     shared = frozenset.intersection(*axes) - {length}
     return shared or axes[0] - {length}
+
+
+def _inner(keys: Sequence[Read], values: Sequence[Read]) -> list[Axes]:
+    """By read, the axes among which the channels are."""
+    return [read.contract for read in keys] + [read.kept for read in values]
 
 
 def _names(ndim: int, names: dict[int, str], keys: Sequence[Read], values: Sequence[Read]) -> tuple[str, ...]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qpaged.adopt._arguments import Arguments, as_arrays, beneath, join, leaves_by_path
 from qpaged.adopt._found import AxesOption, CacheLeaf, FoundCache, Where, find_cache
@@ -96,12 +98,15 @@ def quantize_cache(
     Raises:
         CacheNotFoundError: as :func:`find_cache`.
         MaterializeError: the step is strict, and the example has it decode the cache whole.
-        ValueError: the format does not fit the cache, as groups that do not divide head_dim.
+        ValueError: the format does not fit the cache, as groups that do not divide head_dim, or layers that
+            it does not have.
     """
-    if page_size < 1:
-        raise ValueError(f"page_size must be at least 1, but is {page_size}; 16 is usual.")
+    if not isinstance(page_size, numbers.Integral) or page_size < 1:
+        raise ValueError(f"page_size must be a whole number, at least 1, but is {page_size!r}; 16 is usual.")
+    formats = CacheFormat.of(format)
     found = find_cache(step, *example, where=where, axes=axes)
-    quantized = QuantizedStep(step, CacheFormat.of(format), found, page_size, strict)
+    _check_layers(formats, found)
+    quantized = QuantizedStep(step, formats, found, page_size, strict)
     quantized._trace_example(example)
     return quantized
 
@@ -195,15 +200,21 @@ class QuantizedStep:
         leaf = self._leaves.get(path)
         if leaf is None or (quantizer := _format(self.format, leaf)) is None:
             return array
-        if len(array.shape) != len(leaf.axes):
-            raise ValueError(f"{path} must have the axes {leaf.axes}, but came with shape {array.shape}.")
-        length, channels = leaf.axis("length"), leaf.axis("head_dim")
-        block = [1] * len(array.shape)
-        page = _page(array.shape[length], self._page_size)
-        block[length], block[channels] = quantizer.block((page, array.shape[channels]))
+        if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{path} must be an array or a jax.ShapeDtypeStruct, but came as {type(array).__name__}."
+            )
+        shape, length, channels = array.shape, leaf.axis("length"), leaf.axis("head_dim")
+        if len(shape) != len(leaf.axes) or shape[length] == 0:
+            raise ValueError(
+                f"{path} must have the axes {leaf.axes}, with room for a token, but came with shape {shape}."
+            )
+        block = [1] * len(shape)
+        page = _page(shape[length], self._page_size)
+        block[length], block[channels] = quantizer.block((page, shape[channels]))
         if isinstance(array, jax.ShapeDtypeStruct):
-            return empty(array.shape, quantizer, block, array.dtype, channels - len(array.shape))
-        return _fresh(array, quantizer, tuple(block), channels - array.ndim)
+            return empty(shape, quantizer, block, array.dtype, channels - len(shape))
+        return _fresh(array, quantizer, tuple(block), channels - len(shape))
 
     def _as_it_came(self, out: Any, given: Arguments) -> Any:
         """What the step returned, with the cache in the format it came in."""
@@ -230,6 +241,16 @@ class QuantizedStep:
                 f"step must not decode its cache, since strict is set, but {Report(places)}\n"
                 f"Rewrite those lines, or leave strict out to have the cache decoded there."
             )
+
+
+def _check_layers(format: CacheFormat, found: FoundCache) -> None:
+    """ValueError where a format is given for a layer that is not there."""
+    layers = {leaf.layer for leaf in found.leaves}
+    beyond = [index for index, _ in format.layers if index not in layers]
+    if beyond and None not in layers:
+        raise ValueError(
+            f"format must name layers of the cache's {len(layers)}, counted from 0, but names {beyond}."
+        )
 
 
 def _format(format: CacheFormat, leaf: CacheLeaf) -> Quantizer | None:

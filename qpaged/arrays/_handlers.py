@@ -51,7 +51,7 @@ def _broadcast(primitive, array: QuantizedArray, *rest, shape, broadcast_dimensi
     for axis, place in enumerate(broadcast_dimensions):
         once[place] = array.shape[axis]
     stretched = [axis for axis, n in enumerate(shape) if n != once[axis]]
-    lazily = REPEATS and len(stretched) == 1
+    lazily = REPEATS and len(stretched) == 1 and shape[stretched[0]] > 0
     moved = _moves.broadcast_in_dim(array, once if lazily else shape, broadcast_dimensions)
     if moved is None or not lazily:
         return _lazy(moved)
@@ -79,6 +79,11 @@ def _slice(primitive, array: QuantizedArray, *, start_indices, limit_indices, st
     return _lazy(_moves.slice_(array, start_indices, limit_indices, strides))
 
 
+@primitive_handler(exists("split"))
+def _split(primitive, array: QuantizedArray, *, sizes, axis, **params):
+    return _lazy(_moves.split(array, sizes, axis))
+
+
 @primitive_handler("dynamic_slice")
 def _dynamic_slice(primitive, array: QuantizedArray, *start, slice_sizes, **params):
     return _lazy(_moves.dynamic_slice(array, start, slice_sizes))
@@ -95,6 +100,11 @@ def _gather(
 def _concatenate(primitive, array: Operand, *rest: Operand, dimension, **params):
     arrays = (array, *rest)
     return _lazy(_moves.concatenate(arrays, dimension)) if _alike(arrays) else NotImplemented
+
+
+@primitive_handler(exists("tile"))
+def _tile(primitive, array: QuantizedArray, *, reps, **params):
+    return NotImplemented if 0 in reps else _lazy(_moves.tile(array, reps))
 
 
 @primitive_handler(exists("stack"), precedence=LAST)

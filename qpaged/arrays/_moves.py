@@ -195,6 +195,20 @@ def slice_(
     return move(array, lax.slice(array.codes, first, last, strides), cut)
 
 
+def split(array: QuantizedArray, sizes: Sequence[int], axis: int) -> list[QuantizedArray] | None:
+    """Slices along ``axis``, one after another; None where it may not be cut."""
+    pieces, low = [], 0
+    for size in sizes:
+        start = [low if a == axis else 0 for a in range(array.ndim)]
+        limit = [low + size if a == axis else length for a, length in enumerate(array.shape)]
+        piece = slice_(array, start, limit, None)
+        if piece is None:
+            return None
+        pieces.append(piece)
+        low += size
+    return pieces
+
+
 def _slice_scales(scales: jax.Array, axis: int, block: int, low: int, high: int, stride: int) -> jax.Array:
     if high <= low:
         return lax.slice_in_dim(scales, 0, 0, axis=axis)
@@ -244,6 +258,15 @@ def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedAr
     ):
         return None
     return _join(arrays, lambda parts: lax.concatenate(parts, dimension))
+
+
+def tile(array: QuantizedArray, reps: Sequence[int]) -> QuantizedArray | None:
+    """Copies end to end, so many along each axis; None if that would add channels to others."""
+    tiled: QuantizedArray | None = array
+    for axis, times in enumerate(reps):
+        if tiled is not None and times > 1:
+            tiled = concatenate([tiled] * times, axis)
+    return tiled
 
 
 def stack(arrays: Sequence[QuantizedArray], axis: int) -> QuantizedArray:

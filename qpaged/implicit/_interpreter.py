@@ -173,10 +173,10 @@ def _apply(eqn: Any, operands: list[Any]) -> Sequence[Any]:
     operands = [as_array(value, var.aval) for value, var in zip(operands, eqn.invars, strict=True)]
     outs = _call_handler(primitive, first, operands, params)
     if outs is NotImplemented and primitive.name in RULES:
-        return [
-            _stated(out, var.aval)
-            for out, var in zip(RULES[primitive.name](_step(eqn), operands), eqn.outvars, strict=True)
-        ]
+        step = _step(eqn)
+        with _notes.inside(step.place):
+            outs = RULES[primitive.name](step, operands)
+        return [_stated(out, var.aval) for out, var in zip(outs, eqn.outvars, strict=True)]
     if outs is NotImplemented:
         place = _compat.source_line(eqn)
         for value in operands:

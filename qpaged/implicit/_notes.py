@@ -45,6 +45,7 @@ Note = tuple[Materialization, bool]  # and whether to warn of it
 # Set within one outermost call: what has been reported already. None outside of any call.
 _reported: ContextVar[set[Any] | None] = ContextVar("reported", default=None)
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+_around: ContextVar[Place | None] = ContextVar("around", default=None)
 _collections: ContextVar[tuple[list[Note], ...]] = ContextVar("collections", default=())
 _recordings: ContextVar[tuple[list[Materialization], ...]] = ContextVar("recordings", default=())
 # Python's bookkeeping of what its "default" action has shown; it is cleared when filters change.
@@ -76,6 +77,16 @@ def silence() -> Iterator[None]:
 
 
 @contextmanager
+def inside(place: Place | None) -> Iterator[None]:
+    """Report what has no line of its own, as JAX's own functions have none, at that of the call around it."""
+    token = _around.set(place if _is_of_user(place) else _around.get())
+    try:
+        yield
+    finally:
+        _around.reset(token)
+
+
+@contextmanager
 def record_materializations() -> Iterator[list[Materialization]]:
     """Collect what is materialized while the context is open, silenced classes included.
 
@@ -94,7 +105,7 @@ def record_materializations() -> Iterator[list[Materialization]]:
 
 def report(primitive: str, value: Any, place: Place | None) -> None:
     """Record, and warn of, the materialization of `value` by `primitive`."""
-    file, line = place if place and not place[0].startswith(_OWN_FOLDERS) else _caller()
+    file, line = (place if _is_of_user(place) else _around.get()) or _caller()
     record = Materialization(primitive, type(value).__name__, tuple(value.shape), value.dtype, file, line)
     _take(record, value.warn_on_materialize)
 
@@ -127,6 +138,10 @@ def _take(record: Materialization, warn: bool) -> None:
     place = (record.primitive, record.array_type, record.file, record.line)
     if warn and _first_time(place):
         _warn(record)
+
+
+def _is_of_user(place: Place | None) -> bool:
+    return place is not None and not place[0].startswith(_OWN_FOLDERS)
 
 
 def _first_time(key: Any) -> bool:

@@ -125,7 +125,7 @@ def test_a_cache_that_grows_is_a_near_miss():
         return attend(x, cache["k"], cache["v"]), cache
 
     with pytest.raises(
-        adopt.CacheNotFoundError, match=r"grows by concatenate at .*; only caches of fixed size"
+        adopt.CacheNotFoundError, match=r"cache/k .* made anew by concatenate at .* cache of fixed size"
     ):
         find(growing)
 

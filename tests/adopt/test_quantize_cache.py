@@ -202,7 +202,7 @@ def test_errors_name_the_argument():
         ValueError, match=r"cache/k must have the axes \('batch', .* came with shape \(32, 2, 16\)"
     ):
         run.init(jax.tree_util.tree_map(lambda array: array[0], CACHE))
-    with pytest.raises(ValueError, match="page_size must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="page_size must be a whole number, at least 1, but is 0"):
         adopted(page_size=0)
     with pytest.raises(ValueError, match="head_dim must be a multiple of 32 for int4"):
         adopted("int4")

@@ -31,6 +31,7 @@ DOTS = {
     ),
 }
 COPIED = {
+    "no copies": lambda q, k: jnp.repeat(k, 0, 1),
     "copies contracted": lambda q, k: jnp.einsum("bhqd,bhsd->qs", q, jnp.repeat(k, TIMES, 1)),
     "copies kept": lambda q, k: jnp.einsum("bqd,bhsd->bqhs", q[:, 0], jnp.repeat(k, TIMES, 1)),
     "a part": lambda q, k: jnp.repeat(k, TIMES, 1)[:, 2:5],

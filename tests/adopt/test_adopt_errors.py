@@ -1,0 +1,77 @@
+"""Wrong arguments are refused in words that say what to do."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import qpaged
+from qpaged.adopt import CacheNotFoundError, find_cache, quantize_cache
+
+SHAPE = (2, 32, 2, 16)
+X, CACHE = jnp.ones((2, 1, 2, 16)), (jnp.zeros(SHAPE), jnp.zeros(SHAPE))
+AXES = ("batch", "length", "heads", "head_dim")
+
+
+def attend(x, position, keys, values):
+    keys, values = (lax.dynamic_update_slice(array, x, (0, position, 0, 0)) for array in (keys, values))
+    scores = jnp.einsum("bthd,bshd->bhts", x, keys)
+    return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), values), keys, values
+
+
+def step(x, position, cache):
+    out, *cache = attend(x, position, *cache)
+    return out, tuple(cache)
+
+
+def adopted(**options):
+    return quantize_cache(step, options.pop("format", "int8"), example=(X, jnp.int32(0), CACHE), **options)
+
+
+@pytest.mark.parametrize(
+    ("array", "error", "message"),
+    [
+        (3.0, TypeError, "cache/0 must be an array or a jax.ShapeDtypeStruct, but came as float"),
+        (jnp.zeros((2, 0, 2, 16)), ValueError, "cache/0 must have .* with room for a token, but came with"),
+        (jnp.zeros(SHAPE[1:]), ValueError, "cache/0 must have the axes"),
+    ],
+)
+def test_init_takes_arrays(array, error, message):
+    with pytest.raises(error, match=message):
+        adopted().init((array, CACHE[1]))
+
+
+@pytest.mark.parametrize("page_size", [0, 2.5, None, "16"])
+def test_pages_are_of_whole_tokens(page_size):
+    with pytest.raises(ValueError, match="page_size must be a whole number, at least 1, but is"):
+        adopted(page_size=page_size)
+
+
+@pytest.mark.parametrize("where", ["(", 3, ["cache"]])
+def test_where_is_a_pattern(where):
+    with pytest.raises(ValueError, match="where must be a regular expression or a function of the path"):
+        adopted(where=where)
+
+
+def test_axes_are_names_of_each():
+    with pytest.raises(ValueError, match=r"axes must name each of the 4 axes .* came as \('length',\)"):
+        adopted(axes="length")
+
+
+def test_axes_agree_with_the_program():
+    with pytest.raises(CacheNotFoundError, match="no dot_general contracts axis 2, its head_dim"):
+        adopted(axes=("batch", "length", "head_dim", "heads"))
+
+
+def test_formats_are_of_layers_that_are_there():
+    with pytest.raises(ValueError, match=r"layers of the cache's 1, counted from 0, but names \[5\]"):
+        adopted(format=qpaged.CacheFormat.of("int8").with_layers({5: "int4"}))
+
+
+def test_each_array_has_a_path_of_its_own():
+    def slashed(x, position, cache):
+        out, keys, values = attend(x, position, cache["a/b"], cache["a"]["b"])
+        return out, {"a/b": keys, "a": {"b": values}}
+
+    with pytest.raises(ValueError, match="cache/a/b is that of 2; leave slashes out of the keys"):
+        find_cache(slashed, X, jnp.int32(0), {"a/b": CACHE[0], "a": {"b": CACHE[1]}})

@@ -1,0 +1,83 @@
+"""Steps whose cache cannot be adopted, and what the error shows of it."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from qpaged.adopt import CacheNotFoundError, find_cache
+
+SHAPE = (2, 32, 16)
+X, CACHE = jnp.ones((2, 1, 16)), (jnp.zeros(SHAPE), jnp.zeros(SHAPE))
+
+
+def attend(update):
+    """A step with keys and values that ``update`` writes."""
+
+    def step(x, position, cache):
+        keys, values = (update(array, x, position) for array in cache)
+        scores = jnp.einsum("btd,bsd->bts", x, keys)
+        return jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores), values), (keys, values)
+
+    return step
+
+
+def chosen(array, x, position):
+    return jnp.where((jnp.arange(32) == position)[:, None], x, array)
+
+
+def blended(array, x, position):
+    once = jax.nn.one_hot(position, 32)[:, None]
+    return array * (1 - once) + x * once
+
+
+def added(array, x, position):
+    return array.at[:, position].add(x[:, 0])
+
+
+def joined(array, x, position):
+    return jnp.concatenate([array, x], 1)
+
+
+def shifted(array, x, position):
+    return jnp.concatenate([array[:, 1:], x], 1)
+
+
+@pytest.mark.parametrize(
+    ("update", "primitive"),
+    [
+        (chosen, "select_n"),
+        (blended, "mul"),
+        (added, "scatter-add"),
+        (joined, "concatenate"),
+        (shifted, "concatenate"),
+    ],
+)
+def test_caches_that_are_made_anew_are_near_misses(update, primitive):
+    with pytest.raises(CacheNotFoundError) as error:
+        find_cache(attend(update), X, jnp.int32(3), CACHE)
+    line = inspect.getsourcelines(update)[1] + len(inspect.getsourcelines(update)[0]) - 1
+    for path in ("cache/0", "cache/1"):
+        assert f"{path} float32{SHAPE}: returned as made anew by {primitive} at {__file__}:{line};" in str(
+            error.value
+        )
+    assert "by lax.dynamic_update_slice or .at[...].set" in str(error.value)
+
+
+def test_weights_that_dots_read_are_none():
+    def step(weights, x):
+        return jnp.einsum("btd,de->bte", x, weights * 2), weights
+
+    with pytest.raises(CacheNotFoundError, match="Give the step that decodes, cache included") as error:
+        find_cache(step, jnp.ones((16, 16)), X)
+    assert "weights" not in str(error.value)
+
+
+def test_lines_are_those_of_the_model():
+    def update(array, x, position):
+        return lax.dynamic_update_slice_in_dim(array, x, position, 1)
+
+    (found, _) = find_cache(attend(update), X, jnp.int32(3), CACHE).leaves
+    assert all(__file__ in line for line in found.evidence[:-1])
