@@ -133,13 +133,8 @@ class QuantizedStep:
         """What the step returns, the cache quantized as it came."""
         with record_materializations() as records:
             out = self._run(*args, **kwargs)
-        self._note(
-            [
-                Materialized(r.primitive, r.shape, r.dtype, r.file, r.line)
-                for r in records
-                if r.array_type == "QuantizedArray"
-            ]
-        )
+        decoded = [record for record in records if record.array_type == QuantizedArray.__name__]
+        self._note([Materialized(r.primitive, r.shape, r.dtype, r.file, r.line) for r in decoded])
         return self._as_it_came(out, Arguments(self._step, args, kwargs))
 
     def of(self, step: Callable[..., Any], found: FoundCache) -> QuantizedStep:
