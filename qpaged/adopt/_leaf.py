@@ -126,11 +126,13 @@ def classify(
 
 
 def _lengths(shape: Sequence[int], writes: Sequence[Write], reads: Sequence[Read]) -> Axes:
-    """The axes along which every write takes a part, and over which no dot batches."""
+    """The axes along which every write takes a part, over which no dot batches, and which some read has
+    more of than one index."""
     parts = [write.axes for write in writes if write.axes]
     part = frozenset.intersection(*parts) if parts else NOWHERE
     batched = NOWHERE.union(*(read.batch for read in reads))
-    return frozenset(axis for axis in part - batched if shape[axis] > 1)
+    picked = frozenset.intersection(*(frozenset(axis for axis, _ in read.picked) for read in reads))
+    return frozenset(axis for axis in part - batched - picked if shape[axis] > 1)
 
 
 def _channels(length: int, keys: Sequence[Read], values: Sequence[Read]) -> Axes:
