@@ -7,16 +7,12 @@ model runs 64 greedy steps after a 64-token prompt, batch 2, in each format.
 """
 
 import argparse
-import datetime
 import importlib
-import json
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
-import jax
 from adopted._measure import measure
+from record import circumstances, save
 
 FORMATS = "int8,int8:token,fp8_e4m3"
 
@@ -32,7 +28,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     options = parser.parse_args(argv)
 
-    rows, packages = [], {"jax", "jaxlib", "numpy"}
+    rows, packages = [], set()
     for group in options.models.split(","):
         for case in importlib.import_module(f"adopted.{group}").cases():
             packages |= set(case.packages)
@@ -45,16 +41,7 @@ def main(argv: list[str]) -> int:
                     f"ms {result.ms_float:.2f} {result.ms_quantized:.2f} {result.ms_materialized:.2f}",
                     flush=True,
                 )
-    if options.out:
-        header = {
-            "date": datetime.date.today().isoformat(),
-            "device": jax.devices()[0].device_kind,
-            "machine": platform.machine(),
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in sorted(packages)},
-        }
-        options.out.write_text(json.dumps({**header, "results": rows}, indent=1) + "\n")
-        print(f"wrote {options.out}")
+    save(options.out, {**circumstances(packages), "results": rows})
     return 0
 
 

@@ -7,9 +7,7 @@ For every installed format: one layer's keys and values, 8 rows, at 512 and at 3
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from record import circumstances, save
 
 import qpaged
 
@@ -77,21 +76,12 @@ def main() -> None:
         runs.append(measure(format, arguments.rounds))
         print(json.dumps(runs[-1]), flush=True)
     results = {
-        "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "qpaged": qpaged.__version__,
-        },
+        **circumstances(),
         "shape": {"kv_heads": HEADS, "page_size": PAGE_SIZE, "head_dim": HEAD_DIM, "rows": BATCH},
         "rounds": arguments.rounds,
         "runs": runs,
     }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    save(arguments.out, results)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,6 @@ back, means over eight amplitudes of one octave: scales that are powers of two f
 """
 
 import argparse
-import datetime
-import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from record import circumstances, save
 from stress_cases import CASES, Case, Sizes, make_case
 from stress_metrics import mean_entropy, mean_losses, measure_losses
 from stress_targets import TARGETS, describe, judge
@@ -117,12 +115,7 @@ def run(formats: Sequence[str], page_sizes: Sequence[int], sizes: Sizes = SIZES)
         seconds = time.perf_counter() - begin
         print(f"{number}/{len(formats)}  {format}  {seconds:.1f} s", file=sys.stderr, flush=True)
     return {
-        "date": datetime.date.today().isoformat(),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "qpaged": qpaged.__version__,
-        },
+        **circumstances(),
         "sizes": asdict(sizes),
         "cases": {
             name: {"what": CASES[name].__doc__, "entropy": round(mean_entropy(case), 3)}
@@ -147,9 +140,7 @@ def main() -> None:
     results = run(formats, arguments.page_size or PAGE_SIZES)
     for verdict in results["targets"]:
         print(describe(verdict))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    save(arguments.out, results)
 
 
 if __name__ == "__main__":

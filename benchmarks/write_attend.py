@@ -10,9 +10,6 @@ Plain bfloat16 pools are slow on CPU, where XLA copies them whole; ``raw`` holds
 """
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from record import circumstances, save
 
 import qpaged
 
@@ -118,21 +116,12 @@ def main() -> None:
         print(f"{run['format']:34s}", *(f"{t:9.3f}" for t in run["milliseconds"].values()))
     shape = {"batch": BATCH, "length": LENGTH, "kv_heads": HEADS, "q_heads": Q_HEADS, "head_dim": HEAD_DIM}
     results = {
-        "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "qpaged": qpaged.__version__,
-        },
+        **circumstances(),
         "shape": shape | {"page_size": PAGE_SIZE, "prompt": PROMPT},
         "rounds": arguments.rounds,
         "runs": runs,
     }
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    save(arguments.out, results)
 
 
 if __name__ == "__main__":

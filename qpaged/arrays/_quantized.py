@@ -44,7 +44,8 @@ class QuantizedArray(ImplicitArray):
             None where the stored scale says it all.
         quantizer: static; says how codes and scales are read and written.
         channel_axis: static; the axis of the channels (head_dim), counted from the end. It matters to
-            formats that pack codes or turn channels, and stays -1 for the others.
+            formats that pack codes or turn channels, and stays -1 for the others. An axis that ``vmap`` adds
+            must come before it.
         dtype: static; the logical floating-point dtype.
 
     The logical ``shape`` and the ``block`` shape follow from the children, so they stay right inside vmap,

@@ -28,7 +28,7 @@ class Repeated(ImplicitArray, warn_on_materialize=False):
 
     Attributes:
         array: plain or implicit.
-        axis: static; counted from the end.
+        axis: static; counted from the end, so that an axis that ``vmap`` adds must come first.
         times: static.
     """
 
