@@ -52,7 +52,7 @@ def test_nothing_is_materialized_and_the_cache_comes_back(program):
     assert jitted._cache_size() == 1
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.sampled_from(every(layers=1)), st.sampled_from(FORMATS), st.integers(0, 40))
 def test_what_is_computed_is_that_of_the_decoded_values(program, format, position):
     """One layer gives what it reads of the values that it leaves: nothing but what is stored is rounded."""

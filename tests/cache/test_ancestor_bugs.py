@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from caches_for_tests import (
-    CACHES,
-    FORMATS,
+    FEW,
     HEAD_DIM,
     PAGES,
     SOME,
@@ -47,7 +46,7 @@ def stored(format):
     return jax.Array if format is None else qpaged.QuantizedArray
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FEW)
 def test_quantized_prefill_works(format):
     view, key, value = filled(format)
     np.testing.assert_allclose(slots(view.key_pages, TABLE)[:8], key, atol=tolerance(format))
@@ -56,7 +55,7 @@ def test_quantized_prefill_works(format):
     assert isinstance(view.value_pages, stored(format))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FEW)
 def test_quantized_decode_works(format):
     key, value = tokens(2, seed=1)
     view = write_decodes(fresh(format), key, value, decode(np.array([0, 5]), ROWS))
@@ -85,7 +84,7 @@ def test_pages_stay_quantized_under_use_implicit_args(format):
     assert bits(pools) == bits(write_decodes(view, key, value, step))
 
 
-@pytest.mark.parametrize("format", CACHES)
+@pytest.mark.parametrize("format", [None, *FEW])
 def test_a_second_chunk_does_not_overwrite_the_first(format):
     key, value = tokens(8)
     whole = filled(format)[0]
@@ -98,7 +97,7 @@ def test_a_second_chunk_does_not_overwrite_the_first(format):
     assert bits(view) == bits(whole)
 
 
-@pytest.mark.parametrize("format", CACHES)
+@pytest.mark.parametrize("format", [None, *FEW])
 def test_padding_is_not_written(format):
     key, value = tokens(8)
     metadata = prefill(np.arange(8), TABLE, 5)
@@ -125,7 +124,7 @@ def test_a_length_need_not_be_a_multiple_of_the_page_size(format):
     assert used_pages(view.key_pages, fresh(format).key_pages) == [1, 3]
 
 
-@pytest.mark.parametrize("format", CACHES)
+@pytest.mark.parametrize("format", [None, *FEW])
 def test_a_position_past_capacity_is_dropped(format):
     view, _, _ = filled(format)
     key, value = tokens(2, seed=1)
@@ -136,7 +135,7 @@ def test_a_position_past_capacity_is_dropped(format):
     assert bits(after) == bits(view)
 
 
-@pytest.mark.parametrize("format", CACHES)
+@pytest.mark.parametrize("format", [None, *FEW])
 def test_a_page_of_minus_one_is_dropped(format):
     view, _, _ = filled(format)
     key, value = tokens(2, seed=1)
@@ -144,7 +143,7 @@ def test_a_page_of_minus_one_is_dropped(format):
     assert bits(after) == bits(view)
 
 
-@pytest.mark.parametrize("format", CACHES)
+@pytest.mark.parametrize("format", [None, *FEW])
 def test_a_position_of_minus_one_is_dropped(format):
     view, _, _ = filled(format)
     key, value = tokens(2, seed=1)
@@ -152,7 +151,7 @@ def test_a_position_of_minus_one_is_dropped(format):
     assert bits(after) == bits(view)
 
 
-@pytest.mark.parametrize("format", CACHES)
+@pytest.mark.parametrize("format", [None, *FEW])
 def test_page_20_of_16_is_not_a_page_of_the_next_head(format):
     view, _, _ = filled(format)
     key, value = tokens(2, seed=1)
@@ -163,7 +162,7 @@ def test_page_20_of_16_is_not_a_page_of_the_next_head(format):
     assert bits(after) == bits(view)
 
 
-@pytest.mark.parametrize("format", CACHES)
+@pytest.mark.parametrize("format", [None, *FEW])
 def test_arrays_survive_json(format):
     view, _, _ = filled(format)
     back = qpaged.PagedAttentionCacheView.from_json(view.to_json())
@@ -173,7 +172,7 @@ def test_arrays_survive_json(format):
     assert bits(qpaged.PagedAttentionMetadata.from_json(long.to_json())) == bits(long)
 
 
-@pytest.mark.parametrize("format", CACHES)
+@pytest.mark.parametrize("format", [None, *FEW])
 def test_the_leaves_of_a_cache_are_arrays_only(format):
     leaves = jax.tree_util.tree_leaves(fresh_cache(format))
     assert leaves
@@ -183,7 +182,7 @@ def test_the_leaves_of_a_cache_are_arrays_only(format):
     assert isinstance(doubled.views[1].layer_index, int)
 
 
-@pytest.mark.parametrize("format", CACHES)
+@pytest.mark.parametrize("format", [None, *FEW])
 def test_the_configuration_is_hashable_and_static(format):
     made = config(quantizer=qpaged.CacheFormat.of(format), dtype="float32")
     assert hash(made) == hash(config(quantizer=qpaged.CacheFormat.of(format), dtype="float32"))
@@ -199,7 +198,7 @@ def test_the_configuration_is_hashable_and_static(format):
     assert traced == [made]
 
 
-@pytest.mark.parametrize("format", CACHES)
+@pytest.mark.parametrize("format", [None, *FEW])
 def test_writes_do_not_mutate(format):
     view, key, value = filled(format)
     before, pools = bits(view), (view.key_pages, view.value_pages)
@@ -279,7 +278,7 @@ def test_the_budget_is_never_negative(monkeypatch):
         create()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FEW)
 def test_scales_are_counted(format):
     metadata = create(memory_bytes=100 * PAGE_BYTES, quantizer=format)
     cache = qpaged.PagedAttentionCache.init_cache(None, jnp.float32, metadata, None, format)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import FORMATS, leaves_equal, normal
+from formats import FEW, leaves_equal, normal
 
 import qpaged
 from qpaged.implicit import use_implicit_args
@@ -54,7 +54,7 @@ def plain_attention(query, keys, values, table, position):
     return jnp.einsum("bhgs,hbsd->bhgd", weights, v).reshape(query.shape)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", FEW)
 def test_an_attention_written_for_plain_arrays_takes_the_pages(format):
     keys, values = (
         qpaged.get_quantizer(format).quantize(normal(*CONFIG.pool_shape, seed=seed)) for seed in (1, 2)
