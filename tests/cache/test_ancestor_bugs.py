@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from caches_for_tests import (
-    FEW,
     HEAD_DIM,
     PAGES,
     SOME,
@@ -27,6 +26,7 @@ from caches_for_tests import (
     write_decodes,
     write_prefill,
 )
+from formats import FEW
 
 import qpaged
 from qpaged.implicit import ImplicitArray, use_implicit_args
