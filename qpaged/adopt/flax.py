@@ -107,7 +107,8 @@ def quantize_nnx(
     owners: dict[int, tuple[Any, list[CacheLeaf]]] = {}
     for leaf in adopted.found.leaves:
         path, owner = _owner(model, leaf)
-        mine = replace(leaf, path=leaf.path.replace(f"{path}/", "", 1))
+        name = leaf.path.removeprefix(f"{path}/")
+        mine = replace(leaf, path=f"state/{name}", output=f"1/{name}")  # as the owner's own step has them
         owners.setdefault(id(owner), (owner, []))[1].append(mine)
     for owner, leaves in owners.values():
         _adopt(owner, adopted, FoundCache(tuple(leaves)))
@@ -121,7 +122,7 @@ def _owner(model: nnx.Module, leaf: CacheLeaf) -> tuple[str, nnx.Module]:
         path for path, module in around.items() if leaf.path.startswith(f"{path}/") and callable(module)
     ]
     path = max(callable_ones, key=len)
-    return path.removeprefix("state").lstrip("/"), around[path]
+    return path, around[path]
 
 
 def _adopt(module: nnx.Module, adopted: QuantizedStep, found: FoundCache) -> None:

@@ -80,6 +80,30 @@ def test_other_modules_of_the_class_stay_as_they_are():
     assert isinstance(other.layers[0].cached_key.get_value(), jax.Array)
 
 
+class Clipping(nnx.Module):
+    """Attention that leaves its keys decoded."""
+
+    def __init__(self):
+        self.keys, self.values = (nnx.Cache(jnp.zeros((BATCH, LENGTH, WIDTH))) for _ in range(2))
+
+    def __call__(self, x):
+        for variable in (self.keys, self.values):
+            variable[...] = jax.lax.dynamic_update_slice_in_dim(variable[...], x, 3, 1)
+        weights = jax.nn.softmax(jnp.einsum("btd,bsd->bts", x, self.keys[...]), axis=-1)
+        self.keys[...] = jnp.clip(self.keys[...], -8, 8)
+        return jnp.einsum("bts,bsd->btd", weights, self.values[...])
+
+
+@pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
+def test_a_variable_that_is_left_decoded_is_quantized_again():
+    model = Clipping()
+    step = quantize_nnx(model, "int8", example=(XS[0],))
+    before = jax.tree_util.tree_structure(model.keys.get_value())
+    nnx.jit(lambda model, x: model(x))(model, XS[0])
+    assert jax.tree_util.tree_structure(model.keys.get_value()) == before
+    assert "return" in {place.primitive for place in step.report()}
+
+
 @nnx.vmap(in_axes=0, out_axes=0)
 def stacked(key):
     layer = nnx.MultiHeadAttention(num_heads=HEADS, in_features=WIDTH, decode=True, rngs=nnx.Rngs(key))
