@@ -7,7 +7,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-from formats import CACHES, FORMATS  # noqa: F401 - for the tests of the cache
+from formats import CACHES  # noqa: F401 - for the tests of the cache
 
 import qpaged
 from qpaged.implicit import ImplicitArray
