@@ -4,9 +4,11 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax.numpy as jnp
+
 import qpaged.models
-from qpaged.models import LlamaConfig, Params, load_checkpoint
-from qpaged.models.checkpoint import WEIGHTS_FILE
+from qpaged.models import DecoderConfig, Params, load_checkpoint
+from qpaged.models._shards import WEIGHTS_FILE
 
 VOCABULARY = 256
 
@@ -24,7 +26,7 @@ class Model:
     """
 
     name: str
-    config: LlamaConfig
+    config: DecoderConfig
     params: Params
     path: str | None = None
     sha256: str | None = None
@@ -57,7 +59,7 @@ def load_model(path: str | Path | None = None) -> Model:
     directory = Path(qpaged.models.__file__).parent / "tiny" if path is None else Path(path)
     name = "bundled tiny model" if path is None else directory.resolve().name
     try:
-        config, params = load_checkpoint(directory)
+        config, params = load_checkpoint(directory, jnp.float32)
     except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"the configuration in {directory} is malformed: {error!r}") from error
     digest = hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest()

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from qpaged.cli import main
-from qpaged.models import LlamaConfig, init_params, save_checkpoint
+from qpaged.models import DecoderConfig, init_params, save_checkpoint
 
-SIZES = LlamaConfig(
+SIZES = DecoderConfig(
     vocab_size=256,
     hidden_size=32,
     intermediate_size=48,
