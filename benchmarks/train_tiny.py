@@ -24,10 +24,11 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from qpaged.models.checkpoint import load_checkpoint, save_checkpoint
-from qpaged.models.llama import LlamaConfig, Params, forward, init_params
+from qpaged.models.config import DecoderConfig
+from qpaged.models.decoder import Params, forward, init_params
 from qpaged.models.text import standard_library_text
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=256,
     hidden_size=256,
     intermediate_size=512,
@@ -81,7 +82,7 @@ def _attend_block(query: jax.Array, key: jax.Array, value: jax.Array, start: int
     return jnp.einsum("bkgqs,bskd->bqkgd", weights, value[:, :end])
 
 
-def bits_per_byte(params: Params, config: LlamaConfig, tokens: jax.Array) -> jax.Array:
+def bits_per_byte(params: Params, config: DecoderConfig, tokens: jax.Array) -> jax.Array:
     """Mean of -log2 p over the tokens (batch, length + 1) that have a context, a float32 scalar."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     batch, length = inputs.shape
@@ -111,7 +112,7 @@ def make_optimizer(learning_rate: float) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
 
 
-def make_train_step(config: LlamaConfig, optimizer: optax.GradientTransformation) -> Any:
+def make_train_step(config: DecoderConfig, optimizer: optax.GradientTransformation) -> Any:
     """A jitted (params, optimizer state, tokens, fraction of the learning rate) -> (params, state, loss)."""
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -226,7 +227,7 @@ def start_state(optimizer: optax.GradientTransformation, seed: int) -> State:
 
 def evaluate(directory: Path, text: np.ndarray, batch: int = 4) -> float:
     """Bits per byte of the checkpoint on disk, over consecutive windows of its full context."""
-    config, params = load_checkpoint(directory)
+    config, params = load_checkpoint(directory, jnp.float32)
     length = config.max_position_embeddings
     starts = np.arange(0, len(text) - length, length)
     batches = starts[: len(starts) // batch * batch].reshape(-1, batch)

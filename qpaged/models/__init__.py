@@ -1,30 +1,66 @@
-"""A reference Llama-family decoder, its checkpoints, and a tiny one that comes with the package."""
+"""A reference decoder, its checkpoints and tokenizers, and a tiny model that comes with the package.
+
+The decoder computes Llama 2 and 3, Mistral, Qwen 2 and 3, Gemma 2 and 3 and Phi-3, from the checkpoints that
+Hugging Face stores.
+"""
 
 from pathlib import Path
 
-from qpaged.models.checkpoint import load_checkpoint, save_checkpoint
-from qpaged.models.llama import Attend, LlamaConfig, Params, forward, init_params, param_shapes
+import jax.numpy as jnp
+
+from qpaged.models.checkpoint import (
+    checkpoint_sha256,
+    load_checkpoint,
+    parameter_bytes,
+    read_config,
+    save_checkpoint,
+)
+from qpaged.models.config import AttentionOptions, DecoderConfig
+from qpaged.models.decoder import (
+    Attend,
+    Params,
+    final_hidden,
+    forward,
+    init_params,
+    output_logits,
+    param_shapes,
+)
+from qpaged.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope
 from qpaged.models.text import standard_library_files, standard_library_text
+from qpaged.models.tokenizer import Tokenizer, Tokens, load_tokenizer
 
 __all__ = [
     "Attend",
-    "LlamaConfig",
+    "AttentionOptions",
+    "DecoderConfig",
+    "LinearScaling",
+    "Llama3Scaling",
+    "LongRopeScaling",
     "Params",
+    "Rope",
+    "Tokenizer",
+    "Tokens",
+    "checkpoint_sha256",
+    "final_hidden",
     "forward",
     "init_params",
     "load_checkpoint",
     "load_tiny",
+    "load_tokenizer",
+    "output_logits",
     "param_shapes",
+    "parameter_bytes",
+    "read_config",
     "save_checkpoint",
     "standard_library_files",
     "standard_library_text",
 ]
 
 
-def load_tiny() -> tuple[LlamaConfig, Params]:
+def load_tiny() -> tuple[DecoderConfig, Params]:
     """The bundled byte-level decoder: tokens are bytes 0 to 255, context up to 1024, weights as float32.
 
     Trained by `benchmarks/train_tiny.py` on the "train" split of `standard_library_text`. Raises
     `ImportError` without safetensors.
     """
-    return load_checkpoint(Path(__file__).parent / "tiny")
+    return load_checkpoint(Path(__file__).parent / "tiny", jnp.float32)

@@ -1,56 +1,128 @@
-"""Decoders on disk as Hugging Face stores them: `config.json` beside one `model.safetensors`."""
+"""Decoders on disk as Hugging Face stores them: `config.json` beside safetensors."""
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import replace
+from math import prod
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qpaged.models.llama import LlamaConfig, Params, param_shapes
+from qpaged.models._extras import need
+from qpaged.models._shards import (
+    INDEX_FILE,
+    ITEM_BYTES,
+    WEIGHTS_FILE,
+    StoredTensor,
+    read_json,
+    stored_tensors,
+    weight_files,
+)
+from qpaged.models.config import DecoderConfig
+from qpaged.models.decoder import OUTPUT, Params, layer_prefix, param_shapes
+from qpaged.models.families import decoder_config, llama_fields
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 
-# Fields that change what a Llama computes, with the value that means "as in `qpaged.models.llama`".
-PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
+LAYOUTS = (
+    ("model.", "lm_head."),
+    ("language_model.model.", "language_model.lm_head."),
+    ("model.language_model.", "lm_head."),
+)
+"""What names of a decoder's weights and of its output matrix start with: alone, and beside a vision tower."""
+
+BUFFERS = ("rotary_emb.inv_freq",)
+"""Tensors of a layer that older checkpoints store though they follow from the configuration."""
 
 
-def load_checkpoint(directory: str | Path, dtype: DTypeLike = jnp.float32) -> tuple[LlamaConfig, Params]:
-    """The configuration and weights of a Llama checkpoint, weights cast to `dtype`.
+def read_config(path: str | Path) -> DecoderConfig:
+    """The configuration of a checkpoint, from its directory or its `config.json`; no weights are needed.
 
-    Tensors that the decoder does not use are not read. Raises `FileNotFoundError` for a missing file,
-    `ValueError` for a model that is not a plain Llama, a missing or misshapen tensor or a damaged file, and
-    `ImportError` without safetensors.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a family or feature that is not implemented, or a malformed file.
+    """
+    path = _config_path(path)
+    found = read_json(path)
+    try:
+        return decoder_config(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_checkpoint(directory: str | Path, dtype: DTypeLike | None = None) -> tuple[DecoderConfig, Params]:
+    """The configuration and weights of a checkpoint of one file or of shards, weights cast to `dtype`.
+
+    Weights keep their stored dtypes if None. They are read one by one: no more than the model and the tensor
+    being read is in memory, and tensors that the decoder does not use are not read. The embedding is the
+    output matrix where the checkpoint has none.
+
+    Raises:
+        FileNotFoundError: a missing file.
+        ValueError: a family or feature that is not implemented, a missing or misshapen tensor, a damaged
+            file.
+        ImportError: safetensors is missing.
     """
     directory = Path(directory)
-    config = _read_config(directory)
-    return config, _read_weights(_existing_file(directory, WEIGHTS_FILE), config, dtype)
+    config, tensors = _used_tensors(directory)
+    if tensors is None:
+        raise _no_weights(directory)
+    return config, {name: tensor.read(dtype) for name, tensor in tensors.items()}
+
+
+def parameter_bytes(path: str | Path) -> int | None:
+    """Bytes of the weights that `load_checkpoint` reads, from the files' headers; None where there are none.
+
+    `path` is as in `read_config`. Raises as `load_checkpoint`.
+    """
+    _, tensors = _used_tensors(_config_path(path).parent)
+    if tensors is None:
+        return None
+    return sum(prod(tensor.shape) * ITEM_BYTES[tensor.dtype] for tensor in tensors.values())
+
+
+def checkpoint_sha256(directory: str | Path) -> str:
+    """SHA-256 of a checkpoint: of `sha256sum`'s lines for its `config.json` and its weights' files, by name.
+
+    Raises:
+        FileNotFoundError: a missing file.
+        ValueError: a malformed index.
+    """
+    directory = Path(directory)
+    files = [_config_path(directory), *weight_files(directory)]
+    if len(files) == 1:
+        raise _no_weights(directory)
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n".encode())
+    return digest.hexdigest()
 
 
 def save_checkpoint(
-    directory: str | Path, config: LlamaConfig, params: Params, dtype: DTypeLike = jnp.bfloat16
+    directory: str | Path, config: DecoderConfig, params: Params, dtype: DTypeLike = jnp.bfloat16
 ) -> None:
-    """Write a checkpoint that `load_checkpoint` and Hugging Face's `LlamaForCausalLM` read.
+    """Write a plain Llama's checkpoint, which `load_checkpoint` and Hugging Face's `LlamaForCausalLM` read.
 
-    Weights are stored as `dtype`. Creates the directory; replaces a checkpoint that is already there. Raises
-    `ValueError` where the weights do not fit the configuration, `ImportError` without safetensors.
+    Weights are stored as `dtype`. Creates the directory; replaces a checkpoint that is already there.
+
+    Raises:
+        ValueError: another decoder than a plain Llama, or weights that do not fit the configuration.
+        ImportError: safetensors is missing.
     """
     directory = Path(directory)
+    fields = llama_fields(config) | {"torch_dtype": jnp.dtype(dtype).name}
     for name, shape in param_shapes(config).items():
         _check_weight(name, shape, {key: value.shape for key, value in params.items()}, "params")
     weights = {name: np.asarray(params[name]).astype(jnp.dtype(dtype)) for name in param_shapes(config)}
     # Transformers refuses a file that does not say which framework's layout it follows.
-    data = _safetensors().numpy.save(weights, metadata={"format": "pt"})
+    data = need("safetensors.numpy").save(weights, metadata={"format": "pt"})
     directory.mkdir(parents=True, exist_ok=True)
     _replace_file(directory / WEIGHTS_FILE, data)
-    _replace_file(
-        directory / CONFIG_FILE, (json.dumps(_config_fields(config, dtype), indent=2) + "\n").encode()
-    )
+    _replace_file(directory / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
 
 
 def _replace_file(path: Path, data: bytes) -> None:
@@ -60,59 +132,49 @@ def _replace_file(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def _config_fields(config: LlamaConfig, dtype: DTypeLike) -> dict[str, Any]:
-    header = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    return header | asdict(config) | PLAIN | {"torch_dtype": jnp.dtype(dtype).name}
+def _config_path(path: str | Path) -> Path:
+    path = Path(path)
+    path = path / CONFIG_FILE if path.is_dir() or path.suffix != ".json" else path
+    if path.is_file():
+        return path
+    raise FileNotFoundError(
+        f"There is no {path}. Give the directory of a checkpoint, with its {CONFIG_FILE}."
+    )
 
 
-def _read_config(directory: Path) -> LlamaConfig:
-    path = _existing_file(directory, CONFIG_FILE)
-    try:
-        found = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Copy the file again.") from error
-    _check_plain_llama(found, path)
-    found.setdefault("head_dim", found.get("hidden_size", 0) // found.get("num_attention_heads", 1))
-    found.setdefault("num_key_value_heads", found.get("num_attention_heads"))
-    # Newer files keep the base of the rotary angles one level down.
-    found.setdefault("rope_theta", (found.get("rope_parameters") or {}).get("rope_theta", 10000.0))
-    known = {field.name: found[field.name] for field in fields(LlamaConfig) if field.name in found}
-    try:
-        return LlamaConfig(**known)
-    except TypeError as error:
-        raise ValueError(f"{path} lacks a size of the model ({error}). Copy the file again.") from error
-
-
-def _check_plain_llama(found: Mapping[str, Any], path: Path) -> None:
-    if found.get("model_type") != "llama":
-        raise ValueError(
-            f'{path} says model_type {found.get("model_type")!r}, but only "llama" can be loaded. '
-            "Choose a checkpoint of that family."
+def _no_weights(directory: Path) -> Exception:
+    pickled = sorted(directory.glob("pytorch_model*.bin"))
+    if pickled:
+        return ValueError(
+            f"{directory} has its weights in {pickled[0].name}, but only safetensors can be loaded. "
+            "Convert them: load the model with transformers and save it with save_pretrained."
         )
-    for field, plain in PLAIN.items():
-        if found.get(field, plain) != plain:
-            raise ValueError(
-                f"{path} says {field} = {found[field]!r}, but only {plain!r} is supported. "
-                "Choose a checkpoint without it."
-            )
-    rope_type = (found.get("rope_parameters") or {}).get("rope_type", "default")
-    if rope_type != "default":
-        raise ValueError(
-            f'{path} says rope_type {rope_type!r}, but only "default" is supported. '
-            "Choose a checkpoint without it."
-        )
+    return FileNotFoundError(
+        f"There is no {directory / WEIGHTS_FILE}, and no {INDEX_FILE}. Give a directory with weights."
+    )
 
 
-def _read_weights(path: Path, config: LlamaConfig, dtype: DTypeLike) -> Params:
-    safetensors = _safetensors()
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            for name, shape in param_shapes(config).items():
-                _check_weight(name, shape, found, str(path))
-            return {name: jnp.asarray(file.get_tensor(name), dtype) for name in param_shapes(config)}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is cut short or damaged ({error}). Copy the file again.") from error
+def _used_tensors(directory: Path) -> tuple[DecoderConfig, dict[str, StoredTensor] | None]:
+    """The configuration, and the tensors that its decoder uses by their name in `param_shapes`."""
+    config, stored = read_config(directory), _canonical(stored_tensors(directory))
+    if not stored:
+        return config, None
+    if OUTPUT not in stored:
+        config = replace(config, tie_word_embeddings=True)
+    shapes = param_shapes(config)
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    for name, shape in shapes.items():
+        _check_weight(name, shape, found, str(directory))
+    _check_understood(config, stored)
+    return config, {name: stored[name] for name in shapes}
+
+
+def _canonical(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors by the name that they have in a checkpoint of text alone."""
+    model, output = next((layout for layout in LAYOUTS if layout[0] + "norm.weight" in stored), LAYOUTS[0])
+    new = {output: "lm_head.", model: "model."}
+    prefixes = {name: next((prefix for prefix in new if name.startswith(prefix)), None) for name in stored}
+    return {new[p] + name.removeprefix(p): stored[name] for name, p in prefixes.items() if p is not None}
 
 
 def _check_weight(
@@ -127,22 +189,18 @@ def _check_weight(
         )
 
 
-def _existing_file(directory: Path, name: str) -> Path:
-    path = directory / name
-    if path.is_file():
-        return path
-    if (directory / f"{name}.index.json").is_file():
-        raise ValueError(
-            f"{directory} holds a checkpoint in several files, but only a single {name} can be loaded. "
-            "Merge the files first."
-        )
-    raise FileNotFoundError(f"There is no {path}. Give a directory with {CONFIG_FILE} and {WEIGHTS_FILE}.")
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors
-        import safetensors.numpy
-    except ImportError as error:
-        raise ImportError('Checkpoints need safetensors: pip install "qpaged[sweep]"') from error
-    return safetensors
+def _check_understood(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -> None:
+    """Whatever lies in a layer is used: a bias, norm or scale that is not would change what is computed."""
+    layers = tuple(layer_prefix(layer) for layer in range(config.num_hidden_layers))
+    shapes = param_shapes(config)
+    for name, tensor in stored.items():
+        if name.startswith(layers) and name not in shapes and not name.endswith(BUFFERS):
+            raise ValueError(
+                f"{tensor.path} has the tensor {tensor.name!r}, for which the configuration's decoder has no "
+                "use. Choose a checkpoint without it."
+            )
+        if name in shapes and tensor.dtype not in ITEM_BYTES:
+            raise ValueError(
+                f"{tensor.path} stores {tensor.name!r} as {tensor.dtype}, but only "
+                f"{', '.join(ITEM_BYTES)} can be loaded. Choose a checkpoint with such weights."
+            )

@@ -1,26 +1,10 @@
-"""What only some commands need: imported when used, with an error that says how to get it."""
+"""What only a sweep needs: imported when used, with an error that says how to get it."""
 
-import importlib
-from types import ModuleType
+from qpaged.models._extras import MissingExtraError, need
+
+__all__ = ["MissingExtraError", "need", "need_sweep_extra"]
 
 SWEEP = ("matplotlib", "rich", "safetensors")
-
-
-class MissingExtraError(ImportError):
-    """An optional package is not installed; the message is the cure."""
-
-
-def need(module: str) -> ModuleType:
-    """Import ``module``.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise MissingExtraError(f'{package} is needed here: pip install "qpaged[sweep]"') from error
 
 
 def need_sweep_extra() -> None:

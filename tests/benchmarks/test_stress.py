@@ -12,8 +12,8 @@ from stress_figure import Dot, dots_of, front_of
 from stress_metrics import kl_divergence, log_attention, mean_entropy, mean_losses, measure_losses
 from stress_targets import Target, describe, judge
 
-from qpaged.models.llama import LlamaConfig, rotary_angles
-from qpaged.models.llama import rotate as llama_rotate
+from qpaged.models.rope import Rope, rotary_angles
+from qpaged.models.rope import rotate as models_rotate
 
 SMALL = Sizes(tokens=64, kv_heads=1, queries_per_head=2, head_dim=32, query_step=4)
 
@@ -70,8 +70,8 @@ def test_what_is_not_finite_is_told_as_none():
 
 def test_rotation_is_that_of_the_models():
     x, position = np.random.default_rng(0).normal(size=(9, 1, 32)), np.arange(20, 29)
-    config = LlamaConfig(8, 32, 32, 1, 1, 1, head_dim=32)
-    expected = llama_rotate(jnp.asarray(x, jnp.float32), rotary_angles(config, jnp.asarray(position)))
+    rotation = rotary_angles(Rope(), 32, jnp.asarray(position))
+    expected = models_rotate(jnp.asarray(x, jnp.float32), rotation)
     found = rotate(x[:, 0], position)
     np.testing.assert_allclose(found, expected[:, 0], atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(found, axis=-1), np.linalg.norm(x[:, 0], axis=-1))

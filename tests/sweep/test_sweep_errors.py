@@ -8,7 +8,7 @@ from conftest import SIZES
 
 import qpaged.sweep._run as run_module
 from qpaged.cli import main
-from qpaged.models import LlamaConfig, init_params, save_checkpoint
+from qpaged.models import DecoderConfig, init_params, save_checkpoint
 
 
 def one_line(found):
@@ -53,7 +53,7 @@ def test_malformed_checkpoint(sweep, tmp_path, config):
 
 
 def test_other_vocabulary(sweep, tmp_path):
-    config = LlamaConfig(**vars(SIZES) | {"vocab_size": 300})
+    config = DecoderConfig(**vars(SIZES) | {"vocab_size": 300})
     save_checkpoint(tmp_path, config, init_params(config, jax.random.key(0)))
     assert "has a vocabulary of 300 tokens, but only byte-level models" in one_line(sweep(model=tmp_path))
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpaged.models import LlamaConfig, forward, init_params, param_shapes
+from qpaged.models import DecoderConfig, Rope, final_hidden, forward, init_params, output_logits, param_shapes
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=19,
     hidden_size=24,
     intermediate_size=40,
@@ -17,7 +17,7 @@ CONFIG = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
     head_dim=8,
-    rope_theta=500.0,
+    rope=Rope(theta=500.0),
     rms_norm_eps=1e-4,
 )
 CASES = {
@@ -72,8 +72,8 @@ def numpy_attention(config, weight, normed, positions):
         mixed = []
         for head in range(heads):
             kv_head = head * kv_heads // heads
-            turned = numpy_rotate(query[now][head], positions[now], config.rope_theta)
-            keys = [numpy_rotate(key[t][kv_head], positions[t], config.rope_theta) for t in range(now + 1)]
+            turned = numpy_rotate(query[now][head], positions[now], config.rope.theta)
+            keys = [numpy_rotate(key[t][kv_head], positions[t], config.rope.theta) for t in range(now + 1)]
             exps = np.exp([turned @ k / np.sqrt(dim) for k in keys])
             mixed.append(sum(e * value[t][kv_head] for t, e in enumerate(exps)) / exps.sum())
         outputs.append(weight("self_attn.o_proj") @ np.concatenate(mixed))
@@ -156,17 +156,20 @@ def test_attend_sees_each_layer_once_in_order():
     assert seen == [(layer, (5, 4, 8), (5, 2, 8), (5, 2, 8)) for layer in range(3)]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_computation_is_in_the_dtype_of_the_weights(dtype):
-    params = {name: weight.astype(dtype) for name, weight in random_params(CONFIG).items()}
-    dtypes = []
+@pytest.mark.parametrize(
+    ("stored", "asked"), [("float32", None), ("bfloat16", None), ("bfloat16", "float32")]
+)
+def test_computation_is_in_the_dtype_asked_for_or_the_weights_own(stored, asked):
+    params = {name: weight.astype(stored) for name, weight in random_params(CONFIG).items()}
+    dtypes = set()
 
     def attend(layer, query, key, value):
-        dtypes.extend([query.dtype, key.dtype, value.dtype])
-        return query
+        dtypes.update([query.dtype, key.dtype, value.dtype])
+        return query.astype(jnp.float32)
 
-    logits = forward(params, CONFIG, *tokens_and_positions(), attend)
-    assert {logits.dtype, *dtypes} == {jnp.dtype(dtype)}
+    hidden = final_hidden(params, CONFIG, *tokens_and_positions(), attend, asked)
+    assert {hidden.dtype, *dtypes} == {jnp.dtype(asked or stored)}
+    assert output_logits(params, CONFIG, hidden).dtype == jnp.float32
 
 
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
@@ -187,5 +190,5 @@ def test_heads_that_do_not_divide_are_refused():
 
 
 def test_odd_head_dim_is_refused():
-    with pytest.raises(ValueError, match=r"head_dim must be even.* got 7"):
+    with pytest.raises(ValueError, match=r"must be even.* got 7 of head_dim 7"):
         dataclasses.replace(CONFIG, head_dim=7)
