@@ -122,7 +122,7 @@ def _scale_axes(axes: Any, dots: list[Dot]) -> None:
     bf16 = dots[0].x * dots[0].run["ratio"]
     floor, top = floor_of(dot.run["kl_mean"] for dot in dots), max(dot.y for dot in dots)
     axes.set(xscale="log", yscale="log", xlim=(small / 2, large * 1.3), ylim=(floor / 2, top * 3))
-    axes.set_xticks(ticks := [bf16 / ratio for ratio in RATIOS if small / 1.1 <= bf16 / ratio <= large * 1.1])
+    axes.set_xticks(ticks := [bf16 / ratio for ratio in RATIOS if small / 1.4 <= bf16 / ratio <= large * 1.1])
     axes.set_xticklabels([f"{tick:,.0f}\n{beside_bf16(bf16 / tick)}" for tick in ticks])
     decades = range(round(math.log10(floor)) + 1, math.ceil(math.log10(top * 3)))
     axes.set_yticks([floor, *(10.0**decade for decade in decades)])

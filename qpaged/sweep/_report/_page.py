@@ -1,0 +1,98 @@
+"""report.html, from results.json alone."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qpaged.sweep._extras import need
+from qpaged.sweep._number import millions, small
+from qpaged.sweep._reading import SURE, Run, check, closest_first, pareto_front
+from qpaged.sweep._report import _distribution, _frontier
+from qpaged.sweep._report._columns import COLUMNS
+from qpaged.sweep._report._heat import METRICS, layer_maps, sensitivity_maps
+from qpaged.sweep._verdict import FIELDS, verdict
+
+DIRECTORY = Path(__file__).parent
+RUN_FIELDS = (
+    *FIELDS,
+    *(column.field for column in COLUMNS),
+    *(f"{metric[0]}_by_layer{suffix}" for metric in METRICS for suffix in ("", "_se")),
+    "key", "value", "dtype", "kl_histogram", "tokens",
+)  # fmt: skip
+
+
+def write_report(results: dict[str, Any], directory: Path) -> Path:
+    """Write ``report.html``: verdict, Pareto front, table, layers, distribution, tuning, how it was measured.
+
+    One file that needs no network; it reads and prints without JavaScript, which adds cards, sorting and the
+    choice of curves.
+
+    Args:
+        results: results.json.
+
+    Raises:
+        ValueError: results of another version, or without some of its fields.
+        MissingExtraError: jinja2 is not installed.
+    """
+    check(results, RUN_FIELDS)
+    path = directory / "report.html"
+    path.write_text(_render(results), encoding="utf-8")
+    return path
+
+
+def _render(results: dict[str, Any]) -> str:
+    jinja2 = need("jinja2")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(DIRECTORY),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"small": small, "millions": millions}
+    runs = closest_first(results["runs"])
+    picked = _distribution.choices(runs)
+    return environment.get_template("report.html").render(
+        results=results,
+        runs=runs,
+        verdict=verdict(results),
+        front=pareto_front(runs),
+        columns=COLUMNS,
+        sure=SURE,
+        frontiers=[_frontier.frontier_chart(runs, size) for size in _frontier.SIZES],
+        layer_maps=layer_maps(runs),
+        choices=picked,
+        distributions=_distributions([choice.run for choice in picked]),
+        tune=_tune(results),
+        css=(DIRECTORY / "report.css").read_text(encoding="utf-8"),
+        js=(DIRECTORY / "report.js").read_text(encoding="utf-8"),
+    )
+
+
+def _distributions(runs: Sequence[Run]) -> list[_distribution.Chart]:
+    return [_distribution.distribution_chart(runs, size) for size in _distribution.SIZES] if runs else []
+
+
+def _tune(results: dict[str, Any]) -> dict[str, Any] | None:
+    """What the template says of the choice by layer; None where nothing was tuned."""
+    tune = results.get("tune")
+    if not tune:
+        return None
+    named = {run["format"]: run for run in results["runs"]}
+    sides = [[layer[side] for layer in tune["layers"]] for side in (0, 1)]
+    return tune | {
+        "maps": sensitivity_maps(tune),
+        "compared": [named[name] for name in (tune["choice"], tune["best_uniform"]) if name in named],
+        "spans": [(name, _spans(side)) for name, side in zip(("keys", "values"), sides, strict=True)],
+    }
+
+
+def _spans(formats: Sequence[str]) -> list[tuple[str, str]]:
+    """('0-2', 'int8') and so on: layers in a row of one format."""
+    spans, first = [], 0
+    for name, group in itertools.groupby(formats):
+        last = first + len(list(group)) - 1
+        spans.append((f"{first}" if first == last else f"{first}\N{EN DASH}{last}", name))
+        first = last + 1
+    return spans
