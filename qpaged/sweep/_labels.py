@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 GAP = 10.0  # from a dot's centre to its name
+REACH = 45.0  # by which a name is moved at most
 STEP = 3.0  # by which a name is moved until it is free
 
 
@@ -36,7 +37,8 @@ def place_names(
     """A box for each dot's name; None where there is no room.
 
     Nothing lies left of and below a Pareto front, so that names of its dots stand there, right-aligned, and
-    those of the others right of and above theirs. Each is moved away from its dot until it touches nothing.
+    those of the others right of and above theirs. Each is moved away from its dot until it touches nothing,
+    by :data:`REACH` at most.
 
     Args:
         dots: (x, y, width of the name, whether on the front), in the order in which places are given out.
@@ -57,9 +59,9 @@ def place_names(
 def _first_free(
     left: float, top: float, width: float, height: float, step: float, taken: Sequence[Box], frame: Box
 ) -> Box | None:
-    while left >= frame.left and frame.top <= top and top + height <= frame.bottom:
-        box = Box(left, top, left + width, top + height)
-        if not any(box.touches(other) for other in taken):
+    for i in range(int(REACH / abs(step))):
+        box = Box(left, top + i * step, left + width, top + i * step + height)
+        inside = box.left >= frame.left and box.top >= frame.top and box.bottom <= frame.bottom
+        if inside and not any(box.touches(other) for other in taken):
             return box
-        top += step
     return None

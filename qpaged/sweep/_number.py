@@ -1,7 +1,5 @@
 """Numbers as people read them, with as many digits as their error bars allow."""
 
-import math
-
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 
 
@@ -29,4 +27,5 @@ def millions(count: int) -> str:
 
 
 def _power(value: float) -> int:
-    return math.floor(math.log10(abs(value))) if value else 0
+    """Of ten, in scientific notation with two digits."""
+    return int(f"{value:.1e}".partition("e")[2])

@@ -15,7 +15,12 @@ FIELDS = ("format", "bytes_per_token", "ratio", "bits_per_element", "kl_mean", "
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """One to four sentences on what the formats cost, for a terminal or a page.
+    """One to four sentences on what the formats cost, for a terminal; see :func:`sentences`."""
+    return " ".join(sentences(results))
+
+
+def sentences(results: dict[str, Any]) -> list[str]:
+    """What the formats cost, sentence by sentence.
 
     What is missing comes first; then the closest format that halves the cache; the smallest below
     :data:`NEARLY_EXACT`, and what the next smaller ones cost; last the choice by layer, where there is one.
@@ -30,14 +35,14 @@ def verdict(results: dict[str, Any]) -> str:
     check(results, FIELDS)
     reference, *runs = results["runs"]
     smaller = [run for run in runs if run["ratio"] > 1]
-    sentences = [_missing(results)]
+    said = [_missing(results)]
     if not smaller:
-        sentences.append(f"No format smaller than bfloat16 was measured beside {reference['format']}.")
+        said.append(f"No format smaller than bfloat16 was measured beside {reference['format']}.")
     else:
         half = [run for run in smaller if run["ratio"] >= HALF]
-        sentences += [_closest(half or smaller), _smallest(smaller)]
-    sentences.append((results.get("tune") or {}).get("verdict", ""))
-    return " ".join(sentence for sentence in sentences if sentence)
+        said += [_closest(half or smaller), _smallest(smaller)]
+    said.append((results.get("tune") or {}).get("verdict", ""))
+    return [sentence for sentence in said if sentence]
 
 
 def _missing(results: dict[str, Any]) -> str:
@@ -67,15 +72,11 @@ def _smallest(runs: Sequence[Run]) -> str:
         return f"None is surely under {NEARLY_EXACT:g}: the closest, {front[-1]['format']}, has {_kl(front[-1])}."
     size = min(run["bytes_per_token"] for run in good)
     best, *ties = _best([run for run in good if run["bytes_per_token"] == size])
-    below = [
-        f"{run['format']} ({run['bits_per_element']:.2g} bits) {_kl(run)}"
-        for run in front
-        if run["bytes_per_token"] < size
-    ]
+    below = [run for run in front if run["bytes_per_token"] < size][:-3:-1]
     return (
         f"{best['format']} is the smallest that is surely under {NEARLY_EXACT:g} "
-        f"({best['bits_per_element']:.2g} bits, KL {_kl(best)}{_tied_with(ties, ', ')})"
-        + (f"; below that, {' and '.join(below[::-1][:2])}." if below else ".")
+        f"({best['bits_per_element']:.3g} bits, KL {_kl(best)}{_tied_with(ties, ', ')})"
+        + (f"; below that, {' and '.join(map(_cost, below))}." if below else ".")
     )
 
 
@@ -89,6 +90,10 @@ def _best(runs: Sequence[Run]) -> list[Run]:
     plainest = sorted(runs, key=lambda run: (run["bytes_per_token"], len(run["format"]), run["kl_mean"]))
     best = next(run for run in plainest if tied(run, least, errors=1))
     return [best, *(run for run in plainest if run is not best and tied(run, least))]
+
+
+def _cost(run: Run) -> str:
+    return f"{run['format']} ({run['bits_per_element']:.3g} bits) costs {_kl(run)}"
 
 
 def _kl(run: Run) -> str:

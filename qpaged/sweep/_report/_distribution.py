@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from qpaged.sweep._reading import Run, pareto_front
 from qpaged.sweep._report._axis import LogAxis, Size, Tick, power_ticks
 
-SIZES = (Size("wide", 1120, 420, bottom=70), Size("narrow", 358, 380, left=50, right=8, bottom=70))
+SIZES = (Size("wide", 1120, 420, bottom=70), Size("narrow", 358, 380, left=62, right=8, bottom=70))
 SHOWN = 5  # curves at first
 MOSTLY = 0.98  # of the tokens: the axis begins where any format has so many of them above
 GAP = 17.0  # pixels between the numbers of two curves

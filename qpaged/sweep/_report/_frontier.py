@@ -4,15 +4,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qpaged.sweep._figure import MOST_NAMES, RATIOS, beside_bf16, steps
+from qpaged.sweep._figure import MOST_NAMES, RATIOS, TIMES, beside_bf16, steps
 from qpaged.sweep._labels import Box, around, place_names
 from qpaged.sweep._reading import SURE, Run, floor_of, pareto_front
 from qpaged.sweep._report._axis import LogAxis, Size, Tick, power_ticks
 
-SIZES = (Size("wide", 1120, 560), Size("narrow", 358, 440, left=46, right=8))
+SIZES = (Size("wide", 1120, 560), Size("narrow", 358, 440, left=58, right=8))
 NAME_SIZE = 12.5  # pixels
 WIDE = 0.602 * NAME_SIZE  # a character of a name, set in a monospaced face
 RADIUS = 5
+ROOM = {"wide": 1.8, "narrow": 1.3}  # for names left of the smallest, as a factor of its bytes
 FAR = 9  # pixels that a name is moved before a line leads from it to its dot
 
 
@@ -56,13 +57,13 @@ def frontier_chart(runs: Sequence[Run], size: Size) -> Frontier:
     dots = [_dot(run, row, x, y, floor, run in on_front) for row, run in enumerate(runs)]
     dots.sort(key=lambda dot: (dot.x, -dot.y))
     front = [(dot.x, dot.y) for dot in dots if dot.on_front]
-    return Frontier(size, _x_ticks(runs[0], x), _y_ticks(y, floor), y(floor), _path(front), _named(dots, front, size))
+    return Frontier(size, _x_ticks(runs[0], x, size), _y_ticks(y, floor), y(floor), _path(front), _named(dots, front, size))
 
 
 def _axes(runs: Sequence[Run], size: Size) -> tuple[LogAxis, LogAxis]:
     small, large = (f(run["bytes_per_token"] for run in runs) for f in (min, max))
     top, floor = max(run["kl_mean"] for run in runs), floor_of(run["kl_mean"] for run in runs)
-    x = LogAxis(small / 1.35, large * 1.25, size.left, size.x_end)
+    x = LogAxis(small / ROOM[size.name], large * 1.25, size.left, size.x_end)
     return x, LogAxis(floor / 2, max(top, 10 * floor) * 3, size.y_end, size.top)
 
 
@@ -72,10 +73,12 @@ def _dot(run: Run, row: int, x: LogAxis, y: LogAxis, floor: float, on_front: boo
     return Dot(run, row, x(run["bytes_per_token"]), y(mean or floor), on_front, bar)
 
 
-def _x_ticks(reference: Run, x: LogAxis) -> list[Tick]:
+def _x_ticks(reference: Run, x: LogAxis, size: Size) -> list[Tick]:
+    """Sizes whose ratio to bfloat16 is round; the words have room on a wide chart only."""
     bf16 = reference["bytes_per_token"] * reference["ratio"]
     inside = [ratio for ratio in RATIOS if x.low < bf16 / ratio < x.high]
-    return [Tick(x(bf16 / ratio), f"{bf16 / ratio:,.0f}", below=beside_bf16(ratio)) for ratio in inside]
+    below = beside_bf16 if size.name == "wide" else (lambda ratio: f"{ratio:g}{TIMES}")
+    return [Tick(x(bf16 / ratio), f"{bf16 / ratio:,.0f}", below=below(ratio)) for ratio in inside]
 
 
 def _y_ticks(y: LogAxis, floor: float) -> list[Tick]:

@@ -46,9 +46,9 @@ def _short(value: float) -> str:
 
 ERROR = "Relative error of a layer's attention output, in percent, when only that layer's {} quantized"
 METRICS = (
-    ("attention_error", "keys and values", ERROR.format("keys and values are"), _percent),
-    ("attention_error_keys", "keys alone", ERROR.format("keys are"), _percent),
-    ("attention_error_values", "values alone", ERROR.format("values are"), _percent),
+    ("attention_error", "error, keys and values", ERROR.format("keys and values are"), _percent),
+    ("attention_error_keys", "error, keys alone", ERROR.format("keys are"), _percent),
+    ("attention_error_values", "error, values alone", ERROR.format("values are"), _percent),
     (
         "attention_kl",
         "attention KL",

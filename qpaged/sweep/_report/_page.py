@@ -1,17 +1,18 @@
 """report.html, from results.json alone."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qpaged.sweep._extras import need
-from qpaged.sweep._number import millions, small
+from qpaged.sweep._number import small
 from qpaged.sweep._reading import SURE, Run, check, closest_first, pareto_front
 from qpaged.sweep._report import _distribution, _frontier
 from qpaged.sweep._report._columns import COLUMNS
 from qpaged.sweep._report._heat import METRICS, layer_maps, sensitivity_maps
-from qpaged.sweep._verdict import FIELDS, verdict
+from qpaged.sweep._verdict import FIELDS, sentences
 
 DIRECTORY = Path(__file__).parent
 RUN_FIELDS = (
@@ -50,13 +51,13 @@ def _render(results: dict[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"small": small, "millions": millions}
+    environment.filters |= {"small": small, "breakable": _breakable}
     runs = closest_first(results["runs"])
     picked = _distribution.choices(runs)
     return environment.get_template("report.html").render(
         results=results,
         runs=runs,
-        verdict=verdict(results),
+        sentences=sentences(results),
         front=pareto_front(runs),
         columns=COLUMNS,
         sure=SURE,
@@ -68,6 +69,11 @@ def _render(results: dict[str, Any]) -> str:
         css=(DIRECTORY / "report.css").read_text(encoding="utf-8"),
         js=(DIRECTORY / "report.js").read_text(encoding="utf-8"),
     )
+
+
+def _breakable(spelling: str) -> Any:
+    """Escaped, with places where a line may break."""
+    return need("markupsafe").Markup("<wbr>").join(re.split(r"(?<=[:+/])", spelling))
 
 
 def _distributions(runs: Sequence[Run]) -> list[_distribution.Chart]:

@@ -1,6 +1,7 @@
 "use strict";
 // Cards beside the dots, sorting, and the choice of curves. All numbers are read off the page itself.
 
+const REACH = 20; // pixels from a dot that count as pointing at it
 const table = document.querySelector("#formats table");
 const heads = [...table.tHead.rows[0].cells];
 
@@ -54,30 +55,40 @@ function hideCard() {
 }
 
 for (const chart of figure.querySelectorAll("svg")) {
-  const x = (dot) => Number(dot.lastElementChild.getAttribute("cx"));
-  const dots = [...chart.querySelectorAll(".dot")].sort((a, b) => x(a) - x(b));
+  const place = (dot) => ["cx", "cy"].map((name) => Number(dot.lastElementChild.getAttribute(name)));
+  const dots = [...chart.querySelectorAll(".dot")].sort((a, b) => place(a)[0] - place(b)[0]);
+  const nearest = (event) => {
+    const frame = chart.getBoundingClientRect();
+    const scale = chart.viewBox.baseVal.width / frame.width;
+    const [x, y] = [(event.clientX - frame.left) * scale, (event.clientY - frame.top) * scale];
+    const far = (dot) => Math.hypot(place(dot)[0] - x, place(dot)[1] - y);
+    const found = dots.reduce((a, b) => (far(b) < far(a) ? b : a));
+    return far(found) <= REACH ? found : null;
+  };
+  const focused = () => dots.find((dot) => dot === document.activeElement);
+  const show = (dot) => (dot ? showCard(dot) : hideCard());
+  const go = (dot) => {
+    dots.forEach((other) => other.setAttribute("tabindex", other === dot ? 0 : -1)); // one stop for Tab
+    dot.focus();
+  };
   dots.forEach((dot, i) => {
-    dot.setAttribute("tabindex", i ? -1 : 0); // one stop for Tab; arrows go on from there
-    dot.addEventListener("pointerenter", () => showCard(dot));
+    dot.setAttribute("tabindex", i ? -1 : 0);
     dot.addEventListener("focus", () => showCard(dot));
     dot.addEventListener("blur", hideCard);
-    dot.addEventListener("pointerleave", (event) => {
-      if (event.pointerType === "mouse" && document.activeElement !== dot) hideCard();
-    });
-    dot.addEventListener("click", (event) => {
-      event.preventDefault();
-      dot.focus();
-      showCard(dot);
-    });
     dot.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
       if (event.key === "Escape") hideCard();
       if (!step) return;
       event.preventDefault();
-      const next = dots[(i + step + dots.length) % dots.length];
-      dots.forEach((other) => other.setAttribute("tabindex", other === next ? 0 : -1));
-      next.focus();
+      go(dots[(i + step + dots.length) % dots.length]);
     });
+  });
+  chart.addEventListener("pointermove", (event) => show(nearest(event) || focused()));
+  chart.addEventListener("pointerleave", () => show(focused()));
+  chart.addEventListener("click", (event) => {
+    if (event.detail) event.preventDefault(); // Enter follows the link, to the format's row
+    const dot = nearest(event);
+    if (dot && event.detail) go(dot);
   });
 }
 
