@@ -1,5 +1,6 @@
 """The figures of a sweep: divergence against bytes with the Pareto front, and attention's error by layer."""
 
+import itertools
 import math
 import textwrap
 from collections.abc import Sequence
@@ -65,8 +66,8 @@ def frontier_figure(results: dict[str, Any]) -> Any:
     _scale_axes(axes, dots)
     _draw_front(axes, dots)
     for dot in dots:
-        color = FRONT if dot.on_front else REST
-        axes.plot(dot.x, dot.y, "o", color=color, mfc=color if dot.on_front else "white", ms=7, zorder=3 + dot.on_front)
+        color, fill = (FRONT, FRONT) if dot.on_front else (REST, "white")
+        axes.plot(dot.x, dot.y, "o", color=color, mfc=fill, ms=7, zorder=3 + dot.on_front)
     axes.set_title(textwrap.fill(_title(results), 90), fontsize=10)
     figure.draw_without_rendering()  # so that places are known in points
     _name(axes, dots)
@@ -156,7 +157,7 @@ def _name(axes: Any, dots: list[Dot]) -> None:
     (left, bottom), (right, top) = axes.transAxes.transform([(0, 0), (1, 1)]) * (scale, -scale)
     named = sorted((dot for dot in dots if dot.on_front or len(dots) <= MOST_NAMES), key=lambda dot: dot.x)
     asked = [(*place[id(dot)], WIDE * FONT * len(dot.run["format"]), dot.on_front) for dot in named]
-    obstacles = [around(*xy, 5) for xy in place.values()]
+    obstacles = [around(x, y, 5) for x, y in place.values()]
     front = [place[id(dot)] for dot in named if dot.on_front]
     boxes = place_names(asked, [*obstacles, *steps(front)], Box(left, top, right, bottom), 1.3 * FONT)
     for dot, box in zip(named, boxes, strict=True):
@@ -181,7 +182,7 @@ def _write_name(axes: Any, dot: Dot, box: Box, place: tuple[float, float]) -> No
 def steps(front: Sequence[tuple[float, float]]) -> list[Box]:
     """The line of a front, as boxes that names keep clear of; from places ascending in x."""
     boxes = []
-    for (x, y), (next_x, next_y) in zip(front, front[1:], strict=False):
+    for (x, y), (next_x, next_y) in itertools.pairwise(front):
         boxes += [Box(x, y - 1, next_x, y + 1), Box(next_x - 1, y, next_x + 1, next_y)]
     return boxes
 

@@ -24,8 +24,8 @@ def check(results: dict[str, Any], fields: Iterable[str]) -> None:
     if version != VERSION or missing:
         lacks = f" without {', '.join(missing)}" if missing else ""
         raise ValueError(
-            f"results must be of version {VERSION} with all its fields, but came as version {version}{lacks}; "
-            "sweep again with this version of qpaged."
+            f"results must be of version {VERSION} with all its fields, but came as version {version}{lacks}"
+            "; sweep again with this version of qpaged."
         )
     if not runs:
         raise ValueError("results.runs must hold the reference at least, but is empty; sweep one format.")

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 from qpaged.sweep._extras import need
+from qpaged.sweep._number import millions
 from qpaged.sweep._result import SweepResult, pareto_front
 from qpaged.sweep._run import Run
 
@@ -55,11 +56,6 @@ def title(result: SweepResult) -> str:
         f"{model.name} ({millions(model.parameters)} parameters) on {result.text.source}: "
         f"{sequences * context:,} bytes in {sequences} sequences"
     )
-
-
-def millions(count: int) -> str:
-    """2_400_000 as '2.4 M'."""
-    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
 
 
 def _cells(run: Run, on_front: bool) -> list[str]:

@@ -57,9 +57,9 @@ def _closest(runs: Sequence[Run]) -> str:
     """On the run with the least KL, or the plainest of those as good."""
     best, *ties = _best(runs)
     halves = abs(best["ratio"] / 2 - 1) <= 1 - HALF / 2
-    shrinks = "halves the cache" if halves else f"makes the cache {best['ratio']:.2g} times smaller than bfloat16"
+    smaller = "halves the cache" if halves else f"makes the cache {best['ratio']:.2g} times smaller"
     return (
-        f"{best['format']} {shrinks} for a mean KL of {_kl(best)} nats a token, "
+        f"{best['format']} {smaller} for a mean KL of {_kl(best)} nats a token, "
         f"and leaves the likeliest token as it was {percent(best['same_top'])} of the time{_tied_with(ties)}."
     )
 
@@ -69,7 +69,8 @@ def _smallest(runs: Sequence[Run]) -> str:
     front = pareto_front(runs)
     good = [run for run in runs if run["kl_mean"] + SURE * (run["kl_mean_se"] or 0.0) <= NEARLY_EXACT]
     if not good:
-        return f"None is surely under {NEARLY_EXACT:g}: the closest, {front[-1]['format']}, has {_kl(front[-1])}."
+        closest = front[-1]
+        return f"None is surely under {NEARLY_EXACT:g}: the closest, {closest['format']}, has {_kl(closest)}."
     size = min(run["bytes_per_token"] for run in good)
     best, *ties = _best([run for run in good if run["bytes_per_token"] == size])
     below = [run for run in front if run["bytes_per_token"] < size][:-3:-1]

@@ -74,8 +74,8 @@ def session(tmp_path_factory):
     directory = tmp_path_factory.mktemp("browser")
     write_report(json.loads(SAMPLE.read_text()), directory)
     (directory / "user.html").write_text(USER, encoding="utf-8")
-    command = [BROWSER, *FLAGS, f"--user-data-dir={directory / 'profile'}", f"file://{directory / 'user.html'}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    profile, page = f"--user-data-dir={directory / 'profile'}", f"file://{directory / 'user.html'}"
+    done = subprocess.run([BROWSER, *FLAGS, profile, page], capture_output=True, text=True, timeout=60)
     written = re.search(r"<pre>(.*)</pre>", done.stdout, re.DOTALL).group(1)
     assert written, done.stderr
     return json.loads(written.replace("&lt;", "<").replace("&amp;", "&")), done.stderr

@@ -45,7 +45,9 @@ class Page(HTMLParser):
         return " ".join(shown.replace("\N{NO-BREAK SPACE}", " ").split())
 
     def of(self, tag, **attributes):
-        return [found for name, found in self.attributes if name == tag and attributes.items() <= found.items()]
+        """Attributes of the elements of a tag that have these."""
+        found = [found for name, found in self.attributes if name == tag]
+        return [each for each in found if attributes.items() <= each.items()]
 
 
 @pytest.fixture
@@ -141,7 +143,8 @@ def test_curves_of_the_distribution_fall_to_the_worst_token(sample, report):
     curves = re.findall(r'data-choice="\d+"><path d="M([^"]+)"', report(sample).source)
     assert len(curves) == 2 * (len(pareto_front(sample["runs"])) - 1)
     for curve in curves:
-        xs, ys = zip(*([float(number) for number in point.split()] for point in curve.split("L")), strict=True)
+        points = [tuple(map(float, point.split())) for point in curve.split("L")]
+        xs, ys = zip(*points, strict=True)
         assert list(xs) == sorted(xs)
         assert list(ys) == sorted(ys)
 

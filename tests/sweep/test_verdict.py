@@ -25,14 +25,14 @@ INT2 = run("int2", 320, 0.16, 0.01)
 
 
 def results(*runs, **others):
-    parts = dict.fromkeys(("model", "text", "reference", "settings", "environment"), {})
+    parts = {name: {} for name in ("model", "text", "reference", "settings", "environment")}
     return parts | {"version": 2, "complete": True, "failures": [], "runs": list(runs)} | others
 
 
 def test_it_names_what_halves_the_cache_and_what_is_smallest():
     assert verdict(results(PLAIN, RAW, INT8, INT4, INT2)) == (
-        "int8 halves the cache for a mean KL of 7.0e-5 ± 0.6e-5 nats a token, and leaves the likeliest token as "
-        "it was 99.99 % of the time. "
+        "int8 halves the cache for a mean KL of 7.0e-5 ± 0.6e-5 nats a token, and leaves the likeliest token "
+        "as it was 99.99 % of the time. "
         "int4 is the smallest that is surely under 0.01 (4.5 bits, KL 0.0046 ± 0.0003); "
         "below that, int2 (2.5 bits) costs 0.16 ± 0.01."
     )

@@ -3,10 +3,12 @@
 import math
 from dataclasses import dataclass
 
+MINUS = "\N{MINUS SIGN}"
+
 
 @dataclass(frozen=True)
 class LogAxis:
-    """``low`` stands at pixel ``start`` and ``high`` at ``stop``; beyond them values are drawn at the ends."""
+    """``low`` stands at pixel ``start`` and ``high`` at ``stop``; what is beyond is drawn at the ends."""
 
     low: float
     high: float
@@ -19,12 +21,13 @@ class LogAxis:
 
     def decades(self) -> list[int]:
         """Powers of ten from end to end."""
-        return list(range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1))
+        low, high = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+        return list(range(low, high + 1))
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis and what stands there: a second line where there is one, or a raised power of ten."""
+    """A place on an axis and what stands there: with a second line, or a power in superscript."""
 
     at: float
     text: str
@@ -33,7 +36,8 @@ class Tick:
 
 
 def power_ticks(axis: LogAxis, powers: list[int]) -> list[Tick]:
-    return [Tick(axis(10.0**power), "10", power=str(power).replace("-", "\N{MINUS SIGN}")) for power in powers]
+    """A tick at each of these powers of ten."""
+    return [Tick(axis(10.0**power), "10", f"{power}".replace("-", MINUS)) for power in powers]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qpaged.sweep._figure import TIMES
-from qpaged.sweep._number import percent, small
+from qpaged.sweep._number import PLUS_MINUS, percent, small
 from qpaged.sweep._reading import Run
 
 NONE = "\N{EN DASH}"
@@ -26,22 +26,22 @@ class Column:
     Attributes:
         field: of the run; its standard error is ``<field>_se`` where there is one.
         label: the column's head.
-        meaning: one line.
         write: (value, standard error) as text, the error after the sign.
+        meaning: one line.
         carded: whether it stands in the card of a dot.
     """
 
     field: str
     label: str
-    meaning: str
     write: Callable[[float, float | None], str]
+    meaning: str
     carded: bool = False
 
     def cell(self, run: Run) -> Cell:
         value, error = run[self.field], run.get(f"{self.field}_se")
         if value is None:
             return Cell(None, NONE)
-        text, _, spread = self.write(value, error or None).partition(" \N{PLUS-MINUS SIGN} ")
+        text, _, spread = self.write(value, error or None).partition(f" {PLUS_MINUS} ")
         return Cell(value, text, spread)
 
 
@@ -49,27 +49,44 @@ def _fixed(decimals: int, scale: float = 1.0, unit: str = "") -> Callable[[float
     def write(value: float, error: float | None) -> str:
         parts = [f"{value * scale:,.{decimals}f}{unit}"]
         parts += [] if error is None else [f"{error * scale:,.{decimals}f}"]
-        return " \N{PLUS-MINUS SIGN} ".join(parts)
+        return f" {PLUS_MINUS} ".join(parts)
 
     return write
 
 
 COLUMNS = (
-    Column("bytes_per_token", "bytes per token", "allocated bytes of the cache, keys and values of all layers, scales and padding included", _fixed(0), True),
-    Column("ratio", "smaller than bf16", "bytes of the same cache in bfloat16 over these", _fixed(2, unit=TIMES), True),
-    Column("bits_per_element", "bits per element", "of the keys and values, scales included", _fixed(2), True),
-    Column("kl_mean", "KL mean", "Kullback-Leibler divergence of the next token's distribution from the reference's, in nats, mean over tokens", small, True),
-    Column("kl_p999", "KL 99.9\N{NO-BREAK SPACE}%", "one token in 1,000 has more", small, True),
-    Column("same_top", "same top token", "share of tokens whose likeliest next token is the reference's", percent, True),
-    Column("perplexity_ratio", "perplexity ratio", "perplexity over the reference's on the same tokens", _fixed(4), True),
-    Column("attention_error", "attention error", "relative error of a layer's attention output when only that layer is quantized, in the worst layer", _fixed(2, 100, " %"), True),
-    Column("greedy_same", "same greedy text", "share of prompts whose greedy continuation is the reference's to the last token", _fixed(0, 100, " %"), True),
-    Column("kl_median", "KL median", "half of the tokens have less", small),
-    Column("kl_p99", "KL 99\N{NO-BREAK SPACE}%", "one token in 100 has more", small),
-    Column("kl_max", "KL max", "of the worst token", small),
-    Column("bits_per_byte", "bits per byte", "of the text, under the model; the error is that of the text and is shared by all formats", _fixed(4)),
-    Column("probability_change_rms", "\N{GREEK CAPITAL LETTER DELTA}p rms", "root mean square change of the true token's probability", small),
-    Column("greedy_first_difference", "first difference", "mean index of the first token of a greedy continuation that differs; the continuation's length where none does", _fixed(1)),
-    Column("decode_seconds_per_step", "decode ms per step", "wall-clock of one decode step of the whole batch on this device", _fixed(2, 1e3)),
-    Column("prefill_seconds_per_token", "prefill \N{MICRO SIGN}s per token", "wall-clock of prefill on this device", _fixed(0, 1e6)),
+    Column("bytes_per_token", "bytes per token", _fixed(0),
+           "allocated, keys and values of all layers, scales and padding included", carded=True),
+    Column("ratio", "smaller than bf16", _fixed(2, unit=TIMES),
+           "bytes of the same cache in bfloat16 over these", carded=True),
+    Column("bits_per_element", "bits per element", _fixed(2),
+           "of the keys and values, scales included", carded=True),
+    Column("kl_mean", "KL mean", small,
+           "divergence from the reference's next-token distribution, nats, mean of tokens", carded=True),
+    Column("kl_p999", "KL 99.9\N{NO-BREAK SPACE}%", small,
+           "one token in 1,000 has more", carded=True),
+    Column("same_top", "same top token", percent,
+           "share of tokens whose likeliest next token is the reference's", carded=True),
+    Column("perplexity_ratio", "perplexity ratio", _fixed(4),
+           "perplexity over the reference's on the same tokens", carded=True),
+    Column("attention_error", "attention error", _fixed(2, 100, " %"),
+           "relative, when one layer alone is quantized; the worst layer's", carded=True),
+    Column("greedy_same", "same greedy text", _fixed(0, 100, " %"),
+           "share of prompts whose greedy continuation is the reference's to its end", carded=True),
+    Column("kl_median", "KL median", small,
+           "half of the tokens have less"),
+    Column("kl_p99", "KL 99\N{NO-BREAK SPACE}%", small,
+           "one token in 100 has more"),
+    Column("kl_max", "KL max", small,
+           "of the worst token"),
+    Column("bits_per_byte", "bits per byte", _fixed(4),
+           "of the text, under the model; the error is the text's, and shared by all formats"),
+    Column("probability_change_rms", "\N{GREEK CAPITAL LETTER DELTA}p rms", small,
+           "root mean square change of the true token's probability"),
+    Column("greedy_first_difference", "first difference", _fixed(1),
+           "mean index of the first greedy token that differs; the text's length if none does"),
+    Column("decode_seconds_per_step", "decode ms per step", _fixed(2, 1e3),
+           "wall-clock of one decode step of the whole batch on this device"),
+    Column("prefill_seconds_per_token", "prefill \N{MICRO SIGN}s per token", _fixed(0, 1e6),
+           "wall-clock of prefill on this device"),
 )  # fmt: skip

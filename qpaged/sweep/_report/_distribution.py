@@ -60,7 +60,7 @@ def distribution_chart(runs: Sequence[Run], size: Size) -> Chart:
     """Of the formats of :func:`choices`, in their order."""
     shares = [_shares(run) for run in runs]
     least = min(1 / run["tokens"] for run in runs)
-    low = min(max(edge for edge, share in curve if share >= MOSTLY or edge == curve[0][0]) for curve in shares)
+    low = min(max((kl for kl, share in curve if share >= MOSTLY), default=curve[0][0]) for curve in shares)
     x = LogAxis(low, max(run["kl_max"] for run in runs) * 1.6, size.left, size.x_end)
     y = LogAxis(least, 1.0, size.y_end, size.top)
     ends = _spread([x(run["kl_max"]) for run in runs], size)
@@ -88,12 +88,12 @@ def _path(points: Sequence[tuple[float, float]], x: LogAxis, y: LogAxis) -> str:
 
 
 def _spread(places: Sequence[float], size: Size) -> list[float]:
-    """Places of the numbers: in the order of the curves' ends, at least :data:`GAP` apart, inside the chart."""
+    """Where the numbers stand: in the order of the curves' ends, :data:`GAP` apart, inside the chart."""
     order = sorted(range(len(places)), key=lambda i: places[i])
-    found, limit = list(places), size.left
+    found, limit = list(places), float(size.left)
     for i in order:
-        found[i] = limit = max(places[i], limit)
-        limit += GAP
+        found[i] = max(places[i], limit)
+        limit = found[i] + GAP
     limit = size.x_end - GAP / 2
     for i in reversed(order):
         found[i] = min(found[i], limit)

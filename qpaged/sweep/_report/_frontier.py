@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qpaged.sweep._figure import MOST_NAMES, RATIOS, TIMES, beside_bf16, steps
 from qpaged.sweep._labels import Box, around, place_names
@@ -57,7 +57,8 @@ def frontier_chart(runs: Sequence[Run], size: Size) -> Frontier:
     dots = [_dot(run, row, x, y, floor, run in on_front) for row, run in enumerate(runs)]
     dots.sort(key=lambda dot: (dot.x, -dot.y))
     front = [(dot.x, dot.y) for dot in dots if dot.on_front]
-    return Frontier(size, _x_ticks(runs[0], x, size), _y_ticks(y, floor), y(floor), _path(front), _named(dots, front, size))
+    ticks = _x_ticks(runs[0], x, size), _y_ticks(y, floor)
+    return Frontier(size, *ticks, y(floor), _path(front), _named(dots, front, size))
 
 
 def _axes(runs: Sequence[Run], size: Size) -> tuple[LogAxis, LogAxis]:
@@ -104,7 +105,7 @@ def _named(dots: list[Dot], front: Sequence[tuple[float, float]], size: Size) ->
 
 def _with_name(dot: Dot, box: Box) -> Dot:
     middle = (box.top + box.bottom) / 2
-    name = (round(box.right if dot.on_front else box.left, 1), round(middle, 1), "end" if dot.on_front else "start")
-    near = min(max(dot.x, box.left), box.right), box.top if dot.on_front else box.bottom
-    leader = f"M{near[0]:.1f} {near[1]:.1f}L{dot.x:g} {dot.y:g}" if abs(middle - dot.y) > FAR else ""
-    return Dot(**vars(dot) | {"name": name, "leader": leader})
+    side, anchor, edge = (box.right, "end", box.top) if dot.on_front else (box.left, "start", box.bottom)
+    near = min(max(dot.x, box.left), box.right)
+    leader = f"M{near:.1f} {edge:.1f}L{dot.x:g} {dot.y:g}" if abs(middle - dot.y) > FAR else ""
+    return replace(dot, name=(round(side, 1), round(middle, 1), anchor), leader=leader)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qpaged.sweep._number import small
+from qpaged.sweep._number import PLUS_MINUS, small
 from qpaged.sweep._reading import Run
 
 
@@ -52,7 +52,7 @@ METRICS = (
     (
         "attention_kl",
         "attention KL",
-        "KL divergence of a layer's attention weights from the reference's, in nats, when only that layer is quantized",
+        "KL of a layer's attention weights, in nats, when only that layer is quantized",
         _short,
     ),
 )
@@ -75,12 +75,10 @@ def sensitivity_maps(tune: dict[str, Any]) -> list[HeatMap]:
     """What each candidate costs in one layer's keys, and in its values; the chosen ones are marked."""
     maps = []
     for side, part in enumerate(("keys", "values")):
-        columns = tune["sensitivity"][part]
+        layers = tune["sensitivity"][part]
+        rows = [(name, [layer[i] for layer in layers], None) for i, name in enumerate(tune["candidates"])]
+        meaning = f"Mean KL, in nats, when one layer's {part} alone have this format; framed: the chosen one"
         chosen = [layer[side] for layer in tune["layers"]]
-        rows = [
-            (candidate, [layer[i] for layer in columns], None) for i, candidate in enumerate(tune["candidates"])
-        ]
-        meaning = f"Mean KL, in nats, when one layer's {part} alone have this format; the chosen one is framed"
         maps.append(_map(f"sensitivity-{part}", part, meaning, rows, _short, chosen))
     return maps
 
@@ -99,7 +97,7 @@ def _map(
 
     def cell(name: str, layer: int, value: float, error: float | None) -> HeatCell:
         heat = round(100 * math.log(value / least) / span) if value > 0 else 0
-        long = f"{write(value)} \N{PLUS-MINUS SIGN} {write(error)}" if error else ""
+        long = f"{write(value)} {PLUS_MINUS} {write(error)}" if error else ""
         return HeatCell(write(value), heat, long, chosen is not None and chosen[layer] == name)
 
     cells = [
