@@ -16,6 +16,7 @@ from qpaged.sweep._report import write_report
 pytest.importorskip("jinja2", reason="jinja2 comes with qpaged[sweep]")
 
 VOID = {"meta", "input", "br", "wbr", "path", "circle"}
+BLOCKS = {"dd", "dt", "p", "td", "th"}
 
 
 class Page(HTMLParser):
@@ -35,6 +36,7 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         if tag not in VOID:
             assert self.open.pop() == tag
+            self.seen.append(("", " " if tag in BLOCKS else ""))
 
     def handle_data(self, data):
         self.seen.append((self.open[-1] if self.open else "", data))
@@ -103,6 +105,13 @@ def test_names_and_errors_are_escaped(sample, report):
     assert page.open == []
     assert len(page.of("script")) == 1
     assert page.text.count("<script>") >= 10
+
+
+def test_the_choice_by_layer_is_said_in_runs_of_layers(sample, report):
+    sample["tune"]["layers"] = [["int8", "int4"], ["int8", "int2"], ["int2", "int4"], ["int8", "int4"]]
+    text = report(sample).text
+    assert "keys int8 layers 0\N{EN DASH}1, 3 keys int2 layer 2" in text
+    assert "values int4 layers 0, 2\N{EN DASH}3 values int2 layer 1" in text
 
 
 def test_layers_have_a_map_for_each_metric_that_is_there(sample, report):

@@ -86,19 +86,20 @@ def _tune(results: dict[str, Any]) -> dict[str, Any] | None:
     if not tune:
         return None
     named = {run["format"]: run for run in results["runs"]}
-    sides = [[layer[side] for layer in tune["layers"]] for side in (0, 1)]
+    keys, values = zip(*tune["layers"], strict=True)
     return tune | {
         "maps": sensitivity_maps(tune),
         "compared": [named[name] for name in (tune["choice"], tune["best_uniform"]) if name in named],
-        "spans": [(name, _spans(side)) for name, side in zip(("keys", "values"), sides, strict=True)],
+        "parts": {"keys": _layers_by_format(keys), "values": _layers_by_format(values)},
     }
 
 
-def _spans(formats: Sequence[str]) -> list[tuple[str, str]]:
-    """('0-2', 'int8') and so on: layers in a row of one format."""
-    spans, first = [], 0
+def _layers_by_format(formats: Sequence[str]) -> dict[str, str]:
+    """{'int8': '0-2, 5'}: the layers of each format, runs of them joined."""
+    layers: dict[str, list[str]] = {}
+    first = 0
     for name, group in itertools.groupby(formats):
         last = first + len(list(group)) - 1
-        spans.append((f"{first}" if first == last else f"{first}\N{EN DASH}{last}", name))
+        layers.setdefault(name, []).append(f"{first}" if first == last else f"{first}\N{EN DASH}{last}")
         first = last + 1
-    return spans
+    return {name: ", ".join(spans) for name, spans in layers.items()}
