@@ -12,6 +12,7 @@ from qpaged.sweep._figure import write_figures
 from qpaged.sweep._labels import Box, around, place_names
 from qpaged.sweep._reading import closest_first, pareto_front
 from qpaged.sweep._report import write_report
+from qpaged.sweep._report._distribution import SIZES
 
 pytest.importorskip("jinja2", reason="jinja2 comes with qpaged[sweep]")
 
@@ -148,7 +149,7 @@ def test_the_reference_alone(sample, report):
     assert "there is no distribution to show" in page.text
 
 
-def test_curves_of_the_distribution_fall_to_the_worst_token(sample, report):
+def test_curves_of_the_distribution_fall_from_all_tokens_to_the_worst(sample, report):
     curves = re.findall(r'data-choice="\d+"><path d="M([^"]+)"', report(sample).source)
     assert len(curves) == 2 * (len(pareto_front(sample["runs"])) - 1)
     for curve in curves:
@@ -156,6 +157,8 @@ def test_curves_of_the_distribution_fall_to_the_worst_token(sample, report):
         xs, ys = zip(*points, strict=True)
         assert list(xs) == sorted(xs)
         assert list(ys) == sorted(ys)
+        assert ys[0] <= SIZES[0].top + 2  # 98 % of the tokens or more, on a logarithmic axis
+        assert ys[-1] in [size.y_end for size in SIZES]
 
 
 def test_the_page_of_a_large_sweep_is_small(sample, report):
