@@ -35,7 +35,13 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     )
     add("--tokens", type=int, metavar="N", default=default.tokens, help="tokens to predict (%(default)s)")
     add("--context", type=int, metavar="N", help=f"tokens of a sequence (up to {default.context})")
-    add("--batch", type=int, metavar="N", default=default.batch, help="sequences in the cache at once (%(default)s)")
+    add(
+        "--batch",
+        type=int,
+        metavar="N",
+        default=default.batch,
+        help="sequences in the cache at once (%(default)s)",
+    )
     add("--page-size", type=int, metavar="N", default=default.page_size, help="tokens a page (%(default)s)")
     add("--dtype", choices=sweep.DTYPES, default=default.dtype, help="caches' logical dtype (%(default)s)")
     add("--seed", type=int, metavar="N", help="draw the sequences (they are spread evenly over the text)")

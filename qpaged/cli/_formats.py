@@ -22,7 +22,9 @@ def _run(args: argparse.Namespace) -> int:
         print(f"{name:{widths[0]}}  {granularity:{widths[1]}}  {bits:>{widths[2]}}  {summary}".rstrip())
     print("\nbits: per element, scales included, for pages of 16 tokens, head_dim 128, logical bfloat16.")
     print("Keys and values apart: KEYS/VALUES, as int8:channel/int8:token. Without quantization: plain.")
-    print(f"Wrappers, after any format that they go with: {', '.join(qpaged.available_wrappers()) or 'none'}.")
+    print(
+        f"Wrappers, after any format that they go with: {', '.join(qpaged.available_wrappers()) or 'none'}."
+    )
     for name, error in broken.items():
         say(args, f"{name}: {error}")
     return FAILED if broken else FINE

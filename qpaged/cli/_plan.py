@@ -36,11 +36,21 @@ def add(commands) -> None:
     )
     argument = parser.add_argument
     argument("model", metavar="MODEL", help="a Hugging Face checkpoint's directory, or its config.json alone")
-    argument("--memory", type=size, metavar="SIZE", help="of one device, as 80GiB (what the device found has)")
+    argument(
+        "--memory", type=size, metavar="SIZE", help="of one device, as 80GiB (what the device found has)"
+    )
     argument("--context", type=int, metavar="N", help="tokens of a sequence (the model's longest)")
     argument("--formats", metavar="LIST", default=FORMATS, help="(%(default)s)")
-    argument("--weights", type=size, metavar="SIZE", help="of the whole model (the checkpoint's; 0 without one)")
-    argument("--mesh", type=int, metavar="N", default=1, help="devices that the model is divided over (%(default)s)")
+    argument(
+        "--weights", type=size, metavar="SIZE", help="of the whole model (the checkpoint's; 0 without one)"
+    )
+    argument(
+        "--mesh",
+        type=int,
+        metavar="N",
+        default=1,
+        help="devices that the model is divided over (%(default)s)",
+    )
     argument("--page-size", type=int, metavar="N", default=16, help="tokens a page (%(default)s)")
     argument("--dtype", choices=sweep.DTYPES, default="bfloat16", help="caches' logical dtype (%(default)s)")
     argument(
@@ -78,16 +88,24 @@ def _run(args: argparse.Namespace) -> int:
 
 def _record(each: Plan) -> dict[str, Any]:
     """A plan as JSON."""
-    fields = {field.name: getattr(each, field.name) for field in dataclasses.fields(each) if field.name != "metadata"}
+    fields = {
+        field.name: getattr(each, field.name)
+        for field in dataclasses.fields(each)
+        if field.name != "metadata"
+    }
     derived = ("cache", "unused", "pages", "tokens", "sequences", "bytes_per_token")
     return fields | {name: getattr(each, name) for name in derived}
 
 
 def _print(args: argparse.Namespace, config: DecoderConfig, plans: list[Plan]) -> None:
     first, heads = plans[0], config.num_key_value_heads
-    print(f"{config.num_hidden_layers} layers of {heads} KV heads of {config.head_dim}, pages of {args.page_size} tokens.")
+    print(
+        f"{config.num_hidden_layers} layers of {heads} KV heads of {config.head_dim}, pages of {args.page_size} tokens."
+    )
     if args.mesh > 1 and first.shards > 1:
-        print(f"On {args.mesh} devices, {heads // first.shards} KV heads on each; what follows is of one device.")
+        print(
+            f"On {args.mesh} devices, {heads // first.shards} KV heads on each; what follows is of one device."
+        )
     elif args.mesh > 1:
         print(
             f"On {args.mesh} devices: {heads} KV heads do not divide by that, so each holds all of them; what follows "
@@ -97,7 +115,16 @@ def _print(args: argparse.Namespace, config: DecoderConfig, plans: list[Plan]) -
         f"Of {_gib(first.memory)} the weights take {_gib(first.weights)}, and {_gib(first.reserve)} are left to "
         f"everything else.\n"
     )
-    head = ("format", "bytes/token", "pages", "tokens", f"sequences of {first.context:,}", "codes", "scales", "unused")
+    head = (
+        "format",
+        "bytes/token",
+        "pages",
+        "tokens",
+        f"sequences of {first.context:,}",
+        "codes",
+        "scales",
+        "unused",
+    )
     rows = [
         (
             each.format, f"{each.bytes_per_token:,.1f}", f"{each.pages:,}", f"{each.tokens:,}", f"{each.sequences:,}",

@@ -101,7 +101,7 @@ def publish(args: argparse.Namespace, result: sweep.SweepResult, out: Path) -> i
     if args.json:
         print(result.to_json(), end="")
     else:
-        sweep.print_table(result)
+        sweep.print_table(results)
         print(sweep.verdict(results))
         print(f"\nThe report: {report}")
     for failure in result.failures:

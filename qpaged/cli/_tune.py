@@ -28,13 +28,20 @@ def add(commands) -> None:
     )
     add_job(parser)
     parser.add_argument("--bits", type=float, metavar="B", help="bits per element, scales included, at most")
-    parser.add_argument("--max-kl", type=float, metavar="KL", help="mean KL to the plain cache, at most, nats a token")
     parser.add_argument(
-        "--formats", metavar="LIST", help=f"what to choose from ({', '.join(sweep.CANDIDATES)}, those that fit)"
+        "--max-kl", type=float, metavar="KL", help="mean KL to the plain cache, at most, nats a token"
+    )
+    parser.add_argument(
+        "--formats",
+        metavar="LIST",
+        help=f"what to choose from ({', '.join(sweep.CANDIDATES)}, those that fit)",
     )
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("format.json"), help="(%(default)s)")
     parser.add_argument(
-        "--report", metavar="DIR", type=Path, help="where results.json, report.html and figures go (beside FILE)"
+        "--report",
+        metavar="DIR",
+        type=Path,
+        help="where results.json, report.html and figures go (beside FILE)",
     )
     parser.add_argument("--fresh", action="store_true", help="forget what an interrupted search has measured")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
@@ -52,7 +59,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.formats is not None:
         sweep.sweep_order(split_formats(args.formats))
     model, text, settings = load_job(args)
-    formats = sweep.default_candidates(model.head_dim) if args.formats is None else split_formats(args.formats)
+    formats = (
+        sweep.default_candidates(model.head_dim) if args.formats is None else split_formats(args.formats)
+    )
     job = sweep.Sweep(model, text, tuple(formats), settings)
     say_if_short(args, job)
     tune = sweep.Tune(job, budget, args.out.name)

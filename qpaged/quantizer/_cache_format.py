@@ -128,7 +128,9 @@ def _load(path: Path) -> CacheFormat:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); write it with CacheFormat.save.") from error
     if not isinstance(config, dict) or config.get("qpaged") != FILE_KIND:
-        raise ValueError(f"{path} does not hold a cache format; write one with CacheFormat.save or qpaged tune.")
+        raise ValueError(
+            f"{path} does not hold a cache format; write one with CacheFormat.save or qpaged tune."
+        )
     if config.get("version") != FILE_VERSION:
         raise ValueError(
             f"{path} must be of version {FILE_VERSION}, but is of version {config.get('version')!r}; "

@@ -97,7 +97,9 @@ def compare_attention(
         errors = restored(_mix(q, v_stored)) - out, _mix(q, v) - out, restored(_mix(p, v_stored)) - out
         attends = seen.any(axis=-1)
         kl = jnp.where(attends, divergence(log_p, log_q), 0)
-        return jnp.stack([*(jnp.square(x).sum() for x in (out, *errors)), kl.sum(), attends.sum(dtype=jnp.float32)])
+        return jnp.stack(
+            [*(jnp.square(x).sum() for x in (out, *errors)), kl.sum(), attends.sum(dtype=jnp.float32)]
+        )
 
     return lax.map(head, given).sum(axis=0)
 

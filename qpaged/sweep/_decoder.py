@@ -82,7 +82,9 @@ class Decoder:
         return self.config.vocab_size
 
     def stream(self, format: CacheFormat, settings: Settings, sequences: int) -> "DecoderStream":
-        return DecoderStream(self, self.cache(format, settings, sequences), settings, _dtype(format, settings))
+        return DecoderStream(
+            self, self.cache(format, settings, sequences), settings, _dtype(format, settings)
+        )
 
     def logits(self, outputs: jax.Array) -> jax.Array:
         logits = output_logits(self.params, self.config, outputs.reshape(-1, outputs.shape[-1]))

@@ -79,9 +79,7 @@ def teacher_forced(model: Model, stream: Stream, tokens: np.ndarray, settings: S
         for index in range(settings.prefilled, settings.context):
             began = time.perf_counter()
             outputs = stream.decode(held[:, index], index)[:, None]
-            yield _part(
-                model, slice(first, first + len(held)), slice(index, index + 1), outputs, began, True
-            )
+            yield _part(model, slice(first, first + len(held)), slice(index, index + 1), outputs, began, True)
 
 
 def _part(model: Model, rows: slice, columns: slice, outputs: jax.Array, began: float, decoded: bool) -> Part:

@@ -131,15 +131,6 @@ def known_runs(sweep: Sweep, directory: Path) -> tuple[Run, ...]:
         return ()
 
 
-def pareto_front(runs: tuple[Run, ...]) -> list[Run]:
-    """The runs that no other beats: none is both as small and as close, and better in one; smallest first."""
-    front: list[Run] = []
-    for run in sorted(runs, key=lambda run: (run.bytes_per_token, run.accuracy.kl_mean)):
-        if not front or run.accuracy.kl_mean < front[-1].accuracy.kl_mean:
-            front.append(run)
-    return front
-
-
 def write_json(result: SweepResult, directory: Path) -> Path:
     """Write ``results.json``, whole or not at all."""
     path = directory / RESULTS

@@ -39,7 +39,9 @@ class Sequences:
     def split(self, every: int) -> tuple["Sequences", "Sequences"]:
         """One sequence in ``every``, at least one, and the others."""
         taken = np.arange(len(self.tokens)) % every == 0
-        return Sequences(self.tokens[taken], self.bytes[taken]), Sequences(self.tokens[~taken], self.bytes[~taken])
+        return Sequences(self.tokens[taken], self.bytes[taken]), Sequences(
+            self.tokens[~taken], self.bytes[~taken]
+        )
 
 
 def cut(text: Text, tokenizer: Any, settings: Settings) -> Sequences:

@@ -128,7 +128,9 @@ class Tuned:
             "verdict": self.verdict,
             "candidates": list(self.candidates),
             "sensitivity": {side: self.sensitivity[:, i].tolist() for i, side in enumerate(SIDES)},
-            "layers": [[_spelling(part) for part in self.format.layer(i)] for i in range(len(self.sensitivity))],
+            "layers": [
+                [_spelling(part) for part in self.format.layer(i)] for i in range(len(self.sensitivity))
+            ],
         }
 
 
@@ -285,7 +287,9 @@ class Tune:
         if self.budget.bits is not None:
             fit = [pair for pair in pairs if size[pair] <= self.budget.bits]
             return sorted(fit, key=promise.__getitem__)[:PAIRS]
-        return sorted((pair for pair in pairs if promise[pair] <= self.budget.max_kl), key=size.__getitem__)[:PAIRS]
+        return sorted((pair for pair in pairs if promise[pair] <= self.budget.max_kl), key=size.__getitem__)[
+            :PAIRS
+        ]
 
     def _search(
         self, names: Sequence[str], bits: np.ndarray, sensitivity: np.ndarray, verify: "_Verifier"

@@ -27,7 +27,13 @@ MEMORY, WEIGHTS = 1_000_003, 100_001
 @pytest.mark.parametrize("devices", [1, 4, 8])
 def test_what_is_planned_is_what_is_allocated_to_the_byte(format, devices):
     found = plan(
-        CONFIG, format, memory_bytes=MEMORY, context=100, weights_bytes=WEIGHTS, mesh_size=devices, dtype="float32"
+        CONFIG,
+        format,
+        memory_bytes=MEMORY,
+        context=100,
+        weights_bytes=WEIGHTS,
+        mesh_size=devices,
+        dtype="float32",
     )
     mesh = Mesh(np.array(jax.devices()[:devices]), ("tp",))
     metadata = qpaged.PagedAttentionCacheMetaData.create(
@@ -54,7 +60,10 @@ def test_sequences_are_whole_ones():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"memory_bytes": 1000, "weights_bytes": 1000}, "memory_bytes must be more than the weights, 1,000 bytes"),
+        (
+            {"memory_bytes": 1000, "weights_bytes": 1000},
+            "memory_bytes must be more than the weights, 1,000 bytes",
+        ),
         ({"memory_bytes": 1000}, "one page of 2 layers takes"),
         ({"memory_bytes": MEMORY, "context": 0}, "max_sequences must be positive"),
         ({"memory_bytes": MEMORY, "hbm_utilization": 1.5}, "hbm_utilization must lie between 0 and 1"),
@@ -88,13 +97,18 @@ def command(model, capsys):
 
 
 def test_the_command_prints_the_plans(command):
-    status, out, err = command("--memory", "1MiB", "--formats", "int8,int8/int4", "--context", 100, "--weights", "48KiB")
+    status, out, err = command(
+        "--memory", "1MiB", "--formats", "int8,int8/int4", "--context", 100, "--weights", "48KiB"
+    )
     assert (status, err) == (0, "")
     assert "2 layers of 4 KV heads of 64, pages of 16 tokens." in out
     assert "the weights take 48.00 KiB" in out
     expected = plan(CONFIG, "int8/int4", memory_bytes=2**20, context=100, weights_bytes=48 * 1024)
     row = next(line for line in out.splitlines() if line.startswith("int8/int4")).split()
-    assert row[1:5] == [f"{expected.bytes_per_token:,.1f}", *(f"{n:,}" for n in (expected.pages, expected.tokens, expected.sequences))]
+    assert row[1:5] == [
+        f"{expected.bytes_per_token:,.1f}",
+        *(f"{n:,}" for n in (expected.pages, expected.tokens, expected.sequences)),
+    ]
 
 
 def test_json_alone_is_printed_if_asked_for(command, model):
@@ -108,7 +122,9 @@ def test_json_alone_is_printed_if_asked_for(command, model):
 
 def test_what_a_mesh_changes_is_told(command):
     assert "On 4 devices, 1 KV heads on each" in command("--memory", "1MiB", "--mesh", 4)[1]
-    assert "4 KV heads do not divide by that, so each holds all" in command("--memory", "1MiB", "--mesh", 8)[1]
+    assert (
+        "4 KV heads do not divide by that, so each holds all" in command("--memory", "1MiB", "--mesh", 8)[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +143,8 @@ def test_bad_usage_is_told(command, arguments, said):
 
 
 @pytest.mark.parametrize(
-    ("text", "count"), [("80GiB", 80 * 2**30), ("141GB", 141 * 10**9), ("0.5T", 2**39), ("12", 12), ("3 kb", None), ("x", None)]
+    ("text", "count"),
+    [("80GiB", 80 * 2**30), ("141GB", 141 * 10**9), ("0.5T", 2**39), ("12", 12), ("3 kb", None), ("x", None)],
 )
 def test_sizes(text, count):
     if count is None:

@@ -1,5 +1,7 @@
 """A decoder small enough to sweep in seconds, untrained, and a text for it."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -12,6 +14,8 @@ from qpaged.cli import main
 from qpaged.models import DecoderConfig, init_params, save_checkpoint
 from qpaged.sweep import Decoder
 from qpaged.sweep._model import Prefilled
+
+SAMPLE = Path(__file__).parent / "sample_results.json"
 
 SIZES = DecoderConfig(
     vocab_size=256,
@@ -99,3 +103,10 @@ def quick(monkeypatch):
     monkeypatch.setattr(NoModel, "hooks", hooks, raising=False)
     monkeypatch.setattr(qpaged.sweep, "load_model", lambda *arguments: NoModel(**vars(load(*arguments))))
     return hooks
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """A sweep's results.json of version 2. Its sizes and its KL means are from a sweep; what they had no
+    number for was made up, so that it shows the page and proves nothing about a format."""
+    return json.loads(SAMPLE.read_text())

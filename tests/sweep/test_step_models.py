@@ -40,7 +40,14 @@ def test_a_step_is_measured_as_the_checkpoint_that_it_runs(step, command):
 
 def test_a_step_is_tuned(step, tmp_path):
     found = step(
-        "make_step", "--bits", 6.5, "--formats", "int8:token,int4:token", "--json", name="tune", out="format.json"
+        "make_step",
+        "--bits",
+        6.5,
+        "--formats",
+        "int8:token,int4:token",
+        "--json",
+        name="tune",
+        out="format.json",
     )
     assert found.status == 0
     tune = json.loads(found.out)["tune"]
@@ -63,7 +70,9 @@ def test_a_step_that_cannot_be_swept_is_told(step, function, said):
 
 def test_a_spelling_without_a_function_is_told(command):
     found = command("sweep", "--step", "contiguous", *SMALL, model=None)
-    assert found.status == 2 and "--step must be given as module:function, but came as 'contiguous'" in found.err
+    assert (
+        found.status == 2 and "--step must be given as module:function, but came as 'contiguous'" in found.err
+    )
 
 
 def test_a_model_and_a_step_are_too_many(command):

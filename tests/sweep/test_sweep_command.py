@@ -19,7 +19,9 @@ NUMBERS = {
     "decode_seconds_per_step", "prefill_seconds_per_token", "tokens", "seconds",
 }  # fmt: skip
 BY_LAYER = {
-    f"attention_{name}_by_layer{se}" for name in ("error", "error_keys", "error_values", "kl") for se in ("", "_se")
+    f"attention_{name}_by_layer{se}"
+    for name in ("error", "error_keys", "error_values", "kl")
+    for se in ("", "_se")
 }
 
 
@@ -27,7 +29,18 @@ BY_LAYER = {
 def finished(checkpoint, text_file, tmp_path_factory):
     """The directory, and the results by format, of a sweep."""
     out = tmp_path_factory.mktemp("sweep")
-    arguments = ["sweep", checkpoint, "--tokenizer", "bytes", "--text", text_file, "--out", out, "--formats", FORMATS]
+    arguments = [
+        "sweep",
+        checkpoint,
+        "--tokenizer",
+        "bytes",
+        "--text",
+        text_file,
+        "--out",
+        out,
+        "--formats",
+        FORMATS,
+    ]
     arguments += SMALL
     assert main(list(map(str, arguments))) == 0
     return out, json.loads((out / "results.json").read_text())
@@ -213,7 +226,9 @@ def test_a_rerun_of_what_is_finished_measures_nothing(quick, sweep):
 
 
 @pytest.mark.parametrize(
-    "change", [("--fresh",), ("--seed", 1), ("--page-size", 16), ("--dtype", "float16"), ("--batch", 2)], ids=str
+    "change",
+    [("--fresh",), ("--seed", 1), ("--page-size", 16), ("--dtype", "float16"), ("--batch", 2)],
+    ids=str,
 )
 def test_other_conditions_are_measured_anew(quick, sweep, change):
     sweep(*SMALL, "--formats", "int8")

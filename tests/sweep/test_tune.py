@@ -96,7 +96,9 @@ def test_a_choice_is_verified_written_and_taken_by_the_cache(tune, tmp_path):
     # int4 changes more than int8 does, in every layer, and so the eight bits go where they help most.
     keys, values = (np.array(tuned["sensitivity"][side]) for side in ("keys", "values"))
     assert (keys[:, 1] > keys[:, 0]).all() and (values[:, 1] > values[:, 0]).all()
-    assert {"int8:token", "int4:token"} <= {each for pair in tuned["layers"] for each in pair} | {"int8:token"}
+    assert {"int8:token", "int4:token"} <= {each for pair in tuned["layers"] for each in pair} | {
+        "int8:token"
+    }
     assert choice["kl_mean"] < next(run for run in uniform if run["format"] == "int4:token")["kl_mean"]
 
     metadata = qpaged.PagedAttentionCacheMetaData(1, 2, 4, 4, 32, 8, 2, 16, 0.9)
@@ -139,7 +141,10 @@ def test_a_search_goes_on_where_it_was_interrupted(tune, quick, tmp_path):
         ((), "bits or max_kl must be given, or both"),
         (("--bits", 0), "bits must be positive and finite, but came as 0"),
         (("--max-kl", "nan"), "max_kl must be positive and finite, but came as nan"),
-        (("--bits", 5, "--formats", "int8/int4:token"), "one for keys and values alike, but 'int8/int4:token' came"),
+        (
+            ("--bits", 5, "--formats", "int8/int4:token"),
+            "one for keys and values alike, but 'int8/int4:token' came",
+        ),
         (("--bits", 5, "--formats", "int9"), "int9"),
         (("--bits", 5, "--tokens", 48), "two sequences at least"),
     ],
