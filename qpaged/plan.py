@@ -18,12 +18,13 @@ class Plan:
 
     Attributes:
         format: as it was asked for.
-        metadata: what :meth:`PagedAttentionCacheMetaData.create` makes there; its KV heads are those of one device.
+        metadata: what :meth:`PagedAttentionCacheMetaData.create` makes there; its KV heads are those of one
+            device.
         memory: of the device.
         weights: the model's, on one device.
         reserve: what is left to everything else: activations, programs, fragmentation.
-        key_codes, key_scales, value_codes, value_scales: the pools of all layers; scales with all that goes with
-            them, as offsets.
+        key_codes, key_scales, value_codes, value_scales: the pools of all layers; scales with all that goes
+            with them, as offsets.
         context: tokens of a sequence.
         shards: devices that the KV heads are divided over.
     """
@@ -85,8 +86,9 @@ def plan(
 ) -> Plan:
     """The largest cache that fits beside a model's weights.
 
-    ``hbm_utilization`` of what the weights leave of each device's memory goes to the cache. On a mesh, weights are
-    divided over all devices; KV heads too where their number allows it, and else each device holds all of them.
+    ``hbm_utilization`` of what the weights leave of each device's memory goes to the cache. On a mesh,
+    weights are divided over all devices; KV heads too where their number allows it, and else each device
+    holds all of them.
 
     Args:
         config: of the model.
@@ -127,9 +129,19 @@ def plan(
     cache = jax.eval_shape(lambda: PagedAttentionCache.init_cache(None, dtype, metadata, quantizer=formats))
     keys = [_parts(view.key_pages) for view in cache.views]
     values = [_parts(view.value_pages) for view in cache.views]
-    sums = [sum(part[i] for part in parts) for parts in (keys, values) for i in range(2)]
-    room = int(free * metadata.hbm_utilization)
-    return Plan(str(format), metadata, memory_bytes, weights, free - room, *sums, context, shards)
+    return Plan(
+        format=str(format),
+        metadata=metadata,
+        memory=memory_bytes,
+        weights=weights,
+        reserve=free - int(free * metadata.hbm_utilization),
+        key_codes=sum(codes for codes, _ in keys),
+        key_scales=sum(scales for _, scales in keys),
+        value_codes=sum(codes for codes, _ in values),
+        value_scales=sum(scales for _, scales in values),
+        context=context,
+        shards=shards,
+    )
 
 
 def device_memory() -> int | None:

@@ -23,8 +23,8 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     add(
         "--step",
         metavar="MODULE:FUNCTION",
-        help="a model that qpaged.adopt can adopt, instead of a checkpoint: FUNCTION(sequences, length) gives "
-        "(step, state), and step(state, tokens, positions) gives (logits, state)",
+        help="a model that qpaged.adopt can adopt, instead of a checkpoint: FUNCTION(sequences, length) "
+        "gives (step, state), and step(state, tokens, positions) gives (logits, state)",
     )
     add("--text", metavar="FILE", help="what to predict (held-out files of Python's own library)")
     add(

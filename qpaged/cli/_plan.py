@@ -31,8 +31,8 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "plan",
         help="how many tokens and sequences fit into a memory, in each format",
-        description="From a model's configuration and a device's memory: the pages, tokens and sequences that fit in "
-        "each format, as allocating them gives, and where the memory goes.",
+        description="From a model's configuration and a device's memory: the pages, tokens and sequences "
+        "that fit in each format, as allocating them gives, and where the memory goes.",
     )
     argument = parser.add_argument
     argument("model", metavar="MODEL", help="a Hugging Face checkpoint's directory, or its config.json alone")
@@ -98,22 +98,18 @@ def _record(each: Plan) -> dict[str, Any]:
 
 
 def _print(args: argparse.Namespace, config: DecoderConfig, plans: list[Plan]) -> None:
-    first, heads = plans[0], config.num_key_value_heads
-    print(
-        f"{config.num_hidden_layers} layers of {heads} KV heads of {config.head_dim}, pages of {args.page_size} tokens."
-    )
+    first, layers, heads = plans[0], config.num_hidden_layers, config.num_key_value_heads
+    print(f"{layers} layers of {heads} KV heads of {config.head_dim}, pages of {args.page_size} tokens.")
     if args.mesh > 1 and first.shards > 1:
-        print(
-            f"On {args.mesh} devices, {heads // first.shards} KV heads on each; what follows is of one device."
-        )
+        print(f"On {args.mesh} devices, {heads // first.shards} KV heads on each. Of one of them:")
     elif args.mesh > 1:
         print(
-            f"On {args.mesh} devices: {heads} KV heads do not divide by that, so each holds all of them; what follows "
-            f"is of one device."
+            f"On {args.mesh} devices: {heads} KV heads do not divide by that, so each holds all of them. "
+            f"Of one of them:"
         )
     print(
-        f"Of {_gib(first.memory)} the weights take {_gib(first.weights)}, and {_gib(first.reserve)} are left to "
-        f"everything else.\n"
+        f"Of {_gib(first.memory)} the weights take {_gib(first.weights)}, and {_gib(first.reserve)} are "
+        f"left to everything else.\n"
     )
     head = (
         "format",
@@ -127,11 +123,15 @@ def _print(args: argparse.Namespace, config: DecoderConfig, plans: list[Plan]) -
     )
     rows = [
         (
-            each.format, f"{each.bytes_per_token:,.1f}", f"{each.pages:,}", f"{each.tokens:,}", f"{each.sequences:,}",
-            _gib(each.key_codes + each.value_codes), _gib(each.key_scales + each.value_scales), _gib(each.unused),
+            each.format,
+            f"{each.bytes_per_token:,.1f}",
+            *(f"{count:,}" for count in (each.pages, each.tokens, each.sequences)),
+            _gib(each.key_codes + each.value_codes),
+            _gib(each.key_scales + each.value_scales),
+            _gib(each.unused),
         )
         for each in plans
-    ]  # fmt: skip
+    ]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for name, *numbers in (head, *rows):
         cells = (f"{number:>{width}}" for number, width in zip(numbers, widths[1:], strict=True))

@@ -22,9 +22,10 @@ def add(commands) -> None:
     parser = commands.add_parser(
         "tune",
         help="find a format for each layer, keys and values apart, within a budget of bits or of KL",
-        description="Measure what each format does to the keys and to the values of each layer, choose the best "
-        "within the budget, verify the choice on other parts of the text, and write it as JSON, which "
-        "init_cache(quantizer=...), adopt and sweep take. A search that was interrupted goes on where it stopped.",
+        description="Measure what each format does to the keys and to the values of each layer, choose the "
+        "best within the budget, verify the choice on other parts of the text, and write it as JSON, which "
+        "init_cache(quantizer=...), adopt and sweep take. A search that was interrupted goes on where it "
+        "stopped.",
     )
     add_job(parser)
     parser.add_argument("--bits", type=float, metavar="B", help="bits per element, scales included, at most")

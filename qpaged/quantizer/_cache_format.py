@@ -43,8 +43,8 @@ class CacheFormat:
 
         Args:
             format: None or ``"plain"`` (plain arrays), a spelling (``"int8"``, or keys and values apart,
-                ``"int8:channel/int8:token"``), the path of a file that :meth:`save` wrote (as a string it must
-                end in ``.json``), a quantizer, or a cache format.
+                ``"int8:channel/int8:token"``), the path of a file that :meth:`save` wrote (as a string it
+                must end in ``.json``), a quantizer, or a cache format.
 
         Raises:
             RegistryError: a spelling that names no installed format.

@@ -1,7 +1,7 @@
 """What a format does to the attention of each layer, by itself.
 
-A plain run goes ahead; what each layer's attention is given there, the measured cache is given, too. So a layer's
-error is its own, and not what earlier layers handed on.
+A plain run goes ahead; what each layer's attention is given there, the measured cache is given, too. So a
+layer's error is its own, and not what earlier layers handed on.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from qpaged.arrays import QuantizedArray, as_slots, contracted, take_pages, weighed
-from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
+from qpaged.cache import PagedAttentionCacheView
 from qpaged.sweep._metrics import divergence, jackknife
 
 SUMS = ("output", "error", "error_keys", "error_values", "kl", "rows")
@@ -64,7 +64,8 @@ def compare_attention(
     plain: PagedAttentionCacheView,
     view: PagedAttentionCacheView,
     query: jax.Array,
-    metadata: PagedAttentionMetadata,
+    position: jax.Array,
+    table: jax.Array,
     options: Any,
 ) -> jax.Array:
     """:data:`SUMS` (6,) float32 over a prefill's tokens, one KV head after another.
@@ -73,9 +74,12 @@ def compare_attention(
         plain: the layer's plain pages, to which the prefill was written.
         view: its measured ones, likewise.
         query: (tokens, q_heads, head_dim).
-        options: softmax_scale, sliding_window and logits_soft_cap, as :func:`qpaged.paged_attention` has them.
+        position: (tokens,) int32; negative for padding.
+        table: (pages,) int32, of the sequence.
+        options: softmax_scale, sliding_window and logits_soft_cap, as :func:`qpaged.paged_attention` has
+            them.
     """
-    (position, table), heads = metadata.prefill_tokens(), plain.metadata.num_kv_heads
+    heads = plain.metadata.num_kv_heads
     slot = jnp.arange(len(table) * plain.metadata.page_size)
     seen = (slot <= position[:, None]) & (position[:, None] >= 0)
     if options.sliding_window is not None:
@@ -86,7 +90,8 @@ def compare_attention(
     values, restored = weighed(view.value_pages)
     given = (
         _by_head(query.astype(jnp.float32), heads), _slots(plain.key_pages, table),
-        _slots(plain.value_pages, table), _by_head(measured, heads), _slots(keys, table), _slots(values, table),
+        _slots(plain.value_pages, table), _by_head(measured, heads), _slots(keys, table),
+        _slots(values, table),
     )  # fmt: skip
 
     def head(given):

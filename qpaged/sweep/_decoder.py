@@ -131,21 +131,15 @@ class Decoder:
 
     def _chunk_sums(self, plain: "DecoderStream", measured: "DecoderStream", chunk: "Chunk") -> list[Any]:
         """Of each layer, :data:`SUMS` (6,) of one chunk."""
-        metadata, sums = chunk.metadata(plain.table[0]), []
+        table, sums = plain.table[0], []
+        metadata = chunk.metadata(table)
+        position = np.where(np.arange(len(chunk.tokens)) < chunk.length, metadata.prefill_position, -1)
 
         def attend(layer, query, key, value):
-            options = self.config.attention(layer)
             out = plain.attend(layer, query, key, value, metadata)
             measured.attend(layer, query, key, value, metadata)
-            sums.append(
-                compare_attention(
-                    plain.views[layer].replace(layer_index=0),
-                    measured.views[layer].replace(layer_index=0),
-                    query,
-                    metadata,
-                    options,
-                )
-            )
+            views = (stream.views[layer].replace(layer_index=0) for stream in (plain, measured))
+            sums.append(compare_attention(*views, query, position, table, self.config.attention(layer)))
             return out
 
         self.hidden(chunk.tokens, metadata.prefill_position, attend)
@@ -173,8 +167,8 @@ def load_model(path: str | Path | None = None, tokenizer: str | None = None) -> 
     tokens = load_tokenizer("bytes" if path is None else tokenizer or directory)
     if tokens.vocab_size > config.vocab_size:
         raise ValueError(
-            f"tokenizer must have at most the {config.vocab_size:,} tokens of the model, but {tokens.name} has "
-            f"{tokens.vocab_size:,}; use the tokenizer that the checkpoint was trained with."
+            f"tokenizer must have at most the {config.vocab_size:,} tokens of the model, but {tokens.name} "
+            f"has {tokens.vocab_size:,}; use the tokenizer that the checkpoint was trained with."
         )
     return Decoder(
         name, config, params, tokens, checkpoint_sha256(directory), None if path is None else str(path)

@@ -11,6 +11,8 @@ import numpy as np
 UNITS = 8
 """Standard errors are taken over sequences, or over at least so many stretches where these are fewer."""
 
+PERCENTILES = {"kl_median": 50, "kl_p90": 90, "kl_p99": 99, "kl_p999": 99.9, "kl_max": 100}
+
 KL_EDGES = np.arange(-12, 2.01, 0.25)
 """Edges of the histogram of KL, as log10 of nats."""
 
@@ -25,10 +27,10 @@ class Predictions(NamedTuple):
         same_top: whether both held the same token for the likeliest.
     """
 
-    kl: np.ndarray
-    log_p: np.ndarray
-    log_q: np.ndarray
-    same_top: np.ndarray
+    kl: Any
+    log_p: Any
+    log_q: Any
+    same_top: Any
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Accuracy:
 
 
 class Sums(NamedTuple):
-    """Sums over tokens: of ones, bytes, KL, -log q, log p - log q, squared change of probability, agreements."""
+    """Sums over tokens: of ones, bytes, KL, -log q, log p - log q, squared changes of p, agreements."""
 
     tokens: float
     bytes: float
@@ -74,8 +76,8 @@ class Sums(NamedTuple):
 def compare(reference: jax.Array, logits: jax.Array, truth: jax.Array) -> Predictions:
     """Each prediction beside the reference's, in float32.
 
-    With d = log p - log q, KL is summed as p (d + exp(-d) - 1): the same sum, since p and q both sum to 1, but
-    of terms that are never negative, so that nearly equal predictions are not lost to cancellation.
+    With d = log p - log q, KL is summed as p (d + exp(-d) - 1): the same sum, since p and q both sum to 1,
+    but of terms that are never negative, so that nearly equal predictions are not lost to cancellation.
 
     Args:
         reference: (..., vocabulary).
@@ -110,21 +112,24 @@ def measure_accuracy(found: Predictions, widths: np.ndarray) -> Accuracy:
     change = np.square(np.exp(log_q) - np.exp(log_p))
     units = stretches(np.ones_like(kl), widths, kl, -log_q, log_p - log_q, change, found.same_top)
 
-    def estimate(statistic: Callable[[Sums], float]) -> tuple[float, float | None]:
-        return jackknife(units, lambda total: statistic(Sums(*total)))
-
-    bits = estimate(lambda s: s.nats / s.bytes / np.log(2))
-    perplexity = estimate(lambda s: np.exp(s.nats / s.tokens))
-    ratio = estimate(lambda s: np.exp(s.excess / s.tokens))
-    mean = estimate(lambda s: s.kl / s.tokens)
-    rms = estimate(lambda s: np.sqrt(s.change / s.tokens))
-    same = estimate(lambda s: s.same_top / s.tokens)
-    percentiles = (float(x) for x in np.percentile(kl, [50, 90, 99, 99.9, 100]))
-    return Accuracy(*bits, *perplexity, *ratio, *mean, *percentiles, *rms, *same, histogram(kl))
+    averages: dict[str, Callable[[Sums], float]] = {
+        "bits_per_byte": lambda s: s.nats / s.bytes / np.log(2),
+        "perplexity": lambda s: np.exp(s.nats / s.tokens),
+        "perplexity_ratio": lambda s: np.exp(s.excess / s.tokens),
+        "kl_mean": lambda s: s.kl / s.tokens,
+        "probability_change_rms": lambda s: np.sqrt(s.change / s.tokens),
+        "same_top": lambda s: s.same_top / s.tokens,
+    }
+    values: dict[str, Any] = dict(
+        zip(PERCENTILES, np.percentile(kl, list(PERCENTILES.values())).tolist(), strict=True)
+    )
+    for name, statistic in averages.items():
+        values[name], values[f"{name}_se"] = jackknife(units, lambda total, of=statistic: of(Sums(*total)))  # type: ignore[misc]
+    return Accuracy(**values, kl_histogram=histogram(kl))
 
 
 def histogram(kl: np.ndarray) -> dict[str, Any]:
-    """How many values lie between the edges, log10 of nats; ``below`` them, zeros included; the last is open."""
+    """How many values lie between the edges, log10 of nats, or ``below`` them; the last bin is open."""
     below = int((kl < 10.0 ** KL_EDGES[0]).sum())
     counts, _ = np.histogram(np.log10(kl[kl >= 10.0 ** KL_EDGES[0]]).clip(max=KL_EDGES[-1]), KL_EDGES)
     return {"log10_edges": KL_EDGES.tolist(), "counts": counts.tolist(), "below": below}

@@ -1,11 +1,12 @@
 """What is measured: a model, and the stream of tokens that goes through it and its cache."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 
+from qpaged.models import Tokenizer
 from qpaged.quantizer import CacheFormat
 from qpaged.sweep._attention import AttentionProfile
 from qpaged.sweep._settings import Settings
@@ -57,11 +58,14 @@ class Model(Protocol):
         reference: in words, what is taken for exact.
     """
 
-    name: str
-    path: str | None
-    tokenizer: Any
-    reference: str
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def reference(self) -> str: ...
     @property
     def architecture(self) -> str: ...
     @property

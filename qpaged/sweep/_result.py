@@ -16,7 +16,6 @@ from qpaged.sweep._attention import AttentionProfile
 from qpaged.sweep._metrics import Accuracy
 from qpaged.sweep._model import Model
 from qpaged.sweep._run import Failure, Greedy, Run, Sweep
-from qpaged.sweep._settings import Settings
 
 VERSION = 2
 RESULTS = "results.json"
@@ -80,7 +79,7 @@ def conditions(sweep: Sweep) -> dict[str, Any]:
 
 
 def run_record(run: Run) -> dict[str, Any]:
-    """A run as JSON: its fields, those of its parts among them; errors of attention by layer, and the worst."""
+    """A run as JSON: its fields, those of its parts among them; attention's errors by layer and the worst."""
     record = dataclasses.asdict(run)
     accuracy, greedy, attention = (record.pop(name) for name in ("accuracy", "greedy", "attention"))
     rest = {name: record.pop(name) for name in LAST}

@@ -31,8 +31,8 @@ class Greedy:
     """Greedy continuations beside the reference's; standard errors over prompts.
 
     Attributes:
-        first_difference: the index of the first token that differs, the continuation's length where none does;
-            the mean over prompts.
+        first_difference: the index of the first token that differs, the continuation's length where none
+            does; the mean over prompts.
         same: share of prompts that are continued alike.
     """
 
@@ -99,6 +99,11 @@ class Failure:
 def identity(format: CacheFormat) -> str:
     """All that makes a format, as one line of JSON."""
     return json.dumps(format.config, sort_keys=True, separators=(",", ":"))
+
+
+def spellings(format: CacheFormat, layers: int) -> list[list[str]]:
+    """Of the keys' and the values' formats, for each layer."""
+    return [[str(CacheFormat(part, part)) for part in format.layer(layer)] for layer in range(layers)]
 
 
 def sweep_order(formats: Sequence[str]) -> list[tuple[str, CacheFormat]]:
@@ -223,14 +228,13 @@ class Bench:
             made = self._predict(spelling, format)
             continued = self._continue(made.stream)
         profile = model.attention_profile(format, self._sequences.tokens[:, :-1], settings)
-        pairs = [format.layer(layer) for layer in range(model.layers or 0)] if format.layers else None
         size = made.stream.bytes_per_token
         return Run(
             format=spelling,
             identity=identity(format),
             key=str(CacheFormat(format.key, format.key)),
             value=str(CacheFormat(format.value, format.value)),
-            layers=pairs and [[str(CacheFormat(part, part)) for part in pair] for pair in pairs],
+            layers=spellings(format, model.layers or 0) if format.layers else None,
             dtype=made.stream.dtype,
             bytes_per_token=size,
             ratio=BF16_BYTES * model.elements_per_token / size,
@@ -277,5 +281,6 @@ def compare_greedy(reference: np.ndarray, found: np.ndarray) -> Greedy:
     differs = np.concatenate([reference != found, np.ones((len(found), 1), bool)], axis=1)
     first, same = differs.argmax(axis=1), (reference == found).all(axis=1)
     units = np.stack([np.ones(len(found)), first, same], axis=1).astype(np.float64)
-    mean = [jackknife(units, lambda total, i=i: total[i] / total[0]) for i in (1, 2)]
-    return Greedy(*mean[0], *mean[1])
+    index, index_se = jackknife(units, lambda total: total[1] / total[0])
+    share, share_se = jackknife(units, lambda total: total[2] / total[0])
+    return Greedy(index, index_se, share, share_se)

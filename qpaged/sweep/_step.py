@@ -23,9 +23,11 @@ from qpaged.sweep._settings import Settings
 PLAIN = CacheFormat()
 
 Step = Callable[[Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""step(state, tokens (sequences, n) int32, positions (sequences, n) int32) -> (logits (sequences, n, vocabulary), state).
+"""step(state, tokens, positions) -> (logits, state).
 
-The state is a pytree that holds a fresh cache, and whatever else the model needs; its structure, shapes and dtypes stay.
+Tokens and positions are (sequences, n) int32, logits (sequences, n, vocabulary).
+The state is a pytree that holds a fresh cache, and whatever else the model needs; its structure, shapes and
+dtypes stay.
 """
 
 MakeStep = Callable[[int, int], tuple[Step, Any]]
@@ -133,12 +135,12 @@ class StepStream:
         self.bytes_per_token = size / model.capacity
         self.dtype = jnp.dtype(held[0].dtype).name
 
-        def run(held: list[Any], rest: list[Any], tokens: jax.Array, positions: jax.Array):
-            held, rest = iter(held), iter(rest)
-            leaves = [next(held if is_held else rest) for is_held in self._held]
-            logits, state = step(jax.tree_util.tree_unflatten(self._tree, leaves), tokens, positions)
+        def run(cache: list[Any], rest: list[Any], tokens: jax.Array, positions: jax.Array) -> Any:
+            parts = {True: iter(cache), False: iter(rest)}
+            given = jax.tree_util.tree_unflatten(self._tree, [next(parts[held]) for held in self._held])
+            logits, state = step(given, tokens, positions)
             leaves, tree = jax.tree_util.tree_flatten(state, is_leaf=_quantized)
-            if tree != self._tree:
+            if str(tree) != str(self._tree):
                 raise ValueError(f"step must return its state as it came, {self._tree}, but returned {tree}.")
             return logits.astype(jnp.float32), *self._parts(leaves)
 
@@ -172,7 +174,9 @@ class StepStream:
 
 
 def load_step(spelling: str, settings: Settings, tokenizer: str | None = None) -> StepModel:
-    """The model of ``"module:function"``, a :data:`MakeStep`; modules in the working directory are found, too.
+    """The model of ``"module:function"``, a :data:`MakeStep`.
+
+    Modules in the working directory are found, too.
 
     Args:
         tokenizer: a directory with a ``tokenizer.json``; bytes if None.

@@ -27,9 +27,9 @@ COLUMNS = {
 NARROW = tuple(COLUMNS)[:9]
 
 LEGEND = (
-    "KL in nats a token, to {plain} ({reference}). ratio: bfloat16 bytes over these. attn error: worst layer, "
-    "relative. greedy: tokens until a continuation differs, of {generated}. {bar} standard errors over "
-    "sequences. * Pareto front: none is both smaller and closer."
+    "KL in nats a token, to {plain} ({reference}). ratio: bfloat16 bytes over these. attn error: worst "
+    "layer, relative. greedy: tokens until a continuation differs, of {generated}. {bar} standard errors "
+    "over sequences. * Pareto front: none is both smaller and closer."
 )
 
 

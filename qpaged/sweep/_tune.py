@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from qpaged.quantizer import CacheFormat, Quantizer
+from qpaged.quantizer import CacheFormat
 from qpaged.sweep._formats import fitting
 from qpaged.sweep._result import run_of, run_record
-from qpaged.sweep._run import PLAIN, Bench, Failure, Report, Run, Sweep
+from qpaged.sweep._run import PLAIN, Bench, Failure, Report, Run, Sweep, spellings
 from qpaged.sweep._text import Sequences
 
 CANDIDATES = (
@@ -30,7 +30,7 @@ SIDES = ("keys", "values")
 GRID = 256
 """Bits are counted in parts of so many, rounded up."""
 ROUNDS = 4
-"""How often a choice is made, at most: each that misses the bound on KL is followed by one for a tighter bound."""
+"""How often a choice is made, at most: after one that misses the bound on KL, for a tighter bound."""
 PAIRS = 3
 """How many formats with keys and values apart, the same in all layers, a choice is compared with."""
 CALIBRATION = 4
@@ -69,8 +69,8 @@ class Budget:
         return small and (self.max_kl is None or run.accuracy.kl_mean <= self.max_kl)
 
     def __str__(self) -> str:
-        bits = self.bits and f"{self.bits:g} bits per element"
-        return " and ".join(filter(None, [bits, self.max_kl and f"a mean KL of {self.max_kl:g}"]))
+        bits = [] if self.bits is None else [f"{self.bits:g} bits per element"]
+        return " and ".join(bits + ([] if self.max_kl is None else [f"a mean KL of {self.max_kl:g}"]))
 
 
 class UnattainableError(ValueError):
@@ -128,9 +128,7 @@ class Tuned:
             "verdict": self.verdict,
             "candidates": list(self.candidates),
             "sensitivity": {side: self.sensitivity[:, i].tolist() for i, side in enumerate(SIDES)},
-            "layers": [
-                [_spelling(part) for part in self.format.layer(i)] for i in range(len(self.sensitivity))
-            ],
+            "layers": spellings(self.format, len(self.sensitivity)),
         }
 
 
@@ -172,13 +170,14 @@ class Tune:
     """A search to be run.
 
     Attributes:
-        sweep: the model, the text, and the candidates as formats: one quantizer each, for keys and values alike.
+        sweep: the model, the text, and the candidates as formats: one quantizer each, for keys and values
+            alike.
         budget: what the choice must keep.
         name: of the choice, among the runs.
 
     Raises:
-        ValueError: a candidate with a slash or with layers of its own; a text of a single sequence; a model whose
-            layers share an array.
+        ValueError: a candidate with a slash or with layers of its own; a text of a single sequence; a model
+            whose layers share an array.
     """
 
     sweep: Sweep
@@ -188,13 +187,13 @@ class Tune:
     def __post_init__(self) -> None:
         if self.sweep.model.layers is None:
             raise ValueError(
-                f"{self.sweep.model.name} must have an array for each layer, so that layers can differ in format, "
-                f"but holds several in one."
+                f"{self.sweep.model.name} must have an array for each layer, so that layers can differ in "
+                f"format, but holds several in one."
             )
         if len(self.sweep.sequences.tokens) < 2:
             raise ValueError(
-                "the text must hold two sequences at least, one to choose by and one to verify with, but holds "
-                "one; give a longer text or more tokens, or a smaller context."
+                "the text must hold two sequences at least, one to choose by and one to verify with, but "
+                "holds one; give a longer text or more tokens, or a smaller context."
             )
         for spelling, format in self.candidates.items():
             if format.layers or format.key != format.value:
@@ -265,23 +264,22 @@ class Tune:
         found = np.empty((self.layers, len(SIDES), len(names)))
         settings = dataclasses.replace(self.sweep.settings, dtype="float32")  # so that the rest is exact
         bench = None
-        for place in np.ndindex(*found.shape):
-            layer, side, candidate = place
+        for layer, side, candidate in np.ndindex(*found.shape):
             what = f"layer {layer}, {SIDES[side]}: {names[candidate]}"
-            found_before = journal.get(what)
-            if found_before is None:
+            kl = journal.get(what)
+            if kl is None:
                 bench = bench or Bench(self.sweep.model, self.parts[0], settings, "plain", report)
                 quantizer = self.candidates[names[candidate]].key
-                pair = CacheFormat(*(quantizer if i == side else None for i in range(len(SIDES))))
-                found_before = bench.accuracy(what, PLAIN.with_layers({layer: pair})).kl_mean
-                journal.keep(what, found_before)
-            found[place] = found_before
+                pair = CacheFormat(key=quantizer) if side == 0 else CacheFormat(value=quantizer)
+                kl = bench.accuracy(what, PLAIN.with_layers({layer: pair})).kl_mean
+                journal.keep(what, kl)
+            found[layer, side, candidate] = kl
         return found
 
     def _pairs(self, bits: np.ndarray, sensitivity: np.ndarray) -> list[tuple[int, int]]:
-        """The :data:`PAIRS` candidates for keys and for values, unlike, that promise most within the budget."""
+        """The :data:`PAIRS` candidates for keys and for values, unlike, that promise most in the budget."""
         kl = sensitivity.sum(axis=0)
-        pairs = [pair for pair in itertools.permutations(range(len(bits)), 2)]
+        pairs = list(itertools.permutations(range(len(bits)), 2))
         size = {pair: bits[list(pair)].mean() for pair in pairs}
         promise = {pair: kl[0, pair[0]] + kl[1, pair[1]] for pair in pairs}
         if self.budget.bits is not None:
@@ -304,16 +302,16 @@ class Tune:
                 return format, expected
             bound *= 0.95 * self.budget.max_kl / run.accuracy.kl_mean
         raise UnattainableError(
-            f"no choice that was measured keeps {self.budget}: the last had a KL of {run.accuracy.kl_mean:.2g} at "
-            f"{run.bits_per_element:.2f} bits per element; allow more KL, or give more accurate formats."
+            f"no choice that was measured keeps {self.budget}: the last has KL {run.accuracy.kl_mean:.2g} "
+            f"at {run.bits_per_element:.2f} bits per element; allow more KL, or give more accurate formats."
         )
 
     def _format(self, names: Sequence[str], choice: Choice) -> CacheFormat:
         """The cache format of a choice: what is commonest, and the layers that differ from it."""
-        pairs = [tuple(self.candidates[names[i]].key for i in pair) for pair in choice]
+        quantizers = [self.candidates[name].key for name in names]
+        pairs = [CacheFormat(quantizers[key], quantizers[value]) for key, value in choice]
         common, _ = collections.Counter(pairs).most_common(1)[0]
-        rest = {layer: CacheFormat(*pair) for layer, pair in enumerate(pairs) if pair != common}
-        return CacheFormat(*common).with_layers(rest)
+        return common.with_layers({layer: pair for layer, pair in enumerate(pairs) if pair != common})
 
     def _badness(self, run: Run) -> tuple[float, float]:
         """What is to be small: KL within bounded bits, bits within a bounded KL."""
@@ -353,8 +351,9 @@ class _Verifier:
 def choose(
     bits: np.ndarray, sensitivity: np.ndarray, most_bits: float, most_kl: float
 ) -> tuple[Choice, float]:
-    """The choice with the least sum of sensitivities within ``most_bits``; or, where ``most_kl`` is finite, the one
-    of the fewest bits that keeps both. Exact up to the grid that bits are rounded to.
+    """The choice with the least sum of sensitivities within ``most_bits``.
+
+    Where ``most_kl`` is finite, the one of the fewest bits that keeps both. Exact up to the grid of the bits.
 
     Args:
         bits: (candidates,) bits per element.
@@ -375,7 +374,8 @@ def choose(
         room = min(room, int(most_bits * GRID * len(items)) - len(items) * cost.min())
     if room < 0:
         raise UnattainableError(
-            f"bits must be at least {bits.min():.3f}, which the smallest of the formats takes, but came as {most_bits:g}."
+            f"bits must be at least {bits.min():.3f}, which the smallest of the formats takes, "
+            f"but came as {most_bits:g}."
         )
     least = np.zeros(room + 1)  # least[c]: the least sum within a cost of c beyond the cheapest
     picks = np.empty((len(items), room + 1), np.int16)
@@ -404,10 +404,6 @@ def choose(
 def default_candidates(head_dim: int) -> list[str]:
     """Those of :data:`CANDIDATES` that go with a head_dim."""
     return fitting(CANDIDATES, head_dim)[0]
-
-
-def _spelling(part: Quantizer | None) -> str:
-    return str(CacheFormat(part, part))
 
 
 def _kl(run: Run) -> str:

@@ -98,7 +98,7 @@ class NoStream:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Sweeps without a model: ``quick.before[format]`` is called before each batch of a format; ``quick.ran``."""
+    """Sweeps without a model: ``quick.before[format]`` is called before a batch; ``quick.ran`` tells which."""
     hooks, load = SimpleNamespace(before={}, ran=[]), qpaged.sweep.load_model
     monkeypatch.setattr(NoModel, "hooks", hooks, raising=False)
     monkeypatch.setattr(qpaged.sweep, "load_model", lambda *arguments: NoModel(**vars(load(*arguments))))

@@ -1,4 +1,4 @@
-"""KL and perplexity of a sweep against transformers in torch: full attention, keys and values rounded in place."""
+"""KL and perplexity of a sweep against transformers in torch, keys and values rounded in full attention."""
 
 import json
 
@@ -40,8 +40,9 @@ def swept(model, tmp_path_factory):
     data = np.random.default_rng(0).integers(0, 256, SEQUENCES * CONTEXT + 1).astype(np.uint8)
     (directory / "text").write_bytes(data.tobytes())
     arguments = [
-        "sweep", directory, "--tokenizer", "bytes", "--text", directory / "text", "--context", CONTEXT, "--tokens",
-        SEQUENCES * CONTEXT, "--dtype", "float32", "--formats", ",".join(FORMATS), "--out", directory,
+        "sweep", directory, "--tokenizer", "bytes", "--text", directory / "text", "--context", CONTEXT,
+        "--tokens", SEQUENCES * CONTEXT, "--dtype", "float32", "--out", directory,
+        "--formats", ",".join(FORMATS),
     ]  # fmt: skip
     assert main(list(map(str, arguments))) == 0
     runs = json.loads((directory / "results.json").read_text())["runs"]
