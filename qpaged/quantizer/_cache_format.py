@@ -1,13 +1,16 @@
 """CacheFormat: formats for keys and values apart, and layer by layer."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qpaged.quantizer._contract import Quantizer
 from qpaged.quantizer._registry import RegistryError, get_quantizer, quantizer_from_config
 
 PLAIN = "plain"
+FILE_KIND, FILE_VERSION = "cache format", 1
 
 Pair = tuple[Quantizer | None, Quantizer | None]
 
@@ -40,14 +43,18 @@ class CacheFormat:
 
         Args:
             format: None or ``"plain"`` (plain arrays), a spelling (``"int8"``, or keys and values apart,
-                ``"int8:channel/int8:token"``), a quantizer, or a cache format.
+                ``"int8:channel/int8:token"``), the path of a file that :meth:`save` wrote (as a string it
+                must end in ``.json``), a quantizer, or a cache format.
 
         Raises:
             RegistryError: a spelling that names no installed format.
+            OSError, ValueError: a file that cannot be read.
             TypeError: anything else.
         """
         if isinstance(format, CacheFormat):
             return format
+        if isinstance(format, Path) or (isinstance(format, str) and format.endswith(".json")):
+            return _load(Path(format))
         if isinstance(format, str):
             return cls(*_pair(format))
         quantizer = None if format is None else get_quantizer(format)
@@ -89,6 +96,15 @@ class CacheFormat:
             ) from error
         return cls(key, value).with_layers({index: cls(*pair) for index, pair in layers})
 
+    def save(self, path: str | Path) -> None:
+        """Write the format as JSON, which :meth:`of` and so everything that takes a format reads.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        text = json.dumps({"qpaged": FILE_KIND, "version": FILE_VERSION} | self.config, indent=2) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
+
     def __str__(self) -> str:
         key, value = _spell(self.key), _spell(self.value)
         spelling = key if key == value else f"{key}/{value}"
@@ -102,6 +118,25 @@ def _pair(spelling: str) -> Pair:
         raise RegistryError(f"{spelling!r}: at most one '/' may part the keys' format from the values'.")
     key, value = (None if part == PLAIN else get_quantizer(part) for part in (parts[0], parts[-1]))
     return key, value
+
+
+def _load(path: Path) -> CacheFormat:
+    """The format in a file."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); write it with CacheFormat.save.") from error
+    if not isinstance(config, dict) or config.get("qpaged") != FILE_KIND:
+        raise ValueError(
+            f"{path} does not hold a cache format; write one with CacheFormat.save or qpaged tune."
+        )
+    if config.get("version") != FILE_VERSION:
+        raise ValueError(
+            f"{path} must be of version {FILE_VERSION}, but is of version {config.get('version')!r}; "
+            f"read it with the qpaged that wrote it."
+        )
+    return CacheFormat.from_config(config)
 
 
 def _layer(index: int, format: Any) -> Pair:

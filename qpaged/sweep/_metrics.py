@@ -1,76 +1,154 @@
-"""What a cache does to a model's predictions, in float64."""
+"""What a cache does to a model's predictions."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+UNITS = 8
+"""Standard errors are taken over sequences, or over at least so many stretches where these are fewer."""
+
+PERCENTILES = {"kl_median": 50, "kl_p90": 90, "kl_p99": 99, "kl_p999": 99.9, "kl_max": 100}
+
+KL_EDGES = np.arange(-12, 2.01, 0.25)
+"""Edges of the histogram of KL, as log10 of nats."""
+
+
+class Predictions(NamedTuple):
+    """How a token was predicted beside how the reference predicted it; arrays of one shape.
+
+    Attributes:
+        kl: sum over the vocabulary of p log(p / q), nats; p is the reference's.
+        log_p: of the token that came, by the reference.
+        log_q: of the token that came.
+        same_top: whether both held the same token for the likeliest.
+    """
+
+    kl: Any
+    log_p: Any
+    log_q: Any
+    same_top: Any
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Predictions of a run beside those of the reference; KL in nats, standard errors over sequences.
+    """Predictions of a run beside those of the reference.
 
-    A standard error is None where there is one sequence only.
+    KL in nats a token. Each mean is followed by its standard error: the jackknife's, over sequences.
     """
 
     bits_per_byte: float
     bits_per_byte_se: float | None
+    perplexity: float
+    perplexity_se: float | None
+    perplexity_ratio: float
+    perplexity_ratio_se: float | None
     kl_mean: float
     kl_mean_se: float | None
     kl_median: float
+    kl_p90: float
+    kl_p99: float
     kl_p999: float
     kl_max: float
+    probability_change_rms: float
+    probability_change_rms_se: float | None
+    same_top: float
+    same_top_se: float | None
+    kl_histogram: dict[str, Any]
+
+
+class Sums(NamedTuple):
+    """Sums over tokens: of ones, bytes, KL, -log q, log p - log q, squared changes of p, agreements."""
+
+    tokens: float
+    bytes: float
+    kl: float
+    nats: float
+    excess: float
+    change: float
     same_top: float
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """log p over the last axis, float64."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+@jax.jit
+def compare(reference: jax.Array, logits: jax.Array, truth: jax.Array) -> Predictions:
+    """Each prediction beside the reference's, in float32.
 
-
-def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
-    """sum p (log p - log q) over the last axis, nats; rounding below 0 is cut off."""
-    return np.maximum((np.exp(log_p) * (log_p - log_q)).sum(axis=-1), 0.0)
-
-
-def true_bits(log_q: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """-log2 q(truth) of each token."""
-    return -np.take_along_axis(log_q, truth[..., None], axis=-1)[..., 0] / np.log(2)
-
-
-def standard_error(values: np.ndarray) -> float | None:
-    """Of the mean of ``values`` (sequences, tokens), from the means of the sequences."""
-    means = values.mean(axis=1)
-    return None if len(means) < 2 else float(means.std(ddof=1) / np.sqrt(len(means)))
-
-
-def measure_accuracy(reference: np.ndarray, logits: np.ndarray, truth: np.ndarray) -> Accuracy:
-    """Compare ``logits`` to those of the ``reference``.
+    With d = log p - log q, KL is summed as p (d + exp(-d) - 1): the same sum, since p and q both sum to 1,
+    but of terms that are never negative, so that nearly equal predictions are not lost to cancellation.
 
     Args:
-        reference: (sequences, tokens, vocabulary) floats.
-        logits: likewise.
-        truth: (sequences, tokens) integers, what came next.
+        reference: (..., vocabulary).
+        logits: (..., vocabulary).
+        truth: (...) integers, what came next.
+    """
+    log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (reference, logits))
+    p_true, q_true = (jnp.take_along_axis(x, truth[..., None], axis=-1)[..., 0] for x in (log_p, log_q))
+    same = reference.argmax(axis=-1) == logits.argmax(axis=-1)
+    return Predictions(divergence(log_p, log_q), p_true, q_true, same)
+
+
+def divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """sum p (d + exp(-d) - 1) with d = log p - log q over the last axis; where p is 0, q."""
+    seen = log_p > -jnp.inf
+    d = jnp.where(seen, log_p - log_q, 0)
+    return jnp.where(seen, jnp.exp(log_p) * (d + jnp.expm1(-d)), jnp.exp(log_q)).sum(axis=-1)
+
+
+def measure_accuracy(found: Predictions, widths: np.ndarray) -> Accuracy:
+    """The summary of all predictions, each (sequences, tokens).
+
+    Args:
+        widths: (sequences, tokens): bytes that each predicted token stands for.
 
     Raises:
-        ValueError: logits that are not finite.
+        ValueError: predictions that are not finite.
     """
-    if not np.isfinite(logits).all():
+    kl, log_p, log_q = (np.asarray(x, np.float64) for x in found[:3])
+    if not (np.isfinite(kl).all() and np.isfinite(log_q).all()):
         raise ValueError("the model's logits are not finite")
-    kl, bits = np.empty(truth.shape), np.empty(truth.shape)
-    for row in range(len(truth)):  # one at a time: float64 over a vocabulary is large
-        log_q = log_softmax(logits[row])
-        kl[row] = kl_divergence(log_softmax(reference[row]), log_q)
-        bits[row] = true_bits(log_q, truth[row])
-    same = reference.argmax(axis=-1) == logits.argmax(axis=-1)
-    return Accuracy(
-        bits_per_byte=float(bits.mean()),
-        bits_per_byte_se=standard_error(bits),
-        kl_mean=float(kl.mean()),
-        kl_mean_se=standard_error(kl),
-        kl_median=float(np.median(kl)),
-        kl_p999=float(np.percentile(kl, 99.9)),
-        kl_max=float(kl.max()),
-        same_top=float(same.mean()),
+    change = np.square(np.exp(log_q) - np.exp(log_p))
+    units = stretches(np.ones_like(kl), widths, kl, -log_q, log_p - log_q, change, found.same_top)
+
+    averages: dict[str, Callable[[Sums], float]] = {
+        "bits_per_byte": lambda s: s.nats / s.bytes / np.log(2),
+        "perplexity": lambda s: np.exp(s.nats / s.tokens),
+        "perplexity_ratio": lambda s: np.exp(s.excess / s.tokens),
+        "kl_mean": lambda s: s.kl / s.tokens,
+        "probability_change_rms": lambda s: np.sqrt(s.change / s.tokens),
+        "same_top": lambda s: s.same_top / s.tokens,
+    }
+    values: dict[str, Any] = dict(
+        zip(PERCENTILES, np.percentile(kl, list(PERCENTILES.values())).tolist(), strict=True)
     )
+    for name, statistic in averages.items():
+        values[name], values[f"{name}_se"] = jackknife(units, lambda total, of=statistic: of(Sums(*total)))  # type: ignore[misc]
+    return Accuracy(**values, kl_histogram=histogram(kl))
+
+
+def histogram(kl: np.ndarray) -> dict[str, Any]:
+    """How many values lie between the edges, log10 of nats, or ``below`` them; the last bin is open."""
+    below = int((kl < 10.0 ** KL_EDGES[0]).sum())
+    counts, _ = np.histogram(np.log10(kl[kl >= 10.0 ** KL_EDGES[0]]).clip(max=KL_EDGES[-1]), KL_EDGES)
+    return {"log10_edges": KL_EDGES.tolist(), "counts": counts.tolist(), "below": below}
+
+
+def stretches(*values: np.ndarray) -> np.ndarray:
+    """(units, values): sums over each sequence of arrays (sequences, tokens), or over stretches of it."""
+    parts = min(-(-UNITS // len(values[0])), values[0].shape[1])
+    cut = np.array_split(np.stack(values, axis=-1).astype(np.float64), parts, axis=1)
+    return np.concatenate([part.sum(axis=1) for part in cut])
+
+
+def jackknife(sums: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float | None]:
+    """A smooth statistic of the total of ``sums`` (units, values), and its standard error (Tukey, 1958).
+
+    A single unit does not tell its error: None.
+    """
+    total, units = sums.sum(axis=0), len(sums)
+    if units < 2:
+        return float(statistic(total)), None
+    rest = np.array([statistic(total - part) for part in sums])
+    return float(statistic(total)), float(np.sqrt((units - 1) * rest.var()))

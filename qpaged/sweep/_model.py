@@ -1,66 +1,97 @@
-"""The model that is measured."""
+"""What is measured: a model, and the stream of tokens that goes through it and its cache."""
 
-import hashlib
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 
-import qpaged.models
-from qpaged.models import DecoderConfig, Params, load_checkpoint
-from qpaged.models._shards import WEIGHTS_FILE
+from qpaged.models import Tokenizer
+from qpaged.quantizer import CacheFormat
+from qpaged.sweep._attention import AttentionProfile
+from qpaged.sweep._settings import Settings
 
-VOCABULARY = 256
+
+class Prefilled(NamedTuple):
+    """What the model made of a chunk: of so many ``rows`` and ``columns`` of the tokens."""
+
+    rows: slice
+    columns: slice
+    outputs: jax.Array
 
 
-@dataclass(frozen=True)
-class Model:
-    """A byte-level decoder: every token is one byte.
+class Stream(Protocol):
+    """A model and its cache, as a server holds them: it takes a batch of sequences after another.
 
     Attributes:
-        path: the checkpoint's directory; None for the bundled model.
-        sha256: of the weights' file.
-
-    Raises:
-        ValueError: a vocabulary other than the 256 bytes.
+        bytes_per_token: of the allocated cache, keys and values of all layers, scales included.
+        dtype: the name of the cache's logical dtype.
     """
 
-    name: str
-    config: DecoderConfig
-    params: Params
-    path: str | None = None
-    sha256: str | None = None
+    bytes_per_token: float
+    dtype: str
 
-    def __post_init__(self) -> None:
-        if self.config.vocab_size != VOCABULARY:
-            raise ValueError(
-                f"{self.name} has a vocabulary of {self.config.vocab_size:,} tokens, but only byte-level "
-                f"models, whose vocabulary is the {VOCABULARY} bytes, can be swept; choose such a checkpoint."
-            )
+    def begin(self, sequences: int) -> None:
+        """Forget what is held, for so many fresh sequences, at most ``batch`` of the settings."""
 
-    @property
-    def parameters(self) -> int:
-        """How many weights there are."""
-        return sum(weight.size for weight in self.params.values())
+    def prefill(self, tokens: np.ndarray) -> Iterator[Prefilled]:
+        """Feed the beginning (sequences, n) int32, in chunks; outputs (rows, columns, features)."""
 
-    @property
-    def elements_per_token(self) -> int:
-        """Elements that one token has in the cache: keys and values of all layers."""
-        return 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.config.head_dim
+    def decode(self, tokens: np.ndarray, position: int) -> jax.Array:
+        """Feed one token to each sequence, (sequences,) int32; outputs (sequences, features)."""
 
 
-def load_model(path: str | Path | None = None) -> Model:
-    """The checkpoint in directory ``path``, weights as float32; the bundled tiny model without one.
+class Model(Protocol):
+    """A model that can be swept.
 
-    Raises:
-        OSError, ValueError: it cannot be read, or is not a byte-level Llama.
-        ImportError: safetensors is missing.
+    Attributes:
+        name: for people.
+        architecture: its kind, as its configuration has it.
+        path: where it came from, as it was asked for; None for the bundled one.
+        sha256: of all that its predictions hang on.
+        parameters: weights.
+        elements_per_token: elements that a token has in the cache: keys and values of all layers.
+        head_dim, kv_heads, layers: of the cache; layers is None where they share an array.
+        longest: tokens that a sequence may have.
+        vocabulary: token ids are below it.
+        tokenizer: as :func:`qpaged.models.load_tokenizer` gives it.
+        reference: in words, what is taken for exact.
     """
-    directory = Path(qpaged.models.__file__).parent / "tiny" if path is None else Path(path)
-    name = "bundled tiny model" if path is None else directory.resolve().name
-    try:
-        config, params = load_checkpoint(directory, jnp.float32)
-    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"the configuration in {directory} is malformed: {error!r}") from error
-    digest = hashlib.sha256((directory / WEIGHTS_FILE).read_bytes()).hexdigest()
-    return Model(name, config, params, None if path is None else str(path), digest)
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def reference(self) -> str: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def elements_per_token(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def layers(self) -> int | None: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def longest(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+
+    def stream(self, format: CacheFormat, settings: Settings, sequences: int) -> Stream:
+        """With a fresh cache for so many sequences at once. Plain caches are as the reference has them."""
+
+    def logits(self, outputs: jax.Array) -> jax.Array:
+        """(..., vocabulary) float32 of a stream's outputs (..., features)."""
+
+    def attention_profile(
+        self, format: CacheFormat, tokens: np.ndarray, settings: Settings
+    ) -> AttentionProfile | None:
+        """On sequences (sequences, context); None for a model whose layers cannot be seen into."""

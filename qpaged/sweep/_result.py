@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import platform
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,82 +12,151 @@ from typing import Any
 import jax
 
 import qpaged
+from qpaged.sweep._attention import AttentionProfile
+from qpaged.sweep._metrics import Accuracy
 from qpaged.sweep._model import Model
-from qpaged.sweep._run import Failure, Run
-from qpaged.sweep._settings import Settings
-from qpaged.sweep._text import Text
+from qpaged.sweep._run import Failure, Greedy, Run, Sweep
 
-VERSION = 1
+VERSION = 2
+RESULTS = "results.json"
+LAST = ("decode_seconds_per_step", "prefill_seconds_per_token", "tokens", "seconds")  # in a run's record
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The runs of a sweep, and all that is needed to do it again."""
+    """The runs of a sweep, and all that is needed to do it again.
 
-    model: Model
-    text: Text
-    settings: Settings
+    Attributes:
+        tune: what :func:`qpaged.sweep.tune` adds; None for a sweep.
+    """
+
+    sweep: Sweep
     runs: tuple[Run, ...]
     failures: tuple[Failure, ...] = ()
     complete: bool = True
+    tune: dict[str, Any] | None = None
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-
-    @property
-    def sequences(self) -> int:
-        """Sequences that were measured."""
-        return self.runs[0].tokens // self.settings.context if self.runs else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; see :func:`run_record` for those of a run."""
-        return {
+        record = {
             "version": VERSION,
             "complete": self.complete,
-            "model": _model_record(self.model),
-            "text": {"source": self.text.source, "bytes": len(self.text.data), "sha256": self.text.sha256},
-            "reference": "plain pages in float32, the precision that the model computes in",
-            "settings": _settings_record(self.settings) | {"sequences": self.sequences},
-            "environment": _environment() | {"date": self.date},
+            **conditions(self.sweep),
             "runs": [run_record(run) for run in self.runs],
             "failures": [dataclasses.asdict(failure) for failure in self.failures],
         }
+        record["environment"] |= {"date": self.date}
+        return record if self.tune is None else record | {"tune": self.tune}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
-def pareto_front(runs: tuple[Run, ...]) -> list[Run]:
-    """The runs that no other beats: none is both as small and as close, and better in one; smallest first."""
-    front: list[Run] = []
-    for run in sorted(runs, key=lambda run: (run.bytes_per_token, run.accuracy.kl_mean)):
-        if not front or run.accuracy.kl_mean < front[-1].accuracy.kl_mean:
-            front.append(run)
-    return front
+def conditions(sweep: Sweep) -> dict[str, Any]:
+    """What the numbers of a run hang on, but for its format."""
+    text, settings = sweep.text, sweep.settings
+    return {
+        "model": _model_record(sweep.model),
+        "text": {
+            "source": text.source,
+            "bytes": len(text.data),
+            "sha256": text.sha256,
+            "tokenizer": sweep.model.tokenizer.name,
+            "tokenizer_sha256": sweep.model.tokenizer.sha256,
+        },
+        "reference": sweep.model.reference,
+        "settings": dataclasses.asdict(settings)
+        | {
+            "decode": settings.decoded,
+            "prefill": settings.prefilled,
+            "generated": settings.continued,
+            "prompt": settings.prompt,
+            "sequences": len(sweep.sequences.tokens),
+        },
+        "environment": _environment(),
+    }
 
 
 def run_record(run: Run) -> dict[str, Any]:
-    """A run as JSON: its fields, the accuracy's among them; errors of attention by layer and the worst."""
+    """A run as JSON: its fields, those of its parts among them; attention's errors by layer and the worst."""
     record = dataclasses.asdict(run)
-    accuracy, errors = record.pop("accuracy"), list(record.pop("attention_error"))
-    rest = {name: record.pop(name) for name in ("tokens", "seconds")}
-    rest["seconds"] = round(rest["seconds"], 3)
-    worst = run.worst_attention_error
-    return record | accuracy | {"attention_error": worst, "attention_error_by_layer": errors} | rest
+    accuracy, greedy, attention = (record.pop(name) for name in ("accuracy", "greedy", "attention"))
+    rest = {name: record.pop(name) for name in LAST}
+    return (
+        record
+        | accuracy
+        | {f"greedy_{name}": value for name, value in greedy.items()}
+        | {"attention_error": run.worst_attention_error}
+        | {_by_layer(each.name): (attention or {}).get(each.name, []) for each in fields(AttentionProfile)}
+        | rest
+    )
+
+
+def run_of(record: Mapping[str, Any]) -> Run:
+    """The inverse of :func:`run_record`.
+
+    Raises:
+        KeyError: a number is missing.
+    """
+
+    def part(kind: Any, name: Any) -> Any:
+        return kind(**{each.name: record[name(each.name)] for each in fields(kind)})
+
+    attention = None if record["attention_error"] is None else part(AttentionProfile, _by_layer)
+    parts = {
+        "accuracy": part(Accuracy, str),
+        "greedy": part(Greedy, "greedy_{}".format),
+        "attention": attention,
+    }
+    names = {each.name for each in fields(Run)} - parts.keys()
+    return Run(**{name: record[name] for name in names}, **parts)
+
+
+def known_runs(sweep: Sweep, directory: Path) -> tuple[Run, ...]:
+    """The runs that an earlier sweep left in ``directory`` and that this one would repeat.
+
+    None where the file there is of another version, model, text, tokenizer, settings or environment, or no
+    results at all: a sweep may always be started anew.
+    """
+    try:
+        record = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
+        wanted = conditions(sweep) | {"version": VERSION}
+        record["environment"].pop("date")
+        if any(record[name] != value for name, value in json.loads(json.dumps(wanted)).items()):
+            return ()
+        return tuple(run_of(run) for run in record["runs"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ()
 
 
 def write_json(result: SweepResult, directory: Path) -> Path:
-    """Write ``results.json``."""
-    path = directory / "results.json"
-    path.write_text(result.to_json(), encoding="utf-8")
+    """Write ``results.json``, whole or not at all."""
+    path = directory / RESULTS
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(result.to_json(), encoding="utf-8")
+    partial.replace(path)
     return path
 
 
+def _by_layer(name: str) -> str:
+    """``error_se`` as ``attention_error_by_layer_se``."""
+    stem, se = (name[:-3], "_se") if name.endswith("_se") else (name, "")
+    return f"attention_{stem}_by_layer{se}"
+
+
 def _model_record(model: Model) -> dict[str, Any]:
-    sizes = {"parameters": model.parameters, "cache_elements_per_token": model.elements_per_token}
-    return {"name": model.name, "path": model.path or "bundled tiny model", **sizes, "sha256": model.sha256}
-
-
-def _settings_record(settings: Settings) -> dict[str, Any]:
-    return dataclasses.asdict(settings) | {"decode": settings.decoded, "prefill": settings.prefilled}
+    return {
+        "name": model.name,
+        "path": model.path or "bundled tiny model",
+        "architecture": model.architecture,
+        "parameters": model.parameters,
+        "layers": model.layers,
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "cache_elements_per_token": model.elements_per_token,
+        "sha256": model.sha256,
+    }
 
 
 def _environment() -> dict[str, str]:

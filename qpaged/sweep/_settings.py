@@ -17,7 +17,10 @@ class Settings:
         chunk: tokens of a prefill chunk; not a multiple of usual page sizes, so that chunks end inside pages.
         decode: tokens at each sequence's end that are decoded one by one, at most half of them.
         batch: sequences in the cache at once; its pages are reset and reused for the next ones.
-        probed: sequences that the attention error is measured on, at most.
+        probed: sequences that the error of each layer's attention is measured on, at most.
+        prompts: sequences whose beginning is continued greedily, at most.
+        generated: tokens of such a continuation, at most half of a sequence.
+        seed: which sequences of the text are taken: spread evenly if None, else drawn.
 
     Raises:
         ValueError: a count that is too small, or another dtype.
@@ -31,13 +34,16 @@ class Settings:
     decode: int = 32
     batch: int = 8
     probed: int = 2
+    prompts: int = 8
+    generated: int = 32
+    seed: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"context": 2, "tokens": self.context, "decode": 0}
-        for name in ("context", "tokens", "page_size", "chunk", "decode", "batch", "probed"):
-            if getattr(self, name) < least.get(name, 1):
+        least = {"context": 2, "tokens": self.context, "decode": 0, "seed": 0}
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < least.get(name, 1):
                 raise ValueError(
-                    f"{name} must be at least {least.get(name, 1)}, but came as {getattr(self, name)}"
+                    f"{name} must be at least {least.get(name, 1)}, but came as {value}"
                     + ("; a sweep needs one whole context of tokens." if name == "tokens" else ".")
                 )
         if self.dtype not in DTYPES:
@@ -52,6 +58,16 @@ class Settings:
     def prefilled(self) -> int:
         """Tokens of each sequence that are prefilled."""
         return self.context - self.decoded
+
+    @property
+    def continued(self) -> int:
+        """Tokens that are generated after each prompt."""
+        return min(self.generated, self.context // 2)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of each prompt: one chunk of them, where that leaves room to continue it."""
+        return min(self.chunk, self.context - self.continued)
 
     @property
     def pages_per_sequence(self) -> int:

@@ -1,9 +1,10 @@
-"""The text that is measured on, cut into sequences."""
+"""The text that is measured on, cut into sequences of tokens."""
 
 import hashlib
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,24 +23,56 @@ class Text:
     def sha256(self) -> str:
         return hashlib.sha256(self.data).hexdigest()
 
-    def sequences(self, settings: Settings) -> np.ndarray:
-        """(sequences, context + 1) int32: windows spread evenly over the text, overlapping by one token.
 
-        The last token of each is predicted, never fed. As many as the settings ask for, or as there are.
+@dataclass(frozen=True)
+class Sequences:
+    """What is fed to the model, and what it is to predict.
 
-        Raises:
-            ValueError: the text is shorter than one sequence.
-        """
-        context, tokens = settings.context, np.frombuffer(self.data, np.uint8).astype(np.int32)
-        windows = (len(tokens) - 1) // context
-        if windows < 1:
-            raise ValueError(
-                f"{self.source} holds {len(tokens):,} bytes, but a sequence of {context:,} needs "
-                f"{context + 1:,}; give a longer text, or a smaller context."
-            )
-        chosen = min(settings.tokens // context, windows)
-        starts = np.arange(chosen) * windows // chosen * context
-        return tokens[starts[:, None] + np.arange(context + 1)]
+    Attributes:
+        tokens: (sequences, context + 1) int32; the last token of each is predicted, never fed.
+        bytes: (sequences, context): bytes of the text that each predicted token stands for.
+    """
+
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+    def split(self, every: int) -> tuple["Sequences", "Sequences"]:
+        """One sequence in ``every``, at least one, and the others."""
+        taken = np.arange(len(self.tokens)) % every == 0
+        return Sequences(self.tokens[taken], self.bytes[taken]), Sequences(
+            self.tokens[~taken], self.bytes[~taken]
+        )
+
+
+def cut(text: Text, tokenizer: Any, settings: Settings) -> Sequences:
+    """Sequences of a text: as many as the settings ask for, or as there are.
+
+    They start as the tokenizer has texts start (with BOS, where it has one); without that, each overlaps the
+    one before by the token that it is fed first.
+
+    Args:
+        tokenizer: as :func:`qpaged.models.load_tokenizer` gives it.
+
+    Raises:
+        ValueError: the text is shorter than one sequence, or no text of the tokenizer.
+    """
+    context, encoded = settings.context, tokenizer.encode(text.data)
+    prefix = np.asarray(tokenizer.prefix, np.int32)
+    taken = context + 1 - len(prefix)  # tokens of the text in a sequence
+    step = taken if len(prefix) else context
+    there = (len(encoded.ids) - taken) // step + 1
+    if there < 1:
+        unit = "bytes" if tokenizer.name == "bytes" else "tokens"
+        raise ValueError(
+            f"{text.source} holds {len(encoded.ids):,} {unit}, but a sequence of {context:,} needs "
+            f"{taken:,}; give a longer text, or a smaller context."
+        )
+    starts = _chosen(there, min(settings.tokens // context, there), settings.seed) * step
+    index = starts[:, None] + np.arange(taken)
+    widths = np.diff(encoded.ends, prepend=0)[index]
+    tokens = np.concatenate([np.broadcast_to(prefix, (len(starts), len(prefix))), encoded.ids[index]], axis=1)
+    widths = np.concatenate([np.zeros((len(starts), len(prefix)), widths.dtype), widths], axis=1)
+    return Sequences(tokens.astype(np.int32), widths[:, 1:])
 
 
 def load_text(path: str | Path | None = None) -> Text:
@@ -52,3 +85,10 @@ def load_text(path: str | Path | None = None) -> Text:
         return Text(str(path), Path(path).read_bytes())
     version = ".".join(map(str, sys.version_info[:3]))
     return Text(f"Python {version} standard library, held-out files", standard_library_text("held_out"))
+
+
+def _chosen(there: int, count: int, seed: int | None) -> np.ndarray:
+    """``count`` of so many sequences, ascending."""
+    if seed is None:
+        return np.arange(count) * there // count
+    return np.sort(np.random.default_rng(seed).choice(there, count, replace=False))

@@ -1,13 +1,21 @@
 """A decoder small enough to sweep in seconds, untrained, and a text for it."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qpaged.sweep
 from qpaged.cli import main
 from qpaged.models import DecoderConfig, init_params, save_checkpoint
+from qpaged.sweep import Decoder
+from qpaged.sweep._model import Prefilled
+
+SAMPLE = Path(__file__).parent / "sample_results.json"
 
 SIZES = DecoderConfig(
     vocab_size=256,
@@ -40,13 +48,65 @@ def text_file(tmp_path_factory):
 
 
 @pytest.fixture
-def sweep(checkpoint, text_file, tmp_path, capsys):
-    """``sweep(*arguments)`` runs the command on the small model, and returns its status and what it said."""
+def command(checkpoint, text_file, tmp_path, capsys):
+    """``command(name, *arguments)`` runs it on the small model, and returns its status and what it said."""
 
-    def run(*arguments, model=checkpoint, text=text_file):
-        out = tmp_path / "out"
-        status = main(["sweep", str(model), "--text", str(text), "--out", str(out), *map(str, arguments)])
+    def run(name, *arguments, model=checkpoint, text=text_file, out="out"):
+        given = [model] if model else []
+        given += ["--tokenizer", "bytes", "--text", text, "--out", tmp_path / out]
+        status = main(list(map(str, [name, *given, *arguments])))
         said = capsys.readouterr()
-        return SimpleNamespace(status=status, out=said.out, err=said.err, directory=out)
+        return SimpleNamespace(status=status, out=said.out, err=said.err, directory=tmp_path / out)
 
     return run
+
+
+@pytest.fixture
+def sweep(command):
+    """``sweep(*arguments)``, likewise."""
+    return lambda *arguments, **paths: command("sweep", *arguments, **paths)
+
+
+class NoModel(Decoder):
+    """A model that takes no time: it holds the caches of its sizes, and predicts all tokens alike."""
+
+    def stream(self, format, settings, sequences):
+        return NoStream(self, str(format), super().stream(format, settings, sequences))
+
+    def logits(self, outputs):
+        return jnp.zeros((*outputs.shape[:-1], self.vocabulary))
+
+    def attention_profile(self, format, tokens, settings):
+        return super().attention_profile(qpaged.CacheFormat(), tokens, settings)
+
+
+class NoStream:
+    def __init__(self, model, format, stream):
+        self._hooks, self._format = model.hooks, format
+        self.bytes_per_token, self.dtype = stream.bytes_per_token, stream.dtype
+
+    def begin(self, sequences):
+        self._hooks.ran.append(self._format)
+        self._hooks.before.get(self._format, lambda: None)()
+
+    def prefill(self, tokens):
+        yield Prefilled(slice(0, len(tokens)), slice(0, tokens.shape[1]), jnp.zeros((*tokens.shape, 1)))
+
+    def decode(self, tokens, position):
+        return jnp.zeros((len(tokens), 1))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Sweeps without a model: ``quick.before[format]`` is called before a batch; ``quick.ran`` tells which."""
+    hooks, load = SimpleNamespace(before={}, ran=[]), qpaged.sweep.load_model
+    monkeypatch.setattr(NoModel, "hooks", hooks, raising=False)
+    monkeypatch.setattr(qpaged.sweep, "load_model", lambda *arguments: NoModel(**vars(load(*arguments))))
+    return hooks
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """A sweep's results.json of version 2. Its sizes and its KL means are from a sweep; what they had no
+    number for was made up, so that it shows the page and proves nothing about a format."""
+    return json.loads(SAMPLE.read_text())

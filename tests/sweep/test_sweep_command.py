@@ -2,11 +2,9 @@
 
 import json
 
-import numpy as np
 import pytest
 
 import qpaged
-import qpaged.sweep._run as run_module
 from qpaged.cli import main
 from qpaged.sweep import DTYPES
 
@@ -14,16 +12,36 @@ SMALL = ("--tokens", 200, "--context", 48, "--page-size", 8)
 FORMATS = "raw,int8:token/int8"
 
 NUMBERS = {
-    "bytes_per_token", "ratio", "bits_per_element", "bits_per_byte", "bits_per_byte_se", "kl_mean",
-    "kl_mean_se", "kl_median", "kl_p999", "kl_max", "same_top", "attention_error", "tokens", "seconds",
+    "bytes_per_token", "ratio", "bits_per_element", "bits_per_byte", "bits_per_byte_se", "perplexity",
+    "perplexity_se", "perplexity_ratio", "perplexity_ratio_se", "kl_mean", "kl_mean_se", "kl_median",
+    "kl_p90", "kl_p99", "kl_p999", "kl_max", "probability_change_rms", "probability_change_rms_se", "same_top",
+    "same_top_se", "greedy_first_difference", "greedy_first_difference_se", "greedy_same", "greedy_same_se",
+    "attention_error", "decode_seconds_per_step", "prefill_seconds_per_token", "tokens", "seconds",
 }  # fmt: skip
+BY_LAYER = {
+    f"attention_{name}_by_layer{se}"
+    for name in ("error", "error_keys", "error_values", "kl")
+    for se in ("", "_se")
+}
 
 
 @pytest.fixture(scope="module")
 def finished(checkpoint, text_file, tmp_path_factory):
     """The directory, and the results by format, of a sweep."""
     out = tmp_path_factory.mktemp("sweep")
-    arguments = ["sweep", checkpoint, "--text", text_file, "--out", out, "--formats", FORMATS, *SMALL]
+    arguments = [
+        "sweep",
+        checkpoint,
+        "--tokenizer",
+        "bytes",
+        "--text",
+        text_file,
+        "--out",
+        out,
+        "--formats",
+        FORMATS,
+    ]
+    arguments += SMALL
     assert main(list(map(str, arguments))) == 0
     return out, json.loads((out / "results.json").read_text())
 
@@ -35,7 +53,7 @@ def runs(finished):
 
 def test_results_say_what_was_measured(finished, checkpoint, text_file):
     _, results = finished
-    assert (results["version"], results["complete"], results["failures"]) == (1, True, [])
+    assert (results["version"], results["complete"], results["failures"]) == (2, True, [])
     assert results["model"]["path"] == str(checkpoint)
     assert results["model"]["cache_elements_per_token"] == 2 * 2 * 2 * 16
     assert len(results["model"]["sha256"]) == len(results["text"]["sha256"]) == 64
@@ -48,11 +66,13 @@ def test_results_say_what_was_measured(finished, checkpoint, text_file):
 def test_every_run_has_every_number(finished):
     _, results = finished
     for run in results["runs"]:
-        assert run.keys() == NUMBERS | {"format", "key", "value", "dtype", "attention_error_by_layer"}
+        names = {"format", "identity", "key", "value", "layers", "dtype", "kl_histogram"}
+        assert run.keys() == NUMBERS | BY_LAYER | names
         assert all(isinstance(run[name], int | float) for name in NUMBERS)
-        assert run["tokens"] == 192
-        assert len(run["attention_error_by_layer"]) == 2
+        assert run["tokens"] == 192 == sum(run["kl_histogram"]["counts"]) + run["kl_histogram"]["below"]
+        assert all(len(run[name]) == 2 for name in BY_LAYER)
         assert run["attention_error"] == max(run["attention_error_by_layer"])
+        assert (run["prefill_seconds_per_token"], run["decode_seconds_per_step"]) > (0, 0)
 
 
 def test_formats_stand_as_they_were_typed_after_the_reference(finished):
@@ -80,30 +100,30 @@ def test_the_reference_is_exact_and_the_rest_are_in_the_order_of_their_precision
     assert (runs["plain"]["kl_mean"], runs["plain"]["same_top"], runs["plain"]["dtype"]) == (0, 1, "float32")
     assert 0 < runs["raw"]["kl_mean"] < runs["int8:token/int8"]["kl_mean"] < 0.1
     assert 0 < runs["raw"]["attention_error"] < runs["int8:token/int8"]["attention_error"] < 0.1
+    assert (runs["plain"]["greedy_same"], runs["plain"]["greedy_first_difference"]) == (1, 24)
     for run in runs.values():
-        assert run["kl_median"] <= run["kl_p999"] <= run["kl_max"]
+        assert run["kl_median"] <= run["kl_p90"] <= run["kl_p99"] <= run["kl_p999"] <= run["kl_max"]
         assert run["bits_per_byte"] == pytest.approx(runs["plain"]["bits_per_byte"], abs=0.05)
+        ratio = run["perplexity"] / runs["plain"]["perplexity"]
+        assert run["perplexity_ratio"] == pytest.approx(ratio) == pytest.approx(1, abs=0.05)
 
 
-def test_the_figure_is_a_png(finished):
-    assert (finished[0] / "frontier.png").read_bytes().startswith(b"\x89PNG")
+def test_keys_and_values_err_apart(runs):
+    plain, run = runs["plain"], runs["int8:token/int8"]
+    assert plain["attention_error_by_layer"] == plain["attention_kl_by_layer"] == [0, 0]
+    for layer in range(2):
+        keys, values, both = (
+            run[f"attention_error{side}_by_layer"][layer] for side in ("_keys", "_values", "")
+        )
+        assert 0 < max(keys, values) < both < keys + values
+        assert 0 < run["attention_kl_by_layer"][layer] < 0.01
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Measurements that take no time: logits without a model; ``quick[format]`` happens before a format's."""
-    before = {}
-
-    def no_forward(model, cache, tokens, settings, advance):
-        pages = cache.views[0].key_pages
-        before.get(str(getattr(pages, "quantizer", "plain")), lambda: None)()
-        advance(tokens.size)
-        return np.zeros((*tokens.shape, 256), np.float32)
-
-    monkeypatch.setattr(run_module, "cached_forward", no_forward)
-    monkeypatch.setattr(run_module, "plain_probes", lambda *_: [])
-    monkeypatch.setattr(run_module, "attention_error", lambda *_: [0.0, 0.0])
-    return before
+def test_all_files_are_written(finished):
+    written = {path.name for path in finished[0].iterdir()}
+    assert written == {
+        "results.json", "report.html", "frontier.png", "frontier.svg", "layers.png", "layers.svg"
+    }  # fmt: skip
 
 
 def test_the_table_has_a_row_for_each_format_and_fits_80_columns(quick, sweep, monkeypatch):
@@ -150,7 +170,7 @@ def test_a_format_that_fails_leaves_the_others(quick, sweep):
     def fail():
         raise RuntimeError("no such\nluck")
 
-    quick["int8"] = fail
+    quick.before["int8"] = fail
     found = sweep(*SMALL, "--formats", "int8,raw", "--json")
     results = json.loads(found.out)
     assert found.status == 1
@@ -163,7 +183,7 @@ def test_an_interrupt_keeps_what_is_finished(quick, sweep):
     def interrupt():
         raise KeyboardInterrupt
 
-    quick["raw"] = interrupt
+    quick.before["raw"] = interrupt
     found = sweep(*SMALL, "--formats", "int8,raw,fp8_e4m3")
     results = json.loads((found.directory / "results.json").read_text())
     assert found.status == 130
@@ -173,11 +193,83 @@ def test_an_interrupt_keeps_what_is_finished(quick, sweep):
     assert "interrupted; finished: plain, int8." in found.err
 
 
+def interrupted(quick, sweep, format, formats):
+    """A sweep that was interrupted at a format."""
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    quick.before[format] = interrupt
+    assert sweep(*SMALL, "--formats", formats).status == 130
+    del quick.before[format]
+    quick.ran.clear()
+
+
+def test_a_rerun_goes_on_where_it_was_interrupted(quick, sweep):
+    interrupted(quick, sweep, "raw", "int8,raw,fp8_e4m3")
+    found = sweep(*SMALL, "--formats", "int8,raw,fp8_e4m3", "--json")
+    results = json.loads(found.out)
+    assert (found.status, results["complete"]) == (0, True)
+    assert set(quick.ran) == {"plain", "raw", "fp8_e4m3"}
+    assert [run["format"] for run in results["runs"]] == ["plain", "int8", "raw", "fp8_e4m3"]
+    assert "results.json has 2 of these formats already" in found.err
+
+
+def test_a_rerun_of_what_is_finished_measures_nothing(quick, sweep):
+    first = sweep(*SMALL, "--formats", "int8,raw", "--json")
+    quick.ran.clear()
+    again = sweep(*SMALL, "--formats", "raw,int8:page", "--json")  # int8 by its full name
+    assert quick.ran == []
+    runs = {run["identity"]: run for run in json.loads(first.out)["runs"]}
+    for run in json.loads(again.out)["runs"]:
+        assert run == runs[run["identity"]] | {"format": run["format"]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("--fresh",), ("--seed", 1), ("--page-size", 16), ("--dtype", "float16"), ("--batch", 2)],
+    ids=str,
+)
+def test_other_conditions_are_measured_anew(quick, sweep, change):
+    sweep(*SMALL, "--formats", "int8")
+    quick.ran.clear()
+    assert sweep(*SMALL, "--formats", "int8", *change).status == 0
+    assert set(quick.ran) == {"plain", "int8"}
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', '{"runs": 3}'])
+def test_a_results_file_that_cannot_be_used_is_measured_anew(quick, sweep, text):
+    directory = sweep(*SMALL, "--formats", "int8").directory
+    (directory / "results.json").write_text(text)
+    quick.ran.clear()
+    assert sweep(*SMALL, "--formats", "int8").status == 0
+    assert set(quick.ran) == {"plain", "int8"}
+    assert json.loads((directory / "results.json").read_text())["version"] == 2
+
+
+def test_results_are_on_disk_after_each_format(quick, sweep, tmp_path):
+    def killed():
+        runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+        assert [run["format"] for run in runs] == ["plain", "int8"]
+
+    quick.before["raw"] = killed
+    assert sweep(*SMALL, "--formats", "int8,raw").status == 0
+
+
+def test_formats_by_layer_come_from_a_file(quick, sweep, tmp_path):
+    path = tmp_path / "format.json"
+    qpaged.CacheFormat.of("int8").with_layers({1: "plain/int8:token"}).save(path)
+    run = json.loads(sweep(*SMALL, "--formats", path, "--json").out)["runs"][1]
+    assert run["format"] == str(path)
+    assert run["layers"] == [["int8", "int8"], ["plain", "int8:token"]]
+    assert run["bytes_per_token"] == 64 * (1 + 1 / 128) + 32 * 2 + 32 * (1 + 4 / 16)
+
+
 def test_an_interrupt_before_anything_is_finished_writes_nothing(quick, sweep):
     def interrupt():
         raise KeyboardInterrupt
 
-    quick["plain"] = interrupt
+    quick.before["plain"] = interrupt
     found = sweep(*SMALL, "--formats", "int8")
     assert (found.status, found.out) == (130, "")
     assert "nothing was finished" in found.err

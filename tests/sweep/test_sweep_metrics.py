@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from qpaged.sweep._metrics import kl_divergence, log_softmax, measure_accuracy, standard_error, true_bits
+from qpaged.sweep._metrics import KL_EDGES, Predictions, compare, histogram, jackknife, measure_accuracy
 
 SEQUENCES, TOKENS, VOCABULARY = 3, 40, 7
 
@@ -29,66 +29,97 @@ def divergence(p_row, q_row):
     return math.fsum(p * math.log(p / q) for p, q in pairs)
 
 
-def test_log_softmax_of_logits_too_large_for_exp():
-    rows = np.array([[1e4, 1e4 - 1.0, -1e4]], np.float32)
-    expected = [-math.log1p(math.exp(-1)), -1 - math.log1p(math.exp(-1))]
-    np.testing.assert_allclose(log_softmax(rows)[0, :2], expected, rtol=1e-12)
-    assert np.isfinite(log_softmax(rows)).all()
-
-
 def test_kl_is_the_sum_of_p_log_p_over_q():
     p, q = logits(0), logits(1)
     expected = [[divergence(a, b) for a, b in zip(*rows, strict=True)] for rows in zip(p, q, strict=True)]
-    np.testing.assert_allclose(kl_divergence(log_softmax(p), log_softmax(q)), expected, rtol=1e-11)
+    np.testing.assert_allclose(compare(p, q, truth()).kl, expected, rtol=1e-5)
 
 
 def test_kl_of_nearly_equal_predictions_is_not_lost_to_rounding():
-    p = logits(0)[0, :1].astype(np.float64)
-    step = np.zeros(VOCABULARY)
-    step[2] = 1e-5
+    p = logits(0)[0, :1]
+    step = np.zeros(VOCABULARY, np.float32)
+    step[2] = 1e-3
     share = probabilities(p[0])[2]  # KL of a small step d in one logit is p (1 - p) d^2 / 2
-    found = kl_divergence(log_softmax(p), log_softmax(p + step))
-    np.testing.assert_allclose(found, share * (1 - share) * 0.5e-10, rtol=1e-3)
+    found = compare(p, p + step, truth()[0, :1]).kl  # float32 rounds the step itself by 1e-7
+    np.testing.assert_allclose(found, share * (1 - share) * 0.5e-6, rtol=2e-3)
 
 
-def test_bits_are_those_of_the_true_token():
-    rows, right = logits(2), truth()
-    expected = [
-        [-math.log2(probabilities(row)[token]) for row, token in zip(*pair, strict=True)]
-        for pair in zip(rows, right, strict=True)
-    ]
-    np.testing.assert_allclose(true_bits(log_softmax(rows), right), expected, rtol=1e-11)
+def test_logits_too_large_for_exp():
+    p = np.array([[1e4, 1e4 - 1.0, -1e4]], np.float32)
+    found = compare(p, p[:, [1, 0, 2]], np.array([1]))
+    low, high = -1 - math.log1p(math.exp(-1)), -math.log1p(math.exp(-1))
+    np.testing.assert_allclose([found.log_p[0], found.log_q[0]], [low, high], rtol=1e-6)
+    np.testing.assert_allclose(found.kl, math.exp(high) - math.exp(low), rtol=1e-5)  # sum p d, d = 1 and -1
 
 
-def test_accuracy_summarizes_them():
-    p, q, right = logits(0), logits(0) + logits(1, 0.1), truth()
-    kl = kl_divergence(log_softmax(p), log_softmax(q))
-    bits = true_bits(log_softmax(q), right)
-    found = measure_accuracy(p, q, right)
+def test_a_prediction_beside_itself_is_exact():
+    found = compare(logits(0), logits(0), truth())
+    assert (np.asarray(found.kl) == 0).all() and np.asarray(found.same_top).all()
+
+
+@pytest.fixture(scope="module")
+def compared():
+    """Predictions a little apart, and how many bytes each token stands for."""
+    found = compare(logits(0), logits(0) + logits(1, 0.1), truth())
+    return Predictions(*map(np.asarray, found)), np.random.default_rng(3).integers(1, 6, (SEQUENCES, TOKENS))
+
+
+def test_accuracy_summarizes_them(compared):
+    predictions, widths = compared
+    kl, log_p, log_q = (np.asarray(x, np.float64) for x in predictions[:3])
+    found = measure_accuracy(predictions, widths)
     ordered = np.sort(kl, axis=None)
-    assert found.kl_mean == pytest.approx(kl.sum() / kl.size)
+    assert found.kl_mean == pytest.approx(kl.mean())
     assert found.kl_median == pytest.approx((ordered[59] + ordered[60]) / 2)
+    assert found.kl_p90 == pytest.approx(ordered[107] + 0.1 * (ordered[108] - ordered[107]))
     assert found.kl_p999 == pytest.approx(ordered[-1] - 0.119 * (ordered[-1] - ordered[-2]))
     assert found.kl_max == ordered[-1]
-    assert found.bits_per_byte == pytest.approx(bits.mean())
-    assert found.bits_per_byte_se == pytest.approx(standard_error(bits))
-    assert found.kl_mean_se == pytest.approx(standard_error(kl))
-    assert found.same_top == (p.argmax(-1) == q.argmax(-1)).mean() < 1
+    assert found.bits_per_byte == pytest.approx(-log_q.sum() / widths.sum() / math.log(2))
+    assert found.perplexity == pytest.approx(math.exp(-log_q.mean()))
+    assert found.perplexity_ratio == pytest.approx(math.exp(-log_q.mean()) / math.exp(-log_p.mean()))
+    assert found.probability_change_rms == pytest.approx(
+        math.sqrt(((np.exp(log_q) - np.exp(log_p)) ** 2).mean())
+    )
+    assert found.same_top == pytest.approx(np.asarray(predictions.same_top).mean()) != 1
 
 
-def test_a_run_beside_itself_is_exact():
-    found = measure_accuracy(logits(0), logits(0), truth())
-    assert (found.kl_mean, found.kl_max, found.same_top) == (0, 0, 1)
+def test_the_standard_error_of_a_mean_is_that_of_independent_units():
+    units = np.array([[2.0, 4.0], [2.0, 6.0], [2.0, 14.0]])  # means 2, 3, 7: variance 7
+    mean, error = jackknife(units, lambda total: total[1] / total[0])
+    assert (mean, error) == (pytest.approx(4), pytest.approx(math.sqrt(7 / 3)))
+    assert jackknife(units[:1], lambda total: total[1] / total[0]) == (2, None)
 
 
-def test_the_standard_error_is_that_of_the_sequences_means():
-    values = np.array([[1.0, 3.0], [2.0, 4.0], [6.0, 8.0]])  # means 2, 3, 7: variance 7
-    assert standard_error(values) == pytest.approx(math.sqrt(7 / 3))
-    assert standard_error(values[:1]) is None
+def test_standard_errors_cover_the_truth_as_often_as_they_say():
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(400):  # the perplexity of tokens that cost an exponentially distributed number of nats
+        units = np.stack([np.full(20, 50.0), rng.exponential(1.0, (20, 50)).sum(axis=1)], axis=1)
+        found, error = jackknife(units, lambda total: math.exp(total[1] / total[0]))
+        covered.append(abs(found - math.e) <= error)
+    assert 0.60 < np.mean(covered) < 0.75  # 0.674 for a t distribution of 19 degrees; 0.023 is its own error
+
+
+def test_errors_are_taken_over_sequences_or_over_stretches_where_these_are_few(compared):
+    predictions, widths = compared
+    one = Predictions(*(x[:1] for x in predictions))
+    assert measure_accuracy(one, widths[:1]).kl_mean_se == pytest.approx(
+        one.kl.reshape(8, 5).mean(axis=1).std(ddof=1) / math.sqrt(8), rel=1e-4
+    )
+    many = Predictions(*(np.tile(x, (3, 1)) for x in predictions))
+    assert measure_accuracy(many, np.tile(widths, (3, 1))).kl_mean_se == pytest.approx(
+        many.kl.mean(axis=1).std(ddof=1) / 3, rel=1e-4
+    )
+
+
+def test_the_histogram_counts_every_value_once():
+    found = histogram(np.array([0.0, 1e-13, 10**-6.1, 10**-6.2, 1e9]))
+    edges, counts = found["log10_edges"], found["counts"]
+    assert edges == KL_EDGES.tolist() and len(counts) == len(edges) - 1
+    assert found["below"] == 2 and counts[edges.index(-6.25)] == 2 and counts[-1] == 1 and sum(counts) == 3
 
 
 def test_logits_that_are_not_finite_are_refused():
     broken = logits(0)
     broken[1, 2, 3] = np.nan
     with pytest.raises(ValueError, match="not finite"):
-        measure_accuracy(logits(0), broken, truth())
+        measure_accuracy(compare(logits(0), broken, truth()), np.ones(truth().shape))

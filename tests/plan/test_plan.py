@@ -1,0 +1,155 @@
+"""``qpaged plan``, beside caches that are allocated."""
+
+import argparse
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+import qpaged
+from qpaged.cli import main
+from qpaged.cli._plan import size
+from qpaged.models import DecoderConfig
+from qpaged.plan import plan
+
+CONFIG = DecoderConfig(
+    vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
+    num_key_value_heads=4, head_dim=64, max_position_embeddings=512,
+)  # fmt: skip
+FORMATS = ("plain", "int8", "int8:channel/int4", "int4+offset+rotate", "nvfp4")
+MEMORY, WEIGHTS = 1_000_003, 100_001
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("devices", [1, 4, 8])
+def test_what_is_planned_is_what_is_allocated_to_the_byte(format, devices):
+    found = plan(
+        CONFIG,
+        format,
+        memory_bytes=MEMORY,
+        context=100,
+        weights_bytes=WEIGHTS,
+        mesh_size=devices,
+        dtype="float32",
+    )
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("tp",))
+    metadata = qpaged.PagedAttentionCacheMetaData.create(
+        mesh, 1, 2, 100, 16, 4, 64, 0.9, jnp.float32, quantizer=format, memory_bytes=MEMORY - found.weights
+    )
+    cache = qpaged.PagedAttentionCache.init_cache(mesh, jnp.float32, metadata, quantizer=format)
+    leaves = jax.tree_util.tree_leaves(cache)
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    assert found.cache == held
+    assert found.pages == metadata.num_pages_per_layer
+    assert found.weights == -(-WEIGHTS // devices)
+    assert found.shards == {1: 1, 4: 4, 8: 1}[devices]  # 4 heads do not divide over 8 devices
+    assert found.weights + found.cache + found.reserve + found.unused == MEMORY
+    assert 0 <= found.unused < found.cache / found.pages  # not one page more would fit
+
+
+def test_sequences_are_whole_ones():
+    found = plan(CONFIG, "int8", memory_bytes=MEMORY, context=100)
+    assert found.tokens == found.pages * 16
+    assert found.sequences == found.pages // 7  # pages that 100 tokens need
+    assert found.bytes_per_token == pytest.approx(2 * 2 * 4 * (64 + 1 / 16))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"memory_bytes": 1000, "weights_bytes": 1000},
+            "memory_bytes must be more than the weights, 1,000 bytes",
+        ),
+        ({"memory_bytes": 1000}, "one page of 2 layers takes"),
+        ({"memory_bytes": MEMORY, "context": 0}, "max_sequences must be positive"),
+        ({"memory_bytes": MEMORY, "hbm_utilization": 1.5}, "hbm_utilization must lie between 0 and 1"),
+    ],
+)
+def test_what_does_not_fit_is_told(options, said):
+    with pytest.raises(ValueError, match=said):
+        plan(CONFIG, "int8", **{"context": 100} | options)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A configuration without weights."""
+    fields = {
+        "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+        "max_position_embeddings": 512,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    return tmp_path
+
+
+@pytest.fixture
+def command(model, capsys):
+    """``command(*arguments)`` plans for it, and returns the status and what was said."""
+
+    def run(*arguments, of=model):
+        status = main(["plan", str(of), *map(str, arguments)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_prints_the_plans(command):
+    status, out, err = command(
+        "--memory", "1MiB", "--formats", "int8,int8/int4", "--context", 100, "--weights", "48KiB"
+    )
+    assert (status, err) == (0, "")
+    assert "2 layers of 4 KV heads of 64, pages of 16 tokens." in out
+    assert "the weights take 48.00 KiB" in out
+    expected = plan(CONFIG, "int8/int4", memory_bytes=2**20, context=100, weights_bytes=48 * 1024)
+    row = next(line for line in out.splitlines() if line.startswith("int8/int4")).split()
+    assert row[1:5] == [
+        f"{expected.bytes_per_token:,.1f}",
+        *(f"{n:,}" for n in (expected.pages, expected.tokens, expected.sequences)),
+    ]
+
+
+def test_json_alone_is_printed_if_asked_for(command, model):
+    status, out, _ = command("--memory", "1MB", "--json", "--mesh", 4, of=model / "config.json")
+    plans = json.loads(out)["plans"]
+    assert status == 0
+    assert [each["format"] for each in plans] == ["plain", "int8", "int8:token", "int8/int4", "int4+rotate"]
+    assert plans[1]["memory"] == 1_000_000 and plans[1]["context"] == 512 and plans[1]["shards"] == 4
+    assert plans[1]["cache"] == plan(CONFIG, "int8", memory_bytes=10**6, context=512, mesh_size=4).cache
+
+
+def test_what_a_mesh_changes_is_told(command):
+    assert "On 4 devices, 1 KV heads on each" in command("--memory", "1MiB", "--mesh", 4)[1]
+    assert (
+        "4 KV heads do not divide by that, so each holds all" in command("--memory", "1MiB", "--mesh", 8)[1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "the device found does not tell its memory"),
+        (("--memory", "1MiB", "--mesh", 0), "--mesh must be at least 1, but came as 0"),
+        (("--memory", "1MiB", "--formats", "int9"), "int9"),
+        (("--memory", "1KiB"), "one page of 2 layers takes"),
+    ],
+)
+def test_bad_usage_is_told(command, arguments, said):
+    status, out, err = command(*arguments)
+    assert (status, out) == (2, "")
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("80GiB", 80 * 2**30), ("141GB", 141 * 10**9), ("0.5T", 2**39), ("12", 12), ("3 kb", None), ("x", None)],
+)
+def test_sizes(text, count):
+    if count is None:
+        with pytest.raises(argparse.ArgumentTypeError, match="is no size; 80GiB"):
+            size(text)
+    else:
+        assert size(text) == count

@@ -1,0 +1,80 @@
+"""``qpaged sweep --step``: a model with a cache of its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+SMALL = ("--tokens", 240, "--context", 48, "--page-size", 8, "--batch", 4, "--dtype", "float32")
+
+
+@pytest.fixture
+def step(command, checkpoint, monkeypatch):
+    """``step(name, *arguments)`` sweeps a function of the module ``contiguous``."""
+    monkeypatch.setenv("CHECKPOINT", str(checkpoint))
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+
+    def run(function, *arguments, name="sweep", **paths):
+        return command(name, "--step", f"contiguous:{function}", *SMALL, *arguments, model=None, **paths)
+
+    return run
+
+
+def test_a_step_is_measured_as_the_checkpoint_that_it_runs(step, command):
+    formats = ("--formats", "int8:token,int8:token/int4:token", "--json")
+    found = step("make_step", *formats, out="step")
+    assert found.status == 0
+    step_runs = json.loads(found.out)["runs"]
+    paged_runs = json.loads(command("sweep", *SMALL, *formats, out="paged").out)["runs"]
+    for run, expected in zip(step_runs, paged_runs, strict=True):
+        assert run["format"] == expected["format"]
+        assert run["bytes_per_token"] == expected["bytes_per_token"]
+        for name in ("kl_mean", "kl_p99", "perplexity", "same_top", "greedy_first_difference"):
+            assert run[name] == pytest.approx(expected[name], rel=1e-2, abs=1e-9)
+        assert run["attention_error"] is None and run["attention_error_by_layer"] == []
+    assert step_runs[1]["kl_mean"] > 1e-6
+    results = json.loads((found.directory / "results.json").read_text())
+    assert results["reference"] == "the model's own cache, as it is"
+    assert results["model"]["layers"] == 2 and results["model"]["kv_heads"] == 2
+
+
+def test_a_step_is_tuned(step, tmp_path):
+    found = step(
+        "make_step",
+        "--bits",
+        6.5,
+        "--formats",
+        "int8:token,int4:token",
+        "--json",
+        name="tune",
+        out="format.json",
+    )
+    assert found.status == 0
+    tune = json.loads(found.out)["tune"]
+    assert len(tune["layers"]) == 2 and (tmp_path / "format.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("no_cache", "cache"),
+        ("nothing", "--step contiguous:nothing cannot be imported"),
+        ("lose_state", "step must return its state as it came"),
+    ],
+)
+def test_a_step_that_cannot_be_swept_is_told(step, function, said):
+    found = step(function, "--formats", "int8:token")
+    assert (found.status, found.out) == (2, "")
+    assert said in found.err
+
+
+def test_a_spelling_without_a_function_is_told(command):
+    found = command("sweep", "--step", "contiguous", *SMALL, model=None)
+    assert (
+        found.status == 2 and "--step must be given as module:function, but came as 'contiguous'" in found.err
+    )
+
+
+def test_a_model_and_a_step_are_too_many(command):
+    found = command("sweep", "--step", "contiguous:make_step", *SMALL)
+    assert found.status == 2 and "MODEL_DIR and --step each name a model; give one of them" in found.err

@@ -1,0 +1,177 @@
+"""``qpaged tune``, and the choice that it makes."""
+
+import itertools
+import json
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qpaged
+from qpaged.sweep._tune import GRID, Journal, UnattainableError, choose
+
+SMALL = ("--tokens", 400, "--context", 48, "--page-size", 8)
+BITS = np.array([8.25, 4.5, 4.25, 2.5])
+
+
+def sensitivities(seed, layers=2):
+    """Random, of the sizes that KL has at such bits."""
+    scale = np.exp2(-2 * BITS)
+    return np.random.default_rng(seed).exponential(size=(layers, 2, len(BITS))) * scale
+
+
+def every_choice(sensitivity):
+    """(mean bits, summed KL) of all choices."""
+    items = sensitivity.reshape(-1, len(BITS))
+    for picks in itertools.product(range(len(BITS)), repeat=len(items)):
+        yield BITS[list(picks)].mean(), sum(kl[pick] for kl, pick in zip(items, picks, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("most", [2.5, 3.1, 4.4, 5.0, 100.0])
+def test_no_choice_within_the_bits_promises_less_kl(seed, most):
+    sensitivity = sensitivities(seed)
+    choice, kl = choose(BITS, sensitivity, most, math.inf)
+    assert BITS[np.array(choice)].mean() <= most
+    assert kl == pytest.approx(min(kl for bits, kl in every_choice(sensitivity) if bits <= most))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
+def test_no_choice_within_the_kl_takes_fewer_bits(seed, share):
+    sensitivity = sensitivities(seed)
+    bound = share * max(kl for _, kl in every_choice(sensitivity))
+    choice, kl = choose(BITS, sensitivity, math.inf, bound)
+    assert kl <= bound
+    fewest = min(bits for bits, kl in every_choice(sensitivity) if kl <= bound)
+    assert BITS[np.array(choice)].mean() == pytest.approx(fewest)
+
+
+def test_bits_between_the_grid_are_rounded_up():
+    odd = np.array([4 + 0.5 / GRID, 2.0])
+    choice, _ = choose(odd, np.array([[[0.0, 1.0], [0.0, 1.0]]]), 4 + 0.75 / GRID, math.inf)
+    assert choice == ((0, 1),) or choice == ((1, 0),)  # both in four bits would not be known to fit
+
+
+def test_what_cannot_be_kept_says_what_can():
+    with pytest.raises(UnattainableError, match=r"bits must be at least 2\.500.* but came as 2"):
+        choose(BITS, sensitivities(0), 2, math.inf)
+    with pytest.raises(UnattainableError, match=r"max_kl must be at least about .* within 4 bits"):
+        choose(BITS, sensitivities(0), 4, 1e-12)
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory):
+    return tmp_path_factory.mktemp("journal") / "format.json.partial"
+
+
+def test_a_journal_keeps_what_was_measured_under_the_same_conditions(journal):
+    Journal(journal, {"model": "a"}).keep("x", 1.5)
+    assert Journal(journal, {"model": "a"}).get("x") == 1.5
+    assert Journal(journal, {"model": "b"}).get("x") is None
+    assert Journal(journal, {"model": "a"}, fresh=True).get("x") is None
+    for text in ("{", "[]", '{"conditions": {"model": "a"}}'):
+        journal.write_text(text)
+        assert Journal(journal, {"model": "a"}).get("x") is None
+
+
+@pytest.fixture
+def tune(command):
+    """``tune(*arguments)`` runs the command on the small model."""
+    return lambda *arguments: command("tune", *SMALL, *arguments, out="format.json")
+
+
+def test_a_choice_is_verified_written_and_taken_by_the_cache(tune, tmp_path):
+    found = tune("--bits", 5.5, "--formats", "int8:token,int4:token,int8", "--json")
+    assert found.status == 0
+    results = json.loads(found.out)
+    *uniform, choice = results["runs"]
+    tuned = results["tune"]
+    assert choice["format"] == tuned["choice"] == "format.json"
+    assert choice["bits_per_element"] <= 5.5 and choice["layers"] == tuned["layers"]
+    assert [run["format"] for run in uniform][:4] == ["plain", "int8:token", "int4:token", "int8"]
+    assert any("/" in run["format"] for run in uniform)  # keys and values apart, the same in all layers
+    assert np.array(tuned["sensitivity"]["keys"]).shape == (2, 3)
+    # int4 changes more than int8 does, in every layer, and so the eight bits go where they help most.
+    keys, values = (np.array(tuned["sensitivity"][side]) for side in ("keys", "values"))
+    assert (keys[:, 1] > keys[:, 0]).all() and (values[:, 1] > values[:, 0]).all()
+    assert {"int8:token", "int4:token"} <= {each for pair in tuned["layers"] for each in pair} | {
+        "int8:token"
+    }
+    assert choice["kl_mean"] < next(run for run in uniform if run["format"] == "int4:token")["kl_mean"]
+
+    metadata = qpaged.PagedAttentionCacheMetaData(1, 2, 4, 4, 32, 8, 2, 16, 0.9)
+    cache = qpaged.PagedAttentionCache.init_cache(
+        None, jnp.bfloat16, metadata, quantizer=str(tmp_path / "format.json")
+    )
+    size = cache.nbytes / (4 * 8)
+    assert size == choice["bytes_per_token"]
+    assert not (tmp_path / "format.json.partial").exists()
+
+
+def test_the_fewest_bits_within_a_kl(tune, quick):
+    results = json.loads(tune("--max-kl", 0.5, "--formats", "int8:token,int4:token", "--json").out)
+    assert results["tune"]["layers"] == [["int4:token"] * 2] * 2  # nothing costs anything here: the smallest
+    assert results["tune"]["best_uniform"] == "int4:token" and not results["tune"]["better"]
+
+
+def test_a_search_goes_on_where_it_was_interrupted(tune, quick, tmp_path):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    arguments = ("--bits", 6, "--formats", "int8:token,int4:token")
+    part = "plain (1: plain/int8:token)"
+    quick.before[part] = interrupt
+    found = tune(*arguments)
+    assert found.status == 130
+    assert "format.json.partial keeps what was measured" in found.err
+    assert not (tmp_path / "format.json").exists()
+    del quick.before[part]
+    before = set(quick.ran)
+    quick.ran.clear()
+    assert tune(*arguments).status == 0
+    assert set(quick.ran) & before <= {"plain", part}
+    assert part in quick.ran
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "bits or max_kl must be given, or both"),
+        (("--bits", 0), "bits must be positive and finite, but came as 0"),
+        (("--max-kl", "nan"), "max_kl must be positive and finite, but came as nan"),
+        (
+            ("--bits", 5, "--formats", "int8/int4:token"),
+            "one for keys and values alike, but 'int8/int4:token' came",
+        ),
+        (("--bits", 5, "--formats", "int9"), "int9"),
+        (("--bits", 5, "--tokens", 48), "two sequences at least"),
+    ],
+)
+def test_bad_usage_is_told(tune, quick, arguments, said):
+    found = tune(*arguments)
+    assert (found.status, found.out) == (2, "")
+    assert said in found.err
+
+
+def test_an_output_of_another_kind_is_refused(command, quick):
+    found = command("tune", *SMALL, "--bits", 5, out="format.txt")
+    assert found.status == 2 and "--out must be a file that ends in .json" in found.err
+
+
+def test_a_budget_that_nothing_keeps(tune, quick, tmp_path):
+    found = tune("--bits", 3, "--formats", "int8:token,int4:token")
+    assert found.status == 1
+    assert "bits must be at least 5.000, which the smallest of the formats takes, but came as 3" in found.err
+    assert not (tmp_path / "format.json").exists()
+
+
+def test_a_candidate_that_fails_leaves_the_others(tune, quick):
+    def fail():
+        raise RuntimeError("no luck")
+
+    quick.before["int8:token"] = fail
+    found = tune("--bits", 8, "--formats", "int8:token,int4:token", "--json")
+    assert found.status == 1
+    assert json.loads(found.out)["failures"] == [{"format": "int8:token", "error": "RuntimeError: no luck"}]
