@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """All ids are below it."""
+        """All ids of a text and of the prefix are below it."""
 
     @property
     def prefix(self) -> tuple[int, ...]:
@@ -184,8 +184,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     library.post_processor = None  # it would add the prefix, and take spaces out of what tokens span
     library.encode_special_tokens = True  # as text
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    vocab_size = max(library.get_vocab().values(), default=-1) + 1
-    return FileTokenizer(file.resolve().parent.name, digest, vocab_size, prefix, library)
+    return FileTokenizer(file.resolve().parent.name, digest, _vocab_size(library, prefix), prefix, library)
 
 
 def _open(file: Path) -> Any:
@@ -204,6 +203,13 @@ def _prefix(library: Any) -> tuple[int, ...]:
     encoding = library.encode("a")
     special = encoding.special_tokens_mask
     return tuple(encoding.ids[: special.index(0) if 0 in special else 0])
+
+
+def _vocab_size(library: Any, prefix: tuple[int, ...]) -> int:
+    """One past the largest id that a text can have: models have no room for some special tokens (Gemma 3)."""
+    added = library.get_added_tokens_decoder().items()
+    plain = library.get_vocab(with_added_tokens=False).values()
+    return 1 + max([-1, *plain, *prefix, *(id for id, token in added if not token.special)])
 
 
 def _utf8(data: bytes) -> str:

@@ -1,13 +1,25 @@
 """The decoder against an independent NumPy one in float64, and what its callback may rely on."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense_attention import dense_attention
 
-from qpaged.models import DecoderConfig, Rope, final_hidden, forward, init_params, output_logits, param_shapes
+from qpaged.models import (
+    DecoderConfig,
+    LinearScaling,
+    Rope,
+    decoder,
+    final_hidden,
+    forward,
+    init_params,
+    output_logits,
+    param_shapes,
+)
 
 CONFIG = DecoderConfig(
     vocab_size=19,
@@ -25,14 +37,41 @@ CASES = {
     "multi-query": dataclasses.replace(CONFIG, num_key_value_heads=1),
     "multi-head": dataclasses.replace(CONFIG, num_key_value_heads=4),
     "tied": dataclasses.replace(CONFIG, tie_word_embeddings=True),
+    "biases, fused, turning in part": dataclasses.replace(
+        CONFIG,
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        fused_projections=True,
+        rope=Rope(theta=500.0, partial_rotary_factor=0.5),
+        layer_types=("sliding_attention",) * 3,
+        sliding_window=4,
+    ),
+    "norms, caps, windows": dataclasses.replace(
+        CONFIG,
+        query_key_norm=True,
+        sandwich_norms=True,
+        unit_offset=True,
+        scale_embeddings=True,
+        hidden_act="gelu_pytorch_tanh",
+        query_pre_attn_scalar=3.0,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=1.5,
+        rope=Rope(theta=500.0, scaling=LinearScaling(3.0)),
+        sliding_rope=Rope(theta=20.0),
+        layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+        sliding_window=5,
+    ),
 }
 
 
 def random_params(config):
-    """Weights in which nothing is at its neutral value, the norms included."""
-    params = init_params(config, jax.random.key(1))
-    noise = {name: jax.random.normal(jax.random.key(2), weight.shape) for name, weight in params.items()}
-    return {name: weight + 0.1 * noise[name] for name, weight in params.items()}
+    """Weights in which nothing is at its neutral value, norms and biases included."""
+    rng, params = np.random.default_rng(1), {}
+    for name, shape in param_shapes(config).items():
+        weight = rng.normal(size=shape) * (0.3 if len(shape) == 1 else shape[1] ** -0.5)
+        params[name] = jnp.asarray(weight + ("norm" in name and not config.unit_offset), jnp.float32)
+    return params
 
 
 def tokens_and_positions(length=11, first=0):
@@ -40,109 +79,162 @@ def tokens_and_positions(length=11, first=0):
     return jnp.asarray(tokens, jnp.int32), jnp.arange(first, first + length, dtype=jnp.int32)
 
 
-def causal_attention(layer, query, key, value):
-    """Plain attention over one sequence; the last axis of scores is the key."""
-    group = query.shape[1] // key.shape[1]
-    key, value = jnp.repeat(key, group, axis=1), jnp.repeat(value, group, axis=1)
-    scores = jnp.einsum("qhd,khd->hqk", query, key) / query.shape[-1] ** 0.5
-    weights = jax.nn.softmax(jnp.where(jnp.tri(len(query), dtype=bool), scores, -jnp.inf))
-    return jnp.einsum("hqk,khd->qhd", weights, value)
+def dense(config):
+    """Plain attention over one sequence, as the configuration has it."""
+    return lambda layer, *heads: dense_attention(config.attention(layer), *heads)
 
 
-def numpy_rotate(vector, position, theta):
-    """Each pair (i, i + d/2) is a complex number, turned by exp(i position theta^(-2i/d))."""
-    half = len(vector) // 2
-    turn = np.exp(1j * position * theta ** (-np.arange(half) / half))
-    turned = (vector[:half] + 1j * vector[half:]) * turn
-    return np.concatenate([turned.real, turned.imag])
+class NumpyLayer:
+    """One layer in float64, token by token and head by head, straight from the definitions."""
+
+    def __init__(self, params, config, layer):
+        self.params, self.config, self.options = params, config, config.attention(layer)
+        self.prefix, self.rope = f"model.layers.{layer}.", config.layer_rope(layer)
+
+    def linear(self, name, x):
+        product = self.params[f"{self.prefix}{name}.weight"] @ x
+        return product + self.params.get(f"{self.prefix}{name}.bias", 0)
+
+    def norm(self, name, x):
+        return numpy_norm(self.config, x, self.params[f"{self.prefix}{name}.weight"])
+
+    def heads(self, x):
+        """Query, key and value, each (its heads, head_dim)."""
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        if self.config.fused_projections:
+            whole = self.linear("self_attn.qkv_proj", x).reshape(-1, self.config.head_dim)
+            query, key, value = np.split(whole, [heads, heads + kv_heads])
+        else:
+            parts = [self.linear(f"self_attn.{name}_proj", x) for name in "qkv"]
+            query, key, value = (part.reshape(-1, self.config.head_dim) for part in parts)
+        if self.config.query_key_norm:
+            query, key = self.norm("self_attn.q_norm", query), self.norm("self_attn.k_norm", key)
+        return query, key, value
+
+    def rotate(self, vector, position):
+        """Each pair (i, i + d/2) is a complex number, turned by exp(i position theta^(-2i/d) / factor)."""
+        dim = int(len(vector) * self.rope.partial_rotary_factor)
+        factor = self.rope.scaling.factor if self.rope.scaling else 1.0
+        turn = np.exp(1j * position * self.rope.theta ** (-np.arange(0, dim, 2) / dim) / factor)
+        turned = (vector[: dim // 2] + 1j * vector[dim // 2 : dim]) * turn
+        return np.concatenate([turned.real, turned.imag, vector[dim:]])
+
+    def score(self, query, key):
+        score, cap = query @ key * self.options.softmax_scale, self.options.logits_soft_cap
+        return score if cap is None else cap * math.tanh(score / cap)
+
+    def attention(self, normed, positions):
+        seen, outputs = [], []
+        for x, position in zip(normed, positions, strict=True):
+            query, key, value = self.heads(x)
+            seen.append(([self.rotate(k, position) for k in key], value))
+            window, mixed = seen[-(self.options.sliding_window or len(seen)) :], []
+            for head, vector in enumerate(query):
+                kv_head, turned = head * len(key) // len(query), self.rotate(vector, position)
+                exps = np.exp([self.score(turned, keys[kv_head]) for keys, _ in window])
+                mixed.append(exps @ [values[kv_head] for _, values in window] / exps.sum())
+            outputs.append(self.linear("self_attn.o_proj", np.concatenate(mixed)))
+        return outputs
+
+    def mlp(self, x):
+        if self.config.fused_projections:
+            gate, up = np.split(self.linear("mlp.gate_up_proj", x), 2)
+        else:
+            gate, up = self.linear("mlp.gate_proj", x), self.linear("mlp.up_proj", x)
+        if self.config.hidden_act == "silu":
+            gate = gate / (1 + np.exp(-gate))
+        else:
+            gate = gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) / 2
+        return self.linear("mlp.down_proj", gate * up)
+
+    def __call__(self, hidden, positions):
+        mixed = self.attention([self.norm("input_layernorm", x) for x in hidden], positions)
+        if not self.config.sandwich_norms:
+            hidden = [x + y for x, y in zip(hidden, mixed, strict=True)]
+            return [x + self.mlp(self.norm("post_attention_layernorm", x)) for x in hidden]
+        hidden = [x + self.norm("post_attention_layernorm", y) for x, y in zip(hidden, mixed, strict=True)]
+        inner = [self.mlp(self.norm("pre_feedforward_layernorm", x)) for x in hidden]
+        return [x + self.norm("post_feedforward_layernorm", y) for x, y in zip(hidden, inner, strict=True)]
 
 
-def numpy_norm(vector, weight, eps):
-    return vector / np.sqrt(np.mean(vector**2) + eps) * weight
-
-
-def numpy_attention(config, weight, normed, positions):
-    """One token and one head at a time, straight from the definition."""
-    heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    query, key, value = (
-        [(weight(f"self_attn.{m}_proj") @ x).reshape(-1, dim) for x in normed] for m in "qkv"
-    )
-    outputs = []
-    for now in range(len(normed)):
-        mixed = []
-        for head in range(heads):
-            kv_head = head * kv_heads // heads
-            turned = numpy_rotate(query[now][head], positions[now], config.rope.theta)
-            keys = [numpy_rotate(key[t][kv_head], positions[t], config.rope.theta) for t in range(now + 1)]
-            exps = np.exp([turned @ k / np.sqrt(dim) for k in keys])
-            mixed.append(sum(e * value[t][kv_head] for t, e in enumerate(exps)) / exps.sum())
-        outputs.append(weight("self_attn.o_proj") @ np.concatenate(mixed))
-    return outputs
+def numpy_norm(config, vector, weight):
+    size = np.sqrt(np.mean(vector**2, axis=-1, keepdims=True) + config.rms_norm_eps)
+    return vector / size * (weight + config.unit_offset)
 
 
 def numpy_forward(params, config, tokens, positions):
     params = {name: np.asarray(weight, np.float64) for name, weight in params.items()}
-    eps = config.rms_norm_eps
-    hidden = [params["model.embed_tokens.weight"][token] for token in tokens]
+    scale = config.hidden_size**0.5 if config.scale_embeddings else 1.0
+    hidden = [scale * params["model.embed_tokens.weight"][token] for token in tokens]
     for layer in range(config.num_hidden_layers):
-
-        def weight(name, layer=layer):
-            return params[f"model.layers.{layer}.{name}.weight"]
-
-        normed = [numpy_norm(x, weight("input_layernorm"), eps) for x in hidden]
-        mixed = numpy_attention(config, weight, normed, positions)
-        hidden = [x + y for x, y in zip(hidden, mixed, strict=True)]
-        normed = [numpy_norm(x, weight("post_attention_layernorm"), eps) for x in hidden]
-        for t, x in enumerate(normed):
-            gate = weight("mlp.gate_proj") @ x
-            inner = gate / (1 + np.exp(-gate)) * (weight("mlp.up_proj") @ x)
-            hidden[t] = hidden[t] + weight("mlp.down_proj") @ inner
+        hidden = NumpyLayer(params, config, layer)(hidden, positions)
     output = params["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-    return np.stack([output @ numpy_norm(x, params["model.norm.weight"], eps) for x in hidden])
+    logits = np.stack([output @ numpy_norm(config, x, params["model.norm.weight"]) for x in hidden])
+    cap = config.final_logit_softcapping
+    return logits if cap is None else cap * np.tanh(logits / cap)
 
 
 @pytest.mark.parametrize("config", CASES.values(), ids=CASES)
 def test_forward_matches_numpy_in_float64(config):
     params = random_params(config)
     tokens, positions = tokens_and_positions(first=5)
-    logits = jax.jit(lambda p: forward(p, config, tokens, positions, causal_attention))(params)
+    logits = forward(params, config, tokens, positions, dense(config))
     expected = numpy_forward(params, config, np.asarray(tokens), np.asarray(positions))
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 def test_shifting_all_positions_changes_nothing():
     params = random_params(CONFIG)
-    here = forward(params, CONFIG, *tokens_and_positions(), causal_attention)
-    there = forward(params, CONFIG, *tokens_and_positions(first=1000), causal_attention)
+    here = forward(params, CONFIG, *tokens_and_positions(), dense(CONFIG))
+    there = forward(params, CONFIG, *tokens_and_positions(first=1000), dense(CONFIG))
     np.testing.assert_allclose(here, there, rtol=1e-3, atol=1e-3)
 
 
 def test_positions_matter():
     params = random_params(CONFIG)
     tokens, positions = tokens_and_positions()
-    near = forward(params, CONFIG, tokens, positions, causal_attention)
-    spread = forward(params, CONFIG, tokens, 3 * positions, causal_attention)
+    near = forward(params, CONFIG, tokens, positions, dense(CONFIG))
+    spread = forward(params, CONFIG, tokens, 3 * positions, dense(CONFIG))
     assert jnp.abs(near - spread).max() > 0.01
 
 
 def test_decoding_through_a_cache_matches_one_pass():
     params = random_params(CONFIG)
     tokens, positions = tokens_and_positions(length=4)
-    whole = forward(params, CONFIG, tokens, positions, causal_attention)
+    whole = forward(params, CONFIG, tokens, positions, dense(CONFIG))
     cache = {layer: ([], []) for layer in range(CONFIG.num_hidden_layers)}
 
     def attend(layer, query, key, value):
         keys, values = cache[layer]
         keys.append(key)
         values.append(value)
-        padding = jnp.zeros((len(keys) - 1, *query.shape[1:]))
-        every_query = jnp.concatenate([padding, query])
-        return causal_attention(layer, every_query, jnp.concatenate(keys), jnp.concatenate(values))[-1:]
+        return dense(CONFIG)(layer, query, np.concatenate(keys), np.concatenate(values))
 
     steps = [
         forward(params, CONFIG, tokens[i : i + 1], positions[i : i + 1], attend) for i in range(len(tokens))
     ]
     np.testing.assert_allclose(jnp.concatenate(steps), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_share_a_compilation(monkeypatch):
+    """What is traced once for each of them turns a query and a key."""
+    config, turned = dataclasses.replace(CASES["norms, caps, windows"], rms_norm_eps=2e-4), []
+    rotate = decoder.rotate
+    monkeypatch.setattr(decoder, "rotate", lambda *args: turned.append(1) or rotate(*args))
+    for _ in range(2):
+        forward(random_params(config), config, *tokens_and_positions(), dense(config))
+    assert len(turned) == 2
+
+
+def test_under_a_transformation_nothing_is_a_call_of_its_own():
+    """A program that trains or compiles the whole model sees all of its operations."""
+    params, arguments = random_params(CONFIG), tokens_and_positions()
+
+    def loss(params):
+        return forward(params, CONFIG, *arguments, lambda layer, query, key, value: query).sum()
+
+    program = str(jax.make_jaxpr(jax.value_and_grad(loss))(params))
+    assert "dot_general" in program and "_attention" not in program
 
 
 def test_attend_sees_each_layer_once_in_order():

@@ -11,6 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from dense_attention import dense_attention
+
 from qpaged import PagedAttentionCache, PagedAttentionCacheMetaData, PagedAttentionMetadata, paged_attention
 from qpaged.models import LinearScaling, Rope, forward, load_checkpoint
 
@@ -189,23 +191,10 @@ def loaded(tmp_path_factory):
     return load
 
 
-def dense_attention(config, layer, query, key, value):
-    """Causal attention of one sequence in NumPy."""
-    options, (query, key, value) = config.attention(layer), (np.asarray(x) for x in (query, key, value))
-    group = query.shape[1] // key.shape[1]
-    scores = np.einsum("qkgd,skd->kgqs", query.reshape(LENGTH, -1, group, query.shape[2]), key)
-    scores *= options.softmax_scale
-    if options.logits_soft_cap is not None:
-        scores = options.logits_soft_cap * np.tanh(scores / options.logits_soft_cap)
-    behind = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
-    seen = (behind >= 0) & (behind < (options.sliding_window or LENGTH))
-    weights = np.exp(np.where(seen, scores - scores.max(axis=-1, keepdims=True), -np.inf))
-    weights /= weights.sum(axis=-1, keepdims=True)
-    return jnp.asarray(np.einsum("kgqs,skd->qkgd", weights, value).reshape(query.shape))
-
-
 def logits(config, params):
-    attend = partial(dense_attention, config)
+    def attend(layer, *heads):
+        return dense_attention(config.attention(layer), *heads)
+
     return forward(params, config, jnp.asarray(TOKENS), jnp.arange(LENGTH), attend)
 
 
