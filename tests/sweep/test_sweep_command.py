@@ -11,12 +11,14 @@ from qpaged.sweep import DTYPES
 SMALL = ("--tokens", 200, "--context", 48, "--page-size", 8)
 FORMATS = "raw,int8:token/int8"
 
+AVERAGES = {
+    "bits_per_byte", "perplexity", "perplexity_ratio", "kl_mean", "probability_change_rms", "same_top",
+    "greedy_first_difference", "greedy_same",
+}  # fmt: skip
 NUMBERS = {
-    "bytes_per_token", "ratio", "bits_per_element", "bits_per_byte", "bits_per_byte_se", "perplexity",
-    "perplexity_se", "perplexity_ratio", "perplexity_ratio_se", "kl_mean", "kl_mean_se", "kl_median",
-    "kl_p90", "kl_p99", "kl_p999", "kl_max", "probability_change_rms", "probability_change_rms_se",
-    "same_top", "same_top_se", "greedy_first_difference", "greedy_first_difference_se", "greedy_same",
-    "greedy_same_se", "attention_error", "decode_seconds_per_step", "prefill_seconds_per_token", "tokens", "seconds",
+    "bytes_per_token", "ratio", "bits_per_element", "kl_median", "kl_p90", "kl_p99", "kl_p999", "kl_max",
+    "attention_error", "decode_seconds_per_step", "prefill_seconds_per_token", "tokens", "seconds",
+    *AVERAGES, *(f"{name}_se" for name in AVERAGES),
 }  # fmt: skip
 BY_LAYER = {
     f"attention_{name}_by_layer{se}"

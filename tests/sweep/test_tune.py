@@ -90,12 +90,8 @@ def test_a_choice_is_verified_written_and_taken_by_the_cache(tune, tmp_path):
     tuned = results["tune"]
     assert choice["format"] == tuned["choice"] == "format.json"
     assert choice["bits_per_element"] == (2 * 10 + 2 * 5) / 4 and choice["layers"] == tuned["layers"]
-    assert [run["format"] for run in uniform] == [
-        "plain",
-        "int8:token",
-        "int4:token",
-        "int8:token/int4:token",
-    ]
+    pairs = {"int8:token/int4:token", "int4:token/int8:token"}
+    assert {run["format"] for run in uniform} == {"plain", "int8:token", "int4:token"} | pairs
     keys, values = (np.array(tuned["sensitivity"][side]) for side in ("keys", "values"))
     assert (keys[:, 1] > keys[:, 0]).all() and (
         values[:, 1] > values[:, 0]
