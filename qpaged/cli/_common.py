@@ -63,14 +63,16 @@ def load_job(args: argparse.Namespace) -> tuple[sweep.Model, sweep.Text, sweep.S
         "dtype": args.dtype,
         "seed": args.seed,
     }
+    if args.context is not None:
+        asked["context"] = args.context
     if args.step is not None:
-        settings = sweep.Settings(**asked, **({} if args.context is None else {"context": args.context}))
+        settings = sweep.Settings(**asked)
         return sweep.load_step(args.step, settings, args.tokenizer), text, settings
-    model = sweep.load_model(args.model, args.tokenizer)
-    context = args.context
-    if context is None:
-        context = min(sweep.Settings().context, model.longest)
-    return model, text, sweep.Settings(**asked, context=context)
+    if args.context is None:
+        model = sweep.load_model(args.model, args.tokenizer)
+        return model, text, sweep.Settings(**asked, context=min(sweep.Settings().context, model.longest))
+    settings = sweep.Settings(**asked)
+    return sweep.load_model(args.model, args.tokenizer, args.context), text, settings
 
 
 def say_if_short(args: argparse.Namespace, job: sweep.Sweep) -> None:

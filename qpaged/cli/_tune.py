@@ -80,6 +80,6 @@ def _run(args: argparse.Namespace) -> int:
     result = sweep.SweepResult(job, tuned.runs, tuned.failures, tune=tuned.record)
     status = publish(args, result, directory)
     if not args.json:
-        print(f"{tuned.verdict}\nThe format: {args.out}")
+        print(f"The format: {args.out}")
     journal.path.unlink(missing_ok=True)
     return status if tuned.failures else FINE

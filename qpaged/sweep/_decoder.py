@@ -154,11 +154,14 @@ def _dtype(format: CacheFormat, settings: Settings) -> str:
     return COMPUTE_DTYPE if format == PLAIN else settings.dtype
 
 
-def load_model(path: str | Path | None = None, tokenizer: str | None = None) -> Decoder:
+def load_model(
+    path: str | Path | None = None, tokenizer: str | None = None, context: int | None = None
+) -> Decoder:
     """The checkpoint in directory ``path``; the bundled tiny model without one.
 
     Args:
         tokenizer: a directory with a ``tokenizer.json``, or ``"bytes"``; the checkpoint's own if None.
+        context: tokens of the sequences, for models that compute otherwise where these are long.
 
     Raises:
         OSError, ValueError: it cannot be read.
@@ -167,6 +170,8 @@ def load_model(path: str | Path | None = None, tokenizer: str | None = None) -> 
     directory = Path(qpaged.models.__file__).parent / "tiny" if path is None else Path(path)
     name = "bundled tiny model" if path is None else directory.resolve().name
     config, params = load_checkpoint(directory)  # weights as they are stored
+    if context is not None:
+        config = config.for_context(context)
     tokens = load_tokenizer("bytes" if path is None else tokenizer or directory)
     if tokens.vocab_size > config.vocab_size:
         raise ValueError(

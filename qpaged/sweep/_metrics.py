@@ -37,7 +37,8 @@ class Predictions(NamedTuple):
 class Accuracy:
     """Predictions of a run beside those of the reference.
 
-    KL in nats a token. Each mean is followed by its standard error: the jackknife's, over sequences.
+    KL in nats a token; ``kl_parts`` are the means of the parts of the text, most often sequences, over which
+    standard errors are taken by the jackknife. Each mean is followed by its own.
     """
 
     bits_per_byte: float
@@ -53,6 +54,7 @@ class Accuracy:
     kl_p99: float
     kl_p999: float
     kl_max: float
+    kl_parts: list[float]
     probability_change_rms: float
     probability_change_rms_se: float | None
     same_top: float
@@ -125,7 +127,8 @@ def measure_accuracy(found: Predictions, widths: np.ndarray) -> Accuracy:
     )
     for name, statistic in averages.items():
         values[name], values[f"{name}_se"] = jackknife(units, lambda total, of=statistic: of(Sums(*total)))  # type: ignore[misc]
-    return Accuracy(**values, kl_histogram=histogram(kl))
+    parts = [kl / tokens for tokens, kl in units[:, [0, 2]].tolist()]
+    return Accuracy(**values, kl_parts=parts, kl_histogram=histogram(kl))
 
 
 def histogram(kl: np.ndarray) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from qpaged.sweep._number import millions
 
 VERSION = 2
@@ -57,12 +59,13 @@ def closest_first(runs: Sequence[Run]) -> list[Run]:
 def tied(run: Run, other: Run, errors: float = SURE) -> bool:
     """Whether two mean KLs differ by no more than so many standard errors of their difference.
 
-    The errors are combined as if independent. Both formats saw the same text, so that their true difference
-    is known better than that: a tie may be called where there is none, hardly the other way round.
-    Where there is no standard error (one sequence), only equal means are tied.
+    The difference is taken part by part of the text, since both formats saw the same one.
     """
-    spread = math.hypot(run["kl_mean_se"] or 0.0, other["kl_mean_se"] or 0.0)
-    return abs(run["kl_mean"] - other["kl_mean"]) <= errors * spread
+    difference = np.subtract(run["kl_parts"], other["kl_parts"])
+    if len(difference) < 2:
+        return not difference.any()
+    error = difference.std(ddof=1) / math.sqrt(len(difference))
+    return bool(abs(difference.mean()) <= errors * error)
 
 
 def floor_of(values: Iterable[float]) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 
 from qpaged.quantizer import CacheFormat
 from qpaged.sweep._formats import fitting
+from qpaged.sweep._reading import tied
 from qpaged.sweep._result import run_of, run_record
 from qpaged.sweep._run import PLAIN, Bench, Failure, Report, Run, Sweep, spellings
 from qpaged.sweep._text import Sequences
@@ -90,7 +91,7 @@ class Tuned:
             stored in a candidate; nats a token.
         predicted: the sum of the sensitivities of what was chosen.
         best_uniform: the best of the uniform runs that keep the budget; None if none does.
-        better: whether the choice beats that, by more than the standard errors of both.
+        better: whether the choice beats that, by more than twice the standard error of the difference.
     """
 
     format: CacheFormat
@@ -319,12 +320,11 @@ class Tune:
         return both if self.budget.max_kl is None else both[::-1]
 
     def _beats(self, choice: Run, uniform: Run) -> bool:
-        """Whether the choice is better, by more than the standard errors where KL decides."""
+        """Whether the choice is better, beyond doubt where KL decides."""
         if self.budget.max_kl is not None:
             return choice.bits_per_element < uniform.bits_per_element
-        mine, others = choice.accuracy, uniform.accuracy
-        noise = math.hypot(mine.kl_mean_se or 0, others.kl_mean_se or 0)
-        return mine.kl_mean + noise < others.kl_mean
+        same = tied(vars(choice.accuracy), vars(uniform.accuracy))
+        return not same and choice.accuracy.kl_mean < uniform.accuracy.kl_mean
 
 
 class _Verifier:

@@ -11,7 +11,16 @@ HALF = 1.9
 NEARLY_EXACT = 0.01
 """Nats a token: a mean KL that is taken for good enough when nothing else is said."""
 NAMES = 3  # formats that a tie names before it counts
-FIELDS = ("format", "bytes_per_token", "ratio", "bits_per_element", "kl_mean", "kl_mean_se", "same_top")
+FIELDS = (
+    "format",
+    "bytes_per_token",
+    "ratio",
+    "bits_per_element",
+    "kl_mean",
+    "kl_mean_se",
+    "kl_parts",
+    "same_top",
+)
 
 
 def verdict(results: dict[str, Any]) -> str:

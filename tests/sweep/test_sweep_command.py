@@ -68,7 +68,7 @@ def test_results_say_what_was_measured(finished, checkpoint, text_file):
 def test_every_run_has_every_number(finished):
     _, results = finished
     for run in results["runs"]:
-        names = {"format", "identity", "key", "value", "layers", "dtype", "kl_histogram"}
+        names = {"format", "identity", "key", "value", "layers", "dtype", "kl_parts", "kl_histogram"}
         assert run.keys() == NUMBERS | BY_LAYER | names
         assert all(isinstance(run[name], int | float) for name in NUMBERS)
         assert run["tokens"] == 192 == sum(run["kl_histogram"]["counts"]) + run["kl_histogram"]["below"]

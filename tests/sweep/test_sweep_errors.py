@@ -60,7 +60,7 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks(sweep, tmp_path):
 
 
 def test_context_longer_than_the_models(sweep):
-    assert "context must be at most 64" in one_line(sweep("--context", 65))
+    assert "must be from 1 to 64, the longest that the model is made for" in one_line(sweep("--context", 65))
 
 
 @pytest.mark.parametrize(

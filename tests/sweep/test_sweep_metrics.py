@@ -74,6 +74,7 @@ def test_accuracy_summarizes_them(compared):
     assert found.kl_p90 == pytest.approx(ordered[107] + 0.1 * (ordered[108] - ordered[107]))
     assert found.kl_p999 == pytest.approx(ordered[-1] - 0.119 * (ordered[-1] - ordered[-2]))
     assert found.kl_max == ordered[-1]
+    assert len(found.kl_parts) == 9 and np.mean(found.kl_parts) == pytest.approx(kl.mean(), rel=0.02)
     assert found.bits_per_byte == pytest.approx(-log_q.sum() / widths.sum() / math.log(2))
     assert found.perplexity == pytest.approx(math.exp(-log_q.mean()))
     assert found.perplexity_ratio == pytest.approx(math.exp(-log_q.mean()) / math.exp(-log_p.mean()))

@@ -1,9 +1,21 @@
 """The verdict: what it names, what it calls a tie, and what it will not be sure of."""
 
+import numpy as np
 import pytest
 
 from qpaged.sweep._number import percent, small
 from qpaged.sweep._verdict import verdict
+
+ORDER: dict[str, int] = {}
+
+
+def parts(name, mean, error):
+    """Parts of a text with this mean and standard error of it, unrelated to those of other names."""
+    if error is None:
+        return [mean]
+    row = ORDER.setdefault(name, len(ORDER) + 1)
+    angle = np.pi * row * (np.arange(32) + 0.5) / 32  # cosines are orthogonal to each other and to the mean
+    return (mean + error * np.sqrt(62) * np.cos(angle)).tolist()
 
 
 def run(format, bytes_per_token, kl, error=0.0):
@@ -14,6 +26,7 @@ def run(format, bytes_per_token, kl, error=0.0):
         "bits_per_element": bytes_per_token / 128,
         "kl_mean": kl,
         "kl_mean_se": error,
+        "kl_parts": parts(format, kl, error),
         "same_top": 1 - kl,
     }
 
