@@ -66,10 +66,10 @@ def load_checkpoint(directory: str | Path, dtype: DTypeLike | None = None) -> tu
             file.
         ImportError: safetensors is missing.
     """
-    directory = Path(directory)
-    config, tensors = _used_tensors(directory)
+    path = _config_path(directory)
+    config, tensors = _used_tensors(path)
     if tensors is None:
-        raise _no_weights(directory)
+        raise _no_weights(path.parent)
     return config, {name: tensor.read(dtype) for name, tensor in tensors.items()}
 
 
@@ -78,7 +78,7 @@ def parameter_bytes(path: str | Path) -> int | None:
 
     `path` is as in `read_config`. Raises as `load_checkpoint`.
     """
-    _, tensors = _used_tensors(_config_path(path).parent)
+    _, tensors = _used_tensors(_config_path(path))
     if tensors is None:
         return None
     return sum(prod(tensor.shape) * ITEM_BYTES[tensor.dtype] for tensor in tensors.values())
@@ -154,9 +154,9 @@ def _no_weights(directory: Path) -> Exception:
     )
 
 
-def _used_tensors(directory: Path) -> tuple[DecoderConfig, dict[str, StoredTensor] | None]:
-    """The configuration, and the tensors that its decoder uses by their name in `param_shapes`."""
-    config, stored = read_config(directory), _canonical(stored_tensors(directory))
+def _used_tensors(path: Path) -> tuple[DecoderConfig, dict[str, StoredTensor] | None]:
+    """A configuration, and the tensors beside it that its decoder uses, by their name in `param_shapes`."""
+    config, stored = read_config(path), _canonical(stored_tensors(path.parent))
     if not stored:
         return config, None
     if OUTPUT not in stored:
@@ -164,7 +164,7 @@ def _used_tensors(directory: Path) -> tuple[DecoderConfig, dict[str, StoredTenso
     shapes = param_shapes(config)
     found = {name: tensor.shape for name, tensor in stored.items()}
     for name, shape in shapes.items():
-        _check_weight(name, shape, found, str(directory))
+        _check_weight(name, shape, found, str(path.parent))
     _check_understood(config, stored)
     return config, {name: stored[name] for name in shapes}
 
