@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 
 from qpaged.models._extras import need
 from qpaged.models._shards import (
+    DTYPES,
     INDEX_FILE,
-    ITEM_BYTES,
     WEIGHTS_FILE,
     StoredTensor,
     read_json,
@@ -81,7 +81,7 @@ def parameter_bytes(path: str | Path) -> int | None:
     _, tensors = _used_tensors(_config_path(path))
     if tensors is None:
         return None
-    return sum(prod(tensor.shape) * ITEM_BYTES[tensor.dtype] for tensor in tensors.values())
+    return sum(prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in tensors.values())
 
 
 def checkpoint_sha256(directory: str | Path) -> str:
@@ -199,8 +199,8 @@ def _check_understood(config: DecoderConfig, stored: Mapping[str, StoredTensor])
                 f"{tensor.path} has the tensor {tensor.name!r}, for which the configuration's decoder has no "
                 "use. Choose a checkpoint without it."
             )
-        if name in shapes and tensor.dtype not in ITEM_BYTES:
+        if name in shapes and tensor.dtype not in DTYPES:
             raise ValueError(
                 f"{tensor.path} stores {tensor.name!r} as {tensor.dtype}, but only "
-                f"{', '.join(ITEM_BYTES)} can be loaded. Choose a checkpoint with such weights."
+                f"{', '.join(DTYPES)} can be loaded. Choose a checkpoint with such weights."
             )
