@@ -190,11 +190,12 @@ def _check_weight(
 
 
 def _check_understood(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -> None:
-    """Whatever lies in a layer is used: a bias, norm or scale that is not would change what is computed."""
+    """Every tensor of the decoder is used: a bias, norm or scale left out would change what it computes."""
     layers = tuple(layer_prefix(layer) for layer in range(config.num_hidden_layers))
     shapes = param_shapes(config)
     for name, tensor in stored.items():
-        if name.startswith(layers) and name not in shapes and not name.endswith(BUFFERS):
+        later = name.startswith("model.layers.") and not name.startswith(layers)
+        if not (name in shapes or name == OUTPUT or name.endswith(BUFFERS) or later):
             raise ValueError(
                 f"{tensor.path} has the tensor {tensor.name!r}, for which the configuration's decoder has no "
                 "use. Choose a checkpoint without it."

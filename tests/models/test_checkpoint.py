@@ -209,9 +209,10 @@ def test_unused_tensors_are_not_read(directory, monkeypatch):
     assert read == list(SHAPES)
 
 
-@pytest.mark.parametrize("name", ["self_attn.q_proj.bias", "mlp.experts.3.up_proj.weight"])
-def test_a_layer_with_more_than_the_configuration_says(directory, name):
-    name = f"model.layers.1.{name}"
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.q_proj.bias", "model.layers.0.mlp.experts.3.up.weight", "lm_head.bias"]
+)
+def test_a_decoder_with_more_than_the_configuration_says(directory, name):
     edit_weights(directory, lambda weights: weights.update({name: np.ones(3, np.float32)}))
     with pytest.raises(ValueError, match=f"has the tensor '{name}', for which .* no use"):
         load_checkpoint(directory)
