@@ -47,10 +47,13 @@ def _run(args: argparse.Namespace) -> int:
     make_writable(args.out)
     model, text, settings = load_job(args)
     failures: list[sweep.Failure] = []
+    unfit: list[str] = []
     if asked is None:
-        asked, failures = _installed(args, model.head_dim)
+        asked, failures, unfit = _installed(args.formats == EVERYTHING, model.head_dim)
     job = sweep.Sweep(model, text, tuple(asked), settings)
     say_if_short(args, job)
+    if unfit:
+        say(args, f"left out, since they do not go with head_dim {model.head_dim}: {', '.join(unfit)}.")
     if not args.fresh:
         job = job.resumed(sweep.known_runs(job, args.out))
         if job.known:
@@ -61,15 +64,12 @@ def _run(args: argparse.Namespace) -> int:
     return publish(args, result, args.out)
 
 
-def _installed(args: argparse.Namespace, head_dim: int) -> tuple[list[str], list[sweep.Failure]]:
-    """The installed formats that go with the model, and those that are broken."""
+def _installed(wrapped: bool, head_dim: int) -> tuple[list[str], list[sweep.Failure], list[str]]:
+    """The installed formats that go with the model, those that are broken, and those that do not go."""
     infos, broken = sweep.installed_formats()
-    wrapped = args.formats == EVERYTHING
     formats = list(qpaged.available_formats(wrapped=True)) if wrapped else [info.spelling for info in infos]
     fit, unfit = sweep.fitting(formats, head_dim)
-    if unfit:
-        say(args, f"left out, since they do not go with head_dim {head_dim}: {', '.join(unfit)}.")
-    return fit, [sweep.Failure(name, error) for name, error in broken.items()]
+    return fit, [sweep.Failure(name, error) for name, error in broken.items()], list(unfit)
 
 
 def _measure(job: sweep.Sweep, failures: list[sweep.Failure], out: Path) -> sweep.SweepResult:
@@ -102,8 +102,7 @@ def publish(args: argparse.Namespace, result: sweep.SweepResult, out: Path) -> i
         print(result.to_json(), end="")
     else:
         sweep.print_table(results)
-        print(sweep.verdict(results))
-        print(f"\nThe report: {report}")
+        print(f"The report: {report}")
     for failure in result.failures:
         say(args, f"{failure.format} failed: {failure.error}")
     if not result.complete:

@@ -58,6 +58,7 @@ class DecoderConfig:
         hidden_act: what the MLP's gate goes through.
         query_pre_attn_scalar: attention's scores are scaled by its -1/2 power; by head_dim's if None.
         attn_logit_softcapping, final_logit_softcapping: the cap of attention's scores and of the logits.
+        model_type: the family that it was read as.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -89,6 +90,7 @@ class DecoderConfig:
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
+    model_type: str = "llama"
 
     def __post_init__(self) -> None:
         for name in SIZES:

@@ -128,6 +128,7 @@ def decoder_config(found: Json) -> DecoderConfig:
     if isinstance(rope.scaling, LongRopeScaling):  # until `DecoderConfig.for_context` is asked for more
         sizes["max_position_embeddings"] = rope.scaling.original_max_position_embeddings
     fields: dict[str, Any] = sizes | {
+        "model_type": found["model_type"],
         "rms_norm_eps": _number(found, "rms_norm_eps"),
         "tie_word_embeddings": _flag(found, "tie_word_embeddings"),
         "attention_bias": _flag(found, "attention_bias"),

@@ -50,8 +50,11 @@ class Decoder:
     tokenizer: Tokenizer
     sha256: str
     path: str | None = None
-    architecture: str = "llama"
     reference: str = "plain pages in float32, the precision that the model computes in"
+
+    @property
+    def architecture(self) -> str:
+        return self.config.model_type
 
     @property
     def parameters(self) -> int:
@@ -163,7 +166,7 @@ def load_model(path: str | Path | None = None, tokenizer: str | None = None) -> 
     """
     directory = Path(qpaged.models.__file__).parent / "tiny" if path is None else Path(path)
     name = "bundled tiny model" if path is None else directory.resolve().name
-    config, params = load_checkpoint(directory)
+    config, params = load_checkpoint(directory)  # weights as they are stored
     tokens = load_tokenizer("bytes" if path is None else tokenizer or directory)
     if tokens.vocab_size > config.vocab_size:
         raise ValueError(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -107,13 +108,19 @@ def spellings(format: CacheFormat, layers: int) -> list[list[str]]:
 
 
 def sweep_order(formats: Sequence[str]) -> list[tuple[str, CacheFormat]]:
-    """What is run, spelling by spelling: the plain reference first, each spelling once.
+    """What is run, by name: the plain reference first, each once. Names are spellings, or files' names.
 
     Raises:
         RegistryError: a spelling that names no installed format.
         OSError, ValueError: a file of a format that cannot be read.
     """
-    asked = {spelling: CacheFormat.of(spelling) for spelling in formats}
+    files = [Path(spelling).name for spelling in formats if spelling.endswith(".json")]
+
+    def name(spelling: str) -> str:
+        file = Path(spelling).name
+        return file if files.count(file) == 1 else spelling
+
+    asked = {name(spelling): CacheFormat.of(spelling) for spelling in formats}
     plain = [(spelling, format) for spelling, format in asked.items() if format == PLAIN]
     rest = [(spelling, format) for spelling, format in asked.items() if format != PLAIN]
     return [*(plain[:1] or [("plain", PLAIN)]), *rest]

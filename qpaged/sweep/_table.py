@@ -6,6 +6,7 @@ from typing import Any
 from qpaged.sweep._extras import need
 from qpaged.sweep._number import PLUS_MINUS
 from qpaged.sweep._reading import Run, pareto_front, title
+from qpaged.sweep._verdict import verdict
 
 ROOMY = 90  # columns that have room for two spaces between columns
 WIDE = 118  # columns that have room for all that the table has to say
@@ -34,7 +35,7 @@ LEGEND = (
 
 
 def print_table(results: dict[str, Any], console: Any = None) -> None:
-    """One row per format, in the order they were asked for.
+    """One row per format, in the order they were asked for; and below them the verdict.
 
     Args:
         results: results.json.
@@ -63,6 +64,7 @@ def print_table(results: dict[str, Any], console: Any = None) -> None:
         cells = _cells(run, run in front, wide)
         table.add_row(*(cells[name] for name in shown), style="bold" if run in front else None)
     console.print(table, highlight=False)
+    console.print(f"{verdict(results)}\n", highlight=False, markup=False)
 
 
 def _cells(run: Run, on_front: bool, bars: bool) -> dict[str, str]:

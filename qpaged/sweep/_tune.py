@@ -381,7 +381,7 @@ def choose(
     picks = np.empty((len(items), room + 1), np.int16)
     for item, kl in enumerate(items):
         options = np.full((count, room + 1), np.inf)
-        for candidate in range(count):
+        for candidate in np.flatnonzero(spare <= room):
             options[candidate, spare[candidate] :] = least[: room + 1 - spare[candidate]] + kl[candidate]
         picks[item], least = options.argmin(axis=0), options.min(axis=0)
     within = np.flatnonzero(least <= most_kl)

@@ -98,14 +98,14 @@ class NoStream:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Sweeps without a model: ``quick.before[format]`` is called before a batch; ``quick.ran`` tells which."""
+    """Sweeps without a model: ``quick.before[format]`` is called before a batch; ``quick.ran`` tells."""
     hooks, load = SimpleNamespace(before={}, ran=[]), qpaged.sweep.load_model
     monkeypatch.setattr(NoModel, "hooks", hooks, raising=False)
     monkeypatch.setattr(qpaged.sweep, "load_model", lambda *arguments: NoModel(**vars(load(*arguments))))
     return hooks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def sample():
     """A sweep's results.json of version 2. Its sizes and its KL means are from a sweep; what they had no
     number for was made up, so that it shows the page and proves nothing about a format."""

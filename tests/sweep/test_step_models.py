@@ -42,16 +42,16 @@ def test_a_step_is_tuned(step, tmp_path):
     found = step(
         "make_step",
         "--bits",
-        6.5,
+        10,
         "--formats",
-        "int8:token,int4:token",
+        "int8:token",
         "--json",
         name="tune",
         out="format.json",
     )
     assert found.status == 0
-    tune = json.loads(found.out)["tune"]
-    assert len(tune["layers"]) == 2 and (tmp_path / "format.json").exists()
+    assert json.loads(found.out)["tune"]["layers"] == [["int8:token"] * 2] * 2
+    assert (tmp_path / "format.json").exists()
 
 
 @pytest.mark.parametrize(

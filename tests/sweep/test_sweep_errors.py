@@ -52,10 +52,11 @@ def test_malformed_checkpoint(sweep, tmp_path, config):
     assert one_line(sweep(model=tmp_path))
 
 
-def test_other_vocabulary(sweep, tmp_path):
-    config = DecoderConfig(**vars(SIZES) | {"vocab_size": 300})
+def test_a_tokenizer_with_tokens_that_the_model_lacks(sweep, tmp_path):
+    config = DecoderConfig(**vars(SIZES) | {"vocab_size": 200})
     save_checkpoint(tmp_path, config, init_params(config, jax.random.key(0)))
-    assert "has a vocabulary of 300 tokens, but only byte-level models" in one_line(sweep(model=tmp_path))
+    said = one_line(sweep(model=tmp_path))
+    assert "tokenizer must have at most the 200 tokens of the model, but bytes has 256" in said
 
 
 def test_context_longer_than_the_models(sweep):
@@ -78,7 +79,7 @@ def test_output_that_is_no_directory(sweep, text_file):
     assert "text.txt" in one_line(sweep("--out", text_file))
 
 
-@pytest.mark.parametrize("package", ["rich", "matplotlib", "safetensors"])
+@pytest.mark.parametrize("package", ["rich", "matplotlib", "safetensors", "jinja2"])
 def test_missing_extra(sweep, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert f'{package} is needed here: pip install "qpaged[sweep]"' in one_line(sweep())

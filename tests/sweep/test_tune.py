@@ -29,7 +29,7 @@ def every_choice(sensitivity):
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("most", [2.5, 3.1, 4.4, 5.0, 100.0])
+@pytest.mark.parametrize("most", [2.5, 2.8, 4.4, 5.0, 100.0])
 def test_no_choice_within_the_bits_promises_less_kl(seed, most):
     sensitivity = sensitivities(seed)
     choice, kl = choose(BITS, sensitivity, most, math.inf)
@@ -83,22 +83,24 @@ def tune(command):
 
 
 def test_a_choice_is_verified_written_and_taken_by_the_cache(tune, tmp_path):
-    found = tune("--bits", 5.5, "--formats", "int8:token,int4:token,int8", "--json")
+    found = tune("--bits", 8, "--formats", "int8:token,int4:token", "--json")
     assert found.status == 0
     results = json.loads(found.out)
     *uniform, choice = results["runs"]
     tuned = results["tune"]
     assert choice["format"] == tuned["choice"] == "format.json"
-    assert choice["bits_per_element"] <= 5.5 and choice["layers"] == tuned["layers"]
-    assert [run["format"] for run in uniform][:4] == ["plain", "int8:token", "int4:token", "int8"]
-    assert any("/" in run["format"] for run in uniform)  # keys and values apart, the same in all layers
-    assert np.array(tuned["sensitivity"]["keys"]).shape == (2, 3)
-    # int4 changes more than int8 does, in every layer, and so the eight bits go where they help most.
+    assert choice["bits_per_element"] == (2 * 10 + 2 * 5) / 4 and choice["layers"] == tuned["layers"]
+    pairs = {"int8:token/int4:token", "int4:token/int8:token"}
+    assert {run["format"] for run in uniform} == {"plain", "int8:token", "int4:token"} | pairs
     keys, values = (np.array(tuned["sensitivity"][side]) for side in ("keys", "values"))
-    assert (keys[:, 1] > keys[:, 0]).all() and (values[:, 1] > values[:, 0]).all()
-    assert {"int8:token", "int4:token"} <= {each for pair in tuned["layers"] for each in pair} | {
-        "int8:token"
-    }
+    assert (keys[:, 1] > keys[:, 0]).all() and (
+        values[:, 1] > values[:, 0]
+    ).all()  # int8 changes less than int4
+    gain = np.stack([keys[:, 1] - keys[:, 0], values[:, 1] - values[:, 0]], axis=1)
+    eight = [[each == "int8:token" for each in pair] for pair in tuned["layers"]]
+    assert (
+        np.array(eight) == (gain >= np.sort(gain, axis=None)[2])
+    ).all()  # the eight bits are where they help most
     assert choice["kl_mean"] < next(run for run in uniform if run["format"] == "int4:token")["kl_mean"]
 
     metadata = qpaged.PagedAttentionCacheMetaData(1, 2, 4, 4, 32, 8, 2, 16, 0.9)
