@@ -1,36 +1,47 @@
 """The tensors of a checkpoint, in one `model.safetensors` or in several shards with an index."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from qpaged.models._extras import need
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
-"""Bytes of an element, by safetensors' name of the dtypes that a decoder's weights may have."""
+DTYPES = {"BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16"), "F32": jnp.dtype("float32")}
+"""The dtypes that a decoder's weights may have, by safetensors' name."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor, not yet read: its file, its name there, its shape and safetensors' name of its dtype."""
+    """One tensor, not yet read.
+
+    Attributes:
+        path: its file.
+        name: in that file.
+        dtype: safetensors' name of it.
+        offset: the byte of the file at which it starts.
+    """
 
     path: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    offset: int
 
     def read(self, dtype: DTypeLike | None) -> jax.Array:
         """Its values, as they are stored or cast to ``dtype``."""
-        # A file keeps what was read of it mapped until it is closed: opened anew, the last tensor at most.
-        with open_shard(self.path) as file:
-            return jnp.asarray(file.get_tensor(self.name), dtype)
+        values = np.fromfile(self.path, DTYPES[self.dtype], math.prod(self.shape), offset=self.offset)
+        array = jax.device_put(values.reshape(self.shape))
+        # Ready means that what was read is free before the next tensor comes.
+        return (array if dtype is None else array.astype(dtype)).block_until_ready()
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -73,16 +84,26 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _header(path: Path) -> list[StoredTensor]:
-    with open_shard(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return [StoredTensor(path, n, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()]
+    """The tensors of a file.
+
+    Its length in 8 bytes, JSON, and then the values: the library checks these, and would copy them twice.
+    """
+    _check_whole(path)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        found = json.loads(file.read(length))
+    found.pop("__metadata__", None)
+    return [
+        StoredTensor(path, name, tuple(each["shape"]), each["dtype"], 8 + length + each["data_offsets"][0])
+        for name, each in found.items()
+    ]
 
 
-def open_shard(path: Path) -> Any:
-    """A safetensors file, open for reading NumPy arrays."""
+def _check_whole(path: Path) -> None:
     safetensors = need("safetensors")
     try:
-        return safetensors.safe_open(path, framework="np")
+        with safetensors.safe_open(path, framework="np"):
+            pass
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is cut short or damaged ({error}). Copy the file again.") from error
 

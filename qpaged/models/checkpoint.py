@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 
 from qpaged.models._extras import need
 from qpaged.models._shards import (
+    DTYPES,
     INDEX_FILE,
-    ITEM_BYTES,
     WEIGHTS_FILE,
     StoredTensor,
     read_json,
@@ -66,10 +66,10 @@ def load_checkpoint(directory: str | Path, dtype: DTypeLike | None = None) -> tu
             file.
         ImportError: safetensors is missing.
     """
-    directory = Path(directory)
-    config, tensors = _used_tensors(directory)
+    path = _config_path(directory)
+    config, tensors = _used_tensors(path)
     if tensors is None:
-        raise _no_weights(directory)
+        raise _no_weights(path.parent)
     return config, {name: tensor.read(dtype) for name, tensor in tensors.items()}
 
 
@@ -78,10 +78,10 @@ def parameter_bytes(path: str | Path) -> int | None:
 
     `path` is as in `read_config`. Raises as `load_checkpoint`.
     """
-    _, tensors = _used_tensors(_config_path(path).parent)
+    _, tensors = _used_tensors(_config_path(path))
     if tensors is None:
         return None
-    return sum(prod(tensor.shape) * ITEM_BYTES[tensor.dtype] for tensor in tensors.values())
+    return sum(prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in tensors.values())
 
 
 def checkpoint_sha256(directory: str | Path) -> str:
@@ -154,9 +154,9 @@ def _no_weights(directory: Path) -> Exception:
     )
 
 
-def _used_tensors(directory: Path) -> tuple[DecoderConfig, dict[str, StoredTensor] | None]:
-    """The configuration, and the tensors that its decoder uses by their name in `param_shapes`."""
-    config, stored = read_config(directory), _canonical(stored_tensors(directory))
+def _used_tensors(path: Path) -> tuple[DecoderConfig, dict[str, StoredTensor] | None]:
+    """A configuration, and the tensors beside it that its decoder uses, by their name in `param_shapes`."""
+    config, stored = read_config(path), _canonical(stored_tensors(path.parent))
     if not stored:
         return config, None
     if OUTPUT not in stored:
@@ -164,7 +164,7 @@ def _used_tensors(directory: Path) -> tuple[DecoderConfig, dict[str, StoredTenso
     shapes = param_shapes(config)
     found = {name: tensor.shape for name, tensor in stored.items()}
     for name, shape in shapes.items():
-        _check_weight(name, shape, found, str(directory))
+        _check_weight(name, shape, found, str(path.parent))
     _check_understood(config, stored)
     return config, {name: stored[name] for name in shapes}
 
@@ -190,17 +190,18 @@ def _check_weight(
 
 
 def _check_understood(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -> None:
-    """Whatever lies in a layer is used: a bias, norm or scale that is not would change what is computed."""
+    """Every tensor of the decoder is used: a bias, norm or scale left out would change what it computes."""
     layers = tuple(layer_prefix(layer) for layer in range(config.num_hidden_layers))
     shapes = param_shapes(config)
     for name, tensor in stored.items():
-        if name.startswith(layers) and name not in shapes and not name.endswith(BUFFERS):
+        later = name.startswith("model.layers.") and not name.startswith(layers)
+        if not (name in shapes or name == OUTPUT or name.endswith(BUFFERS) or later):
             raise ValueError(
                 f"{tensor.path} has the tensor {tensor.name!r}, for which the configuration's decoder has no "
                 "use. Choose a checkpoint without it."
             )
-        if name in shapes and tensor.dtype not in ITEM_BYTES:
+        if name in shapes and tensor.dtype not in DTYPES:
             raise ValueError(
                 f"{tensor.path} stores {tensor.name!r} as {tensor.dtype}, but only "
-                f"{', '.join(ITEM_BYTES)} can be loaded. Choose a checkpoint with such weights."
+                f"{', '.join(DTYPES)} can be loaded. Choose a checkpoint with such weights."
             )

@@ -108,7 +108,7 @@ class DecoderConfig:
         dim = rope.rotary_dim(self.head_dim)
         if dim % 2 or not 0 < dim <= self.head_dim:
             raise ValueError(
-                "the channels of a head that turn must be even and at least 2, to turn in pairs; "
+                "the channels of a head that turn, in pairs, must be even in number, from 2 to head_dim; "
                 f"got {dim} of head_dim {self.head_dim}."
             )
         if isinstance(rope.scaling, LongRopeScaling):

@@ -147,12 +147,14 @@ def final_hidden(
     return _final_norm(params[FINAL_NORM], config, hidden)
 
 
-@partial(jax.jit, static_argnames="config", inline=True)
 def output_logits(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
     """Logits (n, vocab_size) float32 of (n, hidden_size) after the last norm."""
-    output = params[EMBEDDING if config.tie_word_embeddings else OUTPUT]
-    logits = _multiply(hidden, output, jnp.float32)
-    cap = config.final_logit_softcapping
+    return _logits(params[EMBEDDING if config.tie_word_embeddings else OUTPUT], config, hidden)
+
+
+@partial(jax.jit, static_argnames="config", inline=True)
+def _logits(output: jax.Array, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
+    logits, cap = _multiply(hidden, output, jnp.float32), config.final_logit_softcapping
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 

@@ -9,6 +9,7 @@ from qpaged.models.config import SIZES, Activation, DecoderConfig, LayerType
 from qpaged.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, Scaling
 
 Json = Mapping[str, Any]
+FULL, SLIDING = get_args(LayerType)
 
 
 def _no_layer(found: Json, layer: int) -> bool:
@@ -140,7 +141,7 @@ def decoder_config(found: Json) -> DecoderConfig:
     }
     for name in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"):
         fields[name] = None if found.get(name) is None else _number(found, name)
-    if "sliding_attention" in fields["layer_types"]:
+    if SLIDING in fields["layer_types"]:
         fields["sliding_window"] = _window(found)
     return DecoderConfig(**{**fields, **family.features})
 
@@ -157,7 +158,7 @@ def llama_fields(config: DecoderConfig) -> dict[str, Any]:
     fields |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
     if decoder_config(fields) != config:
         raise ValueError(
-            "config must be of a plain Llama to be saved, without the features that other families add, "
+            "config must be a plain Llama's to be saved, without what other families add, "
             f"but came as {config}."
         )
     return fields
@@ -166,7 +167,7 @@ def llama_fields(config: DecoderConfig) -> dict[str, Any]:
 def _text_part(found: Json) -> Json:
     if not isinstance(found, Mapping):
         raise ValueError(f"it must hold an object of fields, but holds {found!r}. Copy the file again.")
-    if found.get("model_type") in PARENTS:
+    if found.get("model_type") in (*PARENTS,):
         text = {**_object(found, "text_config"), "model_type": PARENTS[found["model_type"]]}
         shared = ("tie_word_embeddings", "quantization_config")
         found = {name: found[name] for name in shared if name in found} | text
@@ -187,7 +188,7 @@ def _text_part(found: Json) -> Json:
 
 def _check_plain(found: Json, plain: Json) -> None:
     for name, value in plain.items():
-        if found.get(name, value) != value:
+        if found.get(name) not in (None, value):
             raise ValueError(
                 f"it says {name} = {found[name]!r}, but only {value!r} is supported for a model of type "
                 f"{found['model_type']}. Choose a checkpoint without it."
@@ -223,13 +224,13 @@ def _activation(found: Json) -> Activation:
 def _layer_types(found: Json, family: Family, layers: int) -> tuple[LayerType, ...]:
     types = found.get("layer_types")
     if types is None:
-        sliding = [family.slides(found, layer) for layer in range(layers)]
-        types = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+        slides = [family.slides(found, layer) for layer in range(layers)]
+        return tuple(SLIDING if each else FULL for each in slides) if any(slides) else ()
     if not isinstance(types, list) or any(kind not in get_args(LayerType) for kind in types):
         raise ValueError(
             f"layer_types must be a list of {' and '.join(get_args(LayerType))}, but came as {types!r}."
         )
-    return tuple(types) if "sliding_attention" in types else ()
+    return tuple(types)
 
 
 def _window(found: Json) -> int | None:
@@ -238,16 +239,14 @@ def _window(found: Json) -> int | None:
 
 def _ropes(found: Json) -> tuple[Rope, Rope | None]:
     """The rotary positions of layers with full attention, and of those with a window where they differ."""
-    fields, local = _rope_fields(found), found.get("rope_local_base_freq")
-    local_found = found if local is None else {**found, "rope_theta": local}
+    fields = _object(found, "rope_parameters") or _object(found, "rope_scaling")
+    local = {**found, "rope_theta": found.get("rope_local_base_freq", found["rope_theta"])}
     if set(fields) & set(get_args(LayerType)):  # newer files have one set for each type of layer
-        full, sliding = (_object(fields, kind) for kind in get_args(LayerType))
-        return _rope(found, full), _rope(local_found, sliding)
-    return _rope(found, fields), None if local is None else _rope(local_found, {})
-
-
-def _rope_fields(found: Json) -> Json:
-    return _object(found, "rope_parameters") or _object(found, "rope_scaling")
+        rope, sliding = _rope(found, _object(fields, FULL)), _rope(local, _object(fields, SLIDING))
+    else:
+        rope = _rope(found, fields)
+        sliding = _rope(local, {}) if "rope_local_base_freq" in found else rope
+    return rope, None if sliding == rope else sliding
 
 
 def _rope(found: Json, fields: Json) -> Rope:

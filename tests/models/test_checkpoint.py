@@ -1,10 +1,10 @@
 """Checkpoints survive a round trip, and each damaged one says what is wrong with it."""
 
 import dataclasses
+import hashlib
 import json
 import sys
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,12 +13,16 @@ from safetensors.numpy import load_file, save_file
 
 from qpaged.models import (
     DecoderConfig,
+    LinearScaling,
     Rope,
     checkpoint_sha256,
-    init_params,
     load_checkpoint,
+    param_shapes,
+    parameter_bytes,
+    read_config,
     save_checkpoint,
 )
+from qpaged.models._shards import StoredTensor
 
 CONFIG = DecoderConfig(
     vocab_size=11,
@@ -31,12 +35,16 @@ CONFIG = DecoderConfig(
     rope=Rope(theta=5000.0),
     max_position_embeddings=64,
 )
+SHAPES = param_shapes(CONFIG)
+INDEX = "model.safetensors.index.json"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def params():
-    return init_params(CONFIG, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
 
 
 @pytest.fixture
@@ -45,15 +53,29 @@ def directory(tmp_path, params):
     return tmp_path / "model"
 
 
+@pytest.fixture
+def sharded(directory):
+    """The same checkpoint in two files with an index."""
+    weights, names = load_file(directory / "model.safetensors"), list(SHAPES)
+    shards = {SHARDS[0]: names[:7], SHARDS[1]: names[7:]}
+    for shard, part in shards.items():
+        save_file({name: weights[name] for name in part}, directory / shard)
+    write_index(directory, {name: shard for shard, part in shards.items() for name in part})
+    (directory / "model.safetensors").unlink()
+    return directory
+
+
+def write_index(directory, weight_map):
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def read_index(directory):
+    return json.loads((directory / INDEX).read_text())["weight_map"]
+
+
 def edit_config(directory, **changes):
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def drop_from_config(directory, *names):
-    path = directory / "config.json"
-    found = json.loads(path.read_text())
-    path.write_text(json.dumps({name: value for name, value in found.items() if name not in names}))
 
 
 def edit_weights(directory, edit):
@@ -99,19 +121,160 @@ def test_saving_replaces_and_leaves_nothing_beside(directory, params):
     assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_fields_that_older_and_newer_files_leave_out(tmp_path):
-    written = dataclasses.replace(CONFIG, hidden_size=24, num_key_value_heads=4)
-    save_checkpoint(tmp_path, written, init_params(written, jax.random.key(0)))
-    drop_from_config(tmp_path, "num_key_value_heads", "head_dim", "rope_theta")
-    edit_config(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 77.0})
-    config, _ = load_checkpoint(tmp_path)
-    assert config == dataclasses.replace(written, rope=Rope(theta=77.0))
+def test_a_llama_alone_can_be_saved(tmp_path, params):
+    for other in ({"query_key_norm": True}, {"rope": Rope(5000.0, scaling=LinearScaling(2.0))}):
+        with pytest.raises(
+            ValueError, match=r"config must be a plain Llama's to be saved.* but came as Deco"
+        ):
+            save_checkpoint(tmp_path, dataclasses.replace(CONFIG, **other), params)
+    assert not list(tmp_path.iterdir())
 
 
-def test_unused_tensors_are_ignored(directory):
-    edit_weights(directory, lambda weights: weights.update({"rotary.inv_freq": np.ones(3, np.float32)}))
-    _, loaded = load_checkpoint(directory)
-    assert "rotary.inv_freq" not in loaded
+def test_shards_are_as_one_file(sharded, params):
+    config, loaded = load_checkpoint(sharded)
+    assert config == CONFIG and loaded.keys() == params.keys()
+    for name, weight in params.items():
+        np.testing.assert_array_equal(loaded[name], weight)
+
+
+def test_without_an_output_matrix_the_embedding_is_it(directory):
+    edit_weights(directory, lambda weights: weights.pop("lm_head.weight"))
+    config, loaded = load_checkpoint(directory)
+    assert config == dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    assert "lm_head.weight" not in loaded
+
+
+def test_a_tied_output_matrix_is_not_read(directory):
+    edit_config(directory, tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_checkpoint(directory)[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "output"),
+    [("language_model.model.", "language_model.lm_head."), ("model.language_model.", "lm_head.")],
+)
+def test_beside_a_vision_tower(directory, params, model, output):
+    def edit(weights):
+        named = {
+            name.replace("model.", model, 1).replace("lm_head.", output): w for name, w in weights.items()
+        }
+        weights.clear()
+        weights.update(named | {"vision_tower.layers.0.bias": np.ones(3, np.float32)})
+
+    edit_weights(directory, edit)
+    config, loaded = load_checkpoint(directory)
+    assert config == CONFIG and loaded.keys() == params.keys()
+    np.testing.assert_array_equal(loaded[Q_PROJ], params[Q_PROJ])
+
+
+def test_bytes_are_those_of_what_is_loaded(sharded):
+    _, loaded = load_checkpoint(sharded)
+    assert parameter_bytes(sharded) == sum(weight.nbytes for weight in loaded.values())
+    shard = sharded / SHARDS[0]
+    save_file({name: w.astype(jnp.bfloat16) for name, w in load_file(shard).items()}, shard)
+    _, narrower = load_checkpoint(sharded)
+    assert parameter_bytes(sharded) == sum(weight.nbytes for weight in narrower.values())
+    edit_config(sharded, tie_word_embeddings=True)
+    assert parameter_bytes(sharded / "config.json") < sum(weight.nbytes for weight in narrower.values())
+
+
+def test_no_bytes_without_weights(directory):
+    (directory / "model.safetensors").unlink()
+    assert parameter_bytes(directory) is None
+    assert read_config(directory) == CONFIG
+
+
+def test_sha256_is_of_every_file_that_is_read(sharded):
+    """As `sha256sum config.json model*.safetensors | sha256sum` has it."""
+    names = ["config.json", *SHARDS]
+    sums = [(hashlib.sha256((sharded / name).read_bytes()).hexdigest(), name) for name in names]
+    lines = "".join(f"{digest}  {name}\n" for digest, name in sums)
+    before = checkpoint_sha256(sharded)
+    assert before == hashlib.sha256(lines.encode()).hexdigest()
+    for name in names:
+        (sharded / name).write_bytes((sharded / name).read_bytes() + b" ")
+        before, after = checkpoint_sha256(sharded), before
+        assert before != after
+
+
+def test_unused_tensors_are_not_read(directory, monkeypatch):
+    """Buffers that follow from the configuration, layers past the last, whatever is not of the decoder."""
+    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.2.mlp.bias", "classifier.weight"]
+    edit_weights(directory, lambda w: w.update({name: np.ones(3, np.float32) for name in names}))
+    read, original = [], StoredTensor.read
+    monkeypatch.setattr(
+        StoredTensor, "read", lambda self, dtype: read.append(self.name) or original(self, dtype)
+    )
+    load_checkpoint(directory)
+    assert read == list(SHAPES)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.q_proj.bias", "model.layers.0.mlp.experts.3.up.weight", "lm_head.bias"]
+)
+def test_a_decoder_with_more_than_the_configuration_says(directory, name):
+    edit_weights(directory, lambda weights: weights.update({name: np.ones(3, np.float32)}))
+    with pytest.raises(ValueError, match=f"has the tensor '{name}', for which .* no use"):
+        load_checkpoint(directory)
+
+
+def test_weights_of_another_dtype(directory):
+    edit_weights(directory, lambda weights: weights.update({Q_PROJ: np.ones(SHAPES[Q_PROJ], np.int8)}))
+    with pytest.raises(ValueError, match=f"stores '{Q_PROJ}' as I8, but only BF16, F16, F32 can be loaded"):
+        load_checkpoint(directory)
+
+
+def test_missing_shard(sharded):
+    (sharded / SHARDS[1]).unlink()
+    for read in (load_checkpoint, parameter_bytes, checkpoint_sha256):
+        with pytest.raises(FileNotFoundError, match=f"lacks {SHARDS[1]}, which {INDEX} names. Copy the miss"):
+            read(sharded)
+
+
+def test_half_written_shard(sharded):
+    path = sharded / SHARDS[1]
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{SHARDS[1]} is cut short or damaged .* Copy the file again"):
+        load_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("name", [Q_PROJ, "model.layers.1.nowhere"])
+def test_index_that_names_a_tensor_where_it_is_not(sharded, name):
+    write_index(sharded, read_index(sharded) | {name: SHARDS[0]})
+    with pytest.raises(
+        ValueError, match=f"{INDEX} says that {SHARDS[0]} has the tensor '{name}', but it has"
+    ):
+        load_checkpoint(sharded)
+
+
+def test_tensor_that_no_shard_has(sharded):
+    weights = load_file(sharded / SHARDS[1])
+    del weights[Q_PROJ]
+    save_file(weights, sharded / SHARDS[1])
+    write_index(sharded, {name: shard for name, shard in read_index(sharded).items() if name != Q_PROJ})
+    with pytest.raises(ValueError, match=f"has no tensor '{Q_PROJ}'"):
+        load_checkpoint(sharded)
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+def test_malformed_index(sharded, index):
+    (sharded / INDEX).write_text(index)
+    with pytest.raises(
+        ValueError, match=f"{INDEX} has no weight_map of tensors to shards. Copy the file again"
+    ):
+        load_checkpoint(sharded)
+
+
+def test_truncated_index(sharded):
+    (sharded / INDEX).write_text('{"weight_map": {')
+    with pytest.raises(ValueError, match=rf"{INDEX} is not valid JSON \(.*\). Copy the file again"):
+        load_checkpoint(sharded)
+
+
+def test_weights_that_are_pickled(directory):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"in pytorch_model.bin, but only safetensors .* save_pretrained"):
+        load_checkpoint(directory)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from frameworks import needed
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+needed("torch", "transformers")
 
+import torch
+import transformers
 from dense_attention import dense_attention
 
 from qpaged import PagedAttentionCache, PagedAttentionCacheMetaData, PagedAttentionMetadata, paged_attention

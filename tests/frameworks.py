@@ -1,4 +1,4 @@
-"""Packages whose models are adopted: tests of them need the packages."""
+"""Packages whose models are adopted or compared with: tests of them need the packages."""
 
 import importlib
 import os

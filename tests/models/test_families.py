@@ -1,0 +1,378 @@
+"""What each family's config.json comes to, and what is refused by name."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+from qpaged.models import (
+    AttentionOptions,
+    DecoderConfig,
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    Rope,
+    read_config,
+)
+from qpaged.models.families import FAMILIES, decoder_config
+
+SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+FULL, SLIDING = "full_attention", "sliding_attention"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.5, 2, 3], "long_factor": [2, 4, 8, 16.0]}
+PHI3_LONG = {"max_position_embeddings": 400, "original_max_position_embeddings": 100}
+
+
+def config(model_type, **fields):
+    return decoder_config(SIZES | {"model_type": model_type} | fields)
+
+
+def changed(model_type, **fields):
+    """The fields of `DecoderConfig` in which a model differs from a Llama of the same sizes."""
+    found, plain = dataclasses.asdict(config(model_type, **fields)), dataclasses.asdict(config("llama"))
+    return {name: value for name, value in found.items() if value != plain[name]}
+
+
+def windows(model_type, **fields):
+    found = config(model_type, **fields)
+    return [found.attention(layer).sliding_window for layer in range(found.num_hidden_layers)]
+
+
+def test_a_llama_that_says_only_its_sizes():
+    assert config("llama") == DecoderConfig(**SIZES, rms_norm_eps=1e-6)
+
+
+GEMMA = {
+    "sandwich_norms": True,
+    "unit_offset": True,
+    "scale_embeddings": True,
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256.0,
+    "sliding_window": 4096,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "expected"),
+    [
+        ("llama", {"attention_bias": True}, {"attention_bias": True, "output_bias": True}),
+        ("llama", {"mlp_bias": True}, {"mlp_bias": True}),
+        ("mistral", {"sliding_window": None}, {"max_position_embeddings": 131072}),
+        ("qwen2", {}, {"attention_bias": True, "max_position_embeddings": 32768}),
+        ("qwen3", {}, {"query_key_norm": True, "max_position_embeddings": 32768}),
+        (
+            "gemma2",
+            {},
+            GEMMA
+            | {"layer_types": (SLIDING, FULL) * 3, "max_position_embeddings": 8192}
+            | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        ),
+        (
+            "gemma3_text",
+            {},
+            GEMMA
+            | {"layer_types": (SLIDING,) * 5 + (FULL,), "max_position_embeddings": 131072}
+            | {"query_key_norm": True, "rope": vars(Rope(1e6)), "sliding_rope": vars(Rope(1e4))},
+        ),
+        (
+            "phi3",
+            {},
+            {"fused_projections": True, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        ),
+    ],
+)
+def test_what_a_family_adds(model_type, fields, expected):
+    assert changed(model_type, **fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "expected"),
+    [
+        ("llama", {}, [None] * 6),
+        ("mistral", {}, [4096] * 6),
+        ("mistral", {"sliding_window": 5}, [5] * 6),
+        ("mistral", {"sliding_window": None}, [None] * 6),
+        ("phi3", {}, [None] * 6),
+        ("phi3", {"sliding_window": 5}, [5] * 6),
+        ("qwen2", {"sliding_window": 5, "max_window_layers": 2}, [None] * 6),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+            [None] * 2 + [5] * 4,
+        ),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": None}, [None] * 6),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 5, "layer_types": [SLIDING, FULL, FULL] * 2},
+            [5, None, None] * 2,
+        ),
+        ("gemma2", {"sliding_window": 5}, [5, None] * 3),
+        ("gemma3_text", {"sliding_window": 5, "sliding_window_pattern": 3}, [5, 5, None] * 2),
+        ("gemma3_text", {"sliding_window": 5, "layer_types": [FULL] * 6}, [None] * 6),
+    ],
+)
+def test_windows(model_type, fields, expected):
+    assert windows(model_type, **fields) == expected
+
+
+def test_how_layers_attend():
+    gemma = config("gemma2", query_pre_attn_scalar=64, attn_logit_softcapping=20.0, sliding_window=5)
+    assert gemma.attention(0) == AttentionOptions(1 / 8, 5, 20.0)
+    assert gemma.attention(1) == AttentionOptions(1 / 8, None, 20.0)
+    assert config("llama").attention(0) == AttentionOptions(8**-0.5)
+
+
+def test_null_is_not_silence():
+    """A cap that is null is none, though there is one where the file does not say."""
+    found = config("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (found.attn_logit_softcapping, found.final_logit_softcapping) == (None, None)
+
+
+def test_sizes_that_follow_from_others():
+    fields = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
+    found = decoder_config(fields | {"model_type": "llama", "head_dim": None})
+    assert (found.num_key_value_heads, found.head_dim) == (4, 8)
+
+
+def test_gemma3_of_text_and_images():
+    """Real files leave much of the text's sizes to the family."""
+    text = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
+    found = decoder_config({"model_type": "gemma3", "text_config": text | {"sliding_window": 5}})
+    sizes = (found.vocab_size, found.num_attention_heads, found.num_key_value_heads, found.head_dim)
+    assert sizes == (262208, 8, 4, 256)
+    assert found.attention(0).sliding_window == 5
+
+
+@pytest.mark.parametrize(
+    ("model_type", "older", "newer"),
+    [
+        ("llama", {"rope_theta": 7e4}, {"rope_theta": 7e4, "rope_type": "default"}),
+        ("llama", {"rope_theta": 7e4, "rope_scaling": LLAMA3}, LLAMA3 | {"rope_theta": 7e4}),
+        (
+            "phi3",
+            PHI3_LONG | {"rope_scaling": LONGROPE},
+            LONGROPE | {"rope_type": "longrope", "rope_theta": 1e4},
+        ),
+        (
+            "phi3",
+            {"partial_rotary_factor": 0.5},
+            {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        ),
+        (
+            "gemma3_text",
+            {"rope_theta": 7e5, "rope_local_base_freq": 70, "rope_scaling": {"type": "linear", "factor": 8}},
+            {
+                FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 7e5},
+                SLIDING: {"rope_type": "default", "rope_theta": 70.0},
+            },
+        ),
+        ("gemma2", {"rope_theta": 7e4}, {FULL: {"rope_theta": 7e4}, SLIDING: {"rope_theta": 7e4}}),
+    ],
+)
+def test_older_and_newer_files_say_the_same(model_type, older, newer):
+    kept = {name: value for name, value in older.items() if not name.startswith(("rope", "partial"))}
+    found = config(model_type, **older)
+    assert found == config(model_type, **kept, rope_parameters=newer)
+    assert found.rope != config(model_type).rope  # that it says something
+
+
+def test_turns_of_scaled_positions():
+    plain = Rope(theta=100.0)
+    np.testing.assert_allclose(plain.frequencies(8), [1, 100**-0.25, 0.1, 100**-0.75], rtol=1e-6)
+    linear = dataclasses.replace(plain, scaling=LinearScaling(4.0))
+    np.testing.assert_allclose(linear.frequencies(8), plain.frequencies(8) / 4, rtol=1e-6)
+    partial = dataclasses.replace(plain, partial_rotary_factor=0.5)
+    np.testing.assert_allclose(partial.frequencies(16), plain.frequencies(8), rtol=1e-6)
+
+
+def test_llama3_keeps_fast_turns_and_stretches_slow_ones():
+    """Of 64 tokens: from 16 to 64 tokens a turn is between."""
+    scaling = Llama3Scaling(8.0, 1.0, 4.0, 64)
+    tokens = np.array([1, 15.9, 16.1, 32, 63.9, 64.1, 1000])
+    found = scaling(2 * np.pi / tokens) / (2 * np.pi / tokens)
+    between = (64 / 32 - 1) / (4 - 1)
+    expected = [1, 1, 1, between + (1 - between) / 8, 1 / 8, 1 / 8, 1 / 8]
+    np.testing.assert_allclose(found, expected, atol=0.03)
+    np.testing.assert_allclose(found[[0, 1, 3, 5, 6]], np.array(expected)[[0, 1, 3, 5, 6]], rtol=1e-12)
+
+
+def test_longrope_is_of_one_length_or_the_other():
+    short = config("phi3", **PHI3_LONG, rope_scaling=LONGROPE)
+    assert short.max_position_embeddings == 100
+    assert short.for_context(100) is short
+    long, turns = short.for_context(101), Rope().frequencies(8)
+    assert long.max_position_embeddings == 400
+    np.testing.assert_allclose(short.rope.frequencies(8), turns / [1, 1.5, 2, 3], rtol=1e-6)
+    np.testing.assert_allclose(long.rope.frequencies(8), turns / [2, 4, 8, 16], rtol=1e-6)
+    amplitude = (1 + np.log(4) / np.log(100)) ** 0.5
+    assert short.rope.scaling.amplitude == long.rope.scaling.amplitude == pytest.approx(amplitude)
+    with pytest.raises(ValueError, match=r"length must be from 1 to 400, .* came as 401"):
+        short.for_context(401)
+
+
+def test_longrope_says_its_own_amplitude():
+    found = config("phi3", **PHI3_LONG, rope_scaling=LONGROPE | {"attention_factor": 1.25})
+    assert isinstance(found.rope.scaling, LongRopeScaling) and found.rope.scaling.amplitude == 1.25
+
+
+def test_other_models_are_as_they_are_at_every_length():
+    llama = config("llama")
+    assert llama.for_context(2048) is llama
+    with pytest.raises(ValueError, match=r"length must be from 1 to 2,048"):
+        llama.for_context(2049)
+
+
+def test_a_configuration_is_hashable():
+    assert len({config("gemma2"), config("gemma2"), config("phi3", rope_scaling=LONGROPE)}) == 2
+
+
+def test_unknown_family():
+    known = ", ".join(sorted([*FAMILIES, "gemma3"]))
+    for model_type in ("mamba", None, ["llama"]):
+        with pytest.raises(ValueError, match=re.escape(f"model_type {model_type!r}, but only {known} can")):
+            config(model_type)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("llama", {"hidden_act": "relu"}, "hidden_act = 'relu', but only silu and gelu_pytorch_tanh"),
+        ("gemma2", {"hidden_activation": None}, "hidden_activation = None, but only"),
+        ("llama", {"rope_scaling": {"type": "yarn"}}, "rope_type 'yarn', but only default, linear, llama3"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope_type 'dynamic', but only"),
+        ("llama", {"rope_parameters": {"rope_type": ["linear"]}}, r"rope_type \['linear'\], but only"),
+        ("llama", {"sliding_window": 5}, "sliding_window = 5, but only None is supported .* type llama"),
+        ("mistral", {"layer_types": [SLIDING] * 6}, "layer_types = .*, but only None"),
+        (
+            "gemma3_text",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention = True, but only",
+        ),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0, but only None"),
+        ("qwen2", {"layer_types": [FULL, "linear_attention"] * 3}, "layer_types must be a list of full_att"),
+        (
+            "qwen2",
+            {"layer_types": FULL},
+            "layer_types must be a list of full_attention and sliding_attention",
+        ),
+        ("qwen2", {"layer_types": [FULL] * 5}, "one for each of the 6 layers, but has 5"),
+        ("qwen2", {"layer_types": [SLIDING] * 6}, "sliding_window must be a whole number .* came as None"),
+        (
+            "llama",
+            {"quantization_config": {"quant_method": "gptq"}},
+            r"weights are quantized \(gptq, as quantization_config says\)",
+        ),
+    ],
+)
+def test_what_is_not_implemented(model_type, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(model_type, **fields)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        (
+            "llama",
+            {"num_attention_heads": 0},
+            "num_attention_heads must be a whole number of at least 1.* as 0",
+        ),
+        ("llama", {"num_attention_heads": 4.0}, "num_attention_heads must be a whole number .* as 4.0"),
+        ("llama", {"hidden_size": "32"}, "hidden_size must be a whole number .* came as '32'"),
+        ("llama", {"num_hidden_layers": True}, "num_hidden_layers must be a whole number .* came as True"),
+        ("llama", {"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads.* got 4 and 3"),
+        (
+            "llama",
+            {"hidden_size": 30, "head_dim": None},
+            "hidden_size must be a multiple of num_attention_heads .* came as 30 and 4",
+        ),
+        ("llama", {"head_dim": 7}, "must be even.* got 7 of head_dim 7"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "must be even.* got 12 of head_dim 8"),
+        ("llama", {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, but came as 0"),
+        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, but came as 1"),
+        (
+            "llama",
+            {"rope_scaling": "linear"},
+            "rope_scaling must be an object of fields, but came as 'linear'",
+        ),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "factor must be a positive number, but came as None"),
+        (
+            "llama",
+            {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            "high_freq_factor must be greater than low_freq_factor, but they came as 1.0 and 1.0",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": LONGROPE | {"long_factor": 2}},
+            "long_factor must be a list of numbers, but came as 2",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": LONGROPE | {"long_factor": [2]}},
+            "one number for each of the 4 pairs that turn, but have 4 and 1",
+        ),
+        ("mistral", {"sliding_window": 0}, "sliding_window must be a whole number of at least 1.* as 0"),
+        ("gemma2", {"final_logit_softcapping": -1}, "final_logit_softcapping must be a positive number"),
+        (
+            "gemma2",
+            {"sliding_window_pattern": 0},
+            "sliding_window_pattern must be a whole number of at least 1",
+        ),
+    ],
+)
+def test_malformed_fields(model_type, fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(model_type, **fields)
+
+
+@pytest.mark.parametrize("missing", ["vocab_size", "num_attention_heads", "num_hidden_layers"])
+def test_missing_size(missing):
+    fields = {name: size for name, size in SIZES.items() if name != missing}
+    with pytest.raises(ValueError, match=f"it lacks {missing}. Copy the file again"):
+        decoder_config(fields | {"model_type": "llama"})
+
+
+def test_a_file_is_read_from_its_directory_or_by_its_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"model_type": "qwen3"}))
+    (tmp_path / "other.json").write_text(json.dumps(SIZES | {"model_type": "mistral"}))
+    assert read_config(tmp_path) == config("qwen3")
+    assert read_config(str(tmp_path / "config.json")) == config("qwen3")
+    assert read_config(tmp_path / "other.json") == config("mistral")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", r"config.json: it must hold an object of fields, but holds \[\]"),
+        ("{", "config.json is not valid JSON .* Copy the file again"),
+        ("\xff", "config.json is not valid JSON .* Copy the file again"),
+        ('{"model_type": "llama"}', "config.json: it lacks vocab_size, hidden_size"),
+    ],
+)
+def test_malformed_file(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+
+
+def test_no_file(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(FileNotFoundError, match=r"There is no .*config.json. Give the directory of a"):
+            read_config(path)
