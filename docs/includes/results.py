@@ -4,6 +4,10 @@ import json
 from functools import partial
 from pathlib import Path
 
+from qpaged.sweep import verdict
+from qpaged.sweep._number import small
+from qpaged.sweep._reading import pareto_front
+
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
 LOSSES = {
@@ -15,25 +19,81 @@ LOSSES = {
 
 def sweep():
     """What ``qpaged sweep --out benchmarks/results/sweep`` left, as a Markdown table and its figure."""
-    results = json.loads((RESULTS / "sweep" / "results.json").read_text())
-    model, text, environment = results["model"], results["text"], results["environment"]
-    lines = [
-        f"`qpaged sweep` of {len(results['runs'])} formats and pairs of them: the {model['name']} "
-        f"({model['parameters']:,} weights, head size 64) on "
-        f"{results['settings']['tokens']:,} bytes of {text['source']}, jax {environment['jax']} on CPU, "
-        f"{environment['date'][:10]}. KL is in nats a token, against a plain float32 cache.",
-        "",
-        "| format | bytes per token | ratio | bits per byte | KL mean | KL 99.9 % | top-1 | attn error |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for run in results["runs"]:
-        lines.append(
-            f"| `{run['format']}` | {run['bytes_per_token']:,.0f} | {run['ratio']:.2f} "
-            f"| {run['bits_per_byte']:.4f} | {run['kl_mean']:.1e} | {run['kl_p999']:.1e} "
-            f"| {run['same_top']:.2%} | {run['attention_error']:.1%} |"
-        )
+    results = _swept("sweep")
+    lines = [f"`qpaged sweep` of {len(results['runs'])} formats and pairs of them: {_conditions(results)}", ""]
+    lines += _runs(results["runs"])
     lines += ["", "![Mean KL against bytes per token, with the Pareto front](assets/frontier.png)"]
     return "\n".join(lines) + "\n"
+
+
+def sweep_front():
+    """Its Pareto front, and its verdict."""
+    results = _swept("sweep")
+    front = pareto_front(results["runs"])
+    lines = [f"> {verdict(results)}", "", *_runs(front), ""]
+    count = len(results["runs"])
+    lines.append(
+        f"The Pareto front of {count} formats and pairs, [all of which](choosing.md#accuracy-against-memory) are "
+        f"told elsewhere: {_conditions(results)}"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def tune():
+    """What ``qpaged tune --bits ... --report benchmarks/results/tune_...`` left: what was chosen, beside what."""
+    lines = []
+    for name in ("tune_5", "tune_6"):
+        results = _swept(name)
+        found = results["tune"]
+        near = [run for run in results["runs"][1:-1] if run["bits_per_element"] <= found["bits"]]
+        near = sorted(near, key=lambda run: run["kl_mean"])[:4]
+        lines += [
+            f"`qpaged tune --bits {found['bits']:g}` on the bundled model:",
+            "",
+            f"> {found['verdict']}",
+            "",
+            "| layer | keys | values |",
+            "|--:|---|---|",
+            *(f"| {i} | `{key}` | `{value}` |" for i, (key, value) in enumerate(found["layers"])),
+            "",
+            *_runs([results["runs"][-1], *near]),
+            "",
+        ]
+    results = _swept("tune_5")
+    lines.append(
+        f"The choice, and the best of the formats within as many bits that are the same in all layers: "
+        f"{_conditions(results)}"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _swept(name):
+    return json.loads((RESULTS / name / "results.json").read_text())
+
+
+def _conditions(results):
+    """What a sweep was measured on."""
+    model, text, environment = results["model"], results["text"], results["environment"]
+    return (
+        f"the {model['name']} ({model['parameters']:,} weights, head size {model['head_dim']}) on "
+        f"{results['runs'][0]['tokens']:,} bytes of {text['source']}, jax {environment['jax']} on CPU, "
+        f"{environment['date'][:10]}. KL is in nats a token, against a plain float32 cache; \u00b1 are standard errors."
+    )
+
+
+def _runs(runs):
+    """Rows of a Markdown table."""
+    head = [
+        "| format | bytes per token | bits | perplexity ratio \u2212 1 | KL mean | KL 99.9 % | same top-1 | attn error |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    return head + [
+        f"| `{run['format']}` | {run['bytes_per_token']:,.0f} | {run['bits_per_element']:.2f} "
+        f"| {run['perplexity_ratio'] - 1:+.1e} \u00b1 {run['perplexity_ratio_se']:.0e} "
+        f"| {small(run['kl_mean'], run['kl_mean_se'])} | {run['kl_p999']:.1e} "
+        f"| {run['same_top']:.2%} | {run['attention_error']:.1%} |"
+        for run in runs
+    ]
 
 
 def decode_write():
@@ -190,6 +250,8 @@ def _loss(metric, loss):
 TABLES = {
     "adopt.md": adopt,
     "sweep.md": sweep,
+    "sweep_front.md": sweep_front,
+    "tune.md": tune,
     "decode_write.md": decode_write,
     "write_attend.md": write_attend,
     "stress.md": stress,

@@ -7,6 +7,9 @@ import jax
 import pytest
 from scripts import ROOT, script
 
+from qpaged.cli import main
+
+LLAMA = ROOT / "docs/includes/llama-3.1-8b.json"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FRAMEWORKS = {"flax", "transformers"}  # what one page has parts for
@@ -66,6 +69,13 @@ def test_sizes_are_as_allocated():
 def test_laws_are_those_of_the_kit():
     laws = script(ROOT / "docs/includes/laws.py")
     assert laws.TABLE.read_text() == laws.table(), "run python docs/includes/laws.py"
+
+
+def test_the_plan_is_as_printed(capsys):
+    told, _, printed = (ROOT / "docs/includes/plan.txt").read_text().partition("\n")
+    arguments = told.removeprefix("$ qpaged ").split()
+    assert main([argument.replace("config.json", str(LLAMA)) for argument in arguments]) == 0
+    assert capsys.readouterr().out == printed
 
 
 @pytest.mark.parametrize("name", script(ROOT / "docs/includes/results.py").TABLES)
