@@ -20,7 +20,10 @@ LOSSES = {
 def sweep():
     """What ``qpaged sweep --out benchmarks/results/sweep`` left, as a Markdown table and its figure."""
     results = _swept("sweep")
-    lines = [f"`qpaged sweep` of {len(results['runs'])} formats and pairs of them: {_conditions(results)}", ""]
+    lines = [
+        f"`qpaged sweep` of {len(results['runs'])} formats and pairs of them: {_conditions(results)}",
+        "",
+    ]
     lines += _runs(results["runs"])
     lines += ["", "![Mean KL against bytes per token, with the Pareto front](assets/frontier.png)"]
     return "\n".join(lines) + "\n"
