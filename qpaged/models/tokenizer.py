@@ -98,9 +98,10 @@ class FileTokenizer:
             offsets = np.concatenate([[0], np.cumsum(_byte_lengths(text[chars : part.ends[-1]]))])
             ends.append(done + offsets[np.maximum(part.ends - chars, 0)])
             chars, done = part.ends[-1], done + offsets[-1]
-        tokens = Tokens(np.concatenate(ids), np.maximum.accumulate(np.concatenate(ends)))
-        tokens.ends[-1:] = len(data)  # the last one's, if the tokenizer drops what follows it
-        return tokens
+        every_end = np.concatenate(ends)
+        np.maximum.accumulate(every_end, out=every_end)
+        every_end[-1:] = len(data)  # the last one's, if the tokenizer drops what follows it
+        return Tokens(np.concatenate(ids), every_end)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self.library.decode([int(one) for one in ids], skip_special_tokens=False)

@@ -46,6 +46,7 @@ def config(model_type, **fields):
 def changed(model_type, **fields):
     """The fields of `DecoderConfig` in which a model differs from a Llama of the same sizes."""
     found, plain = dataclasses.asdict(config(model_type, **fields)), dataclasses.asdict(config("llama"))
+    assert found.pop("model_type") == model_type
     return {name: value for name, value in found.items() if value != plain[name]}
 
 
