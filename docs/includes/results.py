@@ -34,16 +34,15 @@ def sweep_front():
     results = _swept("sweep")
     front = pareto_front(results["runs"])
     lines = [f"> {verdict(results)}", "", *_runs(front), ""]
-    count = len(results["runs"])
     lines.append(
-        f"The Pareto front of {count} formats and pairs, [all of which](choosing.md#accuracy-against-memory) are "
-        f"told elsewhere: {_conditions(results)}"
+        f"The Pareto front of the {len(results['runs'])} in [the whole table]"
+        f"(choosing.md#accuracy-against-memory): {_conditions(results)}"
     )
     return "\n".join(lines) + "\n"
 
 
 def tune():
-    """What ``qpaged tune --bits ... --report benchmarks/results/tune_...`` left: what was chosen, beside what."""
+    """What ``qpaged tune --report benchmarks/results/tune_...`` left: what was chosen, beside what."""
     lines = []
     for name in ("tune_5", "tune_6"):
         results = _swept(name)
@@ -80,14 +79,15 @@ def _conditions(results):
     return (
         f"the {model['name']} ({model['parameters']:,} weights, head size {model['head_dim']}) on "
         f"{results['runs'][0]['tokens']:,} bytes of {text['source']}, jax {environment['jax']} on CPU, "
-        f"{environment['date'][:10]}. KL is in nats a token, against a plain float32 cache; \u00b1 are standard errors."
+        f"{environment['date'][:10]}. KL is in nats a token, against a plain float32 cache; "
+        f"\u00b1 are standard errors."
     )
 
 
 def _runs(runs):
     """Rows of a Markdown table."""
     head = [
-        "| format | bytes per token | bits | perplexity ratio \u2212 1 | KL mean | KL 99.9 % | same top-1 | attn error |",
+        "| format | bytes per token | bits | perplexity ratio - 1 | KL mean | KL 99.9 % | top-1 | attn error |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     return head + [

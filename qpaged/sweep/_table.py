@@ -29,9 +29,9 @@ NARROW = tuple(COLUMNS)[:9]
 
 LEGEND = (
     "KL in nats a token, to {plain} ({reference}). ratio: bfloat16 bytes over these. attn error: worst "
-    "layer, relative. greedy: tokens until a continuation differs, of {generated}. {bar} standard errors "
-    "over sequences. * Pareto front: none is both smaller and closer."
+    "layer, relative. greedy: tokens until a continuation differs, of {generated}. * Pareto front: none is both smaller and closer."
 )
+BARS = f" {PLUS_MINUS} standard errors over sequences."
 
 
 def print_table(results: dict[str, Any], console: Any = None) -> None:
@@ -48,8 +48,8 @@ def print_table(results: dict[str, Any], console: Any = None) -> None:
             plain=runs[0]["format"],
             reference=results["reference"],
             generated=results["settings"]["generated"],
-            bar=PLUS_MINUS,
-        ),
+        )
+        + (BARS if wide else ""),
         box=need("rich.box").SIMPLE_HEAD,
         padding=(0, 1 if console.width >= ROOMY else 0, 0, 0),
         caption_justify="left",

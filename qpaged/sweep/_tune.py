@@ -15,6 +15,7 @@ import numpy as np
 
 from qpaged.quantizer import CacheFormat
 from qpaged.sweep._formats import fitting
+from qpaged.sweep._number import small
 from qpaged.sweep._reading import tied
 from qpaged.sweep._result import run_of, run_record
 from qpaged.sweep._run import PLAIN, Bench, Failure, Report, Run, Sweep, spellings
@@ -107,14 +108,13 @@ class Tuned:
     @property
     def verdict(self) -> str:
         """Whether to take the choice, in words."""
-        choice, uniform = self.runs[-1], self.best_uniform
-        found = f"by layer: KL {_kl(choice)} at {choice.bits_per_element:.2f} bits"
-        if uniform is None:
-            return f"{found}. No format that is the same in all layers keeps {self.budget}."
-        beside = f"KL {_kl(uniform)} at {uniform.bits_per_element:.2f} bits"
+        choice, uniform = (run and _told(run) for run in (self.runs[-1], self.best_uniform))
+        if self.best_uniform is None:
+            return f"By layer: {choice}. No format that is the same in all layers keeps {self.budget}."
+        name = self.best_uniform.format
         if self.better:
-            return f"{found}. The best that is the same in all layers, {uniform.format}, has {beside}."
-        return f"{uniform.format} in all layers does as well: {beside}; {found}. Take the simpler one."
+            return f"By layer: {choice}. The best that is the same in all layers, {name}: {uniform}."
+        return f"{name} in all layers does as well: {uniform}; by layer: {choice}. Take the simpler one."
 
     @property
     def record(self) -> dict[str, Any]:
@@ -263,7 +263,7 @@ class Tune:
     def _sensitivity(self, names: Sequence[str], journal: Journal, report: Report) -> np.ndarray:
         """(layers, 2, candidates): KL if one side of one layer is stored in a candidate, all else plain."""
         found = np.empty((self.layers, len(SIDES), len(names)))
-        settings = dataclasses.replace(self.sweep.settings, dtype="float32")  # so that the rest is exact
+        settings = dataclasses.replace(self.sweep.settings, dtype="float32")  # the rest stays exact
         bench = None
         for layer, side, candidate in np.ndindex(*found.shape):
             what = f"layer {layer}, {SIDES[side]}: {names[candidate]}"
@@ -406,7 +406,5 @@ def default_candidates(head_dim: int) -> list[str]:
     return fitting(CANDIDATES, head_dim)[0]
 
 
-def _kl(run: Run) -> str:
-    accuracy = run.accuracy
-    bar = "" if accuracy.kl_mean_se is None else f" \N{PLUS-MINUS SIGN} {accuracy.kl_mean_se:.0e}"
-    return f"{accuracy.kl_mean:.1e}{bar}"
+def _told(run: Run) -> str:
+    return f"KL {small(run.accuracy.kl_mean, run.accuracy.kl_mean_se)} at {run.bits_per_element:.2f} bits"
