@@ -87,7 +87,7 @@ def _conditions(results):
 def _runs(runs):
     """Rows of a Markdown table."""
     head = [
-        "| format | bytes per token | bits | perplexity ratio - 1 | KL mean | KL 99.9 % | top-1 | attn error |",
+        "| format | bytes per token | bits | ppl ratio - 1 | KL mean | KL 99.9 % | top-1 | attn error |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     return head + [

@@ -29,7 +29,8 @@ NARROW = tuple(COLUMNS)[:9]
 
 LEGEND = (
     "KL in nats a token, to {plain} ({reference}). ratio: bfloat16 bytes over these. attn error: worst "
-    "layer, relative. greedy: tokens until a continuation differs, of {generated}. * Pareto front: none is both smaller and closer."
+    "layer, relative. greedy: tokens until a continuation differs, of {generated}. "
+    "* Pareto front: none is both smaller and closer."
 )
 BARS = f" {PLUS_MINUS} standard errors over sequences."
 
