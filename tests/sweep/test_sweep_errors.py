@@ -110,3 +110,41 @@ def test_version(capsys):
 def test_nothing_is_written_where_nothing_was_run(sweep):
     found = sweep("--formats", "int9")
     assert not found.directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (
+            "sweep",
+            "MODEL_DIR --step --text --tokenizer --tokens --context --seed --formats --out --fresh --json",
+        ),
+        (
+            "tune",
+            "MODEL_DIR --step --text --tokenizer --bits --max-kl --formats --out --report --fresh --json",
+        ),
+        ("plan", "MODEL --memory --context --formats --weights --mesh --page-size --utilization --json"),
+        ("formats", "--help"),
+    ],
+)
+def test_help_tells_every_option_and_what_it_is_by_default(command, options, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    said = capsys.readouterr().out
+    assert exit.value.code == 0 and max(map(len, said.splitlines())) <= 80
+    usage, _, told = said.partition("\n\n")
+    assert usage.startswith(f"usage: qpaged {command} ")
+    for option in options.split():
+        assert option in usage.replace("[-h]", "--help") and f"  {option}" in told.replace("-h, ", "  ")
+    for told_default in {"sweep": ["16384", "bfloat16"], "tune": ["format.json"], "plan": ["0.9"]}.get(
+        command, []
+    ):
+        assert f"({told_default})" in told
+
+
+def test_the_list_of_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n    {command} " in said for command in ("sweep", "tune", "plan", "formats"))
