@@ -32,7 +32,8 @@ def decode(codes: jax.Array, dtype: Any) -> jax.Array:
     four, six, two, half = (jnp.asarray(number, dtype) for number in (4, 6, 2, 0.5))
     # 0, 1, 2, 3, 4, 6, 8, 12: twice the numbers, as a line with two bends
     doubled = size + jnp.maximum(size - four, 0) + two * jnp.maximum(size - six, 0)
-    return jnp.where(codes & SIGN != 0, -doubled, doubled) * half
+    negated = doubled - two * doubled  # not -0
+    return jnp.where(codes & SIGN != 0, negated, doubled) * half
 
 
 def unit_error(units: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qpaged.arrays import _tpu_write
 from qpaged.arrays._blocks import beside, block_max, blocked
 from qpaged.arrays._indices import clipped
 from qpaged.arrays._packing import merge, pack, unpack
@@ -96,6 +97,10 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
     outer_shape = outer_grid(quantizer, whole, _channels(array, axes))
     scales, outer = jax.vmap(lambda low, high: fit(quantizer, low, high, outer_shape))(low, high)
     codes = array.codes
+    if _tpu_write.takes(array, axes):
+        arguments = array, distinct, of_row, index, rows, scales, low, high
+        codes, scales = lax.platform_dependent(*arguments, tpu=_write_pages, default=_grow_and_scatter)
+        return array.like(codes, scatter_rows(array.scales, axes, distinct, scales))
     if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
         codes, scales = _grow(array, axes, distinct, scales, low, high)
     stored = scatter_rows(array.scales, axes, distinct, scales)
@@ -105,6 +110,24 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
     new = jax.vmap(lambda row, s, o: encode(row, quantizer, s, o))(rows, scales[of_row], outer[of_row])
     outer = scatter_rows(array.outer, axes, distinct, outer)
     return array.like(_scatter_codes(array, codes, axes, index, new), stored, None, outer)
+
+
+def _grow_and_scatter(array: QuantizedArray, distinct, of_row, index, rows, fresh, low, high):
+    """Codes and scales of a pool with rows written to (page, slot), whose pages share scales."""
+    axes = 1, 2
+    codes, scales = _grow(array, axes, distinct, fresh, low, high)
+    new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
+    return _scatter_codes(array, codes, axes, index, new), scales
+
+
+def _write_pages(array: QuantizedArray, distinct, of_row, index, rows, fresh, low, high):
+    """The same on TPUs."""
+    old, scales = _grown_scales(array, (1, 2), distinct, fresh, low, high)
+    new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
+    packed = pack(new, array.quantizer.bits, -1)
+    pages = jnp.where(distinct[:, 1] == 0, distinct[:, 0], array.shape[1])
+    was, is_now = (jnp.expand_dims(part, 2) for part in (old, scales))
+    return _tpu_write.write(array, pages, of_row, index[:, 1], was, is_now, packed), scales
 
 
 def _distinct(blocks: jax.Array, grid: Axes) -> tuple[jax.Array, jax.Array]:
@@ -157,6 +180,26 @@ def _grow(
         return _scatter_windows(codes, axes, at, array, grown), scales.at[row].set(new, mode="drop")
 
     return lax.fori_loop(jnp.int32(0), steps, rescale, (array.codes, jnp.where(used, old, fresh)))
+
+
+def _grown_scales(array, axes: Axes, blocks, fresh, low, high) -> tuple[jax.Array, jax.Array]:
+    """What :func:`_grow` makes the scales of ``blocks``, and what they were; codes are left."""
+    old = gather_rows(array.scales, axes, blocks)
+    used = old != 0
+    grows = used & ~array.quantizer.holds(old, low, high)
+    chosen, steps, chunk = _chunked(grows.reshape(len(blocks), -1).any(axis=1))
+    at_end = jnp.array([array.scales.shape[axis] for axis in axes], jnp.int32)
+
+    def refit(step, scales):
+        row = lax.dynamic_slice_in_dim(chosen, step * chunk, chunk)
+        at = jnp.where((row < len(blocks))[:, None], blocks.at[row].get(mode="clip"), at_end)
+        windows = _gather_windows(array.codes, axes, at, array)
+        _, new = jax.vmap(lambda *window: _grow_window(array, axes, *window))(
+            windows, scales.at[row].get(mode="clip"), grows[row], low[row], high[row]
+        )
+        return scales.at[row].set(new, mode="drop")
+
+    return old, lax.fori_loop(jnp.int32(0), steps, refit, jnp.where(used, old, fresh))
 
 
 def _chunked(needed: jax.Array) -> tuple[jax.Array, jax.Array, int]:

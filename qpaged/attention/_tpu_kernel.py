@@ -1,9 +1,9 @@
 """The Pallas kernel of the ``tpu`` backend: one tile of queries after another, over blocks of pages.
 
 A block's pages are copied from HBM one by one, as the page table in scalar memory says, all KV heads of a
-page at once and into one of two buffers, while the block before is computed with from the other. While the last
-block of a tile is computed with, the first one of the next tile arrives. The softmax is a running one (Milakov
-and Gimelshein, 2018).
+page at once and into one of two buffers, while the block before is computed with from the other. While the
+last block of a tile is computed with, the first one of the next tile arrives. The softmax is a running one
+(Milakov and Gimelshein, 2018).
 """
 
 import functools
