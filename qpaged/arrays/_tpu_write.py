@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import version_tuple
+from qpaged._compat import partitioned, shaped_as, version_tuple
 from qpaged.arrays._packing import BYTE
 from qpaged.arrays._tiles import refused
 
@@ -23,7 +23,7 @@ OLDEST_JAX = (0, 10)
 
 def takes(array: Any, axes: tuple[int, ...]) -> bool:
     """Whether the kernel writes rows to (page, slot) of a pool: it must be what grows its scales."""
-    if version_tuple(jax.__version__) < OLDEST_JAX or array.ndim != 4 or axes != (1, 2):
+    if array.ndim != 4 or axes != (1, 2) or version_tuple(jax.__version__) < OLDEST_JAX or partitioned():
         return False
     heads, _, page_size, width = array.codes.shape
     shared = array.scales is not None and array.outer is None and array.scales.shape[2] < page_size
@@ -78,7 +78,7 @@ def write(array: Any, pages, of_row, slot, old, new, rows) -> jax.Array:
                 pltpu.SemaphoreType.DMA((3,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(codes.shape, codes.dtype),
+        out_shape=shaped_as(codes.shape, codes.dtype, (codes, rows, scales, pages, slot)),
         input_output_aliases={4: 0},
         name="write_pages",
     )(pages, starts, slot[order], inside.sum(dtype=jnp.int32)[None], codes, rows, *scales)

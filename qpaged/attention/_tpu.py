@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import version_tuple
+from qpaged._compat import partitioned, version_tuple
 from qpaged.arrays import QuantizedArray, common_dtype, compute_dtype, refused
 from qpaged.attention._options import Options, Tokens
 from qpaged.attention._tpu_pages import LANES, Pages
@@ -28,6 +28,8 @@ def refusal() -> str | None:
     """Why the backend takes no call at all; None if it does."""
     if version_tuple(jax.__version__) < OLDEST_JAX:
         return f"needs JAX {'.'.join(map(str, OLDEST_JAX))} or newer, but this is {jax.__version__}"
+    if partitioned():
+        return "is not partitioned by the compiler, as the mesh's Auto axes ask; call it within jax.shard_map"
     return None
 
 

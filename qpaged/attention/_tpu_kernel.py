@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from qpaged._compat import shaped_as
 from qpaged.attention._options import FLOOR, Options
 from qpaged.attention._tpu_pages import Pages
 
@@ -156,7 +157,7 @@ def attend(plan: Plan, bounds, position, table, query, sinks, keys, values, key_
             out_specs=pl.BlockSpec((1, *out_shape[1:]), lambda tile, *_: (tile, 0, 0, 0, 0)),
             scratch_shapes=scratch,
         ),
-        out_shape=jax.ShapeDtypeStruct(out_shape, jnp.float32),
+        out_shape=shaped_as(out_shape, jnp.float32, (bounds, position, table, inputs)),
         name="paged_attention",
     )(bounds, position, table, *inputs)
 

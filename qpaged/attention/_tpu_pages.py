@@ -1,9 +1,9 @@
 """How the ``tpu`` backend sees pages: as rows of whole lanes, whose scales come to it in the table's order.
 
 A slot's stored elements fill at least one row of 128 lanes, or several slots share a row: its *folds*. A
-query is multiplied with one fold by zeros in the lanes of the others, so that nothing is ever brought from one
-lane to another. Codes that share a byte, its *places*, are taken apart one place at a time; channel c is at
-place c mod places.
+query is multiplied with one fold by zeros in the lanes of the others, so that nothing is ever brought from
+one lane to another. Codes that share a byte, its *places*, are taken apart one place at a time; channel
+c is at place c mod places.
 """
 
 from dataclasses import dataclass

@@ -158,3 +158,24 @@ def test_the_platform_of_the_program_decides():
     for platform, kernels in (("tpu", 1), ("cpu", 0)):
         lowered = traced.lower(lowering_platforms=(platform,)).as_text()
         assert lowered.count("@tpu_custom_call") == kernels
+
+
+@takes
+def test_several_devices():
+    """Within shard_map each device computes with its own heads; what the compiler partitions is declined."""
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    view, table = filled("int8", 2, 128, PAGE_SIZE, SEQUENCES)
+    query, metadata = normal(len(SEQUENCES), 4, 128), decode(table, SEQUENCES)[0]
+    with jax.set_mesh(mesh):
+        assert "call it within jax.shard_map" in qpaged.attention_backends(query, view, metadata)[0].reason
+        heads = jax.sharding.PartitionSpec("heads")
+        of_query = jax.sharding.PartitionSpec(None, "heads")
+
+        @functools.partial(jax.shard_map, in_specs=(of_query, heads), out_specs=of_query, check_vma=False)
+        def attend(query, pools):
+            config = dataclasses.replace(view.metadata, num_kv_heads=1)
+            mine = view.replace(metadata=config, key_pages=pools[0], value_pages=pools[1])
+            return qpaged.paged_attention(query, mine, metadata)
+
+        traced = jax.jit(attend).trace(query, (view.key_pages, view.value_pages))
+        assert traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") == 1
