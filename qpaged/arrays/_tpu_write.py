@@ -54,8 +54,8 @@ def write(array: Any, pages, of_row, slot, old, new, rows) -> jax.Array:
     codes = array.codes.reshape(heads, count, page_size * width // lanes, lanes)
     inside = (pages >= 0) & (pages < count)
     order = jnp.argsort(of_row)  # stable: of rows to one slot the last stays
-    ends = jnp.cumsum(jnp.bincount(of_row, length=len(pages)), dtype=jnp.int32)
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+    places = jnp.arange(len(pages) + 1, dtype=jnp.int32)
+    starts = jnp.searchsorted(of_row[order], places, method="compare_all").astype(jnp.int32)
     missing = -len(pages) % AT_ONCE
     scales = [_of_lanes(part, several, width, lanes, missing) for part in (old, new)]
     rows = jnp.pad(jnp.tile(rows[order], lanes // width), ((0, AT_ONCE), (0, 0), (0, 0)))
@@ -83,6 +83,31 @@ def write(array: Any, pages, of_row, slot, old, new, rows) -> jax.Array:
         name="write_pages",
     )(pages, starts, slot[order], inside.sum(dtype=jnp.int32)[None], codes, rows, *scales)
     return out.reshape(array.codes.shape)
+
+
+def take(part: jax.Array, pages: jax.Array) -> jax.Array:
+    """(n, kv_heads, ...) of ``pages`` (n,); zeros where out of range."""
+    flat, at = _each_head(part, pages)
+    return flat.at[at].get(mode="fill", fill_value=0)
+
+
+def put(part: jax.Array, pages: jax.Array, new: jax.Array) -> jax.Array:
+    """``part`` with ``new`` (n, kv_heads, ...) put at ``pages`` (n,); out of range is dropped."""
+    flat, at = _each_head(part, pages)
+    return flat.at[at].set(new, mode="drop").reshape(part.shape)
+
+
+def _each_head(part: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A pool's part as (kv_heads · pages, ...), and where each head's pages (n, kv_heads) are in it.
+
+    XLA finds slices of one head where they lie; for those of all heads it would bring the whole pool into
+    another layout.
+    """
+    heads, count = part.shape[:2]
+    head = jnp.arange(heads, dtype=jnp.int32) * count
+    inside = (pages >= 0) & (pages < count)
+    at = jnp.where(inside[:, None], head + pages[:, None], heads * count)
+    return part.reshape(heads * count, *part.shape[2:]), at
 
 
 def _of_lanes(scales: jax.Array, several: int, width: int, lanes: int, missing: int) -> jax.Array:

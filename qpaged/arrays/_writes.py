@@ -100,7 +100,7 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
     if _tpu_write.takes(array, axes):
         arguments = array, distinct, of_row, index, rows, scales, low, high
         codes, scales = lax.platform_dependent(*arguments, tpu=_write_pages, default=_grow_and_scatter)
-        return array.like(codes, scatter_rows(array.scales, axes, distinct, scales))
+        return array.like(codes, scales)
     if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
         codes, scales = _grow(array, axes, distinct, scales, low, high)
     stored = scatter_rows(array.scales, axes, distinct, scales)
@@ -117,17 +117,19 @@ def _grow_and_scatter(array: QuantizedArray, distinct, of_row, index, rows, fres
     axes = 1, 2
     codes, scales = _grow(array, axes, distinct, fresh, low, high)
     new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
-    return _scatter_codes(array, codes, axes, index, new), scales
+    stored = scatter_rows(array.scales, axes, distinct, scales)
+    return _scatter_codes(array, codes, axes, index, new), stored
 
 
 def _write_pages(array: QuantizedArray, distinct, of_row, index, rows, fresh, low, high):
     """The same on TPUs."""
-    old, scales = _grown_scales(array, (1, 2), distinct, fresh, low, high)
-    new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
-    packed = pack(new, array.quantizer.bits, -1)
     pages = jnp.where(distinct[:, 1] == 0, distinct[:, 0], array.shape[1])
-    was, is_now = (jnp.expand_dims(part, 2) for part in (old, scales))
-    return _tpu_write.write(array, pages, of_row, index[:, 1], was, is_now, packed), scales
+    old = _tpu_write.take(array.scales, pages)
+    scales = _grown_scales(array, pages, old[:, :, 0], fresh, low, high)
+    new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
+    packed, new_scales = pack(new, array.quantizer.bits, -1), jnp.expand_dims(scales, 2)
+    codes = _tpu_write.write(array, pages, of_row, index[:, 1], old, new_scales, packed)
+    return codes, _tpu_write.put(array.scales, pages, new_scales)
 
 
 def _distinct(blocks: jax.Array, grid: Axes) -> tuple[jax.Array, jax.Array]:
@@ -182,24 +184,21 @@ def _grow(
     return lax.fori_loop(jnp.int32(0), steps, rescale, (array.codes, jnp.where(used, old, fresh)))
 
 
-def _grown_scales(array, axes: Axes, blocks, fresh, low, high) -> tuple[jax.Array, jax.Array]:
-    """What :func:`_grow` makes the scales of ``blocks``, and what they were; codes are left."""
-    old = gather_rows(array.scales, axes, blocks)
+def _grown_scales(array: QuantizedArray, pages: jax.Array, old: jax.Array, fresh, low, high) -> jax.Array:
+    """What :func:`_grow` makes the ``old`` scales of ``pages``; codes are left."""
     used = old != 0
     grows = used & ~array.quantizer.holds(old, low, high)
-    chosen, steps, chunk = _chunked(grows.reshape(len(blocks), -1).any(axis=1))
-    at_end = jnp.array([array.scales.shape[axis] for axis in axes], jnp.int32)
+    chosen, steps, chunk = _chunked(grows.reshape(len(pages), -1).any(axis=1))
 
     def refit(step, scales):
         row = lax.dynamic_slice_in_dim(chosen, step * chunk, chunk)
-        at = jnp.where((row < len(blocks))[:, None], blocks.at[row].get(mode="clip"), at_end)
-        windows = _gather_windows(array.codes, axes, at, array)
-        _, new = jax.vmap(lambda *window: _grow_window(array, axes, *window))(
+        windows = jnp.expand_dims(_tpu_write.take(array.codes, pages.at[row].get(mode="clip")), 2)
+        _, new = jax.vmap(lambda *window: _grow_window(array, (1, 2), *window))(
             windows, scales.at[row].get(mode="clip"), grows[row], low[row], high[row]
         )
         return scales.at[row].set(new, mode="drop")
 
-    return old, lax.fori_loop(jnp.int32(0), steps, refit, jnp.where(used, old, fresh))
+    return lax.fori_loop(jnp.int32(0), steps, refit, jnp.where(used, old, fresh))
 
 
 def _chunked(needed: jax.Array) -> tuple[jax.Array, jax.Array, int]:

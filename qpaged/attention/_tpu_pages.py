@@ -111,6 +111,10 @@ class Pages:
             mode=lax.GatherScatterMode.FILL_OR_DROP, fill_value=0,
         )  # fmt: skip
         if groups > 1 and not self.per_slot:
+            rows = pool.scales.reshape(-1, groups)
+            head = jnp.arange(heads, dtype=jnp.int32)[:, None] * pool.scales.shape[1]
+            at = jnp.where(table.reshape(-1) < pool.scales.shape[1], head + table.reshape(-1), len(rows))
+            found = rows.at[at].get(mode="fill", fill_value=0)
             found = found.reshape(heads, sequences, blocks, pages, groups)
             return found.transpose(1, 2, 0, 3, 4)
         found = jnp.broadcast_to(found, (heads, found.shape[1], self.page_size, groups))
