@@ -102,24 +102,18 @@ class Pages:
         if not self.groups:
             return None
         sequences, blocks = len(table), table.shape[1] // pages
-        numbers = lax.GatherDimensionNumbers(
-            offset_dims=(0, 2, 3), collapsed_slice_dims=(1,), start_index_map=(1,)
-        )
-        heads, _, slots, groups = pool.scales.shape
-        found = lax.gather(
-            pool.scales, table.reshape(-1, 1), numbers, (heads, 1, slots, groups),
-            mode=lax.GatherScatterMode.FILL_OR_DROP, fill_value=0,
-        )  # fmt: skip
+        heads, count, slots, groups = pool.scales.shape
+        # XLA finds one head's slices where they lie; for those of all heads it would move the whole pool's.
+        head = jnp.arange(heads, dtype=jnp.int32)[:, None]
+        page = table.reshape(sequences, blocks, 1, pages)
+        at = jnp.where((page >= 0) & (page < count), head * count + page, heads * count)
+        rows = pool.scales.reshape(heads * count, slots, groups)
+        found = rows.at[at].get(mode="fill", fill_value=0)  # (sequences, blocks, heads, pages, slots, groups)
         if groups > 1 and not self.per_slot:
-            rows = pool.scales.reshape(-1, groups)
-            head = jnp.arange(heads, dtype=jnp.int32)[:, None] * pool.scales.shape[1]
-            at = jnp.where(table.reshape(-1) < pool.scales.shape[1], head + table.reshape(-1), len(rows))
-            found = rows.at[at].get(mode="fill", fill_value=0)
-            found = found.reshape(heads, sequences, blocks, pages, groups)
-            return found.transpose(1, 2, 0, 3, 4)
-        found = jnp.broadcast_to(found, (heads, found.shape[1], self.page_size, groups))
-        found = found.reshape(heads, sequences, blocks, pages * self.page_rows, self.folds, groups)
-        found = found.transpose(1, 2, 0, 4, 5, 3)
+            return found.reshape(*at.shape, groups)
+        found = jnp.broadcast_to(found, (*at.shape, self.page_size, groups))
+        found = found.reshape(*at.shape[:3], pages * self.page_rows, self.folds, groups)
+        found = found.transpose(0, 1, 2, 4, 5, 3)
         shape = found.shape[:3]
         return found.reshape(*shape, -1) if groups == 1 else found.reshape(*shape, self.folds * groups, -1)
 
