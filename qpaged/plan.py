@@ -17,7 +17,7 @@ class Plan:
     """The cache of one format on one device; bytes are those of that device.
 
     Attributes:
-        format: as it was asked for.
+        format: its name.
         metadata: what :meth:`PagedAttentionCacheMetaData.create` makes there; its KV heads are those of one
             device.
         memory: of the device.
@@ -83,6 +83,7 @@ def plan(
     page_size: int = 16,
     mesh_size: int = 1,
     hbm_utilization: float = 0.9,
+    name: str | None = None,
 ) -> Plan:
     """The largest cache that fits beside a model's weights.
 
@@ -100,6 +101,7 @@ def plan(
         page_size: tokens of a page.
         mesh_size: devices.
         hbm_utilization: between 0 and 1.
+        name: what to call the format; its spelling if None.
 
     Raises:
         ValueError: the weights do not fit, or not one page does, or a format that does not go with the model.
@@ -130,7 +132,7 @@ def plan(
     keys = [_parts(view.key_pages) for view in cache.views]
     values = [_parts(view.value_pages) for view in cache.views]
     return Plan(
-        format=str(format),
+        format=name or str(formats),
         metadata=metadata,
         memory=memory_bytes,
         weights=weights,

@@ -4,6 +4,7 @@ Exit status: 0 fine, 1 a format failed or none is good enough, 2 wrong usage, 13
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,9 @@ from qpaged.cli._common import INTERRUPTED, USAGE, say
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, and return the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # lest a long job fail on printing an umlaut in ASCII
+            stream.reconfigure(errors="replace")
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -32,7 +36,3 @@ def _parser() -> argparse.ArgumentParser:
     for command in (_sweep, _tune, _plan, _formats):
         command.add(commands)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

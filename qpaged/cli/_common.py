@@ -86,12 +86,17 @@ def split_formats(spellings: str) -> list[str]:
     return [part.strip() for part in spellings.split(",")]
 
 
-def make_writable(directory: Path) -> None:
+def make_writable(directory: Path, option: str) -> None:
     """Make a directory for results.
 
     Raises:
-        OSError: nothing can be written there.
+        ValueError: nothing can be written there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{option} {directory} cannot be made ({error.strerror}); give a directory."
+        ) from error
     if not os.access(directory, os.W_OK):
-        raise PermissionError(f"--out {directory} cannot be written to; give another directory.")
+        raise ValueError(f"{option} {directory} cannot be written to; give another directory.")

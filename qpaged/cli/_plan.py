@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from qpaged import sweep
-from qpaged.cli._common import FINE, split_formats
+from qpaged.cli._common import FAILED, FINE, say, split_formats
 from qpaged.models import DecoderConfig, parameter_bytes, read_config
 from qpaged.plan import Plan, device_memory, plan
 
@@ -40,7 +40,7 @@ def add(commands) -> None:
         "--memory", type=size, metavar="SIZE", help="of one device, as 80GiB (what the device found has)"
     )
     argument("--context", type=int, metavar="N", help="tokens of a sequence (the model's longest)")
-    argument("--formats", metavar="LIST", default=FORMATS, help="(%(default)s)")
+    argument("--formats", metavar="LIST", help=f"({FORMATS}, those that fit)")
     argument(
         "--weights", type=size, metavar="SIZE", help="of the whole model (the checkpoint's; 0 without one)"
     )
@@ -71,19 +71,29 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError("the device found does not tell its memory; give it, as in --memory 80GiB.")
     if args.mesh < 1:
         raise ValueError(f"--mesh must be at least 1, but came as {args.mesh}.")
-    context = args.context or config.max_position_embeddings
-    plans = [
-        plan(
-            config, spelling, memory_bytes=memory, context=context, weights_bytes=weights, dtype=args.dtype,
-            page_size=args.page_size, mesh_size=args.mesh, hbm_utilization=args.utilization,
-        )
-        for spelling in split_formats(args.formats)
-    ]  # fmt: skip
+    context = config.max_position_embeddings if args.context is None else args.context
+    plans: list[Plan] = []
+    errors: dict[str, ValueError] = {}
+    for spelling, format in sweep.sweep_order(split_formats(args.formats or FORMATS)):
+        try:
+            plans.append(
+                plan(
+                    config, format, memory_bytes=memory, context=context, weights_bytes=weights,
+                    dtype=args.dtype, page_size=args.page_size, mesh_size=args.mesh,
+                    hbm_utilization=args.utilization, name=spelling,
+                )
+            )  # fmt: skip
+        except ValueError as error:
+            errors[spelling] = error
+    if not plans:
+        raise next(iter(errors.values()))
+    for spelling, reason in errors.items():
+        say(args, f"{spelling} is left out: {reason}")
     if args.json:
         print(json.dumps({"plans": [_record(each) for each in plans]}, indent=2))
     else:
         _print(args, config, plans)
-    return FINE
+    return FAILED if errors and args.formats else FINE
 
 
 def _record(each: Plan) -> dict[str, Any]:

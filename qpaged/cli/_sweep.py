@@ -1,6 +1,7 @@
 """``qpaged sweep``."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import qpaged
@@ -44,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
     asked = None if args.formats in (None, EVERYTHING) else split_formats(args.formats)
     if asked is not None:
         sweep.sweep_order(asked)
-    make_writable(args.out)
+    make_writable(args.out, "--out")
     model, text, settings = load_job(args)
     failures: list[sweep.Failure] = []
     unfit: list[str] = []
@@ -54,14 +55,24 @@ def _run(args: argparse.Namespace) -> int:
     say_if_short(args, job)
     if unfit:
         say(args, f"left out, since they do not go with head_dim {model.head_dim}: {', '.join(unfit)}.")
-    if not args.fresh:
-        job = job.resumed(sweep.known_runs(job, args.out))
-        if job.known:
-            say(args, f"{args.out / sweep.RESULTS} has {len(job.known)} of these formats already.")
+    job = dataclasses.replace(job, known=sweep.known_runs(job, args.out))
+    if args.fresh:
+        job = dataclasses.replace(job, known=())
+    elif job.known:
+        say(
+            args,
+            f"{args.out / sweep.RESULTS} has runs of {', '.join(run.format for run in job.known)} already.",
+        )
+    elif (kept := sweep.set_aside(args.out)) is not None:
+        say(args, f"{args.out / sweep.RESULTS} was of another sweep, and is kept as {kept.name}.")
     result = _measure(job, failures, args.out)
     if not result.runs:
         raise KeyboardInterrupt
-    return publish(args, result, args.out)
+    try:
+        return publish(args, result, args.out)
+    except KeyboardInterrupt:
+        say(args, f"interrupted; {args.out / sweep.RESULTS} has all that was measured.")
+        return INTERRUPTED
 
 
 def _installed(wrapped: bool, head_dim: int) -> tuple[list[str], list[sweep.Failure], list[str]]:
@@ -77,7 +88,9 @@ def _measure(job: sweep.Sweep, failures: list[sweep.Failure], out: Path) -> swee
     runs: list[sweep.Run] = []
 
     def result(complete: bool) -> sweep.SweepResult:
-        return sweep.SweepResult(job, tuple(runs), tuple(failures), complete)
+        done = {run.identity for run in runs}
+        rest = [run for run in job.known if run.identity not in done]  # lest a rerun lose them
+        return sweep.SweepResult(job, (*runs, *rest), tuple(failures), complete)
 
     try:
         with sweep.progress_bar(job.tokens * len(job.pending), "sweep") as report:

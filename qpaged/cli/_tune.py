@@ -42,7 +42,7 @@ def add(commands) -> None:
         "--report",
         metavar="DIR",
         type=Path,
-        help="where results.json, report.html and figures go (beside FILE)",
+        help="where results.json, report.html and figures go (FILE without .json)",
     )
     parser.add_argument("--fresh", action="store_true", help="forget what an interrupted search has measured")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
@@ -54,9 +54,11 @@ def _run(args: argparse.Namespace) -> int:
     budget = sweep.Budget(args.bits, args.max_kl)
     if args.out.suffix != ".json":
         raise ValueError(f"--out must be a file that ends in .json, but came as {args.out}.")
-    directory = args.out.parent if args.report is None else args.report
-    for each in (args.out.parent, directory):
-        make_writable(each)
+    if args.out.is_dir():
+        raise ValueError(f"--out must be a file, but {args.out} is a directory.")
+    directory = args.out.with_suffix("") if args.report is None else args.report
+    make_writable(args.out.parent, "--out")
+    make_writable(directory, "--report")
     if args.formats is not None:
         sweep.sweep_order(split_formats(args.formats))
     model, text, settings = load_job(args)
@@ -66,7 +68,11 @@ def _run(args: argparse.Namespace) -> int:
     job = sweep.Sweep(model, text, tuple(formats), settings)
     say_if_short(args, job)
     tune = sweep.Tune(job, budget, args.out.name)
-    journal = sweep.Journal(args.out.with_name(f"{args.out.name}.partial"), sweep.conditions(job), args.fresh)
+    journal = sweep.Journal(
+        args.out.with_name(f"{args.out.name}.partial"),
+        sweep.same_conditions(sweep.conditions(job)),
+        args.fresh,
+    )
     try:
         with sweep.progress_bar(tune.tokens, "tune") as report:
             tuned = tune.run(journal, report)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from qpaged.models._shards import (
     weight_files,
 )
 from qpaged.models.config import DecoderConfig
-from qpaged.models.decoder import OUTPUT, Params, layer_prefix, param_shapes
+from qpaged.models.decoder import OUTPUT, Params, param_shapes
 from qpaged.models.families import decoder_config, llama_fields
 
 CONFIG_FILE = "config.json"
@@ -159,8 +158,6 @@ def _used_tensors(path: Path) -> tuple[DecoderConfig, dict[str, StoredTensor] | 
     config, stored = read_config(path), _canonical(stored_tensors(path.parent))
     if not stored:
         return config, None
-    if OUTPUT not in stored:
-        config = replace(config, tie_word_embeddings=True)
     shapes = param_shapes(config)
     found = {name: tensor.shape for name, tensor in stored.items()}
     for name, shape in shapes.items():
@@ -181,7 +178,10 @@ def _check_weight(
     name: str, shape: tuple[int, ...], found: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
     if name not in found:
-        raise ValueError(f"{where} has no tensor {name!r}, which the configuration calls for.")
+        raise ValueError(
+            f"{where} has no tensor {name!r}, which the configuration calls for. "
+            "Copy all files of the checkpoint again."
+        )
     if found[name] != shape:
         raise ValueError(
             f"{where} has {name!r} of shape {found[name]}, but the configuration calls for {shape}. "
@@ -191,11 +191,9 @@ def _check_weight(
 
 def _check_understood(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -> None:
     """Every tensor of the decoder is used: a bias, norm or scale left out would change what it computes."""
-    layers = tuple(layer_prefix(layer) for layer in range(config.num_hidden_layers))
     shapes = param_shapes(config)
     for name, tensor in stored.items():
-        later = name.startswith("model.layers.") and not name.startswith(layers)
-        if not (name in shapes or name == OUTPUT or name.endswith(BUFFERS) or later):
+        if not (name in shapes or name == OUTPUT or name.endswith(BUFFERS)):
             raise ValueError(
                 f"{tensor.path} has the tensor {tensor.name!r}, for which the configuration's decoder has no "
                 "use. Choose a checkpoint without it."

@@ -89,7 +89,9 @@ class CacheFormat:
         try:
             key, value = _from_config(config["key"]), _from_config(config["value"])
             layers = [(int(i), (_from_config(k), _from_config(v))) for i, (k, v) in config["layers"]]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, RegistryError):
+                raise
             raise ValueError(
                 f"config must hold 'key', 'value' and 'layers' as CacheFormat.config writes them, "
                 f"but came as {config!r}."
@@ -122,10 +124,9 @@ def _pair(spelling: str) -> Pair:
 
 def _load(path: Path) -> CacheFormat:
     """The format in a file."""
-    text = path.read_text(encoding="utf-8")
     try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); write it with CacheFormat.save.") from error
     if not isinstance(config, dict) or config.get("qpaged") != FILE_KIND:
         raise ValueError(
@@ -136,7 +137,10 @@ def _load(path: Path) -> CacheFormat:
             f"{path} must be of version {FILE_VERSION}, but is of version {config.get('version')!r}; "
             f"read it with the qpaged that wrote it."
         )
-    return CacheFormat.from_config(config)
+    try:
+        return CacheFormat.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path} holds a cache format that cannot be made: {error}") from error
 
 
 def _layer(index: int, format: Any) -> Pair:

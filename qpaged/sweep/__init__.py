@@ -9,7 +9,15 @@ from qpaged.sweep._metrics import Accuracy
 from qpaged.sweep._model import Model, Stream
 from qpaged.sweep._progress import progress_bar
 from qpaged.sweep._report import write_report
-from qpaged.sweep._result import RESULTS, SweepResult, conditions, known_runs, write_json
+from qpaged.sweep._result import (
+    RESULTS,
+    SweepResult,
+    conditions,
+    known_runs,
+    same_conditions,
+    set_aside,
+    write_json,
+)
 from qpaged.sweep._run import Failure, Greedy, Run, Sweep, sweep_order
 from qpaged.sweep._settings import DTYPES, Settings
 from qpaged.sweep._step import StepModel, load_step
@@ -61,6 +69,8 @@ __all__ = [
     "need_sweep_extra",
     "print_table",
     "progress_bar",
+    "same_conditions",
+    "set_aside",
     "sweep_order",
     "verdict",
     "write_figures",

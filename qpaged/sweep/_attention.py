@@ -42,7 +42,13 @@ class AttentionProfile:
 
     @classmethod
     def of(cls, sums: np.ndarray) -> "AttentionProfile":
-        """From sums (layers, units, :data:`SUMS`)."""
+        """From sums (layers, units, :data:`SUMS`).
+
+        Raises:
+            ValueError: sums that are not finite.
+        """
+        if not np.isfinite(sums).all():
+            raise ValueError("the errors of attention are not finite; its keys or values may be too large")
 
         def estimates(name: str) -> tuple[list[float], list[float | None]]:
             part, whole = SUMS.index(name), SUMS.index("rows" if name == "kl" else "output")

@@ -173,11 +173,6 @@ def load_model(
     if context is not None:
         config = config.for_context(context)
     tokens = load_tokenizer("bytes" if path is None else tokenizer or directory)
-    if tokens.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"tokenizer must have at most the {config.vocab_size:,} tokens of the model, but {tokens.name} "
-            f"has {tokens.vocab_size:,}; use the tokenizer that the checkpoint was trained with."
-        )
     return Decoder(
         name, config, params, tokens, checkpoint_sha256(directory), None if path is None else str(path)
     )

@@ -46,7 +46,7 @@ def write_figures(results: dict[str, Any], directory: Path) -> list[Path]:
     """
     check(results, (*FRONTIER_FIELDS, *LAYERS_FIELDS))
     drawn = {"frontier": frontier_figure(results)}
-    if any(run["attention_error_by_layer"] for run in results["runs"]):
+    if any(run["attention_error_by_layer"] for run in results["runs"][1:]):
         drawn["layers"] = layers_figure(results)
     return [_save(figure, directory / name) for stem, figure in drawn.items() for name in _names(stem)]
 
@@ -61,7 +61,7 @@ def frontier_figure(results: dict[str, Any]) -> Any:
     for dot in dots:
         color, fill = (FRONT, FRONT) if dot.on_front else (REST, "white")
         axes.plot(dot.x, dot.y, "o", color=color, mfc=fill, ms=7, zorder=3 + dot.on_front)
-    axes.set_title(textwrap.fill(title(results), 90), fontsize=10)
+    axes.set_title(textwrap.fill(title(results), 90), fontsize=10, parse_math=False)
     figure.draw_without_rendering()  # so that places are known in points
     _name(axes, dots)
     return figure

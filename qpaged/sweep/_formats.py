@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from qpaged.quantizer import Quantizer, RegistryError, available_quantizers, get_quantizer
+from qpaged.quantizer import Quantizer, available_quantizers, get_quantizer
 
 PAGE = (1, 1, 16, 128)
 """One page of one head that formats are sized on: (kv_heads, pages, page_size, head_dim)."""
@@ -35,7 +35,7 @@ def installed_formats() -> tuple[list[FormatInfo], dict[str, str]]:
         try:
             granularities = get_quantizer(name).granularities
             infos += [_info(get_quantizer(f"{name}:{granularity}")) for granularity in granularities]
-        except RegistryError as error:
+        except Exception as error:  # a plugin's own; the other formats are still worth having
             broken[name] = str(error)
     return infos, broken
 
@@ -48,7 +48,7 @@ def fitting(formats: Iterable[str], head_dim: int) -> tuple[list[str], dict[str,
         try:
             jax.eval_shape(lambda s=spelling: get_quantizer(s).empty((1, 1, 16, head_dim), jnp.bfloat16))
             fit.append(spelling)
-        except ValueError as error:
+        except Exception as error:  # a plugin's own, too
             reasons[spelling] = str(error)
     return fit, reasons
 

@@ -94,9 +94,10 @@ def compare(reference: jax.Array, logits: jax.Array, truth: jax.Array) -> Predic
 
 def divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """sum p (d + exp(-d) - 1) with d = log p - log q over the last axis; where p is 0, q."""
-    seen = log_p > -jnp.inf
+    p, q, seen = jnp.exp(log_p), jnp.exp(log_q), log_p > -jnp.inf
     d = jnp.where(seen, log_p - log_q, 0)
-    return jnp.where(seen, jnp.exp(log_p) * (d + jnp.expm1(-d)), jnp.exp(log_q)).sum(axis=-1)
+    near = p * (d + jnp.expm1(-jnp.maximum(d, -1)))
+    return jnp.where(d > -1, jnp.where(seen, near, q), p * (d - 1) + q).sum(axis=-1)  # exp(-d) would overflow
 
 
 def measure_accuracy(found: Predictions, widths: np.ndarray) -> Accuracy:
@@ -148,10 +149,12 @@ def stretches(*values: np.ndarray) -> np.ndarray:
 def jackknife(sums: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float | None]:
     """A smooth statistic of the total of ``sums`` (units, values), and its standard error (Tukey, 1958).
 
-    A single unit does not tell its error: None.
+    None where that cannot be told: of a single unit, or where one holds all there is.
     """
     total, units = sums.sum(axis=0), len(sums)
     if units < 2:
         return float(statistic(total)), None
-    rest = np.array([statistic(total - part) for part in sums])
-    return float(statistic(total)), float(np.sqrt((units - 1) * rest.var()))
+    with np.errstate(all="ignore"):  # a part may hold all there is of something
+        rest = np.array([statistic(total - part) for part in sums])
+    error = np.sqrt((units - 1) * rest.var()) if np.isfinite(rest).all() else None
+    return float(statistic(total)), error if error is None else float(error)

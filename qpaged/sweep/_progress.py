@@ -22,7 +22,7 @@ def progress_bar(total: int, command: str) -> Iterator[Report]:
         return
     progress = need("rich.progress")
     columns = (
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         progress.TaskProgressColumn(),
         progress.TimeElapsedColumn(),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -27,7 +28,7 @@ class SweepResult:
     """The runs of a sweep, and all that is needed to do it again.
 
     Attributes:
-        tune: what :func:`qpaged.sweep.tune` adds; None for a sweep.
+        tune: the record of a :class:`Tuned`; None for a sweep.
     """
 
     sweep: Sweep
@@ -47,6 +48,8 @@ class SweepResult:
             "failures": [dataclasses.asdict(failure) for failure in self.failures],
         }
         record["environment"] |= {"date": self.date}
+        if self.runs:  # a search measures on a part of them
+            record["settings"]["sequences"] = self.runs[0].tokens // self.sweep.settings.context
         return record if self.tune is None else record | {"tune": self.tune}
 
     def to_json(self) -> str:
@@ -116,24 +119,37 @@ def run_of(record: Mapping[str, Any]) -> Run:
 def known_runs(sweep: Sweep, directory: Path) -> tuple[Run, ...]:
     """The runs that an earlier sweep left in ``directory`` and that this one would repeat.
 
-    None where the file there is of another version, model, text, tokenizer, settings or environment, or no
-    results at all: a sweep may always be started anew.
+    None of them where the file there is of another version, model, text, tokenizer, settings or environment,
+    or no results at all: a sweep may always be started anew.
     """
     try:
         record = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
-        wanted = conditions(sweep) | {"version": VERSION}
-        record["environment"].pop("date")
-        if any(record[name] != value for name, value in json.loads(json.dumps(wanted)).items()):
+        if record["version"] != VERSION or same_conditions(record) != same_conditions(conditions(sweep)):
             return ()
         return tuple(run_of(run) for run in record["runs"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ()
 
 
+def same_conditions(record: Mapping[str, Any]) -> Any:
+    """What must be the same for results to be taken up again: hashes, settings and versions, but no names."""
+    environment = {name: value for name, value in record["environment"].items() if name != "date"}
+    hashes = record["model"]["sha256"], record["text"]["sha256"], record["text"]["tokenizer_sha256"]
+    return json.loads(json.dumps([hashes, record["reference"], record["settings"], environment]))
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Rename the results that lie in ``directory``, so that those of another sweep do not replace them."""
+    path = directory / RESULTS
+    if not path.exists():
+        return None
+    return path.replace(directory / "results.old.json")
+
+
 def write_json(result: SweepResult, directory: Path) -> Path:
     """Write ``results.json``, whole or not at all."""
     path = directory / RESULTS
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(result.to_json(), encoding="utf-8")
     partial.replace(path)
     return path

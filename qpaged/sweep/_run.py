@@ -120,7 +120,11 @@ def sweep_order(formats: Sequence[str]) -> list[tuple[str, CacheFormat]]:
         file = Path(spelling).name
         return file if files.count(file) == 1 else spelling
 
-    asked = {name(spelling): CacheFormat.of(spelling) for spelling in formats}
+    asked: dict[str, CacheFormat] = {}
+    for spelling in formats:
+        format = CacheFormat.of(spelling)
+        if format not in asked.values():
+            asked[name(spelling)] = format
     plain = [(spelling, format) for spelling, format in asked.items() if format == PLAIN]
     rest = [(spelling, format) for spelling, format in asked.items() if format != PLAIN]
     return [*(plain[:1] or [("plain", PLAIN)]), *rest]
@@ -152,6 +156,12 @@ class Sweep:
                 f"context must be at most {longest:,}, the longest that {self.model.name} was made for, "
                 f"but came as {self.settings.context:,}."
             )
+        tokenizer = self.model.tokenizer
+        if tokenizer.vocab_size > self.model.vocabulary:
+            raise ValueError(
+                f"tokenizer must have at most the {self.model.vocabulary:,} tokens of the model, but "
+                f"{tokenizer.name} has {tokenizer.vocab_size:,}; use the one that the model was trained with."
+            )
         _ = self.order, self.sequences  # both raise where they cannot be had
 
     @cached_property
@@ -168,11 +178,6 @@ class Sweep:
     def tokens(self) -> int:
         """Tokens that each format predicts."""
         return len(self.sequences.tokens) * self.settings.context
-
-    def resumed(self, runs: Sequence[Run]) -> "Sweep":
-        """This sweep, with those of the runs that it would repeat taken as done."""
-        wanted = {identity(format) for _, format in self.order}
-        return dataclasses.replace(self, known=tuple(run for run in runs if run.identity in wanted))
 
     @property
     def pending(self) -> list[str]:

@@ -58,9 +58,31 @@ class StepModel:
         """Of the step's program and of its state."""
         made = jax.make_jaxpr(self.step)(*self._example(1))
         digest = hashlib.sha256(str(made.jaxpr).encode())
-        for array in (*made.consts, *jax.tree_util.tree_leaves(self.state)):
-            digest.update(np.ascontiguousarray(array).tobytes())
+        for array in (*_constants(made), *jax.tree_util.tree_leaves(self.state)):
+            digest.update(f"{array.shape} {array.dtype}".encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+    def check(self, chunk: int) -> None:
+        """ValueError unless the step keeps to :data:`Step`, for one token and for a chunk."""
+        before = _shapes(self.state)
+        for tokens in {1, chunk}:
+            logits, state = jax.eval_shape(self.step, *self._example(tokens))
+            if logits.shape[:-1] != (self.sequences, tokens):
+                raise ValueError(
+                    f"logits must be (sequences, n, vocabulary), for {self.sequences} sequences of {tokens} "
+                    f"tokens, but came as {logits.shape}; give those of every token."
+                )
+            if _shapes(state) != before:
+                raise ValueError(
+                    "the state must come back in the structure, shapes and dtypes in which it came."
+                )
+        for leaf in self.found.leaves:
+            held = leaf.shape[leaf.axis("batch")], leaf.shape[leaf.axis("length")]
+            if held[0] != self.sequences or held[1] < self.longest:
+                raise ValueError(
+                    f"the cache must hold {self.sequences} sequences of {self.longest} tokens, as make_step "
+                    f"is asked to, but {leaf.path} holds {held[0]} of {held[1]}."
+                )
 
     @cached_property
     def held(self) -> list[bool]:
@@ -139,9 +161,7 @@ class StepStream:
             parts = {True: iter(cache), False: iter(rest)}
             given = jax.tree_util.tree_unflatten(self._tree, [next(parts[held]) for held in self._held])
             logits, state = step(given, tokens, positions)
-            leaves, tree = jax.tree_util.tree_flatten(state, is_leaf=_quantized)
-            if str(tree) != str(self._tree):
-                raise ValueError(f"step must return its state as it came, {self._tree}, but returned {tree}.")
+            leaves = jax.tree_util.tree_leaves(state, is_leaf=_quantized)
             return logits.astype(jnp.float32), *self._parts(leaves)
 
         self._run = jax.jit(run, donate_argnums=0)
@@ -194,13 +214,34 @@ def load_step(spelling: str, settings: Settings, tokenizer: str | None = None) -
         make_step = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--step {spelling} cannot be imported: {error}.") from error
-    sequences, length = settings.batch, settings.context
-    step, state = make_step(sequences, length)
-    state = jax.tree_util.tree_map(jnp.asarray, state)
-    tokens = load_tokenizer(tokenizer or "bytes")
-    model = StepModel(spelling, step, state, sequences, length, tokens, spelling)
-    _ = model.found
+    sequences, length, tokens = settings.batch, settings.context, load_tokenizer(tokenizer or "bytes")
+    try:
+        step, state = make_step(sequences, length)
+        state = jax.tree_util.tree_map(jnp.asarray, state)
+        model = StepModel(spelling, step, state, sequences, length, tokens, spelling)
+        model.check(min(settings.chunk, settings.prefilled))
+    except Exception as error:  # of other people's code
+        raise ValueError(f"--step {spelling}: {type(error).__name__}: {error}") from error
     return model
+
+
+def _constants(jaxpr: Any) -> Iterator[Any]:
+    """Arrays that a program closes over, and those of the programs in it."""
+    yield from getattr(jaxpr, "consts", ())
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        for param in jax.tree_util.tree_leaves(eqn.params, is_leaf=_program):
+            if _program(param):
+                yield from _constants(param)
+
+
+def _program(param: Any) -> bool:
+    return hasattr(param, "eqns") or hasattr(param, "jaxpr")
+
+
+def _shapes(state: Any) -> Any:
+    """Structure, shapes and dtypes."""
+    leaves, tree = jax.tree_util.tree_flatten(state)
+    return str(tree), [(leaf.shape, leaf.dtype) for leaf in leaves]
 
 
 def _quantized(leaf: Any) -> bool:

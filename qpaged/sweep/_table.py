@@ -10,6 +10,7 @@ from qpaged.sweep._verdict import verdict
 
 ROOMY = 90  # columns that have room for two spaces between columns
 WIDE = 118  # columns that have room for all that the table has to say
+NARROWEST = 72  # columns below which there is room for the least only
 PIPE_WIDTH = 132  # columns where nothing says how many there are
 
 COLUMNS = {
@@ -26,6 +27,7 @@ COLUMNS = {
     "step": "ms/\nstep",
 }
 NARROW = tuple(COLUMNS)[:9]
+LEAST = ("format", "ratio", "kl", "same")
 
 LEGEND = (
     "KL in nats a token, to {plain} ({reference}). ratio: bfloat16 bytes over these. attn error: worst "
@@ -41,12 +43,12 @@ def print_table(results: dict[str, Any], console: Any = None) -> None:
     Args:
         results: results.json.
     """
-    console, runs = console or _console(), results["runs"]
+    console, runs, escape = console or _console(), results["runs"], need("rich.markup").escape
     wide = console.width >= WIDE
     table = need("rich.table").Table(
-        title=title(results),
+        title=escape(title(results)),
         caption=LEGEND.format(
-            plain=runs[0]["format"],
+            plain=escape(runs[0]["format"]),
             reference=results["reference"],
             generated=results["settings"]["generated"],
         )
@@ -56,7 +58,7 @@ def print_table(results: dict[str, Any], console: Any = None) -> None:
         caption_justify="left",
         title_justify="left",
     )
-    shown = tuple(COLUMNS) if wide else NARROW
+    shown = tuple(COLUMNS) if wide else NARROW if console.width >= NARROWEST else LEAST
     table.add_column(COLUMNS[shown[0]], overflow="fold", vertical="bottom")
     for name in shown[1:]:
         table.add_column(COLUMNS[name], justify="right", no_wrap=True)

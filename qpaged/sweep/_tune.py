@@ -5,8 +5,10 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,19 +20,20 @@ from qpaged.sweep._formats import fitting
 from qpaged.sweep._number import small
 from qpaged.sweep._reading import tied
 from qpaged.sweep._result import run_of, run_record
-from qpaged.sweep._run import PLAIN, Bench, Failure, Report, Run, Sweep, spellings
+from qpaged.sweep._run import PLAIN, Bench, Failure, Report, Run, Sweep, identity, spellings
 from qpaged.sweep._text import Sequences
 
 CANDIDATES = (
-    "raw", "int8:token+offset", "int8:token", "int8", "int8:channel+offset",
+    "int8:token+offset", "int8:token", "int8", "int8:channel+offset",
     "int4+offset+rotate", "int4+rotate", "int4:token+rotate", "int4:channel+offset",
     "int2+offset+rotate", "int2+offset", "int2+rotate",
 )  # fmt: skip
 """What is chosen from if nothing else is said."""
 
 SIDES = ("keys", "values")
-GRID = 256
-"""Bits are counted in parts of so many, rounded up."""
+FINEST = 2**14
+"""Bits are counted exactly in parts, unless these would be finer: then in :data:`COARSE` ones, rounded up."""
+COARSE = 256
 ROUNDS = 4
 """How often a choice is made, at most: after one that misses the bound on KL, for a tighter bound."""
 PAIRS = 3
@@ -90,7 +93,8 @@ class Tuned:
         candidates: the others, as they were given.
         sensitivity: (layers, 2, candidates): mean KL if only the keys, or only the values, of one layer are
             stored in a candidate; nats a token.
-        predicted: the sum of the sensitivities of what was chosen.
+        predicted: the sum of the sensitivities of what was chosen; None where no sum promised to keep the
+            budget, and the choice is the best uniform format.
         best_uniform: the best of the uniform runs that keep the budget; None if none does.
         better: whether the choice beats that, by more than twice the standard error of the difference.
     """
@@ -100,7 +104,7 @@ class Tuned:
     failures: tuple[Failure, ...]
     candidates: tuple[str, ...]
     sensitivity: np.ndarray
-    predicted: float
+    predicted: float | None
     best_uniform: Run | None
     better: bool
     budget: Budget
@@ -161,7 +165,7 @@ class Journal:
     def keep(self, key: str, value: Any) -> None:
         """Write a JSON value, whole or not at all."""
         self._record["values"][key] = value
-        partial = self.path.with_name(f"{self.path.name}.part")
+        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         partial.write_text(json.dumps(self._record), encoding="utf-8")
         partial.replace(self.path)
 
@@ -196,6 +200,12 @@ class Tune:
                 "the text must hold two sequences at least, one to choose by and one to verify with, but "
                 "holds one; give a longer text or more tokens, or a smaller context."
             )
+        if not self.candidates or any(CacheFormat.of(format) == PLAIN for format in self.sweep.formats):
+            raise ValueError(
+                f"formats must be other than plain, but came as {', '.join(self.sweep.formats)}."
+            )
+        if self.name in self.candidates:
+            raise ValueError(f"--out must have another name than {self.name}, which is one of the formats.")
         for spelling, format in self.candidates.items():
             if format.layers or format.key != format.value:
                 raise ValueError(
@@ -241,20 +251,28 @@ class Tune:
         if not names:
             raise UnattainableError(f"none of the formats can be measured; the first: {failures[0].error}")
         bits = np.array([verify.runs[name].bits_per_element for name in names])
+        if self.budget.bits is not None:  # before the long part
+            choose(bits, np.zeros((1, 2, len(bits))), self.budget.bits, math.inf)
         sensitivity = self._sensitivity(names, journal, report)
         for pair in self._pairs(bits, sensitivity):
             key, value = (self.candidates[names[i]].key for i in pair)
             verify("/".join(names[i] for i in pair), CacheFormat(key, value))
         uniform = [run for run in list(verify.runs.values())[1:] if self.budget.kept_by(run)]
-        choice, predicted = self._search(names, bits, sensitivity, verify)
         best = min(uniform, key=self._badness, default=None)
+        try:
+            choice, predicted = self._search(names, bits, sensitivity, verify)
+        except UnattainableError:
+            if best is None:
+                raise
+            choice, predicted = verify.formats[best.format], math.nan
+            verify(self.name, choice)
         return Tuned(
             format=choice,
             runs=tuple(verify.runs.values()),
             failures=tuple(failures),
             candidates=names,
             sensitivity=sensitivity,
-            predicted=predicted,
+            predicted=None if math.isnan(predicted) else predicted,
             best_uniform=best,
             better=best is None or self._beats(verify.runs[self.name], best),
             budget=self.budget,
@@ -267,13 +285,14 @@ class Tune:
         bench = None
         for layer, side, candidate in np.ndindex(*found.shape):
             what = f"layer {layer}, {SIDES[side]}: {names[candidate]}"
-            kl = journal.get(what)
+            key = f"layer {layer}, {SIDES[side]}: {identity(self.candidates[names[candidate]])}"
+            kl = journal.get(key)
             if kl is None:
                 bench = bench or Bench(self.sweep.model, self.parts[0], settings, "plain", report)
                 quantizer = self.candidates[names[candidate]].key
                 pair = CacheFormat(key=quantizer) if side == 0 else CacheFormat(value=quantizer)
                 kl = bench.accuracy(what, PLAIN.with_layers({layer: pair})).kl_mean
-                journal.keep(what, kl)
+                journal.keep(key, kl)
             found[layer, side, candidate] = kl
         return found
 
@@ -296,7 +315,12 @@ class Tune:
         """The best choice that keeps the budget when it is measured, and the KL that was expected of it."""
         room, bound = self.budget.bits or math.inf, self.budget.max_kl or math.inf
         for _ in range(ROUNDS):
-            choice, expected = choose(bits, sensitivity, room, bound)
+            try:
+                choice, expected = choose(bits, sensitivity, room, bound)
+            except UnattainableError:
+                if bound == (self.budget.max_kl or math.inf):
+                    raise
+                break  # the bound was tightened beyond what there is
             format = self._format(names, choice)
             run = verify(self.name, format)
             if self.budget.max_kl is None or run.accuracy.kl_mean <= self.budget.max_kl:
@@ -332,6 +356,7 @@ class _Verifier:
 
     def __init__(self, tune: Tune, journal: Journal, report: Report):
         self.runs: dict[str, Run] = {}
+        self.formats: dict[str, CacheFormat] = {}
         self._tune, self._journal, self._report = tune, journal, report
 
     @cached_property
@@ -340,7 +365,7 @@ class _Verifier:
         return Bench(sweep.model, self._tune.parts[1], sweep.settings, sweep.order[0][0], self._report)
 
     def __call__(self, spelling: str, format: CacheFormat) -> Run:
-        key = f"run: {json.dumps(format.config)}"
+        key, self.formats[spelling] = f"run: {identity(format)}", format
         record = self._journal.get(key)
         run = self._bench.measure(spelling, format) if record is None else run_of(record)
         self._journal.keep(key, run_record(run))
@@ -353,7 +378,7 @@ def choose(
 ) -> tuple[Choice, float]:
     """The choice with the least sum of sensitivities within ``most_bits``.
 
-    Where ``most_kl`` is finite, the one of the fewest bits that keeps both. Exact up to the grid of the bits.
+    Where ``most_kl`` is finite, the one of the fewest bits that keeps both.
 
     Args:
         bits: (candidates,) bits per element.
@@ -367,11 +392,14 @@ def choose(
     """
     layers, sides, count = sensitivity.shape
     items = sensitivity.reshape(layers * sides, count)
-    cost = np.ceil(bits * GRID).astype(int)
+    exact = [Fraction(each).limit_denominator(FINEST) for each in bits.tolist()]
+    grid = math.lcm(*(each.denominator for each in exact))
+    grid = grid if grid <= FINEST else COARSE
+    cost = np.array([math.ceil(each * grid) for each in exact])
     spare = cost - cost.min()  # what a candidate costs beyond the cheapest
     room = len(items) * spare.max()
     if most_bits < math.inf:
-        room = min(room, int(most_bits * GRID * len(items)) - len(items) * cost.min())
+        room = min(room, math.floor(most_bits * grid * len(items) + 1e-6) - len(items) * cost.min())
     if room < 0:
         raise UnattainableError(
             f"bits must be at least {bits.min():.3f}, which the smallest of the formats takes, "

@@ -137,11 +137,12 @@ def test_shards_are_as_one_file(sharded, params):
         np.testing.assert_array_equal(loaded[name], weight)
 
 
-def test_without_an_output_matrix_the_embedding_is_it(directory):
+def test_an_output_matrix_that_is_not_tied_must_be_there(directory):
     edit_weights(directory, lambda weights: weights.pop("lm_head.weight"))
-    config, loaded = load_checkpoint(directory)
-    assert config == dataclasses.replace(CONFIG, tie_word_embeddings=True)
-    assert "lm_head.weight" not in loaded
+    with pytest.raises(
+        ValueError, match=r"no tensor 'lm_head.weight', .* Copy all files of the checkpoint again"
+    ):
+        load_checkpoint(directory)
 
 
 def test_a_tied_output_matrix_is_not_read(directory):
@@ -198,8 +199,8 @@ def test_sha256_is_of_every_file_that_is_read(sharded):
 
 
 def test_unused_tensors_are_not_read(directory, monkeypatch):
-    """Buffers that follow from the configuration, layers past the last, whatever is not of the decoder."""
-    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.2.mlp.bias", "classifier.weight"]
+    """Buffers that follow from the configuration, whatever is not of the decoder."""
+    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "classifier.weight"]
     edit_weights(directory, lambda w: w.update({name: np.ones(3, np.float32) for name in names}))
     read, original = [], StoredTensor.read
     monkeypatch.setattr(
@@ -210,7 +211,13 @@ def test_unused_tensors_are_not_read(directory, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.1.self_attn.q_proj.bias", "model.layers.0.mlp.experts.3.up.weight", "lm_head.bias"]
+    "name",
+    [
+        "model.layers.1.self_attn.q_proj.bias",
+        "model.layers.0.mlp.experts.3.up.weight",
+        "model.layers.2.input_layernorm.weight",  # one layer more
+        "lm_head.bias",
+    ],
 )
 def test_a_decoder_with_more_than_the_configuration_says(directory, name):
     edit_weights(directory, lambda weights: weights.update({name: np.ones(3, np.float32)}))

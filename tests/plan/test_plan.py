@@ -121,6 +121,14 @@ def test_json_alone_is_printed_if_asked_for(command, model):
     assert plans[1]["cache"] == plan(CONFIG, "int8", memory_bytes=10**6, context=512, mesh_size=4).cache
 
 
+def test_a_format_that_does_not_fit_is_left_out(command, model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"head_dim": 48}))
+    status, out, err = command("--memory", "1MiB", "--formats", "int8,int4:group32")
+    assert status == 1 and "\nint8 " in out and "int4:group32 is left out: " in err
+    assert command("--memory", "1MiB")[0] == 0
+
+
 def test_what_a_mesh_changes_is_told(command):
     assert "On 4 devices, 1 KV heads on each" in command("--memory", "1MiB", "--mesh", 4)[1]
     assert (

@@ -54,3 +54,36 @@ def lose_state(sequences, length):
         return logits, (state["params"], state["cache"])
 
     return lost, state
+
+
+def last_only(sequences, length):
+    """A step that gives the logits of the last token alone."""
+    step, state = make_step(sequences, length)
+
+    def last(state, tokens, positions):
+        logits, state = step(state, tokens, positions)
+        return logits[:, -1:], state
+
+    return last, state
+
+
+def short(sequences, length):
+    """A step whose cache holds half of what it should."""
+    return make_step(sequences, length // 2)
+
+
+def broken(sequences, length):
+    raise RuntimeError("no luck")
+
+
+def closed_over(sequences, length):
+    """A step that is compiled, and closes over its weights, which the variable FACTOR scales."""
+    step, state = make_step(sequences, length)
+    params = jax.tree_util.tree_map(lambda x: x * float(os.environ.get("FACTOR", 1)), state["params"])
+
+    @jax.jit
+    def closed(cache, tokens, positions):
+        logits, state = step({"params": params, "cache": cache}, tokens, positions)
+        return logits, state["cache"]
+
+    return closed, state["cache"]

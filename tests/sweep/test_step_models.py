@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from qpaged.sweep import Settings, load_step
+
 SMALL = ("--tokens", 240, "--context", 48, "--page-size", 8, "--batch", 4, "--dtype", "float32")
 
 
@@ -59,13 +61,26 @@ def test_a_step_is_tuned(step, tmp_path):
     [
         ("no_cache", "cache"),
         ("nothing", "--step contiguous:nothing cannot be imported"),
-        ("lose_state", "step must return its state as it came"),
+        ("lose_state", "the state must come back in the structure, shapes and dtypes in which it came"),
+        (
+            "last_only",
+            "logits must be (sequences, n, vocabulary), for 4 sequences of 24 tokens, but came as (4, 1,",
+        ),
+        ("short", "the cache must hold 4 sequences of 48 tokens"),
+        ("broken", "--step contiguous:broken: RuntimeError: no luck"),
     ],
 )
 def test_a_step_that_cannot_be_swept_is_told(step, function, said):
     found = step(function, "--formats", "int8:token")
     assert (found.status, found.out) == (2, "")
     assert said in found.err
+
+
+def test_constants_inside_a_compiled_step_are_part_of_what_it_is(step, monkeypatch):
+    settings = Settings(batch=2, context=8, tokens=8)
+    first, again = (load_step("contiguous:closed_over", settings).sha256 for _ in range(2))
+    monkeypatch.setenv("FACTOR", "1.5")
+    assert first == again != load_step("contiguous:closed_over", settings).sha256
 
 
 def test_a_spelling_without_a_function_is_told(command):

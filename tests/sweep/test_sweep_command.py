@@ -215,7 +215,51 @@ def test_a_rerun_goes_on_where_it_was_interrupted(quick, sweep):
     assert (found.status, results["complete"]) == (0, True)
     assert set(quick.ran) == {"plain", "raw", "fp8_e4m3"}
     assert [run["format"] for run in results["runs"]] == ["plain", "int8", "raw", "fp8_e4m3"]
-    assert "results.json has 2 of these formats already" in found.err
+    assert "results.json has runs of plain, int8 already" in found.err
+
+
+def test_a_rerun_loses_nothing(quick, sweep):
+    """Neither what it was not asked for, nor what comes after the place where it is interrupted."""
+    sweep(*SMALL, "--formats", "int8,raw")
+    interrupted(quick, sweep, "fp8_e4m3", "fp8_e4m3,int8")
+    found = sweep(*SMALL, "--formats", "int8", "--json")
+    assert quick.ran == []
+    assert [run["format"] for run in json.loads(found.out)["runs"]] == ["plain", "int8", "raw"]
+
+
+def test_results_of_another_sweep_are_set_aside(quick, sweep):
+    first = sweep(*SMALL, "--formats", "int8")
+    found = sweep(*SMALL, "--formats", "int8", "--seed", 1)
+    assert "was of another sweep, and is kept as results.old.json" in found.err
+    kept = json.loads((first.directory / "results.old.json").read_text())
+    assert kept["settings"]["seed"] is None
+
+
+def test_the_same_text_by_another_name_is_the_same(quick, sweep, text_file):
+    sweep(*SMALL, "--formats", "int8")
+    quick.ran.clear()
+    assert sweep(
+        *SMALL, "--formats", "int8", text=text_file.parent / "." / ".." / text_file.parent.name / "text.txt"
+    )
+    assert quick.ran == []
+
+
+def test_the_reference_alone_is_a_sweep(quick, sweep):
+    found = sweep(*SMALL, "--formats", "plain")
+    assert found.status == 0 and (found.directory / "report.html").exists()
+
+
+def test_names_that_mean_something_elsewhere_are_names(quick, sweep, tmp_path, text_file):
+    path = tmp_path / "t$x^{$ [red]a[b].txt"
+    path.write_bytes(text_file.read_bytes())
+    found = sweep(*SMALL, "--formats", "int8", text=path)
+    assert found.status == 0 and "[red]a[b].txt" in "".join(found.out.split("\n")).replace(" " * 2, "")
+
+
+def test_a_narrow_terminal_has_what_matters(quick, sweep, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [line.split() for line in sweep(*SMALL, "--formats", "int8:token").out.splitlines()]
+    assert ["int8:token", "*"] in [row[:2] for row in rows if len(row) == 5]
 
 
 def test_a_rerun_of_what_is_finished_measures_nothing(quick, sweep):

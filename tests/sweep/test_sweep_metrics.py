@@ -52,6 +52,12 @@ def test_logits_too_large_for_exp():
     np.testing.assert_allclose(found.kl, math.exp(high) - math.exp(low), rtol=1e-5)  # sum p d, d = 1 and -1
 
 
+def test_predictions_far_apart():
+    p = np.array([[0.0, -200.0, 3.0]], np.float32)
+    q = np.array([[-150.0, 40.0, 3.0]], np.float32)
+    np.testing.assert_allclose(compare(p, q, np.array([1])).kl, [divergence(p[0], q[0])], rtol=1e-5)
+
+
 def test_a_prediction_beside_itself_is_exact():
     found = compare(logits(0), logits(0), truth())
     assert (np.asarray(found.kl) == 0).all() and np.asarray(found.same_top).all()

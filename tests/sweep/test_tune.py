@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import qpaged
-from qpaged.sweep._tune import GRID, Journal, UnattainableError, choose
+import qpaged.sweep._tune as tune_module
+from qpaged.sweep._tune import Journal, UnattainableError, choose
 
 SMALL = ("--tokens", 400, "--context", 48, "--page-size", 8)
 BITS = np.array([8.25, 4.5, 4.25, 2.5])
@@ -48,10 +49,11 @@ def test_no_choice_within_the_kl_takes_fewer_bits(seed, share):
     assert BITS[np.array(choice)].mean() == pytest.approx(fewest)
 
 
-def test_bits_between_the_grid_are_rounded_up():
-    odd = np.array([4 + 0.5 / GRID, 2.0])
-    choice, _ = choose(odd, np.array([[[0.0, 1.0], [0.0, 1.0]]]), 4 + 0.75 / GRID, math.inf)
-    assert choice == ((0, 1),) or choice == ((1, 0),)  # both in four bits would not be known to fit
+def test_bits_are_counted_exactly():
+    odd = np.array([8 + 1 / 192, 4 + 1 / 3])  # in no power of two
+    free = np.array([[[0.0, 1.0], [0.0, 1.0]]])
+    assert choose(odd, free, 8 + 1 / 192, math.inf)[0] == ((0, 0),)
+    assert choose(odd, free, 8 + 1 / 200, math.inf)[0] in (((0, 1),), ((1, 0),))
 
 
 def test_what_cannot_be_kept_says_what_can():
@@ -148,6 +150,7 @@ def test_a_search_goes_on_where_it_was_interrupted(tune, quick, tmp_path):
             "one for keys and values alike, but 'int8/int4:token' came",
         ),
         (("--bits", 5, "--formats", "int9"), "int9"),
+        (("--bits", 5, "--formats", "int8,plain"), "formats must be other than plain"),
         (("--bits", 5, "--tokens", 48), "two sequences at least"),
     ],
 )
@@ -155,6 +158,12 @@ def test_bad_usage_is_told(tune, quick, arguments, said):
     found = tune(*arguments)
     assert (found.status, found.out) == (2, "")
     assert said in found.err
+
+
+def test_a_uniform_format_that_keeps_the_budget_is_a_choice(tune, quick, monkeypatch):
+    monkeypatch.setattr(tune_module.Tune, "_sensitivity", lambda self, names, *_: np.ones((2, 2, len(names))))
+    results = json.loads(tune("--max-kl", 0.1, "--formats", "int8:token,int4:token", "--json").out)
+    assert results["tune"]["layers"] == [["int4:token"] * 2] * 2 and results["tune"]["predicted_kl"] is None
 
 
 def test_an_output_of_another_kind_is_refused(command, quick):
