@@ -1,7 +1,7 @@
 """``qpaged sweep``."""
 
 import argparse
-import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import qpaged
@@ -55,17 +55,12 @@ def _run(args: argparse.Namespace) -> int:
     say_if_short(args, job)
     if unfit:
         say(args, f"left out, since they do not go with head_dim {model.head_dim}: {', '.join(unfit)}.")
-    job = dataclasses.replace(job, known=sweep.known_runs(job, args.out))
-    if args.fresh:
-        job = dataclasses.replace(job, known=())
-    elif job.known:
-        say(
-            args,
-            f"{args.out / sweep.RESULTS} has runs of {', '.join(run.format for run in job.known)} already.",
-        )
-    elif (kept := sweep.set_aside(args.out)) is not None:
+    known = () if args.fresh else sweep.known_runs(job, args.out)
+    if known:
+        say(args, f"{args.out / sweep.RESULTS} has runs of {', '.join(run.format for run in known)} already.")
+    elif not args.fresh and (kept := sweep.set_aside(args.out)) is not None:
         say(args, f"{args.out / sweep.RESULTS} was of another sweep, and is kept as {kept.name}.")
-    result = _measure(job, failures, args.out)
+    result = _measure(job, known, failures, args.out)
     if not result.runs:
         raise KeyboardInterrupt
     try:
@@ -83,18 +78,20 @@ def _installed(wrapped: bool, head_dim: int) -> tuple[list[str], list[sweep.Fail
     return fit, [sweep.Failure(name, error) for name, error in broken.items()], list(unfit)
 
 
-def _measure(job: sweep.Sweep, failures: list[sweep.Failure], out: Path) -> sweep.SweepResult:
+def _measure(
+    job: sweep.Sweep, known: Sequence[sweep.Run], failures: list[sweep.Failure], out: Path
+) -> sweep.SweepResult:
     """Everything, or what was finished when the user interrupted; results.json holds it after each format."""
     runs: list[sweep.Run] = []
 
     def result(complete: bool) -> sweep.SweepResult:
         done = {run.identity for run in runs}
-        rest = [run for run in job.known if run.identity not in done]  # lest a rerun lose them
+        rest = [run for run in known if run.identity not in done]  # lest a rerun lose them
         return sweep.SweepResult(job, (*runs, *rest), tuple(failures), complete)
 
     try:
-        with sweep.progress_bar(job.tokens * len(job.pending), "sweep") as report:
-            for outcome in job.run(report):
+        with sweep.progress_bar(job.tokens * len(job.pending(known)), "sweep") as report:
+            for outcome in job.run(report, known):
                 if isinstance(outcome, sweep.Run):
                     runs.append(outcome)
                 else:

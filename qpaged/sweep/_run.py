@@ -136,7 +136,6 @@ class Sweep:
 
     Attributes:
         formats: spellings, as :meth:`qpaged.CacheFormat.of` takes them; the reference is added if missing.
-        known: runs of an earlier sweep of the same; a format with the same identity is not measured again.
 
     Raises:
         RegistryError: a spelling that names no installed format.
@@ -147,7 +146,6 @@ class Sweep:
     text: Text
     formats: tuple[str, ...]
     settings: Settings
-    known: tuple[Run, ...] = ()
 
     def __post_init__(self) -> None:
         longest = self.model.longest
@@ -179,27 +177,28 @@ class Sweep:
         """Tokens that each format predicts."""
         return len(self.sequences.tokens) * self.settings.context
 
-    @property
-    def pending(self) -> list[str]:
-        """The formats that are to be measured; the reference among them, if any is."""
-        known = {run.identity for run in self.known}
-        rest = [spelling for spelling, format in self.order if identity(format) not in known]
+    def pending(self, known: Sequence[Run]) -> list[str]:
+        """The formats that are to be measured where some are known; the reference among them, if any is."""
+        done = {run.identity for run in known}
+        rest = [spelling for spelling, format in self.order if identity(format) not in done]
         plain = self.order[0][0]
         return rest if not rest or rest[0] == plain else [plain, *rest]
 
-    def run(self, report: Report = lambda format, tokens: None) -> Iterator[Run | Failure]:
+    def run(self, report: Report, known: Sequence[Run] = ()) -> Iterator[Run | Failure]:
         """Measure format by format; whoever stops early keeps what came.
 
+        What is ``known`` from an earlier sweep of the same is not measured again.
         A format that fails is yielded as a failure, and the others go on; without the reference there is
         nothing to measure, and its error is raised.
         """
-        known = {run.identity: run for run in self.known}
+        done = {run.identity: run for run in known}
         (plain, _), *rest = self.order
-        bench = Bench(self.model, self.sequences, self.settings, plain, report) if self.pending else None
-        yield bench.plain if bench is not None else dataclasses.replace(known[identity(PLAIN)], format=plain)
+        measured = self.pending(known)
+        bench = Bench(self.model, self.sequences, self.settings, plain, report) if measured else None
+        yield bench.plain if bench is not None else dataclasses.replace(done[identity(PLAIN)], format=plain)
         for spelling, format in rest:
-            if identity(format) in known:
-                yield dataclasses.replace(known[identity(format)], format=spelling)
+            if identity(format) in done:
+                yield dataclasses.replace(done[identity(format)], format=spelling)
                 continue
             assert bench is not None
             try:

@@ -96,7 +96,7 @@ def test_wrong_usage(arguments, capsys):
 
 
 def test_a_text_shorter_than_asked_for_is_told(sweep, monkeypatch):
-    monkeypatch.setattr(run_module.Sweep, "run", lambda self, report: iter(()))
+    monkeypatch.setattr(run_module.Sweep, "run", lambda self, report, known: iter(()))
     found = sweep("--tokens", 6400, "--formats", "int8")
     assert "is enough for 960 tokens only" in found.err
 
