@@ -1,7 +1,7 @@
 """A paged KV cache for JAX whose pages are plain arrays or quantized implicit arrays, behind one API."""
 
 from qpaged.arrays import QuantizedArray
-from qpaged.attention import attention_backends, paged_attention
+from qpaged.attention import AttentionBackend, attention_backends, paged_attention
 from qpaged.cache import (
     AllocationError,
     HostMemoryWarning,
@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AllocationError",
+    "AttentionBackend",
     "CacheFormat",
     "HostMemoryWarning",
     "NarrowFloatPoolWarning",

@@ -130,6 +130,20 @@ def explicit_sharding(array: Any) -> Any:
     return sharding if explicit else None
 
 
+def partitioned() -> bool:
+    """Whether the mesh of the program has axes of several devices that are left to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(size > 1 and kind == jax.sharding.AxisType.Auto for size, kind in kinds)
+
+
+def shaped_as(shape: Sequence[int], dtype: Any, operands: Any) -> Any:
+    """What a kernel gives: this shape and dtype, varying along the manual axes that an operand does."""
+    axes = (varying_axes(jax.typeof(operand)) for operand in jax.tree_util.tree_leaves(operands))
+    kind = jax.sharding.ManualAxisType(varying=frozenset().union(*axes))
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
+
+
 def automatic(fun: Callable[..., Any], out_shardings: Any) -> Any:
     """`fun`, with Explicit mesh axes left to the compiler inside, and its outputs placed."""
     axes = jax.tree_util.tree_leaves(out_shardings)[0].mesh.axis_names

@@ -28,10 +28,12 @@ def encode(units: jax.Array) -> jax.Array:
 
 def decode(codes: jax.Array, dtype: Any) -> jax.Array:
     """The numbers of codes, exactly, as ``dtype``."""
-    size = (codes & (SIGN - 1)).astype(jnp.int8)
+    size = (codes & (SIGN - 1)).astype(dtype)
+    four, six, two, half = (jnp.asarray(number, dtype) for number in (4, 6, 2, 0.5))
     # 0, 1, 2, 3, 4, 6, 8, 12: twice the numbers, as a line with two bends
-    doubled = size + jnp.maximum(size - 4, 0) + 2 * jnp.maximum(size - 6, 0)
-    return jnp.where(codes & SIGN != 0, -doubled, doubled).astype(dtype) * jnp.asarray(0.5, dtype)
+    doubled = size + jnp.maximum(size - four, 0) + two * jnp.maximum(size - six, 0)
+    negated = doubled - two * doubled  # not -0
+    return jnp.where(codes & SIGN != 0, negated, doubled) * half
 
 
 def unit_error(units: jax.Array) -> jax.Array:

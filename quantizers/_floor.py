@@ -29,7 +29,7 @@ class Floor(PowerOfTwoQuantizer):
 
     def grow(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         shift = jnp.minimum(new.astype(jnp.int32) - old.astype(jnp.int32), 7)
-        return codes >> jnp.maximum(shift, 0).astype(jnp.int8)
+        return (codes.astype(jnp.int32) >> jnp.maximum(shift, 0)).astype(jnp.int8)
 
 
 def floors(units: jax.Array) -> jax.Array:

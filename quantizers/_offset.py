@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from qpaged import PowerOfTwoQuantizer, Quantizer, Wrapper
 from quantizers._bfloat16 import NAN, away_from_zero, first_of, paired, second_of, toward_zero
@@ -146,10 +145,8 @@ class OffsetFloor(Wrapper):
         return kept.astype(jnp.uint8)
 
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        centred = lax.bitcast_convert_type(
-            codes - jnp.uint8(self.codes // 2), jnp.int8
-        )  # with a wrap, below 0
-        return centred.astype(dtype) - jnp.asarray(0.5, dtype)
+        # In two steps, each exact in bfloat16.
+        return codes.astype(dtype) - jnp.asarray(self.codes // 2, dtype) - jnp.asarray(0.5, dtype)
 
     def grow(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         places = self._begin(old) + codes.astype(jnp.int32) - 1
@@ -163,8 +160,8 @@ class OffsetFloor(Wrapper):
 
     def _begin(self, scales: jax.Array) -> jax.Array:
         """z, the first place of the window, int32."""
-        signed = lax.bitcast_convert_type((scales & 0xFF).astype(jnp.uint8), jnp.int8)
-        return signed.astype(jnp.int32) * self.granule
+        unsigned = scales.astype(jnp.int32) & 0xFF
+        return jnp.where(unsigned < REACH, unsigned, unsigned - 2 * REACH) * self.granule
 
     def _covers(self, scales: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
         """Whether both are in the window, and in reach: of two values either may come first, and alone."""
@@ -193,7 +190,7 @@ class OffsetFloor(Wrapper):
 
 
 def _exponent(scales: jax.Array) -> jax.Array:
-    return (scales >> OFFSET_BITS).astype(jnp.int32)
+    return scales.astype(jnp.int32) >> OFFSET_BITS
 
 
 def _least_exponent(scale: Callable[[jax.Array], jax.Array], low: jax.Array, high: jax.Array) -> jax.Array:

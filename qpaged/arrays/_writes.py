@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qpaged.arrays import _tpu_write
 from qpaged.arrays._blocks import beside, block_max, blocked
 from qpaged.arrays._indices import clipped
 from qpaged.arrays._packing import merge, pack, unpack
@@ -96,6 +97,10 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
     outer_shape = outer_grid(quantizer, whole, _channels(array, axes))
     scales, outer = jax.vmap(lambda low, high: fit(quantizer, low, high, outer_shape))(low, high)
     codes = array.codes
+    if _tpu_write.takes(array, axes):
+        arguments = array, distinct, of_row, index, rows, scales, low, high
+        codes, scales = lax.platform_dependent(*arguments, tpu=_write_pages, default=_grow_and_scatter)
+        return array.like(codes, scales)
     if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
         codes, scales = _grow(array, axes, distinct, scales, low, high)
     stored = scatter_rows(array.scales, axes, distinct, scales)
@@ -105,6 +110,26 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
     new = jax.vmap(lambda row, s, o: encode(row, quantizer, s, o))(rows, scales[of_row], outer[of_row])
     outer = scatter_rows(array.outer, axes, distinct, outer)
     return array.like(_scatter_codes(array, codes, axes, index, new), stored, None, outer)
+
+
+def _grow_and_scatter(array: QuantizedArray, distinct, of_row, index, rows, fresh, low, high):
+    """Codes and scales of a pool with rows written to (page, slot), whose pages share scales."""
+    axes = 1, 2
+    codes, scales = _grow(array, axes, distinct, fresh, low, high)
+    new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
+    stored = scatter_rows(array.scales, axes, distinct, scales)
+    return _scatter_codes(array, codes, axes, index, new), stored
+
+
+def _write_pages(array: QuantizedArray, distinct, of_row, index, rows, fresh, low, high):
+    """The same on TPUs."""
+    pages = jnp.where(distinct[:, 1] == 0, distinct[:, 0], array.shape[1])
+    old = _tpu_write.take(array.scales, pages)
+    scales = _grown_scales(array, pages, old[:, :, 0], fresh, low, high)
+    new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
+    packed, new_scales = pack(new, array.quantizer.bits, -1), jnp.expand_dims(scales, 2)
+    codes = _tpu_write.write(array, pages, of_row, index[:, 1], old, new_scales, packed)
+    return codes, _tpu_write.put(array.scales, pages, new_scales)
 
 
 def _distinct(blocks: jax.Array, grid: Axes) -> tuple[jax.Array, jax.Array]:
@@ -157,6 +182,23 @@ def _grow(
         return _scatter_windows(codes, axes, at, array, grown), scales.at[row].set(new, mode="drop")
 
     return lax.fori_loop(jnp.int32(0), steps, rescale, (array.codes, jnp.where(used, old, fresh)))
+
+
+def _grown_scales(array: QuantizedArray, pages: jax.Array, old: jax.Array, fresh, low, high) -> jax.Array:
+    """What :func:`_grow` makes the ``old`` scales of ``pages``; codes are left."""
+    used = old != 0
+    grows = used & ~array.quantizer.holds(old, low, high)
+    chosen, steps, chunk = _chunked(grows.reshape(len(pages), -1).any(axis=1))
+
+    def refit(step, scales):
+        row = lax.dynamic_slice_in_dim(chosen, step * chunk, chunk)
+        windows = jnp.expand_dims(_tpu_write.take(array.codes, pages.at[row].get(mode="clip")), 2)
+        _, new = jax.vmap(lambda *window: _grow_window(array, (1, 2), *window))(
+            windows, scales.at[row].get(mode="clip"), grows[row], low[row], high[row]
+        )
+        return scales.at[row].set(new, mode="drop")
+
+    return lax.fori_loop(jnp.int32(0), steps, refit, jnp.where(used, old, fresh))
 
 
 def _chunked(needed: jax.Array) -> tuple[jax.Array, jax.Array, int]:

@@ -1,5 +1,6 @@
 """Attention over paged caches: the reference that defines it, and a file for each backend."""
 
 from qpaged.attention._api import attention_backends, paged_attention
+from qpaged.attention._backends import AttentionBackend
 
-__all__ = ["attention_backends", "paged_attention"]
+__all__ = ["AttentionBackend", "attention_backends", "paged_attention"]

@@ -1,6 +1,7 @@
 """paged_attention: one function for decode and prefill, on whichever backend."""
 
 import dataclasses
+import functools
 import math
 import operator
 from typing import Any
@@ -11,18 +12,45 @@ from jax.sharding import PartitionSpec
 
 from qpaged._compat import automatic, explicit_sharding
 from qpaged.arrays import QuantizedArray, contracted, float_dtype, weighed
-from qpaged.attention import _reference, _xla
+from qpaged.attention import _backends
+from qpaged.attention._backends import BACKENDS, AttentionBackend
 from qpaged.attention._options import Options, Tokens
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.cache._config import LARGEST_INDEX
 from qpaged.implicit import ImplicitArray, use_implicit_args
 
-BACKENDS = {"xla": _xla.attend, "reference": _reference.attend}  # the default first
 
+def attention_backends(
+    query: Any = None,
+    view: PagedAttentionCacheView | None = None,
+    metadata: PagedAttentionMetadata | None = None,
+) -> tuple[AttentionBackend, ...]:
+    """All backends, in the order in which :func:`paged_attention` prefers them.
 
-def attention_backends() -> tuple[str, ...]:
-    """Names of the backends, the default first."""
-    return tuple(BACKENDS)
+    Args:
+        query: with ``view`` and ``metadata``, as :func:`paged_attention` takes them: the backends that do not
+            take this call say why. Shapes are enough (``jax.eval_shape``'s).
+        view: likewise.
+        metadata: likewise.
+
+    Raises:
+        TypeError, ValueError: arguments that :func:`paged_attention` does not take, or not all three.
+    """
+    given = [argument is not None for argument in (query, view, metadata)]
+    if not any(given):
+        return _backends.listed([])
+    if not all(given):
+        raise TypeError("attention_backends takes query, view and metadata together, or none of them.")
+    found: list[tuple[AttentionBackend, ...]] = []
+
+    def trace(query, view, metadata):
+        parts = _tokens(jnp.asarray(query), view, metadata)
+        found.append(
+            _backends.listed([_stored(part, view.key_pages, view.value_pages)[:3] for part in parts])
+        )
+
+    jax.eval_shape(trace, query, view, metadata)
+    return found[0]
 
 
 def paged_attention(
@@ -50,14 +78,15 @@ def paged_attention(
         sliding_window: attend to the last so many positions, the query's own included; to all if None.
         logits_soft_cap: scores become cap · tanh(score / cap) (Gemma 2); untouched if None.
         sinks: (q_heads,) logits that join each head's softmax and carry no value (gpt-oss); none if None.
-        backend: the name of one; ``xla`` if None. A backend asked for by name never falls back. Only
-            ``reference`` can be differentiated in reverse.
+        backend: the name of one of :func:`attention_backends`, which never falls back. None for the first of
+            them that takes the call and is for the platform that the program is lowered for, be it there or
+            not. Only ``reference`` can be differentiated in reverse.
 
     Returns:
         (as query) in the query's dtype; zeros for padding and for inactive rows.
 
     Raises:
-        TypeError, ValueError: a shape, dtype or option other than these.
+        TypeError, ValueError: a shape, dtype or option other than these, or a backend that declines the call.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, or None, but came as {backend!r}.")
@@ -65,7 +94,7 @@ def paged_attention(
     parts = _tokens(query, view, metadata)
     options = _options(view, softmax_scale, sliding_window, logits_soft_cap)
     sinks = None if sinks is None else _sinks(sinks, query.shape[1])
-    attend = BACKENDS[backend or "xla"]
+    attend = _backends.attend if backend is None else functools.partial(_on, backend)
 
     def run(keys, values, parts, sinks):
         outs = [_attend(attend, tokens, keys, values, sinks, options) for tokens in parts]
@@ -83,14 +112,32 @@ def paged_attention(
     return automatic(run, placed[0].update(spec=over_heads))(pools[0], pools[1], parts, sinks)
 
 
+def _on(backend: str, tokens: Tokens, keys: Any, values: Any, sinks: Any, options: Options) -> jax.Array:
+    """Attention on the backend of that name and no other."""
+    entry = BACKENDS[backend]
+    reason = _backends.reason(entry, [(tokens, keys, values)])
+    if reason is not None:
+        raise ValueError(
+            f"backend must be one that takes the call, but {backend!r} declines: it {reason}. "
+            f"Leave it None for the first that does, or see qpaged.attention_backends."
+        )
+    return entry.attend(tokens, keys, values, sinks, options)
+
+
 def _attend(attend, tokens: Tokens, keys: Any, values: Any, sinks: Any, options: Options) -> jax.Array:
-    """One backend on one kind of tokens, over what the pages hold: formats that transform channels have the
-    query and the output transformed, never the cache."""
+    """One backend on one kind of tokens, over what the pages hold."""
     if not tokens.query.size or not tokens.table.shape[-1]:
         return jnp.zeros(tokens.query.shape, jnp.float32)
+    tokens, keys, values, restored = _stored(tokens, keys, values)
+    return restored(attend(tokens, keys, values, sinks, options))
+
+
+def _stored(tokens: Tokens, keys: Any, values: Any) -> tuple[Tokens, Any, Any, Any]:
+    """The call that a backend gets, and what makes its output the caller's: formats that transform channels
+    have the query and the output transformed, never the cache."""
     query, keys = contracted(tokens.query, keys)
     values, restored = weighed(values)
-    return restored(attend(dataclasses.replace(tokens, query=query), keys, values, sinks, options))
+    return dataclasses.replace(tokens, query=query), keys, values, restored
 
 
 def _tokens(

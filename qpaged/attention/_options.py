@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+FLOOR = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score below all others, whose differences are finite
+
 
 @dataclass(frozen=True)
 class Options:
@@ -29,10 +31,12 @@ class Options:
         that the ``table`` (pages,) holds. A negative position sees nothing.
         """
         page = table[slot // page_size]
-        seen = (slot <= position[:, None]) & (page >= 0) & (page < self.num_pages)
-        if self.sliding_window is not None:
-            seen &= slot > position[:, None] - self.sliding_window
-        return seen
+        return self.in_sight(position[:, None], slot) & (page >= 0) & (page < self.num_pages)
+
+    def in_sight(self, position: jax.Array, slot: jax.Array) -> jax.Array:
+        """Whether a query at ``position`` sees the logical ``slot`` (broadcast), if a page holds it."""
+        seen = slot <= position
+        return seen if self.sliding_window is None else seen & (slot > position - self.sliding_window)
 
     def held(self, table: jax.Array, seen: jax.Array) -> jax.Array:
         """The pages (pages,) of which any slot is ``seen`` (queries, slots), "no page" for the others."""

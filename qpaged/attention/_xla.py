@@ -12,11 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged.arrays import as_slots, compute_dtype, dot, keep_slots, take_pages
-from qpaged.attention._options import Options, Tokens, grouped, ungrouped
+from qpaged.attention._options import FLOOR, Options, Tokens, grouped, ungrouped
 
 BLOCK = 512  # slots read at once
 TILE = 128  # queries of a prefill that read together
-FLOOR = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score below all others, whose differences are finite
 
 QK = (((2,), (2,)), ((0,), (0,)))  # (heads, rows, dim) . (heads, slots, dim)
 PV = (((2,), (1,)), ((0,), (0,)))  # (heads, rows, slots) . (heads, slots, dim)

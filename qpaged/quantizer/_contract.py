@@ -67,6 +67,9 @@ class Quantizer(abc.ABC):
     """Whether blocks hold :meth:`transform` of the values instead of these."""
     writable: ClassVar[bool] = True
     """False for views of a format that lazy reads make, which can only be read."""
+    tiled: ClassVar[bool] = True
+    """Whether kernels may call this format's methods on the tiles they hold, as far as they find them to be
+    elementwise; False keeps them away."""
     past_end: ClassVar[Any] = math.nan
     """The stored scale that reads as NaN; None if no value does."""
 

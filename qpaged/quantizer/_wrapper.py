@@ -41,6 +41,7 @@ class Wrapper(Quantizer):
     levels: ClassVar[Any] = _OfInner()
     shareable: ClassVar[Any] = _OfInner()
     transforms: ClassVar[Any] = _OfInner()
+    tiled: ClassVar[Any] = _OfInner()
     past_end: ClassVar[Any] = _OfInner()
 
     def __post_init__(self) -> None:

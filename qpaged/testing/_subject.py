@@ -68,7 +68,8 @@ class Subject:
         """Decode attention by the name of the backend; traced into :meth:`attend`."""
         metadata = qpaged.PagedAttentionMetadata.decode(position=position, page_table=table)
         attention = functools.partial(qpaged.paged_attention, query, view, metadata)
-        return {backend: attention(backend=backend) for backend in qpaged.attention_backends()}
+        names = [backend.name for backend in qpaged.attention_backends() if backend.platform is None]
+        return {name: attention(backend=name) for name in names}
 
     def attend(self, view: Any, query: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
         """What :meth:`attend_step` gives over the large view."""

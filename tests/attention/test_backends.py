@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 from formats import CACHES, normal
 from oracle import attention
+from sequences import LENGTHS, PAGES, decode, filled, prefill
 
 import qpaged
-
-PAGES, PAGE_SIZE = 24, 8
-LENGTHS = [0, 1, PAGE_SIZE - 1, PAGE_SIZE, 39, 40]  # 0 is an inactive row
-PER_SEQUENCE = 5
 
 CASES = {
     "grouped 4": {"heads": (8, 2)},
@@ -21,60 +18,9 @@ CASES = {
     "grouped 8, soft cap, sinks": {"heads": (8, 1), "logits_soft_cap": 3.0, "sinks": True},
     "window of one, scale": {"heads": (6, 2), "sliding_window": 1, "softmax_scale": 0.3},
 }
+ANYWHERE = [backend.name for backend in qpaged.attention_backends() if backend.platform is None]
 # float32 sums of some tens of products in other orders, through an exponential
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-
-
-def tables(rng):
-    """Each sequence's pages, shuffled over the pool; "no page" past its length."""
-    free = rng.permutation(PAGES)
-    table = np.full((len(LENGTHS), PER_SEQUENCE), PAGES, np.int32)
-    taken = 0
-    for row, length in enumerate(LENGTHS):
-        count = -(-length // PAGE_SIZE)
-        table[row, :count] = free[taken : taken + count]
-        taken += count
-    return table
-
-
-def poisoned(pool, table):
-    """The pool with NaN, or codes and scales that read as NaN, wherever no token lies."""
-    used = np.zeros((PAGES, PAGE_SIZE), bool)
-    for row, length in enumerate(LENGTHS):
-        for slot in range(length):
-            used[table[row, slot // PAGE_SIZE], slot % PAGE_SIZE] = True
-
-    def spoil(leaf, poison):
-        kept = used if leaf.shape[2] == PAGE_SIZE else used.any(axis=1, keepdims=True)
-        return jnp.where(kept[None, :, :, None], leaf, jnp.asarray(poison, leaf.dtype))
-
-    if not isinstance(pool, qpaged.QuantizedArray):
-        return spoil(pool, np.nan)
-    if pool.scales is None:
-        return pool.like(spoil(pool.codes, np.float32(np.nan).view(np.uint32)), None)
-    code = 0x7F  # a NaN of both fp8 formats, and the largest int8
-    outer = None if pool.outer is None else spoil(pool.outer, 254)
-    scales = spoil(pool.scales, pool.quantizer.past_end)
-    return pool.like(spoil(pool.codes, code), scales, None, outer)
-
-
-@functools.cache
-def filled(format, kv_heads, head_dim):
-    """A view that holds sequences of LENGTHS, and their table."""
-    config = qpaged.PagedAttentionCacheMetaData(
-        len(LENGTHS), 1, PAGES, PER_SEQUENCE, PER_SEQUENCE * PAGE_SIZE, PAGE_SIZE, kv_heads, head_dim, 0.5
-    )
-    view = qpaged.PagedAttentionCacheView.init(None, jnp.float32, config, 0, None, format)
-    table = tables(np.random.default_rng(0))
-    write = jax.jit(qpaged.PagedAttentionCacheView.write_prefill_to_cache)
-    for row, length in enumerate(LENGTHS):
-        key, value = (normal(40, kv_heads, head_dim, seed=10 * row + i) for i in (1, 2))
-        metadata = qpaged.PagedAttentionMetadata.prefill(
-            position=np.arange(40), page_table=table[row], length=length
-        )
-        view = write(view, key, value, metadata)
-    keys, values = (poisoned(pool, table) for pool in (view.key_pages, view.value_pages))
-    return view.replace(key_pages=keys, value_pages=values), table
 
 
 @functools.partial(jax.jit, static_argnames=("softmax_scale", "sliding_window", "logits_soft_cap"))
@@ -82,7 +28,7 @@ def everything(query, view, metadata, sinks, **options):
     """All backends' results, and the pools' values."""
     outs = {
         name: qpaged.paged_attention(query, view, metadata, sinks=sinks, backend=name, **options)
-        for name in qpaged.attention_backends()
+        for name in ANYWHERE
     }
     pools = [
         pool.dequantize() if isinstance(pool, qpaged.QuantizedArray) else pool
@@ -106,20 +52,6 @@ def run(case, format, metadata_of, rows, dtype=jnp.float32, head_dim=32):
         options.get("logits_soft_cap"), None if sinks is None else np.asarray(sinks, np.float64),
     )  # fmt: skip
     return outs, want
-
-
-def decode(table):
-    position = np.array(LENGTHS, np.int32) - 1
-    return qpaged.PagedAttentionMetadata.decode(position=position, page_table=table), position, table
-
-
-def prefill(table):
-    """The longest sequence's last 13 tokens, in 16 places."""
-    position = np.where(np.arange(16) < 13, 27 + np.arange(16), -1)
-    metadata = qpaged.PagedAttentionMetadata.prefill(
-        position=27 + np.arange(16), page_table=table[-1], length=13
-    )
-    return metadata, position, np.broadcast_to(table[-1], (16, PER_SEQUENCE))
 
 
 @pytest.mark.parametrize(
@@ -181,7 +113,7 @@ def test_many_blocks_and_tiles(monkeypatch):
     everything.clear_cache()
 
 
-@pytest.mark.parametrize("backend", qpaged.attention_backends())
+@pytest.mark.parametrize("backend", ANYWHERE)
 def test_a_permuted_pool_gives_the_same_bits(backend):
     view, table = filled("int8", 2, 16)
     order = np.random.default_rng(3).permutation(PAGES)
@@ -216,7 +148,9 @@ def test_reference_has_a_gradient():
 
 
 BAD = [
-    ({"backend": "tpu"}, ValueError, "backend must be one of xla, reference, or None, but came as 'tpu'"),
+    ({"backend": "npu"}, ValueError, "one of tpu, gpu, xla, reference, or None, but came as 'npu'"),
+    ({"backend": "gpu"}, ValueError, "takes the call, but 'gpu' declines: it is not built yet"),
+    ({"backend": "tpu"}, ValueError, "but 'tpu' declines: it .*"),
     ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1, .* came as 0"),
     ({"sliding_window": 2.5}, TypeError, "float"),
     ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap must be positive and finite, .* came as -1.0"),

@@ -183,7 +183,7 @@ def test_no_pages_in_the_table(format):
     assert bits(write_decodes(view, KEY[:2], VALUE[:2], rows)) == bits(view)
 
 
-@pytest.mark.parametrize("backend", qpaged.attention_backends())
+@pytest.mark.parametrize("backend", ["xla", "reference"])
 def test_attention_over_no_pages(backend):
     attend = jax.jit(lambda q, view, step: qpaged.paged_attention(q, view, step, backend=backend))
     assert not np.asarray(attend(KEY, filled(), prefill(np.arange(8), np.zeros(0, int)))).any()

@@ -1,0 +1,198 @@
+"""How the ``tpu`` backend sees pages: as rows of whole lanes, whose scales come to it in the table's order.
+
+A slot's stored elements fill at least one row of 128 lanes, or several slots share a row: its *folds*. A
+query is multiplied with one fold by zeros in the lanes of the others, so that nothing is ever brought from
+one lane to another. Codes that share a byte, its *places*, are taken apart one place at a time; channel
+c is at place c mod places.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qpaged.arrays import QuantizedArray
+
+LANES = 128
+BITS = 32  # in which codes that share a byte are taken apart
+HIGHEST = lax.Precision.HIGHEST
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The static description of a pool (kv_heads, pages, page_size, head_dim).
+
+    Attributes:
+        quantizer: None where the pool is plain.
+        dtype: the logical dtype.
+        page_size: slots of a page.
+        head_dim: channels of a slot.
+        places: codes in a byte.
+        per_slot: whether scales are the slot's own.
+        groups: scales along the channels; 0 where there are none.
+        shifted: whether scales carry offsets.
+        stored_bytes: bytes of a slot.
+    """
+
+    quantizer: Any
+    dtype: Any
+    page_size: int
+    head_dim: int
+    places: int = 1
+    per_slot: bool = False
+    groups: int = 0
+    shifted: bool = False
+    stored_bytes: int = 0
+
+    @classmethod
+    def of(cls, pool: Any) -> "Pages":
+        made = {"dtype": pool.dtype, "page_size": pool.shape[2], "head_dim": pool.shape[3]}
+        if not isinstance(pool, QuantizedArray):
+            return cls(None, **made, stored_bytes=pool.shape[3] * pool.dtype.itemsize)
+        made |= {"places": pool.packing, "stored_bytes": pool.codes.shape[3] * pool.codes.dtype.itemsize}
+        scales, quantizer = pool.scales, pool.quantizer
+        if scales is not None:
+            shifted = jax.eval_shape(quantizer.shift, scales) is not None
+            made |= {"per_slot": scales.shape[2] > 1, "groups": scales.shape[3], "shifted": shifted}
+        return cls(quantizer, **made)
+
+    @property
+    def width(self) -> int:
+        """Stored elements of a slot."""
+        return self.head_dim // self.places
+
+    @property
+    def lanes(self) -> int:
+        """Stored elements of a row."""
+        return max(LANES, self.width)
+
+    @property
+    def folds(self) -> int:
+        """Slots of a row."""
+        return self.lanes // self.width
+
+    @property
+    def page_rows(self) -> int:
+        return self.page_size // self.folds
+
+    def rows_of(self, pool: Any) -> jax.Array:
+        """What a pool stores, as (kv_heads, pages, page_rows, lanes)."""
+        stored = pool.codes if isinstance(pool, QuantizedArray) else pool
+        return stored.reshape(*stored.shape[:2], self.page_rows, self.lanes)
+
+    def spread(self, x: jax.Array) -> jax.Array:
+        """(..., head_dim) as (..., places, lanes), each fold with the same."""
+        x = x.reshape(*x.shape[:-1], self.width, self.places).swapaxes(-1, -2)
+        return jnp.tile(x, self.folds)
+
+    def gathered(self, x: jax.Array) -> jax.Array:
+        """(..., places, lanes) as (..., head_dim): the sum of the folds."""
+        x = x.reshape(*x.shape[:-1], self.folds, self.width).sum(axis=-2)
+        return x.swapaxes(-1, -2).reshape(*x.shape[:-2], self.head_dim)
+
+    def scales_of(self, pool: Any, table: jax.Array, pages: int) -> jax.Array | None:
+        """The stored scales of the pages of ``table`` (sequences, table_pages), zeros where there are none.
+
+        (sequences, blocks, kv_heads, ...) for blocks of so many ``pages``: of each slot, fold by fold,
+        (folds · rows) if there is one along the channels and (folds · groups, rows) if there are several; but
+        (pages, groups) where the slots of a page share those.
+        """
+        if not self.groups:
+            return None
+        sequences, blocks = len(table), table.shape[1] // pages
+        heads, count, slots, groups = pool.scales.shape
+        # XLA finds one head's slices where they lie; for those of all heads it would move the whole pool's.
+        head = jnp.arange(heads, dtype=jnp.int32)[:, None]
+        page = table.reshape(sequences, blocks, 1, pages)
+        at = jnp.where((page >= 0) & (page < count), head * count + page, heads * count)
+        rows = pool.scales.reshape(heads * count, slots, groups)
+        found = rows.at[at].get(mode="fill", fill_value=0)  # (sequences, blocks, heads, pages, slots, groups)
+        if groups > 1 and not self.per_slot:
+            return found.reshape(*at.shape, groups)
+        found = jnp.broadcast_to(found, (*at.shape, self.page_size, groups))
+        found = found.reshape(*at.shape[:3], pages * self.page_rows, self.folds, groups)
+        found = found.transpose(0, 1, 2, 4, 5, 3)
+        shape = found.shape[:3]
+        return found.reshape(*shape, -1) if groups == 1 else found.reshape(*shape, self.folds * groups, -1)
+
+    # Inside the kernel.
+
+    def fold(self, x: jax.Array, fold: int) -> jax.Array:
+        """``x`` (rows, lanes) with zeros in the lanes of the other folds."""
+        if self.folds == 1:
+            return x
+        return jnp.where(self._lane(x.shape)[1] == fold, x, jnp.zeros((), x.dtype))
+
+    def slots(self, rows: int) -> jax.Array:
+        """(rows, lanes): the slot of each element, counted from the block's first."""
+        shape = rows, self.lanes
+        return lax.broadcasted_iota(jnp.int32, shape, 0) * self.folds + self._lane(shape)[1]
+
+    def decoded(self, stored: jax.Array, dtype: Any) -> list[jax.Array]:
+        """For each place the values (rows, lanes) of ``stored`` (pages, page_rows, lanes), in units of their
+        scales."""
+        return [
+            self._values(stored, place).reshape(-1, self.lanes).astype(dtype) for place in range(self.places)
+        ]
+
+    def scaled(self, stored: jax.Array, scales: jax.Array, dtype: Any) -> list[jax.Array]:
+        """:meth:`decoded` times the ``scales`` of its channels, of one head of a block."""
+        factors = self.factors(scales)
+        out = []
+        for place in range(self.places):
+            values, factor = self._values(stored, place), self._of_lanes(factors, place)
+            if not self.per_slot:
+                factor = factor.reshape(factor.shape[0], 1, self.lanes)
+            else:
+                values = values.reshape(-1, self.lanes)
+            out.append((values * factor).reshape(-1, self.lanes).astype(dtype))
+        return out
+
+    def factors(self, scales: jax.Array) -> jax.Array:
+        """Stored scales as float32 factors; zeros for those that read as NaN, where nothing was written."""
+        return _finite(self.quantizer.multiplier(scales))
+
+    def shifts(self, scales: jax.Array) -> jax.Array:
+        """The float32 offsets that stored scales carry."""
+        return _finite(self.quantizer.shift(scales))
+
+    def shift_rows(self, scales: jax.Array, place: int) -> jax.Array:
+        """The offsets (pages, lanes) of a place's channels, of one head of a block."""
+        return self._of_lanes(self.shifts(scales), place)
+
+    def _values(self, stored: jax.Array, place: int) -> jax.Array:
+        if self.quantizer is None:
+            return stored.astype(jnp.float32)
+        codes, made_for = stored, self.dtype if not self.groups else jnp.float32
+        if self.places > 1:
+            bits, code_dtype = BITS // (4 * self.places), self.quantizer.code_dtype(self.dtype)
+            signed = jnp.issubdtype(code_dtype, jnp.signedinteger)
+            high = lax.shift_left(stored.astype(jnp.int32), jnp.int32(BITS - bits * (place + 1)))
+            down = lax.shift_right_arithmetic if signed else lax.shift_right_logical
+            codes = down(high, jnp.int32(BITS - bits)).astype(code_dtype)
+        return self.quantizer.decode(codes, made_for).astype(jnp.float32)
+
+    def _of_lanes(self, factors: jax.Array, place: int) -> jax.Array:
+        """The factors of each lane, from (pages, groups) or (folds · groups, rows)."""
+        if self.groups == self.lanes and self.places == 1 and not self.per_slot:
+            return factors
+        count = self.groups * (self.folds if self.per_slot else 1)
+        shape = count, self.lanes
+        within, fold = self._lane(shape)
+        group = lax.div((within * self.places + place) * self.groups, self.head_dim)
+        if self.per_slot:
+            group = group + fold * self.groups
+        picks = (lax.broadcasted_iota(jnp.int32, shape, 0) == group).astype(jnp.float32)
+        numbers = (((0 if self.per_slot else 1,), (0,)), ((), ()))
+        return lax.dot_general(factors, picks, numbers, precision=HIGHEST)
+
+    def _lane(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """Of each element its place within a slot, and its fold."""
+        lane = lax.broadcasted_iota(jnp.int32, shape, 1)
+        return lax.rem(lane, self.width), lax.div(lane, self.width)
+
+
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.abs(x) < jnp.inf, x, 0.0)
