@@ -4,6 +4,8 @@ Along each axis of the quantized operand the scales are either one block, which 
 several. Several along axes that the result keeps: the result is multiplied. Several along contracted axes
 alone: the other operand is. Both at once (a scale per page and channel, or per group of channels): the codes
 are. Packed codes are contracted place by place, so that they need not be interleaved.
+
+On CPU, codes that are whole numbers meet a bfloat16 operand as such: see :mod:`qpaged.arrays._whole`.
 """
 
 import functools
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged.arrays._blocks import beside, blocked, refine
+from qpaged.arrays import _whole
 from qpaged.arrays._quantized import QuantizedArray, common_dtype
 from qpaged.arrays._views import adjoint, factored, keeps_channels, places, stored
 
@@ -139,6 +142,8 @@ def _folded(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.
     several = [axis for axis, count in enumerate(array.scales.shape) if count > 1]
     contracted = [axis for axis in several if axis in axes.contract]
     kept = [axis for axis in several if axis in axes.kept(array.ndim)]
+    if other.dtype == jnp.bfloat16 and not (contracted and kept):
+        array = _whole.whole(array)
     codes = array.like(array.codes, array.scales)
     if not contracted:
         out = _scale_result(other, codes, axes, params)
@@ -150,6 +155,8 @@ def _folded(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.
 
 
 def _contract_codes(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
+    if isinstance(array.quantizer, _whole.Whole):
+        return _whole.dot(other, array.codes, axes.numbers)
     values = array.values(other.dtype)
     return lax.dot_general(other, values, axes.numbers, preferred_element_type=jnp.float32, **params)
 

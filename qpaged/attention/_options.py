@@ -40,8 +40,8 @@ class Options:
 
     def held(self, table: jax.Array, seen: jax.Array) -> jax.Array:
         """The pages (pages,) of which any slot is ``seen`` (queries, slots), "no page" for the others."""
-        needed = seen.any(axis=0).reshape(len(table), -1).any(axis=1)
-        return jnp.where(needed, table, self.num_pages)
+        slots = jnp.where(seen.any(axis=0).reshape(len(table), -1), table[:, None], self.num_pages)
+        return slots.min(axis=1)  # of what XLA on CPU sums up it keeps the result; a choice it makes anew
 
 
 @dataclass(frozen=True)

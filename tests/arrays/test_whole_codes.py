@@ -1,0 +1,70 @@
+"""Codes that are whole numbers meet a bfloat16 operand as the integers they are, on CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formats import normal
+
+import qpaged
+from qpaged.arrays import _whole
+
+HEADS, SLOTS, DIM = 2, 32, 64
+QK, PV = (((2,), (2,)), ((0,), (0,))), (((2,), (1,)), ((0,), (0,)))
+ROW = 2.0**-15  # the most that an integer is away from the element it stands for, over the row's largest
+CODES = np.random.default_rng(0).integers(-128, 128, (HEADS, SLOTS, DIM)).astype(np.int8)
+
+
+def dots(numbers):
+    return jax.jit(functools.partial(_whole.dot, numbers=numbers))
+
+
+def rows(width):
+    return jnp.asarray(normal(HEADS, 3, width, seed=2), jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "numbers, pairs, axis", [(QK, "hrd,hsd->hrs", 2), (PV, "hrs,hsd->hrd", 1)], ids=["keys", "values"]
+)
+def test_the_sum_is_off_by_less_than_bfloat16_would_be(numbers, pairs, axis):
+    other = rows(CODES.shape[axis])
+    exact = np.einsum(pairs, np.float64(other), np.float64(CODES))
+    largest = np.abs(np.float64(other)).max(axis=-1, keepdims=True)
+    off = np.abs(np.float64(dots(numbers)(other, CODES)) - exact)
+    assert np.all(off <= ROW * largest * np.abs(np.float64(CODES)).sum(axis=axis)[:, None])
+    assert off.max() > 0  # as floats, these sums would be exact
+
+
+def test_other_devices_multiply_floats():
+    lowered = jax.jit(functools.partial(_whole.dot, numbers=QK)).trace(rows(DIM), CODES)
+    text = {platform: lowered.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu")}
+    assert "tensor<2x2x3x64xi8>, tensor<2x32x64xi8>" in text["cpu"]
+    assert "tensor<2x3x64xbf16>, tensor<2x32x64xbf16>" in text["tpu"]
+
+
+def test_derivatives_are_those_of_the_exact_dot():
+    other, step = rows(DIM), rows(DIM) * 2
+    _, along = jax.jvp(lambda x: _whole.dot(x, CODES, QK), (other,), (step,))
+    assert np.allclose(along, np.einsum("hrd,hsd->hrs", np.float64(step), np.float64(CODES)), rtol=1e-5)
+    back = jax.grad(lambda x: _whole.dot(x, CODES, QK).sum())(other)
+    assert np.allclose(np.float64(back[:, 0]), np.float64(CODES).sum(axis=1), rtol=2.0**-8)
+
+
+def test_a_row_of_zeros_stays_zero():
+    assert not np.any(_whole.dot(jnp.zeros((HEADS, 3, DIM), jnp.bfloat16), CODES, QK))
+
+
+@pytest.mark.parametrize(
+    "format, added", [("int8", 0.5), ("int8:token", 0.0), ("int4", 0.0), ("fp8_e4m3", None), ("nvfp4", None)]
+)
+def test_what_a_format_adds_to_its_codes(format, added):
+    quantizer = qpaged.get_quantizer(format)
+    assert _whole._added(quantizer, jnp.dtype(quantizer.code_dtype(jnp.bfloat16))) == added
+
+
+def test_a_sum_too_long_for_int32_is_of_floats():
+    codes = np.full((1, 1, _whole.LONGEST + 1), -128, np.int8)
+    other = jnp.ones((1, 1, _whole.LONGEST + 1), jnp.bfloat16)
+    assert _whole.dot(other, codes, QK)[0, 0, 0] == pytest.approx(-128 * (_whole.LONGEST + 1), rel=1e-6)
