@@ -1,0 +1,355 @@
+"""Decode attention on CPU, beside what else does it there.
+
+    pip install torch "transformers<5" optimum-quanto hqq llama-cpp-python
+    python benchmarks/cpu_attention.py --out benchmarks/results/cpu_attention.json
+
+One decode step of one layer, at the shapes of ``shapes.py``. All take turns round by round in one process;
+medians over rounds. Given are the milliseconds, the bytes of the live tokens' keys and values as each stores
+them, those bytes over the time as a share of what the same run reads from memory, and the largest error
+against float64 on the same numbers, over the largest output. Peers that are not installed are left out, by
+name. ``plain`` are bfloat16 pages as JAX holds them, ``raw`` the same bits as integers.
+
+Beside that, for each format, what is compiled in a generation: the seconds that a step of writing and
+attending takes to compile, and how many programs a prompt and 64 steps of one shape compile.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from record import circumstances, save
+from shapes import SHAPES, Shape
+
+import qpaged
+
+THREADS = len(os.sched_getaffinity(0))
+FORMATS = (
+    "plain", "raw", "int8", "int8:token", "int8:channel", "fp8_e4m3", "int4:token", "int4", "nvfp4",
+)  # fmt: skip
+DISTRIBUTIONS = ("torch", "transformers", "optimum-quanto", "hqq", "llama-cpp-python")
+
+
+@dataclass
+class Numbers:
+    """What all attend to."""
+
+    shape: Shape
+    query: np.ndarray
+    keys: list[np.ndarray]
+    values: list[np.ndarray]
+
+    @classmethod
+    def of(cls, shape: Shape) -> "Numbers":
+        def rows(seed: int, *dims: int) -> np.ndarray:
+            drawn = np.random.default_rng(seed).standard_normal(dims, np.float32)
+            return np.asarray(jnp.asarray(drawn, jnp.bfloat16), np.float32)  # the same for all dtypes
+
+        query = rows(0, len(shape.lengths), shape.q_heads, shape.head_dim)
+        pairs = [
+            [rows(2 * row + which, shape.kv_heads, length, shape.head_dim) for which in (1, 2)]
+            for row, length in enumerate(shape.lengths)
+        ]
+        return cls(shape, query, *(list(part) for part in zip(*pairs, strict=True)))
+
+    def exact(self) -> np.ndarray:
+        """(sequences, q_heads, head_dim) float64."""
+        outs = []
+        for query, keys, values in zip(self.query, self.keys, self.values, strict=True):
+            grouped = query.reshape(self.shape.kv_heads, -1, self.shape.head_dim).astype(np.float64)
+            scores = grouped @ keys.astype(np.float64).swapaxes(1, 2) * self.shape.head_dim**-0.5
+            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+            out = weights / weights.sum(axis=-1, keepdims=True) @ values.astype(np.float64)
+            outs.append(out.reshape(query.shape))
+        return np.stack(outs)
+
+
+@dataclass
+class Subject:
+    """Something that attends: one step of it, the bytes that the step must read, and its seconds."""
+
+    name: str
+    step: Callable[[], Any]
+    bytes_read: float
+    times: list[float] = field(default_factory=list)
+
+
+def fresh(format: str, shape: Shape, pages: int) -> qpaged.PagedAttentionCacheView:
+    config = qpaged.PagedAttentionCacheMetaData(
+        len(shape.lengths), 1, pages, shape.pages_per_sequence, shape.pages_per_sequence * shape.page_size,
+        shape.page_size, shape.kv_heads, shape.head_dim, 0.5,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", qpaged.NarrowFloatPoolWarning)
+        return qpaged.PagedAttentionCacheView.init(None, jnp.bfloat16, config, 0, None, format)
+
+
+def ours(numbers: Numbers) -> Iterator[Subject]:
+    shape = numbers.shape
+    table, pages = shape.tables()
+    write = jax.jit(qpaged.PagedAttentionCacheView.write_prefill_to_cache, donate_argnums=0)
+    attend = jax.jit(qpaged.paged_attention)
+    decode = qpaged.PagedAttentionMetadata.decode(position=np.array(shape.lengths) - 1, page_table=table)
+    query = jnp.asarray(numbers.query, jnp.bfloat16)
+    for format in FORMATS:
+        view = fresh(format, shape, pages)
+        for row, length in enumerate(shape.lengths):
+            chunk = min(length, 2048)
+            for start in range(0, length, chunk):
+                end = min(start + chunk, length)
+                key, value = (np.zeros((chunk, shape.kv_heads, shape.head_dim), np.float32) for _ in range(2))
+                key[: end - start] = numbers.keys[row][:, start:end].swapaxes(0, 1)
+                value[: end - start] = numbers.values[row][:, start:end].swapaxes(0, 1)
+                metadata = qpaged.PagedAttentionMetadata.prefill(
+                    position=start + np.arange(chunk), page_table=table[row], length=end - start
+                )
+                view = write(view, jnp.asarray(key, jnp.bfloat16), jnp.asarray(value, jnp.bfloat16), metadata)
+        share = (view.key_pages.nbytes + view.value_pages.nbytes) / (
+            view.key_pages.size + view.value_pages.size
+        )
+        yield Subject(
+            f"qpaged {format}",
+            lambda view=view: attend(query, view, decode).block_until_ready(),
+            share * shape.elements,
+        )
+
+
+def of_jax(numbers: Numbers) -> Iterator[Subject]:
+    """``jax.nn.dot_product_attention`` over a contiguous cache."""
+    shape = numbers.shape
+    query = jnp.asarray(numbers.query[:, None], jnp.bfloat16)
+    keys, values = (
+        jnp.asarray(padded(part).swapaxes(1, 2), jnp.bfloat16) for part in (numbers.keys, numbers.values)
+    )
+    lengths = jnp.asarray(shape.lengths, jnp.int32)
+    attend = jax.jit(lambda q, k, v, n: jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=n)[:, 0])
+    yield Subject(
+        "jax.nn.dot_product_attention bfloat16",
+        lambda: attend(query, keys, values, lengths).block_until_ready(),
+        2.0 * shape.elements,
+    )
+
+
+def padded(parts: list[np.ndarray]) -> np.ndarray:
+    """(sequences, kv_heads, longest, head_dim), zeros past each length."""
+    longest = max(part.shape[1] for part in parts)
+    return np.stack([np.pad(part, ((0, 0), (0, longest - part.shape[1]), (0, 0))) for part in parts])
+
+
+def of_torch(numbers: Numbers) -> Iterator[Subject]:
+    """``scaled_dot_product_attention`` over a contiguous cache, heads grouped and as rows of queries."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    shape, attend = numbers.shape, torch.nn.functional.scaled_dot_product_attention
+    uniform = len(set(shape.lengths)) == 1
+    seen = torch.arange(max(shape.lengths))[None] < torch.tensor(shape.lengths)[:, None]
+    mask = None if uniform else seen[:, None, None]
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"torch SDPA {str(dtype).removeprefix('torch.')}"
+        keys, values = (torch.tensor(padded(part)).to(dtype) for part in (numbers.keys, numbers.values))
+        query = torch.tensor(numbers.query).to(dtype)
+        rows = query.reshape(len(query), shape.kv_heads, -1, shape.head_dim)
+
+        def grouped(query=query[:, :, None], keys=keys, values=values) -> Any:
+            return attend(query, keys, values, attn_mask=mask, enable_gqa=True)[:, :, 0].float().numpy()
+
+        def as_rows(query=rows, keys=keys, values=values) -> Any:
+            out = attend(query, keys, values, attn_mask=mask)
+            return out.reshape(len(query), -1, shape.head_dim).float().numpy()
+
+        read = keys.itemsize * shape.elements
+        yield Subject(f"{name} enable_gqa", grouped, read)
+        yield Subject(f"{name} heads as rows", as_rows, read)
+
+
+def of_transformers(numbers: Numbers) -> Iterator[Subject]:
+    """``QuantizedCache.update`` with one token, and SDPA over what it gives back."""
+    import torch
+    from transformers import LlamaConfig
+    from transformers.cache_utils import QuantizedCache
+
+    shape = numbers.shape
+    if len(set(shape.lengths)) > 1:
+        return
+    config = LlamaConfig(
+        num_hidden_layers=1, num_attention_heads=shape.q_heads, num_key_value_heads=shape.kv_heads,
+        hidden_size=shape.q_heads * shape.head_dim, head_dim=shape.head_dim,
+    )  # fmt: skip
+    keys, values = (torch.tensor(np.stack(part)).bfloat16() for part in (numbers.keys, numbers.values))
+    query = torch.tensor(numbers.query)[:, :, None].bfloat16()
+    for backend, package in (("quanto", "optimum-quanto"), ("hqq", "hqq")):
+        if find_spec("optimum" if backend == "quanto" else "hqq") is None:
+            missing(package)
+            continue
+        axis = {"quanto": 0, "hqq": 1}[backend]
+        cache = QuantizedCache(
+            backend, config, nbits=4, axis_key=axis, axis_value=axis, q_group_size=64, residual_length=128
+        )
+        cache.update(keys[:, :, :-1], values[:, :, :-1], 0)
+
+        def step(cache=cache) -> Any:
+            k, v = cache.update(keys[:, :, -1:], values[:, :, -1:], 0)
+            out = torch.nn.functional.scaled_dot_product_attention(
+                query, k[:, :, : keys.shape[2]], v[:, :, : keys.shape[2]], enable_gqa=True
+            )
+            return out[:, :, 0].float().numpy()
+
+        yield Subject(f"transformers QuantizedCache {backend} 4 bits", step, 0.5 * shape.elements)
+
+
+def of_ggml(numbers: Numbers) -> Iterator[Subject]:
+    import ggml
+
+    for kind, bits in (("f16", 16), ("q8_0", 8.5)):
+        step = ggml.attention(numbers.query, numbers.keys, numbers.values, kind, THREADS)
+        yield Subject(f"ggml flash_attn_ext {kind}", step, bits / 8 * numbers.shape.elements)
+
+
+PEERS = {
+    of_jax: "jax",
+    of_torch: "torch",
+    of_transformers: "transformers",
+    of_ggml: "llama_cpp",
+}
+
+
+def missing(package: str) -> None:
+    print(f"left out: {package} is not installed", file=sys.stderr)
+
+
+def memory_bandwidth(rounds: int = 5) -> float:
+    """Bytes a second that all threads together read from memory: the sum of 512 MB, the best of rounds."""
+    numbers = jnp.ones(2**27, jnp.float32)
+    total = jax.jit(lambda x: x.reshape(64, -1).sum(axis=1))
+    total(numbers).block_until_ready()
+    times = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        total(numbers).block_until_ready()
+        times.append(time.perf_counter() - begin)
+    return numbers.nbytes / min(times)
+
+
+def generation(format: str, shape: Shape, steps: int = 64) -> dict[str, Any]:
+    """What is compiled from a prompt's write to the last of so many decode steps of a batch."""
+    compiled: list[float] = []
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    @jax.jit
+    def prefill(view, rows, metadata):
+        return view.write_prefill_to_cache(rows, rows, metadata)
+
+    @jax.jit
+    def decode(view, query, rows, metadata):
+        view = view.write_decodes_to_cache(rows, rows, metadata)
+        return view, qpaged.paged_attention(query, view, metadata)
+
+    table, pages = shape.tables()
+    view = fresh(format, shape, pages)
+    prompt = jnp.ones((min(shape.lengths) - steps, shape.kv_heads, shape.head_dim), jnp.bfloat16)
+    query, rows = (
+        jnp.ones((len(shape.lengths), heads, shape.head_dim), jnp.bfloat16)
+        for heads in (shape.q_heads, shape.kv_heads)
+    )
+    at = np.full(len(shape.lengths), len(prompt), np.int32)
+    prompts = [
+        qpaged.PagedAttentionMetadata.prefill(position=np.arange(len(prompt)), page_table=row)
+        for row in table
+    ]
+    metadata = [qpaged.PagedAttentionMetadata.decode(position=at + i, page_table=table) for i in range(steps)]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for each in prompts:
+            view = prefill(view, prompt, each)
+        of_prompt = len(compiled)
+        view, out = decode(view, query, rows, metadata[0])
+        first = compiled[of_prompt:]
+        for each in metadata[1:]:
+            view, out = decode(view, query, rows, each)
+        out.block_until_ready()
+    finally:
+        jax.monitoring.clear_event_listeners()
+    return {
+        "name": format,
+        "step_compile_seconds": round(sum(first), 3),
+        "programs": {
+            "prompts": of_prompt,
+            "first step": len(first),
+            "other steps": len(compiled) - of_prompt - len(first),
+        },
+    }
+
+
+def measure(shape: Shape, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
+    numbers = Numbers.of(shape)
+    exact = numbers.exact()
+    subjects = list(ours(numbers))
+    for peer, package in PEERS.items():
+        if find_spec(package) is None:
+            missing(package)
+        else:
+            subjects += peer(numbers)
+    errors = [np.abs(np.asarray(s.step(), np.float64) - exact).max() / np.abs(exact).max() for s in subjects]
+    for turn in range(rounds):
+        for number, subject in enumerate(subjects):
+            place = f"{shape.name}: round {turn + 1} of {rounds}, {number + 1} of {len(subjects)}"
+            print(f"\r{place} ", end="", file=sys.stderr, flush=True)
+            begin = time.perf_counter()
+            subject.step()
+            subject.times.append(1e3 * (time.perf_counter() - begin))
+    print(file=sys.stderr)
+    return [
+        {
+            "name": subject.name,
+            "milliseconds": round(statistics.median(subject.times), 3),
+            "spread": [round(min(subject.times), 3), round(max(subject.times), 3)],
+            "bytes": round(subject.bytes_read),
+            "of_bandwidth": round(subject.bytes_read / statistics.median(subject.times) * 1e3 / bandwidth, 3),
+            "error": float(f"{error:.2g}"),
+        }
+        for subject, error in zip(subjects, errors, strict=True)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write the results here as JSON")
+    parser.add_argument("--shapes", default=",".join(list(SHAPES)[:8]), help="names, separated by commas")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    bandwidth = memory_bandwidth()
+    print(f"memory is read at {bandwidth / 1e9:.1f} GB/s by {THREADS} threads")
+    runs = {}
+    for name in arguments.shapes.split(","):
+        runs[name] = measure(SHAPES[name], arguments.rounds, bandwidth)
+        print(name)
+        for run in runs[name]:
+            numbers = f"{run['milliseconds']:10.2f} ms{run['of_bandwidth']:8.0%}{run['error']:10.1e}"
+            print(f"  {run['name']:45s}{numbers}")
+    generations = [generation(format, SHAPES["8x1k"]) for format in FORMATS]
+    for each in generations:
+        print(f"  {each['name']:45s}{each['step_compile_seconds']:10.2f} s  {each['programs']}")
+    packages = [name for name in DISTRIBUTIONS if find_spec(name.replace("-", "_").split("_python")[0])]
+    results = {**circumstances(packages), "threads": THREADS, "rounds": arguments.rounds}
+    save(
+        arguments.out,
+        {**results, "bytes_per_second": round(bandwidth), "shapes": runs, "generation": generations},
+    )
+
+
+if __name__ == "__main__":
+    main()

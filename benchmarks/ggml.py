@@ -1,0 +1,114 @@
+"""Flash attention of ggml, as llama-cpp-python brings it, by its C interface."""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+TYPES = {"f16": 1, "q8_0": 8}  # enum ggml_type
+F32 = 0
+OVERHEAD = 2**24  # bytes for the descriptions of tensors and of the graph
+
+
+class Parameters(ctypes.Structure):
+    """``struct ggml_init_params``."""
+
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+class Plan(ctypes.Structure):
+    """``struct ggml_cplan``."""
+
+    _fields_ = (
+        ("work_size", ctypes.c_size_t),
+        ("work_data", ctypes.c_void_p),
+        ("n_threads", ctypes.c_int),
+        ("threadpool", ctypes.c_void_p),
+        ("abort_callback", ctypes.c_void_p),
+        ("abort_callback_data", ctypes.c_void_p),
+        ("use_ref", ctypes.c_bool),
+    )
+
+
+def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    import llama_cpp
+
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    base, cpu = (
+        ctypes.CDLL(str(folder / f"libggml-{part}.so"), ctypes.RTLD_GLOBAL) for part in ("base", "cpu")
+    )
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    for name, result, arguments in (
+        ("ggml_init", pointer, [Parameters]),
+        ("ggml_new_tensor_4d", pointer, [pointer, ctypes.c_int, *[integer] * 4]),
+        ("ggml_get_data", pointer, [pointer]),
+        ("ggml_nbytes", ctypes.c_size_t, [pointer]),
+        ("ggml_flash_attn_ext", pointer, [*[pointer] * 5, *[ctypes.c_float] * 3]),
+        ("ggml_new_graph", pointer, [pointer]),
+        ("ggml_build_forward_expand", None, [pointer, pointer]),
+        ("ggml_quantize_chunk", ctypes.c_size_t, [ctypes.c_int, pointer, pointer, *[integer] * 3, pointer]),
+    ):
+        function = getattr(base, name)
+        function.restype, function.argtypes = result, arguments
+    cpu.ggml_graph_plan.argtypes, cpu.ggml_graph_plan.restype = [pointer, ctypes.c_int, pointer], Plan
+    cpu.ggml_graph_compute.argtypes = [pointer, ctypes.POINTER(Plan)]
+    cpu.ggml_cpu_init()
+    return base, cpu
+
+
+def attention(
+    query: np.ndarray, keys: list[np.ndarray], values: list[np.ndarray], type: str, threads: int
+) -> Callable[[], np.ndarray]:
+    """A decode step over contiguous caches of one ggml type.
+
+    Args:
+        query: (sequences, q_heads, head_dim) float32.
+        keys: for each sequence (kv_heads, length, head_dim) float32.
+        values: likewise.
+        type: one of :data:`TYPES`.
+        threads: how many to compute with.
+
+    Returns:
+        A function that computes and gives (sequences, q_heads, head_dim) float32.
+    """
+    base, cpu = _libraries()
+    size = sum(part.nbytes for part in (*keys, *values)) + OVERHEAD + query.nbytes * 2**6
+    context = base.ggml_init(Parameters(size, None, False))
+    graph = base.ggml_new_graph(context)
+
+    def tensor(array: np.ndarray, type: int) -> int:
+        made = base.ggml_new_tensor_4d(context, type, *array.shape[::-1])
+        array = np.ascontiguousarray(array, np.float32)
+        if type == F32:
+            ctypes.memmove(base.ggml_get_data(made), array.ctypes.data, array.nbytes)
+        else:
+            rows, width = array.size // array.shape[-1], array.shape[-1]
+            base.ggml_quantize_chunk(type, array.ctypes.data, base.ggml_get_data(made), 0, rows, width, None)
+        return made
+
+    outs = []
+    # One call a sequence where lengths differ; else all in one, the sequences along the last axis.
+    uniform = len({key.shape for key in keys}) == 1
+    groups = [list(range(len(keys)))] if uniform else [[row] for row in range(len(keys))]
+    for rows in groups:
+        q = tensor(query[rows][:, :, None], F32)  # (sequences, q_heads, 1, head_dim)
+        k, v = (tensor(np.stack([part[row] for row in rows]), TYPES[type]) for part in (keys, values))
+        out = base.ggml_flash_attn_ext(context, q, k, v, None, query.shape[-1] ** -0.5, 0.0, 0.0)
+        base.ggml_build_forward_expand(graph, out)
+        outs.append((out, (len(rows), query.shape[1], query.shape[2])))
+
+    plan = cpu.ggml_graph_plan(graph, threads, None)
+    work = ctypes.create_string_buffer(plan.work_size)
+    plan.work_data = ctypes.addressof(work)
+
+    def step(work=work) -> np.ndarray:  # work is held, since the plan has no more than its address
+        if cpu.ggml_graph_compute(graph, ctypes.byref(plan)):
+            raise RuntimeError("ggml could not compute the graph")
+        parts = [
+            np.ctypeslib.as_array(ctypes.cast(base.ggml_get_data(out), ctypes.POINTER(ctypes.c_float)), shape)
+            for out, shape in outs
+        ]
+        return np.concatenate(parts)
+
+    return step
