@@ -84,11 +84,10 @@ def quantized_tensors(
 
     A ``QuantizedTensor`` has int8 ``weight`` (kv_heads, pages, page_size, head_dim) and float32 ``scales``
     (kv_heads, pages, page_size, 1), and reads as weight · scales / 127.5, so that ours are multiplied by
-    127.5. Where that is a rounding (``int8:token``, whose scales have all bits of a float32), what the kernel
-    reads is off by at most 4 · 2^-24 of the value: one rounding each of the scale, the product, and the
-    quotient, or the reciprocal and a product in its place. Where scales have 16 bits or fewer (``int4``,
-    ``int2``) scale and product are exact. A weight times 127.5 scales must lie within float32: values beyond
-    2.6e36 overflow.
+    127.5. With scales of 16 bits or fewer (``int4``) that is exact. With those of ``int8:token``, which have
+    all bits of a float32, what the kernel reads is off by at most 4 · 2^-24 of the value: a rounding each of
+    the scale, of the product, and of the quotient, or of a reciprocal and of a product with it. Values beyond
+    2.6e36 overflow in the product.
 
     ``int8:token`` keeps its codes where they lie; codes of fewer bits come one a byte, as a copy. Plain pages
     (``raw``, too) come as arrays in the logical dtype, which the kernel rounds to bfloat16.
@@ -209,8 +208,8 @@ def ragged_sequences(view: PagedAttentionCacheView, metadata: PagedAttentionMeta
     prefill, decode = metadata.prefill_tokens(), metadata.decodes_tokens()
     if (prefill is None) == (decode is None):
         raise ValueError(
-            f"metadata must be of a prefill or of a decode, but is {_mode(metadata)}; call the kernel once for "
-            f"each, with PagedAttentionMetadata.prefill and .decode."
+            f"metadata must be of a prefill or of a decode, but is {_mode(metadata)}; call the kernel once "
+            f"for each, with PagedAttentionMetadata.prefill and .decode."
         )
     if decode is not None:
         position, table = decode
@@ -266,8 +265,8 @@ def _not_scaled(pool: QuantizedArray) -> str | None:
 
 
 def _numbers(pool: QuantizedArray, dtypes: tuple[Any, ...]) -> tuple[jax.Array, float] | None:
-    """The pool's codes as numbers of the first of the ``dtypes`` that has them all, and how many of these make
-    one unit of the scale: 1, or 2 for codes that stand for halves. None if there is no such dtype."""
+    """The pool's codes as numbers of the first of the ``dtypes`` that has them all, and how many of these
+    make one unit of the scale: 1, or 2 for codes that stand for halves. None if there is no such dtype."""
     codes, values = _every_code(pool)
     for dtype in dtypes:
         if np.array_equal(codes.view(dtype).astype(np.float32), values, equal_nan=True):

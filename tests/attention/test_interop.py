@@ -1,6 +1,8 @@
 """Pages handed to JAX's own kernels: the same values, and the same attention."""
 
+import dataclasses
 import functools
+import re
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from formats import normal
 import qpaged
 from qpaged import interop
 from qpaged._compat import version_tuple
+from qpaged.implicit import ImplicitArray
 
 HEADS, PAGES, PAGE_SIZE, HEAD_DIM = 2, 6, 8, 16
 CONFIG = qpaged.PagedAttentionCacheMetaData(4, 1, PAGES, 3, 24, PAGE_SIZE, HEADS, HEAD_DIM, 0.5)
@@ -38,19 +41,19 @@ def view_of(keys, values, dtype=jnp.float32):
 
     def pool(format, seed):
         x = normal(HEADS, PAGES, PAGE_SIZE, HEAD_DIM, seed=seed, scale=1.5).astype(dtype)
-        return x if format is None else qpaged.get_quantizer(format).quantize(x)
+        return x if format is None else jax.jit(qpaged.get_quantizer(format).quantize)(x)
 
     return qpaged.PagedAttentionCacheView(CONFIG, 0, pool(keys, 1), pool(values, 2))
 
 
-@functools.cache
-def reference(keys, values, dtype=jnp.float32, metadata="decode"):
+decoded = jax.jit(qpaged.QuantizedArray.dequantize)
+
+
+def reference(view, metadata=DECODE):
     """A query, and what the reference gives for it with a softmax_scale of 1."""
-    metadata = {"decode": DECODE, "prefill": PREFILL}[metadata]
-    rows = len(POSITIONS) if metadata is DECODE else 8
-    query = normal(rows, 2 * HEADS, HEAD_DIM, seed=5)
+    query = normal(len(POSITIONS) if metadata is DECODE else 8, 2 * HEADS, HEAD_DIM, seed=5)
     attend = functools.partial(qpaged.paged_attention, backend="reference", softmax_scale=1.0)
-    return query, attend(query, view_of(keys, values, dtype), metadata)
+    return query, jax.jit(attend)(query, view, metadata)
 
 
 @pytest.mark.parametrize(
@@ -61,15 +64,14 @@ def reference(keys, values, dtype=jnp.float32, metadata="decode"):
         ("fp8_e5m2:token", jnp.float8_e5m2, True),
         ("int4:token", jnp.int8, False),
         ("int4:page", jnp.int8, False),
-        ("mxfp4:group16", jnp.int8, False),
     ],
 )
 def test_scaled_pages_are_the_values(format, dtype, kept):
     view = view_of(format, "int8:token")
-    pages = interop.scaled_pages(view)
+    pages, values = jax.jit(lambda view: (interop.scaled_pages(view), view.key_pages.dequantize()))(view)
     assert pages.k_pages.dtype == dtype and pages.k_scales_pages.shape == (HEADS, PAGES, PAGE_SIZE)
     read = np.asarray(pages.k_pages.astype(jnp.float32)) * np.asarray(pages.k_scales_pages)[..., None]
-    np.testing.assert_array_equal(read, view.key_pages.dequantize())
+    np.testing.assert_array_equal(read, values)
     assert not kept or np.asarray(pages.k_pages).tobytes() == np.asarray(view.key_pages.codes).tobytes()
 
 
@@ -78,12 +80,13 @@ def test_scaled_pages_are_the_values(format, dtype, kept):
 )
 def test_quantized_tensors_are_the_values(format, loss):
     view = view_of(format, format)
-    pools = view.key_pages, view.value_pages
-    for tensor, pool in zip(interop.quantized_tensors(view), pools, strict=True):
+    for tensor, pool in zip(
+        jax.jit(interop.quantized_tensors)(view), (view.key_pages, view.value_pages), strict=True
+    ):
         assert tensor.weight.dtype == jnp.int8 and tensor.scales.dtype == jnp.float32
         assert tensor.scales.shape == (HEADS, PAGES, PAGE_SIZE, 1)
         read = np.asarray(tensor.weight, np.float32) * np.asarray(tensor.scales) / np.float32(127.5)
-        np.testing.assert_allclose(read, pool.dequantize(), rtol=loss, atol=0)
+        np.testing.assert_allclose(read, decoded(pool), rtol=loss, atol=0)
 
 
 def test_plain_pages_are_handed_over():
@@ -99,11 +102,11 @@ def test_plain_pages_are_handed_over():
 @pytest.mark.parametrize("format", ["int8", "fp8_e4m3"])
 def test_interleaved_pages_lose_nothing_in_bfloat16(format):
     view = view_of(format, format, jnp.bfloat16)
-    pages = interop.interleaved_pages(view)
+    pages = jax.jit(interop.interleaved_pages)(view)
     assert pages.shape == (PAGES, PAGE_SIZE, 2 * HEADS, HEAD_DIM) and pages.dtype == jnp.bfloat16
     for first, pool in enumerate((view.key_pages, view.value_pages)):
         heads = pages[:, :, first::2].transpose(2, 0, 1, 3).astype(jnp.float32)
-        np.testing.assert_array_equal(heads, pool.dequantize())
+        np.testing.assert_array_equal(heads, decoded(pool))
 
 
 def test_decode_sequences():
@@ -135,7 +138,7 @@ def test_tpu_kernel(keys, values, dtype):
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
     view = view_of(keys, values, dtype)
-    query, want = reference(keys, values, dtype)
+    query, want = reference(view)
     with promoting(), pltpu.force_tpu_interpret_mode():
         pages, sequences = interop.quantized_tensors(view), interop.decode_sequences(view, DECODE)
         got = paged_attention(query, *pages, *sequences, pages_per_compute_block=1)
@@ -143,12 +146,11 @@ def test_tpu_kernel(keys, values, dtype):
 
 
 @kernels
-@pytest.mark.parametrize(("keys", "values"), [("int8:token", "fp8_e4m3"), (None, "int4:page")])
-def test_gpu_kernel(keys, values):
+def test_gpu_kernel():
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
-    view = view_of(keys, values)
-    query, want = reference(keys, values)
+    view = view_of("int4:page", "fp8_e4m3")
+    query, want = reference(view)
     lengths, tables = interop.decode_sequences(view, DECODE)
     pages = interop.scaled_pages(view)
     with promoting():
@@ -158,19 +160,22 @@ def test_gpu_kernel(keys, values):
 
 
 @kernels
-@pytest.mark.parametrize("metadata", ["decode", "prefill"])
-def test_ragged_kernel(metadata):
+@pytest.mark.parametrize(("metadata", "rows"), [(DECODE, slice(1, 3)), (PREFILL, slice(0, 5))])
+def test_ragged_kernel(metadata, rows):
     """Its package's own reference in its place: what interprets kernels cannot read the reshaped buffers that
     the kernel does."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
-    view = view_of("int8", "int8:channel+offset+rotate")
-    query, want = reference("int8", "int8:channel+offset+rotate", metadata=metadata)
-    step = {"decode": DECODE, "prefill": PREFILL}[metadata]
-    sequences = interop.ragged_sequences(view, step)
+    view = view_of("int8", "int8:channel")
+    query, want = reference(view, metadata)
+    sequences = [np.asarray(array) for array in interop.ragged_sequences(view, metadata)]
+
+    @jax.jit
+    def attend(query, view):
+        return ref_ragged_paged_attention(query, interop.interleaved_pages(view), *sequences)
+
     with promoting():
-        got = ref_ragged_paged_attention(query, interop.interleaved_pages(view), *sequences)
-    rows = slice(1, 3) if metadata == "decode" else slice(0, 5)
+        got = attend(query, view)
     np.testing.assert_allclose(got[rows], want[rows], **TOLERANCE)
 
 
@@ -178,72 +183,87 @@ def test_ragged_kernel(metadata):
 def test_ragged_kernel_takes_the_arrays():
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-    view = view_of("int8", "int8", jnp.bfloat16)
-    query = normal(len(POSITIONS), 2 * HEADS, HEAD_DIM).astype(jnp.bfloat16)
-    sequences = interop.ragged_sequences(view, DECODE)
-    kernel = functools.partial(ragged_paged_attention, num_kv_pages_per_block=1, num_queries_per_block=4)
+    def attend(query):
+        config = dataclasses.replace(CONFIG, kv_head_dim_size=128)
+        view = qpaged.PagedAttentionCacheView.fresh(None, query.dtype, config, 0, None, "int8")
+        pages, sequences = interop.interleaved_pages(view), interop.ragged_sequences(view, DECODE)
+        return ragged_paged_attention(
+            query, pages, *sequences, num_kv_pages_per_block=1, num_queries_per_block=4
+        )
+
+    query = jax.ShapeDtypeStruct((len(POSITIONS), 2 * HEADS, 128), jnp.bfloat16)
     with promoting():
-        out = jax.eval_shape(kernel, query, interop.interleaved_pages(view), *sequences)
-    assert out.shape == query.shape
+        assert jax.eval_shape(attend, query).shape == query.shape
+
+
+SAID = {
+    "int8/int8:token": "view must hold pages whose values are int8 or float8_e4m3fn or float8_e5m2 numbers "
+    "times one scale for each slot, but its keys are int8, which reads its codes as numbers of magnitude 0.5 "
+    "to 127.5; take interleaved_pages, which decodes them, or qpaged.paged_attention, which takes every "
+    "format.",
+    "int8:token/int8:channel": "its values are int8:channel, which has 16 scales along the channels; take",
+    "int8:token/int8:token+offset": "values are int8:token+offset, which adds an offset to each block; take",
+    "int8:token+rotate/raw": "its keys are int8:token+rotate, which holds transformed channels; take",
+}
+SAID_FOR_THE_TPU = {
+    "fp8_e4m3/raw": "values are int8 numbers times one scale for each slot, but its keys are fp8_e4m3, which",
+    "raw/int8:token": "view must hold keys and values that are both plain or both quantized, since the "
+    "kernel takes scales for both or for neither, but its keys are plain and its values quantized; give both "
+    "the same kind of format, or take qpaged.paged_attention.",
+}
 
 
 @pytest.mark.parametrize(
-    ("format", "adapter", "message"),
-    [
-        (
-            "int8/int8:token",
-            interop.scaled_pages,
-            "view must hold pages whose values are int8 or float8_e4m3fn or float8_e5m2 numbers times one "
-            "scale for each slot, but its keys are int8, which reads its codes as numbers of magnitude 0.5 to "
-            "127.5; take interleaved_pages, which decodes them, or qpaged.paged_attention",
-        ),
-        ("int8:token/int8:channel", interop.quantized_tensors, "its values are int8:channel, which has 16 sc"),
-        ("int8:token/int8:token+offset", interop.scaled_pages, "values are int8:token+offset, which adds an "),
-        ("int8:token+rotate/raw", interop.scaled_pages, "int8:token.rotate, which holds transformed channels"),
-        ("fp8_e4m3/raw", interop.quantized_tensors, "reads its codes as numbers of magnitude 0.001953.* to 448"),
-        (
-            "raw/int8:token",
-            interop.quantized_tensors,
-            "view must hold keys and values that are both plain or both quantized, since the kernel takes "
-            "scales for both or for neither, but its keys are plain and its values quantized; give both",
-        ),
-    ],
+    ("adapter", "format", "message"),
+    [(interop.scaled_pages, *said) for said in SAID.items()]
+    + [(interop.quantized_tensors, *said) for said in SAID_FOR_THE_TPU.items()],
 )
-def test_formats_that_a_kernel_cannot_read_exactly(format, adapter, message):
-    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+def test_formats_that_a_kernel_cannot_read_exactly(adapter, format, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         adapter(view_of(*format.split("/")))
+
+
+BOTH = PREFILL.replace(decodes_position=POSITIONS, decodes_page_table=TABLE)
 
 
 @pytest.mark.parametrize(
     ("adapter", "metadata", "message"),
     [
-        (interop.decode_sequences, PREFILL, "metadata must be of a decode alone, .* but is of a prefill; build"),
-        (interop.decode_sequences, EMPTY, "but is of neither; build it with PagedAttentionMetadata.decode"),
-        (interop.ragged_sequences, EMPTY, "metadata must be of a prefill or of a decode, but is of neither; ca"),
+        (
+            interop.decode_sequences,
+            PREFILL,
+            "metadata must be of a decode alone, since the kernels take one query for each sequence, but is "
+            "of a prefill; build it with PagedAttentionMetadata.decode.",
+        ),
+        (interop.decode_sequences, BOTH, "but is of a prefill and a decode; build it with"),
         (
             interop.ragged_sequences,
-            PREFILL.replace(decodes_position=POSITIONS, decodes_page_table=TABLE),
-            "but is of a prefill and a decode; call the kernel once for each",
+            EMPTY,
+            "metadata must be of a prefill or of a decode, but is of neither; call the kernel once for each",
         ),
+        (interop.ragged_sequences, BOTH, "but is of a prefill and a decode; call the kernel once for each"),
     ],
 )
 def test_steps_that_a_kernel_does_not_take(adapter, metadata, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         adapter(view_of(None, None), metadata)
 
 
 def test_foreign_pages():
-    from qpaged.implicit import ImplicitArray
-
-    class Foreign(ImplicitArray):
-        def materialize(self):
-            return jnp.zeros(CONFIG.pool_shape)
-
-    pool = Foreign(shape=CONFIG.pool_shape, dtype=jnp.float32)
+    pool = Zeros(shape=CONFIG.pool_shape, dtype=jnp.float32)
     view = qpaged.PagedAttentionCacheView(CONFIG, 0, pool, pool)
-    with pytest.raises(TypeError, match="qpaged.QuantizedArray, but its keys are of type Foreign; take interl"):
+    with pytest.raises(
+        TypeError, match=re.escape("its keys are of type Zeros; take interleaved_pages, which")
+    ):
         interop.scaled_pages(view)
     assert not interop.interleaved_pages(view).any()
+
+
+class Zeros(ImplicitArray):
+    """Pages of another class."""
+
+    def materialize(self):
+        return jnp.zeros(self.shape, self.dtype)
 
 
 def test_importing_it_imports_no_kernels():
