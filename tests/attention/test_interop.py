@@ -146,16 +146,18 @@ def test_tpu_kernel(keys, values, dtype):
 
 
 @kernels
+@pytest.mark.filterwarnings("ignore:jax.experimental.pallas.ops.gpu.paged_attention is deprecated")
 def test_gpu_kernel():
-    from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
-
+    module = pytest.importorskip("jax.experimental.pallas.ops.gpu.paged_attention")
     view = view_of("int4:page", "fp8_e4m3")
     query, want = reference(view)
     lengths, tables = interop.decode_sequences(view, DECODE)
     pages = interop.scaled_pages(view)
     with promoting():
-        attend = functools.partial(paged_attention, pages_per_compute_block=1, k_splits=1, interpret=True)
-        got = attend(query, block_tables=tables, lengths=lengths, **pages._asdict())
+        got = module.paged_attention(
+            query, block_tables=tables, lengths=lengths, **pages._asdict(),
+            pages_per_compute_block=1, k_splits=1, interpret=True,
+        )  # fmt: skip
     np.testing.assert_allclose(got, want, **TOLERANCE)
 
 
