@@ -195,8 +195,8 @@ def ragged_sequences(view: PagedAttentionCacheView, metadata: PagedAttentionMeta
     """What a prefill or a decode attends to, as ``tpu.ragged_paged_attention`` takes it.
 
     The kernel takes a sequence's queries as its last tokens, in order, and at least one slot for each. So an
-    inactive row has one slot, the first of page 0, and gives that slot's value, to be ignored, as is what
-    comes out for a prefill's padding.
+    inactive row, or one whose position is past its table, has one slot, the first of its table's pages, and
+    gives that slot's value, to be ignored, as is what comes out for a prefill's padding.
 
     Args:
         view: the layer's pages.
