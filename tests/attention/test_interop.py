@@ -1,0 +1,272 @@
+"""Pages handed to JAX's own kernels: the same values, and the same attention."""
+
+import dataclasses
+import functools
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from formats import normal
+
+import qpaged
+from qpaged import interop
+from qpaged._compat import version_tuple
+from qpaged.implicit import ImplicitArray
+
+HEADS, PAGES, PAGE_SIZE, HEAD_DIM = 2, 6, 8, 16
+CONFIG = qpaged.PagedAttentionCacheMetaData(4, 1, PAGES, 3, 24, PAGE_SIZE, HEADS, HEAD_DIM, 0.5)
+# An inactive row, a sequence that ends within a page, one on all its pages, and one past its table.
+POSITIONS = np.array([-1, 4, 20, 24])
+TABLE = np.array([[PAGES] * 3, [3, PAGES, -1], [5, 0, 2], [1, 4, 99]])
+DECODE = qpaged.PagedAttentionMetadata.decode(position=POSITIONS, page_table=TABLE)
+PREFILL = qpaged.PagedAttentionMetadata.prefill(position=np.arange(11, 19), page_table=TABLE[2], length=5)
+EMPTY = qpaged.PagedAttentionMetadata.init_empty()
+
+kernels = pytest.mark.skipif(
+    version_tuple(jax.__version__) < (0, 10), reason="older kernels of JAX are not interpreted as its own are"
+)
+# float32 sums of some tens of products in other orders, through an exponential; the TPU kernel's reading of
+# scales that are rounded moves a score by 2^-22 of itself, 5e-6 for one of 20.
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+promoting = functools.partial(jax.numpy_dtype_promotion, "standard")  # as the kernels are written
+
+
+@functools.cache
+def view_of(keys, values, dtype=jnp.float32):
+    """A view whose every slot holds something."""
+    shape = HEADS, PAGES, PAGE_SIZE, HEAD_DIM
+    pools = (normal(*shape, seed=seed, scale=1.5).astype(dtype) for seed in (1, 2))
+    quantized = (quantize(format)(x) for format, x in zip((keys, values), pools, strict=True))
+    return qpaged.PagedAttentionCacheView(CONFIG, 0, *quantized)
+
+
+@functools.cache
+def quantize(format):
+    return jax.jit(lambda x: x if format is None else qpaged.get_quantizer(format).quantize(x))
+
+
+decoded = jax.jit(qpaged.QuantizedArray.dequantize)
+
+
+def reference(view, metadata=DECODE):
+    """A query, and what the reference gives for it with a softmax_scale of 1."""
+    query = normal(len(POSITIONS) if metadata is DECODE else 8, 2 * HEADS, HEAD_DIM, seed=5)
+    attend = functools.partial(qpaged.paged_attention, backend="reference", softmax_scale=1.0)
+    return query, jax.jit(attend)(query, view, metadata)
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype", "kept"),
+    [
+        ("int8:token", jnp.int8, True),
+        ("fp8_e4m3", jnp.float8_e4m3fn, True),
+        ("fp8_e5m2:token", jnp.float8_e5m2, True),
+        ("int4:page", jnp.int8, False),
+    ],
+)
+def test_scaled_pages_are_the_values(format, dtype, kept):
+    view = view_of(format, "int8:token")
+    pages, values = jax.jit(lambda view: (interop.scaled_pages(view), view.key_pages.dequantize()))(view)
+    assert pages.k_pages.dtype == dtype and pages.k_scales_pages.shape == (HEADS, PAGES, PAGE_SIZE)
+    read = np.asarray(pages.k_pages.astype(jnp.float32)) * np.asarray(pages.k_scales_pages)[..., None]
+    np.testing.assert_array_equal(read, values)
+    assert not kept or np.asarray(pages.k_pages).tobytes() == np.asarray(view.key_pages.codes).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("format", "loss"), [("int8:token", 4 * 2.0**-24), ("int4:token", 0), ("int4:page", 0)]
+)
+def test_quantized_tensors_are_the_values(format, loss):
+    view = view_of(format, format)
+    for tensor, pool in zip(
+        jax.jit(interop.quantized_tensors)(view), (view.key_pages, view.value_pages), strict=True
+    ):
+        assert tensor.weight.dtype == jnp.int8 and tensor.scales.dtype == jnp.float32
+        assert tensor.scales.shape == (HEADS, PAGES, PAGE_SIZE, 1)
+        read = np.asarray(tensor.weight, np.float32) * np.asarray(tensor.scales) / np.float32(127.5)
+        np.testing.assert_allclose(read, decoded(pool), rtol=loss, atol=0)
+
+
+def test_plain_pages_are_handed_over():
+    view = view_of(None, "raw", jnp.bfloat16)
+    keys, values = interop.quantized_tensors(view)
+    pages = interop.scaled_pages(view)
+    assert keys is view.key_pages is pages.k_pages
+    np.testing.assert_array_equal(values, view.value_pages.materialize())
+    np.testing.assert_array_equal(pages.v_pages, values)
+    assert pages.k_scales_pages is None and pages.v_scales_pages is None
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8_e4m3"])
+def test_interleaved_pages_lose_nothing_in_bfloat16(format):
+    view = view_of(format, format, jnp.bfloat16)
+    pages = jax.jit(interop.interleaved_pages)(view)
+    assert pages.shape == (PAGES, PAGE_SIZE, 2 * HEADS, HEAD_DIM) and pages.dtype == jnp.bfloat16
+    for first, pool in enumerate((view.key_pages, view.value_pages)):
+        heads = pages[:, :, first::2].transpose(2, 0, 1, 3).astype(jnp.float32)
+        np.testing.assert_array_equal(heads, decoded(pool))
+
+
+def test_decode_sequences():
+    lengths, pages = jax.jit(interop.decode_sequences)(view_of(None, None), DECODE)
+    assert lengths.dtype == pages.dtype == jnp.int32
+    np.testing.assert_array_equal(lengths, [0, 5, 21, 0])
+    np.testing.assert_array_equal(pages, [[0, 0, 0], [3, 0, 0], [5, 0, 2], [1, 4, 0]])
+
+
+def test_ragged_sequences():
+    made = jax.jit(interop.ragged_sequences)
+    found = made(view_of(None, None), DECODE), made(view_of(None, None), PREFILL)
+    want = (
+        ([1, 5, 21, 1], [[0, 0, 0], [3, 0, 0], [5, 0, 2], [1, 4, 0]], [0, 1, 2, 3, 4], [4]),
+        ([16], [[5, 0, 2]], [0, 5], [1]),
+    )
+    for sequences, expected in zip(found, want, strict=True):
+        assert {array.dtype for array in sequences} == {jnp.dtype(jnp.int32)}
+        for array, values in zip(sequences, expected, strict=True):
+            np.testing.assert_array_equal(array, values)
+
+
+@kernels
+def test_tpu_kernel():
+    from jax.experimental.pallas import tpu as pltpu
+    from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
+
+    view = view_of("int8:token", "int4:page")
+    query, want = reference(view)
+    with promoting(), pltpu.force_tpu_interpret_mode():
+        pages, sequences = interop.quantized_tensors(view), interop.decode_sequences(view, DECODE)
+        got = paged_attention(query, *pages, *sequences, pages_per_compute_block=1)
+    np.testing.assert_allclose(got, want, **TOLERANCE)
+
+
+@kernels
+@pytest.mark.filterwarnings("ignore:jax.experimental.pallas.ops.gpu.paged_attention is deprecated")
+def test_gpu_kernel():
+    module = pytest.importorskip("jax.experimental.pallas.ops.gpu.paged_attention")
+    view = view_of("fp8_e4m3", "int8:token")
+    query, want = reference(view)
+    lengths, tables = interop.decode_sequences(view, DECODE)
+    pages = interop.scaled_pages(view)
+    with promoting():
+        got = module.paged_attention(
+            query, block_tables=tables, lengths=lengths, **pages._asdict(),
+            pages_per_compute_block=1, k_splits=1, interpret=True,
+        )  # fmt: skip
+    np.testing.assert_allclose(got, want, **TOLERANCE)
+
+
+@kernels
+@pytest.mark.parametrize(("metadata", "rows"), [(DECODE, slice(1, 3)), (PREFILL, slice(0, 5))])
+def test_ragged_kernel(metadata, rows):
+    """Its package's own reference in its place: what interprets kernels cannot read the reshaped buffers that
+    the kernel does."""
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
+
+    view = view_of("int8", "int8:token")
+    query, want = reference(view, metadata)
+    sequences = [np.asarray(array) for array in interop.ragged_sequences(view, metadata)]
+
+    @jax.jit
+    def attend(query, view):
+        return ref_ragged_paged_attention(query, interop.interleaved_pages(view), *sequences)
+
+    with promoting():
+        got = attend(query, view)
+    np.testing.assert_allclose(got[rows], want[rows], **TOLERANCE)
+
+
+@kernels
+def test_ragged_kernel_takes_the_arrays():
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    def attend(query):
+        config = dataclasses.replace(CONFIG, kv_head_dim_size=128)
+        view = qpaged.PagedAttentionCacheView.fresh(None, query.dtype, config, 0, None, "int8")
+        pages, sequences = interop.interleaved_pages(view), interop.ragged_sequences(view, DECODE)
+        return ragged_paged_attention(
+            query, pages, *sequences, num_kv_pages_per_block=1, num_queries_per_block=4
+        )
+
+    query = jax.ShapeDtypeStruct((len(POSITIONS), 2 * HEADS, 128), jnp.bfloat16)
+    with promoting():
+        assert jax.eval_shape(attend, query).shape == query.shape
+
+
+SAID = {
+    "int8/int8:token": "view must hold pages whose values are int8 or float8_e4m3fn or float8_e5m2 numbers "
+    "times one scale for each slot, but its keys are int8, which reads its codes as numbers of magnitude 0.5 "
+    "to 127.5; take interleaved_pages, which decodes them, or qpaged.paged_attention, which takes every "
+    "format.",
+    "int8:token/int8:channel": "its values are int8:channel, which has 16 scales along the channels; take",
+    "int8:token/int8:token+offset": "values are int8:token+offset, which adds an offset to each block; take",
+    "int8:token+rotate/raw": "its keys are int8:token+rotate, which holds transformed channels; take",
+}
+SAID_FOR_THE_TPU = {
+    "fp8_e4m3/raw": "values are int8 numbers times one scale for each slot, but its keys are fp8_e4m3, which",
+    "raw/int8:token": "view must hold keys and values that are both plain or both quantized, since the "
+    "kernel takes scales for both or for neither, but its keys are plain and its values quantized; give both "
+    "the same kind of format, or take qpaged.paged_attention.",
+}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "format", "message"),
+    [(interop.scaled_pages, *said) for said in SAID.items()]
+    + [(interop.quantized_tensors, *said) for said in SAID_FOR_THE_TPU.items()],
+)
+def test_formats_that_a_kernel_cannot_read_exactly(adapter, format, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        adapter(view_of(*format.split("/")))
+
+
+BOTH = PREFILL.replace(decodes_position=POSITIONS, decodes_page_table=TABLE)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "metadata", "message"),
+    [
+        (
+            interop.decode_sequences,
+            PREFILL,
+            "metadata must be of a decode alone, since the kernels take one query for each sequence, but is "
+            "of a prefill; build it with PagedAttentionMetadata.decode.",
+        ),
+        (interop.decode_sequences, BOTH, "but is of a prefill and a decode; build it with"),
+        (
+            interop.ragged_sequences,
+            EMPTY,
+            "metadata must be of a prefill or of a decode, but is of neither; call the kernel once for each",
+        ),
+        (interop.ragged_sequences, BOTH, "but is of a prefill and a decode; call the kernel once for each"),
+    ],
+)
+def test_steps_that_a_kernel_does_not_take(adapter, metadata, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        adapter(view_of(None, None), metadata)
+
+
+def test_foreign_pages():
+    pool = Zeros(shape=CONFIG.pool_shape, dtype=jnp.float32)
+    view = qpaged.PagedAttentionCacheView(CONFIG, 0, pool, pool)
+    with pytest.raises(
+        TypeError, match=re.escape("its keys are of type Zeros; take interleaved_pages, which")
+    ):
+        interop.scaled_pages(view)
+    assert not interop.interleaved_pages(view).any()
+
+
+class Zeros(ImplicitArray):
+    """Pages of another class."""
+
+    def materialize(self):
+        return jnp.zeros(self.shape, self.dtype)
+
+
+def test_importing_it_imports_no_kernels():
+    code = "import sys, qpaged.interop; sys.exit('jax.experimental.pallas' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
