@@ -147,28 +147,39 @@ def padded(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def of_torch(numbers: Numbers) -> Iterator[Subject]:
-    """``scaled_dot_product_attention`` over a contiguous cache, heads grouped and as rows of queries."""
+    """``scaled_dot_product_attention`` over contiguous caches, heads grouped and as rows of queries; where
+    lengths differ, sequence by sequence."""
     import torch
 
     torch.set_num_threads(THREADS)
     shape, attend = numbers.shape, torch.nn.functional.scaled_dot_product_attention
-    uniform = len(set(shape.lengths)) == 1
-    seen = torch.arange(max(shape.lengths))[None] < torch.tensor(shape.lengths)[:, None]
-    mask = None if uniform else seen[:, None, None]
+    rows = range(len(shape.lengths))
+    groups = [list(rows)] if len(set(shape.lengths)) == 1 else [[row] for row in rows]
     for dtype in (torch.float32, torch.bfloat16):
         name = f"torch SDPA {str(dtype).removeprefix('torch.')}"
-        keys, values = (torch.tensor(padded(part)).to(dtype) for part in (numbers.keys, numbers.values))
-        query = torch.tensor(numbers.query).to(dtype)
-        rows = query.reshape(len(query), shape.kv_heads, -1, shape.head_dim)
+        calls = [
+            [
+                torch.tensor(part).to(dtype)
+                for part in (
+                    numbers.query[group],
+                    *(np.stack([part[row] for row in group]) for part in (numbers.keys, numbers.values)),
+                )
+            ]
+            for group in groups
+        ]
 
-        def grouped(query=query[:, :, None], keys=keys, values=values) -> Any:
-            return attend(query, keys, values, attn_mask=mask, enable_gqa=True)[:, :, 0].float().numpy()
+        def grouped(calls=calls) -> Any:
+            outs = [attend(q[:, :, None], k, v, enable_gqa=True)[:, :, 0] for q, k, v in calls]
+            return torch.cat(outs).float().numpy()
 
-        def as_rows(query=rows, keys=keys, values=values) -> Any:
-            out = attend(query, keys, values, attn_mask=mask)
-            return out.reshape(len(query), -1, shape.head_dim).float().numpy()
+        def as_rows(calls=calls) -> Any:
+            outs = [
+                attend(q.reshape(len(q), shape.kv_heads, -1, shape.head_dim), k, v).reshape(q.shape)
+                for q, k, v in calls
+            ]
+            return torch.cat(outs).float().numpy()
 
-        read = keys.itemsize * shape.elements
+        read = calls[0][0].itemsize * shape.elements
         yield Subject(f"{name} enable_gqa", grouped, read)
         yield Subject(f"{name} heads as rows", as_rows, read)
 
@@ -226,6 +237,15 @@ PEERS = {
 
 def missing(package: str) -> None:
     print(f"left out: {package} is not installed", file=sys.stderr)
+
+
+def processor() -> dict[str, Any]:
+    """The processor's name, and what it has for narrow numbers, as Linux tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    narrow = ("avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+    return {"name": told.get("model name"), "has": [f for f in narrow if f in told.get("flags", "").split()]}
 
 
 def memory_bandwidth(rounds: int = 5) -> float:

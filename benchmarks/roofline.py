@@ -1,0 +1,60 @@
+"""Draws what ``cpu_attention.py`` measured beside the roof that memory sets.
+
+    python benchmarks/roofline.py
+
+A bar is the time of a decode step; the mark in it is the time in which memory delivers the step's bytes, by
+the bandwidth of the same run. Where memory alone sets the pace, the bar ends at its mark.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu_attention.json"
+PICTURE = ROOT / "docs" / "assets" / "roofline_cpu.png"
+SHOWN = ("8x4k", "8x4k ragged")
+OURS, PEERS, ROOF = "#1f4e8c", "#c08a5a", "#111111"
+
+
+def draw(results: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(9, 10), layout="constrained")
+    panels = figure.subplots(len(SHOWN), 1)
+    for axes, name in zip(panels, SHOWN, strict=True):
+        draw_shape(axes, name, results["shapes"][name], results["bytes_per_second"])
+    return figure
+
+
+def draw_shape(axes: Axes, name: str, runs: list[dict[str, Any]], bandwidth: float) -> None:
+    runs = sorted(runs, key=lambda run: -run["milliseconds"])
+    colours = [OURS if run["name"].startswith("qpaged") else PEERS for run in runs]
+    places = range(len(runs))
+    axes.barh(places, [run["milliseconds"] for run in runs], color=colours, height=0.62)
+    roofs = [1e3 * run["bytes"] / bandwidth for run in runs]
+    axes.scatter(roofs, places, marker="|", s=110, color=ROOF, linewidth=1.6, zorder=3)
+    axes.set_yticks(places, [run["name"] for run in runs], fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlim(min(roofs) / 1.3, 1.6 * runs[0]["milliseconds"])
+    axes.set_title(f"{name}: milliseconds; | what memory alone would take", fontsize=10, loc="left")
+    for place, run in zip(places, runs, strict=True):
+        axes.annotate(
+            f"{run['milliseconds']:.3g}", (run["milliseconds"], place), (4, 0),
+            textcoords="offset points", va="center", fontsize=8,
+        )  # fmt: skip
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    arguments = parser.parse_args()
+    draw(json.loads(arguments.results.read_text())).savefig(arguments.picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
