@@ -138,6 +138,45 @@ def write_attend():
     return "\n".join(lines) + "\n"
 
 
+def cpu_attention():
+    """What ``benchmarks/cpu_attention.py`` left, as Markdown tables with their figure."""
+    results = json.loads((RESULTS / "cpu_attention.json").read_text())
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    has = ", ".join(results["processor"]["has"]) or "none of VNNI, bfloat16 and AMX instructions"
+    names = list(results["shapes"])
+    lines = [
+        f"{results['date']}, {results['processor']['name']} ({has}), {results['threads']} threads, memory read "
+        f"at {results['bytes_per_second'] / 1e9:.1f} GB/s: {versions}.",
+        "",
+        "![Milliseconds of a decode step, and what memory alone would take](assets/roofline_cpu.png)",
+        "",
+        "Milliseconds, median of "
+        f"{results['rounds']} rounds in which all take turns; the error is the largest against float64 at "
+        f"`{names[0]}`, over the largest output.",
+        "",
+        f"| | {' | '.join(f'`{name}`' for name in names)} | error |",
+        f"|---|{'--:|' * (len(names) + 1)}",
+    ]
+    found = {name: {run["name"]: run for run in runs} for name, runs in results["shapes"].items()}
+    for name, run in found[names[0]].items():
+        cells = [f"{found[at][name]['milliseconds']:.1f}" if name in found[at] else "" for at in names]
+        lines.append(f"| {name} | {' | '.join(cells)} | {run['error']:.1e} |")
+    return "\n".join(lines) + "\n"
+
+
+def generation():
+    """What ``benchmarks/cpu_attention.py`` left of compilations, as a Markdown table."""
+    results = json.loads((RESULTS / "cpu_attention.json").read_text())
+    lines = [
+        "| format | seconds to compile a step | programs: prompts | the first step | 63 more steps |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for run in results["generation"]:
+        programs = " | ".join(map(str, run["programs"].values()))
+        lines.append(f"| `{run['name']}` | {run['step_compile_seconds']:.2f} | {programs} |")
+    return "\n".join(lines) + "\n"
+
+
 PROMISES = {
     "no float of an array's full size": lambda row: row["full_size_floats"] == 0,
     "nothing materialized": lambda row: row["materialized"] == 0,
@@ -257,6 +296,8 @@ TABLES = {
     "tune.md": tune,
     "decode_write.md": decode_write,
     "write_attend.md": write_attend,
+    "cpu_attention.md": cpu_attention,
+    "generation.md": generation,
     "stress.md": stress,
     "stress_attention_kl.md": partial(stress_losses, "attention_kl"),
     "stress_key_rms.md": partial(stress_losses, "key_rms"),
