@@ -14,6 +14,7 @@ from jax import lax
 
 from qpaged.arrays import _tpu_write
 from qpaged.arrays._blocks import beside, block_max, blocked
+from qpaged.arrays._folds import unfold
 from qpaged.arrays._indices import clipped
 from qpaged.arrays._packing import merge, pack, unpack
 from qpaged.arrays._quantized import QuantizedArray, encode, extremes, fit, outer_grid, prepared, quantize
@@ -56,7 +57,7 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
     rows = lax.stop_gradient(jnp.asarray(rows))
     if array.scales is None:
         codes = array.quantizer.encode(rows.astype(array.dtype))
-        return array.like(_scatter_codes(array, array.codes, axes, index, codes), None)
+        return array.like(_put_codes(array, axes, index, codes), None)
     return _quantize_rows(
         array, axes, index, prepared(rows, array.quantizer, array.dtype, _channels(array, axes))
     )
@@ -80,8 +81,9 @@ def overwrite(array: Any, new: Any) -> Any:
             array.block,
             array.channel_axis,
         )
-        return new.like(*_parts(new), dtype=array.dtype) if same else overwrite(array, new.dequantize())
-    return quantize(lax.stop_gradient(new), array.quantizer, array.block, array.dtype, array.channel_axis)
+        return array.like(*_parts(new)) if same else overwrite(array, new.dequantize())
+    new = quantize(lax.stop_gradient(new), array.quantizer, array.block, array.dtype, array.channel_axis)
+    return array.like(*_parts(new))
 
 
 def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: jax.Array) -> QuantizedArray:
@@ -96,20 +98,20 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
 
     outer_shape = outer_grid(quantizer, whole, _channels(array, axes))
     scales, outer = jax.vmap(lambda low, high: fit(quantizer, low, high, outer_shape))(low, high)
-    codes = array.codes
-    if _tpu_write.takes(array, axes):
+    if _tpu_write.takes(array, axes) and _tpu_write.grows(array):
         arguments = array, distinct, of_row, index, rows, scales, low, high
         codes, scales = lax.platform_dependent(*arguments, tpu=_write_pages, default=_grow_and_scatter)
         return array.like(codes, scales)
     if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
         codes, scales = _grow(array, axes, distinct, scales, low, high)
+        array = array.like(codes, *array.parts)
     stored = scatter_rows(array.scales, axes, distinct, scales)
     if outer is None:
         new = jax.vmap(lambda row, s: encode(row, quantizer, s))(rows, scales[of_row])
-        return array.like(_scatter_codes(array, codes, axes, index, new), stored)
+        return array.like(_put_codes(array, axes, index, new), stored)
     new = jax.vmap(lambda row, s, o: encode(row, quantizer, s, o))(rows, scales[of_row], outer[of_row])
     outer = scatter_rows(array.outer, axes, distinct, outer)
-    return array.like(_scatter_codes(array, codes, axes, index, new), stored, None, outer)
+    return array.like(_put_codes(array, axes, index, new), stored, None, outer)
 
 
 def _grow_and_scatter(array: QuantizedArray, distinct, of_row, index, rows, fresh, low, high):
@@ -128,8 +130,27 @@ def _write_pages(array: QuantizedArray, distinct, of_row, index, rows, fresh, lo
     scales = _grown_scales(array, pages, old[:, :, 0], fresh, low, high)
     new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
     packed, new_scales = pack(new, array.quantizer.bits, -1), jnp.expand_dims(scales, 2)
-    codes = _tpu_write.write(array, pages, of_row, index[:, 1], old, new_scales, packed)
+    codes = _tpu_write.write(array, pages, of_row, index[:, 1], packed, (old, new_scales))
     return codes, _tpu_write.put(array.scales, pages, new_scales)
+
+
+def _put_codes(array: QuantizedArray, axes: Axes, index: jax.Array, new: jax.Array) -> jax.Array:
+    """The codes of an array with the codes ``new``, one an element, put at ``index``."""
+    if _tpu_write.takes(array, axes):
+        return lax.platform_dependent(array, index, new, tpu=_put_rows, default=_scatter_rows)
+    return _scatter_codes(array, array.codes, axes, index, new)
+
+
+def _scatter_rows(array: QuantizedArray, index: jax.Array, new: jax.Array) -> jax.Array:
+    """The codes of a pool with ``new`` put at (page, slot)."""
+    return _scatter_codes(array, array.codes, (1, 2), index, new)
+
+
+def _put_rows(array: QuantizedArray, index: jax.Array, new: jax.Array) -> jax.Array:
+    """The same on TPUs."""
+    pages, of_row = _distinct(index[:, :1], array.shape[1:2])
+    packed = pack(new, array.quantizer.bits, -1)
+    return _tpu_write.write(array, pages[:, 0], of_row, index[:, 1], packed)
 
 
 def _distinct(blocks: jax.Array, grid: Axes) -> tuple[jax.Array, jax.Array]:
@@ -192,7 +213,8 @@ def _grown_scales(array: QuantizedArray, pages: jax.Array, old: jax.Array, fresh
 
     def refit(step, scales):
         row = lax.dynamic_slice_in_dim(chosen, step * chunk, chunk)
-        windows = jnp.expand_dims(_tpu_write.take(array.codes, pages.at[row].get(mode="clip")), 2)
+        windows = _tpu_write.take(array.folded, pages.at[row].get(mode="clip"))
+        windows = jnp.expand_dims(unfold(windows, array.folds), 2)
         _, new = jax.vmap(lambda *window: _grow_window(array, (1, 2), *window))(
             windows, scales.at[row].get(mode="clip"), grows[row], low[row], high[row]
         )

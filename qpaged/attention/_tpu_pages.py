@@ -51,7 +51,8 @@ class Pages:
         made = {"dtype": pool.dtype, "page_size": pool.shape[2], "head_dim": pool.shape[3]}
         if not isinstance(pool, QuantizedArray):
             return cls(None, **made, stored_bytes=pool.shape[3] * pool.dtype.itemsize)
-        made |= {"places": pool.packing, "stored_bytes": pool.codes.shape[3] * pool.codes.dtype.itemsize}
+        stored_bytes = pool.shape[3] // pool.packing * pool.folded.dtype.itemsize
+        made |= {"places": pool.packing, "stored_bytes": stored_bytes}
         scales, quantizer = pool.scales, pool.quantizer
         if scales is not None:
             shifted = jax.eval_shape(quantizer.shift, scales) is not None
@@ -78,8 +79,8 @@ class Pages:
         return self.page_size // self.folds
 
     def rows_of(self, pool: Any) -> jax.Array:
-        """What a pool stores, as (kv_heads, pages, page_rows, lanes)."""
-        stored = pool.codes if isinstance(pool, QuantizedArray) else pool
+        """What a pool stores, as (kv_heads, pages, page_rows, lanes): as it lies, if it is a cache's."""
+        stored = pool.folded if isinstance(pool, QuantizedArray) else pool
         return stored.reshape(*stored.shape[:2], self.page_rows, self.lanes)
 
     def spread(self, x: jax.Array) -> jax.Array:

@@ -1,0 +1,38 @@
+"""Folds: the codes of several slots in one row of a TPU's lanes.
+
+A TPU lays an array whose last axis is short out with another axis along its lanes, and would bring a pool that
+lies so into another order for every kernel that copies pages. One whose rows are full lies as it is written.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+LANES = 128
+
+
+def folds_of(shape: Sequence[int]) -> int:
+    """How many slots of codes (..., slots, width) fill a row; 1 where slots do not fill rows."""
+    slots, width = shape[-2:]
+    fill = 0 < width < LANES and LANES % width == 0 and slots % (LANES // width) == 0
+    return LANES // width if fill else 1
+
+
+def fold(codes: Any, folds: int) -> Any:
+    """Codes (..., slots, width) as (..., slots / folds, folds · width)."""
+    if folds == 1:
+        return codes
+    *outer, slots, width = codes.shape
+    return codes.reshape(*outer, slots // folds, folds * width)
+
+
+def unfold(codes: Any, folds: int) -> Any:
+    """The inverse of :func:`fold`."""
+    return codes if folds == 1 else codes.reshape(unfolded(codes.shape, folds))
+
+
+def unfolded(shape: Sequence[int], folds: int) -> tuple[int, ...]:
+    """The shape that :func:`unfold` makes of ``shape``."""
+    if folds == 1:
+        return tuple(shape)
+    *outer, rows, lanes = shape
+    return *outer, rows * folds, lanes // folds
