@@ -7,6 +7,8 @@ lies so into another order for every kernel that copies pages. One whose rows ar
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 LANES = 128
 
 
@@ -26,8 +28,12 @@ def fold(codes: Any, folds: int) -> Any:
 
 
 def unfold(codes: Any, folds: int) -> Any:
-    """The inverse of :func:`fold`."""
-    return codes if folds == 1 else codes.reshape(unfolded(codes.shape, folds))
+    """The inverse of :func:`fold`; also of what has a shape only."""
+    if folds == 1:
+        return codes
+    shape = unfolded(codes.shape, folds)
+    abstract = isinstance(codes, jax.ShapeDtypeStruct)
+    return jax.ShapeDtypeStruct(shape, codes.dtype) if abstract else codes.reshape(shape)
 
 
 def unfolded(shape: Sequence[int], folds: int) -> tuple[int, ...]:

@@ -105,15 +105,17 @@ class QuantizedArray(ImplicitArray):
         return sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(self))
 
     def __repr__(self) -> str:
-        parts = {name: getattr(self, name) for name in PARTS}
-        kept = ", ".join(f"{name}={part!r}" for name, part in parts.items() if part is not None)
+        parts = zip(PARTS, self._children(), strict=True)
+        kept = ", ".join(f"{name}={part!r}" for name, part in parts if part is not None)
         return f"QuantizedArray({self.quantizer}, {jnp.dtype(self.dtype).name}, {kept})"
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
-        children = [self.folded, *(getattr(self, name) for name in PARTS[1:])]
-        keyed = [(key(name), child) for name, child in zip(PARTS, children, strict=True)]
-        return keyed, (self.quantizer, self.channel_axis, self.folds, self.dtype)
+        children = [(key(name), part) for name, part in zip(PARTS, self._children(), strict=True)]
+        return children, (self.quantizer, self.channel_axis, self.folds, self.dtype)
+
+    def _children(self) -> tuple[Any, Any, Any, Any]:
+        return self.folded, self.scales, self.outer, self.offsets
 
     @classmethod
     def tree_unflatten(cls, aux_data, children):

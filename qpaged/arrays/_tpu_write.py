@@ -5,6 +5,7 @@ each is copied in once and out once.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -101,10 +102,11 @@ def take(part: jax.Array, pages: jax.Array) -> jax.Array:
     return flat.at[at].get(mode="fill", fill_value=0)
 
 
-def put(part: jax.Array, pages: jax.Array, new: jax.Array) -> jax.Array:
-    """``part`` with ``new`` (n, kv_heads, ...) put at ``pages`` (n,); out of range is dropped."""
-    flat, at = _each_head(part, pages)
-    return flat.at[at].set(new, mode="drop").reshape(part.shape)
+def put(part: jax.Array, places: Sequence[jax.Array], new: jax.Array) -> jax.Array:
+    """``part`` with ``new`` (n, kv_heads, ...) put at ``places``, pages (n,) or pages and what follows them;
+    pages out of range are dropped."""
+    flat, at = _each_head(part, places[0])
+    return flat.at[(at, *(place[:, None] for place in places[1:]))].set(new, mode="drop").reshape(part.shape)
 
 
 def _each_head(part: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:

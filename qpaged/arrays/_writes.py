@@ -57,7 +57,7 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
     rows = lax.stop_gradient(jnp.asarray(rows))
     if array.scales is None:
         codes = array.quantizer.encode(rows.astype(array.dtype))
-        return array.like(_put_codes(array, axes, index, codes), None)
+        return _put(array, axes, index, codes)
     return _quantize_rows(
         array, axes, index, prepared(rows, array.quantizer, array.dtype, _channels(array, axes))
     )
@@ -105,13 +105,11 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
     if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
         codes, scales = _grow(array, axes, distinct, scales, low, high)
         array = array.like(codes, *array.parts)
-    stored = scatter_rows(array.scales, axes, distinct, scales)
     if outer is None:
         new = jax.vmap(lambda row, s: encode(row, quantizer, s))(rows, scales[of_row])
-        return array.like(_put_codes(array, axes, index, new), stored)
-    new = jax.vmap(lambda row, s, o: encode(row, quantizer, s, o))(rows, scales[of_row], outer[of_row])
-    outer = scatter_rows(array.outer, axes, distinct, outer)
-    return array.like(_put_codes(array, axes, index, new), stored, None, outer)
+    else:
+        new = jax.vmap(lambda row, s, o: encode(row, quantizer, s, o))(rows, scales[of_row], outer[of_row])
+    return _put(array, axes, index, new, distinct, scales, outer)
 
 
 def _grow_and_scatter(array: QuantizedArray, distinct, of_row, index, rows, fresh, low, high):
@@ -131,26 +129,38 @@ def _write_pages(array: QuantizedArray, distinct, of_row, index, rows, fresh, lo
     new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
     packed, new_scales = pack(new, array.quantizer.bits, -1), jnp.expand_dims(scales, 2)
     codes = _tpu_write.write(array, pages, of_row, index[:, 1], packed, (old, new_scales))
-    return codes, _tpu_write.put(array.scales, pages, new_scales)
+    return codes, _tpu_write.put(array.scales, (pages,), new_scales)
 
 
-def _put_codes(array: QuantizedArray, axes: Axes, index: jax.Array, new: jax.Array) -> jax.Array:
-    """The codes of an array with the codes ``new``, one an element, put at ``index``."""
+def _put(array: QuantizedArray, axes: Axes, index, new, blocks=None, scales=None, outer=None):
+    """The array with the codes ``new``, one an element, put at ``index``, and scales at ``blocks``."""
+    arguments = array, index, new, blocks, scales, outer
     if _tpu_write.takes(array, axes):
-        return lax.platform_dependent(array, index, new, tpu=_put_rows, default=_scatter_rows)
-    return _scatter_codes(array, array.codes, axes, index, new)
+        return lax.platform_dependent(*arguments, tpu=_put_slots, default=_scatter_slots)
+    return _scatter(axes, *arguments)
 
 
-def _scatter_rows(array: QuantizedArray, index: jax.Array, new: jax.Array) -> jax.Array:
-    """The codes of a pool with ``new`` put at (page, slot)."""
-    return _scatter_codes(array, array.codes, (1, 2), index, new)
+def _scatter_slots(*arguments) -> QuantizedArray:
+    """:func:`_put` for a pool, whose rows go to (page, slot)."""
+    return _scatter((1, 2), *arguments)
 
 
-def _put_rows(array: QuantizedArray, index: jax.Array, new: jax.Array) -> jax.Array:
+def _put_slots(array: QuantizedArray, index, new, blocks, scales, outer) -> QuantizedArray:
     """The same on TPUs."""
     pages, of_row = _distinct(index[:, :1], array.shape[1:2])
     packed = pack(new, array.quantizer.bits, -1)
-    return _tpu_write.write(array, pages[:, 0], of_row, index[:, 1], packed)
+    codes = _tpu_write.write(array, pages[:, 0], of_row, index[:, 1], packed)
+    parts = [(array.scales, scales), (array.outer, outer)]
+    scales, outer = (new if new is None else _tpu_write.put(part, blocks.T, new) for part, new in parts)
+    return array.like(codes, scales, None, outer)
+
+
+def _scatter(axes: Axes, array: QuantizedArray, index, new, blocks, scales, outer) -> QuantizedArray:
+    """:func:`_put` by XLA alone."""
+    codes = _scatter_codes(array, array.codes, axes, index, new)
+    parts = [(array.scales, scales), (array.outer, outer)]
+    scales, outer = (new if new is None else scatter_rows(part, axes, blocks, new) for part, new in parts)
+    return array.like(codes, scales, None, outer)
 
 
 def _distinct(blocks: jax.Array, grid: Axes) -> tuple[jax.Array, jax.Array]:

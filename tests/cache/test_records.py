@@ -28,7 +28,6 @@ from caches_for_tests import (
 import qpaged
 
 TABLE = np.array([3, 1, 5, 7])
-Quantized = qpaged.QuantizedArray
 
 
 @functools.cache
@@ -114,7 +113,7 @@ def test_every_bit_pattern_comes_back(dtype, format):
     pool = jnp.asarray(patterns)
     if format == "raw":
         codes = jnp.asarray(patterns.view(f"uint{8 * width}"))
-        pool = Quantized(codes, None, quantizer=qpaged.get_quantizer("raw"), dtype=jnp.dtype(dtype))
+        pool = make_view("raw", dtype).key_pages.like(codes, None)
     view = qpaged.PagedAttentionCacheView(config(), 0, pool, pool)
     for way in ("dictionary", "json", "pickle"):
         back = WAYS[way](view)
@@ -139,8 +138,9 @@ def test_arrays_stay_arrays_in_a_dictionary():
     view = filled()
     assert view.to_dict()["key_pages"] is view.key_pages
     assert view.to_dict()["metadata"]["page_size"] == 4
-    parts = filled("int8").to_dict()["key_pages"]
-    assert parts["codes"] is filled("int8").key_pages.codes
+    pool, parts = filled("int8").key_pages, filled("int8").to_dict()["key_pages"]
+    assert parts["scales"] is pool.scales
+    assert isinstance(parts["codes"], jax.Array) and parts["codes"].shape == pool.shape
 
 
 def test_json_is_text_without_surprises():
