@@ -104,16 +104,23 @@ class Pages:
             return None
         sequences, blocks = len(table), table.shape[1] // pages
         heads, count, slots, groups = pool.scales.shape
-        # XLA finds one head's slices where they lie; for those of all heads it would move the whole pool's.
-        head = jnp.arange(heads, dtype=jnp.int32)[:, None]
         page = table.reshape(sequences, blocks, 1, pages)
-        at = jnp.where((page >= 0) & (page < count), head * count + page, heads * count)
-        rows = pool.scales.reshape(heads * count, slots, groups)
-        found = rows.at[at].get(mode="fill", fill_value=0)  # (sequences, blocks, heads, pages, slots, groups)
+        inside = (page >= 0) & (page < count)
+        if self.per_slot:
+            # XLA brings them page by page: in rows of all heads they fill its lanes, and are no more bytes.
+            rows = pool.scales.swapaxes(0, 1).reshape(count, heads * slots * groups)
+            found = rows.at[jnp.where(inside, page, count)].get(mode="fill", fill_value=0)
+            found = found.reshape(sequences, blocks, pages, heads, slots, groups).swapaxes(2, 3)
+        else:
+            # It finds one head's slices where they lie; for those of all heads it would move the whole pool's.
+            head = jnp.arange(heads, dtype=jnp.int32)[:, None]
+            rows = pool.scales.reshape(heads * count, slots, groups)
+            at = jnp.where(inside, head * count + page, heads * count)
+            found = rows.at[at].get(mode="fill", fill_value=0)
         if groups > 1 and not self.per_slot:
-            return found.reshape(*at.shape, groups)
-        found = jnp.broadcast_to(found, (*at.shape, self.page_size, groups))
-        found = found.reshape(*at.shape[:3], pages * self.page_rows, self.folds, groups)
+            return found.reshape(*found.shape[:4], groups)
+        found = jnp.broadcast_to(found, (*found.shape[:4], self.page_size, groups))
+        found = found.reshape(*found.shape[:3], pages * self.page_rows, self.folds, groups)
         found = found.transpose(0, 1, 2, 4, 5, 3)
         shape = found.shape[:3]
         return found.reshape(*shape, -1) if groups == 1 else found.reshape(*shape, self.folds * groups, -1)
