@@ -97,29 +97,23 @@ def write(array: Any, pages, of_row, slot, rows, scales=None) -> jax.Array:
 
 
 def take(part: jax.Array, pages: jax.Array) -> jax.Array:
-    """(n, kv_heads, ...) of ``pages`` (n,); zeros where out of range."""
-    flat, at = _each_head(part, pages)
-    return flat.at[at].get(mode="fill", fill_value=0)
-
-
-def put(part: jax.Array, places: Sequence[jax.Array], new: jax.Array) -> jax.Array:
-    """``part`` with ``new`` (n, kv_heads, ...) put at ``places``, pages (n,) or pages and what follows them;
-    pages out of range are dropped."""
-    flat, at = _each_head(part, places[0])
-    return flat.at[(at, *(place[:, None] for place in places[1:]))].set(new, mode="drop").reshape(part.shape)
-
-
-def _each_head(part: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A pool's part as (kv_heads · pages, ...), and where each head's pages (n, kv_heads) are in it.
+    """(n, kv_heads, ...) of ``pages`` (n,); zeros where out of range.
 
     XLA finds slices of one head where they lie; for those of all heads it would bring the whole pool into
-    another layout.
+    another layout. So does :func:`put`.
     """
     heads, count = part.shape[:2]
     head = jnp.arange(heads, dtype=jnp.int32) * count
     inside = (pages >= 0) & (pages < count)
     at = jnp.where(inside[:, None], head + pages[:, None], heads * count)
-    return part.reshape(heads * count, *part.shape[2:]), at
+    return part.reshape(heads * count, *part.shape[2:]).at[at].get(mode="fill", fill_value=0)
+
+
+def put(part: jax.Array, places: Sequence[jax.Array], new: jax.Array) -> jax.Array:
+    """``part`` with ``new`` (n, kv_heads, ...) put at ``places``, pages (n,) or pages and what follows them;
+    past the end is dropped."""
+    heads = jnp.arange(part.shape[0], dtype=jnp.int32)
+    return part.at[(heads, *(place[:, None] for place in places))].set(new, mode="drop")
 
 
 def _of_lanes(scales: jax.Array, several: int, width: int, lanes: int, missing: int) -> jax.Array:
