@@ -13,10 +13,10 @@ LANES = 128
 
 
 def folds_of(shape: Sequence[int]) -> int:
-    """How many slots of codes (..., slots, width) fill a row; 1 where slots do not fill rows."""
+    """How many slots of codes (..., slots, width) fill a row; 1 where they do not fill several."""
     slots, width = shape[-2:]
     fill = 0 < width < LANES and LANES % width == 0 and slots % (LANES // width) == 0
-    return LANES // width if fill else 1
+    return LANES // width if fill and slots * width > LANES else 1  # an axis of one costs XLA on CPU a copy
 
 
 def fold(codes: Any, folds: int) -> Any:

@@ -5,7 +5,6 @@ each is copied in once and out once.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -109,11 +108,11 @@ def take(part: jax.Array, pages: jax.Array) -> jax.Array:
     return part.reshape(heads * count, *part.shape[2:]).at[at].get(mode="fill", fill_value=0)
 
 
-def put(part: jax.Array, places: Sequence[jax.Array], new: jax.Array) -> jax.Array:
-    """``part`` with ``new`` (n, kv_heads, ...) put at ``places``, pages (n,) or pages and what follows them;
+def put(part: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
+    """``part`` with ``new`` (n, kv_heads, ...) put at ``places`` (n, 1 or 2), a page and what may follow it;
     past the end is dropped."""
     heads = jnp.arange(part.shape[0], dtype=jnp.int32)
-    return part.at[(heads, *(place[:, None] for place in places))].set(new, mode="drop")
+    return part.at[(heads, *jnp.split(places, places.shape[1], axis=1))].set(new, mode="drop")
 
 
 def _of_lanes(scales: jax.Array, several: int, width: int, lanes: int, missing: int) -> jax.Array:

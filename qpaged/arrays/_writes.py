@@ -5,12 +5,14 @@ Every write is brought to one form: the operand's axes are *indexed* (each row n
 negative included, is dropped.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from qpaged.arrays import _tpu_write
 from qpaged.arrays._blocks import beside, block_max, blocked
@@ -100,8 +102,7 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
     scales, outer = jax.vmap(lambda low, high: fit(quantizer, low, high, outer_shape))(low, high)
     if _tpu_write.takes(array, axes) and _tpu_write.grows(array):
         arguments = array, distinct, of_row, index, rows, scales, low, high
-        codes, scales = lax.platform_dependent(*arguments, tpu=_write_pages, default=_grow_and_scatter)
-        return array.like(codes, scales)
+        return array.like(*_by_platform(_write_pages, _grow_and_scatter, *arguments))
     if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
         codes, scales = _grow(array, axes, distinct, scales, low, high)
         array = array.like(codes, *array.parts)
@@ -129,38 +130,56 @@ def _write_pages(array: QuantizedArray, distinct, of_row, index, rows, fresh, lo
     new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
     packed, new_scales = pack(new, array.quantizer.bits, -1), jnp.expand_dims(scales, 2)
     codes = _tpu_write.write(array, pages, of_row, index[:, 1], packed, (old, new_scales))
-    return codes, _tpu_write.put(array.scales, (pages,), new_scales)
+    return codes, _tpu_write.put(array.scales, pages[:, None], new_scales)
 
 
 def _put(array: QuantizedArray, axes: Axes, index, new, blocks=None, scales=None, outer=None):
     """The array with the codes ``new``, one an element, put at ``index``, and scales at ``blocks``."""
-    arguments = array, index, new, blocks, scales, outer
     if _tpu_write.takes(array, axes):
-        return lax.platform_dependent(*arguments, tpu=_put_slots, default=_scatter_slots)
-    return _scatter(axes, *arguments)
+        codes = _by_platform(_put_slots, _scatter_slots, array.like(array.codes, None), index, new)
+        put = functools.partial(lax.platform_dependent, tpu=_tpu_write.put, default=_scatter_blocks)
+    else:
+        codes = _scatter_codes(array, array.codes, axes, index, new)
+        put = functools.partial(_scatter_blocks, axes=axes)
+    parts = (array.scales, scales), (array.outer, outer)
+    scales, outer = (new if new is None else put(part, blocks, new) for part, new in parts)
+    return array.like(codes, scales, None, outer)
 
 
-def _scatter_slots(*arguments) -> QuantizedArray:
-    """:func:`_put` for a pool, whose rows go to (page, slot)."""
-    return _scatter((1, 2), *arguments)
+def _scatter_blocks(part: jax.Array, blocks: jax.Array, new: jax.Array, axes: Axes = (1, 2)) -> jax.Array:
+    return scatter_rows(part, axes, blocks, new)
 
 
-def _put_slots(array: QuantizedArray, index, new, blocks, scales, outer) -> QuantizedArray:
+def _scatter_slots(array: QuantizedArray, index: jax.Array, new: jax.Array) -> jax.Array:
+    """The codes of a pool with ``new`` put at (page, slot)."""
+    return _scatter_codes(array, array.codes, (1, 2), index, new)
+
+
+def _put_slots(array: QuantizedArray, index: jax.Array, new: jax.Array) -> jax.Array:
     """The same on TPUs."""
     pages, of_row = _distinct(index[:, :1], array.shape[1:2])
-    packed = pack(new, array.quantizer.bits, -1)
-    codes = _tpu_write.write(array, pages[:, 0], of_row, index[:, 1], packed)
-    parts = [(array.scales, scales), (array.outer, outer)]
-    scales, outer = (new if new is None else _tpu_write.put(part, blocks.T, new) for part, new in parts)
-    return array.like(codes, scales, None, outer)
+    return _tpu_write.write(
+        array, pages[:, 0], of_row, index[:, 1], pack(new, array.quantizer.bits, array.channel_axis)
+    )
 
 
-def _scatter(axes: Axes, array: QuantizedArray, index, new, blocks, scales, outer) -> QuantizedArray:
-    """:func:`_put` by XLA alone."""
-    codes = _scatter_codes(array, array.codes, axes, index, new)
-    parts = [(array.scales, scales), (array.outer, outer)]
-    scales, outer = (new if new is None else scatter_rows(part, axes, blocks, new) for part, new in parts)
-    return array.like(codes, scales, None, outer)
+def _by_platform(tpu: Callable[..., Any], default: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``tpu`` gives in a program for TPUs, and ``default`` on any other platform and under ``vmap``, which
+    Pallas cannot bring to arrays that stay in memory."""
+
+    @custom_vmap
+    def chosen(*arguments):
+        return lax.platform_dependent(*arguments, tpu=tpu, default=default)
+
+    @chosen.def_vmap
+    def batch(size, batched, *arguments):
+        whole = jax.tree_util.tree_map(
+            lambda x, has: x if has else jnp.broadcast_to(x, (size, *x.shape)), arguments, tuple(batched)
+        )
+        out = jax.vmap(default)(*whole)
+        return out, jax.tree_util.tree_map(lambda _: True, out)
+
+    return chosen(*arguments)
 
 
 def _distinct(blocks: jax.Array, grid: Axes) -> tuple[jax.Array, jax.Array]:

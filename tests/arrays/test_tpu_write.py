@@ -7,7 +7,7 @@ import pytest
 from formats import leaves_equal, normal
 
 import qpaged
-from qpaged.arrays import _writes, fill_rows
+from qpaged.arrays import _tpu_write, _writes, fill_rows
 
 TPU = qpaged.attention_backends()[0]
 PAGES, PAGE_SIZE, HEADS = 12, 16, 2
@@ -60,6 +60,7 @@ def test_the_same_bits(format, head_dim, monkeypatch):
     assert not leaves_equal(want, pool)
     monkeypatch.setattr(_writes, "_grow_and_scatter", _writes._write_pages)
     monkeypatch.setattr(_writes, "_scatter_slots", _writes._put_slots)
+    monkeypatch.setattr(_writes, "_scatter_blocks", _tpu_write.put)
     with pltpu.force_tpu_interpret_mode():
         assert leaves_equal(twice(write()), want)
 
