@@ -1,7 +1,7 @@
 """Folds: the codes of several slots in one row of a TPU's lanes.
 
-A TPU lays an array whose last axis is short out with another axis along its lanes, and would bring a pool that
-lies so into another order for every kernel that copies pages. One whose rows are full lies as it is written.
+A TPU lays another axis than the last along its lanes where that is short, and would bring a pool that lies so
+into another order for every kernel that copies pages. One whose rows are full lies as it is written.
 """
 
 from collections.abc import Sequence

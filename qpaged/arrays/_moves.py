@@ -340,7 +340,7 @@ def gather(
         return None
     code_fill, scale_fill = fill
     if array.folds > 1 and _takes_pages(array, index, numbers, sizes):  # a TPU moves no more than these
-        extents = (*sizes[:-2], *array.folded.shape[-2:])
+        extents = [*sizes[:-2], *array.folded.shape[-2:]]
         rows = lax.gather(array.folded, index, numbers, extents, mode=mode, fill_value=code_fill)
         codes = unfold(rows, array.folds)
     else:
@@ -360,9 +360,8 @@ def gather(
 
 def _takes_pages(array: QuantizedArray, index: jax.Array, numbers: Any, sizes: Sequence[int]) -> bool:
     """Whether slots and channels, the last two axes, are read whole and come out last."""
-    named = {
-        *numbers.collapsed_slice_dims, *numbers.start_index_map, *getattr(numbers, "operand_batching_dims", ())
-    }  # fmt: skip
+    batched = getattr(numbers, "operand_batching_dims", ())
+    named = {*numbers.collapsed_slice_dims, *numbers.start_index_map, *batched}
     ndim = len(numbers.offset_dims) + index.ndim - 1
     whole = tuple(sizes[-2:]) == array.shape[-2:] and named.isdisjoint((array.ndim - 2, array.ndim - 1))
     return whole and tuple(numbers.offset_dims[-2:]) == (ndim - 2, ndim - 1)

@@ -1,7 +1,7 @@
 """The Pallas kernel that writes to pages on TPUs: it grows their codes and puts new ones in, in place.
 
-XLA would copy the pool to grow codes or to write slots that share a row. Pages come to fast memory a few at a time, with the rows that go to them;
-each is copied in once and out once.
+XLA would copy the pool to grow codes, or to write slots that share a row of lanes. Pages come to fast memory
+a few at a time, with the rows that go to them; each is copied in once and out once.
 """
 
 import functools

@@ -164,8 +164,10 @@ def _put_slots(array: QuantizedArray, index: jax.Array, new: jax.Array) -> jax.A
 
 
 def _by_platform(tpu: Callable[..., Any], default: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``tpu`` gives in a program for TPUs, and ``default`` on any other platform and under ``vmap``, which
-    Pallas cannot bring to arrays that stay in memory."""
+    """What ``tpu`` gives in a program for TPUs, and ``default`` on any other platform.
+
+    Also under ``vmap``, which Pallas cannot bring to arrays that stay in memory.
+    """
 
     @custom_vmap
     def chosen(*arguments):

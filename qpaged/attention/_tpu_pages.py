@@ -107,12 +107,12 @@ class Pages:
         page = table.reshape(sequences, blocks, 1, pages)
         inside = (page >= 0) & (page < count)
         if self.per_slot:
-            # XLA brings them page by page: in rows of all heads they fill its lanes, and are no more bytes.
+            # XLA moves these in any case: as rows of all heads, which fill its lanes, and so no more bytes.
             rows = pool.scales.swapaxes(0, 1).reshape(count, heads * slots * groups)
             found = rows.at[jnp.where(inside, page, count)].get(mode="fill", fill_value=0)
             found = found.reshape(sequences, blocks, pages, heads, slots, groups).swapaxes(2, 3)
         else:
-            # It finds one head's slices where they lie; for those of all heads it would move the whole pool's.
+            # XLA finds one head's slices where they lie; for those of all it would move the whole pool's.
             head = jnp.arange(heads, dtype=jnp.int32)[:, None]
             rows = pool.scales.reshape(heads * count, slots, groups)
             at = jnp.where(inside, head * count + page, heads * count)
