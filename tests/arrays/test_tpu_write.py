@@ -68,7 +68,28 @@ def test_the_same_bits(format, head_dim, monkeypatch):
 @pytest.mark.parametrize("format", ["int8", "raw"])
 def test_the_platform_of_the_program_decides(format):
     pool = jax.eval_shape(lambda: qpaged.get_quantizer(format).empty((2, 12, 16, 128), jnp.float32))
-    rows = jax.ShapeDtypeStruct((3, 2, 128), jnp.float32)
-    traced = write().trace(pool, *(jax.ShapeDtypeStruct((3,), jnp.int32),) * 2, rows)
-    for platform, kernels in (("tpu", 1), ("cpu", 0)):
-        assert traced.lower(lowering_platforms=(platform,)).as_text().count("@tpu_custom_call") == kernels
+    arguments = (
+        *(jax.ShapeDtypeStruct((3,), jnp.int32),) * 2,
+        jax.ShapeDtypeStruct((3, 2, 128), jnp.float32),
+    )
+    layers = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct((5, *x.shape), x.dtype), pool)
+    each = jax.jit(jax.vmap(write(), in_axes=(0, None, None, None)))  # which Pallas cannot do
+    for program, pools, platform, kernels in (
+        (write(), pool, "tpu", 1), (write(), pool, "cpu", 0), (each, layers, "tpu", 0)
+    ):  # fmt: skip
+        lowered = program.trace(pools, *arguments).lower(lowering_platforms=(platform,))
+        assert lowered.as_text().count("@tpu_custom_call") == kernels
+
+
+def test_scales_have_gradients():
+    """The kernel has none, but it writes codes alone."""
+    pool = qpaged.get_quantizer("int8:token").empty((2, 4, 16, 8), jnp.float32)
+    index, rows = jnp.array([1]), jnp.ones((1, 2, 8))
+
+    def total(scales):
+        ones = pool.like(pool.codes + jnp.int8(1), scales)
+        return qpaged.arrays.write_rows(ones, (1, 2), (index, index), rows).dequantize().sum()
+
+    gradient = jax.jit(jax.grad(total))(pool.scales)
+    np.testing.assert_array_equal(gradient[:, 1, 1], 0)  # of what was overwritten
+    np.testing.assert_array_equal(gradient.sum(), (2 * 4 * 16 - 2) * 8)
