@@ -155,7 +155,7 @@ def device_memory() -> int | None:
 
 def _parts(pool: Any) -> tuple[int, int]:
     """Bytes of a pool's codes, and of all that goes with them."""
-    codes = _nbytes(pool.codes if isinstance(pool, QuantizedArray) else pool)
+    codes = _nbytes(pool.folded if isinstance(pool, QuantizedArray) else pool)
     return codes, _nbytes(pool) - codes
 
 

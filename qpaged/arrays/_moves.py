@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from qpaged.arrays._blocks import block_shape, refine
+from qpaged.arrays._folds import unfold
 from qpaged.arrays._indices import clipped
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._views import cut_channels, keeps_channels, one_an_element, past_end
@@ -338,7 +339,13 @@ def gather(
     if fill is None:
         return None
     code_fill, scale_fill = fill
-    codes = lax.gather(array.codes, index, numbers, physical(array, sizes), mode=mode, fill_value=code_fill)
+    if array.folds > 1 and _takes_pages(array, index, numbers, sizes):  # a TPU moves no more than these
+        extents = [*sizes[:-2], *array.folded.shape[-2:]]
+        rows = lax.gather(array.folded, index, numbers, extents, mode=mode, fill_value=code_fill)
+        codes = unfold(rows, array.folds)
+    else:
+        extents = physical(array, sizes)
+        codes = lax.gather(array.codes, index, numbers, extents, mode=mode, fill_value=code_fill)
 
     def read(scales, block):
         extents = [
@@ -349,6 +356,15 @@ def gather(
         return lax.gather(scales, blocks, numbers, extents, mode=mode, fill_value=scale_fill)
 
     return move(array, codes, read, _channels_gathered(array, numbers, codes.ndim))
+
+
+def _takes_pages(array: QuantizedArray, index: jax.Array, numbers: Any, sizes: Sequence[int]) -> bool:
+    """Whether slots and channels, the last two axes, are read whole and come out last."""
+    batched = getattr(numbers, "operand_batching_dims", ())
+    named = {*numbers.collapsed_slice_dims, *numbers.start_index_map, *batched}
+    ndim = len(numbers.offset_dims) + index.ndim - 1
+    whole = tuple(sizes[-2:]) == array.shape[-2:] and named.isdisjoint((array.ndim - 2, array.ndim - 1))
+    return whole and tuple(numbers.offset_dims[-2:]) == (ndim - 2, ndim - 1)
 
 
 def _windows_fit(array: QuantizedArray, numbers: Any, sizes: Sequence[int]) -> bool:

@@ -18,6 +18,7 @@ from qpaged.arrays._blocks import (
     counts,
     spread,
 )
+from qpaged.arrays._folds import fold, folds_of, unfold, unfolded
 from qpaged.arrays._packing import BYTE, pack, unpack
 from qpaged.implicit import ImplicitArray, aux_field
 
@@ -36,8 +37,7 @@ class QuantizedArray(ImplicitArray):
     """An array held as integer codes and one scale per block: x̂ = decode(codes) · scale (+ shift).
 
     Attributes:
-        codes: integers, in the logical shape; where they have fewer than 8 bits, several to a byte along
-            the channel axis.
+        folded: the codes as they are stored: ``folds`` slots to a row.
         scales: what is stored per block, as many axes as ``codes``; None where a format has none.
         outer: second-level scales, one for all the scales along the channel axis; None for most formats.
         offsets: one float32 offset per block, in the shape of ``scales``, in views that lazy reads make;
@@ -46,25 +46,28 @@ class QuantizedArray(ImplicitArray):
         channel_axis: static; the axis of the channels (head_dim), counted from the end. It matters to
             formats that pack codes or turn channels, and stays -1 for the others. An axis that ``vmap`` adds
             must come before it.
+        folds: static; 1 but for the pools of a cache, whose rows fill the lanes of a TPU. The channels are
+            last there, and the slots before them, with nothing between that ``vmap`` adds.
         dtype: static; the logical floating-point dtype.
 
     The logical ``shape`` and the ``block`` shape follow from the children, so they stay right inside vmap,
     scan and shard_map. To programs under ``use_implicit_args`` it is an array of ``shape`` and ``dtype``.
     """
 
-    codes: Any
+    folded: Any
     scales: Any
     offsets: Any = None
     outer: Any = None
     quantizer: "Quantizer" = aux_field(default=None)  # type: ignore[assignment]  # noqa: RUF009
     channel_axis: int = aux_field(default=-1)
+    folds: int = aux_field(default=1)
 
     def __post_init__(self) -> None:
         """Nothing to infer: the shape is the codes', and the dtype is given."""
 
     @property  # type: ignore[misc]  # in place of a field, as the base class allows
     def shape(self) -> tuple[int, ...]:
-        return logical_shape(self.codes.shape, self.packing, self.channel_axis)
+        return logical_shape(unfolded(self.folded.shape, self.folds), self.packing, self.channel_axis)
 
     @shape.setter
     def shape(self, _: Any) -> None:
@@ -72,11 +75,17 @@ class QuantizedArray(ImplicitArray):
 
     @property
     def ndim(self) -> int:
-        return len(self.codes.shape)
+        return len(self.folded.shape)
 
     @property
     def size(self) -> int:
         return int(np.prod(self.shape))
+
+    @property
+    def codes(self) -> Any:
+        """Integers, in the logical shape; where they have fewer than 8 bits, several to a byte along the
+        channel axis."""
+        return unfold(self.folded, self.folds)
 
     @property
     def packing(self) -> int:
@@ -96,20 +105,23 @@ class QuantizedArray(ImplicitArray):
         return sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(self))
 
     def __repr__(self) -> str:
-        parts = {name: getattr(self, name) for name in PARTS}
-        kept = ", ".join(f"{name}={part!r}" for name, part in parts.items() if part is not None)
+        parts = zip(PARTS, self._children(), strict=True)
+        kept = ", ".join(f"{name}={part!r}" for name, part in parts if part is not None)
         return f"QuantizedArray({self.quantizer}, {jnp.dtype(self.dtype).name}, {kept})"
 
     def tree_flatten_with_keys(self):
         key = jax.tree_util.GetAttrKey
-        children = [(key(name), getattr(self, name)) for name in PARTS]
-        return children, (self.quantizer, self.channel_axis, self.dtype)
+        children = [(key(name), part) for name, part in zip(PARTS, self._children(), strict=True)]
+        return children, (self.quantizer, self.channel_axis, self.folds, self.dtype)
+
+    def _children(self) -> tuple[Any, Any, Any, Any]:
+        return self.folded, self.scales, self.outer, self.offsets
 
     @classmethod
     def tree_unflatten(cls, aux_data, children):
         self = cls.__new__(cls)
-        self.codes, self.scales, self.outer, self.offsets = children
-        self.quantizer, self.channel_axis, self.dtype = aux_data
+        self.folded, self.scales, self.outer, self.offsets = children
+        self.quantizer, self.channel_axis, self.folds, self.dtype = aux_data
         return self
 
     def materialize(self) -> jax.Array:
@@ -161,9 +173,11 @@ class QuantizedArray(ImplicitArray):
     def like(
         self, codes: Any, scales: Any, offsets: Any = None, outer: Any = None, **changes: Any
     ) -> "QuantizedArray":
-        """The same format around other children."""
-        made = {name: getattr(self, name) for name in ("quantizer", "channel_axis", "dtype")} | changes
-        return QuantizedArray(codes, scales, offsets, outer, **made)
+        """The same format around other children, stored as this is where ``codes`` have the same shape."""
+        same = tuple(codes.shape) == unfolded(self.folded.shape, self.folds)
+        made = {name: getattr(self, name) for name in ("quantizer", "channel_axis", "dtype")}
+        made |= {"folds": self.folds if same else 1} | changes
+        return QuantizedArray(fold(codes, made["folds"]), scales, offsets, outer, **made)
 
 
 def logical_shape(shape: Sequence[int], packing: int, channel_axis: int) -> tuple[int, ...]:
@@ -213,6 +227,13 @@ def empty(
     """An array in which nothing was written yet: all its parts are zeros, and so are its values."""
     zeros = jax.eval_shape(lambda: quantize(jnp.zeros(shape, dtype), quantizer, block, dtype, channel_axis))
     return jax.tree_util.tree_map(lambda part: jnp.zeros(part.shape, part.dtype), zeros)
+
+
+def fill_rows(array: QuantizedArray) -> QuantizedArray:
+    """``array`` (..., slots, channels) stored with as many slots to a row as fill a TPU's lanes."""
+    codes = array.codes
+    folds = folds_of(codes.shape) if array.channel_axis == -1 else 1
+    return array.like(codes, *array.parts, folds=folds)
 
 
 def check_packing(shape: Sequence[int], quantizer: "Quantizer", channel_axis: int) -> None:

@@ -1,7 +1,7 @@
 """The Pallas kernel that writes to pages on TPUs: it grows their codes and puts new ones in, in place.
 
-XLA would copy the pool to do so. Pages come to fast memory a few at a time, with the rows that go to them;
-each is copied in once and out once.
+XLA would copy the pool to grow codes, or to write slots that share a row of lanes. Pages come to fast memory
+a few at a time, with the rows that go to them; each is copied in once and out once.
 """
 
 import functools
@@ -12,102 +12,107 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged._compat import partitioned, shaped_as, version_tuple
+from qpaged.arrays._folds import LANES
 from qpaged.arrays._packing import BYTE
 from qpaged.arrays._tiles import refused
 
-LANES = 128
 AT_ONCE = 8  # pages in fast memory, and rows of each that come along
-LARGEST_PAGE = 2**19  # elements of all heads
+LARGEST_PAGE = 2**19  # bytes of all heads
 OLDEST_JAX = (0, 10)
 
 
 def takes(array: Any, axes: tuple[int, ...]) -> bool:
-    """Whether the kernel writes rows to (page, slot) of a pool: it must be what grows its scales."""
+    """Whether the kernel writes rows to (page, slot) of a pool."""
     if array.ndim != 4 or axes != (1, 2) or version_tuple(jax.__version__) < OLDEST_JAX or partitioned():
         return False
-    heads, _, page_size, width = array.codes.shape
-    shared = array.scales is not None and array.outer is None and array.scales.shape[2] < page_size
+    heads, _, page_size, channels = array.shape
+    width = channels // array.packing
     whole = (width % LANES == 0 or LANES % width == 0) and page_size % 16 == 0
-    if not (shared and whole and heads * page_size * width <= LARGEST_PAGE):
-        return False
+    whole = whole and array.channel_axis == -1
+    return whole and heads * page_size * width * array.folded.dtype.itemsize <= LARGEST_PAGE
+
+
+def grows(array: Any) -> bool:
+    """Whether the kernel brings the codes of a pool that it takes under new scales of their pages."""
     quantizer = array.quantizer
+    if array.scales is None or array.outer is not None or array.scales.shape[2] > 1:
+        return False
     dtypes = quantizer.code_dtype(array.dtype), array.scales.dtype, array.scales.dtype
     return quantizer.tiled and refused(quantizer.grow, *dtypes) is None
 
 
-def write(array: Any, pages, of_row, slot, old, new, rows) -> jax.Array:
-    """The codes of a pool with ``rows`` put in, and what was there brought under the ``new`` scales.
+def write(array: Any, pages, of_row, slot, rows, scales=None) -> jax.Array:
+    """The codes of a pool with ``rows`` put in.
 
     Args:
         array: the pool.
         pages: (n,) int32; distinct pages, ascending, out of range where there are no more.
         of_row: (rows,) int32; which of these each row goes to.
-        slot: (rows,) int32.
-        old, new: (n, kv_heads, 1, channels or 1); stored scales; 0 where nothing was written to a page.
+        slot: (rows,) int32; out of range is dropped.
         rows: (rows, kv_heads, width); codes as they are stored.
+        scales: two of (n, kv_heads, 1, channels or 1): those that the codes of the pages are under, 0 where
+            nothing was written to a page, and those that they are brought under; None leaves them.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    heads, count, page_size, width = array.codes.shape
-    lanes, several = max(LANES, width), array.packing
-    codes = array.codes.reshape(heads, count, page_size * width // lanes, lanes)
+    heads, count, page_size, channels = array.shape
+    several = array.packing
+    width = channels // several
+    lanes = max(LANES, width)
+    codes = array.folded.reshape(heads, count, page_size * width // lanes, lanes)
     inside = (pages >= 0) & (pages < count)
     order = jnp.argsort(of_row)  # stable: of rows to one slot the last stays
     places = jnp.arange(len(pages) + 1, dtype=jnp.int32)
     starts = jnp.searchsorted(of_row[order], places, method="compare_all").astype(jnp.int32)
     missing = -len(pages) % AT_ONCE
-    scales = [_of_lanes(part, several, width, lanes, missing) for part in (old, new)]
+    parts = [_of_lanes(part, several, width, lanes, missing) for part in scales or ()]
     rows = jnp.pad(jnp.tile(rows[order], lanes // width), ((0, AT_ONCE), (0, 0), (0, 0)))
     pages = jnp.pad(jnp.where(inside, pages, -1), (0, missing), constant_values=-1)
     starts = jnp.pad(starts, (0, missing), mode="edge")
-    kernel = functools.partial(
-        _kernel, array.quantizer, array.quantizer.code_dtype(array.dtype), several, width
-    )
-    buffers = [(codes, (heads, *codes.shape[2:])), (rows, (AT_ONCE, *rows.shape[1:]))]
+    grown = functools.partial(_grown, array.quantizer, array.quantizer.code_dtype(array.dtype), several)
+    buffers = [
+        (codes, (heads, *codes.shape[2:])),
+        (rows, (AT_ONCE, *rows.shape[1:])),
+        *((part, part.shape[1:]) for part in parts),
+    ]
     out = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, grown, width, len(parts)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(1,),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 4,
+            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(buffers),
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
             scratch_shapes=[
                 *(pltpu.VMEM((AT_ONCE, *shape), part.dtype) for part, shape in buffers),
-                *(pltpu.VMEM((AT_ONCE, *part.shape[1:]), part.dtype) for part in scales),
                 pltpu.SemaphoreType.DMA((3,)),
             ],
         ),
-        out_shape=shaped_as(codes.shape, codes.dtype, (codes, rows, scales, pages, slot)),
+        out_shape=shaped_as(codes.shape, codes.dtype, (codes, rows, parts, pages, slot)),
         input_output_aliases={4: 0},
         name="write_pages",
-    )(pages, starts, slot[order], inside.sum(dtype=jnp.int32)[None], codes, rows, *scales)
-    return out.reshape(array.codes.shape)
+    )(pages, starts, slot[order], inside.sum(dtype=jnp.int32)[None], codes, rows, *parts)
+    return out.reshape(heads, count, page_size, width)
 
 
 def take(part: jax.Array, pages: jax.Array) -> jax.Array:
-    """(n, kv_heads, ...) of ``pages`` (n,); zeros where out of range."""
-    flat, at = _each_head(part, pages)
-    return flat.at[at].get(mode="fill", fill_value=0)
-
-
-def put(part: jax.Array, pages: jax.Array, new: jax.Array) -> jax.Array:
-    """``part`` with ``new`` (n, kv_heads, ...) put at ``pages`` (n,); out of range is dropped."""
-    flat, at = _each_head(part, pages)
-    return flat.at[at].set(new, mode="drop").reshape(part.shape)
-
-
-def _each_head(part: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A pool's part as (kv_heads · pages, ...), and where each head's pages (n, kv_heads) are in it.
+    """(n, kv_heads, ...) of ``pages`` (n,); zeros where out of range.
 
     XLA finds slices of one head where they lie; for those of all heads it would bring the whole pool into
-    another layout.
+    another layout. So does :func:`put`.
     """
     heads, count = part.shape[:2]
     head = jnp.arange(heads, dtype=jnp.int32) * count
     inside = (pages >= 0) & (pages < count)
     at = jnp.where(inside[:, None], head + pages[:, None], heads * count)
-    return part.reshape(heads * count, *part.shape[2:]), at
+    return part.reshape(heads * count, *part.shape[2:]).at[at].get(mode="fill", fill_value=0)
+
+
+def put(part: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
+    """``part`` with ``new`` (n, kv_heads, ...) put at ``places`` (n, 1 or 2), a page and what may follow it;
+    past the end is dropped."""
+    heads = jnp.arange(part.shape[0], dtype=jnp.int32)
+    return part.at[(heads, *jnp.split(places, places.shape[1], axis=1))].set(new, mode="drop")
 
 
 def _of_lanes(scales: jax.Array, several: int, width: int, lanes: int, missing: int) -> jax.Array:
@@ -118,13 +123,12 @@ def _of_lanes(scales: jax.Array, several: int, width: int, lanes: int, missing: 
     return jnp.pad(spread, ((0, missing), (0, 0), (0, 0)))
 
 
-def _kernel(
-    quantizer, code_dtype, several, width, pages, starts, slots, count, _, rows, old, new, codes, *scratch
-):
+def _kernel(grown, width, scaled, pages, starts, slots, count, _, rows, *others):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    page_buffer, row_buffer, old_buffer, new_buffer, semaphore = scratch
+    scales, (codes, page_buffer, row_buffer, *scratch) = others[:scaled], others[scaled:]
+    *scale_buffers, semaphore = scratch
     copy = pltpu.make_async_copy
 
     def reads(first, place):
@@ -147,7 +151,7 @@ def _kernel(
         first = index * AT_ONCE
         of_scales = [
             copy(part.at[pl.ds(first, AT_ONCE)], buffer, semaphore.at[2])
-            for part, buffer in ((old, old_buffer), (new, new_buffer))
+            for part, buffer in zip(scales, scale_buffers, strict=True)
         ]
         for part in of_scales:
             part.start()
@@ -167,7 +171,8 @@ def _kernel(
 
         def update(place):
             stored = page_buffer[place].astype(jnp.int32)
-            stored = _grown(quantizer, code_dtype, several, stored, old_buffer[place], new_buffer[place])
+            if scaled:
+                stored = grown(stored, *(buffer[place] for buffer in scale_buffers))
             shape = stored.shape[1:]
             folds = shape[1] // width
             lane = lax.broadcasted_iota(jnp.int32, shape, 1)

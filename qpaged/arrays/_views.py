@@ -130,7 +130,7 @@ def past_end(array: QuantizedArray) -> tuple[Any, Any] | None:
     dtype, quantizer = array.dtype, array.quantizer
     while isinstance(quantizer, Converted):
         dtype, quantizer = quantizer.dtype, quantizer.quantizer
-    return int(np.full((), np.nan, dtype).view(array.codes.dtype)), None
+    return int(np.full((), np.nan, dtype).view(array.folded.dtype)), None
 
 
 def convert(array: QuantizedArray, dtype: Any) -> QuantizedArray:

@@ -5,15 +5,18 @@ Every write is brought to one form: the operand's axes are *indexed* (each row n
 negative included, is dropped.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 
 from qpaged.arrays import _tpu_write
 from qpaged.arrays._blocks import beside, block_max, blocked
+from qpaged.arrays._folds import unfold
 from qpaged.arrays._indices import clipped
 from qpaged.arrays._packing import merge, pack, unpack
 from qpaged.arrays._quantized import QuantizedArray, encode, extremes, fit, outer_grid, prepared, quantize
@@ -56,7 +59,7 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
     rows = lax.stop_gradient(jnp.asarray(rows))
     if array.scales is None:
         codes = array.quantizer.encode(rows.astype(array.dtype))
-        return array.like(_scatter_codes(array, array.codes, axes, index, codes), None)
+        return _put(array, axes, index, codes)
     return _quantize_rows(
         array, axes, index, prepared(rows, array.quantizer, array.dtype, _channels(array, axes))
     )
@@ -80,8 +83,9 @@ def overwrite(array: Any, new: Any) -> Any:
             array.block,
             array.channel_axis,
         )
-        return new.like(*_parts(new), dtype=array.dtype) if same else overwrite(array, new.dequantize())
-    return quantize(lax.stop_gradient(new), array.quantizer, array.block, array.dtype, array.channel_axis)
+        return array.like(*_parts(new)) if same else overwrite(array, new.dequantize())
+    new = quantize(lax.stop_gradient(new), array.quantizer, array.block, array.dtype, array.channel_axis)
+    return array.like(*_parts(new))
 
 
 def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: jax.Array) -> QuantizedArray:
@@ -96,20 +100,17 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
 
     outer_shape = outer_grid(quantizer, whole, _channels(array, axes))
     scales, outer = jax.vmap(lambda low, high: fit(quantizer, low, high, outer_shape))(low, high)
-    codes = array.codes
-    if _tpu_write.takes(array, axes):
+    if _tpu_write.takes(array, axes) and _tpu_write.grows(array):
         arguments = array, distinct, of_row, index, rows, scales, low, high
-        codes, scales = lax.platform_dependent(*arguments, tpu=_write_pages, default=_grow_and_scatter)
-        return array.like(codes, scales)
+        return array.like(*_by_platform(_write_pages, _grow_and_scatter, *arguments))
     if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
         codes, scales = _grow(array, axes, distinct, scales, low, high)
-    stored = scatter_rows(array.scales, axes, distinct, scales)
+        array = array.like(codes, *array.parts)
     if outer is None:
         new = jax.vmap(lambda row, s: encode(row, quantizer, s))(rows, scales[of_row])
-        return array.like(_scatter_codes(array, codes, axes, index, new), stored)
-    new = jax.vmap(lambda row, s, o: encode(row, quantizer, s, o))(rows, scales[of_row], outer[of_row])
-    outer = scatter_rows(array.outer, axes, distinct, outer)
-    return array.like(_scatter_codes(array, codes, axes, index, new), stored, None, outer)
+    else:
+        new = jax.vmap(lambda row, s, o: encode(row, quantizer, s, o))(rows, scales[of_row], outer[of_row])
+    return _put(array, axes, index, new, distinct, scales, outer)
 
 
 def _grow_and_scatter(array: QuantizedArray, distinct, of_row, index, rows, fresh, low, high):
@@ -128,8 +129,59 @@ def _write_pages(array: QuantizedArray, distinct, of_row, index, rows, fresh, lo
     scales = _grown_scales(array, pages, old[:, :, 0], fresh, low, high)
     new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
     packed, new_scales = pack(new, array.quantizer.bits, -1), jnp.expand_dims(scales, 2)
-    codes = _tpu_write.write(array, pages, of_row, index[:, 1], old, new_scales, packed)
-    return codes, _tpu_write.put(array.scales, pages, new_scales)
+    codes = _tpu_write.write(array, pages, of_row, index[:, 1], packed, (old, new_scales))
+    return codes, _tpu_write.put(array.scales, pages[:, None], new_scales)
+
+
+def _put(array: QuantizedArray, axes: Axes, index, new, blocks=None, scales=None, outer=None):
+    """The array with the codes ``new``, one an element, put at ``index``, and scales at ``blocks``."""
+    if _tpu_write.takes(array, axes):
+        codes = _by_platform(_put_slots, _scatter_slots, array.like(array.codes, None), index, new)
+        put = functools.partial(lax.platform_dependent, tpu=_tpu_write.put, default=_scatter_blocks)
+    else:
+        codes = _scatter_codes(array, array.codes, axes, index, new)
+        put = functools.partial(_scatter_blocks, axes=axes)
+    parts = (array.scales, scales), (array.outer, outer)
+    scales, outer = (new if new is None else put(part, blocks, new) for part, new in parts)
+    return array.like(codes, scales, None, outer)
+
+
+def _scatter_blocks(part: jax.Array, blocks: jax.Array, new: jax.Array, axes: Axes = (1, 2)) -> jax.Array:
+    return scatter_rows(part, axes, blocks, new)
+
+
+def _scatter_slots(array: QuantizedArray, index: jax.Array, new: jax.Array) -> jax.Array:
+    """The codes of a pool with ``new`` put at (page, slot)."""
+    return _scatter_codes(array, array.codes, (1, 2), index, new)
+
+
+def _put_slots(array: QuantizedArray, index: jax.Array, new: jax.Array) -> jax.Array:
+    """The same on TPUs."""
+    pages, of_row = _distinct(index[:, :1], array.shape[1:2])
+    return _tpu_write.write(
+        array, pages[:, 0], of_row, index[:, 1], pack(new, array.quantizer.bits, array.channel_axis)
+    )
+
+
+def _by_platform(tpu: Callable[..., Any], default: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``tpu`` gives in a program for TPUs, and ``default`` on any other platform.
+
+    Also under ``vmap``, which Pallas cannot bring to arrays that stay in memory.
+    """
+
+    @custom_vmap
+    def chosen(*arguments):
+        return lax.platform_dependent(*arguments, tpu=tpu, default=default)
+
+    @chosen.def_vmap
+    def batch(size, batched, *arguments):
+        whole = jax.tree_util.tree_map(
+            lambda x, has: x if has else jnp.broadcast_to(x, (size, *x.shape)), arguments, tuple(batched)
+        )
+        out = jax.vmap(default)(*whole)
+        return out, jax.tree_util.tree_map(lambda _: True, out)
+
+    return chosen(*arguments)
 
 
 def _distinct(blocks: jax.Array, grid: Axes) -> tuple[jax.Array, jax.Array]:
@@ -192,7 +244,8 @@ def _grown_scales(array: QuantizedArray, pages: jax.Array, old: jax.Array, fresh
 
     def refit(step, scales):
         row = lax.dynamic_slice_in_dim(chosen, step * chunk, chunk)
-        windows = jnp.expand_dims(_tpu_write.take(array.codes, pages.at[row].get(mode="clip")), 2)
+        windows = _tpu_write.take(array.folded, pages.at[row].get(mode="clip"))
+        windows = jnp.expand_dims(unfold(windows, array.folds), 2)
         _, new = jax.vmap(lambda *window: _grow_window(array, (1, 2), *window))(
             windows, scales.at[row].get(mode="clip"), grows[row], low[row], high[row]
         )

@@ -51,7 +51,8 @@ class Pages:
         made = {"dtype": pool.dtype, "page_size": pool.shape[2], "head_dim": pool.shape[3]}
         if not isinstance(pool, QuantizedArray):
             return cls(None, **made, stored_bytes=pool.shape[3] * pool.dtype.itemsize)
-        made |= {"places": pool.packing, "stored_bytes": pool.codes.shape[3] * pool.codes.dtype.itemsize}
+        stored_bytes = pool.shape[3] // pool.packing * pool.folded.dtype.itemsize
+        made |= {"places": pool.packing, "stored_bytes": stored_bytes}
         scales, quantizer = pool.scales, pool.quantizer
         if scales is not None:
             shifted = jax.eval_shape(quantizer.shift, scales) is not None
@@ -78,8 +79,8 @@ class Pages:
         return self.page_size // self.folds
 
     def rows_of(self, pool: Any) -> jax.Array:
-        """What a pool stores, as (kv_heads, pages, page_rows, lanes)."""
-        stored = pool.codes if isinstance(pool, QuantizedArray) else pool
+        """What a pool stores, as (kv_heads, pages, page_rows, lanes): as it lies, if it is a cache's."""
+        stored = pool.folded if isinstance(pool, QuantizedArray) else pool
         return stored.reshape(*stored.shape[:2], self.page_rows, self.lanes)
 
     def spread(self, x: jax.Array) -> jax.Array:
@@ -103,16 +104,23 @@ class Pages:
             return None
         sequences, blocks = len(table), table.shape[1] // pages
         heads, count, slots, groups = pool.scales.shape
-        # XLA finds one head's slices where they lie; for those of all heads it would move the whole pool's.
-        head = jnp.arange(heads, dtype=jnp.int32)[:, None]
         page = table.reshape(sequences, blocks, 1, pages)
-        at = jnp.where((page >= 0) & (page < count), head * count + page, heads * count)
-        rows = pool.scales.reshape(heads * count, slots, groups)
-        found = rows.at[at].get(mode="fill", fill_value=0)  # (sequences, blocks, heads, pages, slots, groups)
+        inside = (page >= 0) & (page < count)
+        if self.per_slot:
+            # XLA moves these in any case: as rows of all heads, which fill its lanes, and so no more bytes.
+            rows = pool.scales.swapaxes(0, 1).reshape(count, heads * slots * groups)
+            found = rows.at[jnp.where(inside, page, count)].get(mode="fill", fill_value=0)
+            found = found.reshape(sequences, blocks, pages, heads, slots, groups).swapaxes(2, 3)
+        else:
+            # XLA finds one head's slices where they lie; for those of all it would move the whole pool's.
+            head = jnp.arange(heads, dtype=jnp.int32)[:, None]
+            rows = pool.scales.reshape(heads * count, slots, groups)
+            at = jnp.where(inside, head * count + page, heads * count)
+            found = rows.at[at].get(mode="fill", fill_value=0)
         if groups > 1 and not self.per_slot:
-            return found.reshape(*at.shape, groups)
-        found = jnp.broadcast_to(found, (*at.shape, self.page_size, groups))
-        found = found.reshape(*at.shape[:3], pages * self.page_rows, self.folds, groups)
+            return found.reshape(*found.shape[:4], groups)
+        found = jnp.broadcast_to(found, (*found.shape[:4], self.page_size, groups))
+        found = found.reshape(*found.shape[:3], pages * self.page_rows, self.folds, groups)
         found = found.transpose(0, 1, 2, 4, 5, 3)
         shape = found.shape[:3]
         return found.reshape(*shape, -1) if groups == 1 else found.reshape(*shape, self.folds * groups, -1)

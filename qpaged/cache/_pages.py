@@ -9,20 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from qpaged.arrays import QuantizedArray, fill_rows
 from qpaged.cache._sharding import EMPTY, KV_HEAD, MODE, PartitionManager, leaf_spec
 from qpaged.quantizer import Quantizer
+
+WHOLE = PartitionSpec()
 
 PagesFormat = Quantizer | Callable[[jax.Array], Any] | None
 
 
-def fresh_pages(format: PagesFormat, shape: Sequence[int], dtype: Any) -> Any:
+def fresh_pages(format: PagesFormat, shape: Sequence[int], dtype: Any, spec: PartitionSpec = WHOLE) -> Any:
     """A pool (kv_heads, pages, page_size, head_dim) that reads as exact zeros; traceable.
 
-    A callable takes the pool's zeros and returns its pages.
+    A callable takes the pool's zeros and returns its pages. Codes fill a TPU's rows, unless the pool is
+    partitioned along slots or channels.
     """
     if format is None:
         return jnp.zeros(shape, dtype)
-    return format.empty(shape, dtype) if isinstance(format, Quantizer) else format(jnp.zeros(shape, dtype))
+    pages = format.empty(shape, dtype) if isinstance(format, Quantizer) else format(jnp.zeros(shape, dtype))
+    return fill_rows(pages) if isinstance(pages, QuantizedArray) and not any(spec[2:]) else pages
 
 
 def allocate_pages(
@@ -30,17 +35,28 @@ def allocate_pages(
 ) -> Any:
     """A fresh pool on the mesh's devices, or on the default device where there is no mesh."""
     shape = tuple(shape)
-    shardings = None if mesh is None else pages_shardings(format, shape, dtype, mesh, manager)
+    spec = pages_spec(shape, mesh, manager)
+    shardings = None if mesh is None else pages_shardings(format, shape, dtype, mesh, spec)
     # Static arguments of one function: the pools of all layers share a compilation.
-    return jax.jit(fresh_pages, static_argnums=(0, 1, 2), out_shardings=shardings)(format, shape, dtype)
+    fresh = jax.jit(fresh_pages, static_argnums=(0, 1, 2, 3), out_shardings=shardings)
+    return fresh(format, shape, dtype, spec)
 
 
-def pages_shardings(format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh, manager: Any) -> Any:
-    """The sharding of every leaf: the codes' partition, where a leaf's own axes are long enough for it."""
+def pages_spec(shape: Sequence[int], mesh: Mesh | None, manager: Any) -> PartitionSpec:
+    """The partition of a pool's codes, as the manager resolves it."""
+    if mesh is None:
+        return WHOLE
     manager = PartitionManager(mesh) if manager is None else manager
     spec = manager.resolve([KV_HEAD, EMPTY, EMPTY, EMPTY], mode=MODE, shape=tuple(shape))
     check_divides(spec, shape, mesh)
-    leaves = jax.eval_shape(lambda: fresh_pages(format, shape, dtype))
+    return spec
+
+
+def pages_shardings(
+    format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh, spec: PartitionSpec
+) -> Any:
+    """The sharding of every leaf: the codes' partition, where a leaf's own axes are long enough for it."""
+    leaves = jax.eval_shape(lambda: fresh_pages(format, shape, dtype, spec))
     return jax.tree_util.tree_map(lambda leaf: NamedSharding(mesh, leaf_spec(spec, leaf.shape, mesh)), leaves)
 
 
@@ -72,10 +88,11 @@ def device_bytes(
     format: PagesFormat, shape: Sequence[int], dtype: Any, mesh: Mesh | None, manager: Any
 ) -> int:
     """Bytes of a pool on one device, scales included: what the format's own arrays take there."""
-    leaves = jax.tree_util.tree_leaves(jax.eval_shape(lambda: fresh_pages(format, tuple(shape), dtype)))
+    spec = pages_spec(shape, mesh, manager)
+    leaves = jax.tree_util.tree_leaves(jax.eval_shape(lambda: fresh_pages(format, tuple(shape), dtype, spec)))
     shapes = [leaf.shape for leaf in leaves]
     if mesh is not None:
-        shardings = jax.tree_util.tree_leaves(pages_shardings(format, shape, dtype, mesh, manager))
+        shardings = jax.tree_util.tree_leaves(pages_shardings(format, shape, dtype, mesh, spec))
         shapes = [sharding.shard_shape(shape) for sharding, shape in zip(shardings, shapes, strict=True)]
     return sum(int(np.prod(s)) * leaf.dtype.itemsize for s, leaf in zip(shapes, leaves, strict=True))
 

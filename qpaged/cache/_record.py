@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qpaged.arrays import QuantizedArray, check_parts, float_dtype
+from qpaged.arrays import QuantizedArray, check_parts, fill_rows, float_dtype
 from qpaged.quantizer import CacheFormat, quantizer_from_config
 
 VERSION = 1
@@ -124,7 +124,7 @@ def _quantized(data: Mapping[str, Any]) -> QuantizedArray:
         check_parts(codes, scales, outer, quantizer, dtype)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"data holds pages that are not whole: {error!r}") from error
-    return QuantizedArray(codes, scales, None, outer, quantizer, dtype=dtype)
+    return fill_rows(QuantizedArray(codes, scales, None, outer, quantizer, dtype=dtype))
 
 
 def _array_to_json(array: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from formats import leaves_equal, normal
 
 import qpaged
-from qpaged.arrays import _writes
+from qpaged.arrays import _tpu_write, _writes, fill_rows
 
 TPU = qpaged.attention_backends()[0]
 PAGES, PAGE_SIZE, HEADS = 12, 16, 2
@@ -22,9 +22,9 @@ def write():
     )
 
 
-# Some rows to one page, two to one block of slots, some nowhere; more rows to a page than come along at once.
+# Some rows to one page, two to one slot, some nowhere; more rows to a page than come along at once.
 PLACES = np.array(
-    [(3, 0), (3, 5), (7, 15), (0, 2), (-1, 3), (12, 3), (5, 16)]
+    [(3, 0), (3, 5), (3, 5), (7, 15), (0, 2), (-1, 3), (12, 3), (5, 16)]
     + [(9, slot) for slot in (1, 9, 3, 14, 2, 0, 7, 8, 15, 4)],
     np.int32,
 )
@@ -38,12 +38,17 @@ PLACES = np.array(
         ("int8:channel+offset", 128),
         ("int4:channel", 128),
         ("fp8_e4m3", 64),
+        ("int8:token", 128),
+        ("int4", 64),
+        ("int2", 128),
+        ("nvfp4", 128),
+        ("raw", 64),
     ],
 )
 def test_the_same_bits(format, head_dim, monkeypatch):
     from jax.experimental.pallas import tpu as pltpu
 
-    pool = qpaged.get_quantizer(format).empty((HEADS, PAGES, PAGE_SIZE, head_dim), jnp.float32)
+    pool = fill_rows(qpaged.get_quantizer(format).empty((HEADS, PAGES, PAGE_SIZE, head_dim), jnp.float32))
     first, second = (normal(len(PLACES), HEADS, head_dim, seed=seed, scale=seed) for seed in (1, 9))
     other = PLACES[::-1] * np.array([[1, -1]], np.int32) + np.array([[0, 15]], np.int32)
 
@@ -54,13 +59,37 @@ def test_the_same_bits(format, head_dim, monkeypatch):
     want = twice(write())
     assert not leaves_equal(want, pool)
     monkeypatch.setattr(_writes, "_grow_and_scatter", _writes._write_pages)
+    monkeypatch.setattr(_writes, "_scatter_slots", _writes._put_slots)
+    monkeypatch.setattr(_writes, "_scatter_blocks", _tpu_write.put)
     with pltpu.force_tpu_interpret_mode():
         assert leaves_equal(twice(write()), want)
 
 
-def test_the_platform_of_the_program_decides():
-    pool = jax.eval_shape(lambda: qpaged.get_quantizer("int8").empty((2, 12, 16, 128), jnp.float32))
-    rows = jax.ShapeDtypeStruct((3, 2, 128), jnp.float32)
-    traced = write().trace(pool, *(jax.ShapeDtypeStruct((3,), jnp.int32),) * 2, rows)
-    for platform, kernels in (("tpu", 1), ("cpu", 0)):
-        assert traced.lower(lowering_platforms=(platform,)).as_text().count("@tpu_custom_call") == kernels
+@pytest.mark.parametrize("format", ["int8", "raw"])
+def test_the_platform_of_the_program_decides(format):
+    pool = jax.eval_shape(lambda: qpaged.get_quantizer(format).empty((2, 12, 16, 128), jnp.float32))
+    arguments = (
+        *(jax.ShapeDtypeStruct((3,), jnp.int32),) * 2,
+        jax.ShapeDtypeStruct((3, 2, 128), jnp.float32),
+    )
+    layers = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct((5, *x.shape), x.dtype), pool)
+    each = jax.jit(jax.vmap(write(), in_axes=(0, None, None, None)))  # which Pallas cannot do
+    for program, pools, platform, kernels in (
+        (write(), pool, "tpu", 1), (write(), pool, "cpu", 0), (each, layers, "tpu", 0)
+    ):  # fmt: skip
+        lowered = program.trace(pools, *arguments).lower(lowering_platforms=(platform,))
+        assert lowered.as_text().count("@tpu_custom_call") == kernels
+
+
+def test_scales_have_gradients():
+    """The kernel has none, but it writes codes alone."""
+    pool = qpaged.get_quantizer("int8:token").empty((2, 4, 16, 8), jnp.float32)
+    index, rows = jnp.array([1]), jnp.ones((1, 2, 8))
+
+    def total(scales):
+        ones = pool.like(pool.codes + jnp.int8(1), scales)
+        return qpaged.arrays.write_rows(ones, (1, 2), (index, index), rows).dequantize().sum()
+
+    gradient = jax.jit(jax.grad(total))(pool.scales)
+    np.testing.assert_array_equal(gradient[:, 1, 1], 0)  # of what was overwritten
+    np.testing.assert_array_equal(gradient.sum(), (2 * 4 * 16 - 2) * 8)

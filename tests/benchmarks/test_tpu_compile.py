@@ -6,11 +6,11 @@ pytest.importorskip("libtpu", reason="needs libtpu, the compiler of TPUs")
 MEGABYTE = 10**6
 
 
-@pytest.fixture(scope="module")
-def measured():
+@pytest.fixture(scope="module", params=["int8", "int4:token"])
+def measured(request):
     import tpu_compile
 
-    return tpu_compile.measure(tpu_compile.chip_of("v5e"), "int8")
+    return tpu_compile.measure(tpu_compile.chip_of("v5e"), request.param)
 
 
 def test_attention_reads_each_live_page_once_and_makes_no_copies(measured):
