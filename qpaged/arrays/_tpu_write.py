@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import partitioned, shaped_as, version_tuple
+from qpaged._compat import shaped_as, version_tuple
 from qpaged.arrays._packing import BYTE
 from qpaged.arrays._tiles import refused
 
@@ -23,7 +23,7 @@ OLDEST_JAX = (0, 10)
 
 def takes(array: Any, axes: tuple[int, ...]) -> bool:
     """Whether the kernel writes rows to (page, slot) of a pool: it must be what grows its scales."""
-    if array.ndim != 4 or axes != (1, 2) or version_tuple(jax.__version__) < OLDEST_JAX or partitioned():
+    if array.ndim != 4 or axes != (1, 2) or version_tuple(jax.__version__) < OLDEST_JAX:
         return False
     heads, _, page_size, width = array.codes.shape
     shared = array.scales is not None and array.outer is None and array.scales.shape[2] < page_size

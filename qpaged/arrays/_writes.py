@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qpaged._platforms import by_platform
 from qpaged.arrays import _tpu_write
 from qpaged.arrays._blocks import beside, block_max, blocked
 from qpaged.arrays._indices import clipped
@@ -99,7 +100,7 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
     codes = array.codes
     if _tpu_write.takes(array, axes):
         arguments = array, distinct, of_row, index, rows, scales, low, high
-        codes, scales = lax.platform_dependent(*arguments, tpu=_write_pages, default=_grow_and_scatter)
+        codes, scales = by_platform(*arguments, default=_grow_and_scatter, tpu=_write_pages)
         return array.like(codes, scales)
     if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
         codes, scales = _grow(array, axes, distinct, scales, low, high)
