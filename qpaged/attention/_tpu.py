@@ -126,12 +126,11 @@ def _call(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, optio
     query = layouts[0].spread(query.reshape(tiles, heads, each * group, head_dim)).swapaxes(2, 3)
     if sinks is not None:
         sinks = jnp.tile(sinks.reshape(heads, group), each).reshape(heads, each * group, 1)
-    pools = list(zip(layouts, (keys, values), strict=True))
-    out = _tpu_kernel.attend(
-        plan, bounds.reshape(-1), position, table.reshape(-1), query, sinks,
-        *(layout.rows_of(pool) for layout, pool in pools),
-        *(layout.scales_of(pool, held, plan.pages) for layout, pool in pools),
-    )  # fmt: skip
+    pools = [
+        _tpu_kernel.Pool(layout.rows_of(pool), layout.scales_of(pool, held, plan.pages))
+        for layout, pool in zip(layouts, (keys, values), strict=True)
+    ]
+    out = _tpu_kernel.attend(plan, bounds.reshape(-1), position, table.reshape(-1), query, sinks, *pools)
     out = layouts[1].gathered(out.swapaxes(2, 3)).reshape(tiles, heads, each, group, head_dim)
     return out.swapaxes(1, 2).reshape(tiles * each, heads * group, head_dim)[: len(tokens.query)]
 

@@ -20,7 +20,7 @@ takes = pytest.mark.skipif(not TPU.available, reason=f"the tpu backend {TPU.reas
 
 # Every way in which codes, scales and offsets lie, in keys and in values, folded and not.
 CASES = {
-    "plain": (128, {}),
+    "plain": (64, {}),
     "int8": (64, {"sliding_window": 11}),
     "int8:token+offset/int8:channel+offset": (128, {"sinks": True}),
     "int8:channel+offset/int4+rotate": (128, {"logits_soft_cap": 3.0}),
@@ -72,6 +72,23 @@ def test_interpreted(format, monkeypatch):
     place = np.append(np.argsort(order), PAGES)
     moved = jax.tree_util.tree_map(lambda leaf: leaf[:, order], view)
     np.testing.assert_array_equal(interpreted(query, moved, both_modes(place[table]), **options), got)
+
+
+@takes
+def test_slots_between_those_that_are_seen(monkeypatch):
+    """Scattered positions with a window: NaN in what lies between them reaches no output."""
+    monkeypatch.setattr(_tpu, "BLOCK", 128)
+    view, table = filled(None, 2, 64, PAGE_SIZE, SEQUENCES)
+    position, window = np.array([5, 6, 130, 290]), 4
+    slots = np.arange(table.shape[1] * PAGE_SIZE)
+    seen = ((slots <= position[:, None]) & (slots > position[:, None] - window)).any(axis=0)
+    unseen = np.full((PAGES, PAGE_SIZE), True)
+    unseen[table[3]] = ~seen.reshape(-1, PAGE_SIZE)
+    view = jax.tree_util.tree_map(lambda pool: jnp.where(unseen[:, :, None], np.nan, pool), view)
+    metadata = qpaged.PagedAttentionMetadata.prefill(position=position, page_table=table[3])
+    query = normal(len(position), 6, 64, seed=5)
+    want = attend(query, view, metadata, backend="reference", sliding_window=window)
+    np.testing.assert_allclose(interpreted(query, view, metadata, sliding_window=window), want, **TOLERANCE)
 
 
 CONFIG = qpaged.PagedAttentionCacheMetaData(2, 1, 8, 4, 64, PAGE_SIZE, 2, 128, 0.5)
