@@ -91,7 +91,7 @@ class Buffers(NamedTuple):
         pages: (2, pages, kv_heads, page_rows, lanes).
         scales: (2, ...); a block's.
         arrived: two semaphores.
-        factors: of each slot, where they have one each; float32.
+        factors: of each slot, where it has one; float32, fold by fold where they are the slot's own.
         shifts: likewise.
         seen: (rows, lanes) float32, 1 where a query of the tile sees the slot, if bounds do not say that.
     """
@@ -108,7 +108,8 @@ class Buffers(NamedTuple):
         heads, _, *page = pool.pages.shape
         made = {}
         if layout.groups == 1:
-            made["factors"] = pltpu.VMEM(pool.scales.shape[2:], jnp.float32)
+            slots = plan.slots if layout.per_slot else plan.slots // layout.folds
+            made["factors"] = pltpu.VMEM((heads, slots), jnp.float32)
             made["shifts"] = made["factors"] if layout.shifted else None
         if plan.scattered:
             made["seen"] = pltpu.VMEM((plan.slots // layout.folds, layout.lanes), jnp.float32)
@@ -155,21 +156,24 @@ class Side:
             buffer, arrived = self.buffers.scales.at[half], self.buffers.arrived.at[half]
             yield pltpu.make_async_copy(self.pool.scales.at[row, block], buffer, arrived)
 
-    def spread_scales(self, half: Any) -> None:
+    def spread_scales(self, plan: "Plan", half: Any) -> None:
         """Make the factors and shifts of a block's slots, where they have one each."""
-        if self.buffers.factors is not None:
-            self.buffers.factors[...] = self.layout.factors(self.buffers.scales[half])
-        if self.buffers.shifts is not None:
-            self.buffers.shifts[...] = self.layout.shifts(self.buffers.scales[half])
+        layout, buffers = self.layout, self.buffers
+        for made, buffer in ((layout.factors, buffers.factors), (layout.shifts, buffers.shifts)):
+            if buffer is not None:
+                parts = made(buffers.scales[half])
+                buffer[...] = parts if layout.per_slot else _dot(parts, layout.rows_of_pages(plan.pages), NN)
 
     def of_slots(self, parts: Any, head: Any, fold: int) -> jax.Array:
         """(1, rows) of a head's factors or shifts."""
+        if not self.layout.per_slot:
+            return parts[pl.ds(head, 1)]
         rows = parts.shape[1] // self.layout.folds
         return parts[pl.ds(head, 1)][:, fold * rows : (fold + 1) * rows]
 
     def values(self, half: Any, head: Any, dtype: Any, kept: Any) -> tuple[list[jax.Array], jax.Array | None]:
-        """For each place a head's values (rows, lanes), zeros where not ``kept``; and, where there are several
-        along the channels, the stored scales that they are multiplied by."""
+        """For each place a head's values (rows, lanes), zeros where not ``kept``; and the stored scales that
+        they are multiplied by, where there are several along the channels."""
         stored = self.buffers.pages[half, :, head]
         made = dtype if kept is None else jnp.float32  # whose lanes the mask's are
         if self.layout.groups > 1:
@@ -253,7 +257,7 @@ def _kernel(plan: Plan, bounds, position, table, query, sinks, pools, out, buffe
 
         copies(tile, block, half, start=False)
         for side in sides:
-            side.spread_scales(half)
+            side.spread_scales(plan, half)
             _find_seen(plan, side, block, position)
         held = _held_slots(plan, bounds, table, tile, block)
         limits = bounds[2 * tile], bounds[2 * tile + 1]
@@ -396,7 +400,7 @@ def _scores(plan: Plan, half, head, query, keys: Side, kept) -> list[jax.Array]:
             _dot(layout.fold(q, 0).astype(jnp.float32), layout.shift_rows(scales, place), NT)
             for place, q in enumerate(queries)
         )
-        of_pages = _dot(of_pages, _rows_of_pages(plan, layout), NN)
+        of_pages = _dot(of_pages, layout.rows_of_pages(plan.pages), NN)
     scores = []
     for fold in range(layout.folds):
         mine = [layout.fold(q, fold) for q in queries]
@@ -438,20 +442,13 @@ def _weighed(plan: Plan, half, head, weights, values: Side, kept) -> list[jax.Ar
             shift = (wide * values.of_slots(shifts, head, fold)).sum(axis=1, keepdims=True)
             added = [part + shift for part in added]
         if scales is not None and layout.shifted:
-            of_pages = _dot(wide, _rows_of_pages(plan, layout), NT)
+            of_pages = _dot(wide, layout.rows_of_pages(plan.pages), NT)
             added = [
                 part + _dot(of_pages, layout.shift_rows(scales, place), NN)
                 for place, part in enumerate(added)
             ]
         out = [o + layout.fold(part, fold) for o, part in zip(out, added, strict=True)]
     return out
-
-
-def _rows_of_pages(plan: Plan, layout: Pages) -> jax.Array:
-    """(pages, rows): 1 where the row is the page's."""
-    shape = plan.pages, plan.pages * layout.page_rows
-    of_row = lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), layout.page_rows)
-    return (of_row == lax.broadcasted_iota(jnp.int32, shape, 0)).astype(jnp.float32)
 
 
 def _sum(parts: Iterable[jax.Array]) -> jax.Array:
