@@ -30,8 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention, quantization_utils
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention, quantization_utils
 from jax.sharding import SingleDeviceSharding
 from record import circumstances, save
 

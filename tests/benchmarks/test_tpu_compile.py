@@ -1,4 +1,4 @@
-"""What the benchmark of the TPU kernels claims: copies, counted; temporaries, where the compiler is installed."""
+"""What the benchmark of the TPU kernels claims: copies, and temporaries where the compiler is installed."""
 
 import importlib.util
 
