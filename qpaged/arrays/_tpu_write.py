@@ -97,6 +97,28 @@ def put(part: jax.Array, pages: jax.Array, new: jax.Array) -> jax.Array:
     return flat.at[at].set(new, mode="drop").reshape(part.shape)
 
 
+def puts_slots(array: Any, axes: tuple[int, ...]) -> bool:
+    """Whether rows written to (page, slot) of a pool have scales of their own, for :func:`put_slots`."""
+    modern = version_tuple(jax.__version__) >= OLDEST_JAX
+    return modern and array.ndim == 4 and axes == (1, 2) and array.scales.shape[2] == array.shape[2] > 1
+
+
+def put_slots(scales: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
+    """The scales of slots with ``new`` (n, kv_heads, groups) put at ``places`` (n, 2), (page, slot).
+
+    One by one, in the order in which TPUs keep them, pages last: for anything longer XLA would bring the whole
+    pool's into another. Out of range is dropped.
+    """
+    heads, count, slots, groups = scales.shape
+    flat = scales.transpose(0, 2, 3, 1).reshape(-1)
+    page, slot = (place[:, None, None] for place in places.T)
+    head, group = jnp.arange(heads, dtype=jnp.int32)[:, None], jnp.arange(groups, dtype=jnp.int32)
+    inside = (page >= 0) & (page < count) & (slot >= 0) & (slot < slots)
+    at = jnp.where(inside, ((head * slots + slot) * groups + group) * count + page, flat.size)
+    flat = flat.at[at].set(new, mode="drop")
+    return flat.reshape(heads, slots, groups, count).transpose(0, 3, 1, 2)
+
+
 def _each_head(part: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A pool's part as (kv_heads · pages, ...), and where each head's pages (n, kv_heads) are in it.
 

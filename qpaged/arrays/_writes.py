@@ -104,13 +104,21 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
         return array.like(codes, scales)
     if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
         codes, scales = _grow(array, axes, distinct, scales, low, high)
-    stored = scatter_rows(array.scales, axes, distinct, scales)
+    if _tpu_write.puts_slots(array, axes):
+        placed = array.scales, distinct, scales
+        stored = by_platform(*placed, default=_scatter_slots, tpu=_tpu_write.put_slots)
+    else:
+        stored = scatter_rows(array.scales, axes, distinct, scales)
     if outer is None:
         new = jax.vmap(lambda row, s: encode(row, quantizer, s))(rows, scales[of_row])
         return array.like(_scatter_codes(array, codes, axes, index, new), stored)
     new = jax.vmap(lambda row, s, o: encode(row, quantizer, s, o))(rows, scales[of_row], outer[of_row])
     outer = scatter_rows(array.outer, axes, distinct, outer)
     return array.like(_scatter_codes(array, codes, axes, index, new), stored, None, outer)
+
+
+def _scatter_slots(scales: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
+    return scatter_rows(scales, (1, 2), places, new)
 
 
 def _grow_and_scatter(array: QuantizedArray, distinct, of_row, index, rows, fresh, low, high):

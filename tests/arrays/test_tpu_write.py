@@ -7,7 +7,7 @@ import pytest
 from formats import leaves_equal, normal
 
 import qpaged
-from qpaged.arrays import _writes
+from qpaged.arrays import _tpu_write, _writes
 
 TPU = qpaged.attention_backends()[0]
 PAGES, PAGE_SIZE, HEADS = 12, 16, 2
@@ -56,6 +56,13 @@ def test_the_same_bits(format, head_dim, monkeypatch):
     monkeypatch.setattr(_writes, "by_platform", lambda *arguments, tpu, **_: tpu(*arguments))
     with pltpu.force_tpu_interpret_mode():
         assert leaves_equal(twice(write()), want)
+
+
+def test_the_same_scales_of_slots():
+    scales = normal(HEADS, PAGES, PAGE_SIZE, 2)
+    places, slots = np.unique(PLACES, axis=0).astype(np.int32), normal(len(PLACES), HEADS, 2, seed=3)
+    written = [put(scales, places, slots) for put in (_tpu_write.put_slots, _writes._scatter_slots)]
+    assert leaves_equal(*written) and not leaves_equal(written[0], scales)
 
 
 def test_the_platform_of_the_program_decides():
