@@ -106,8 +106,8 @@ def puts_slots(array: Any, axes: tuple[int, ...]) -> bool:
 def put_slots(scales: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
     """The scales of slots with ``new`` (n, kv_heads, groups) put at ``places`` (n, 2), (page, slot).
 
-    One by one, in the order in which TPUs keep them, pages last: for anything longer XLA would bring the whole
-    pool's into another. Out of range is dropped.
+    One by one, in the order in which TPUs keep them, pages last: for anything longer XLA would bring the
+    whole pool's into another. Out of range is dropped.
     """
     heads, count, slots, groups = scales.shape
     flat = scales.transpose(0, 2, 3, 1).reshape(-1)
