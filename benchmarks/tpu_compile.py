@@ -7,15 +7,20 @@ head_dim 128, 256 pages of 16 for each sequence, in pools of 1024 pages and of 6
 
 - ``temp``: temporaries of the program in HBM, bytes. What is small enough for a chip's fast memory does not
   count; what is made of a whole pool shows in ``temp_large``, of the large pool.
-- ``copied``: bytes that the kernel copies from HBM, over those of codes and scales of the live tokens.
+- ``copied``: bytes that the kernel copies from HBM, over those of codes and scales of the pages that hold
+  tokens. The copies that it starts are counted, interpreted, in a batch of 4096, 256, 256, 256, 250, 241, 100
+  and 17 tokens; a query and its output are not among them. For JAX's kernel it follows from its scales.
 - ``alias``: bytes of the pools that a write updates in place, over those of the pools.
 """
 
 import argparse
+import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -23,14 +28,14 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention, quantization_utils
 from jax.sharding import SingleDeviceSharding
 from record import circumstances, save
 
 import qpaged
-from qpaged.attention import _tpu
-from qpaged.attention._tpu_pages import Pages
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "TPU7x": "tpu7x:2x2x1"}
 FORMATS = (
@@ -39,7 +44,7 @@ FORMATS = (
 )  # fmt: skip
 SEQUENCES, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, TABLE = 8, 32, 8, 128, 16, 256
 SMALL, LARGE = 1024, 65_536  # pages
-LIVE = SEQUENCES * TABLE  # pages that hold tokens
+RAGGED = 4096, 256, 256, 256, 250, 241, 100, 17  # tokens of the sequences whose copies are counted
 
 
 def chip_of(name: str) -> Any:
@@ -92,7 +97,6 @@ def measure(chip: Any, format: str) -> dict[str, Any]:
         "attention": {
             "temp": attention[0].temp_size_in_bytes,
             "temp_large": attention[1].temp_size_in_bytes,
-            "copied": round(copied_bytes(views[0].key_pages) / live_bytes(views[0].key_pages), 3),
         },
         "write": {
             "temp": writes[0].temp_size_in_bytes,
@@ -102,21 +106,44 @@ def measure(chip: Any, format: str) -> dict[str, Any]:
     }
 
 
-def live_bytes(pool: Any) -> float:
-    """Bytes of the live tokens' codes and scales in one of the pools."""
-    leaves = jax.tree_util.tree_leaves(pool)
-    return sum(x.size * x.dtype.itemsize for x in leaves) / SMALL * LIVE
+@dataclasses.dataclass
+class Counted:
+    """A copy that says its size when it starts."""
+
+    copy: Any
+    size: int
+    sizes: list[int]
+
+    def start(self) -> None:
+        jax.debug.callback(lambda: self.sizes.append(self.size))
+        self.copy.start()
+
+    def wait(self) -> None:
+        self.copy.wait()
 
 
-def copied_bytes(pool: Any) -> int:
-    """Bytes that the kernel's copies bring from that pool, every live page once, and from the scales that are
-    gathered for it, with every block of pages its own."""
-    layout = Pages.of(pool)
-    pages = _tpu._block(KV_HEADS, layout, layout) // PAGE_SIZE
-    rows = jax.eval_shape(layout.rows_of, pool)
-    page = KV_HEADS * layout.page_rows * layout.lanes * rows.dtype.itemsize
-    scales = jax.eval_shape(lambda pool, table: layout.scales_of(pool, table, pages), pool, STEP[1])
-    return LIVE * page + (0 if scales is None else scales.size * scales.dtype.itemsize)
+def copied(format: str, lengths: tuple[int, ...] = RAGGED) -> float:
+    """What attention over sequences of these lengths copies from HBM, over what their pages hold."""
+    make, sizes = pltpu.make_async_copy, []
+
+    def counted(source, target, semaphore):
+        size = math.prod(target.shape) * target.dtype.itemsize
+        return Counted(make(source, target, semaphore), size, sizes)
+
+    view = jax.tree_util.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), view_of(format, SMALL))
+    pages = [-(-length // PAGE_SIZE) for length in lengths]
+    ends = np.cumsum(pages)
+    table = np.full((len(lengths), TABLE), SMALL, np.int32)
+    for row, (count, end) in enumerate(zip(pages, ends, strict=True)):
+        table[row, :count] = np.arange(end - count, end)
+    metadata = qpaged.PagedAttentionMetadata.decode(position=np.array(lengths) - 1, page_table=table)
+    query = jnp.zeros((len(lengths), Q_HEADS, HEAD_DIM), jnp.bfloat16)
+    with mock.patch.object(pltpu, "make_async_copy", counted), pltpu.force_tpu_interpret_mode():
+        program = jax.jit(lambda *call: qpaged.paged_attention(*call, backend="tpu"))
+        program(query, view, metadata).block_until_ready()
+        jax.effects_barrier()
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(view)) // SMALL
+    return sum(sizes) / (held * sum(pages))
 
 
 def jax_kernel(chip: Any, quantized: bool) -> dict[str, Any]:
@@ -152,10 +179,13 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     arguments = parser.parse_args()
     runs = []
+    shares = {format: round(copied(format), 3) for format in arguments.formats}  # whichever the chip
     for name in arguments.chips:
         chip = chip_of(name)
         for format in arguments.formats:
-            runs.append({"chip": name, "kernel": "qpaged", "format": format, **measure(chip, format)})
+            measured = measure(chip, format)
+            measured["attention"]["copied"] = shares[format]
+            runs.append({"chip": name, "kernel": "qpaged", "format": format, **measured})
             print(json.dumps(runs[-1]), flush=True)
         for format, quantized in (("bfloat16", False), ("int8", True)):
             runs.append({"chip": name, "kernel": "jax", "format": format, **jax_kernel(chip, quantized)})

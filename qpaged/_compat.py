@@ -139,9 +139,19 @@ def partitioned() -> bool:
 
 def shaped_as(shape: Sequence[int], dtype: Any, operands: Any) -> Any:
     """What a kernel gives: this shape and dtype, varying along the manual axes that an operand does."""
-    axes = (varying_axes(jax.typeof(operand)) for operand in jax.tree_util.tree_leaves(operands))
-    kind = jax.sharding.ManualAxisType(varying=frozenset().union(*axes))
+    kind = jax.sharding.ManualAxisType(varying=_axes_of(operands))
     return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=kind)
+
+
+def varying_as(values: Any, operands: Any) -> Any:
+    """`values` as a loop over the operands carries them: varying along the manual axes that these do."""
+    axes = _axes_of(operands) if hasattr(jax, "typeof") else frozenset()
+    return jax.tree_util.tree_map(lambda value: make_varying(value, axes), values) if axes else values
+
+
+def _axes_of(operands: Any) -> frozenset[Any]:
+    axes = (varying_axes(jax.typeof(operand)) for operand in jax.tree_util.tree_leaves(operands))
+    return frozenset().union(*axes)
 
 
 def automatic(fun: Callable[..., Any], out_shardings: Any) -> Any:

@@ -145,8 +145,8 @@ def cpu_attention():
     has = ", ".join(results["processor"]["has"]) or "none of VNNI, bfloat16 and AMX instructions"
     names = list(results["shapes"])
     lines = [
-        f"{results['date']}, {results['processor']['name']} ({has}), {results['threads']} threads, memory read "
-        f"at {results['bytes_per_second'] / 1e9:.1f} GB/s: {versions}.",
+        f"{results['date']}, {results['processor']['name']} ({has}), {results['threads']} threads, memory "
+        f"read at {results['bytes_per_second'] / 1e9:.1f} GB/s: {versions}.",
         "",
         "![Milliseconds of a decode step, and what memory alone would take](assets/roofline_cpu.png)",
         "",

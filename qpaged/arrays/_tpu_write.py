@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import partitioned, shaped_as, version_tuple
+from qpaged._compat import shaped_as, version_tuple
 from qpaged.arrays._folds import LANES
 from qpaged.arrays._packing import BYTE
 from qpaged.arrays._tiles import refused
@@ -23,7 +23,7 @@ OLDEST_JAX = (0, 10)
 
 def takes(array: Any, axes: tuple[int, ...]) -> bool:
     """Whether the kernel writes rows to (page, slot) of a pool."""
-    if array.ndim != 4 or axes != (1, 2) or version_tuple(jax.__version__) < OLDEST_JAX or partitioned():
+    if array.ndim != 4 or axes != (1, 2) or version_tuple(jax.__version__) < OLDEST_JAX:
         return False
     heads, _, page_size, channels = array.shape
     width = channels // array.packing
@@ -96,7 +96,35 @@ def write(array: Any, pages, of_row, slot, rows, scales=None) -> jax.Array:
 
 
 def take(part: jax.Array, pages: jax.Array) -> jax.Array:
-    """(n, kv_heads, ...) of ``pages`` (n,); zeros where out of range.
+    """(n, kv_heads, ...) of ``pages`` (n,); zeros where out of range."""
+    flat, at = _each_head(part, pages)
+    return flat.at[at].get(mode="fill", fill_value=0)
+
+
+def put(part: jax.Array, pages: jax.Array, new: jax.Array) -> jax.Array:
+    """``part`` with ``new`` (n, kv_heads, ...) put at ``pages`` (n,); out of range is dropped."""
+    flat, at = _each_head(part, pages)
+    return flat.at[at].set(new, mode="drop").reshape(part.shape)
+
+
+def put_slots(scales: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
+    """The scales of slots with ``new`` (n, kv_heads, groups) put at ``places`` (n, 2), (page, slot).
+
+    One by one, in the order in which TPUs keep them, pages last: for anything longer XLA would bring the
+    whole pool's into another. Out of range is dropped.
+    """
+    heads, count, slots, groups = scales.shape
+    flat = scales.transpose(0, 2, 3, 1).reshape(-1)
+    page, slot = (place[:, None, None] for place in places.T)
+    head, group = jnp.arange(heads, dtype=jnp.int32)[:, None], jnp.arange(groups, dtype=jnp.int32)
+    inside = (page >= 0) & (page < count) & (slot >= 0) & (slot < slots)
+    at = jnp.where(inside, ((head * slots + slot) * groups + group) * count + page, flat.size)
+    flat = flat.at[at].set(new, mode="drop")
+    return flat.reshape(heads, slots, groups, count).transpose(0, 3, 1, 2)
+
+
+def _each_head(part: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A pool's part as (kv_heads · pages, ...), and where each head's pages (n, kv_heads) are in it.
 
     XLA finds slices of one head where they lie; for those of all heads it would bring the whole pool into
     another layout. So does :func:`put`.
@@ -105,14 +133,7 @@ def take(part: jax.Array, pages: jax.Array) -> jax.Array:
     head = jnp.arange(heads, dtype=jnp.int32) * count
     inside = (pages >= 0) & (pages < count)
     at = jnp.where(inside[:, None], head + pages[:, None], heads * count)
-    return part.reshape(heads * count, *part.shape[2:]).at[at].get(mode="fill", fill_value=0)
-
-
-def put(part: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
-    """``part`` with ``new`` (n, kv_heads, ...) put at ``places`` (n, 1 or 2), a page and what may follow it;
-    past the end is dropped."""
-    heads = jnp.arange(part.shape[0], dtype=jnp.int32)
-    return part.at[(heads, *jnp.split(places, places.shape[1], axis=1))].set(new, mode="drop")
+    return part.reshape(heads * count, *part.shape[2:]), at
 
 
 def _of_lanes(scales: jax.Array, several: int, width: int, lanes: int, missing: int) -> jax.Array:

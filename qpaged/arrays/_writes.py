@@ -6,14 +6,14 @@ negative included, is dropped.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 
+from qpaged._platforms import by_platform
 from qpaged.arrays import _tpu_write
 from qpaged.arrays._blocks import beside, block_max, blocked
 from qpaged.arrays._folds import unfold
@@ -102,7 +102,7 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
     scales, outer = jax.vmap(lambda low, high: fit(quantizer, low, high, outer_shape))(low, high)
     if _tpu_write.takes(array, axes) and _tpu_write.grows(array):
         arguments = array, distinct, of_row, index, rows, scales, low, high
-        return array.like(*_by_platform(_write_pages, _grow_and_scatter, *arguments))
+        return array.like(*by_platform(*arguments, default=_grow_and_scatter, tpu=_write_pages))
     if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
         codes, scales = _grow(array, axes, distinct, scales, low, high)
         array = array.like(codes, *array.parts)
@@ -130,14 +130,15 @@ def _write_pages(array: QuantizedArray, distinct, of_row, index, rows, fresh, lo
     new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
     packed, new_scales = pack(new, array.quantizer.bits, -1), jnp.expand_dims(scales, 2)
     codes = _tpu_write.write(array, pages, of_row, index[:, 1], packed, (old, new_scales))
-    return codes, _tpu_write.put(array.scales, pages[:, None], new_scales)
+    return codes, _tpu_write.put(array.scales, pages, new_scales)
 
 
 def _put(array: QuantizedArray, axes: Axes, index, new, blocks=None, scales=None, outer=None):
     """The array with the codes ``new``, one an element, put at ``index``, and scales at ``blocks``."""
     if _tpu_write.takes(array, axes):
-        codes = _by_platform(_put_slots, _scatter_slots, array.like(array.codes, None), index, new)
-        put = functools.partial(lax.platform_dependent, tpu=_tpu_write.put, default=_scatter_blocks)
+        bare = array.like(array.codes, None)
+        codes = by_platform(bare, index, new, default=_scatter_slots, tpu=_put_slots)
+        put = functools.partial(by_platform, default=_scatter_blocks, tpu=_tpu_write.put_slots)
     else:
         codes = _scatter_codes(array, array.codes, axes, index, new)
         put = functools.partial(_scatter_blocks, axes=axes)
@@ -161,27 +162,6 @@ def _put_slots(array: QuantizedArray, index: jax.Array, new: jax.Array) -> jax.A
     return _tpu_write.write(
         array, pages[:, 0], of_row, index[:, 1], pack(new, array.quantizer.bits, array.channel_axis)
     )
-
-
-def _by_platform(tpu: Callable[..., Any], default: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``tpu`` gives in a program for TPUs, and ``default`` on any other platform.
-
-    Also under ``vmap``, which Pallas cannot bring to arrays that stay in memory.
-    """
-
-    @custom_vmap
-    def chosen(*arguments):
-        return lax.platform_dependent(*arguments, tpu=tpu, default=default)
-
-    @chosen.def_vmap
-    def batch(size, batched, *arguments):
-        whole = jax.tree_util.tree_map(
-            lambda x, has: x if has else jnp.broadcast_to(x, (size, *x.shape)), arguments, tuple(batched)
-        )
-        out = jax.vmap(default)(*whole)
-        return out, jax.tree_util.tree_map(lambda _: True, out)
-
-    return chosen(*arguments)
 
 
 def _distinct(blocks: jax.Array, grid: Axes) -> tuple[jax.Array, jax.Array]:

@@ -1,12 +1,13 @@
 """The backends of attention, and what each says to a call."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax import lax
 
+from qpaged._platforms import by_platform
 from qpaged.attention import _reference, _tpu, _xla
 from qpaged.attention._options import Options, Tokens
 
@@ -80,8 +81,10 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
     somewhere = {e.platform: _with(e, options) for e in taken if e.platform is not None}
     if not somewhere:
         return anywhere.attend(tokens, keys, values, sinks, options)
-    return lax.platform_dependent(tokens, keys, values, sinks, default=_with(anywhere, options), **somewhere)
+    return by_platform(tokens, keys, values, sinks, default=_with(anywhere, options), **somewhere)
 
 
+@functools.lru_cache(maxsize=256)
 def _with(entry: Entry, options: Options) -> Callable[..., jax.Array]:
+    """The same function for the same options, so that it is traced once."""
     return lambda tokens, keys, values, sinks: entry.attend(tokens, keys, values, sinks, options)

@@ -121,17 +121,15 @@ def _call(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, optio
         *layouts, options, tiles, each, group, block // page_size, table.shape[1], tokens.is_prefill
     )
     bounds = _bounds(position.reshape(tiles, each), options.sliding_window)
-    held = _held(table, bounds.reshape(len(table), -1, 2), page_size, options.num_pages)
     query = query.reshape(tiles, each, heads, group, head_dim).swapaxes(1, 2)
     query = layouts[0].spread(query.reshape(tiles, heads, each * group, head_dim)).swapaxes(2, 3)
     if sinks is not None:
         sinks = jnp.tile(sinks.reshape(heads, group), each).reshape(heads, each * group, 1)
-    pools = list(zip(layouts, (keys, values), strict=True))
-    out = _tpu_kernel.attend(
-        plan, bounds.reshape(-1), position, table.reshape(-1), query, sinks,
-        *(layout.rows_of(pool) for layout, pool in pools),
-        *(layout.scales_of(pool, held, plan.pages) for layout, pool in pools),
-    )  # fmt: skip
+    pools = [
+        _tpu_kernel.Pool(layout.rows_of(pool), layout.scales_of(pool, table, plan.pages))
+        for layout, pool in zip(layouts, (keys, values), strict=True)
+    ]
+    out = _tpu_kernel.attend(plan, bounds.reshape(-1), position, table.reshape(-1), query, sinks, *pools)
     out = layouts[1].gathered(out.swapaxes(2, 3)).reshape(tiles, heads, each, group, head_dim)
     return out.swapaxes(1, 2).reshape(tiles * each, heads * group, head_dim)[: len(tokens.query)]
 
@@ -166,10 +164,3 @@ def _bounds(position: jax.Array, window: int | None) -> jax.Array:
         lowest = jnp.where(position >= 0, position, last[:, None]).min(axis=1)
         first = jnp.maximum(lowest - (window - 1), 0)
     return jnp.stack([first, last], axis=1)
-
-
-def _held(table: jax.Array, bounds: jax.Array, page_size: int, num_pages: int) -> jax.Array:
-    """The table with "no page" where no tile sees a slot; ``bounds`` are (sequences, tiles, 2)."""
-    page = jnp.arange(table.shape[1], dtype=jnp.int32) * page_size
-    first, last = bounds[:, :, 0].min(axis=1)[:, None], bounds[:, :, 1].max(axis=1)[:, None]
-    return jnp.where((page + page_size > first) & (page <= last) & (table >= 0), table, num_pages)

@@ -94,36 +94,31 @@ class Pages:
         return x.swapaxes(-1, -2).reshape(*x.shape[:-2], self.head_dim)
 
     def scales_of(self, pool: Any, table: jax.Array, pages: int) -> jax.Array | None:
-        """The stored scales of the pages of ``table`` (sequences, table_pages), zeros where there are none.
+        """The stored scales of the pages of ``table`` (sequences, table_pages), any where it holds no page.
 
-        (sequences, blocks, kv_heads, ...) for blocks of so many ``pages``: of each slot, fold by fold,
-        (folds · rows) if there is one along the channels and (folds · groups, rows) if there are several; but
-        (pages, groups) where the slots of a page share those.
+        (sequences, blocks, kv_heads, ...) for blocks of so many ``pages``. Where slots of a page share them,
+        (pages,) if there is one along the channels and (pages, groups) if there are several; else of each
+        slot, fold by fold, (folds · rows,) and (folds · groups, rows).
         """
         if not self.groups:
             return None
-        sequences, blocks = len(table), table.shape[1] // pages
         heads, count, slots, groups = pool.scales.shape
-        page = table.reshape(sequences, blocks, 1, pages)
-        inside = (page >= 0) & (page < count)
-        if self.per_slot:
-            # XLA moves these in any case: as rows of all heads, which fill its lanes, and so no more bytes.
-            rows = pool.scales.swapaxes(0, 1).reshape(count, heads * slots * groups)
-            found = rows.at[jnp.where(inside, page, count)].get(mode="fill", fill_value=0)
-            found = found.reshape(sequences, blocks, pages, heads, slots, groups).swapaxes(2, 3)
-        else:
-            # XLA finds one head's slices where they lie; for those of all it would move the whole pool's.
-            head = jnp.arange(heads, dtype=jnp.int32)[:, None]
-            rows = pool.scales.reshape(heads * count, slots, groups)
-            at = jnp.where(inside, head * count + page, heads * count)
-            found = rows.at[at].get(mode="fill", fill_value=0)
+        blocks = jnp.clip(table, 0, count - 1).reshape(len(table), -1, 1, pages)
+        head = jnp.arange(heads, dtype=jnp.int32)[:, None]
         if groups > 1 and not self.per_slot:
-            return found.reshape(*found.shape[:4], groups)
-        found = jnp.broadcast_to(found, (*found.shape[:4], self.page_size, groups))
-        found = found.reshape(*found.shape[:3], pages * self.page_rows, self.folds, groups)
-        found = found.transpose(0, 1, 2, 4, 5, 3)
-        shape = found.shape[:3]
-        return found.reshape(*shape, -1) if groups == 1 else found.reshape(*shape, self.folds * groups, -1)
+            rows = pool.scales.reshape(heads * count, groups)
+            return rows.at[head * count + blocks].get(mode="promise_in_bounds")
+        # One by one, from the order in which they lie: longer slices XLA finds in a copy of all scales alone.
+        flat = pool.scales.transpose(0, 2, 3, 1).reshape(-1)
+        folds, rows = (self.folds, self.page_rows) if self.per_slot else (1, 1)
+        page = jnp.repeat(blocks[..., None, None, :], rows, axis=-1)
+        slot = jnp.arange(pages * rows, dtype=jnp.int32) % rows * folds
+        slot = slot + jnp.arange(folds, dtype=jnp.int32)[:, None, None]
+        group = jnp.arange(groups, dtype=jnp.int32)[:, None]
+        at = ((head[..., None, None] * slots + slot) * groups + group) * count + page
+        found = flat.at[at].get(mode="promise_in_bounds")
+        shape = found.shape[:3]  # of (sequences, blocks, kv_heads, folds, groups, rows)
+        return found.reshape(*shape, -1) if groups == 1 else found.reshape(*shape, folds * groups, -1)
 
     # Inside the kernel.
 
@@ -169,6 +164,12 @@ class Pages:
     def shift_rows(self, scales: jax.Array, place: int) -> jax.Array:
         """The offsets (pages, lanes) of a place's channels, of one head of a block."""
         return self._of_lanes(self.shifts(scales), place)
+
+    def rows_of_pages(self, pages: int) -> jax.Array:
+        """(pages, rows): 1 where the row is the page's."""
+        shape = pages, pages * self.page_rows
+        of_row = lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), self.page_rows)
+        return (of_row == lax.broadcasted_iota(jnp.int32, shape, 0)).astype(jnp.float32)
 
     def _values(self, stored: jax.Array, place: int) -> jax.Array:
         if self.quantizer is None:

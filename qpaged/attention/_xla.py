@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qpaged._compat import varying_as
 from qpaged.arrays import as_slots, compute_dtype, dot, keep_slots, take_pages
 from qpaged.attention._options import FLOOR, Options, Tokens, grouped, ungrouped
 
@@ -67,6 +68,7 @@ def _tile(query, position, table, pages: int, keys, values, sinks, options: Opti
     else:
         top, total = jnp.tile(sinks.reshape(kv_heads, -1), n), jnp.ones((kv_heads, rows), jnp.float32)
     state = top, total, jnp.zeros((kv_heads, rows, head_dim), jnp.float32)
+    state = varying_as(state, (query, position, table, keys, values, state))
     first, last = _blocks(position, size, options.sliding_window)
     _, total, out = lax.fori_loop(first, last, block, state)
     return ungrouped(out / jnp.where(total > 0, total, 1)[..., None], n)

@@ -26,6 +26,11 @@ def inline(step: Step, values: list[Any]) -> Outputs:
     return step.evaluate(jaxpr, values)
 
 
+def by_platform(step: Step, values: list[Any]) -> Outputs:
+    """What is computed by default: kernels do not read implicit arrays."""
+    return step.evaluate(step.params["default"], values)
+
+
 def checkpoint(step: Step, values: list[Any]) -> Outputs:
     """Bound again around the new body, so that policy and differentiation state stay what they were."""
     leaves, tree = _tree.flatten_fully(values)
@@ -62,6 +67,7 @@ def varying(step: Step, values: list[Any]) -> Outputs:
 
 
 RULES: dict[str, Rule] = {
+    "by_platform": by_platform,
     "closed_call": inline,
     "cond": cond,
     "copy": leafwise,

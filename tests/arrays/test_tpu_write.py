@@ -58,11 +58,17 @@ def test_the_same_bits(format, head_dim, monkeypatch):
 
     want = twice(write())
     assert not leaves_equal(want, pool)
-    monkeypatch.setattr(_writes, "_grow_and_scatter", _writes._write_pages)
-    monkeypatch.setattr(_writes, "_scatter_slots", _writes._put_slots)
-    monkeypatch.setattr(_writes, "_scatter_blocks", _tpu_write.put)
+    monkeypatch.setattr(_writes, "by_platform", lambda *arguments, tpu, **_: tpu(*arguments))
     with pltpu.force_tpu_interpret_mode():
         assert leaves_equal(twice(write()), want)
+
+
+def test_the_same_scales_of_slots():
+    scales = normal(HEADS, PAGES, PAGE_SIZE, 2)
+    places = np.unique(PLACES, axis=0)
+    slots = normal(len(places), HEADS, 2, seed=3)
+    written = [put(scales, places, slots) for put in (_tpu_write.put_slots, _writes._scatter_blocks)]
+    assert leaves_equal(*written) and not leaves_equal(written[0], scales)
 
 
 @pytest.mark.parametrize("format", ["int8", "raw"])

@@ -26,7 +26,7 @@ def rows(width):
 
 
 @pytest.mark.parametrize(
-    "numbers, pairs, axis", [(QK, "hrd,hsd->hrs", 2), (PV, "hrs,hsd->hrd", 1)], ids=["keys", "values"]
+    ("numbers", "pairs", "axis"), [(QK, "hrd,hsd->hrs", 2), (PV, "hrs,hsd->hrd", 1)], ids=["keys", "values"]
 )
 def test_the_sum_is_off_by_less_than_bfloat16_would_be(numbers, pairs, axis):
     other = rows(CODES.shape[axis])
@@ -57,7 +57,8 @@ def test_a_row_of_zeros_stays_zero():
 
 
 @pytest.mark.parametrize(
-    "format, added", [("int8", 0.5), ("int8:token", 0.0), ("int4", 0.0), ("fp8_e4m3", None), ("nvfp4", None)]
+    ("format", "added"),
+    [("int8", 0.5), ("int8:token", 0.0), ("int4", 0.0), ("fp8_e4m3", None), ("nvfp4", None)],
 )
 def test_what_a_format_adds_to_its_codes(format, added):
     quantizer = qpaged.get_quantizer(format)

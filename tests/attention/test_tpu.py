@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from formats import normal
+from jax.sharding import NamedSharding, PartitionSpec
 from sequences import PAGES, decode, filled, prefill
 
 import qpaged
@@ -19,7 +20,7 @@ takes = pytest.mark.skipif(not TPU.available, reason=f"the tpu backend {TPU.reas
 
 # Every way in which codes, scales and offsets lie, in keys and in values, folded and not.
 CASES = {
-    "plain": (128, {}),
+    "plain": (64, {}),
     "int8": (64, {"sliding_window": 11}),
     "int8:token+offset/int8:channel+offset": (128, {"sinks": True}),
     "int8:channel+offset/int4+rotate": (128, {"logits_soft_cap": 3.0}),
@@ -71,6 +72,23 @@ def test_interpreted(format, monkeypatch):
     place = np.append(np.argsort(order), PAGES)
     moved = jax.tree_util.tree_map(lambda leaf: leaf[:, order], view)
     np.testing.assert_array_equal(interpreted(query, moved, both_modes(place[table]), **options), got)
+
+
+@takes
+def test_slots_between_those_that_are_seen(monkeypatch):
+    """Scattered positions with a window: NaN in what lies between them reaches no output."""
+    monkeypatch.setattr(_tpu, "BLOCK", 128)
+    view, table = filled(None, 2, 64, PAGE_SIZE, SEQUENCES)
+    position, window = np.array([5, 6, 130, 290]), 4
+    slots = np.arange(table.shape[1] * PAGE_SIZE)
+    seen = ((slots <= position[:, None]) & (slots > position[:, None] - window)).any(axis=0)
+    unseen = np.full((PAGES, PAGE_SIZE), True)
+    unseen[table[3]] = ~seen.reshape(-1, PAGE_SIZE)
+    view = jax.tree_util.tree_map(lambda pool: jnp.where(unseen[:, :, None], np.nan, pool), view)
+    metadata = qpaged.PagedAttentionMetadata.prefill(position=position, page_table=table[3])
+    query = normal(len(position), 6, 64, seed=5)
+    want = attend(query, view, metadata, backend="reference", sliding_window=window)
+    np.testing.assert_allclose(interpreted(query, view, metadata, sliding_window=window), want, **TOLERANCE)
 
 
 CONFIG = qpaged.PagedAttentionCacheMetaData(2, 1, 8, 4, 64, PAGE_SIZE, 2, 128, 0.5)
@@ -150,32 +168,49 @@ def test_lists_every_backend():
         qpaged.attention_backends(np.zeros((2, 4, 128), np.float32))
 
 
+def kernels(function, *arguments, platform="tpu"):
+    """How many of them a program for the platform has."""
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
+    return lowered.as_text().count("@tpu_custom_call")
+
+
 @takes
 def test_the_platform_of_the_program_decides():
     view, table = filled("int8", 2, 128, PAGE_SIZE, SEQUENCES)
     query = normal(len(SEQUENCES), 4, 128)
-    traced = jax.jit(qpaged.paged_attention).trace(query, view, decode(table, SEQUENCES)[0])
-    for platform, kernels in (("tpu", 1), ("cpu", 0)):
-        lowered = traced.lower(lowering_platforms=(platform,)).as_text()
-        assert lowered.count("@tpu_custom_call") == kernels
+    arguments = query, view, decode(table, SEQUENCES)[0]
+    assert kernels(qpaged.paged_attention, *arguments) == 1
+    assert kernels(qpaged.paged_attention, *arguments, platform="cpu") == 0
+
+
+@takes
+def test_derivatives_are_those_of_the_xla_backend():
+    view, table = filled("int8", 2, 128, PAGE_SIZE, SEQUENCES)
+    query, metadata = normal(len(SEQUENCES), 4, 128), decode(table, SEQUENCES)[0]
+
+    def moved(backend):
+        return jax.jvp(lambda q: attend(q, view, metadata, backend=backend), (query,), (query,))
+
+    for got, want in zip(moved(None), moved("xla"), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @takes
 def test_several_devices():
-    """Within shard_map each device computes with its own heads; what the compiler partitions is declined."""
+    """Within shard_map each device has its own heads; what the compiler partitions has no kernel."""
     mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    heads, of_query = PartitionSpec("heads"), PartitionSpec(None, "heads")
     view, table = filled("int8", 2, 128, PAGE_SIZE, SEQUENCES)
     query, metadata = normal(len(SEQUENCES), 4, 128), decode(table, SEQUENCES)[0]
+    placed = jax.device_put(view, NamedSharding(mesh, heads))
+    assert kernels(qpaged.paged_attention, query, placed, metadata) == 0
     with jax.set_mesh(mesh):
         assert "call it within jax.shard_map" in qpaged.attention_backends(query, view, metadata)[0].reason
-        heads = jax.sharding.PartitionSpec("heads")
-        of_query = jax.sharding.PartitionSpec(None, "heads")
 
-        @functools.partial(jax.shard_map, in_specs=(of_query, heads), out_specs=of_query, check_vma=False)
+        @functools.partial(jax.shard_map, in_specs=(of_query, heads), out_specs=of_query)
         def attend(query, pools):
             config = dataclasses.replace(view.metadata, num_kv_heads=1)
             mine = view.replace(metadata=config, key_pages=pools[0], value_pages=pools[1])
             return qpaged.paged_attention(query, mine, metadata)
 
-        traced = jax.jit(attend).trace(query, (view.key_pages, view.value_pages))
-        assert traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") == 1
+        assert kernels(attend, query, (view.key_pages, view.value_pages)) == 1

@@ -1,25 +1,32 @@
-"""What is compiled for a TPU stays within its bounds, where the TPU's compiler is installed."""
+"""What the benchmark of the TPU kernels claims: copies, and temporaries where the compiler is installed."""
+
+import importlib.util
 
 import pytest
 
-pytest.importorskip("libtpu", reason="needs libtpu, the compiler of TPUs")
+import qpaged
+
+TPU = qpaged.attention_backends()[0]
 MEGABYTE = 10**6
 
+pytestmark = pytest.mark.skipif(not TPU.available, reason=f"the tpu backend {TPU.reason}")
+compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the compiler of TPUs"
+)
 
-@pytest.fixture(scope="module", params=["int8", "int4:token"])
-def measured(request):
+
+def test_each_live_page_is_copied_once():
+    """Scales come by blocks of 512 slots, and a sequence's last block is partly empty: hence not 1."""
     import tpu_compile
 
-    return tpu_compile.measure(tpu_compile.chip_of("v5e"), request.param)
+    assert 1 <= tpu_compile.copied("int8:channel/int8:token") <= 1.05
 
 
-def test_attention_reads_each_live_page_once_and_makes_no_copies(measured):
-    attention = measured["attention"]
-    assert attention["temp"] < MEGABYTE and attention["temp_large"] < MEGABYTE
-    assert 1 <= attention["copied"] <= 1.05
+@compiler
+@pytest.mark.parametrize("format", ["int8", "int4:token"])
+def test_temporaries(format):
+    import tpu_compile
 
-
-def test_the_write_is_in_place(measured):
-    write = measured["write"]
-    assert write["temp"] < MEGABYTE and write["temp_large"] < MEGABYTE
-    assert write["alias"] >= 1
+    for measured in tpu_compile.measure(tpu_compile.chip_of("v5e"), format).values():
+        assert measured["temp"] < MEGABYTE and measured["temp_large"] < MEGABYTE
+        assert measured.get("alias", 1) >= 1

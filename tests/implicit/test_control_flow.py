@@ -12,6 +12,7 @@ from arrays_for_tests import KINDS, dense, example, ours
 from jax.ad_checkpoint import checkpoint_name
 
 import qpaged.implicit as qi
+from qpaged._platforms import by_platform
 
 pytestmark = [pytest.mark.parametrize("kind", KINDS), ours]
 
@@ -187,6 +188,15 @@ def test_switch_whose_branches_differ(kind, run, index):
 def test_platform_dependent(kind, run):
     def f(w):
         return jax.lax.platform_dependent(w, cpu=lambda w: w * 2.0, default=lambda w: -w)
+
+    out = run(f, example(kind))
+    assert isinstance(out, kind)
+    np.testing.assert_array_equal(dense(out), 2 * dense(example(kind)))
+
+
+def test_kernels_for_some_platforms(kind, run):
+    def f(w):
+        return by_platform(w, default=lambda w: w * 2.0, tpu=lambda w: -w)
 
     out = run(f, example(kind))
     assert isinstance(out, kind)
