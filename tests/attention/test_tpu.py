@@ -20,12 +20,11 @@ takes = pytest.mark.skipif(not TPU.available, reason=f"the tpu backend {TPU.reas
 
 # Every way in which codes, scales and offsets lie, in keys and in values, folded and not.
 CASES = {
-    "plain": (64, {}),
-    "int8": (64, {"sliding_window": 11}),
+    "raw/int8": (64, {"sliding_window": 11}),
     "int8:token+offset/int8:channel+offset": (128, {"sinks": True}),
     "int8:channel+offset/int4+rotate": (128, {"logits_soft_cap": 3.0}),
     "int4:channel+offset/int4:token": (64, {"sliding_window": 20, "sinks": True}),
-    "fp8_e4m3:channel/raw": (256, {}),
+    "fp8_e4m3/raw": (256, {}),
 }
 # float32 sums of some hundred products in other orders, through an exponential
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
@@ -58,7 +57,7 @@ def test_interpreted(format, monkeypatch):
     monkeypatch.setattr(_tpu, "ROWS", 24)  # of 16 queries with 3 heads each: two tiles
     head_dim, options = CASES[format]
     options = options | ({"sinks": normal(6, seed=7)} if "sinks" in options else {})
-    view, table = filled(None if format == "plain" else format, 2, head_dim, PAGE_SIZE, SEQUENCES)
+    view, table = filled(format, 2, head_dim, PAGE_SIZE, SEQUENCES)
     table = table.copy()
     table[3, 1] = -1  # a hole
     metadata = both_modes(table)
