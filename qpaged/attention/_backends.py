@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from qpaged.attention import _reference, _tpu, _xla
+from qpaged.attention import _gpu, _reference, _tpu, _xla
 from qpaged.attention._options import Options, Tokens
 
 
@@ -54,7 +54,7 @@ BACKENDS = {
     entry.name: entry
     for entry in (
         Entry("tpu", "tpu", _tpu.attend, _tpu.call_refusal, _tpu.refusal),
-        Entry("gpu", "cuda", _unbuilt, refusal=lambda: "is not built yet"),
+        Entry("gpu", "cuda", _gpu.attend, _gpu.call_refusal, _gpu.refusal),
         Entry("xla", None, _xla.attend),
         Entry("reference", None, _reference.attend),
     )
