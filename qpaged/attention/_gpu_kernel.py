@@ -133,8 +133,8 @@ def _kernel(plan: Plan, present: list[bool], *refs: Any) -> None:
             copy(pages(start + stage), start + stage, jnp.int32(stage))
 
     plgpu.barrier_wait(ready)
-    at = plgpu.load(position, (tile,), layout=OF_ROWS, optimized=False)
-    sum_q = plgpu.load(summed, (tile, head), layout=OF_ROWS, optimized=False)
+    at = _load(position.at[tile], OF_ROWS)
+    sum_q = _load(summed.at[tile, head], OF_ROWS)
 
     def step(block, state):
         top, total, shift, acc = state
@@ -152,7 +152,7 @@ def _kernel(plan: Plan, present: list[bool], *refs: Any) -> None:
 
         def dots(into):
             for place in range(plan.keys.places):
-                plgpu.wgmma(into, q.at[place], plgpu.transpose_ref(key_values.at[place], (1, 0)))
+                plgpu.wgmma(into, q.at[place], key_values.at[place].transpose((1, 0)))
             return into[...]
 
         scores = pl.run_scoped(dots, plgpu.ACC((ROWS, SLOTS), jnp.float32))
@@ -223,7 +223,7 @@ def _copy(plan: Plan, head, keys: Side, values: Side, filled, pages, block, stag
 
 def _decode(side: Side, stage, kept) -> None:
     """Lay a block down as bfloat16, with zeros in the slots that are not ``kept``."""
-    stored = plgpu.load(side.buffer, (stage,), layout=MATRIX, optimized=False)
+    stored = _load(side.buffer.at[stage], MATRIX)
     for place in range(side.layout.places):
         values = _values(side.layout, stored, place)
         if kept is not None:
@@ -245,7 +245,11 @@ def _values(layout: Pages, stored, place: int):
 
 
 def _of_slots(row, head, block, parts):
-    return plgpu.load(parts, (row, head, pl.ds(block * SLOTS, SLOTS)), layout=OF_COLUMNS, optimized=False)
+    return _load(parts.at[row, head, pl.ds(block * SLOTS, SLOTS)], OF_COLUMNS)
+
+
+def _load(ref, layout):
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _held(plan: Plan, pages: list[tuple[Any, Any]], layout):
