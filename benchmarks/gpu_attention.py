@@ -65,7 +65,9 @@ def peer(shape: str, format: str, query: Any) -> tuple[Callable[[], Any], int]:
     pool = jnp.zeros((*slots, HEAD_DIM), format)
     scales = jnp.ones(slots, jnp.float32) if format == "int8" else None
     lengths = jnp.full(sequences, pages * PAGE_SIZE, jnp.int32)
-    step = jax.jit(lambda *given: paged_attention(*given[:5], k_scales_pages=given[5], v_scales_pages=given[5]))
+    step = jax.jit(
+        lambda *given: paged_attention(*given[:5], k_scales_pages=given[5], v_scales_pages=given[5])
+    )
     given = query, pool, pool, table_of(shape), lengths, scales
     return lambda: step(*given), 2 * (pool.nbytes + (0 if scales is None else scales.nbytes))
 
@@ -102,7 +104,9 @@ def main() -> None:
                 jax.block_until_ready(steps[name][0]())
             except (ImportError, RuntimeError, ValueError, NotImplementedError) as error:
                 steps.pop(name, None)
-                runs.append({"shape": shape, "kernel": name[0], "format": name[1], "refused": str(error)[:200]})
+                runs.append(
+                    {"shape": shape, "kernel": name[0], "format": name[1], "refused": str(error)[:200]}
+                )
         times: dict[tuple[str, str], list[float]] = {name: [] for name in steps}
         for _ in range(arguments.rounds):
             for name, (step, _) in steps.items():

@@ -6,6 +6,9 @@ Needs ``pip install "qpaged[cuda]"`` and absl-py. 32 query heads and 8 KV heads,
 
 - ``temp``: temporaries of the program in the GPU's memory, bytes.
 - ``arguments``: bytes of what the program is given: pools, scales, queries, page table.
+
+JAX's own kernel is compiled with JAX 0.10, and added to what is there with
+``--formats --peer --add``.
 """
 
 import argparse
@@ -59,9 +62,7 @@ POOL = 1024  # pages of the first shape; the others hold what their sequences ta
 
 def compiled(function: Any, gpu: Any, *arguments: Any) -> dict[str, Any]:
     """The memory of ``function``, compiled for the GPU; why not, where JAX refuses."""
-    placed = jax.tree_util.tree_map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=gpu), arguments
-    )
+    placed = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=gpu), arguments)
     try:
         memory = jax.jit(function).lower(*placed).compile().memory_analysis()
     except (ImportError, RuntimeError, NotImplementedError, ValueError) as error:
@@ -117,7 +118,9 @@ def peer(gpu: Any, format: str, shape: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
-    parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--formats", nargs="*", default=list(FORMATS))
+    parser.add_argument("--peer", action="store_true", help="JAX's own kernel too; JAX 0.10 compiles it")
+    parser.add_argument("--add", action="store_true", help="keep the runs that are already in --out")
     arguments = parser.parse_args()
     devices = topologies.get_topology_desc(
         topology_name="", platform="cuda", topology="1x1x1", target_config=H200
@@ -128,13 +131,14 @@ def main() -> None:
         for format in arguments.formats:
             runs.append({"shape": shape, "kernel": "qpaged", "format": format, **ours(gpu, format, shape)})
             print(json.dumps(runs[-1]), flush=True)
-        for format in ("bfloat16", "int8"):
-            try:
-                found = peer(gpu, format, shape)
-            except ImportError as error:
-                found = {"refused": str(error)[:200]}
-            runs.append({"shape": shape, "kernel": "jax", "format": format, **found})
+        for format in ("bfloat16", "int8") if arguments.peer else ():
+            runs.append({"shape": shape, "kernel": "jax", "format": format, **peer(gpu, format, shape)})
+            runs[-1]["jax"] = jax.__version__
             print(json.dumps(runs[-1]), flush=True)
+    if arguments.add:
+        saved = json.loads(arguments.out.read_text())
+        save(arguments.out, saved | {"runs": saved["runs"] + runs})
+        return
     made = circumstances(["jax-cuda13-plugin", "nvidia-cuda-nvcc"]) | {"device": f"{NAME}, described"}
     save(arguments.out, {**made, "unmeasured": "compiled without a GPU: no times", "runs": runs})
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from qpaged._compat import partitioned, version_tuple
 from qpaged.arrays import QuantizedArray, compute_dtype, refused
-from qpaged.attention._options import FLOOR, Options, Tokens
+from qpaged.attention._options import Options, Tokens
 from qpaged.attention._tpu import _bounds, _padded
 from qpaged.attention._tpu_pages import Pages
 
@@ -38,7 +38,9 @@ def call_refusal(tokens: Tokens, keys: Any, values: Any) -> str | None:
     if page_size not in PAGE_SIZES:
         return f"takes a page_size of {', '.join(map(str, PAGE_SIZES))}, but it is {page_size}"
     if tokens.query.shape[1] // heads > ROWS:
-        return f"takes at most {ROWS} query heads of a KV head, but there are {tokens.query.shape[1] // heads}"
+        return (
+            f"takes at most {ROWS} query heads of a KV head, but there are {tokens.query.shape[1] // heads}"
+        )
     for name, pool in (("keys", keys), ("values", values)):
         if compute_dtype(tokens.query, pool) != jnp.bfloat16:
             return f"{name}: computes in bfloat16, but they ask for {compute_dtype(tokens.query, pool)}"
@@ -89,7 +91,14 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
     parts = [part for pool in (keys, values) for part in _parts(pool, table)]
     stored = [pool.codes if isinstance(pool, QuantizedArray) else pool for pool in (keys, values)]
     sums, tops, totals = _gpu_kernel.attend(
-        plan, bounds.reshape(-1), position, table.reshape(-1), _places(query, layouts[0]), summed, *stored, parts
+        plan,
+        bounds.reshape(-1),
+        position,
+        table.reshape(-1),
+        _places(query, layouts[0]),
+        summed,
+        *stored,
+        parts,
     )
     sinks = None if sinks is None else _of_rows(sinks.reshape(heads, group), each)
     out = _merged(sums, tops, totals, sinks)  # (tiles, heads, places, rows, width)

@@ -110,10 +110,10 @@ def _matrix(places: int, rows: int, width: int) -> Any:
 def _kernel(plan: Plan, present: list[bool], *refs: Any) -> None:
     bounds, position, table, query, summed, keys, values, *rest = refs
     given = iter(rest)
-    parts = [next(given) if there else None for there in present]
+    k, k_shift, v, v_shift = (next(given) if there else None for there in present)
     sums, tops, totals, q, weights, key_codes, key_values, value_codes, value_values, ready, filled = given
-    keys = Side(plan.keys, keys, *parts[:2], key_codes, key_values)
-    values = Side(plan.values, values, *parts[2:], value_codes, value_values)
+    keys = Side(plan.keys, keys, k, k_shift, key_codes, key_values)
+    values = Side(plan.values, values, v, v_shift, value_codes, value_values)
     tile, head, split = (lax.axis_index(name) for name in ("tile", "head", "split"))
     plgpu.copy_gmem_to_smem(query.at[tile, head], q, ready)
     low, high = bounds[2 * tile], bounds[2 * tile + 1]
@@ -249,7 +249,7 @@ def _of_slots(row, head, block, parts):
 
 
 def _load(ref, layout):
-    return plgpu.load(ref, layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # JAX 0.10 has an index, too
 
 
 def _held(plan: Plan, pages: list[tuple[Any, Any]], layout):
