@@ -8,6 +8,7 @@ scales that a step must read, over its time, as a fraction of what a copy of 1 G
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -93,10 +94,10 @@ def main() -> None:
         query = jax.random.normal(jax.random.key(0), (sequences, Q_HEADS, HEAD_DIM), jnp.bfloat16)
         made: dict[tuple[str, str], Callable[[], tuple[Callable[[], Any], int]]] = {}
         for format in arguments.formats:
-            made["gpu", format] = lambda format=format: ours(shape, format, "gpu", query)
-            made["xla", format] = lambda format=format: ours(shape, format, "xla", query)
+            made["gpu", format] = functools.partial(ours, shape, format, "gpu", query)
+            made["xla", format] = functools.partial(ours, shape, format, "xla", query)
         for format in ("bfloat16", "int8"):
-            made["jax", format] = lambda format=format: peer(shape, format, query)
+            made["jax", format] = functools.partial(peer, shape, format, query)
         steps = {}
         for name, make in made.items():
             try:

@@ -1,6 +1,6 @@
 """What XLA's GPU compiler makes of decode attention for an H200, with no GPU there. No times: unmeasured.
 
-    JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python benchmarks/gpu_compile.py --out benchmarks/results/gpu_compile.json
+    python benchmarks/gpu_compile.py --out benchmarks/results/gpu_compile.json
 
 Needs ``pip install "qpaged[cuda]"`` and absl-py. 32 query heads and 8 KV heads, head_dim 128, pages of 16.
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged.arrays import _whole
 from qpaged.arrays._blocks import beside, blocked, refine
+from qpaged.arrays import _whole
 from qpaged.arrays._quantized import QuantizedArray, common_dtype
 from qpaged.arrays._views import adjoint, factored, keeps_channels, places, stored
 

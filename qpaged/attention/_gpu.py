@@ -89,7 +89,7 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
     query = jnp.pad(query, ((0, 0), (0, 0), (0, ROWS - each * group), (0, 0)))
     summed = query.astype(jnp.float32).sum(axis=-1)
     parts = [part for pool in (keys, values) for part in _parts(pool, table)]
-    stored = [pool.codes if isinstance(pool, QuantizedArray) else pool for pool in (keys, values)]
+    k, v = [pool.codes if isinstance(pool, QuantizedArray) else pool for pool in (keys, values)]
     sums, tops, totals = _gpu_kernel.attend(
         plan,
         bounds.reshape(-1),
@@ -97,7 +97,8 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
         table.reshape(-1),
         _places(query, layouts[0]),
         summed,
-        *stored,
+        k,
+        v,
         parts,
     )
     sinks = None if sinks is None else _of_rows(sinks.reshape(heads, group), each)
