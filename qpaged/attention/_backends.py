@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from qpaged._platforms import by_platform
-from qpaged.attention import _reference, _tpu, _xla
+from qpaged.attention import _gpu, _reference, _tpu, _xla
 from qpaged.attention._options import Options, Tokens
 
 
@@ -38,29 +38,29 @@ Refusal = Callable[[Tokens, Any, Any], str | None]
 
 @dataclass(frozen=True)
 class Entry:
-    """A backend's name, the platform it is for, its attention, and what it says to a call, or to any."""
+    """A backend's name, the platform it is for, its attention, and what it says to a call, or to any.
+
+    One that is ``by_name`` is taken only when it is asked for."""
 
     name: str
     platform: str | None
     attend: Attend
     call_refusal: Refusal = lambda *_: None
     refusal: Callable[[], str | None] = lambda: None
-
-
-def _unbuilt(*_: Any) -> jax.Array:
-    raise NotImplementedError
+    by_name: bool = False
 
 
 BACKENDS = {
     entry.name: entry
     for entry in (
         Entry("tpu", "tpu", _tpu.attend, _tpu.call_refusal, _tpu.refusal),
-        Entry("gpu", "cuda", _unbuilt, refusal=lambda: "is not built yet"),
+        Entry("gpu", "cuda", _gpu.attend, _gpu.call_refusal, _gpu.refusal, by_name=True),
         Entry("xla", None, _xla.attend),
         Entry("reference", None, _reference.attend),
     )
 }
-"""In the order in which they are chosen: the first that is for the platform and takes the call."""
+"""In the order in which they are chosen: the first that is for the platform and takes the call. The ``gpu``
+kernel has not run on a chip yet, so that it is nobody's default."""
 
 
 def listed(calls: Sequence[tuple[Tokens, Any, Any]]) -> tuple[AttentionBackend, ...]:
@@ -76,7 +76,8 @@ def reason(entry: Entry, calls: Sequence[tuple[Tokens, Any, Any]]) -> str | None
 
 def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options) -> jax.Array:
     """Attention on the first backend that is for the platform that the program is lowered for."""
-    taken = [entry for entry in BACKENDS.values() if reason(entry, [(tokens, keys, values)]) is None]
+    entries = [entry for entry in BACKENDS.values() if not entry.by_name]
+    taken = [entry for entry in entries if reason(entry, [(tokens, keys, values)]) is None]
     anywhere = next(entry for entry in taken if entry.platform is None)
     somewhere = {e.platform: _with(e, options) for e in taken if e.platform is not None}
     if not somewhere:

@@ -1,0 +1,141 @@
+"""The ``gpu`` backend: a Mosaic GPU kernel for Hopper that reads pages as they are stored."""
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qpaged._compat import partitioned, version_tuple
+from qpaged.arrays import QuantizedArray, compute_dtype, refused
+from qpaged.attention._options import Options, Tokens
+from qpaged.attention._tpu import _bounds, _padded
+from qpaged.attention._tpu_pages import Pages
+
+OLDEST_JAX = (0, 12)  # its interpreter is what the kernel is tested in
+HEAD_DIMS = (64, 128)
+PAGE_SIZES = (16, 32, 64, 128, 256)
+ROWS = SLOTS = 64  # query rows of a tile, slots of a block
+PROGRAMS = 264  # as many as a chip of 132 multiprocessors runs at once, two on each
+
+
+def refusal() -> str | None:
+    """Why the backend takes no call at all; None if it does."""
+    if version_tuple(jax.__version__) < OLDEST_JAX:
+        return f"needs JAX {'.'.join(map(str, OLDEST_JAX))} or newer, but this is {jax.__version__}"
+    if importlib.util.find_spec("absl") is None:
+        return "needs absl-py, which JAX's Mosaic GPU imports; pip install absl-py"
+    if partitioned():
+        return "is not partitioned by the compiler, as the mesh's Auto axes ask; call it within jax.shard_map"
+    return None
+
+
+def call_refusal(tokens: Tokens, keys: Any, values: Any) -> str | None:
+    """Why the backend does not take a call; None if it does."""
+    heads, _, page_size, head_dim = keys.shape
+    if head_dim not in HEAD_DIMS:
+        return f"takes a head_dim of {', '.join(map(str, HEAD_DIMS))}, but it is {head_dim}"
+    if page_size not in PAGE_SIZES:
+        return f"takes a page_size of {', '.join(map(str, PAGE_SIZES))}, but it is {page_size}"
+    if tokens.query.shape[1] // heads > ROWS:
+        return (
+            f"takes at most {ROWS} query heads of a KV head, but there are {tokens.query.shape[1] // heads}"
+        )
+    for name, pool in (("keys", keys), ("values", values)):
+        if compute_dtype(tokens.query, pool) != jnp.bfloat16:
+            return f"{name}: computes in bfloat16, but they ask for {compute_dtype(tokens.query, pool)}"
+        reason = _pool_refusal(pool)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _pool_refusal(pool: Any) -> str | None:
+    if not isinstance(pool, QuantizedArray):
+        return None
+    quantizer, layout = pool.quantizer, Pages.of(pool)
+    if pool.outer is not None or pool.offsets is not None:
+        return f"{quantizer} has scales of two levels"
+    if layout.groups > 1:
+        return f"{quantizer} has several scales along the channels"
+    if not quantizer.tiled:
+        return f"{quantizer} is declared not to be made of tile functions"
+    made_for = jnp.float32 if layout.groups else pool.dtype
+    reason = refused(lambda codes: quantizer.decode(codes, made_for), quantizer.code_dtype(pool.dtype))
+    return None if reason is None else f"decode of {quantizer} {reason}"
+
+
+def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options) -> jax.Array:
+    """Attention of each token over its sequence's pages, (n, q_heads, head_dim) float32."""
+    from qpaged.attention import _gpu_kernel
+
+    layouts = Pages.of(keys), Pages.of(values)
+    heads, _, page_size, head_dim = keys.shape
+    group = tokens.query.shape[1] // heads
+    each = ROWS // group if tokens.is_prefill else 1
+    query, position = _padded(tokens.query, each, 0), _padded(tokens.position, each, -1)
+    tiles = len(position) // each
+    table = jnp.atleast_2d(tokens.table)
+    missing = -table.shape[1] % max(1, SLOTS // page_size)
+    table = jnp.pad(table, ((0, 0), (0, missing)), constant_values=options.num_pages)
+    blocks = table.shape[1] * page_size // SLOTS
+    splits = max(1, min(blocks, PROGRAMS // (tiles * heads)))
+    plan = _gpu_kernel.Plan(*layouts, options, tiles, splits, table.shape[1], tokens.is_prefill)
+
+    bounds = _bounds(position.reshape(tiles, each), options.sliding_window)
+    position = _padded(jnp.repeat(position.reshape(tiles, each), group, axis=1).T, ROWS, -1).T
+    query = query.reshape(tiles, each, heads, group, head_dim).swapaxes(1, 2)
+    query = query.reshape(tiles, heads, each * group, head_dim)
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, ROWS - each * group), (0, 0)))
+    summed = query.astype(jnp.float32).sum(axis=-1)
+    parts = [part for pool in (keys, values) for part in _parts(pool, table)]
+    k, v = [pool.codes if isinstance(pool, QuantizedArray) else pool for pool in (keys, values)]
+    sums, tops, totals = _gpu_kernel.attend(
+        plan,
+        bounds.reshape(-1),
+        position,
+        table.reshape(-1),
+        _places(query, layouts[0]),
+        summed,
+        k,
+        v,
+        parts,
+    )
+    sinks = None if sinks is None else _of_rows(sinks.reshape(heads, group), each)
+    out = _merged(sums, tops, totals, sinks)  # (tiles, heads, places, rows, width)
+    out = jnp.moveaxis(out, 2, -1).reshape(tiles, heads, ROWS, head_dim)[:, :, : each * group]
+    out = out.reshape(tiles, heads, each, group, head_dim).swapaxes(1, 2)
+    return out.reshape(tiles * each, heads * group, head_dim)[: len(tokens.query)]
+
+
+def _places(query: jax.Array, layout: Pages) -> jax.Array:
+    """(..., rows, head_dim) as (..., places, rows, width): the channels of each place of a byte."""
+    return jnp.moveaxis(query.reshape(*query.shape[:-1], layout.width, layout.places), -1, -3)
+
+
+def _parts(pool: Any, table: jax.Array) -> list[jax.Array | None]:
+    """Factors and shifts of the slots of each sequence's pages, (sequences, kv_heads, slots) float32."""
+    if not isinstance(pool, QuantizedArray) or pool.scales is None:
+        return [None, None]
+    scales = pool.scales[..., 0].at[:, table].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    scales = jnp.broadcast_to(scales, (*scales.shape[:3], pool.shape[2])).swapaxes(0, 1)
+    scales = scales.reshape(*scales.shape[:2], -1)
+    read = pool.quantizer.multiplier(scales), pool.quantizer.shift(scales)
+    return [None if part is None else jnp.where(jnp.isfinite(part), part, 0) for part in read]
+
+
+def _of_rows(sinks: jax.Array, each: int) -> jax.Array:
+    """(heads, group) as (heads, rows)."""
+    rows = jnp.tile(sinks, (1, each))
+    return jnp.pad(rows, ((0, 0), (0, ROWS - rows.shape[1])))
+
+
+def _merged(sums: jax.Array, tops: jax.Array, totals: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    """What the splits of each tile come to together, with the sink, that takes weight and gives nothing."""
+    top = tops.max(axis=0)
+    top = top if sinks is None else jnp.maximum(top, sinks)
+    fade = jnp.exp(tops - top)
+    total = (totals * fade).sum(axis=0)
+    total = total if sinks is None else total + jnp.exp(sinks - top)
+    weight = jnp.where(total > 0, total, 1)[:, :, None, :, None]
+    return (sums * fade[:, :, :, None, :, None]).sum(axis=0) / weight
