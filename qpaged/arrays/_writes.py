@@ -100,7 +100,7 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
 
     outer_shape = outer_grid(quantizer, whole, _channels(array, axes))
     scales, outer = jax.vmap(lambda low, high: fit(quantizer, low, high, outer_shape))(low, high)
-    if _tpu_write.takes(array, axes) and _tpu_write.grows(array):
+    if _tpu_write.takes(array, axes, len(rows)) and _tpu_write.grows(array):
         arguments = array, distinct, of_row, index, rows, scales, low, high
         return array.like(*_by_platform(_write_pages, _grow_and_scatter, *arguments))
     if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
@@ -135,7 +135,7 @@ def _write_pages(array: QuantizedArray, distinct, of_row, index, rows, fresh, lo
 
 def _put(array: QuantizedArray, axes: Axes, index, new, blocks=None, scales=None, outer=None):
     """The array with the codes ``new``, one an element, put at ``index``, and scales at ``blocks``."""
-    if _tpu_write.takes(array, axes):
+    if _tpu_write.takes(array, axes, len(index)):
         codes = _by_platform(_put_slots, _scatter_slots, array.like(array.codes, None), index, new)
         put = functools.partial(lax.platform_dependent, tpu=_tpu_write.put, default=_scatter_blocks)
     else:
