@@ -18,18 +18,20 @@ from qpaged.arrays._tiles import refused
 
 AT_ONCE = 8  # pages in fast memory, and rows of each that come along
 LARGEST_PAGE = 2**19  # bytes of all heads
+MOST_ROWS = 2**16  # whose places scalar memory holds
 OLDEST_JAX = (0, 10)
 
 
-def takes(array: Any, axes: tuple[int, ...]) -> bool:
-    """Whether the kernel writes rows to (page, slot) of a pool."""
+def takes(array: Any, axes: tuple[int, ...], rows: int) -> bool:
+    """Whether the kernel writes so many rows to (page, slot) of a pool."""
     if array.ndim != 4 or axes != (1, 2) or version_tuple(jax.__version__) < OLDEST_JAX:
         return False
     heads, _, page_size, channels = array.shape
     width = channels // array.packing
     whole = (width % LANES == 0 or LANES % width == 0) and page_size % 16 == 0
-    whole = whole and array.channel_axis == -1
-    return whole and heads * page_size * width * array.folded.dtype.itemsize <= LARGEST_PAGE
+    if not whole or array.channel_axis != -1 or rows > MOST_ROWS:
+        return False
+    return heads * page_size * width * array.folded.dtype.itemsize <= LARGEST_PAGE
 
 
 def grows(array: Any) -> bool:

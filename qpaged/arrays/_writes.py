@@ -100,7 +100,7 @@ def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: ja
 
     outer_shape = outer_grid(quantizer, whole, _channels(array, axes))
     scales, outer = jax.vmap(lambda low, high: fit(quantizer, low, high, outer_shape))(low, high)
-    if _tpu_write.takes(array, axes) and _tpu_write.grows(array):
+    if _tpu_write.takes(array, axes, len(rows)) and _tpu_write.grows(array):
         arguments = array, distinct, of_row, index, rows, scales, low, high
         return array.like(*by_platform(*arguments, default=_grow_and_scatter, tpu=_write_pages))
     if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
@@ -135,7 +135,7 @@ def _write_pages(array: QuantizedArray, distinct, of_row, index, rows, fresh, lo
 
 def _put(array: QuantizedArray, axes: Axes, index, new, blocks=None, scales=None, outer=None):
     """The array with the codes ``new``, one an element, put at ``index``, and scales at ``blocks``."""
-    if _tpu_write.takes(array, axes):
+    if _tpu_write.takes(array, axes, len(index)):
         bare = array.like(array.codes, None)
         codes = by_platform(bare, index, new, default=_scatter_slots, tpu=_put_slots)
         put = functools.partial(by_platform, default=_scatter_blocks, tpu=_tpu_write.put_slots)

@@ -87,6 +87,13 @@ def test_the_platform_of_the_program_decides(format):
         assert lowered.as_text().count("@tpu_custom_call") == kernels
 
 
+def test_more_rows_than_scalar_memory_holds_are_left_to_xla(monkeypatch):
+    pool = qpaged.get_quantizer("raw").empty((2, 4, 16, 128), jnp.float32)
+    assert _tpu_write.takes(pool, (1, 2), 3)
+    monkeypatch.setattr(_tpu_write, "MOST_ROWS", 2)
+    assert not _tpu_write.takes(pool, (1, 2), 3)
+
+
 def test_scales_have_gradients():
     """The kernel has none, but it writes codes alone."""
     pool = qpaged.get_quantizer("int8:token").empty((2, 4, 16, 8), jnp.float32)
