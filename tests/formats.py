@@ -41,11 +41,13 @@ def representatives():
 
 FORMATS = representatives()
 """Formats with every feature that the framework tells apart, for what is not a law."""
-FEW = ("int8", "int8:token", "int8:channel+offset", "int4", "nvfp4")
-"""Formats that are written, shared and packed in different ways, for what the laws say again of every one."""
+ALWAYS, AT_TIMES = ("int8", "int8:token", "int4"), ("int8:channel+offset", "nvfp4")
+FEW = (*ALWAYS, *AT_TIMES) if os.environ.get("MORE_FORMATS") else ALWAYS
+"""Formats that are written, shared and packed in different ways, for what the laws say again of every one;
+MORE_FORMATS in the environment asks for more of them."""
 LAWFUL = {
     "": FEW,
-    "others": tuple(spelling for spelling in EVERY_FORMAT if spelling not in FEW),
+    "others": tuple(spelling for spelling in EVERY_FORMAT if spelling not in ALWAYS),
     "1": EVERY_FORMAT,
 }[os.environ.get("EVERY_FORMAT", "")]
 """What the laws are tested for: FEW, or what EVERY_FORMAT in the environment asks for."""
