@@ -177,6 +177,33 @@ def generation():
     return "\n".join(lines) + "\n"
 
 
+def tpu_compile():
+    """What ``benchmarks/tpu_compile.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "tpu_compile.json").read_text())
+    chips = list(dict.fromkeys(run["chip"] for run in results["runs"]))
+    small, large = (f"{pages:,}" for pages in results["shape"]["pages"])
+    versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("jax", "libtpu"))
+    lines = [
+        f"Temporaries in MB at {small} pages, and at {large} in brackets; bytes that attention copies from "
+        f"memory, over codes and scales of the live pages. {versions}, {results['date']}.",
+        "",
+        f"| kernel | copied | {' | '.join(f'{chip}: attention | write' for chip in chips)} |",
+        f"|---|--:|{'--:|' * 2 * len(chips)}",
+    ]
+    found = {}
+    for run in results["runs"]:
+        found.setdefault((run["kernel"], run["format"]), {})[run["chip"]] = run
+    for (kernel, format), runs in found.items():
+        cells = [_temporaries(runs[chip].get(kind)) for chip in chips for kind in ("attention", "write")]
+        copied = next(iter(runs.values()))["attention"]["copied"]
+        lines.append(f"| {kernel} `{format}` | {copied:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _temporaries(run):
+    return "" if run is None else f"{run['temp'] / 1e6:.1f} ({run['temp_large'] / 1e6:.1f})"
+
+
 PROMISES = {
     "no float of an array's full size": lambda row: row["full_size_floats"] == 0,
     "nothing materialized": lambda row: row["materialized"] == 0,
@@ -298,6 +325,7 @@ TABLES = {
     "write_attend.md": write_attend,
     "cpu_attention.md": cpu_attention,
     "generation.md": generation,
+    "tpu_compile.md": tpu_compile,
     "stress.md": stress,
     "stress_attention_kl.md": partial(stress_losses, "attention_kl"),
     "stress_key_rms.md": partial(stress_losses, "key_rms"),
