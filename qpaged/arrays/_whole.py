@@ -3,7 +3,8 @@
 XLA on CPU widens narrow integers before a bfloat16 dot, one by one, which takes longer than the dot; of
 8-bit integers it makes the processor's own instructions. So the other operand is written as integers, too: in
 units of 1 / 16319 of each row's largest element, as 128 high + low, both of 8 bits. That is closer to it than
-bfloat16 is to what was rounded to it: the error of an element is at most 2^-15 of the row's largest.
+bfloat16 is to what was rounded to it: the error of an element is at most half a unit. An infinity makes its
+row NaN.
 """
 
 import functools
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qpaged.arrays._quantized import QuantizedArray, nonzero
+from qpaged.arrays._quantized import LARGE, QuantizedArray, nonzero
 from qpaged.arrays._views import View
 
 LOW_BITS = 7
@@ -56,7 +57,7 @@ def _added(quantizer: Any, dtype: Any) -> float | None:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def dot(other: jax.Array, codes: jax.Array, numbers: Any) -> jax.Array:
-    """``lax.dot_general`` of bfloat16 and int8 operands, float32."""
+    """``lax.dot_general`` of floats, which count as bfloat16, and int8 codes; float32."""
     if math.prod(codes.shape[axis] for axis in numbers[0][1]) > LONGEST:
         return _in_floats(other, codes, numbers)
     return lax.platform_dependent(
@@ -73,13 +74,16 @@ def _(numbers, primals, tangents):
 
 
 def _in_floats(other: jax.Array, codes: jax.Array, numbers: Any) -> jax.Array:
-    return lax.dot_general(other, codes.astype(other.dtype), numbers, preferred_element_type=jnp.float32)
+    other, codes = (part.astype(jnp.bfloat16) for part in (other, codes))
+    return lax.dot_general(other, codes, numbers, preferred_element_type=jnp.float32)
 
 
 def _in_integers(other: jax.Array, codes: jax.Array, numbers: Any) -> jax.Array:
     (contract, codes_contract), (batch, codes_batch) = numbers
     other = other.astype(jnp.float32)
-    unit = nonzero(jnp.abs(other).max(axis=contract, keepdims=True)) / LARGEST
+    largest = jnp.abs(other).max(axis=contract, keepdims=True)
+    up = jnp.where(largest < 1 / LARGE, jnp.float32(LARGE), jnp.float32(1))  # or units would be subnormal
+    other, unit = other * up, nonzero(largest * up) / LARGEST
     integers = jnp.round(other / unit).astype(jnp.int32)
     high = (integers + 2 ** (LOW_BITS - 1)) >> LOW_BITS
     halves = jnp.stack([high, integers - (high << LOW_BITS)]).astype(jnp.int8)
@@ -88,6 +92,10 @@ def _in_integers(other: jax.Array, codes: jax.Array, numbers: Any) -> jax.Array:
     out = lax.dot_general(halves, codes, numbers, preferred_element_type=jnp.int32)
     high, low = (lax.index_in_dim(out, half, len(batch), keepdims=False) for half in (0, 1))
     order = (*batch, *(axis for axis in range(other.ndim) if axis not in batch + contract))
-    unit = lax.transpose(unit, (*order, *contract))
-    unit = unit.reshape(*unit.shape[: len(order)], *[1] * (high.ndim - len(order)))
-    return (high.astype(jnp.float32) * 2**LOW_BITS + low.astype(jnp.float32)) * unit
+
+    def beside_rows(x: jax.Array) -> jax.Array:
+        x = lax.transpose(x, (*order, *contract))
+        return x.reshape(*x.shape[: len(order)], *[1] * (high.ndim - len(order)))
+
+    sums = high.astype(jnp.float32) * 2**LOW_BITS + low.astype(jnp.float32)
+    return sums * beside_rows(unit) * beside_rows(1 / up)

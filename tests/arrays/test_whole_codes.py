@@ -13,7 +13,7 @@ from qpaged.arrays import _whole
 
 HEADS, SLOTS, DIM = 2, 32, 64
 QK, PV = (((2,), (2,)), ((0,), (0,))), (((2,), (1,)), ((0,), (0,)))
-ROW = 2.0**-15  # the most that an integer is away from the element it stands for, over the row's largest
+ROW = 0.5 / _whole.LARGEST  # the most that an integer is away from its element, over the row's largest
 CODES = np.random.default_rng(0).integers(-128, 128, (HEADS, SLOTS, DIM)).astype(np.int8)
 
 
@@ -35,6 +35,13 @@ def test_the_sum_is_off_by_less_than_bfloat16_would_be(numbers, pairs, axis):
     off = np.abs(np.float64(dots(numbers)(other, CODES)) - exact)
     assert np.all(off <= ROW * largest * np.abs(np.float64(CODES)).sum(axis=axis)[:, None])
     assert off.max() > 0  # as floats, these sums would be exact
+
+
+@pytest.mark.parametrize("largest", [1e-38, 1e-34, 1e30])
+def test_rows_of_any_size_keep_their_precision(largest):
+    other = (rows(DIM).astype(jnp.float32) * (largest / 4)).astype(jnp.bfloat16)
+    exact = np.einsum("hrd,hsd->hrs", np.float64(other), np.float64(CODES))
+    np.testing.assert_allclose(np.float64(dots(QK)(other, CODES)), exact, atol=1e-3 * np.abs(exact).max())
 
 
 def test_other_devices_multiply_floats():
