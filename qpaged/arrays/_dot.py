@@ -180,8 +180,7 @@ def _scale_other(other, array, axes: Axes, params) -> jax.Array:
     factors = lax.transpose(factors, sorted(range(len(at)), key=at.__getitem__))
     factors = lax.expand_dims(factors, [axis for axis in range(other.ndim) if axis not in at])
     # Scaled, a float16 may leave its range; what it was made for, it still has in float32.
-    narrow = other.dtype == jnp.float16 or isinstance(array.quantizer, _whole.Whole)
-    dtype = jnp.float32 if narrow else other.dtype
+    dtype = jnp.float32 if other.dtype == jnp.float16 else other.dtype
     return _contract_codes((other.astype(jnp.float32) * factors).astype(dtype), array, axes, params)
 
 
