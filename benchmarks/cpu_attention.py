@@ -364,11 +364,16 @@ def main() -> None:
     for each in generations:
         print(f"  {each['name']:45s}{each['step_compile_seconds']:10.2f} s  {each['programs']}")
     packages = [name for name in DISTRIBUTIONS if find_spec(name.replace("-", "_").split("_python")[0])]
-    results = {**circumstances(packages), "threads": THREADS, "rounds": arguments.rounds}
-    save(
-        arguments.out,
-        {**results, "bytes_per_second": round(bandwidth), "shapes": runs, "generation": generations},
-    )
+    results = {
+        **circumstances(packages),
+        "processor": processor(),
+        "threads": THREADS,
+        "rounds": arguments.rounds,
+        "bytes_per_second": round(bandwidth),
+        "shapes": runs,
+        "generation": generations,
+    }
+    save(arguments.out, results)
 
 
 if __name__ == "__main__":
