@@ -3,9 +3,11 @@
 import re
 import statistics
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from formats import normal
 from scripts import PLUGIN, ROOT, script
 
 import qpaged
@@ -16,6 +18,7 @@ from quantizers import Rotate
 TUTORIAL = (ROOT / "docs/writing-a-format.md").read_text()
 SWEEP = (ROOT / "docs/includes/nf4_sweep.txt").read_text()
 nf4 = script(PLUGIN / "qpaged_nf4/__init__.py")
+TPU = qpaged.attention_backends()[0]
 OFFSET = 0.9677083  # of the paper's rule
 
 
@@ -81,3 +84,40 @@ def test_the_sweep_that_is_shown_is_the_one_that_is_told(plugin):
         format = qpaged.CacheFormat.of(spelling)
         taken = sum(bytes_per_token(f, "bfloat16", config.head_dim) for f in (format.key, format.value))
         assert f"{heads * taken:,.0f}" == shown
+
+
+def decoded(view, rows, query, metadata, backend=None):
+    """A decode's write and its attention."""
+    return qpaged.paged_attention(
+        query, view.write_decodes_to_cache(rows, -rows, metadata), metadata, backend=backend
+    )
+
+
+def decode_step(format):
+    """The arguments of :func:`decoded`, for two sequences."""
+    config = qpaged.PagedAttentionCacheMetaData(2, 1, 4, 2, 32, 16, 2, 128, 0.5)
+    view = qpaged.PagedAttentionCacheView.init(None, jnp.float32, config, 0, None, format)
+    metadata = qpaged.PagedAttentionMetadata.decode(position=np.array([0, 17]), page_table=[[2, 4], [0, 3]])
+    return view, normal(2, 2, 128, seed=1), normal(2, 4, 128, seed=2), metadata
+
+
+@pytest.mark.skipif(not TPU.available, reason=f"the tpu backend {TPU.reason}")
+def test_a_plugin_of_tile_functions_has_the_kernels():
+    from jax.experimental.pallas import tpu as pltpu
+
+    step = decode_step(example("nearest6").Nearest6())
+    program = jax.jit(decoded, static_argnames="backend")
+    lowered = program.trace(*step).lower(lowering_platforms=("tpu",)).as_text()
+    assert lowered.count("@tpu_custom_call") == 3  # the writes of keys and of values, and attention
+    with pltpu.force_tpu_interpret_mode():
+        out = program(*step, backend="tpu")
+    np.testing.assert_allclose(out, program(*step, backend="reference"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not TPU.available, reason=f"the tpu backend {TPU.reason}")
+def test_a_plugin_of_other_functions_is_told_why_it_has_not():
+    view, _, query, metadata = step = decode_step(nf4.Nf4())
+    reasons = {backend.name: backend.reason for backend in qpaged.attention_backends(query, view, metadata)}
+    assert reasons["tpu"].startswith("keys: decode of nf4 uses ") and reasons["xla"] is None
+    with pytest.raises(ValueError, match="'tpu' declines: it keys: decode of nf4 uses"):
+        decoded(*step, backend="tpu")
