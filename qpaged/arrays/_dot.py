@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged.arrays import _whole
+from qpaged.arrays._bfloat16 import to_bfloat16
 from qpaged.arrays._blocks import beside, blocked, refine
 from qpaged.arrays._quantized import QuantizedArray, common_dtype
 from qpaged.arrays._views import adjoint, factored, keeps_channels, places, stored
@@ -186,13 +187,11 @@ def _scale_other(other, array, axes: Axes, params) -> jax.Array:
 
 def _contract_scaled(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
     """Scales along contracted and kept axes at once: the codes are scaled, and rounded, before the dot."""
-    values = (blocked(array.values(jnp.float32), array.scales.shape) * beside(array.scales)).reshape(
-        array.shape
-    )
+    values = blocked(array.values(jnp.float32), array.scales.shape) * beside(array.scales)
     dtype = jnp.float32 if other.dtype == jnp.float16 else other.dtype
-    return lax.dot_general(
-        other.astype(dtype), values.astype(dtype), axes.numbers, preferred_element_type=jnp.float32, **params
-    )
+    values = to_bfloat16(values) if dtype == jnp.bfloat16 else values.astype(dtype)
+    other, values = other.astype(dtype), values.reshape(array.shape)
+    return lax.dot_general(other, values, axes.numbers, preferred_element_type=jnp.float32, **params)
 
 
 def _offset_term(other: jax.Array, array: QuantizedArray, axes: Axes) -> jax.Array:

@@ -29,6 +29,9 @@ LARGEST = 127 * 2**LOW_BITS + 2 ** (LOW_BITS - 1) - 1
 class Whole(View):
     """A view of codes that are read as the integers they are."""
 
+    def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
+        return codes.astype(dtype)
+
 
 def whole(array: QuantizedArray) -> QuantizedArray:
     """A :class:`Whole` view of ``array``, whose scales are factors; itself where its codes are no integers.
@@ -41,17 +44,31 @@ def whole(array: QuantizedArray) -> QuantizedArray:
     offsets = array.offsets
     if added:
         offsets = array.scales * added if offsets is None else offsets + array.scales * added
-    return array.like(array.codes, array.scales, offsets, quantizer=Whole(array.quantizer))
+    codes = _signed(array.codes, _middle(array.quantizer))
+    return array.like(codes, array.scales, offsets, quantizer=Whole(array.quantizer))
+
+
+def _signed(codes: jax.Array, middle: int) -> jax.Array:
+    """int8 codes as they are, and uint8 ones less the ``middle`` of them."""
+    return codes if codes.dtype == jnp.int8 else lax.bitcast_convert_type(codes - jnp.uint8(middle), jnp.int8)
+
+
+def _middle(quantizer: Any) -> int:
+    while isinstance(quantizer, View):  # which may count a code of 4 bits as one of 8
+        quantizer = quantizer.quantizer
+    return 2 ** (quantizer.bits - 1)
 
 
 @functools.lru_cache
 def _added(quantizer: Any, dtype: Any) -> float | None:
-    """What a format adds to codes of ``dtype`` to decode them, the same for all; None if that is not it."""
-    if dtype != jnp.int8:
+    """What a format adds to signed codes to decode those stored as ``dtype``; None if it varies."""
+    if dtype not in (jnp.int8, jnp.uint8):
         return None
-    codes = np.arange(-128, 128)
+    middle = _middle(quantizer)
+    stored = np.arange(-128, 128) if dtype == jnp.int8 else np.arange(2 * middle)
     with jax.ensure_compile_time_eval():
-        added = np.asarray(quantizer.decode(jnp.asarray(codes, jnp.int8), jnp.float32)) - codes
+        codes = jnp.asarray(stored.astype(dtype))
+        added = np.asarray(quantizer.decode(codes, jnp.float32)) - np.asarray(_signed(codes, middle))
     return float(added[0]) if np.all(added == added[0]) else None
 
 

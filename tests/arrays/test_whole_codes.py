@@ -9,7 +9,7 @@ import pytest
 from formats import normal
 
 import qpaged
-from qpaged.arrays import _whole
+from qpaged.arrays import _whole, as_slots, dot, take_pages
 
 HEADS, SLOTS, DIM = 2, 32, 64
 QK, PV = (((2,), (2,)), ((0,), (0,))), (((2,), (1,)), ((0,), (0,)))
@@ -65,11 +65,35 @@ def test_a_row_of_zeros_stays_zero():
 
 @pytest.mark.parametrize(
     ("format", "added"),
-    [("int8", 0.5), ("int8:token", 0.0), ("int4", 0.0), ("fp8_e4m3", None), ("nvfp4", None)],
+    [
+        ("int8", 0.5),
+        ("int8:token", 0.0),
+        ("int4", 0.0),
+        ("int8+offset", -0.5),  # of codes less 128
+        ("int4:page+offset", -0.5),  # of codes less 8
+        ("fp8_e4m3", None),
+        ("nvfp4", None),
+    ],
 )
 def test_what_a_format_adds_to_its_codes(format, added):
     quantizer = qpaged.get_quantizer(format)
     assert _whole._added(quantizer, jnp.dtype(quantizer.code_dtype(jnp.bfloat16))) == added
+
+
+@pytest.mark.parametrize("format", ["int8+offset", "int4:page+offset"])
+def test_unsigned_codes_are_multiplied_as_integers_too(format):
+    pool = qpaged.get_quantizer(format).quantize(normal(2, 4, 16, 32, seed=4))
+    query = jnp.asarray(normal(2, 3, 32, seed=5), jnp.bfloat16)
+
+    def scores(query, pool):
+        return dot(query, as_slots(take_pages(pool, jnp.arange(1, 2))), QK)
+
+    assert "xi8>" in jax.jit(scores).lower(query, pool).as_text().split("dot_general", 1)[1].splitlines()[0]
+    exact = np.einsum("hrd,hsd->hrs", np.float64(query), np.float64(pool.materialize()[:, 1]))
+    # twice what an integer is away from its element, times codes of at most 128 in units of scales
+    bound = 2 * ROW * np.abs(np.float64(query)).max(axis=-1) * 128 * 32 * float(pool.multipliers().max())
+    off = np.abs(np.float64(jax.jit(scores)(query, pool)) - exact)
+    assert np.all(off <= bound[..., None])
 
 
 def test_a_sum_too_long_for_int32_is_of_floats():

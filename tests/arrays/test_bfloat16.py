@@ -1,0 +1,30 @@
+"""Rounding to bfloat16 by hand, on CPU, is rounding to the nearest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qpaged.arrays._bfloat16 import to_bfloat16
+
+
+def test_it_is_the_nearest():
+    bits = np.random.default_rng(0).integers(0, 2**32, 2**16, dtype=np.uint32)
+    x = bits[bits & 0xFFFF != 0x8000].view(np.float32)
+    x = x[np.abs(x) >= np.finfo(np.float32).tiny]  # subnormals may be flushed, and NaN is no number
+    x = np.append(x, np.float32([0, -0.0, np.inf, -np.inf, 3.4e38]))
+    np.testing.assert_array_equal(jax.jit(to_bfloat16)(x), x.astype(jnp.bfloat16))
+
+
+def test_ties_go_away_from_zero():
+    x = np.float32([1 + 2**-8, -1 - 2**-8, 1 + 3 * 2**-8])
+    assert to_bfloat16(x).astype(np.float32).tolist() == [1 + 2**-7, -1 - 2**-7, 1 + 2**-6]
+
+
+@pytest.mark.parametrize("nan", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001])
+def test_any_nan_stays_one(nan):
+    assert np.isnan(jax.jit(to_bfloat16)(np.uint32([nan]).view(np.float32)))
+
+
+def test_its_derivative_is_that_of_a_cast():
+    assert jax.grad(lambda x: to_bfloat16(x * 3).astype(jnp.float32))(jnp.float32(1.3)) == 3
