@@ -2,13 +2,15 @@
 
 Along each axis of the quantized operand the scales are either one block, which is nothing to fold, or
 several. Several along axes that the result keeps: the result is multiplied. Several along contracted axes
-alone: the other operand is. Both at once (a scale per page and channel, or per group of channels): the codes
-are. Packed codes are contracted place by place, so that they need not be interleaved.
+alone: the other operand is. Both at once (a scale per page and channel, or per group of channels), or so many
+rows that the codes are fewer than what else would be multiplied: the codes are. Packed codes are contracted
+place by place, so that they need not be interleaved.
 
 On CPU, codes that are whole numbers meet a bfloat16 operand as such: see :mod:`qpaged.arrays._whole`.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -143,16 +145,25 @@ def _folded(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.
     several = [axis for axis, count in enumerate(array.scales.shape) if count > 1]
     contracted = [axis for axis in several if axis in axes.contract]
     kept = [axis for axis in several if axis in axes.kept(array.ndim)]
-    if other.dtype == jnp.bfloat16 and not (contracted and kept):
-        array = _whole.whole(array)
-    codes = array.like(array.codes, array.scales)
-    if not contracted:
-        out = _scale_result(other, codes, axes, params)
-    elif not kept:
-        out = _scale_other(other, codes, axes, params)
+    if (contracted and kept) or _more_to_scale(other, array, axes, contracted + kept):
+        out = _contract_scaled(other, array.like(array.codes, array.scales), axes, params)
     else:
-        out = _contract_scaled(other, codes, axes, params)
+        if other.dtype == jnp.bfloat16:
+            array = _whole.whole(array)
+        scale = _scale_other if contracted else _scale_result
+        out = scale(other, array.like(array.codes, array.scales), axes, params)
     return out if array.offsets is None else out + _offset_term(other, array, axes)
+
+
+def _more_to_scale(other: jax.Array, array: QuantizedArray, axes: Axes, several: Sequence[int]) -> bool:
+    """Whether scaling each row of the other operand, or of the result, takes more than scaling the codes."""
+    count = functools.partial(_count, array)
+    rows = other.size // count(axes.contract + axes.batch)
+    return rows * count(several) > count(axes.contract + axes.kept(array.ndim))
+
+
+def _count(array: QuantizedArray, axes: Sequence[int]) -> int:
+    return math.prod(array.shape[axis] for axis in axes)
 
 
 def _contract_codes(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:

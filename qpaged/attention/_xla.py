@@ -15,7 +15,7 @@ from qpaged._compat import varying_as
 from qpaged.arrays import as_slots, compute_dtype, dot, keep_slots, take_pages
 from qpaged.attention._options import FLOOR, Options, Tokens, grouped, ungrouped
 
-BLOCK = 512  # slots read at once
+BLOCK = 256  # slots read at once: what is made of them, and of a tile's scores, stays in a core's cache
 TILE = 128  # queries of a prefill that read together
 
 QK = (((2,), (2,)), ((0,), (0,)))  # (heads, rows, dim) . (heads, slots, dim)
