@@ -1,13 +1,14 @@
-"""Decode attention on CPU, beside what else does it there.
+"""Attention on CPU, beside what else does it there.
 
     pip install torch "transformers<5" optimum-quanto hqq llama-cpp-python
     python benchmarks/cpu_attention.py --out benchmarks/results/cpu_attention.json
 
-One decode step of one layer, at the shapes of ``shapes.py``. All take turns round by round in one process;
-medians over rounds. Given are the milliseconds, the bytes of the live tokens' keys and values as each stores
-them, those bytes over the time as a share of what the same run reads from memory, and the largest error
-against float64 on the same numbers, over the largest output. Peers that are not installed are left out, by
-name. ``plain`` are bfloat16 pages as JAX holds them, ``raw`` the same bits as integers.
+One decode step of one layer, or one chunk of a prompt, at the shapes of ``shapes.py``. All take turns round
+by round in one process; medians over rounds. Given are the milliseconds, the bytes of the live tokens' keys
+and values as each stores them, those bytes over the time as a share of what the same run reads from memory,
+and the largest error against float64 on the same numbers, over the largest output. Peers that are not
+installed are left out, by name. ``plain`` are bfloat16 pages as JAX holds them, ``raw`` the same bits as
+integers.
 
 Beside that, for each format, what is compiled in a generation: the seconds that a step of writing and
 attending takes to compile, and how many programs a prompt and 64 steps of one shape compile.
@@ -55,7 +56,7 @@ class Numbers:
             drawn = np.random.default_rng(seed).standard_normal(dims, np.float32)
             return np.asarray(jnp.asarray(drawn, jnp.bfloat16), np.float32)  # the same for all dtypes
 
-        query = rows(0, len(shape.lengths), shape.q_heads, shape.head_dim)
+        query = rows(0, shape.tokens, shape.q_heads, shape.head_dim)
         pairs = [
             [rows(2 * row + which, shape.kv_heads, length, shape.head_dim) for which in (1, 2)]
             for row, length in enumerate(shape.lengths)
@@ -63,14 +64,18 @@ class Numbers:
         return cls(shape, query, *(list(part) for part in zip(*pairs, strict=True)))
 
     def exact(self) -> np.ndarray:
-        """(sequences, q_heads, head_dim) float64."""
+        """(tokens, q_heads, head_dim) float64."""
         outs = []
-        for query, keys, values in zip(self.query, self.keys, self.values, strict=True):
-            grouped = query.reshape(self.shape.kv_heads, -1, self.shape.head_dim).astype(np.float64)
-            scores = grouped @ keys.astype(np.float64).swapaxes(1, 2) * self.shape.head_dim**-0.5
-            weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            out = weights / weights.sum(axis=-1, keepdims=True) @ values.astype(np.float64)
-            outs.append(out.reshape(query.shape))
+        for row, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            keys, values = keys.astype(np.float64), values.astype(np.float64)
+            chunk = self.shape.chunk
+            for query, unseen in zip(self.query[row * chunk :][:chunk], reversed(range(chunk)), strict=True):
+                seen = slice(keys.shape[1] - unseen)
+                grouped = query.reshape(self.shape.kv_heads, -1, self.shape.head_dim).astype(np.float64)
+                scores = grouped @ keys[:, seen].swapaxes(1, 2) * self.shape.head_dim**-0.5
+                weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+                out = weights / weights.sum(axis=-1, keepdims=True) @ values[:, seen]
+                outs.append(out.reshape(query.shape))
         return np.stack(outs)
 
 
@@ -99,7 +104,13 @@ def ours(numbers: Numbers) -> Iterator[Subject]:
     table, pages = shape.tables()
     write = jax.jit(qpaged.PagedAttentionCacheView.write_prefill_to_cache, donate_argnums=0)
     attend = jax.jit(qpaged.paged_attention)
-    decode = qpaged.PagedAttentionMetadata.decode(position=np.array(shape.lengths) - 1, page_table=table)
+    if shape.chunk == 1:
+        metadata = qpaged.PagedAttentionMetadata.decode(
+            position=np.array(shape.lengths) - 1, page_table=table
+        )
+    else:
+        position = shape.lengths[0] - shape.chunk + np.arange(shape.chunk)
+        metadata = qpaged.PagedAttentionMetadata.prefill(position=position, page_table=table[0])
     query = jnp.asarray(numbers.query, jnp.bfloat16)
     for format in FORMATS:
         view = fresh(format, shape, pages)
@@ -110,16 +121,16 @@ def ours(numbers: Numbers) -> Iterator[Subject]:
                 key, value = (np.zeros((chunk, shape.kv_heads, shape.head_dim), np.float32) for _ in range(2))
                 key[: end - start] = numbers.keys[row][:, start:end].swapaxes(0, 1)
                 value[: end - start] = numbers.values[row][:, start:end].swapaxes(0, 1)
-                metadata = qpaged.PagedAttentionMetadata.prefill(
+                written = qpaged.PagedAttentionMetadata.prefill(
                     position=start + np.arange(chunk), page_table=table[row], length=end - start
                 )
-                view = write(view, jnp.asarray(key, jnp.bfloat16), jnp.asarray(value, jnp.bfloat16), metadata)
+                view = write(view, jnp.asarray(key, jnp.bfloat16), jnp.asarray(value, jnp.bfloat16), written)
         share = (view.key_pages.nbytes + view.value_pages.nbytes) / (
             view.key_pages.size + view.value_pages.size
         )
         yield Subject(
             f"qpaged {format}",
-            lambda view=view: attend(query, view, decode).block_until_ready(),
+            lambda view=view: attend(query, view, metadata).block_until_ready(),
             share * shape.elements,
         )
 
@@ -127,12 +138,19 @@ def ours(numbers: Numbers) -> Iterator[Subject]:
 def of_jax(numbers: Numbers) -> Iterator[Subject]:
     """``jax.nn.dot_product_attention`` over a contiguous cache."""
     shape = numbers.shape
-    query = jnp.asarray(numbers.query[:, None], jnp.bfloat16)
+    tokens = (len(shape.lengths), shape.chunk, shape.q_heads, shape.head_dim)
+    query = jnp.asarray(numbers.query.reshape(tokens), jnp.bfloat16)
     keys, values = (
         jnp.asarray(padded(part).swapaxes(1, 2), jnp.bfloat16) for part in (numbers.keys, numbers.values)
     )
     lengths = jnp.asarray(shape.lengths, jnp.int32)
-    attend = jax.jit(lambda q, k, v, n: jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=n)[:, 0])
+
+    @jax.jit
+    def attend(query, keys, values, lengths):
+        causal = jnp.tril(jnp.ones((shape.chunk, keys.shape[1]), bool), keys.shape[1] - shape.chunk)
+        seen = {"key_value_seq_lengths": lengths} if shape.chunk == 1 else {"mask": causal[None, None]}
+        return jax.nn.dot_product_attention(query, keys, values, **seen).reshape(numbers.query.shape)
+
     yield Subject(
         "jax.nn.dot_product_attention bfloat16",
         lambda: attend(query, keys, values, lengths).block_until_ready(),
@@ -147,21 +165,25 @@ def padded(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def of_torch(numbers: Numbers) -> Iterator[Subject]:
-    """``scaled_dot_product_attention`` over contiguous caches, heads grouped and as rows of queries; where
-    lengths differ, sequence by sequence."""
+    """``scaled_dot_product_attention`` over contiguous caches, heads grouped and, for one token, as rows;
+    where lengths differ, sequence by sequence."""
     import torch
 
     torch.set_num_threads(THREADS)
     shape, attend = numbers.shape, torch.nn.functional.scaled_dot_product_attention
     rows = range(len(shape.lengths))
     groups = [list(rows)] if len(set(shape.lengths)) == 1 else [[row] for row in rows]
+    queries = numbers.query.reshape(len(rows), shape.chunk, shape.q_heads, shape.head_dim).swapaxes(1, 2)
+    longest = max(shape.lengths)
+    causal = torch.ones(shape.chunk, longest, dtype=torch.bool).tril(longest - shape.chunk)
+    seen = None if shape.chunk == 1 else causal
     for dtype in (torch.float32, torch.bfloat16):
         name = f"torch SDPA {str(dtype).removeprefix('torch.')}"
         calls = [
             [
                 torch.tensor(part).to(dtype)
                 for part in (
-                    numbers.query[group],
+                    queries[group],
                     *(np.stack([part[row] for row in group]) for part in (numbers.keys, numbers.values)),
                 )
             ]
@@ -169,29 +191,30 @@ def of_torch(numbers: Numbers) -> Iterator[Subject]:
         ]
 
         def grouped(calls=calls) -> Any:
-            outs = [attend(q[:, :, None], k, v, enable_gqa=True)[:, :, 0] for q, k, v in calls]
-            return torch.cat(outs).float().numpy()
+            outs = [attend(q, k, v, attn_mask=seen, enable_gqa=True).transpose(1, 2) for q, k, v in calls]
+            return torch.cat(outs).float().numpy().reshape(numbers.query.shape)
 
         def as_rows(calls=calls) -> Any:
             outs = [
                 attend(q.reshape(len(q), shape.kv_heads, -1, shape.head_dim), k, v).reshape(q.shape)
                 for q, k, v in calls
             ]
-            return torch.cat(outs).float().numpy()
+            return torch.cat(outs).float().numpy().reshape(numbers.query.shape)
 
         read = calls[0][0].itemsize * shape.elements
         yield Subject(f"{name} enable_gqa", grouped, read)
-        yield Subject(f"{name} heads as rows", as_rows, read)
+        if shape.chunk == 1:
+            yield Subject(f"{name} heads as rows", as_rows, read)
 
 
 def of_transformers(numbers: Numbers) -> Iterator[Subject]:
-    """``QuantizedCache.update`` with one token, and SDPA over what it gives back."""
+    """For a single token: ``QuantizedCache.update`` with it, and SDPA over what it gives back."""
     import torch
     from transformers import LlamaConfig
     from transformers.cache_utils import QuantizedCache
 
     shape = numbers.shape
-    if len(set(shape.lengths)) > 1:
+    if len(set(shape.lengths)) > 1 or shape.chunk > 1:
         return
     config = LlamaConfig(
         num_hidden_layers=1, num_attention_heads=shape.q_heads, num_key_value_heads=shape.kv_heads,
@@ -222,6 +245,8 @@ def of_transformers(numbers: Numbers) -> Iterator[Subject]:
 def of_ggml(numbers: Numbers) -> Iterator[Subject]:
     import ggml
 
+    if numbers.shape.chunk > 1:
+        return
     for kind, bits in (("f16", 16), ("q8_0", 8.5)):
         step = ggml.attention(numbers.query, numbers.keys, numbers.values, kind, THREADS)
         yield Subject(f"ggml flash_attn_ext {kind}", step, bits / 8 * numbers.shape.elements)
@@ -348,7 +373,7 @@ def measure(shape: Shape, rounds: int, bandwidth: float) -> list[dict[str, Any]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
-    parser.add_argument("--shapes", default=",".join(list(SHAPES)[:8]), help="names, separated by commas")
+    parser.add_argument("--shapes", default=",".join(list(SHAPES)[:9]), help="names, separated by commas")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     bandwidth = memory_bandwidth()

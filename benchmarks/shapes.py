@@ -7,15 +7,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Shape:
-    """One decode step of a layer: a token for each of several sequences.
+    """Attention of one layer: the newest token of each of several sequences, or a chunk of one's prompt.
 
     Attributes:
         name: how results and tests call it.
-        lengths: tokens of each sequence, the new one included.
+        lengths: tokens of each sequence, the new ones included.
         q_heads: query heads.
         kv_heads: heads of keys and values.
         head_dim: channels of a head.
         page_size: slots of a page.
+        chunk: tokens of a sequence that attend, its last ones; several of one sequence alone.
     """
 
     name: str
@@ -24,6 +25,12 @@ class Shape:
     kv_heads: int = 8
     head_dim: int = 128
     page_size: int = 16
+    chunk: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that attend."""
+        return len(self.lengths) * self.chunk
 
     @property
     def pages_per_sequence(self) -> int:
@@ -56,6 +63,7 @@ SHAPES = {
         Shape("8x4k pages of 64", (4096,) * 8, page_size=64),
         Shape("8x4k 8 heads", (4096,) * 8, q_heads=8),
         Shape("8x4k 64 heads", (4096,) * 8, q_heads=64),
+        Shape("512 of 4k", (4096,), chunk=512),
         Shape("64x1k", (1024,) * 64),
         Shape("64x8k", (8192,) * 64),
         Shape("256x1k", (1024,) * 256),
