@@ -24,7 +24,8 @@ def fold(codes: Any, folds: int) -> Any:
     if folds == 1:
         return codes
     *outer, slots, width = codes.shape
-    return codes.reshape(*outer, slots // folds, folds * width)
+    apart = codes.reshape(*outer, slots // folds, folds, width)  # a step at a time, which keeps shardings
+    return apart.reshape(*outer, slots // folds, folds * width)
 
 
 def unfold(codes: Any, folds: int) -> Any:
@@ -32,8 +33,9 @@ def unfold(codes: Any, folds: int) -> Any:
     if folds == 1:
         return codes
     shape = unfolded(codes.shape, folds)
-    abstract = isinstance(codes, jax.ShapeDtypeStruct)
-    return jax.ShapeDtypeStruct(shape, codes.dtype) if abstract else codes.reshape(shape)
+    if isinstance(codes, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, codes.dtype)
+    return codes.reshape(*codes.shape[:-1], folds, shape[-1]).reshape(shape)
 
 
 def unfolded(shape: Sequence[int], folds: int) -> tuple[int, ...]:

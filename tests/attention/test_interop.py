@@ -270,3 +270,19 @@ class Zeros(ImplicitArray):
 def test_importing_it_imports_no_kernels():
     code = "import sys, qpaged.interop; sys.exit('jax.experimental.pallas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this JAX has no meshes of Explicit axes")
+def test_sharded_pages_stay_where_they_are():
+    mesh = jax.make_mesh((HEADS,), ("heads",), axis_types=(jax.sharding.AxisType.Explicit,))
+    # whose pools hold two slots to a row
+    config = qpaged.PagedAttentionCacheMetaData(4, 1, PAGES, 3, 48, 16, HEADS, 64, 0.5)
+    by_head = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("heads"))
+    with jax.set_mesh(mesh):
+        view = qpaged.PagedAttentionCacheView.fresh(None, jnp.bfloat16, config, 0, None, "int8:token")
+        assert view.key_pages.folds == 2
+        view = jax.tree_util.tree_map(lambda leaf: jax.device_put(leaf, by_head), view)
+        for made in (interop.quantized_tensors(view), interop.scaled_pages(view)):
+            for leaf in jax.tree_util.tree_leaves(made):
+                assert leaf.sharding.spec[0] == "heads"
+        assert interop.interleaved_pages(view).sharding.spec[2] == "heads"
