@@ -54,11 +54,12 @@ class Nvfp4(Quantizer):
         return _float8.encode(scale, jnp.float8_e4m3fn)
 
     def multiplier(self, scales: jax.Array) -> jax.Array:
-        # As _float8.decode has it, which XLA on CPU does anew, and slowly, for each element of the block.
-        size = scales.astype(jnp.uint32)
+        # What _float8.decode gives, which XLA on CPU converts anew, and slowly, for each element of a block.
+        size = scales.astype(jnp.uint32) & NAN
         normal = lax.bitcast_convert_type((size << 20) + jnp.uint32(120 << MANTISSA_BITS), jnp.float32)
-        subnormal = scales.astype(jnp.float32) * SMALLEST_SCALE
-        return jnp.where(size == NAN, jnp.nan, jnp.where(size < 8, subnormal, normal))
+        subnormal = size.astype(jnp.float32) * SMALLEST_SCALE
+        number = jnp.where(size == NAN, jnp.nan, jnp.where(size < 8, subnormal, normal))
+        return jnp.where(scales > NAN, -number, number)
 
     def encode(self, units: jax.Array) -> jax.Array:
         return _e2m1.encode(units)
