@@ -12,7 +12,7 @@ from qpaged.attention._options import Options, Tokens
 from qpaged.attention._tpu import _bounds, _padded
 from qpaged.attention._tpu_pages import Pages
 
-OLDEST_JAX = (0, 12)  # its interpreter is what the kernel is tested in
+OLDEST_JAX = (0, 11)  # its interpreter is what the kernel is tested in
 HEAD_DIMS = (64, 128)
 PAGE_SIZES = (16, 32, 64, 128, 256)
 ROWS = SLOTS = 64  # query rows of a tile, slots of a block

@@ -16,7 +16,7 @@ GPU = next(backend for backend in qpaged.attention_backends() if backend.name ==
 
 
 def interpreter():
-    """JAX's interpreter of Mosaic GPU kernels, public since 0.12; None where there is none."""
+    """JAX's interpreter of Mosaic GPU kernels, public since 0.11; None where there is none."""
     if not GPU.available:
         return None
     from jax.experimental.pallas import mosaic_gpu
@@ -80,6 +80,34 @@ def said(format, query_dtype=jnp.bfloat16, q_heads=4, head_dim=128, page_size=16
         position=np.zeros(2, int), page_table=np.zeros((2, 4), int)
     )
     return qpaged.attention_backends(query, view, metadata)[1].reason
+
+
+@pytest.fixture
+def anywhere(monkeypatch):
+    """A JAX that is new enough, absl-py, and no mesh."""
+    monkeypatch.setattr(jax, "__version__", ".".join(map(str, _gpu.OLDEST_JAX)))
+    monkeypatch.setattr(_gpu.importlib.util, "find_spec", lambda name: name == "absl")
+    monkeypatch.setattr(_gpu, "partitioned", lambda: False)
+    return monkeypatch
+
+
+def test_refuses_nothing_there(anywhere):
+    assert _gpu.refusal() is None
+
+
+def test_refuses_an_older_jax(anywhere):
+    anywhere.setattr(jax, "__version__", "0.10.2")
+    assert _gpu.refusal() == "needs JAX 0.11 or newer, but this is 0.10.2"
+
+
+def test_refuses_without_absl(anywhere):
+    anywhere.setattr(_gpu.importlib.util, "find_spec", lambda name: None)
+    assert _gpu.refusal() == "needs absl-py, which JAX's Mosaic GPU imports; pip install absl-py"
+
+
+def test_refuses_to_be_partitioned(anywhere):
+    anywhere.setattr(_gpu, "partitioned", lambda: True)
+    assert "call it within jax.shard_map" in _gpu.refusal()
 
 
 @pytest.mark.skipif(not GPU.available, reason=f"the gpu backend {GPU.reason}")
