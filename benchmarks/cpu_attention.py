@@ -95,7 +95,7 @@ def fresh(format: str, shape: Shape, pages: int) -> qpaged.PagedAttentionCacheVi
 
 
 def filled(format: str, shape: Shape, keys: list[Any], values: list[Any]) -> qpaged.PagedAttentionCacheView:
-    """A layer that holds keys and values, (kv_heads, length, head_dim) of each sequence, on its tables' pages."""
+    """A layer that holds keys and values, (kv_heads, length, head_dim) for each sequence."""
     table, pages = shape.tables()
     write = jax.jit(qpaged.PagedAttentionCacheView.write_prefill_to_cache, donate_argnums=0)
     view = fresh(format, shape, pages)
