@@ -10,10 +10,10 @@ First every format's kernel is checked, in a process of its own that may crash o
 against the ``reference`` backend on the same pages, over its largest output. What finishes is measured.
 
 Then one decode step of one layer, at the shapes of ``shapes.py``. All take turns round by round in one
-process; medians over rounds, each of which is several steps sent off together. Given are the milliseconds of
-a step, the bytes of the live tokens' keys and values as each stores them, those bytes over the time as a share
-of what a copy of 1 GB reads and writes in the same run, and the largest error against float32 on the same
-numbers, over the largest output. ``targets`` are what was aimed at, and whether it was met.
+process; medians over rounds, each of which is several steps sent off together. Given are the milliseconds
+of a step, the bytes of the live tokens' keys and values as each stores them, those bytes over the time as a
+share of what a copy of 1 GB reads and writes in the same run, and the largest error against float32 on the
+same numbers, over the largest output. ``targets`` are what was aimed at, and whether it was met.
 """
 
 import argparse
@@ -227,9 +227,8 @@ def check(format: str, backend: str = "gpu") -> list[dict[str, Any]]:
             for name in (backend, "reference")
         )
         error = float(f"{np.abs(got - want).max() / np.abs(want).max():.2g}")
-        results.append(
-            {"head_dim": head_dim, "page_size": page_size, "options": sorted(given), "error": error}
-        )
+        case = {"head_dim": head_dim, "page_size": page_size, "options": sorted(given)}
+        results.append(case | {"error": error})
     return results
 
 

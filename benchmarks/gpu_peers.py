@@ -1,8 +1,8 @@
 """What else decodes on a GPU: JAX's own paged attention, torch's SDPA and FlexAttention, FlashInfer.
 
-All attend to the numbers of a :class:`gpu_attention.Numbers`. A candidate is made only when it is called, and
-says by an exception why it cannot be. Those of torch are captured into a CUDA graph where there is one, so that
-launching them from Python costs them nothing.
+All attend to the numbers of a :class:`gpu_attention.Numbers`. A candidate is made only when it is called,
+and says by an exception why it cannot be. Steps of torch are captured into a CUDA graph, so that launching
+them from Python costs them nothing.
 """
 
 import functools
@@ -86,7 +86,7 @@ def _int8(pool: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def of_sdpa(numbers: "Numbers", name: str, gathered: bool) -> "Subject":
-    """Heads that share keys as rows of queries; over contiguous caches, or over pages gathered at each step."""
+    """Heads that share keys as rows of queries; contiguous caches, or pages gathered at each step."""
     import torch
 
     shape, attend = numbers.shape, torch.nn.functional.scaled_dot_product_attention

@@ -165,7 +165,7 @@ def cpu_attention():
 
 
 def gpu_attention():
-    """What ``benchmarks/gpu_attention.py`` left, as Markdown tables; one sentence while it has left nothing."""
+    """What ``benchmarks/gpu_attention.py`` left, as Markdown tables."""
     path = RESULTS / "gpu_attention.json"
     return gpu_table(json.loads(path.read_text())) if path.exists() else "No GPU has been measured yet.\n"
 
@@ -177,8 +177,8 @@ def gpu_table(results):
         f"{results['date']}, {results['device']}, a copy reads and writes "
         f"{results['bytes_per_second'] / 1e12:.2f} TB/s: {versions}.",
         "",
-        f"Milliseconds of a decode step, median of {results['rounds']} rounds in which all take turns, and in "
-        "brackets the share of that copy's speed at which keys and values are read; the error is the largest "
+        f"Milliseconds of a decode step, median of {results['rounds']} rounds in which all take turns, and "
+        "in brackets the share of that copy's speed at which keys and values are read; the error is the largest "
         f"against float32 at `{names[0]}`, over the largest output.",
         "",
         f"| | {' | '.join(f'`{name}`' for name in names)} | error |",
@@ -188,7 +188,9 @@ def gpu_table(results):
     refused = {}
     for name in dict.fromkeys(name for runs in found.values() for name in runs):
         runs = [found[at].get(name, {}) for at in names]
-        refused |= {name: run["refused"] for run in runs if "refused" in run}
+        reasons = [run["refused"] for run in runs if "refused" in run]
+        if reasons:
+            refused[name] = reasons[0]
         if any("milliseconds" in run for run in runs):
             errors = [f"{run['error']:.1e}" for run in runs[:1] if "error" in run]
             lines.append(f"| {name} | {' | '.join(map(_milliseconds, runs))} | {''.join(errors)} |")
