@@ -178,8 +178,8 @@ def gpu_table(results):
         f"{results['bytes_per_second'] / 1e12:.2f} TB/s: {versions}.",
         "",
         f"Milliseconds of a decode step, median of {results['rounds']} rounds in which all take turns, and "
-        "in brackets the share of that copy's speed at which keys and values are read; the error is the largest "
-        f"against float32 at `{names[0]}`, over the largest output.",
+        "in brackets the share of that copy's speed at which keys and values are read; the error is the "
+        f"largest against float32 at `{names[0]}`, over the largest output.",
         "",
         f"| | {' | '.join(f'`{name}`' for name in names)} | error |",
         f"|---|{'--:|' * (len(names) + 1)}",
