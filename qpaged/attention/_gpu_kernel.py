@@ -1,9 +1,9 @@
-"""The Mosaic GPU kernel of the ``gpu`` backend: a tile of 64 query rows over one share of its sequence.
+"""The Mosaic GPU kernel of the ``gpu`` backend: a tile of query rows over one share of its sequence.
 
 A program of the grid is one warpgroup. It copies blocks of 64 slots of one KV head from the pool, as the page
-table says, into one of several buffers, while it computes with the block before. Codes are decoded in
-registers and laid down as bfloat16 for the tensor cores; scales are applied to the scores and to the weights.
-What the shares of a sequence come to is merged by the caller (Dao et al., Flash-Decoding, 2023).
+table says, and the scales of their slots, into one of several buffers, while it computes with the block before.
+Codes are decoded in registers and laid down as bfloat16 for the tensor cores, slots in their 64 rows and queries
+in their columns, so that few queries cost little; scales are applied to the scores and to the weights. What the shares of a sequence come to is merged by the caller (Dao et al., Flash-Decoding, 2023).
 """
 
 import functools
@@ -19,11 +19,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qpaged.attention._options import FLOOR, Options
 from qpaged.attention._tpu_pages import BITS, Pages
 
-ROWS = 64  # query rows of a tile: what the tensor cores take at once
-SLOTS = 64  # slots of a block
-STAGES = 2  # buffers of blocks
+SLOTS = 64  # of a block: the rows that the tensor cores take at once
+STAGES = 3  # buffers of blocks
 MATRIX = plgpu.Layout.WGMMA
-OF_ROWS, OF_COLUMNS = MATRIX.reduce(1), MATRIX.reduce(0)
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+OF_SLOTS, OF_QUERIES = MATRIX.reduce(1), MATRIX.reduce(0)
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Plan:
         values: how those of values do.
         options: of the attention.
         tiles: tiles of query rows.
+        rows: of a tile, a multiple of 8.
         splits: shares of a sequence, each a program of its own.
         table_pages: pages of a row of the table, whole blocks of them.
         shared: whether all tiles are of one sequence, the table's only row.
@@ -44,6 +45,7 @@ class Plan:
     values: Pages
     options: Options
     tiles: int
+    rows: int
     splits: int
     table_pages: int
     shared: bool
@@ -53,23 +55,32 @@ class Plan:
         """Slots that one copy brings: a page, or a block's part of one."""
         return min(self.keys.page_size, SLOTS)
 
+    @property
+    def chunks(self) -> range:
+        """Of a block."""
+        return range(SLOTS // self.chunk)
+
 
 @dataclass(frozen=True)
 class Side:
-    """The references of keys, or of values: the pool, its slots' factors and shifts, and the buffers."""
+    """The references of keys, or of values: the pool, its scales, and the buffers of both."""
 
     layout: Pages
     pool: Any
-    factors: Any
-    shifts: Any
+    scales: Any
     buffer: Any
-    decoded: Any
+    scale_buffer: Any
+
+    @property
+    def per_page(self) -> bool:
+        return self.scales is not None and not self.layout.per_slot
 
 
-def attend(plan: Plan, bounds, position, table, query, summed, keys, values, parts):
-    """Sums (splits, tiles, kv_heads, places, rows, width), tops and totals (splits, tiles, kv_heads, rows).
+def attend(plan: Plan, bounds, position, table, query, summed, keys, values, scales):
+    """Sums (splits, tiles, kv_heads, head_dim, rows), tops and totals (splits, tiles, kv_heads, rows).
 
-    All float32, and not yet divided: a sum is one of values times exp(score - top).
+    All float32, and not yet divided: a sum is one of values times exp(score - top). Channels come place by
+    place.
 
     Args:
         bounds: (2 · tiles,) int32; of each tile the first and the last slot that any query sees; 0 and -1
@@ -79,41 +90,55 @@ def attend(plan: Plan, bounds, position, table, query, summed, keys, values, par
         query: (tiles, kv_heads, places, rows, width) bfloat16.
         summed: (tiles, kv_heads, rows) float32, each row of the query summed up.
         keys, values: (kv_heads, pages, page_size, width); codes, or floats.
-        parts: factors and shifts of keys, then of values, (sequences, kv_heads, slots) float32 or None.
+        scales: of keys and of values, as stored, (kv_heads, pages) or (kv_heads, pages, page_size); or None.
     """
-    heads = keys.shape[0]
-    present = [part is not None for part in parts]
-    rows = jax.ShapeDtypeStruct((plan.splits, plan.tiles, heads, ROWS), jnp.float32)
-    sums = (plan.splits, plan.tiles, heads, plan.values.places, ROWS, plan.values.width)
-    scratch = [_matrix(plan.keys.places, ROWS, plan.keys.width), _matrix(1, ROWS, SLOTS)]
-    for layout, pool in ((plan.keys, keys), (plan.values, values)):
-        scratch.append(plgpu.SMEM((STAGES, SLOTS, layout.width), pool.dtype))
-        scratch.append(_matrix(layout.places, SLOTS, layout.width))
-    arrivals = 2 * SLOTS // plan.chunk
+    heads, head_dim = keys.shape[0], plan.values.head_dim
+    rows = jax.ShapeDtypeStruct((plan.splits, plan.tiles, heads, plan.rows), jnp.float32)
+    sums = jax.ShapeDtypeStruct((plan.splits, plan.tiles, heads, head_dim, plan.rows), jnp.float32)
+    row = min(64, plan.values.width)
+    scratch = [
+        _tiled((plan.keys.places, plan.rows, plan.keys.width), jnp.bfloat16),
+        _tiled((plan.keys.places, SLOTS, plan.keys.width), jnp.bfloat16),
+        _tiled((plan.rows, SLOTS), jnp.bfloat16, row),
+        _tiled((SLOTS, head_dim), jnp.bfloat16, row),
+    ]
+    copies = 0
+    for layout, pool, scale in zip((plan.keys, plan.values), (keys, values), scales, strict=True):
+        scratch.append(_tiled((STAGES, SLOTS, layout.width), pool.dtype))
+        copies += 1
+        if scale is not None and layout.per_slot:
+            scratch.append(plgpu.SMEM((STAGES, SLOTS), scale.dtype))
+            copies += 1
+    arrivals = copies * len(plan.chunks)
     scratch += [plgpu.Barrier(), plgpu.Barrier(num_arrivals=arrivals, num_barriers=STAGES)]
     return plgpu.kernel(
-        functools.partial(_kernel, plan, present),
-        out_type=(jax.ShapeDtypeStruct(sums, jnp.float32), rows, rows),
+        functools.partial(_kernel, plan, [scale is not None for scale in scales]),
+        out_type=(sums, rows, rows),
         scratch_types=scratch,
         grid=(plan.tiles, heads, plan.splits),
         grid_names=("tile", "head", "split"),
-    )(bounds, position, table, query, summed, keys, values, *(p for p in parts if p is not None))
+    )(bounds, position, table, query, summed, keys, values, *(scale for scale in scales if scale is not None))
 
 
-def _matrix(places: int, rows: int, width: int) -> Any:
-    """Shared memory for bfloat16 operands of the tensor cores."""
-    row = min(64, width)
-    transforms = plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(2 * row)
-    return plgpu.SMEM((places, rows, width), jnp.bfloat16, transforms=transforms)
+def _tiled(shape: tuple[int, ...], dtype: Any, row: int | None = None) -> Any:
+    """Shared memory in rows of at most 128 bytes, each 8 of which are shifted against each other."""
+    size = jnp.dtype(dtype).itemsize
+    row = min(128 // size, shape[-1]) if row is None else row
+    transforms = plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(row * size)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def _kernel(plan: Plan, present: list[bool], *refs: Any) -> None:
-    bounds, position, table, query, summed, keys, values, *rest = refs
-    given = iter(rest)
-    k, k_shift, v, v_shift = (next(given) if there else None for there in present)
-    sums, tops, totals, q, weights, key_codes, key_values, value_codes, value_values, ready, filled = given
-    keys = Side(plan.keys, keys, k, k_shift, key_codes, key_values)
-    values = Side(plan.values, values, v, v_shift, value_codes, value_values)
+def _kernel(plan: Plan, scaled: list[bool], *refs: Any) -> None:
+    given = iter(refs)
+    bounds, position, table, query, summed, *pools = (next(given) for _ in range(7))
+    scales = [next(given) if there else None for there in scaled]
+    sums, tops, totals, q, k, weights, v = (next(given) for _ in range(7))
+    sides = []
+    for layout, pool, scale in zip((plan.keys, plan.values), pools, scales, strict=True):
+        per_slot = scale is not None and layout.per_slot
+        sides.append(Side(layout, pool, scale, next(given), next(given) if per_slot else None))
+    ready, filled = given
+    keys, values = sides
     tile, head, split = (lax.axis_index(name) for name in ("tile", "head", "split"))
     plgpu.copy_gmem_to_smem(query.at[tile, head], q, ready)
     low, high = bounds[2 * tile], bounds[2 * tile + 1]
@@ -123,112 +148,126 @@ def _kernel(plan: Plan, present: list[bool], *refs: Any) -> None:
     share = lax.div(blocks + jnp.int32(plan.splits - 1), jnp.int32(plan.splits))
     start = first + split * share
     end = jnp.minimum(start + share, first + blocks)
-    pages = functools.partial(_pages, plan, table, row)
-    copy = functools.partial(_copy, plan, head, keys, values, filled)
+    copy = functools.partial(_copy, plan, head, sides, filled)
+
+    def found(block):
+        """The pages of a block, and the scales of these that are one for a page."""
+        pages = _pages(plan, table, row, jnp.maximum(jnp.minimum(block, end - 1), 0))
+        return pages, tuple(_of_pages(side, head, plan, pages) for side in sides)
 
     for stage in range(STAGES):
 
         @pl.when(start + stage < end)
         def _first(stage=stage):
-            copy(pages(start + stage), start + stage, jnp.int32(stage))
+            copy(_pages(plan, table, row, start + stage), start + stage, jnp.int32(stage))
 
     plgpu.barrier_wait(ready)
-    at = _load(position.at[tile], OF_ROWS)
-    sum_q = _load(summed.at[tile, head], OF_ROWS)
+    at = _load(position.at[tile], OF_QUERIES)
+    sum_q = _load(summed.at[tile, head], OF_QUERIES)
 
     def step(block, state):
-        top, total, shift, acc = state
+        top, total, shift, acc, (pages, of_pages) = state
         stage = lax.rem(block - start, jnp.int32(STAGES))
-        held = pages(block)
+        following = found(block + 1)  # loaded while this block is computed with
         plgpu.barrier_wait(filled.at[stage])
-        _decode(keys, stage, None)
-        slot = block * SLOTS + _iota(OF_ROWS)
-        _decode(values, stage, (slot >= low) & (slot <= high) & _held(plan, held, OF_ROWS))
+
+        for place, decoded in enumerate(_decoded(keys, stage)):
+            k[place] = decoded
+        plgpu.commit_smem()
+
+        def dots(into):
+            for place in range(keys.layout.places):
+                plgpu.wgmma(into, k.at[place], q.at[place].transpose((1, 0)))
+            return into[...]
+
+        scores = pl.run_scoped(dots, plgpu.ACC((SLOTS, plan.rows), jnp.float32))
+        k_factor, k_shift = _factors(keys, plan, stage, of_pages[0])
+        v_factor, v_shift = _factors(values, plan, stage, of_pages[1])
+        if k_factor is not None:
+            scores = scores * _along(k_factor, plan.rows)
+        if k_shift is not None:
+            scores = scores + _down(sum_q) * _along(k_shift, plan.rows)
+        scores = plan.options.scores(scores)
+        held = _held(plan, pages)
+        slot = block * SLOTS + plgpu.broadcasted_iota(jnp.int32, (SLOTS, plan.rows), 0, layout=MATRIX)
+        mine = plan.options.in_sight(_down(at), slot) & _along(held, plan.rows)
+        # The maximum is exchanged between warps: past it, all are done with the block before.
+        higher = jnp.maximum(top, jnp.where(mine, scores, FLOOR).max(axis=0))
+        fade = jnp.exp(top - higher)
+        weight = jnp.where(mine, jnp.exp(scores - _down(higher)), 0.0)
+        total = total * _down(fade) + weight
+        if v_shift is not None:
+            shift = shift * _down(fade) + jnp.where(mine, weight * _along(v_shift, plan.rows), 0.0)
+        if v_factor is not None:
+            weight = jnp.where(mine, weight * _along(v_factor, plan.rows), 0.0)
+        weights.transpose((1, 0))[...] = plgpu.layout_cast(weight.astype(jnp.bfloat16), TRANSPOSED)
+        slot = block * SLOTS + _iota()
+        kept = (slot >= low) & (slot <= high) & held
+        for place, decoded in enumerate(_decoded(values, stage)):
+            width = values.layout.width
+            decoded = jnp.where(_along(kept, width), decoded, jnp.zeros((), decoded.dtype))
+            v[:, pl.ds(place * width, width)] = decoded
         plgpu.commit_smem()
 
         @pl.when(block + STAGES < end)
         def _next():
-            copy(pages(block + STAGES), block + STAGES, stage)
+            copy(_pages(plan, table, row, block + STAGES), block + STAGES, stage)
 
-        def dots(into):
-            for place in range(plan.keys.places):
-                plgpu.wgmma(into, q.at[place], key_values.at[place].transpose((1, 0)))
+        def weighed(into):
+            plgpu.wgmma(into, v.transpose((1, 0)), weights.transpose((1, 0)))
             return into[...]
 
-        scores = pl.run_scoped(dots, plgpu.ACC((ROWS, SLOTS), jnp.float32))
-        of_slots = functools.partial(_of_slots, row, head, block)
-        if keys.factors is not None:
-            scores = scores * _across(of_slots(keys.factors))
-        if keys.shifts is not None:
-            scores = scores + _down(sum_q, SLOTS) * _across(of_slots(keys.shifts))
-        scores = plan.options.scores(scores)
-        slot = block * SLOTS + plgpu.broadcasted_iota(jnp.int32, (ROWS, SLOTS), 1, layout=MATRIX)
-        mine = plan.options.in_sight(_down(at, SLOTS), slot) & _across(_held(plan, held, OF_COLUMNS))
-        higher = jnp.maximum(top, jnp.where(mine, scores, FLOOR).max(axis=1))
-        fade = jnp.exp(top - higher)
-        weight = jnp.where(mine, jnp.exp(scores - _down(higher, SLOTS)), 0.0)
-        total = total * fade + weight.sum(axis=1)
-        if values.shifts is not None:
-            shift = shift * fade + (weight * _across(of_slots(values.shifts))).sum(axis=1)
-        if values.factors is not None:
-            weight = weight * _across(of_slots(values.factors))
-        weights[0] = weight.astype(jnp.bfloat16)
-        plgpu.commit_smem()
-        out = []
-        for place in range(plan.values.places):
+        more = pl.run_scoped(weighed, plgpu.ACC(acc.shape, jnp.float32))
+        return higher, total, shift, acc * _down(fade, len(acc)) + more, following
 
-            def weighed(into, place=place):
-                plgpu.wgmma(into, weights.at[0], value_values.at[place])
-                return into[...]
+    def zeros(rows):
+        return plgpu.layout_cast(jnp.zeros((rows, plan.rows), jnp.float32), MATRIX)
 
-            width = plan.values.width
-            more = pl.run_scoped(weighed, plgpu.ACC((ROWS, width), jnp.float32))
-            out.append(acc[place] * _down(fade, width) + more)
-        return higher, total, shift, tuple(out)
-
-    def column(value):
-        return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), OF_ROWS)
-
-    zero = plgpu.layout_cast(jnp.zeros((ROWS, plan.values.width), jnp.float32), MATRIX)
-    state = column(FLOOR), column(0.0), column(0.0), (zero,) * plan.values.places
-    top, total, shift, acc = lax.fori_loop(start, end, step, state)
+    floor = plgpu.layout_cast(jnp.full((plan.rows,), FLOOR, jnp.float32), OF_QUERIES)
+    state = floor, zeros(SLOTS), zeros(SLOTS), zeros(plan.values.head_dim), found(start)
+    top, total, shift, acc, _ = lax.fori_loop(start, end, step, state)
     tops[split, tile, head] = top
-    totals[split, tile, head] = total
-    for place, out in enumerate(acc):
-        sums[split, tile, head, place] = out + _down(shift, plan.values.width)
+    totals[split, tile, head] = total.sum(axis=0)
+    if values.layout.shifted:
+        acc = acc + _down(shift.sum(axis=0), len(acc))
+    sums[split, tile, head] = acc
 
 
-def _pages(plan: Plan, table, row, block) -> list[tuple[Any, Any]]:
-    """The physical page of each chunk of a block, and whether there is one."""
-    found = []
-    for chunk in range(SLOTS // plan.chunk):
-        slot = block * SLOTS + chunk * plan.chunk
-        page = table[row * plan.table_pages + lax.div(slot, jnp.int32(plan.keys.page_size))]
-        found.append((page, (page >= 0) & (page < plan.options.num_pages)))
-    return found
+def _pages(plan: Plan, table, row, block) -> tuple[Any, ...]:
+    """The physical page of each chunk of a block."""
+    size = jnp.int32(plan.keys.page_size)
+    slots = [block * SLOTS + chunk * plan.chunk for chunk in plan.chunks]
+    return tuple(table[row * plan.table_pages + lax.div(slot, size)] for slot in slots)
 
 
-def _copy(plan: Plan, head, keys: Side, values: Side, filled, pages, block, stage) -> None:
-    """Start the copies of a block; of "no page" that of page 0, which no query sees."""
-    for chunk, (page, held) in enumerate(pages):
-        at = jnp.where(held, page, 0)
+def _there(plan: Plan, page):
+    """Whether there is such a page, and the page; or page 0, which no query sees."""
+    there = (page >= 0) & (page < plan.options.num_pages)
+    return there, jnp.where(there, page, 0)
+
+
+def _of_pages(side: Side, head, plan: Plan, pages) -> tuple[Any, ...]:
+    """The stored scales of pages, if a page has its own."""
+    return tuple(side.scales[head, _there(plan, page)[1]] for page in pages) if side.per_page else ()
+
+
+def _copy(plan: Plan, head, sides: list[Side], filled, pages, block, stage) -> None:
+    """Start the copies of a block."""
+    for chunk, page in enumerate(pages):
+        at = _there(plan, page)[1]
         within = lax.rem(block * SLOTS + chunk * plan.chunk, jnp.int32(plan.keys.page_size))
-        for side in (keys, values):
-            plgpu.copy_gmem_to_smem(
-                side.pool.at[head, at, pl.ds(within, plan.chunk)],
-                side.buffer.at[stage, pl.ds(chunk * plan.chunk, plan.chunk)],
-                filled.at[stage],
-            )
+        part, to = pl.ds(within, plan.chunk), pl.ds(chunk * plan.chunk, plan.chunk)
+        for side in sides:
+            plgpu.copy_gmem_to_smem(side.pool.at[head, at, part], side.buffer.at[stage, to], filled.at[stage])
+            if side.scale_buffer is not None:
+                scales = side.scale_buffer.at[stage, to]
+                plgpu.copy_gmem_to_smem(side.scales.at[head, at, part], scales, filled.at[stage])
 
 
-def _decode(side: Side, stage, kept) -> None:
-    """Lay a block down as bfloat16, with zeros in the slots that are not ``kept``."""
-    stored = _load(side.buffer.at[stage], MATRIX)
-    for place in range(side.layout.places):
-        values = _values(side.layout, stored, place)
-        if kept is not None:
-            values = jnp.where(_down(kept, side.layout.width), values, jnp.zeros((), values.dtype))
-        side.decoded[place] = values.astype(jnp.bfloat16)
+def _decoded(side: Side, stage) -> list[Any]:
+    """Of each place the values of a block, (slots, width) bfloat16, in units of their scales."""
+    stored = side.buffer[stage]
+    return [_values(side.layout, stored, place).astype(jnp.bfloat16) for place in range(side.layout.places)]
 
 
 def _values(layout: Pages, stored, place: int):
@@ -244,32 +283,51 @@ def _values(layout: Pages, stored, place: int):
     return layout.quantizer.decode(codes, jnp.float32 if layout.groups else layout.dtype)
 
 
-def _of_slots(row, head, block, parts):
-    return _load(parts.at[row, head, pl.ds(block * SLOTS, SLOTS)], OF_COLUMNS)
+def _factors(side: Side, plan: Plan, stage, of_pages) -> tuple[Any, Any]:
+    """The factors of a block's slots and what is added to them, (slots,) float32 each, or None."""
+    if side.scales is None:
+        return None, None
+    if side.per_page:
+        factors, shifts = zip(*(_read(side.layout, _filled(scale)) for scale in of_pages), strict=True)
+        return _spread(plan, factors), _spread(plan, shifts) if side.layout.shifted else None
+    return _read(side.layout, _load(side.scale_buffer.at[stage], OF_SLOTS))
+
+
+def _read(layout: Pages, scales) -> tuple[Any, Any]:
+    """What stored scales multiply by, and what they add."""
+    return layout.quantizer.multiplier(scales), layout.quantizer.shift(scales) if layout.shifted else None
+
+
+def _held(plan: Plan, pages):
+    """(slots,): whether the slot's page is there."""
+    return _spread(plan, [_filled(_there(plan, page)[0].astype(jnp.int32)) for page in pages]) > 0
+
+
+def _spread(plan: Plan, of_chunks):
+    """(slots,), each as it is in the array of its chunk."""
+    slot, spread = _iota(), of_chunks[-1]
+    for chunk in reversed(plan.chunks[:-1]):
+        spread = jnp.where(slot < (chunk + 1) * plan.chunk, of_chunks[chunk], spread)
+    return spread
+
+
+def _filled(value):
+    return plgpu.layout_cast(jnp.full((SLOTS,), value), OF_SLOTS)
 
 
 def _load(ref, layout):
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # JAX 0.10 has an index, too
 
 
-def _held(plan: Plan, pages: list[tuple[Any, Any]], layout):
-    """(slots,): whether the slot's page is there."""
-    slot = _iota(layout)
-    held = slot < SLOTS
-    for chunk, (_, there) in reversed(list(enumerate(pages))):
-        held = jnp.where(slot < (chunk + 1) * plan.chunk, there, held)
-    return held
+def _iota():
+    return plgpu.broadcasted_iota(jnp.int32, (SLOTS,), 0, layout=OF_SLOTS)
 
 
-def _iota(layout):
-    return plgpu.broadcasted_iota(jnp.int32, (SLOTS,), 0, layout=layout)
+def _along(slots, width: int):
+    """(slots,) as (slots, width)."""
+    return lax.broadcast_in_dim(slots, (SLOTS, width), (0,))
 
 
-def _down(rows, width: int):
-    """(rows,) as (rows, width)."""
-    return lax.broadcast_in_dim(rows, (rows.shape[0], width), (0,))
-
-
-def _across(columns):
-    """(slots,) as (rows, slots)."""
-    return lax.broadcast_in_dim(columns, (ROWS, columns.shape[0]), (1,))
+def _down(queries, rows: int = SLOTS):
+    """(queries,) as (rows, queries)."""
+    return lax.broadcast_in_dim(queries, (rows, queries.shape[0]), (1,))
