@@ -226,11 +226,11 @@ def _kernel(plan: Plan, scaled: list[bool], *refs: Any) -> None:
     floor = plgpu.layout_cast(jnp.full((plan.rows,), FLOOR, jnp.float32), OF_QUERIES)
     state = floor, zeros(SLOTS), zeros(SLOTS), zeros(plan.values.head_dim), found(start)
     top, total, shift, acc, _ = lax.fori_loop(start, end, step, state)
-    tops[split, tile, head] = top
-    totals[split, tile, head] = total.sum(axis=0)
+    _store(tops.at[split, tile, head], top)
+    _store(totals.at[split, tile, head], total.sum(axis=0))
     if values.layout.shifted:
         acc = acc + _down(shift.sum(axis=0), len(acc))
-    sums[split, tile, head] = acc
+    _store(sums.at[split, tile, head], acc)
 
 
 def _pages(plan: Plan, table, row, block) -> tuple[Any, ...]:
@@ -266,7 +266,7 @@ def _copy(plan: Plan, head, sides: list[Side], filled, pages, block, stage) -> N
 
 def _decoded(side: Side, stage) -> list[Any]:
     """Of each place the values of a block, (slots, width) bfloat16, in units of their scales."""
-    stored = side.buffer[stage]
+    stored = plgpu.load(side.buffer.at[stage], layout=plgpu.Layout.WGMMA_UPCAST_2X)
     return [_values(side.layout, stored, place).astype(jnp.bfloat16) for place in range(side.layout.places)]
 
 
@@ -317,6 +317,13 @@ def _filled(value):
 
 def _load(ref, layout):
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # JAX 0.10 has an index, too
+
+
+def _store(ref, value) -> None:
+    if hasattr(plgpu, "store"):  # since JAX 0.12, where an assignment takes whole lines of 128 bytes alone
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
 
 
 def _iota():
