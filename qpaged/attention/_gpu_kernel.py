@@ -171,7 +171,7 @@ def _kernel(plan: Plan, scaled: list[bool], *refs: Any) -> None:
         following = found(block + 1)  # loaded while this block is computed with
         plgpu.barrier_wait(filled.at[stage])
 
-        for place, decoded in enumerate(_decoded(keys, stage)):
+        for place, decoded in enumerate(_decoded(keys, stage, plgpu.Layout.WGMMA_UPCAST_2X)):
             k[place] = decoded
         plgpu.commit_smem()
 
@@ -203,10 +203,19 @@ def _kernel(plan: Plan, scaled: list[bool], *refs: Any) -> None:
         weights.transpose((1, 0))[...] = plgpu.layout_cast(weight.astype(jnp.bfloat16), TRANSPOSED)
         slot = block * SLOTS + _iota()
         kept = (slot >= low) & (slot <= high) & held
-        for place, decoded in enumerate(_decoded(values, stage)):
-            width = values.layout.width
-            decoded = jnp.where(_along(kept, width), decoded, jnp.zeros((), decoded.dtype))
-            v[:, pl.ds(place * width, width)] = decoded
+
+        def lay_down(where=None):
+            for place, decoded in enumerate(_decoded(values, stage)):
+                width = values.layout.width
+                if where is not None:
+                    decoded = jnp.where(_along(where, width), decoded, jnp.zeros((), decoded.dtype))
+                v[:, pl.ds(place * width, width)] = decoded
+
+        whole = (block * SLOTS >= low) & (block * SLOTS + SLOTS - 1 <= high)
+        for page in pages:
+            whole &= _there(plan, page)[0]
+        pl.when(whole)(lay_down)
+        pl.when(~whole)(lambda: lay_down(kept))
         plgpu.commit_smem()
 
         @pl.when(block + STAGES < end)
@@ -248,7 +257,10 @@ def _there(plan: Plan, page):
 
 def _of_pages(side: Side, head, plan: Plan, pages) -> tuple[Any, ...]:
     """The stored scales of pages, if a page has its own."""
-    return tuple(side.scales[head, _there(plan, page)[1]] for page in pages) if side.per_page else ()
+    if not side.per_page:
+        return ()
+    scales = (side.scales[head, _there(plan, page)[1]] for page in pages)
+    return tuple(scale.astype(_wide(scale.dtype)) for scale in scales)
 
 
 def _copy(plan: Plan, head, sides: list[Side], filled, pages, block, stage) -> None:
@@ -264,9 +276,9 @@ def _copy(plan: Plan, head, sides: list[Side], filled, pages, block, stage) -> N
                 plgpu.copy_gmem_to_smem(side.scales.at[head, at, part], scales, filled.at[stage])
 
 
-def _decoded(side: Side, stage) -> list[Any]:
+def _decoded(side: Side, stage, layout=None) -> list[Any]:
     """Of each place the values of a block, (slots, width) bfloat16, in units of their scales."""
-    stored = plgpu.load(side.buffer.at[stage], layout=plgpu.Layout.WGMMA_UPCAST_2X)
+    stored = plgpu.load(side.buffer.at[stage], layout=layout) if layout else side.buffer[stage]
     return [_values(side.layout, stored, place).astype(jnp.bfloat16) for place in range(side.layout.places)]
 
 
@@ -280,7 +292,7 @@ def _values(layout: Pages, stored, place: int):
         high = lax.shift_left(stored.astype(jnp.int32), jnp.int32(BITS - bits * (place + 1)))
         down = lax.shift_right_arithmetic if signed else lax.shift_right_logical
         codes = down(high, jnp.int32(BITS - bits)).astype(dtype)
-    return layout.quantizer.decode(codes, jnp.float32 if layout.groups else layout.dtype)
+    return layout.quantizer.decode(codes, jnp.bfloat16)
 
 
 def _factors(side: Side, plan: Plan, stage, of_pages) -> tuple[Any, Any]:
@@ -288,31 +300,30 @@ def _factors(side: Side, plan: Plan, stage, of_pages) -> tuple[Any, Any]:
     if side.scales is None:
         return None, None
     if side.per_page:
-        factors, shifts = zip(*(_read(side.layout, _filled(scale)) for scale in of_pages), strict=True)
-        return _spread(plan, factors), _spread(plan, shifts) if side.layout.shifted else None
-    return _read(side.layout, _load(side.scale_buffer.at[stage], OF_SLOTS))
+        scales = _spread(plan, of_pages).astype(side.scales.dtype)
+    else:
+        scales = _load(side.scale_buffer.at[stage], OF_SLOTS)
+    quantizer = side.layout.quantizer
+    return quantizer.multiplier(scales), quantizer.shift(scales) if side.layout.shifted else None
 
 
-def _read(layout: Pages, scales) -> tuple[Any, Any]:
-    """What stored scales multiply by, and what they add."""
-    return layout.quantizer.multiplier(scales), layout.quantizer.shift(scales) if layout.shifted else None
+def _wide(dtype: Any) -> Any:
+    """Integers of 32 bits, which alone the kernel calculates with."""
+    return jnp.int32 if jnp.issubdtype(dtype, jnp.integer) else dtype
 
 
 def _held(plan: Plan, pages):
     """(slots,): whether the slot's page is there."""
-    return _spread(plan, [_filled(_there(plan, page)[0].astype(jnp.int32)) for page in pages]) > 0
+    return _spread(plan, [_there(plan, page)[0].astype(jnp.int32) for page in pages]) > 0
 
 
 def _spread(plan: Plan, of_chunks):
-    """(slots,), each as it is in the array of its chunk."""
-    slot, spread = _iota(), of_chunks[-1]
-    for chunk in reversed(plan.chunks[:-1]):
-        spread = jnp.where(slot < (chunk + 1) * plan.chunk, of_chunks[chunk], spread)
+    """(slots,), each with the value of its chunk."""
+    slot, spread = _iota(), None
+    for chunk in reversed(plan.chunks):
+        value = plgpu.layout_cast(jnp.full((SLOTS,), of_chunks[chunk]), OF_SLOTS)
+        spread = value if spread is None else jnp.where(slot < (chunk + 1) * plan.chunk, value, spread)
     return spread
-
-
-def _filled(value):
-    return plgpu.layout_cast(jnp.full((SLOTS,), value), OF_SLOTS)
 
 
 def _load(ref, layout):
