@@ -1,6 +1,7 @@
 """The ``gpu`` backend: a Mosaic GPU kernel for Hopper that reads pages as they are stored."""
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,11 +14,12 @@ from qpaged.attention._tpu import _bounds, _padded
 from qpaged.attention._tpu_pages import Pages
 
 OLDEST_JAX = (0, 11)  # its interpreter is what the kernel is tested in
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
-ROWS = SLOTS = 64  # query rows of a prefill's tile, slots of a block
-LEAST_ROWS = 8  # that the tensor cores take
-PROGRAMS = 264  # as many as a chip of 132 multiprocessors runs at once, two on each
+ROWS = SLOTS = 64  # query rows of a tile at most, slots of a block
+SUMS = 2**13  # of a prefill's tile, 64 in each thread's registers
+EIGHT = 8  # rows that the tensor cores take at once
+PROGRAMS = 396  # as many as a chip of 132 multiprocessors runs at once, three on each
 
 
 def refusal() -> str | None:
@@ -61,9 +63,18 @@ def _pool_refusal(pool: Any) -> str | None:
         return f"{quantizer} has several scales along the channels"
     if not quantizer.tiled:
         return f"{quantizer} is declared not to be made of tile functions"
-    made_for = jnp.float32 if layout.groups else pool.dtype
-    reason = refused(lambda codes: quantizer.decode(codes, made_for), quantizer.code_dtype(pool.dtype))
-    return None if reason is None else f"decode of {quantizer} {reason}"
+    parts: list[tuple[str, Callable[[Any], Any], Any]] = [
+        ("decode", lambda codes: quantizer.decode(codes, jnp.bfloat16), quantizer.code_dtype(pool.dtype))
+    ]
+    if layout.groups:
+        parts.append(("multiplier", quantizer.multiplier, pool.scales.dtype))
+    if layout.shifted:
+        parts.append(("shift", quantizer.shift, pool.scales.dtype))
+    for method, function, dtype in parts:
+        reason = refused(function, dtype)
+        if reason is not None:
+            return f"{method} of {quantizer} {reason}"
+    return None
 
 
 def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options) -> jax.Array:
@@ -73,8 +84,8 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
     layouts = Pages.of(keys), Pages.of(values)
     heads, _, page_size, head_dim = keys.shape
     group = tokens.query.shape[1] // heads
-    each = ROWS // group if tokens.is_prefill else 1
-    rows = ROWS if tokens.is_prefill else group + -group % LEAST_ROWS
+    each = max(1, min(ROWS, SUMS // head_dim) // group) if tokens.is_prefill else 1
+    rows = each * group + -(each * group) % EIGHT
     query, position = _padded(tokens.query, each, 0), _padded(tokens.position, each, -1)
     tiles = len(position) // each
     table = jnp.atleast_2d(tokens.table)

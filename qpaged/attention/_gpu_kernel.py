@@ -20,7 +20,9 @@ from qpaged.attention._options import FLOOR, Options
 from qpaged.attention._tpu_pages import BITS, Pages
 
 SLOTS = 64  # of a block: the rows that the tensor cores take at once
-STAGES = 3  # buffers of blocks
+BUFFERS = (
+    3 * 2**14
+)  # bytes of the buffers, if they hold two blocks: three programs then share a multiprocessor
 MATRIX = plgpu.Layout.WGMMA
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 OF_SLOTS, OF_QUERIES = MATRIX.reduce(1), MATRIX.reduce(0)
@@ -51,6 +53,12 @@ class Plan:
     shared: bool
 
     @property
+    def stages(self) -> int:
+        """Blocks that the buffers hold."""
+        block = SLOTS * (self.keys.stored_bytes + self.values.stored_bytes)
+        return max(2, min(6, BUFFERS // block))
+
+    @property
     def chunk(self) -> int:
         """Slots that one copy brings: a page, or a block's part of one."""
         return min(self.keys.page_size, SLOTS)
@@ -70,6 +78,10 @@ class Side:
     scales: Any
     buffer: Any
     scale_buffer: Any
+
+    def place(self, place: int) -> Any:
+        """The columns of what is laid down that a place of a byte has."""
+        return pl.ds(place * self.layout.width, self.layout.width)
 
     @property
     def per_page(self) -> bool:
@@ -95,22 +107,24 @@ def attend(plan: Plan, bounds, position, table, query, summed, keys, values, sca
     heads, head_dim = keys.shape[0], plan.values.head_dim
     rows = jax.ShapeDtypeStruct((plan.splits, plan.tiles, heads, plan.rows), jnp.float32)
     sums = jax.ShapeDtypeStruct((plan.splits, plan.tiles, heads, head_dim, plan.rows), jnp.float32)
-    row = min(64, plan.values.width)
+    row = min(64, plan.keys.width, plan.values.width)
     scratch = [
-        _tiled((plan.keys.places, plan.rows, plan.keys.width), jnp.bfloat16),
-        _tiled((plan.keys.places, SLOTS, plan.keys.width), jnp.bfloat16),
+        _tiled((plan.keys.places, plan.rows, plan.keys.width), jnp.bfloat16, row),
         _tiled((plan.rows, SLOTS), jnp.bfloat16, row),
         _tiled((SLOTS, head_dim), jnp.bfloat16, row),
     ]
     copies = 0
     for layout, pool, scale in zip((plan.keys, plan.values), (keys, values), scales, strict=True):
-        scratch.append(_tiled((STAGES, SLOTS, layout.width), pool.dtype))
+        scratch.append(_tiled((plan.stages, SLOTS, layout.width), pool.dtype))
         copies += 1
         if scale is not None and layout.per_slot:
-            scratch.append(plgpu.SMEM((STAGES, SLOTS), scale.dtype))
+            scratch.append(plgpu.SMEM((plan.stages, SLOTS), scale.dtype))
             copies += 1
     arrivals = copies * len(plan.chunks)
-    scratch += [plgpu.Barrier(), plgpu.Barrier(num_arrivals=arrivals, num_barriers=STAGES)]
+    scratch += [
+        plgpu.Barrier(num_arrivals=plan.keys.places),
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.stages),
+    ]
     return plgpu.kernel(
         functools.partial(_kernel, plan, [scale is not None for scale in scales]),
         out_type=(sums, rows, rows),
@@ -132,7 +146,7 @@ def _kernel(plan: Plan, scaled: list[bool], *refs: Any) -> None:
     given = iter(refs)
     bounds, position, table, query, summed, *pools = (next(given) for _ in range(7))
     scales = [next(given) if there else None for there in scaled]
-    sums, tops, totals, q, k, weights, v = (next(given) for _ in range(7))
+    sums, tops, totals, q, weights, laid = (next(given) for _ in range(6))
     sides = []
     for layout, pool, scale in zip((plan.keys, plan.values), pools, scales, strict=True):
         per_slot = scale is not None and layout.per_slot
@@ -140,7 +154,8 @@ def _kernel(plan: Plan, scaled: list[bool], *refs: Any) -> None:
     ready, filled = given
     keys, values = sides
     tile, head, split = (lax.axis_index(name) for name in ("tile", "head", "split"))
-    plgpu.copy_gmem_to_smem(query.at[tile, head], q, ready)
+    for place in range(plan.keys.places):
+        plgpu.copy_gmem_to_smem(query.at[tile, head, place], q.at[place], ready)
     low, high = bounds[2 * tile], bounds[2 * tile + 1]
     row = jnp.int32(0) if plan.shared else tile
     first = lax.div(low, jnp.int32(SLOTS))
@@ -155,7 +170,7 @@ def _kernel(plan: Plan, scaled: list[bool], *refs: Any) -> None:
         pages = _pages(plan, table, row, jnp.maximum(jnp.minimum(block, end - 1), 0))
         return pages, tuple(_of_pages(side, head, plan, pages) for side in sides)
 
-    for stage in range(STAGES):
+    for stage in range(plan.stages):
 
         @pl.when(start + stage < end)
         def _first(stage=stage):
@@ -167,17 +182,16 @@ def _kernel(plan: Plan, scaled: list[bool], *refs: Any) -> None:
 
     def step(block, state):
         top, total, shift, acc, (pages, of_pages) = state
-        stage = lax.rem(block - start, jnp.int32(STAGES))
+        stage = lax.rem(block - start, jnp.int32(plan.stages))
         following = found(block + 1)  # loaded while this block is computed with
         plgpu.barrier_wait(filled.at[stage])
 
-        for place, decoded in enumerate(_decoded(keys, stage, plgpu.Layout.WGMMA_UPCAST_2X)):
-            k[place] = decoded
+        _lay_down(keys, stage, laid)
         plgpu.commit_smem()
 
         def dots(into):
             for place in range(keys.layout.places):
-                plgpu.wgmma(into, k.at[place], q.at[place].transpose((1, 0)))
+                plgpu.wgmma(into, laid.at[:, keys.place(place)], q.at[place].transpose((1, 0)))
             return into[...]
 
         scores = pl.run_scoped(dots, plgpu.ACC((SLOTS, plan.rows), jnp.float32))
@@ -191,7 +205,6 @@ def _kernel(plan: Plan, scaled: list[bool], *refs: Any) -> None:
         held = _held(plan, pages)
         slot = block * SLOTS + plgpu.broadcasted_iota(jnp.int32, (SLOTS, plan.rows), 0, layout=MATRIX)
         mine = plan.options.in_sight(_down(at), slot) & _along(held, plan.rows)
-        # The maximum is exchanged between warps: past it, all are done with the block before.
         higher = jnp.maximum(top, jnp.where(mine, scores, FLOOR).max(axis=0))
         fade = jnp.exp(top - higher)
         weight = jnp.where(mine, jnp.exp(scores - _down(higher)), 0.0)
@@ -204,26 +217,19 @@ def _kernel(plan: Plan, scaled: list[bool], *refs: Any) -> None:
         slot = block * SLOTS + _iota()
         kept = (slot >= low) & (slot <= high) & held
 
-        def lay_down(where=None):
-            for place, decoded in enumerate(_decoded(values, stage)):
-                width = values.layout.width
-                if where is not None:
-                    decoded = jnp.where(_along(where, width), decoded, jnp.zeros((), decoded.dtype))
-                v[:, pl.ds(place * width, width)] = decoded
-
         whole = (block * SLOTS >= low) & (block * SLOTS + SLOTS - 1 <= high)
         for page in pages:
             whole &= _there(plan, page)[0]
-        pl.when(whole)(lay_down)
-        pl.when(~whole)(lambda: lay_down(kept))
+        pl.when(whole)(lambda: _lay_down(values, stage, laid))
+        pl.when(~whole)(lambda: _lay_down(values, stage, laid, kept))
         plgpu.commit_smem()
 
-        @pl.when(block + STAGES < end)
+        @pl.when(block + plan.stages < end)
         def _next():
-            copy(_pages(plan, table, row, block + STAGES), block + STAGES, stage)
+            copy(_pages(plan, table, row, block + plan.stages), block + plan.stages, stage)
 
         def weighed(into):
-            plgpu.wgmma(into, v.transpose((1, 0)), weights.transpose((1, 0)))
+            plgpu.wgmma(into, laid.transpose((1, 0)), weights.transpose((1, 0)))
             return into[...]
 
         more = pl.run_scoped(weighed, plgpu.ACC(acc.shape, jnp.float32))
@@ -264,10 +270,10 @@ def _of_pages(side: Side, head, plan: Plan, pages) -> tuple[Any, ...]:
 
 
 def _copy(plan: Plan, head, sides: list[Side], filled, pages, block, stage) -> None:
-    """Start the copies of a block."""
-    for chunk, page in enumerate(pages):
-        at = _there(plan, page)[1]
-        within = lax.rem(block * SLOTS + chunk * plan.chunk, jnp.int32(plan.keys.page_size))
+    """Start the copies of a block, all from one warp, so that the others need not wait for each."""
+
+    def start(page, chunk):
+        at, within = _there(plan, page)[1], lax.rem(block * SLOTS + chunk * plan.chunk, plan.keys.page_size)
         part, to = pl.ds(within, plan.chunk), pl.ds(chunk * plan.chunk, plan.chunk)
         for side in sides:
             plgpu.copy_gmem_to_smem(side.pool.at[head, at, part], side.buffer.at[stage, to], filled.at[stage])
@@ -275,11 +281,22 @@ def _copy(plan: Plan, head, sides: list[Side], filled, pages, block, stage) -> N
                 scales = side.scale_buffer.at[stage, to]
                 plgpu.copy_gmem_to_smem(side.scales.at[head, at, part], scales, filled.at[stage])
 
+    @plgpu.warp_map
+    def _start(warp):
+        @pl.when(warp == 0)
+        def _all():
+            for chunk, page in enumerate(pages):
+                start(page, chunk)
 
-def _decoded(side: Side, stage, layout=None) -> list[Any]:
-    """Of each place the values of a block, (slots, width) bfloat16, in units of their scales."""
-    stored = plgpu.load(side.buffer.at[stage], layout=layout) if layout else side.buffer[stage]
-    return [_values(side.layout, stored, place).astype(jnp.bfloat16) for place in range(side.layout.places)]
+
+def _lay_down(side: Side, stage, laid, kept=None) -> None:
+    """Lay down a block as bfloat16, in units of its scales, with zeros in the slots that are not ``kept``."""
+    stored = side.buffer[stage]
+    for place in range(side.layout.places):
+        values = _values(side.layout, stored, place).astype(jnp.bfloat16)
+        if kept is not None:
+            values = jnp.where(_along(kept, side.layout.width), values, jnp.zeros((), values.dtype))
+        laid[:, side.place(place)] = values
 
 
 def _values(layout: Pages, stored, place: int):
@@ -292,7 +309,16 @@ def _values(layout: Pages, stored, place: int):
         high = lax.shift_left(stored.astype(jnp.int32), jnp.int32(BITS - bits * (place + 1)))
         down = lax.shift_right_arithmetic if signed else lax.shift_right_logical
         codes = down(high, jnp.int32(BITS - bits)).astype(dtype)
-    return layout.quantizer.decode(codes, jnp.bfloat16)
+    return layout.quantizer.decode(codes, _decoding_dtype(layout.quantizer, codes))
+
+
+def _decoding_dtype(quantizer: Any, codes) -> Any:
+    """bfloat16, in which values are exact, unless there are fp8 on the way, which Hopper does not convert to it."""
+    code = jax.ShapeDtypeStruct(codes.shape, codes.dtype)
+    eqns = jax.make_jaxpr(lambda codes: quantizer.decode(codes, jnp.bfloat16))(code).eqns
+    dtypes = [out.aval.dtype for eqn in eqns for out in eqn.outvars]
+    narrow = any(jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1 for dtype in dtypes)
+    return jnp.float32 if narrow else jnp.bfloat16
 
 
 def _factors(side: Side, plan: Plan, stage, of_pages) -> tuple[Any, Any]:
@@ -319,10 +345,9 @@ def _held(plan: Plan, pages):
 
 def _spread(plan: Plan, of_chunks):
     """(slots,), each with the value of its chunk."""
-    slot, spread = _iota(), None
+    slot, spread = _iota(), jnp.zeros((), of_chunks[0].dtype)
     for chunk in reversed(plan.chunks):
-        value = plgpu.layout_cast(jnp.full((SLOTS,), of_chunks[chunk]), OF_SLOTS)
-        spread = value if spread is None else jnp.where(slot < (chunk + 1) * plan.chunk, value, spread)
+        spread = jnp.where(slot < (chunk + 1) * plan.chunk, of_chunks[chunk], spread)
     return spread
 
 

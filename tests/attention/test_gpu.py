@@ -114,7 +114,7 @@ def test_refuses_to_be_partitioned(anywhere):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        ({"format": "int8", "head_dim": 96}, "takes a head_dim of 64, 128, but it is 96"),
+        ({"format": "int8", "head_dim": 96}, "takes a head_dim of 64, 128, 256, but it is 96"),
         ({"format": "int8", "page_size": 8}, "takes a page_size of 16, 32, 64, 128, 256, but it is 8"),
         ({"format": "int8", "q_heads": 130}, "takes at most 64 query heads of a KV head, but there are 65"),
         (
