@@ -1,9 +1,10 @@
 """The Mosaic GPU kernel of the ``gpu`` backend: a tile of query rows over one share of its sequence.
 
 A program of the grid is one warpgroup. It copies blocks of 64 slots of one KV head from the pool, as the page
-table says, and the scales of their slots, into one of several buffers, while it computes with the block before.
-Codes are decoded in registers and laid down as bfloat16 for the tensor cores, slots in their 64 rows and queries
-in their columns, so that few queries cost little; scales are applied to the scores and to the weights. What the shares of a sequence come to is merged by the caller (Dao et al., Flash-Decoding, 2023).
+table says, and the scales of their slots, into one of several buffers, while it computes with another. Codes
+are decoded in registers and laid down as bfloat16 for the tensor cores, slots in their 64 rows and queries in
+their columns, so that few queries cost little; scales are applied to the scores and to the weights. What the
+shares of a sequence come to is merged by the caller (Dao et al., Flash-Decoding, 2023).
 """
 
 import functools
@@ -313,7 +314,7 @@ def _values(layout: Pages, stored, place: int):
 
 
 def _decoding_dtype(quantizer: Any, codes) -> Any:
-    """bfloat16, in which values are exact, unless there are fp8 on the way, which Hopper does not convert to it."""
+    """bfloat16, in which values are exact; float32 if they come from fp8, which converts to nothing else."""
     code = jax.ShapeDtypeStruct(codes.shape, codes.dtype)
     eqns = jax.make_jaxpr(lambda codes: quantizer.decode(codes, jnp.bfloat16))(code).eqns
     dtypes = [out.aval.dtype for eqn in eqns for out in eqn.outvars]
