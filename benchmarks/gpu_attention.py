@@ -51,6 +51,7 @@ CHECKS = (
     (128, 16, {}),
     (128, 64, {"sliding_window": 300, "logits_soft_cap": 3.0, "sinks": True}),
     (64, 64, {"sliding_window": 70}),
+    (256, 32, {}),
 )
 
 

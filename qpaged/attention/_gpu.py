@@ -19,7 +19,7 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 ROWS = SLOTS = 64  # query rows of a tile at most, slots of a block
 SUMS = 2**13  # of a prefill's tile, 64 in each thread's registers
 EIGHT = 8  # rows that the tensor cores take at once
-PROGRAMS = 396  # as many as a chip of 132 multiprocessors runs at once, three on each
+PROGRAMS = 264  # as many as a chip of 132 multiprocessors runs at once, two on each
 
 
 def refusal() -> str | None:
@@ -92,7 +92,7 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
     missing = -table.shape[1] % max(1, SLOTS // page_size)
     table = jnp.pad(table, ((0, 0), (0, missing)), constant_values=options.num_pages)
     blocks = table.shape[1] * page_size // SLOTS
-    splits = max(1, min(blocks, PROGRAMS // (tiles * heads)))
+    splits = _splits(tiles * heads, blocks)
     plan = _gpu_kernel.Plan(*layouts, options, tiles, rows, splits, table.shape[1], tokens.is_prefill)
 
     bounds = _bounds(position.reshape(tiles, each), options.sliding_window)
@@ -119,6 +119,17 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
     out = out.reshape(tiles, heads, layouts[1].places, layouts[1].width, each, group)
     out = out.transpose(0, 4, 1, 5, 3, 2)
     return out.reshape(tiles * each, heads * group, head_dim)[: len(tokens.query)]
+
+
+def _splits(tiles: int, blocks: int) -> int:
+    """Shares of a sequence: as few as leave a tenth of the chip idle at most, in one turn or in many.
+
+    Of two or three turns the last counts for much where the chip runs more than ``PROGRAMS`` at once."""
+    for splits in range(1, blocks):
+        turns = -(-tiles * splits // PROGRAMS)
+        if 10 * tiles * splits >= 9 * turns * PROGRAMS and turns not in (2, 3):
+            return splits
+    return blocks
 
 
 def _places(query: jax.Array, layout: Pages) -> jax.Array:

@@ -53,7 +53,7 @@ def both_modes(table):
 @interprets
 @pytest.mark.parametrize("format", CASES)
 def test_interpreted(format, monkeypatch):
-    monkeypatch.setattr(_gpu, "PROGRAMS", 4)  # a prefill of 2 heads: two splits
+    monkeypatch.setattr(_gpu, "PROGRAMS", 6)  # a prefill of 2 heads: three splits
     head_dim, page_size, options = CASES[format]
     options = options | ({"sinks": normal(6, seed=7)} if "sinks" in options else {})
     view, table = filled(None if format == "plain" else format, 2, head_dim, page_size, SEQUENCES)
@@ -80,6 +80,14 @@ def said(format, query_dtype=jnp.bfloat16, q_heads=4, head_dim=128, page_size=16
         position=np.zeros(2, int), page_table=np.zeros((2, 4), int)
     )
     return qpaged.attention_backends(query, view, metadata)[1].reason
+
+
+@pytest.mark.parametrize(
+    ("tiles", "blocks", "splits"),
+    [(8, 2048, 30), (64, 64, 4), (512, 128, 2), (2048, 16, 1), (8, 2, 2), (1, 1, 1)],
+)
+def test_splits_fill_a_chip(tiles, blocks, splits):
+    assert _gpu._splits(tiles, blocks) == splits
 
 
 @pytest.fixture
