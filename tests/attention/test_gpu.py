@@ -26,7 +26,7 @@ def interpreter():
 
 interprets = pytest.mark.skipif(interpreter() is None, reason="this JAX interprets no Mosaic GPU kernels")
 
-SEQUENCES = (0, 64, 100)
+SEQUENCES = (0, 100)
 # head_dim, page_size, options
 CASES = {
     "plain": (64, 64, {"sliding_window": 70}),
@@ -53,14 +53,14 @@ def both_modes(table):
 @interprets
 @pytest.mark.parametrize("format", CASES)
 def test_interpreted(format, monkeypatch):
-    monkeypatch.setattr(_gpu, "PROGRAMS", 6)  # a prefill of 2 heads: three splits
+    monkeypatch.setattr(_gpu, "PROGRAMS", 4)  # a prefill of 2 heads: two splits
     head_dim, page_size, options = CASES[format]
     options = options | ({"sinks": normal(6, seed=7)} if "sinks" in options else {})
     view, table = filled(None if format == "plain" else format, 2, head_dim, page_size, SEQUENCES)
     if format == "plain":
         view = jax.tree_util.tree_map(lambda pool: pool.astype(jnp.bfloat16), view)
     table = table.copy()
-    table[2, 1] = -1  # a hole
+    table[1, 1] = -1  # a hole
     metadata = both_modes(table)
     query = normal(16 + len(SEQUENCES), 6, head_dim, seed=5).astype(jnp.bfloat16)
     want = attend(query, view, metadata, backend="reference", **options)
