@@ -44,7 +44,7 @@ import qpaged
 FORMATS = "plain", "int8", "int8:token", "fp8_e4m3", "int4:token"
 MEASURED = "64x8k", "1x128k", "256x1k", "8x4k 64 dims"
 CALLS = 20  # of a round, sent off one after the other
-CHECK_SECONDS = 90
+CHECK_SECONDS = 60
 DISTRIBUTIONS = "torch", "triton", "flashinfer-python"
 # head_dim, page_size, options
 CHECKS = (
@@ -139,6 +139,7 @@ def _ours(numbers: Numbers, format: str, backend: str) -> Subject:
     view = filled(format, shape, numbers.keys, numbers.values)
     table, _ = shape.tables()
     metadata = qpaged.PagedAttentionMetadata.decode(position=np.array(shape.lengths) - 1, page_table=table)
+    metadata = jax.device_put(metadata)
     attend = jax.jit(functools.partial(qpaged.paged_attention, backend=backend))
     share = (view.key_pages.nbytes + view.value_pages.nbytes) / (view.key_pages.size + view.value_pages.size)
     return Subject(
@@ -310,7 +311,9 @@ def main() -> None:
         "bytes_per_second": round(copy_bandwidth()),
         "checks": {format: checked(format) for format in formats},
         "shapes": {},
+        "targets": [],
     }
+    save(arguments.out, results)
     print(json.dumps(results, indent=1), flush=True)
     for name in arguments.shapes.split(","):
         if time.monotonic() - begin > 60 * arguments.minutes:
@@ -328,7 +331,7 @@ def main() -> None:
         print(name)
         for run in results["shapes"][name]:
             print(f"  {run['name']:45s}{described(run)}", flush=True)
-    for target in results.get("targets", ()):
+    for target in results["targets"]:
         print(target)
 
 
