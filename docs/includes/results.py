@@ -197,7 +197,7 @@ def gpu_table(results):
     lines += ["", "| aim | at least | found | |", "|---|--:|--:|---|"]
     for aim in results["targets"]:
         reached = "" if aim["found"] is None else f"{aim['found']:.2f}"
-        met = "met" if aim["met"] else "**missed**"
+        met = "not measured" if aim["found"] is None else "met" if aim["met"] else "**missed**"
         lines.append(f"| {aim['what']} | {aim['at least']:.2f} | {reached} | {met} |")
     lines += ["", *(f"- {name}: {why}" for name, why in refused.items())]
     return "\n".join(lines).rstrip("\n") + "\n"
