@@ -99,11 +99,28 @@ def fresh(format: str, shape: Shape, pages: int) -> qpaged.PagedAttentionCacheVi
         return qpaged.PagedAttentionCacheView.init(None, jnp.bfloat16, config, 0, None, format)
 
 
-def ours(numbers: Numbers) -> Iterator[Subject]:
-    shape = numbers.shape
+def filled(format: str, shape: Shape, keys: list[Any], values: list[Any]) -> qpaged.PagedAttentionCacheView:
+    """A layer that holds keys and values, (kv_heads, length, head_dim) for each sequence."""
     table, pages = shape.tables()
     write = jax.jit(qpaged.PagedAttentionCacheView.write_prefill_to_cache, donate_argnums=0)
+    view = fresh(format, shape, pages)
+    for row, length in enumerate(shape.lengths):
+        for start in range(0, length, 2048):
+            key, value = (
+                jnp.asarray(part[row][:, start : start + 2048].swapaxes(0, 1), jnp.bfloat16)
+                for part in (keys, values)
+            )
+            metadata = qpaged.PagedAttentionMetadata.prefill(
+                position=start + np.arange(len(key)), page_table=table[row]
+            )
+            view = write(view, key, value, metadata)
+    return view
+
+
+def ours(numbers: Numbers) -> Iterator[Subject]:
+    shape = numbers.shape
     attend = jax.jit(qpaged.paged_attention)
+    table, _ = shape.tables()
     if shape.chunk == 1:
         metadata = qpaged.PagedAttentionMetadata.decode(
             position=np.array(shape.lengths) - 1, page_table=table
@@ -113,18 +130,7 @@ def ours(numbers: Numbers) -> Iterator[Subject]:
         metadata = qpaged.PagedAttentionMetadata.prefill(position=position, page_table=table[0])
     query = jnp.asarray(numbers.query, jnp.bfloat16)
     for format in FORMATS:
-        view = fresh(format, shape, pages)
-        for row, length in enumerate(shape.lengths):
-            chunk = min(length, 2048)
-            for start in range(0, length, chunk):
-                end = min(start + chunk, length)
-                key, value = (np.zeros((chunk, shape.kv_heads, shape.head_dim), np.float32) for _ in range(2))
-                key[: end - start] = numbers.keys[row][:, start:end].swapaxes(0, 1)
-                value[: end - start] = numbers.values[row][:, start:end].swapaxes(0, 1)
-                written = qpaged.PagedAttentionMetadata.prefill(
-                    position=start + np.arange(chunk), page_table=table[row], length=end - start
-                )
-                view = write(view, jnp.asarray(key, jnp.bfloat16), jnp.asarray(value, jnp.bfloat16), written)
+        view = filled(format, shape, numbers.keys, numbers.values)
         share = (view.key_pages.nbytes + view.value_pages.nbytes) / (
             view.key_pages.size + view.value_pages.size
         )

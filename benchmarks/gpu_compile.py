@@ -6,14 +6,17 @@ Needs ``pip install "qpaged[cuda]"`` and absl-py. 32 query heads and 8 KV heads,
 
 - ``temp``: temporaries of the program in the GPU's memory, bytes.
 - ``arguments``: bytes of what the program is given: pools, scales, queries, page table.
+- ``registers`` and ``spilled``: registers of a thread, and bytes of them that the assembler had no room for.
+- ``shared``: bytes of shared memory of a program of the grid.
 
-JAX's own kernel is compiled with JAX 0.10, and added to what is there with
-``--formats --peer --add``.
+JAX's own kernel is compiled with JAX 0.10, and added to what is there with ``--formats --peer --add``.
 """
 
 import argparse
 import json
 import os
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,8 @@ from record import circumstances, save
 
 import qpaged
 
+DUMP = tempfile.TemporaryDirectory()  # of what Mosaic GPU tells of its kernels
+os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": DUMP.name}
 NAME = "NVIDIA H200"
 H200 = f"""
 gpu_device_info {{
@@ -67,7 +72,25 @@ def compiled(function: Any, gpu: Any, *arguments: Any) -> dict[str, Any]:
         memory = jax.jit(function).lower(*placed).compile().memory_analysis()
     except (ImportError, RuntimeError, NotImplementedError, ValueError) as error:
         return {"refused": str(error)[:200]}
-    return {"temp": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes}
+    return {
+        "temp": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes, **resources(),
+    }  # fmt: skip
+
+
+def resources() -> dict[str, int]:
+    """What the assembler said of the kernel that was compiled last."""
+    told = ""
+    for path in Path(DUMP.name).iterdir():
+        if path.suffix == ".ptxas" or path.name.endswith(".resources.txt"):
+            told += path.read_text()
+        path.unlink()
+    said = {
+        "registers": r"Used (\d+) registers",
+        "spilled": r"(\d+) bytes spill stores",
+        "shared": r"smem_scratch_bytes=(\d+)",
+    }
+    found = {name: re.search(pattern, told) for name, pattern in said.items()}
+    return {name: int(match.group(1)) for name, match in found.items() if match}
 
 
 def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:

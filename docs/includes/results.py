@@ -164,6 +164,49 @@ def cpu_attention():
     return "\n".join(lines) + "\n"
 
 
+def gpu_attention():
+    """What ``benchmarks/gpu_attention.py`` left, as Markdown tables."""
+    path = RESULTS / "gpu_attention.json"
+    return gpu_table(json.loads(path.read_text())) if path.exists() else "No GPU has been measured yet.\n"
+
+
+def gpu_table(results):
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    names = list(results["shapes"])
+    lines = [
+        f"{results['date']}, {results['device']}, a copy reads and writes "
+        f"{results['bytes_per_second'] / 1e12:.2f} TB/s: {versions}.",
+        "",
+        f"Milliseconds of a decode step, median of {results['rounds']} rounds in which all take turns, and "
+        "in brackets the share of that copy's speed at which keys and values are read; the error is the "
+        f"largest against float32 at `{names[0]}`, over the largest output.",
+        "",
+        f"| | {' | '.join(f'`{name}`' for name in names)} | error |",
+        f"|---|{'--:|' * (len(names) + 1)}",
+    ]
+    found = {name: {run["name"]: run for run in runs} for name, runs in results["shapes"].items()}
+    refused = {}
+    for name in dict.fromkeys(name for runs in found.values() for name in runs):
+        runs = [found[at].get(name, {}) for at in names]
+        reasons = [run["refused"] for run in runs if "refused" in run]
+        if reasons:
+            refused[name] = reasons[0]
+        if any("milliseconds" in run for run in runs):
+            errors = [f"{run['error']:.1e}" for run in runs[:1] if "error" in run]
+            lines.append(f"| {name} | {' | '.join(map(_milliseconds, runs))} | {''.join(errors)} |")
+    lines += ["", "| aim | at least | found | |", "|---|--:|--:|---|"]
+    for aim in results["targets"]:
+        reached = "" if aim["found"] is None else f"{aim['found']:.2f}"
+        met = "not measured" if aim["found"] is None else "met" if aim["met"] else "**missed**"
+        lines.append(f"| {aim['what']} | {aim['at least']:.2f} | {reached} | {met} |")
+    lines += ["", *(f"- {name}: {why}" for name, why in refused.items())]
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _milliseconds(run):
+    return f"{run['milliseconds']:.3f} ({run['of_bandwidth']:.0%})" if "milliseconds" in run else ""
+
+
 def generation():
     """What ``benchmarks/cpu_attention.py`` left of compilations, as a Markdown table."""
     results = json.loads((RESULTS / "cpu_attention.json").read_text())
@@ -324,6 +367,7 @@ TABLES = {
     "decode_write.md": decode_write,
     "write_attend.md": write_attend,
     "cpu_attention.md": cpu_attention,
+    "gpu_attention.md": gpu_attention,
     "generation.md": generation,
     "tpu_compile.md": tpu_compile,
     "stress.md": stress,

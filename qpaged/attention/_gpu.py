@@ -1,6 +1,7 @@
 """The ``gpu`` backend: a Mosaic GPU kernel for Hopper that reads pages as they are stored."""
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,10 +13,12 @@ from qpaged.attention._options import Options, Tokens
 from qpaged.attention._tpu import _bounds, _padded
 from qpaged.attention._tpu_pages import Pages
 
-OLDEST_JAX = (0, 12)  # its interpreter is what the kernel is tested in
-HEAD_DIMS = (64, 128)
+OLDEST_JAX = (0, 11)  # its interpreter is what the kernel is tested in
+HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
-ROWS = SLOTS = 64  # query rows of a tile, slots of a block
+ROWS = SLOTS = 64  # query rows of a tile at most, slots of a block
+SUMS = 2**13  # of a prefill's tile, 64 in each thread's registers
+EIGHT = 8  # rows that the tensor cores take at once
 PROGRAMS = 264  # as many as a chip of 132 multiprocessors runs at once, two on each
 
 
@@ -60,9 +63,18 @@ def _pool_refusal(pool: Any) -> str | None:
         return f"{quantizer} has several scales along the channels"
     if not quantizer.tiled:
         return f"{quantizer} is declared not to be made of tile functions"
-    made_for = jnp.float32 if layout.groups else pool.dtype
-    reason = refused(lambda codes: quantizer.decode(codes, made_for), quantizer.code_dtype(pool.dtype))
-    return None if reason is None else f"decode of {quantizer} {reason}"
+    parts: list[tuple[str, Callable[[Any], Any], Any]] = [
+        ("decode", lambda codes: quantizer.decode(codes, jnp.bfloat16), quantizer.code_dtype(pool.dtype))
+    ]
+    if layout.groups:
+        parts.append(("multiplier", quantizer.multiplier, pool.scales.dtype))
+    if layout.shifted:
+        parts.append(("shift", quantizer.shift, pool.scales.dtype))
+    for method, function, dtype in parts:
+        reason = refused(function, dtype)
+        if reason is not None:
+            return f"{method} of {quantizer} {reason}"
+    return None
 
 
 def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options) -> jax.Array:
@@ -72,23 +84,22 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
     layouts = Pages.of(keys), Pages.of(values)
     heads, _, page_size, head_dim = keys.shape
     group = tokens.query.shape[1] // heads
-    each = ROWS // group if tokens.is_prefill else 1
+    each = max(1, min(ROWS, SUMS // head_dim) // group) if tokens.is_prefill else 1
+    rows = each * group + -(each * group) % EIGHT
     query, position = _padded(tokens.query, each, 0), _padded(tokens.position, each, -1)
     tiles = len(position) // each
     table = jnp.atleast_2d(tokens.table)
     missing = -table.shape[1] % max(1, SLOTS // page_size)
     table = jnp.pad(table, ((0, 0), (0, missing)), constant_values=options.num_pages)
     blocks = table.shape[1] * page_size // SLOTS
-    splits = max(1, min(blocks, PROGRAMS // (tiles * heads)))
-    plan = _gpu_kernel.Plan(*layouts, options, tiles, splits, table.shape[1], tokens.is_prefill)
+    splits = _splits(tiles * heads, blocks)
+    plan = _gpu_kernel.Plan(*layouts, options, tiles, rows, splits, table.shape[1], tokens.is_prefill)
 
     bounds = _bounds(position.reshape(tiles, each), options.sliding_window)
-    position = _padded(jnp.repeat(position.reshape(tiles, each), group, axis=1).T, ROWS, -1).T
+    position = _padded(jnp.repeat(position.reshape(tiles, each), group, axis=1).T, rows, -1).T
     query = query.reshape(tiles, each, heads, group, head_dim).swapaxes(1, 2)
     query = query.reshape(tiles, heads, each * group, head_dim)
-    query = jnp.pad(query, ((0, 0), (0, 0), (0, ROWS - each * group), (0, 0)))
-    summed = query.astype(jnp.float32).sum(axis=-1)
-    parts = [part for pool in (keys, values) for part in _parts(pool, table)]
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - each * group), (0, 0)))
     k, v = [pool.codes if isinstance(pool, QuantizedArray) else pool for pool in (keys, values)]
     sums, tops, totals = _gpu_kernel.attend(
         plan,
@@ -96,16 +107,29 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
         position,
         table.reshape(-1),
         _places(query, layouts[0]),
-        summed,
+        query.astype(jnp.float32).sum(axis=-1),
         k,
         v,
-        parts,
+        [_scales(pool, layout) for pool, layout in zip((keys, values), layouts, strict=True)],
     )
-    sinks = None if sinks is None else _of_rows(sinks.reshape(heads, group), each)
-    out = _merged(sums, tops, totals, sinks)  # (tiles, heads, places, rows, width)
-    out = jnp.moveaxis(out, 2, -1).reshape(tiles, heads, ROWS, head_dim)[:, :, : each * group]
-    out = out.reshape(tiles, heads, each, group, head_dim).swapaxes(1, 2)
+    if sinks is not None:
+        sinks = jnp.tile(sinks.reshape(heads, group), (1, each))
+        sinks = jnp.pad(sinks, ((0, 0), (0, rows - sinks.shape[1])))
+    out = _merged(sums, tops, totals, sinks)[..., : each * group]  # (tiles, heads, head_dim, rows)
+    out = out.reshape(tiles, heads, layouts[1].places, layouts[1].width, each, group)
+    out = out.transpose(0, 4, 1, 5, 3, 2)
     return out.reshape(tiles * each, heads * group, head_dim)[: len(tokens.query)]
+
+
+def _splits(tiles: int, blocks: int) -> int:
+    """Shares of a sequence: as few as leave a tenth of the chip idle at most, in one turn or in many.
+
+    Of two or three turns the last counts for much where the chip runs more than ``PROGRAMS`` at once."""
+    for splits in range(1, blocks):
+        turns = -(-tiles * splits // PROGRAMS)
+        if 10 * tiles * splits >= 9 * turns * PROGRAMS and turns not in (2, 3):
+            return splits
+    return blocks
 
 
 def _places(query: jax.Array, layout: Pages) -> jax.Array:
@@ -113,21 +137,11 @@ def _places(query: jax.Array, layout: Pages) -> jax.Array:
     return jnp.moveaxis(query.reshape(*query.shape[:-1], layout.width, layout.places), -1, -3)
 
 
-def _parts(pool: Any, table: jax.Array) -> list[jax.Array | None]:
-    """Factors and shifts of the slots of each sequence's pages, (sequences, kv_heads, slots) float32."""
-    if not isinstance(pool, QuantizedArray) or pool.scales is None:
-        return [None, None]
-    scales = pool.scales[..., 0].at[:, table].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    scales = jnp.broadcast_to(scales, (*scales.shape[:3], pool.shape[2])).swapaxes(0, 1)
-    scales = scales.reshape(*scales.shape[:2], -1)
-    read = pool.quantizer.multiplier(scales), pool.quantizer.shift(scales)
-    return [None if part is None else jnp.where(jnp.isfinite(part), part, 0) for part in read]
-
-
-def _of_rows(sinks: jax.Array, each: int) -> jax.Array:
-    """(heads, group) as (heads, rows)."""
-    rows = jnp.tile(sinks, (1, each))
-    return jnp.pad(rows, ((0, 0), (0, ROWS - rows.shape[1])))
+def _scales(pool: Any, layout: Pages) -> jax.Array | None:
+    """The scales as they lie, (kv_heads, pages) or (kv_heads, pages, page_size)."""
+    if not layout.groups:
+        return None
+    return pool.scales.reshape(pool.scales.shape[: 3 if layout.per_slot else 2])
 
 
 def _merged(sums: jax.Array, tops: jax.Array, totals: jax.Array, sinks: jax.Array | None) -> jax.Array:
@@ -137,5 +151,5 @@ def _merged(sums: jax.Array, tops: jax.Array, totals: jax.Array, sinks: jax.Arra
     fade = jnp.exp(tops - top)
     total = (totals * fade).sum(axis=0)
     total = total if sinks is None else total + jnp.exp(sinks - top)
-    weight = jnp.where(total > 0, total, 1)[:, :, None, :, None]
-    return (sums * fade[:, :, :, None, :, None]).sum(axis=0) / weight
+    weight = jnp.where(total > 0, total, 1)[..., None, :]
+    return (sums * fade[..., None, :]).sum(axis=0) / weight
