@@ -1,17 +1,15 @@
 """The ``gpu`` backend: a Mosaic GPU kernel for Hopper that reads pages as they are stored."""
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qpaged._compat import partitioned, version_tuple
-from qpaged.arrays import QuantizedArray, compute_dtype, refused
+from qpaged.arrays import QuantizedArray, compute_dtype
+from qpaged.attention._layout import Layout, bounds, padded, pool_refusal
 from qpaged.attention._options import Options, Tokens
-from qpaged.attention._tpu import _bounds, _padded
-from qpaged.attention._tpu_pages import Pages
 
 OLDEST_JAX = (0, 11)  # its interpreter is what the kernel is tested in
 HEAD_DIMS = (64, 128, 256)
@@ -56,37 +54,22 @@ def call_refusal(tokens: Tokens, keys: Any, values: Any) -> str | None:
 def _pool_refusal(pool: Any) -> str | None:
     if not isinstance(pool, QuantizedArray):
         return None
-    quantizer, layout = pool.quantizer, Pages.of(pool)
-    if pool.outer is not None or pool.offsets is not None:
-        return f"{quantizer} has scales of two levels"
-    if layout.groups > 1:
-        return f"{quantizer} has several scales along the channels"
-    if not quantizer.tiled:
-        return f"{quantizer} is declared not to be made of tile functions"
-    parts: list[tuple[str, Callable[[Any], Any], Any]] = [
-        ("decode", lambda codes: quantizer.decode(codes, jnp.bfloat16), quantizer.code_dtype(pool.dtype))
-    ]
-    if layout.groups:
-        parts.append(("multiplier", quantizer.multiplier, pool.scales.dtype))
-    if layout.shifted:
-        parts.append(("shift", quantizer.shift, pool.scales.dtype))
-    for method, function, dtype in parts:
-        reason = refused(function, dtype)
-        if reason is not None:
-            return f"{method} of {quantizer} {reason}"
-    return None
+    reason = pool_refusal(pool, jnp.bfloat16)
+    if reason is None and Layout.of(pool).groups > 1:
+        return f"{pool.quantizer} has several scales along the channels"
+    return reason
 
 
 def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options) -> jax.Array:
     """Attention of each token over its sequence's pages, (n, q_heads, head_dim) float32."""
     from qpaged.attention import _gpu_kernel
 
-    layouts = Pages.of(keys), Pages.of(values)
+    layouts = Layout.of(keys), Layout.of(values)
     heads, _, page_size, head_dim = keys.shape
     group = tokens.query.shape[1] // heads
     each = max(1, min(ROWS, SUMS // head_dim) // group) if tokens.is_prefill else 1
     rows = each * group + -(each * group) % EIGHT
-    query, position = _padded(tokens.query, each, 0), _padded(tokens.position, each, -1)
+    query, position = padded(tokens.query, each, 0), padded(tokens.position, each, -1)
     tiles = len(position) // each
     table = jnp.atleast_2d(tokens.table)
     missing = -table.shape[1] % max(1, SLOTS // page_size)
@@ -95,15 +78,15 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
     splits = _splits(tiles * heads, blocks)
     plan = _gpu_kernel.Plan(*layouts, options, tiles, rows, splits, table.shape[1], tokens.is_prefill)
 
-    bounds = _bounds(position.reshape(tiles, each), options.sliding_window)
-    position = _padded(jnp.repeat(position.reshape(tiles, each), group, axis=1).T, rows, -1).T
+    seen = bounds(position.reshape(tiles, each), options.sliding_window)
+    position = padded(jnp.repeat(position.reshape(tiles, each), group, axis=1).T, rows, -1).T
     query = query.reshape(tiles, each, heads, group, head_dim).swapaxes(1, 2)
     query = query.reshape(tiles, heads, each * group, head_dim)
     query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - each * group), (0, 0)))
     k, v = [pool.codes if isinstance(pool, QuantizedArray) else pool for pool in (keys, values)]
     sums, tops, totals = _gpu_kernel.attend(
         plan,
-        bounds.reshape(-1),
+        seen.reshape(-1),
         position,
         table.reshape(-1),
         _places(query, layouts[0]),
@@ -132,12 +115,12 @@ def _splits(tiles: int, blocks: int) -> int:
     return blocks
 
 
-def _places(query: jax.Array, layout: Pages) -> jax.Array:
+def _places(query: jax.Array, layout: Layout) -> jax.Array:
     """(..., rows, head_dim) as (..., places, rows, width): the channels of each place of a byte."""
     return jnp.moveaxis(query.reshape(*query.shape[:-1], layout.width, layout.places), -1, -3)
 
 
-def _scales(pool: Any, layout: Pages) -> jax.Array | None:
+def _scales(pool: Any, layout: Layout) -> jax.Array | None:
     """The scales as they lie, (kv_heads, pages) or (kv_heads, pages, page_size)."""
     if not layout.groups:
         return None

@@ -17,8 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qpaged.attention._layout import Layout
 from qpaged.attention._options import FLOOR, Options
-from qpaged.attention._tpu_pages import BITS, Pages
 
 SLOTS = 64  # of a block: the rows that the tensor cores take at once
 BUFFERS = (
@@ -44,8 +44,8 @@ class Plan:
         shared: whether all tiles are of one sequence, the table's only row.
     """
 
-    keys: Pages
-    values: Pages
+    keys: Layout
+    values: Layout
     options: Options
     tiles: int
     rows: int
@@ -74,7 +74,7 @@ class Plan:
 class Side:
     """The references of keys, or of values: the pool, its scales, and the buffers of both."""
 
-    layout: Pages
+    layout: Layout
     pool: Any
     scales: Any
     buffer: Any
@@ -300,16 +300,10 @@ def _lay_down(side: Side, stage, laid, kept=None) -> None:
         laid[:, side.place(place)] = values
 
 
-def _values(layout: Pages, stored, place: int):
+def _values(layout: Layout, stored, place: int):
     if layout.quantizer is None:
         return stored
-    codes = stored
-    if layout.places > 1:
-        bits, dtype = BITS // (4 * layout.places), layout.quantizer.code_dtype(layout.dtype)
-        signed = jnp.issubdtype(dtype, jnp.signedinteger)
-        high = lax.shift_left(stored.astype(jnp.int32), jnp.int32(BITS - bits * (place + 1)))
-        down = lax.shift_right_arithmetic if signed else lax.shift_right_logical
-        codes = down(high, jnp.int32(BITS - bits)).astype(dtype)
+    codes = layout.codes(stored, place)
     return layout.quantizer.decode(codes, _decoding_dtype(layout.quantizer, codes))
 
 

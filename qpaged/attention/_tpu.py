@@ -1,7 +1,6 @@
 """The ``tpu`` backend: a Pallas kernel that reads pages as they are stored, each once."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged._compat import partitioned, version_tuple
-from qpaged.arrays import QuantizedArray, common_dtype, compute_dtype, refused
+from qpaged.arrays import QuantizedArray, common_dtype, compute_dtype
+from qpaged.attention._layout import Layout, bounds, padded, pool_refusal
 from qpaged.attention._options import Options, Tokens
 from qpaged.attention._tpu_pages import LANES, Pages
 
@@ -53,27 +53,10 @@ def _pool_refusal(pool: Any) -> str | None:
     if not isinstance(pool, QuantizedArray):
         floats = isinstance(pool, jax.Array) and pool.dtype in (jnp.bfloat16, jnp.float32)
         return None if floats else f"pages of {getattr(pool, 'dtype', type(pool).__name__)} are not taken"
-    quantizer = pool.quantizer
-    if pool.outer is not None or pool.offsets is not None:
-        return f"{quantizer} has scales of two levels"
-    if not quantizer.tiled:
-        return f"{quantizer} is declared not to be made of tile functions"
-    codes, made_for = quantizer.code_dtype(pool.dtype), pool.dtype if pool.scales is None else jnp.float32
-    parts: list[tuple[str, Callable[[Any], Any], Any]] = [
-        ("decode", lambda codes: quantizer.decode(codes, made_for), codes)
-    ]
-    if pool.scales is not None:
-        parts.append(("multiplier", quantizer.multiplier, pool.scales.dtype))
-        layout = Pages.of(pool)
-        if layout.shifted:
-            parts.append(("shift", quantizer.shift, pool.scales.dtype))
-            if layout.per_slot and layout.groups > 1:
-                return f"{quantizer} has offsets of groups"
-    for method, function, dtype in parts:
-        reason = refused(function, dtype)
-        if reason is not None:
-            return f"{method} of {quantizer} {reason}"
-    return None
+    layout = Layout.of(pool)
+    if layout.shifted and layout.per_slot and layout.groups > 1:
+        return f"{pool.quantizer} has offsets of groups"
+    return pool_refusal(pool, jnp.float32 if layout.groups else pool.dtype)
 
 
 def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options) -> jax.Array:
@@ -93,12 +76,12 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
     if at_once == rows:
         return _call(tokens, keys, values, sinks, options)
     missing = -rows % at_once
-    padded = Tokens(
+    whole = Tokens(
         jnp.pad(tokens.query, ((0, missing), (0, 0), (0, 0))),
         jnp.pad(tokens.position, (0, missing), constant_values=-1),
         jnp.pad(tokens.table, ((0, missing), (0, 0))),
     )
-    chunks = jax.tree_util.tree_map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), padded)
+    chunks = jax.tree_util.tree_map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), whole)
     out = lax.map(lambda chunk: _call(chunk, keys, values, sinks, options), chunks)
     return out.reshape(-1, *out.shape[2:])[:rows]
 
@@ -111,8 +94,8 @@ def _call(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, optio
     group = tokens.query.shape[1] // heads
     block = _block(heads, *layouts)
     each = _tile(heads, group, layouts) if tokens.is_prefill else 1
-    query = _padded(tokens.query, each, 0)
-    position = _padded(tokens.position, each, -1)
+    query = padded(tokens.query, each, 0)
+    position = padded(tokens.position, each, -1)
     tiles = len(position) // each
     table = jnp.atleast_2d(tokens.table)
     missing = -table.shape[1] % (block // page_size)
@@ -120,7 +103,7 @@ def _call(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, optio
     plan = _tpu_kernel.Plan(
         *layouts, options, tiles, each, group, block // page_size, table.shape[1], tokens.is_prefill
     )
-    bounds = _bounds(position.reshape(tiles, each), options.sliding_window)
+    seen = bounds(position.reshape(tiles, each), options.sliding_window)
     query = query.reshape(tiles, each, heads, group, head_dim).swapaxes(1, 2)
     query = layouts[0].spread(query.reshape(tiles, heads, each * group, head_dim)).swapaxes(2, 3)
     if sinks is not None:
@@ -129,7 +112,7 @@ def _call(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, optio
         _tpu_kernel.Pool(layout.rows_of(pool), layout.scales_of(pool, table, plan.pages))
         for layout, pool in zip(layouts, (keys, values), strict=True)
     ]
-    out = _tpu_kernel.attend(plan, bounds.reshape(-1), position, table.reshape(-1), query, sinks, *pools)
+    out = _tpu_kernel.attend(plan, seen.reshape(-1), position, table.reshape(-1), query, sinks, *pools)
     out = layouts[1].gathered(out.swapaxes(2, 3)).reshape(tiles, heads, each, group, head_dim)
     return out.swapaxes(1, 2).reshape(tiles * each, heads * group, head_dim)[: len(tokens.query)]
 
@@ -148,19 +131,3 @@ def _tile(heads: int, group: int, layouts: tuple[Pages, Pages]) -> int:
     """Queries of a prefill's tile."""
     row = heads * max(layout.places * layout.lanes for layout in layouts) * 4
     return max(1, min(ROWS, STATE // row) // group)
-
-
-def _padded(array: jax.Array, multiple: int, fill: int) -> jax.Array:
-    widths = [(0, -len(array) % multiple), *[(0, 0)] * (array.ndim - 1)]
-    return jnp.pad(array, widths, constant_values=fill)
-
-
-def _bounds(position: jax.Array, window: int | None) -> jax.Array:
-    """(tiles, 2): the first and the last slot that any query of a tile sees; 0 and -1 where none does."""
-    last = position.max(axis=1)
-    if window is None:
-        first = jnp.zeros_like(last)
-    else:
-        lowest = jnp.where(position >= 0, position, last[:, None]).min(axis=1)
-        first = jnp.maximum(lowest - (window - 1), 0)
-    return jnp.stack([first, last], axis=1)

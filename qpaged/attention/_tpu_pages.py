@@ -2,8 +2,7 @@
 
 A slot's stored elements fill at least one row of 128 lanes, or several slots share a row: its *folds*. A
 query is multiplied with one fold by zeros in the lanes of the others, so that nothing is ever brought from
-one lane to another. Codes that share a byte, its *places*, are taken apart one place at a time; channel
-c is at place c mod places.
+one lane to another. Codes that share a byte are taken apart one place at a time.
 """
 
 from dataclasses import dataclass
@@ -14,55 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged.arrays import QuantizedArray
+from qpaged.attention._layout import Layout
 
 LANES = 128
-BITS = 32  # in which codes that share a byte are taken apart
 HIGHEST = lax.Precision.HIGHEST
 
 
 @dataclass(frozen=True)
-class Pages:
-    """The static description of a pool (kv_heads, pages, page_size, head_dim).
-
-    Attributes:
-        quantizer: None where the pool is plain.
-        dtype: the logical dtype.
-        page_size: slots of a page.
-        head_dim: channels of a slot.
-        places: codes in a byte.
-        per_slot: whether scales are the slot's own.
-        groups: scales along the channels; 0 where there are none.
-        shifted: whether scales carry offsets.
-        stored_bytes: bytes of a slot.
-    """
-
-    quantizer: Any
-    dtype: Any
-    page_size: int
-    head_dim: int
-    places: int = 1
-    per_slot: bool = False
-    groups: int = 0
-    shifted: bool = False
-    stored_bytes: int = 0
-
-    @classmethod
-    def of(cls, pool: Any) -> "Pages":
-        made = {"dtype": pool.dtype, "page_size": pool.shape[2], "head_dim": pool.shape[3]}
-        if not isinstance(pool, QuantizedArray):
-            return cls(None, **made, stored_bytes=pool.shape[3] * pool.dtype.itemsize)
-        stored_bytes = pool.shape[3] // pool.packing * pool.folded.dtype.itemsize
-        made |= {"places": pool.packing, "stored_bytes": stored_bytes}
-        scales, quantizer = pool.scales, pool.quantizer
-        if scales is not None:
-            shifted = jax.eval_shape(quantizer.shift, scales) is not None
-            made |= {"per_slot": scales.shape[2] > 1, "groups": scales.shape[3], "shifted": shifted}
-        return cls(quantizer, **made)
-
-    @property
-    def width(self) -> int:
-        """Stored elements of a slot."""
-        return self.head_dim // self.places
+class Pages(Layout):
+    """The static description of a pool, and how the kernel reads it."""
 
     @property
     def lanes(self) -> int:
@@ -174,14 +133,8 @@ class Pages:
     def _values(self, stored: jax.Array, place: int) -> jax.Array:
         if self.quantizer is None:
             return stored.astype(jnp.float32)
-        codes, made_for = stored, self.dtype if not self.groups else jnp.float32
-        if self.places > 1:
-            bits, code_dtype = BITS // (4 * self.places), self.quantizer.code_dtype(self.dtype)
-            signed = jnp.issubdtype(code_dtype, jnp.signedinteger)
-            high = lax.shift_left(stored.astype(jnp.int32), jnp.int32(BITS - bits * (place + 1)))
-            down = lax.shift_right_arithmetic if signed else lax.shift_right_logical
-            codes = down(high, jnp.int32(BITS - bits)).astype(code_dtype)
-        return self.quantizer.decode(codes, made_for).astype(jnp.float32)
+        made_for = jnp.float32 if self.groups else self.dtype
+        return self.quantizer.decode(self.codes(stored, place), made_for).astype(jnp.float32)
 
     def _of_lanes(self, factors: jax.Array, place: int) -> jax.Array:
         """The factors of each lane, from (pages, groups) or (folds · groups, rows)."""
