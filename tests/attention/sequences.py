@@ -28,19 +28,19 @@ def tables(rng, page_size, lengths):
 
 def poisoned(pool, table, page_size, lengths):
     """The pool with NaN, or codes and scales that read as NaN, wherever no token lies."""
-    used = np.zeros((PAGES, page_size), bool)
+    used = np.zeros((pool.shape[1], page_size), bool)
     for row, length in enumerate(lengths):
-        for slot in range(length):
-            used[table[row, slot // page_size], slot % page_size] = True
+        slot = np.arange(length)
+        used[table[row, slot // page_size], slot % page_size] = True
 
     def spoil(leaf, poison):
         kept = used if leaf.shape[2] == page_size else used.any(axis=1, keepdims=True)
-        return jnp.where(kept[None, :, :, None], leaf, jnp.asarray(poison, leaf.dtype))
+        return jnp.asarray(np.where(kept[None, :, :, None], leaf, np.asarray(poison, leaf.dtype)))
 
     if not isinstance(pool, qpaged.QuantizedArray):
         return spoil(pool, np.nan)
     if pool.scales is None:
-        return pool.like(spoil(pool.codes, np.float32(np.nan).view(np.uint32)), None)
+        return pool.like(spoil(pool.codes, np.asarray(np.nan, pool.dtype).view(pool.codes.dtype)), None)
     code = 0x7F  # a NaN of both fp8 formats, and the largest int8
     outer = None if pool.outer is None else spoil(pool.outer, 254)
     scales = spoil(pool.scales, pool.quantizer.past_end)
