@@ -127,8 +127,8 @@ def write_attend():
         f"`benchmarks/write_attend.py`: one layer, {shape['batch']} sequences of {shape['length']} tokens, "
         f"{shape['q_heads']} query heads over {shape['kv_heads']} KV heads, head size {shape['head_dim']}, "
         f"bfloat16: milliseconds, median of {results['rounds']} rounds, jax {results['versions']['jax']} on "
-        f"CPU, {results['date']}; in brackets, times as long as plain bfloat16. Formats with one option at most; "
-        "the file of results has all.",
+        f"CPU, {results['date']}; in brackets, times as long as plain bfloat16. Formats with one option at "
+        "most; the file of results has all.",
         "",
         f"| format | bits | decode write | prefill of {shape['prompt']} | decode attention |",
         "|---|--:|--:|--:|--:|",
