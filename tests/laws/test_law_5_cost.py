@@ -111,7 +111,7 @@ def blocks_read(monkeypatch, lengths, **options):
 
 
 def test_attention_reads_the_sum_of_the_lengths(monkeypatch):
-    assert _xla.BLOCK == 512
-    assert blocks_read(monkeypatch, [4096]) == 8
-    assert blocks_read(monkeypatch, [4096, 100, 100, 0]) == 8 + 1 + 1 + 0
-    assert blocks_read(monkeypatch, [4096], sliding_window=512) == 1
+    long = 16 * _xla.BLOCK
+    assert blocks_read(monkeypatch, [long]) == 16
+    assert blocks_read(monkeypatch, [long, 100, 100, 0]) == 16 + 1 + 1 + 0
+    assert blocks_read(monkeypatch, [long], sliding_window=_xla.BLOCK) == 1
