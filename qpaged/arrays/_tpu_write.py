@@ -15,6 +15,7 @@ from qpaged._compat import shaped_as, version_tuple
 from qpaged.arrays._folds import LANES
 from qpaged.arrays._packing import BYTE
 from qpaged.arrays._tiles import refused
+from qpaged.arrays._tpu_scales import Order
 
 AT_ONCE = 8  # pages in fast memory, and rows of each that come along
 LARGEST_PAGE = 2**19  # bytes of all heads
@@ -110,19 +111,15 @@ def put(part: jax.Array, pages: jax.Array, new: jax.Array) -> jax.Array:
 
 
 def put_slots(scales: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
-    """The scales of slots with ``new`` (n, kv_heads, groups) put at ``places`` (n, 2), (page, slot).
-
-    One by one, in the order in which TPUs keep them, pages last: for anything longer XLA would bring the
-    whole pool's into another. Out of range is dropped.
-    """
+    """The scales of slots with ``new`` (n, kv_heads, groups) put at ``places`` (n, 2), (page, slot); out of
+    range is dropped."""
     heads, count, slots, groups = scales.shape
-    flat = scales.transpose(0, 2, 3, 1).reshape(-1)
+    order = Order.of(scales)
     page, slot = (place[:, None, None] for place in places.T)
     head, group = jnp.arange(heads, dtype=jnp.int32)[:, None], jnp.arange(groups, dtype=jnp.int32)
     inside = (page >= 0) & (page < count) & (slot >= 0) & (slot < slots)
-    at = jnp.where(inside, ((head * slots + slot) * groups + group) * count + page, flat.size)
-    flat = flat.at[at].set(new, mode="drop")
-    return flat.reshape(heads, slots, groups, count).transpose(0, 3, 1, 2)
+    at = jnp.where(inside, order.at(head, page, slot, group), scales.size)
+    return order.back(order.flat(scales).at[at].set(new, mode="drop"))
 
 
 def _each_head(part: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:

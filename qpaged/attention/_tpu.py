@@ -20,7 +20,7 @@ BUFFERS = 2**22  # bytes of two blocks of pages
 BLOCK = 512  # slots of a block, if the buffers hold them
 STATE = 2**20  # bytes of a tile's sums
 ROWS = 256  # queries of a KV head in a tile
-SCALES = 2**18  # bytes of scales gathered for one call, if one sequence has no more
+SCALES = 2**17  # bytes of scales gathered for one call, if one sequence has no more
 TABLE = 2**16  # entries of the page table in scalar memory, likewise
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged.arrays import QuantizedArray
+from qpaged.arrays._tpu_scales import Order
 from qpaged.attention._layout import Layout
 
 LANES = 128
@@ -61,21 +62,20 @@ class Pages(Layout):
         """
         if not self.groups:
             return None
-        heads, count, slots, groups = pool.scales.shape
+        heads, count, _, groups = pool.scales.shape
         blocks = jnp.clip(table, 0, count - 1).reshape(len(table), -1, 1, pages)
         head = jnp.arange(heads, dtype=jnp.int32)[:, None]
         if groups > 1 and not self.per_slot:
             rows = pool.scales.reshape(heads * count, groups)
             return rows.at[head * count + blocks].get(mode="promise_in_bounds")
-        # One by one, from the order in which they lie: longer slices XLA finds in a copy of all scales alone.
-        flat = pool.scales.transpose(0, 2, 3, 1).reshape(-1)
         folds, rows = (self.folds, self.page_rows) if self.per_slot else (1, 1)
         page = jnp.repeat(blocks[..., None, None, :], rows, axis=-1)
         slot = jnp.arange(pages * rows, dtype=jnp.int32) % rows * folds
         slot = slot + jnp.arange(folds, dtype=jnp.int32)[:, None, None]
         group = jnp.arange(groups, dtype=jnp.int32)[:, None]
-        at = ((head[..., None, None] * slots + slot) * groups + group) * count + page
-        found = flat.at[at].get(mode="promise_in_bounds")
+        order = Order.of(pool.scales)
+        at = order.at(head[..., None, None], page, slot, group)
+        found = order.flat(pool.scales).at[at].get(mode="promise_in_bounds")
         shape = found.shape[:3]  # of (sequences, blocks, kv_heads, folds, groups, rows)
         return found.reshape(*shape, -1) if groups == 1 else found.reshape(*shape, folds * groups, -1)
 

@@ -1,0 +1,48 @@
+"""The order in which TPUs keep the scales of slots: every scale is found where it is said to be."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qpaged.arrays._tpu_scales import Order
+from qpaged.arrays._tpu_write import put_slots
+
+SHAPES = [(2, 256, 16, 1), (2, 128, 16, 4), (1, 256, 16, 8), (3, 128, 4, 16), (2, 96, 16, 1), (2, 7, 16, 4)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.uint16, jnp.float32])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_scale_is_found(shape, dtype):
+    scales = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape), dtype)
+    order = Order.of(scales)
+    flat = order.flat(scales)
+    places = np.ogrid[tuple(slice(n) for n in shape)]
+    at = order.at(*(jnp.asarray(place, jnp.int32) for place in places))
+    np.testing.assert_array_equal(np.sort(at.ravel()), np.arange(scales.size))
+    np.testing.assert_array_equal(flat[at], scales)
+    np.testing.assert_array_equal(order.back(flat), scales)
+
+
+def test_pages_fill_lanes_and_narrow_scales_share_tiles():
+    rows = {
+        (groups, dtype): Order.of(jnp.zeros((2, 256, 16, groups), dtype)).rows
+        for groups in (1, 4, 16)
+        for dtype in (jnp.uint16, jnp.float32)
+    }
+    assert rows == {
+        (1, jnp.uint16): 8, (1, jnp.float32): 1, (4, jnp.uint16): 4, (4, jnp.float32): 4,
+        (16, jnp.uint16): 8, (16, jnp.float32): 8,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scales_are_put_where_they_belong(shape):
+    heads, pages, slots, groups = shape
+    rng = np.random.default_rng(1)
+    scales = rng.integers(0, 2**16, shape).astype(np.uint16)
+    places = np.array([[0, 0], [pages - 1, slots - 1], [3, 2], [pages, 0], [-1, 1], [1, slots]])
+    new = rng.integers(0, 2**16, (len(places), heads, groups)).astype(np.uint16)
+    want = scales.copy()
+    for (page, slot), put in zip(places[:3], new, strict=False):  # the others are out of range
+        want[:, page, slot] = put
+    np.testing.assert_array_equal(put_slots(jnp.asarray(scales), jnp.asarray(places, jnp.int32), new), want)
