@@ -197,7 +197,7 @@ def _scale_other(other, array, axes: Axes, params) -> jax.Array:
 
 
 def _contract_scaled(other: jax.Array, array: QuantizedArray, axes: Axes, params) -> jax.Array:
-    """Scales along contracted and kept axes at once: the codes are scaled, and rounded, before the dot."""
+    """The codes are scaled, and rounded to the dtype of the other operand, before the dot."""
     values = blocked(array.values(jnp.float32), array.scales.shape) * beside(array.scales)
     dtype = jnp.float32 if other.dtype == jnp.float16 else other.dtype
     values = to_bfloat16(values) if dtype == jnp.bfloat16 else values.astype(dtype)

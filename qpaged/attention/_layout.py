@@ -89,10 +89,12 @@ def pool_refusal(pool: QuantizedArray, decoded: Any) -> str | None:
     return None
 
 
-def padded(array: jax.Array, multiple: int, fill: int) -> jax.Array:
-    """``array`` with ``fill`` appended along its first axis up to a multiple."""
-    widths = [(0, -len(array) % multiple), *[(0, 0)] * (array.ndim - 1)]
-    return jnp.pad(array, widths, constant_values=fill)
+def padded(array: jax.Array, multiple: int, fill: int, axis: int = 0) -> jax.Array:
+    """``array`` with ``fill`` appended along ``axis`` up to a multiple."""
+    missing = -array.shape[axis] % multiple
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return jnp.pad(array, widths, constant_values=fill) if missing else array
 
 
 def bounds(position: jax.Array, window: int | None) -> jax.Array:

@@ -75,11 +75,10 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
     at_once = max(1, min(rows, TABLE // pages, SCALES // max(1, bytes_each)))
     if at_once == rows:
         return _call(tokens, keys, values, sinks, options)
-    missing = -rows % at_once
     whole = Tokens(
-        jnp.pad(tokens.query, ((0, missing), (0, 0), (0, 0))),
-        jnp.pad(tokens.position, (0, missing), constant_values=-1),
-        jnp.pad(tokens.table, ((0, missing), (0, 0))),
+        padded(tokens.query, at_once, 0),
+        padded(tokens.position, at_once, -1),
+        padded(tokens.table, at_once, 0),
     )
     chunks = jax.tree_util.tree_map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), whole)
     out = lax.map(lambda chunk: _call(chunk, keys, values, sinks, options), chunks)

@@ -13,6 +13,7 @@ from jax import lax
 
 from qpaged._compat import varying_as
 from qpaged.arrays import as_slots, compute_dtype, dot, keep_slots, take_pages
+from qpaged.attention._layout import padded
 from qpaged.attention._options import FLOOR, Options, Tokens, grouped, ungrouped
 
 BLOCK = 256  # slots read at once: what is made of them, and of a tile's scores, stays in a core's cache
@@ -26,7 +27,7 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
     """Attention of each token over its sequence's pages, (n, q_heads, head_dim) float32."""
     page_size = keys.shape[2]
     pages = max(1, min(BLOCK // page_size, tokens.table.shape[-1]))
-    table = _padded(tokens.table, -1, pages, options.num_pages)
+    table = padded(tokens.table, pages, options.num_pages, axis=-1)
 
     def tile(query, position, table):
         return _tile(query, position, table, pages, keys, values, sinks, options)
@@ -36,7 +37,7 @@ def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, opti
         return lax.map(row, (tokens.query, tokens.position, table))
     n = len(tokens.query)
     size = min(TILE, n)
-    query, position = _padded(tokens.query, 0, size, 0), _padded(tokens.position, 0, size, -1)
+    query, position = padded(tokens.query, size, 0), padded(tokens.position, size, -1)
     tiles = query.reshape(-1, size, *query.shape[1:]), position.reshape(-1, size)
     return lax.map(lambda args: tile(args[0], args[1], table), tiles).reshape(query.shape)[:n]
 
@@ -81,11 +82,3 @@ def _blocks(position: jax.Array, size: int, window: int | None) -> tuple[jax.Arr
         return jnp.int32(0), last
     lowest = jnp.where(position >= 0, position, position.max()).min()
     return jnp.maximum(lowest - window + 1, 0) // size, last
-
-
-def _padded(array: jax.Array, axis: int, multiple: int, fill: int) -> jax.Array:
-    """``array`` with ``fill`` appended along ``axis`` up to a multiple."""
-    missing = -array.shape[axis] % multiple
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, missing)
-    return jnp.pad(array, widths, constant_values=fill) if missing else array

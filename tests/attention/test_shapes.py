@@ -38,7 +38,7 @@ def small(shape):
     """The shape with shorter sequences, and fewer if they are many; the raggedness, heads and pages stay."""
     lengths = [length // SCALE for length in shape.lengths]
     every = 1 if len(lengths) <= AT_MOST else 16
-    return dataclasses.replace(shape, lengths=tuple(lengths[::every]))
+    return dataclasses.replace(shape, lengths=tuple(lengths[::every]), chunk=max(1, shape.chunk // SCALE))
 
 
 def named():
@@ -141,7 +141,8 @@ def test_named_shapes(name, keys, values, dtype):
     shape = small(SHAPES[name])
     table, used = shape.tables()
     pages = used + SPARE
-    check(shape, (keys, values), dtype, np.where(table == used, pages, table), pages)
+    chunk = None if shape.chunk == 1 else np.arange(shape.lengths[0], dtype=np.int32)[-shape.chunk :]
+    check(shape, (keys, values), dtype, np.where(table == used, pages, table), pages, chunk)
 
 
 @pytest.mark.skipif(not TPU.available, reason=f"the tpu backend {TPU.reason}")
