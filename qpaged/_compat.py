@@ -177,3 +177,27 @@ def spec_axes(entry: Any) -> tuple[Any, ...]:
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
+
+
+def operand_batching_dims(numbers: Any) -> tuple[int, ...]:
+    """The operand axes that a gather or scatter batches over; none before JAX 0.4.31."""
+    return tuple(getattr(numbers, "operand_batching_dims", ()))
+
+
+def scatter_indices_batching_dims(numbers: Any) -> tuple[int, ...]:
+    """The index axes that a scatter batches over, in the order of :func:`operand_batching_dims`."""
+    return tuple(getattr(numbers, "scatter_indices_batching_dims", ()))
+
+
+OLDEST_PALLAS_TPU = (0, 10)
+
+
+def has_pallas_tpu() -> bool:
+    """Whether this JAX has the Pallas for TPUs that our kernels are written for."""
+    return version_tuple(jax.__version__) >= OLDEST_PALLAS_TPU
+
+
+def existing_primitives(names: str | Sequence[str]) -> list[str]:
+    """Those of the primitives that this JAX has: some came with later versions."""
+    names = [names] if isinstance(names, str) else names
+    return [name for name in names if hasattr(jax.lax, f"{name}_p")]

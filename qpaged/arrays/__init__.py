@@ -1,40 +1,71 @@
 """QuantizedArray, its writes and its lazy reads."""
 
+from typing import Any
+
+from qpaged._deprecated import warn_renamed
 from qpaged.arrays import _handlers as _handlers  # registers the handlers
 from qpaged.arrays._dot import dot_general
-from qpaged.arrays._indices import clipped
-from qpaged.arrays._quantized import (
-    QuantizedArray,
-    check_parts,
-    common_dtype,
-    empty,
-    fill_rows,
-    float_dtype,
-    in_units,
-    quantize,
+from qpaged.arrays._dtypes import common_dtype, float_dtype
+from qpaged.arrays._elementwise import not_elementwise
+from qpaged.arrays._encoding import in_units
+from qpaged.arrays._indices import clip_to_int32
+from qpaged.arrays._lane_rows import LANES
+from qpaged.arrays._packing import extract_codes
+from qpaged.arrays._protocol import ArrayFormat, GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
+from qpaged.arrays._quantize import check_parts, empty, fill_lane_rows, overwrite, quantize
+from qpaged.arrays._quantized import BlockParts, QuantizedArray
+from qpaged.arrays._slots import (
+    as_slots,
+    compute_dtype,
+    dot,
+    gather_pages,
+    invert_output,
+    mask_slots,
+    to_float32,
+    transform_query,
+    untransformed,
 )
-from qpaged.arrays._reads import as_slots, compute_dtype, contracted, dot, keep_slots, take_pages, weighed
-from qpaged.arrays._tiles import refused
 from qpaged.arrays._writes import write_rows
 
 __all__ = [
+    "LANES",
+    "ArrayFormat",
+    "BlockParts",
+    "GlobalScaleRule",
+    "GrowthRule",
+    "OffsetRule",
     "QuantizedArray",
+    "TransformRule",
     "as_slots",
     "check_parts",
-    "clipped",
+    "clip_to_int32",
     "common_dtype",
     "compute_dtype",
-    "contracted",
     "dot",
     "dot_general",
     "empty",
-    "fill_rows",
+    "extract_codes",
+    "fill_lane_rows",
     "float_dtype",
+    "gather_pages",
     "in_units",
-    "keep_slots",
+    "invert_output",
+    "mask_slots",
+    "not_elementwise",
+    "overwrite",
     "quantize",
-    "refused",
-    "take_pages",
-    "weighed",
+    "to_float32",
+    "transform_query",
+    "untransformed",
     "write_rows",
 ]
+
+_RENAMED = {"take_pages": "gather_pages", "keep_slots": "mask_slots"}
+
+
+def __getattr__(name: str) -> Any:
+    """Return what an old name stands for, with a DeprecationWarning."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_renamed(f"{__name__}.{name}", f"{__name__}.{_RENAMED[name]}")
+    return globals()[_RENAMED[name]]

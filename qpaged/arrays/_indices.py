@@ -1,15 +1,19 @@
 """Integer indices, brought to int32 without wrapping."""
 
-from typing import Any
+from typing import TypeVar
 
+import jax
 import numpy as np
 
-BEFORE = -1  # what every negative index becomes; writes drop it, reads skip it
-LARGEST = np.iinfo(np.int32).max
+BEFORE_FIRST = -1  # what every negative index becomes; writes drop it, reads skip it
+LARGEST_INT32 = np.iinfo(np.int32).max
+
+Integers = TypeVar("Integers", jax.Array, np.ndarray, np.integer)
 
 
-def clipped(values: Any) -> Any:
-    """An integer array as int32; what is beyond its range is put at its ends, as far out of any array."""
+def clip_to_int32(values: Integers) -> Integers:
+    """Return integers as int32; those beyond its range become its ends, which are as far out of any array."""
     if not np.can_cast(values.dtype, np.int32):
-        values = values.clip(0 if values.dtype.kind == "u" else BEFORE, LARGEST)
+        lowest = 0 if values.dtype.kind == "u" else BEFORE_FIRST
+        values = values.clip(lowest, LARGEST_INT32)
     return values.astype(np.int32)

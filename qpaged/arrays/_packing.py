@@ -4,49 +4,61 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 BYTE = 8
 
 
 def pack(codes: jax.Array, bits: int, axis: int) -> jax.Array:
-    """Codes, one an element, as uint8 with 8 / ``bits`` of them in each; ``axis`` shrinks by as much."""
+    """Return codes, one an element, as uint8 with 8 / ``bits`` of them in each; ``axis`` shrinks by as much."""
     if bits == BYTE:
         return codes
     axis %= codes.ndim
-    several = BYTE // bits
-    shape = (*codes.shape[:axis], codes.shape[axis] // several, several, *codes.shape[axis + 1 :])
-    apart = (codes.astype(jnp.uint8) & jnp.uint8((1 << bits) - 1)).reshape(shape)
-    apart = apart << _shifts(bits, axis + 1, len(shape))
-    return jax.lax.reduce(apart, jnp.uint8(0), jax.lax.bitwise_or, (axis + 1,))
+    codes_per_byte = BYTE // bits
+    shape = (*codes.shape[:axis], codes.shape[axis] // codes_per_byte, codes_per_byte, *codes.shape[axis + 1 :])
+    low_bits = codes.astype(jnp.uint8) & jnp.uint8((1 << bits) - 1)
+    shifted = low_bits.reshape(shape) << _bit_positions(bits, axis + 1, len(shape))
+    return lax.reduce(shifted, jnp.uint8(0), lax.bitwise_or, (axis + 1,))
 
 
 def unpack(packed: jax.Array, bits: int, axis: int, dtype: Any) -> jax.Array:
-    """The inverse of :func:`pack`: codes of the 8-bit ``dtype``, with their sign if that has one."""
+    """Return the codes that :func:`pack` took, in the 8-bit ``dtype``, with their sign if that has one."""
     if bits == BYTE:
         return packed
     axis %= packed.ndim
-    shifts = _shifts(bits, axis + 1, packed.ndim + 1)
-    # Each code is brought to the top of its byte and from there down, which brings its sign along.
-    high = jnp.expand_dims(packed, axis + 1) << (jnp.uint8(BYTE - bits) - shifts)
-    apart = high.astype(dtype) >> jnp.asarray(BYTE - bits, dtype)
+    positions = _bit_positions(bits, axis + 1, packed.ndim + 1)
+    # Each code is shifted to the top of its byte and from there down, which extends its sign.
+    top = jnp.expand_dims(packed, axis + 1) << (jnp.uint8(BYTE - bits) - positions)
+    codes = top.astype(dtype) >> jnp.asarray(BYTE - bits, dtype)
     length = packed.shape[axis] * (BYTE // bits)
-    return apart.reshape(*packed.shape[:axis], length, *packed.shape[axis + 1 :])
+    return codes.reshape(*packed.shape[:axis], length, *packed.shape[axis + 1 :])
 
 
-def unpack_place(packed: jax.Array, bits: int, place: int, dtype: Any) -> jax.Array:
-    """Of each byte the code number ``place`` (0 is the lowest), with its sign if ``dtype`` has one."""
-    high = packed << jnp.uint8(BYTE - bits * (place + 1))
-    return high.astype(dtype) >> jnp.asarray(BYTE - bits, dtype)
+def extract_codes(packed: jax.Array, bits: int, byte_index: int, dtype: Any) -> jax.Array:
+    """Return the code at ``byte_index`` (0 is the lowest) of each byte, with its sign if ``dtype`` has one.
+
+    Args:
+        packed: uint8; or int32 with a byte in each, since kernels shift 32-bit integers alone.
+    """
+    width = BYTE * packed.dtype.itemsize
+    top = lax.shift_left(packed, jnp.asarray(width - bits * (byte_index + 1), packed.dtype))
+    if width == BYTE:
+        top = top.astype(dtype)  # int8, if the shift down is to extend the sign
+    shift_right = lax.shift_right_logical
+    if jnp.issubdtype(dtype, jnp.signedinteger):
+        shift_right = lax.shift_right_arithmetic
+    return shift_right(top, jnp.asarray(width - bits, top.dtype)).astype(dtype)
 
 
-def merge(packed: jax.Array, codes: jax.Array, place: jax.Array, bits: int) -> jax.Array:
-    """Bytes ``packed`` whose code number ``place`` (0 is the lowest) has become ``codes``."""
-    shift = place.astype(jnp.uint8) * jnp.uint8(bits)
+def insert_codes(packed: jax.Array, codes: jax.Array, byte_index: jax.Array, bits: int) -> jax.Array:
+    """Return bytes ``packed`` with the code at ``byte_index`` (0 is the lowest) of each replaced by ``codes``."""
+    position = byte_index.astype(jnp.uint8) * jnp.uint8(bits)
     mask = jnp.uint8((1 << bits) - 1)
-    return (packed & ~(mask << shift)) | ((codes.astype(jnp.uint8) & mask) << shift)
+    return (packed & ~(mask << position)) | ((codes.astype(jnp.uint8) & mask) << position)
 
 
-def _shifts(bits: int, axis: int, ndim: int) -> jax.Array:
+def _bit_positions(bits: int, axis: int, ndim: int) -> jax.Array:
+    """Return where each code of a byte begins, along ``axis`` of ``ndim`` axes."""
     shape = [1] * ndim
     shape[axis] = BYTE // bits
     return (jnp.arange(BYTE // bits, dtype=jnp.uint8) * jnp.uint8(bits)).reshape(shape)

@@ -1,242 +1,173 @@
-"""The Pallas kernel that writes to pages on TPUs: it grows their codes and puts new ones in, in place.
+"""Writes to pages on TPUs: what the kernel takes, and how its operands are laid out.
 
-XLA would copy the pool to grow codes, or to write slots that share a row of lanes. Pages come to fast memory
-a few at a time, with the rows that go to them; each is copied in once and out once.
+XLA would copy the pool to grow codes, or to write slots that share a row of lanes. The kernel of
+:mod:`qpaged.arrays._tpu_write_kernel` brings a few pages at a time to fast memory, with the rows that go to
+them; each is copied in once and out once.
 """
 
-import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from qpaged._compat import shaped_as, version_tuple
-from qpaged.arrays._folds import LANES
-from qpaged.arrays._packing import BYTE
-from qpaged.arrays._tiles import refused
-from qpaged.arrays._tpu_scales import Order
+from qpaged._compat import has_pallas_tpu
+from qpaged.arrays._elementwise import not_elementwise
+from qpaged.arrays._lane_rows import LANES, from_lane_rows
+from qpaged.arrays._quantized import QuantizedArray
+from qpaged.arrays._tpu_scales import ScaleOrder
 
-AT_ONCE = 8  # pages in fast memory, and rows of each that come along
+PAGES_AT_ONCE = 8  # pages in fast memory, and rows of each that come along
 LARGEST_PAGE = 2**19  # bytes of all heads
-MOST_ROWS = 2**16  # whose places scalar memory holds
-OLDEST_JAX = (0, 10)
+MOST_ROWS = 2**16  # the kernel keeps the slots of rows in SMEM, which has 1 MB
 
 
-def takes(array: Any, axes: tuple[int, ...], rows: int) -> bool:
-    """Whether the kernel writes so many rows to (page, slot) of a pool."""
-    if array.ndim != 4 or axes != (1, 2) or version_tuple(jax.__version__) < OLDEST_JAX:
+class ScalesOfPages(NamedTuple):
+    """Stored scales of n pages, (n, kv_heads, 1, channels or 1).
+
+    Attributes:
+        old: those that the codes of the pages are under, 0 where nothing was written to a page.
+        new: those that the codes are requantized to.
+    """
+
+    old: jax.Array
+    new: jax.Array
+
+
+def takes(array: QuantizedArray, axes: tuple[int, ...], rows: int) -> bool:
+    """Return True if the kernel writes so many rows to (page, slot) of a pool."""
+    if array.ndim != 4 or axes != (1, 2) or not has_pallas_tpu():
+        return False
+    if array.channel_axis != -1 or rows > MOST_ROWS:
         return False
     heads, _, page_size, channels = array.shape
-    width = channels // array.packing
-    whole = (width % LANES == 0 or LANES % width == 0) and page_size % 16 == 0
-    if not whole or array.channel_axis != -1 or rows > MOST_ROWS:
+    width = channels // array.codes_per_byte
+    fills_lanes = width % LANES == 0 or LANES % width == 0
+    if not fills_lanes or page_size % 16:
         return False
-    return heads * page_size * width * array.folded.dtype.itemsize <= LARGEST_PAGE
+    return heads * page_size * width * array.stored.dtype.itemsize <= LARGEST_PAGE
 
 
-def grows(array: Any) -> bool:
-    """Whether the kernel brings the codes of a pool that it takes under new scales of their pages."""
+def grows(array: QuantizedArray) -> bool:
+    """Return True if the kernel requantizes the codes of a pool that it takes, as their pages' scales grow."""
     quantizer = array.quantizer
-    if array.scales is None or array.outer is not None or array.scales.shape[2] > 1:
+    if array.scales is None or array.global_scale is not None or quantizer.growth is None:
         return False
-    dtypes = quantizer.code_dtype(array.dtype), array.scales.dtype, array.scales.dtype
-    return quantizer.tiled and refused(quantizer.grow, *dtypes) is None
+    has_page_scales = array.scales.shape[2] == 1
+    if not has_page_scales or not quantizer.elementwise:
+        return False
+    scale_dtype = array.scales.dtype
+    dtypes = quantizer.code_dtype(array.dtype), scale_dtype, scale_dtype
+    return not_elementwise(quantizer.growth.requantize, *dtypes) is None
 
 
-def write(array: Any, pages, of_row, slot, rows, scales=None) -> jax.Array:
-    """The codes of a pool with ``rows`` put in.
+def write(
+    array: QuantizedArray,
+    pages: jax.Array,  # [n] int32
+    page_of_row: jax.Array,  # [rows] int32
+    slots: jax.Array,  # [rows] int32
+    rows: jax.Array,  # [rows, kv_heads, width], codes as they are stored
+    scales: ScalesOfPages | None = None,
+) -> jax.Array:
+    """Return the codes of a pool with ``rows`` put in, after the codes of their pages were requantized.
 
     Args:
         array: the pool.
-        pages: (n,) int32; distinct pages, ascending, out of range where there are no more.
-        of_row: (rows,) int32; which of these each row goes to.
-        slot: (rows,) int32; out of range is dropped.
-        rows: (rows, kv_heads, width); codes as they are stored.
-        scales: two of (n, kv_heads, 1, channels or 1): those that the codes of the pages are under, 0 where
-            nothing was written to a page, and those that they are brought under; None leaves them.
+        pages: distinct pages, ascending, out of range where there are no more.
+        page_of_row: the index among these of the page that each row goes to.
+        slots: the slot that each row goes to; out of range is dropped.
+        rows: of rows to one slot the last stays.
+        scales: of the pages; None leaves the codes as they are.
     """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
+    from qpaged.arrays import _tpu_write_kernel  # imports Pallas, which takes a second
 
-    heads, count, page_size, channels = array.shape
-    several = array.packing
-    width = channels // several
+    heads, num_pages, page_size, channels = array.shape
+    width = channels // array.codes_per_byte
     lanes = max(LANES, width)
-    codes = array.folded.reshape(heads, count, page_size * width // lanes, lanes)
-    inside = (pages >= 0) & (pages < count)
-    order = jnp.argsort(of_row)  # stable: of rows to one slot the last stays
-    places = jnp.arange(len(pages) + 1, dtype=jnp.int32)
-    starts = jnp.searchsorted(of_row[order], places, method="compare_all").astype(jnp.int32)
-    missing = -len(pages) % AT_ONCE
-    parts = [_of_lanes(part, several, width, lanes, missing) for part in scales or ()]
-    rows = jnp.pad(jnp.tile(rows[order], lanes // width), ((0, AT_ONCE), (0, 0), (0, 0)))
-    pages = jnp.pad(jnp.where(inside, pages, -1), (0, missing), constant_values=-1)
-    starts = jnp.pad(starts, (0, missing), mode="edge")
-    grown = functools.partial(_grown, array.quantizer, array.quantizer.code_dtype(array.dtype), several)
-    buffers = [
-        (codes, (heads, *codes.shape[2:])),
-        (rows, (AT_ONCE, *rows.shape[1:])),
-        *((part, part.shape[1:]) for part in parts),
-    ]
-    out = pl.pallas_call(
-        functools.partial(_kernel, grown, width, len(parts)),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
-            grid=(1,),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(buffers),
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
-            scratch_shapes=[
-                *(pltpu.VMEM((AT_ONCE, *shape), part.dtype) for part, shape in buffers),
-                pltpu.SemaphoreType.DMA((3,)),
-            ],
-        ),
-        out_shape=shaped_as(codes.shape, codes.dtype, (codes, rows, parts, pages, slot)),
-        input_output_aliases={4: 0},
-        name="write_pages",
-    )(pages, starts, slot[order], inside.sum(dtype=jnp.int32)[None], codes, rows, *parts)
-    return out.reshape(heads, count, page_size, width)
+    codes = array.stored.reshape(heads, num_pages, page_size * width // lanes, lanes)
+
+    inside = (pages >= 0) & (pages < num_pages)
+    order = jnp.argsort(page_of_row)  # stable, so that of rows to one slot the last stays last
+    page_numbers = jnp.arange(len(pages) + 1, dtype=jnp.int32)
+    row_starts = jnp.searchsorted(page_of_row[order], page_numbers, method="compare_all").astype(jnp.int32)
+    padding = -len(pages) % PAGES_AT_ONCE
+    lane_scales = []
+    if scales is not None:
+        for part in scales:
+            lane_scales.append(_scales_of_lanes(part, array.codes_per_byte, width, lanes, padding))
+    rows = jnp.tile(rows[order], lanes // width)
+    rows = jnp.pad(rows, ((0, PAGES_AT_ONCE), (0, 0), (0, 0)))
+    pages = jnp.pad(jnp.where(inside, pages, -1), (0, padding), constant_values=-1)
+    row_starts = jnp.pad(row_starts, (0, padding), mode="edge")
+
+    call = _tpu_write_kernel.WriteCall(
+        quantizer=array.quantizer,
+        code_dtype=array.quantizer.code_dtype(array.dtype),
+        codes_per_byte=array.codes_per_byte,
+        width=width,
+        pages_at_once=PAGES_AT_ONCE,
+    )
+    num_inside = inside.sum(dtype=jnp.int32)[None]
+    out = _tpu_write_kernel.write(call, pages, row_starts, slots[order], num_inside, codes, rows, lane_scales)
+    return out.reshape(heads, num_pages, page_size, width)
 
 
-def take(part: jax.Array, pages: jax.Array) -> jax.Array:
-    """(n, kv_heads, ...) of ``pages`` (n,); zeros where out of range."""
-    flat, at = _each_head(part, pages)
-    return flat.at[at].get(mode="fill", fill_value=0)
+def _scales_of_lanes(
+    scales: jax.Array,  # [n, kv_heads, 1, channels or 1]
+    codes_per_byte: int,
+    width: int,
+    lanes: int,
+    padding: int,
+) -> jax.Array:
+    """Return stored scales as (n + padding, kv_heads, codes_per_byte * lanes), byte index by byte index."""
+    n, heads = scales.shape[:2]
+    of_channels = jnp.broadcast_to(scales, (n, heads, 1, width * codes_per_byte))
+    of_bytes = of_channels.reshape(n, heads, width, codes_per_byte).swapaxes(-1, -2)
+    of_lanes = jnp.tile(of_bytes, lanes // width).reshape(n, heads, codes_per_byte * lanes)
+    return jnp.pad(of_lanes, ((0, padding), (0, 0), (0, 0)))
 
 
-def put(part: jax.Array, pages: jax.Array, new: jax.Array) -> jax.Array:
-    """``part`` with ``new`` (n, kv_heads, ...) put at ``pages`` (n,); out of range is dropped."""
-    flat, at = _each_head(part, pages)
-    return flat.at[at].set(new, mode="drop").reshape(part.shape)
+def gather_pages(part: jax.Array, pages: jax.Array) -> jax.Array:
+    """Return (n, kv_heads, ...) of ``pages`` (n,); zeros where out of range."""
+    flat, index = _pages_of_each_head(part, pages)
+    return flat.at[index].get(mode="fill", fill_value=0)
 
 
-def put_slots(scales: jax.Array, places: jax.Array, new: jax.Array) -> jax.Array:
-    """The scales of slots with ``new`` (n, kv_heads, groups) put at ``places`` (n, 2), (page, slot); out of
-    range is dropped."""
-    heads, count, slots, groups = scales.shape
-    order = Order.of(scales)
-    page, slot = (place[:, None, None] for place in places.T)
-    head, group = jnp.arange(heads, dtype=jnp.int32)[:, None], jnp.arange(groups, dtype=jnp.int32)
-    inside = (page >= 0) & (page < count) & (slot >= 0) & (slot < slots)
-    at = jnp.where(inside, order.at(head, page, slot, group), scales.size)
-    return order.back(order.flat(scales).at[at].set(new, mode="drop"))
+def gather_page_windows(array: QuantizedArray, pages: jax.Array) -> jax.Array:
+    """Return the codes (n, kv_heads, 1, page_size, width) of ``pages`` (n,)."""
+    rows = gather_pages(array.stored, pages)
+    return jnp.expand_dims(from_lane_rows(rows, array.slots_per_row), 2)
 
 
-def _each_head(part: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A pool's part as (kv_heads · pages, ...), and where each head's pages (n, kv_heads) are in it.
+def scatter_pages(part: jax.Array, pages: jax.Array, new: jax.Array) -> jax.Array:
+    """Return ``part`` with ``new`` (n, kv_heads, ...) put at ``pages`` (n,); out of range is dropped."""
+    flat, index = _pages_of_each_head(part, pages)
+    return flat.at[index].set(new, mode="drop").reshape(part.shape)
+
+
+def _pages_of_each_head(part: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return a pool's part as (kv_heads * pages, ...), and the index of each head's pages (n, kv_heads) in it.
 
     XLA finds slices of one head where they lie; for those of all heads it would bring the whole pool into
-    another layout. So does :func:`put`.
+    another layout.
     """
-    heads, count = part.shape[:2]
-    head = jnp.arange(heads, dtype=jnp.int32) * count
-    inside = (pages >= 0) & (pages < count)
-    at = jnp.where(inside[:, None], head + pages[:, None], heads * count)
-    return part.reshape(heads * count, *part.shape[2:]), at
+    heads, num_pages = part.shape[:2]
+    head_start = jnp.arange(heads, dtype=jnp.int32) * num_pages
+    inside = (pages >= 0) & (pages < num_pages)
+    index = jnp.where(inside[:, None], head_start + pages[:, None], heads * num_pages)
+    return part.reshape(heads * num_pages, *part.shape[2:]), index
 
 
-def _of_lanes(scales: jax.Array, several: int, width: int, lanes: int, missing: int) -> jax.Array:
-    """Stored scales (n, kv_heads, 1, channels or 1) as (n, kv_heads, several · lanes), place by place."""
-    n, heads = scales.shape[:2]
-    wide = jnp.broadcast_to(scales, (n, heads, 1, width * several)).reshape(n, heads, width, several)
-    spread = jnp.tile(wide.swapaxes(-1, -2), lanes // width).reshape(n, heads, several * lanes)
-    return jnp.pad(spread, ((0, missing), (0, 0), (0, 0)))
-
-
-def _kernel(grown, width, scaled, pages, starts, slots, count, _, rows, *others):
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    scales, (codes, page_buffer, row_buffer, *scratch) = others[:scaled], others[scaled:]
-    *scale_buffers, semaphore = scratch
-    copy = pltpu.make_async_copy
-
-    def reads(first, place):
-        page, start = pages[first + place], starts[first + place]
-        yield copy(codes.at[:, page], page_buffer.at[place], semaphore.at[0])
-        yield copy(rows.at[pl.ds(start, AT_ONCE)], row_buffer.at[place], semaphore.at[1])
-
-    def written(first, place):
-        return copy(page_buffer.at[place], codes.at[:, pages[first + place]], semaphore.at[0])
-
-    def for_pages(first, act):
-        def one(place, _):
-            @pl.when(pages[first + place] >= 0)
-            def there():
-                act(place)
-
-        lax.fori_loop(0, AT_ONCE, one, None)
-
-    def group(index, _):
-        first = index * AT_ONCE
-        of_scales = [
-            copy(part.at[pl.ds(first, AT_ONCE)], buffer, semaphore.at[2])
-            for part, buffer in zip(scales, scale_buffers, strict=True)
-        ]
-        for part in of_scales:
-            part.start()
-
-        def start(place):
-            for part in reads(first, place):
-                part.start()
-
-        def wait(place):
-            for part in reads(first, place):
-                part.wait()
-
-        for_pages(first, start)
-        for part in of_scales:
-            part.wait()
-        for_pages(first, wait)
-
-        def update(place):
-            stored = page_buffer[place].astype(jnp.int32)
-            if scaled:
-                stored = grown(stored, *(buffer[place] for buffer in scale_buffers))
-            shape = stored.shape[1:]
-            folds = shape[1] // width
-            lane = lax.broadcasted_iota(jnp.int32, shape, 1)
-            slot = lax.broadcasted_iota(jnp.int32, shape, 0) * folds + lax.div(lane, width)
-            start, end = starts[first + place], starts[first + place + 1]
-
-            def put(row, stored):
-                at = lax.rem(row - start, AT_ONCE)
-
-                @pl.when((at == 0) & (row > start))
-                def more():
-                    fetch = copy(rows.at[pl.ds(row, AT_ONCE)], row_buffer.at[place], semaphore.at[1])
-                    fetch.start()
-                    fetch.wait()
-
-                mine = row_buffer[place, at].astype(jnp.int32)
-                return jnp.where(slot[None] == slots[row], mine[:, None], stored)
-
-            stored = lax.fori_loop(start, end, put, stored)
-            page_buffer[place] = stored.astype(page_buffer.dtype)
-            written(first, place).start()
-
-        for_pages(first, update)
-        for_pages(first, lambda place: written(first, place).wait())
-
-    lax.fori_loop(0, lax.div(count[0] + AT_ONCE - 1, AT_ONCE), group, None)
-
-
-def _grown(quantizer, code_dtype, several, stored, old, new) -> jax.Array:
-    """Stored bytes (kv_heads, rows, lanes), int32, whose codes were under ``old`` scales, under ``new``."""
-    lanes, bits = stored.shape[-1], BYTE // several
-    made = jnp.zeros(stored.shape, jnp.int32)
-    for place in range(several):
-        of_place = slice(place * lanes, (place + 1) * lanes)
-        before, after = (part[:, None, of_place] for part in (old, new))
-        codes = _taken(stored, bits, place, code_dtype)
-        grown = quantizer.grow(codes, before, after)
-        grown = jnp.where((before != 0) & (before != after), grown, codes).astype(jnp.int32)
-        made |= lax.shift_left(grown & ((1 << bits) - 1), bits * place)
-    return made
-
-
-def _taken(stored, bits, place, code_dtype):
-    signed = jnp.issubdtype(code_dtype, jnp.signedinteger)
-    down = lax.shift_right_arithmetic if signed else lax.shift_right_logical
-    high = lax.shift_left(stored, 32 - bits * (place + 1))
-    return down(high, 32 - bits).astype(code_dtype)
+def scatter_slot_scales(
+    scales: jax.Array,  # [kv_heads, pages, slots, groups]
+    page_and_slot: jax.Array,  # [n, 2]
+    new: jax.Array,  # [n, kv_heads, groups]
+) -> jax.Array:
+    """Return the scales of slots with ``new`` ones put at (page, slot); out of range is dropped."""
+    heads, num_pages, slots, groups = scales.shape
+    order = ScaleOrder.of(scales)
+    page, slot = page_and_slot[:, 0, None, None], page_and_slot[:, 1, None, None]
+    head = jnp.arange(heads, dtype=jnp.int32)[:, None]
+    group = jnp.arange(groups, dtype=jnp.int32)
+    inside = (page >= 0) & (page < num_pages) & (slot >= 0) & (slot < slots)
+    index = jnp.where(inside, order.flat_index(head, page, slot, group), scales.size)
+    return order.unflatten(order.flatten(scales).at[index].set(new, mode="drop"))

@@ -4,92 +4,114 @@ A window covers each axis wholly, or from a start known only at run time. Axes o
 indexed: every element of the window along them becomes a row of its own.
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.lax import GatherScatterMode, ScatterDimensionNumbers
 
-from qpaged.arrays import _moves
-from qpaged.arrays._indices import clipped
-from qpaged.arrays._moves import clamped
+from qpaged._compat import operand_batching_dims, scatter_indices_batching_dims
+from qpaged.arrays import _moves, _reshape
+from qpaged.arrays._indices import clip_to_int32
+from qpaged.arrays._moves import clamp_start
+from qpaged.arrays._quantize import overwrite
 from qpaged.arrays._quantized import QuantizedArray
-from qpaged.arrays._writes import overwrite, takes_rows, write_rows
+from qpaged.arrays._writes import takes_rows, write_rows
+
+Update = jax.Array | QuantizedArray
 
 
-def dynamic_update_slice(array: QuantizedArray, update: Any, start: Sequence[Any]) -> QuantizedArray | None:
-    """``lax.dynamic_update_slice``: quantizes what it writes; the start is clamped, as there.
+def dynamic_update_slice(
+    array: QuantizedArray, update: Update, start: Sequence[jax.Array]
+) -> QuantizedArray | None:
+    """Return ``lax.dynamic_update_slice``, which quantizes what it writes; the start is clamped, as there.
 
     None where the format cannot be written to in such windows.
     """
     if update.shape == array.shape:
         return overwrite(array, update)
-    starts = jnp.stack(clamped(start, array.shape, update.shape))[None]
-    return _write_windows(array, starts, _reshape(update, (1, *update.shape)))
+    starts = jnp.stack(clamp_start(start, array.shape, update.shape))[None]
+    return _write_windows(array, starts, _reshape_update(update, (1, *update.shape)))
 
 
 def scatter(
-    array: QuantizedArray, index: jax.Array, updates: Any, numbers: Any, mode: Any
+    array: QuantizedArray,
+    index: jax.Array,
+    updates: Update,
+    numbers: ScatterDimensionNumbers,
+    mode: GatherScatterMode,
 ) -> QuantizedArray | None:
-    """``lax.scatter``, windows and batching dimensions included.
+    """Return ``lax.scatter``, windows and batching dimensions included.
 
     None where the format cannot be written to in such windows.
     """
-    batched = tuple(getattr(numbers, "operand_batching_dims", ()))
-    missing = sorted((*numbers.inserted_window_dims, *batched))
+    batching = operand_batching_dims(numbers)
     scatter_dims = [axis for axis in range(updates.ndim) if axis not in numbers.update_window_dims]
-    count = int(np.prod([updates.shape[axis] for axis in scatter_dims]))
+    count = math.prod(updates.shape[axis] for axis in scatter_dims)
     window = [updates.shape[axis] for axis in numbers.update_window_dims]
-    for axis in missing:
+    for axis in sorted((*numbers.inserted_window_dims, *batching)):
         window.insert(axis, 1)
-    order = (*scatter_dims, *numbers.update_window_dims)
 
     starts = jnp.zeros((*index.shape[:-1], array.ndim), jnp.int32)
-    for position, axis in enumerate(numbers.scatter_dims_to_operand_dims):
-        starts = starts.at[..., axis].set(clipped(index[..., position]))
-    for axis, of in zip(batched, getattr(numbers, "scatter_indices_batching_dims", ()), strict=True):
-        starts = starts.at[..., axis].set(lax.broadcasted_iota(jnp.int32, index.shape[:-1], of))
+    for column, axis in enumerate(numbers.scatter_dims_to_operand_dims):
+        starts = starts.at[..., axis].set(clip_to_int32(index[..., column]))
+    for axis, index_axis in zip(batching, scatter_indices_batching_dims(numbers), strict=True):
+        along = lax.broadcasted_iota(jnp.int32, index.shape[:-1], index_axis)
+        starts = starts.at[..., axis].set(along)
     starts = _in_bounds(starts.reshape(count, array.ndim), array.shape, window, mode)
 
-    return _write_windows(array, starts, _reshape(_transpose(updates, order), (count, *window)))
+    windows_last = _transpose_update(updates, (*scatter_dims, *numbers.update_window_dims))
+    return _write_windows(array, starts, _reshape_update(windows_last, (count, *window)))
 
 
-def _in_bounds(starts: jax.Array, shape: Sequence[int], window: Sequence[int], mode: Any) -> jax.Array:
-    """Starts clamped or, where any is out of range, moved past the end along every axis."""
-    tops = jnp.array([length - size for length, size in zip(shape, window, strict=True)], jnp.int32)
-    if mode == lax.GatherScatterMode.CLIP:
-        return jnp.clip(starts, 0, tops)
-    inside = jnp.all((starts >= 0) & (starts <= tops), axis=-1, keepdims=True)
+def _in_bounds(
+    starts: jax.Array,  # [count, ndim]
+    shape: Sequence[int],
+    window: Sequence[int],
+    mode: GatherScatterMode,
+) -> jax.Array:
+    """Return starts clamped or, where any is out of range, moved past the end along every axis."""
+    last_start = jnp.array([length - size for length, size in zip(shape, window, strict=True)], jnp.int32)
+    if mode == GatherScatterMode.CLIP:
+        return jnp.clip(starts, 0, last_start)
+    inside = jnp.all((starts >= 0) & (starts <= last_start), axis=-1, keepdims=True)
     return jnp.where(inside, starts, jnp.array(shape, jnp.int32))
 
 
-def _write_windows(array: QuantizedArray, starts: jax.Array, windows: Any) -> QuantizedArray | None:
-    """``windows`` (count, *window) written at ``starts`` (count, ndim)."""
+def _write_windows(
+    array: QuantizedArray,
+    starts: jax.Array,  # [count, ndim]
+    windows: Update,  # [count, *window]
+) -> QuantizedArray | None:
+    """Return ``array`` with ``windows`` written at ``starts``; None where the format cannot be."""
     window = windows.shape[1:]
     # Where a window covers the array, the first axis is indexed all the same: it may still be out of range.
     indexed = [axis for axis in range(array.ndim) if window[axis] != array.shape[axis]] or [0]
     if not takes_rows(array, indexed):
         return None
-    whole = [axis for axis in range(array.ndim) if axis not in indexed]
+    kept = [axis for axis in range(array.ndim) if axis not in indexed]
     sizes = [window[axis] for axis in indexed]
     coordinates = []
-    for position, axis in enumerate(indexed):
-        along = starts[:, axis].reshape(-1, *[1] * len(indexed))
-        along = along + lax.broadcasted_iota(jnp.int32, (1, *sizes), position + 1)
+    for column, axis in enumerate(indexed):
+        begin = starts[:, axis].reshape(-1, *[1] * len(indexed))
+        along = begin + lax.broadcasted_iota(jnp.int32, (1, *sizes), column + 1)
         coordinates.append(jnp.broadcast_to(along, (len(starts), *sizes)).reshape(-1))
-    order = (0, *(axis + 1 for axis in (*indexed, *whole)))
-    rows = _reshape(_transpose(windows, order), (len(coordinates[0]), *(window[axis] for axis in whole)))
+    order = (0, *(axis + 1 for axis in (*indexed, *kept)))
+    row_shape = (len(coordinates[0]), *(window[axis] for axis in kept))
+    rows = _reshape_update(_transpose_update(windows, order), row_shape)
     return write_rows(array, indexed, coordinates, rows)
 
 
-def _transpose(array: Any, order: Sequence[int]) -> Any:
-    return (_moves if isinstance(array, QuantizedArray) else lax).transpose(array, order)
+def _transpose_update(update: Update, order: Sequence[int]) -> Update:
+    if isinstance(update, QuantizedArray):
+        return _moves.transpose(update, order)
+    return lax.transpose(update, order)
 
 
-def _reshape(array: Any, shape: Sequence[int]) -> Any:
-    if not isinstance(array, QuantizedArray):
-        return lax.reshape(array, shape)
-    moved = _moves.reshape(array, shape)
-    return lax.reshape(array.materialize(), shape) if moved is None else moved
+def _reshape_update(update: Update, shape: Sequence[int]) -> Update:
+    if not isinstance(update, QuantizedArray):
+        return lax.reshape(update, shape)
+    reshaped = _reshape.reshape(update, shape)
+    return lax.reshape(update.materialize(), shape) if reshaped is None else reshaped

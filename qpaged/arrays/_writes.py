@@ -1,13 +1,7 @@
-"""Writes: quantize as they scatter.
+"""Writes: rows are quantized as they are scattered, and shared scales grow to hold them."""
 
-Every write is brought to one form: the operand's axes are *indexed* (each row names a coordinate) or
-*whole* (each row covers them). ``rows`` is (rows, \\*whole extents); a row with any coordinate out of range,
-negative included, is dropped.
-"""
-
-import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,19 +9,31 @@ from jax import lax
 
 from qpaged._platforms import by_platform
 from qpaged.arrays import _tpu_write
-from qpaged.arrays._blocks import beside, block_max, blocked
-from qpaged.arrays._folds import unfold
-from qpaged.arrays._indices import clipped
-from qpaged.arrays._packing import merge, pack, unpack
-from qpaged.arrays._quantized import QuantizedArray, encode, extremes, fit, outer_grid, prepared, quantize
+from qpaged.arrays._encoding import block_extremes, encode, fit_scales, global_scale_shape, to_block_values
+from qpaged.arrays._growth import NewExtremes, grow_blocks, grow_page_scales
+from qpaged.arrays._indices import clip_to_int32
+from qpaged.arrays._packing import insert_codes, pack
+from qpaged.arrays._quantized import BlockParts, QuantizedArray
+from qpaged.arrays._read_format import channels_matter
+from qpaged.arrays._scatter import Axes, gather_rows, group_by_block, scatter_rows
 
-BLOCKS_AT_ONCE = 64  # blocks that one step of the growth loop rescales, at least
+PAGE_AND_SLOT: Axes = (1, 2)
 
-Axes = tuple[int, ...]
+
+class TargetBlocks(NamedTuple):
+    """The blocks that rows are written to.
+
+    Attributes:
+        distinct: (rows, axes) int32; coordinates of each block once, past the end where there are no more.
+        of_row: (rows,) int32; the index among these of each row's.
+    """
+
+    distinct: jax.Array
+    of_row: jax.Array
 
 
 def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array], rows: Any) -> Any:
-    """``array`` with ``rows`` written at ``coordinates`` along ``axes``; out of range is dropped.
+    """Return ``array`` with ``rows`` written at ``coordinates`` along ``axes``; out of range is dropped.
 
     Args:
         array: a plain array or a :class:`QuantizedArray`.
@@ -42,14 +48,14 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
         ValueError: the format cannot be written to in such rows; :func:`takes_rows` says so beforehand.
     """
     axes = tuple(axes)
-    index = jnp.stack([clipped(c) for c in coordinates], axis=-1)
+    index = jnp.stack([clip_to_int32(along_axis) for along_axis in coordinates], axis=-1)
     if len(index) == 0:
         return array
     if not isinstance(array, QuantizedArray):
         return scatter_rows(array, axes, index, jnp.asarray(rows).astype(array.dtype))
     if isinstance(rows, QuantizedArray):
-        if moves_whole_blocks(array, axes, rows):
-            return move_rows(array, axes, index, rows)
+        if are_whole_blocks(array, axes, rows):
+            return scatter_parts(array, axes, index, rows)
         rows = rows.dequantize()
     if not takes_rows(array, axes):
         raise ValueError(
@@ -59,306 +65,199 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
     rows = lax.stop_gradient(jnp.asarray(rows))
     if array.scales is None:
         codes = array.quantizer.encode(rows.astype(array.dtype))
-        return _put(array, axes, index, codes)
-    return _quantize_rows(
-        array, axes, index, prepared(rows, array.quantizer, array.dtype, _channels(array, axes))
-    )
+        return array.like(_put_codes(array, axes, index, codes), array.parts)
+    row_channels = _channel_axis_of_rows(array, axes)
+    rows = to_block_values(rows, array.quantizer, array.dtype, row_channels)
+    return _quantize_rows(array, axes, index, rows)
 
 
 def takes_rows(array: QuantizedArray, axes: Sequence[int]) -> bool:
-    """Whether rows that name a coordinate along each of ``axes`` can be written."""
-    quantizer, channels = array.quantizer, array.channel_axis % array.ndim
-    own = all(array.block[axis] == 1 for axis in axes)
-    grows = quantizer.shareable and array.outer is None
-    turned = quantizer.transforms and channels in axes
-    packed = array.packing > 1 and channels in axes and array.block[channels] > 1
-    return quantizer.writable and array.offsets is None and (own or grows) and not (turned or packed)
+    """Return True if rows that name a coordinate along each of ``axes`` can be written."""
+    quantizer = array.quantizer
+    if not quantizer.writable or array.offset is not None:
+        return False
+    if array.channels in axes:
+        splits_bytes = array.codes_per_byte > 1 and array.block[array.channels] > 1
+        if quantizer.transform is not None or splits_bytes:
+            return False
+    covers_blocks = all(array.block[axis] == 1 for axis in axes)
+    return covers_blocks or (quantizer.growth is not None and array.global_scale is None)
 
 
-def overwrite(array: Any, new: Any) -> Any:
-    """``array`` with every element replaced by ``new``: fresh scales, the same blocks."""
-    if isinstance(new, QuantizedArray):
-        same = (new.quantizer, new.block, new.channel_axis) == (
-            array.quantizer,
-            array.block,
-            array.channel_axis,
-        )
-        return array.like(*_parts(new)) if same else overwrite(array, new.dequantize())
-    new = quantize(lax.stop_gradient(new), array.quantizer, array.block, array.dtype, array.channel_axis)
-    return array.like(*_parts(new))
+def are_whole_blocks(array: QuantizedArray, axes: Axes, rows: QuantizedArray) -> bool:
+    """Return True if ``rows`` are whole blocks of the array's format, which move without being decoded."""
+    if any(array.block[axis] > 1 for axis in axes):
+        return False
+    if rows.quantizer != array.quantizer or rows.dtype != array.dtype:
+        return False
+    for part, row_part in zip(array.parts, rows.parts, strict=True):
+        if (part is None) != (row_part is None):
+            return False
+    if channels_matter(array):
+        same_channels = _channel_axis_of_rows(array, axes) == rows.channel_axis
+        if array.channels in axes or not same_channels:
+            return False
+    kept_block = tuple(extent for axis, extent in enumerate(array.block) if axis not in axes)
+    return rows.block[1:] == kept_block
 
 
-def _quantize_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: jax.Array) -> QuantizedArray:
-    """Rows (rows, *whole), prepared. Rows of one block are fitted together, and so are duplicates."""
+def scatter_parts(array: QuantizedArray, axes: Axes, index: jax.Array, rows: QuantizedArray) -> QuantizedArray:
+    """Return ``array`` with rows of its format put at ``index``, codes and scales together."""
+    codes = scatter_rows(array.codes, axes, index, rows.codes)
+    parts: list[jax.Array | None] = []
+    for part, row_part in zip(array.parts, rows.parts, strict=True):
+        if part is None or row_part is None:
+            parts.append(None)
+        else:
+            parts.append(scatter_rows(part, axes, index, row_part))
+    return array.like(codes, BlockParts(*parts))
+
+
+def _quantize_rows(
+    array: QuantizedArray,
+    axes: Axes,
+    index: jax.Array,  # [rows, len(axes)]
+    rows: jax.Array,  # [rows, *kept extents], as blocks hold them
+) -> QuantizedArray:
+    """Return ``array`` with rows written; those of one block are fitted together, duplicates included."""
     quantizer, grid = array.quantizer, array.scales.shape
-    blocks = index // jnp.array([array.block[axis] for axis in axes], jnp.int32)
-    whole = tuple(n for axis, n in enumerate(grid) if axis not in axes)
-    low, high = jax.vmap(lambda row: extremes(row, whole))(rows)
-    distinct, of_row = _distinct(blocks, tuple(grid[axis] for axis in axes))
-    low = jax.ops.segment_min(low, of_row, len(rows))
-    high = jax.ops.segment_max(high, of_row, len(rows))
+    block_index = index // jnp.array([array.block[axis] for axis in axes], jnp.int32)
+    blocks = TargetBlocks(*group_by_block(block_index, tuple(grid[axis] for axis in axes)))
+    kept_grid = tuple(count for axis, count in enumerate(grid) if axis not in axes)
+    low, high = jax.vmap(lambda row: block_extremes(row, kept_grid))(rows)
+    low = jax.ops.segment_min(low, blocks.of_row, len(rows))
+    high = jax.ops.segment_max(high, blocks.of_row, len(rows))
+    global_shape = global_scale_shape(quantizer, kept_grid, _channel_axis_of_rows(array, axes))
+    fitted = jax.vmap(lambda low, high: fit_scales(quantizer, low, high, global_shape))(low, high)
 
-    outer_shape = outer_grid(quantizer, whole, _channels(array, axes))
-    scales, outer = jax.vmap(lambda low, high: fit(quantizer, low, high, outer_shape))(low, high)
+    new = NewExtremes(fitted.scales, low, high)
     if _tpu_write.takes(array, axes, len(rows)) and _tpu_write.grows(array):
-        arguments = array, distinct, of_row, index, rows, scales, low, high
-        return array.like(*by_platform(*arguments, default=_grow_and_scatter, tpu=_write_pages))
-    if any(array.block[axis] > 1 for axis in axes):  # scales that the rows share with others
-        codes, scales = _grow(array, axes, distinct, scales, low, high)
-        array = array.like(codes, *array.parts)
-    if outer is None:
-        new = jax.vmap(lambda row, s: encode(row, quantizer, s))(rows, scales[of_row])
-    else:
-        new = jax.vmap(lambda row, s, o: encode(row, quantizer, s, o))(rows, scales[of_row], outer[of_row])
-    return _put(array, axes, index, new, distinct, scales, outer)
-
-
-def _grow_and_scatter(array: QuantizedArray, distinct, of_row, index, rows, fresh, low, high):
-    """Codes and scales of a pool with rows written to (page, slot), whose pages share scales."""
-    axes = 1, 2
-    codes, scales = _grow(array, axes, distinct, fresh, low, high)
-    new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
-    stored = scatter_rows(array.scales, axes, distinct, scales)
-    return _scatter_codes(array, codes, axes, index, new), stored
-
-
-def _write_pages(array: QuantizedArray, distinct, of_row, index, rows, fresh, low, high):
-    """The same on TPUs."""
-    pages = jnp.where(distinct[:, 1] == 0, distinct[:, 0], array.shape[1])
-    old = _tpu_write.take(array.scales, pages)
-    scales = _grown_scales(array, pages, old[:, :, 0], fresh, low, high)
-    new = jax.vmap(lambda row, s: encode(row, array.quantizer, s))(rows, scales[of_row])
-    packed, new_scales = pack(new, array.quantizer.bits, -1), jnp.expand_dims(scales, 2)
-    codes = _tpu_write.write(array, pages, of_row, index[:, 1], packed, (old, new_scales))
-    return codes, _tpu_write.put(array.scales, pages, new_scales)
-
-
-def _put(array: QuantizedArray, axes: Axes, index, new, blocks=None, scales=None, outer=None):
-    """The array with the codes ``new``, one an element, put at ``index``, and scales at ``blocks``."""
-    if _tpu_write.takes(array, axes, len(index)):
-        bare = array.like(array.codes, None)
-        codes = by_platform(bare, index, new, default=_scatter_slots, tpu=_put_slots)
-        put = functools.partial(by_platform, default=_scatter_blocks, tpu=_tpu_write.put_slots)
-    else:
-        codes = _scatter_codes(array, array.codes, axes, index, new)
-        put = functools.partial(_scatter_blocks, axes=axes)
-    parts = (array.scales, scales), (array.outer, outer)
-    scales, outer = (new if new is None else put(part, blocks, new) for part, new in parts)
-    return array.like(codes, scales, None, outer)
-
-
-def _scatter_blocks(part: jax.Array, blocks: jax.Array, new: jax.Array, axes: Axes = (1, 2)) -> jax.Array:
-    return scatter_rows(part, axes, blocks, new)
-
-
-def _scatter_slots(array: QuantizedArray, index: jax.Array, new: jax.Array) -> jax.Array:
-    """The codes of a pool with ``new`` put at (page, slot)."""
-    return _scatter_codes(array, array.codes, (1, 2), index, new)
-
-
-def _put_slots(array: QuantizedArray, index: jax.Array, new: jax.Array) -> jax.Array:
-    """The same on TPUs."""
-    pages, of_row = _distinct(index[:, :1], array.shape[1:2])
-    return _tpu_write.write(
-        array, pages[:, 0], of_row, index[:, 1], pack(new, array.quantizer.bits, array.channel_axis)
-    )
-
-
-def _distinct(blocks: jax.Array, grid: Axes) -> tuple[jax.Array, jax.Array]:
-    """Coordinates of the distinct blocks among ``blocks`` (rows, axes), and which of them each row is in.
-
-    Unused places hold a coordinate past the end, which gathers and scatters drop, and so do rows that are out
-    of range, negative ones included.
-    """
-    strides = [1]
-    for extent in reversed(grid[1:]):
-        strides.insert(0, strides[0] * extent)
-    nowhere = grid[0] * strides[0]
-    inside = jnp.all((blocks >= 0) & (blocks < jnp.array(grid, jnp.int32)), axis=-1)
-    flat = (blocks * jnp.array(strides, jnp.int32)).sum(axis=-1, dtype=jnp.int32)
-    flat = jnp.where(inside, flat, nowhere)
-    order = jnp.argsort(flat)
-    ascending = flat[order]
-    begins = jnp.append(jnp.zeros(1, bool), ascending[1:] != ascending[:-1])
-    place = jnp.cumsum(begins, dtype=jnp.int32)
-    of_row = jnp.zeros(len(flat), jnp.int32).at[order].set(place)
-    found = jnp.full(len(flat), nowhere, jnp.int32).at[place].set(ascending)
-    coordinates = [found // stride % extent for stride, extent in zip(strides[1:], grid[1:], strict=True)]
-    return jnp.stack([found // strides[0], *coordinates], axis=-1), of_row
-
-
-def _grow(
-    array: QuantizedArray, axes: Axes, blocks: jax.Array, fresh: jax.Array, low: jax.Array, high: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Codes and scales of distinct ``blocks`` that are to hold new extremes.
-
-    Blocks in which nothing was written get their ``fresh`` scales. The others keep theirs if they can; those
-    that cannot are fitted again, and their codes rescaled: a loop over chunks, since most writes grow few
-    blocks and a fresh page grows none.
-    """
-    quantizer = array.quantizer
-    old = gather_rows(array.scales, axes, blocks)
-    used = old != 0
-    grows = used & ~quantizer.holds(old, low, high)
-    chosen, steps, chunk = _chunked(grows.reshape(len(blocks), -1).any(axis=1))
-    at_end = jnp.array([array.scales.shape[axis] for axis in axes], jnp.int32)
-
-    def rescale(step, state):
-        codes, scales = state
-        row = lax.dynamic_slice_in_dim(chosen, step * chunk, chunk)
-        at = jnp.where((row < len(blocks))[:, None], blocks.at[row].get(mode="clip"), at_end)
-        windows = _gather_windows(codes, axes, at, array)
-        grown, new = jax.vmap(lambda *window: _grow_window(array, axes, *window))(
-            windows, scales.at[row].get(mode="clip"), grows[row], low[row], high[row]
-        )
-        return _scatter_windows(codes, axes, at, array, grown), scales.at[row].set(new, mode="drop")
-
-    return lax.fori_loop(jnp.int32(0), steps, rescale, (array.codes, jnp.where(used, old, fresh)))
-
-
-def _grown_scales(array: QuantizedArray, pages: jax.Array, old: jax.Array, fresh, low, high) -> jax.Array:
-    """What :func:`_grow` makes the ``old`` scales of ``pages``; codes are left."""
-    used = old != 0
-    grows = used & ~array.quantizer.holds(old, low, high)
-    chosen, steps, chunk = _chunked(grows.reshape(len(pages), -1).any(axis=1))
-
-    def refit(step, scales):
-        row = lax.dynamic_slice_in_dim(chosen, step * chunk, chunk)
-        windows = _tpu_write.take(array.folded, pages.at[row].get(mode="clip"))
-        windows = jnp.expand_dims(unfold(windows, array.folds), 2)
-        _, new = jax.vmap(lambda *window: _grow_window(array, (1, 2), *window))(
-            windows, scales.at[row].get(mode="clip"), grows[row], low[row], high[row]
-        )
-        return scales.at[row].set(new, mode="drop")
-
-    return lax.fori_loop(jnp.int32(0), steps, refit, jnp.where(used, old, fresh))
-
-
-def _chunked(needed: jax.Array) -> tuple[jax.Array, jax.Array, int]:
-    """Indices of what is needed, the number of rows where there are no more; and how to walk over them."""
-    rows = len(needed)
-    chunk = min(rows, max(BLOCKS_AT_ONCE, rows // 8))
-    padded = -(-rows // chunk) * chunk
-    place = jnp.where(needed, jnp.cumsum(needed, dtype=jnp.int32) - 1, padded)
-    chosen = jnp.full(padded, rows, jnp.int32).at[place].set(jnp.arange(rows, dtype=jnp.int32), mode="drop")
-    return chosen, (jnp.sum(needed, dtype=jnp.int32) + chunk - 1) // chunk, chunk
-
-
-def _grow_window(array: QuantizedArray, axes: Axes, window, old, grows, low, high):
-    """One window of blocks: the codes and the scales of those that grow made anew, the others left.
-
-    The others are those that hold the new values, and, beside them, those that nothing was written to.
-    """
-    quantizer = array.quantizer
-    dtype = quantizer.code_dtype(array.dtype)
-    codes = unpack(window, quantizer.bits, array.channel_axis, dtype)
-    grid = tuple(1 if axis in axes else n for axis, n in enumerate(array.scales.shape))
-    old, grows, low, high = (part.reshape(grid) for part in (old, grows, low, high))
-    new = jnp.where(grows, quantizer.refit(old, block_max(codes, grid), low, high), old)
-    grown = jnp.where(
-        beside(grows), quantizer.grow(blocked(codes, grid), beside(old), beside(new)), blocked(codes, grid)
-    )
-    packed = pack(grown.reshape(codes.shape), quantizer.bits, array.channel_axis)
-    return packed, new.reshape([n for axis, n in enumerate(grid) if axis not in axes])
-
-
-def moves_whole_blocks(array: QuantizedArray, axes: Axes, rows: QuantizedArray) -> bool:
-    """Whether ``rows`` are whole blocks of the same format, which move without being decoded."""
-    own = all(array.block[axis] == 1 for axis in axes)
-    if not own or rows.quantizer != array.quantizer or rows.dtype != array.dtype:
-        return False
-    if any(
-        (part is None) != (other is None) for part, other in zip(_parts(array), _parts(rows), strict=True)
-    ):
-        return False
-    channels = array.channel_axis % array.ndim
-    if (array.packing > 1 or array.quantizer.transforms) and (
-        channels in axes or _channels(array, axes) != rows.channel_axis
-    ):
-        return False
-    whole = tuple(b for axis, b in enumerate(array.block) if axis not in axes)
-    return rows.block[1:] == whole
-
-
-def move_rows(array: QuantizedArray, axes: Axes, index: jax.Array, rows: QuantizedArray) -> QuantizedArray:
-    """Rows of the same format, codes and scales moved together."""
+        arguments = array, blocks, index, rows, new
+        codes, scales = by_platform(*arguments, default=_grow_and_scatter, tpu=_grow_and_scatter_on_tpu)
+        return array.like(codes, BlockParts(scales))
+    scales = fitted.scales
+    if any(array.block[axis] > 1 for axis in axes):  # rows share scales with what was written before
+        codes, scales = grow_blocks(array, axes, blocks.distinct, new)
+        array = array.like(codes, array.parts)
+    codes = _encode_rows(array, rows, blocks.of_row, scales, fitted.global_scale)
+    new_parts = BlockParts(scales, fitted.global_scale)
     return array.like(
-        *(
-            None if part is None else scatter_rows(part, axes, index, update)
-            for part, update in zip(_parts(array), _parts(rows), strict=True)
-        )
+        _put_codes(array, axes, index, codes), _put_parts(array, axes, blocks.distinct, new_parts, len(rows))
     )
 
 
-def _parts(array: QuantizedArray) -> tuple[Any, Any, Any, Any]:
-    """The children, as :meth:`QuantizedArray.like` takes them."""
-    return (array.codes, *array.parts)
+def _encode_rows(
+    array: QuantizedArray,
+    rows: jax.Array,
+    block_of_row: jax.Array,
+    scales: jax.Array,
+    global_scale: jax.Array | None = None,
+) -> jax.Array:
+    """Return the codes of each row under the scales of its block."""
+    if global_scale is None:
+        return jax.vmap(lambda row, scale: encode(row, array.quantizer, scale))(rows, scales[block_of_row])
+    return jax.vmap(lambda row, scale, second: encode(row, array.quantizer, scale, second))(
+        rows, scales[block_of_row], global_scale[block_of_row]
+    )
 
 
-def _channels(array: QuantizedArray, axes: Sequence[int]) -> int:
-    """The channel axis of rows that leave out ``axes``, counted from the end."""
-    channels = array.channel_axis % array.ndim
-    return -1 - sum(axis not in axes for axis in range(channels + 1, array.ndim))
+def _grow_and_scatter(
+    array: QuantizedArray, blocks: TargetBlocks, index: jax.Array, rows: jax.Array, new: NewExtremes
+) -> tuple[jax.Array, jax.Array]:
+    """Return codes and scales of a pool with rows written to (page, slot), whose pages share scales."""
+    codes, scales = grow_blocks(array, PAGE_AND_SLOT, blocks.distinct, new)
+    row_codes = _encode_rows(array, rows, blocks.of_row, scales)
+    stored_scales = scatter_rows(array.scales, PAGE_AND_SLOT, blocks.distinct, scales)
+    return _scatter_codes(array, codes, PAGE_AND_SLOT, index, row_codes), stored_scales
 
 
-def _scatter_codes(array: QuantizedArray, codes: jax.Array, axes: Axes, index: jax.Array, new: jax.Array):
-    """``codes`` of an array with the codes ``new``, one an element, packed and put at ``index``."""
-    channels, several = array.channel_axis % array.ndim, array.packing
-    if several == 1 or channels not in axes:
-        packed = pack(new, array.quantizer.bits, _channels(array, axes))
+def _grow_and_scatter_on_tpu(
+    array: QuantizedArray, blocks: TargetBlocks, index: jax.Array, rows: jax.Array, new: NewExtremes
+) -> tuple[jax.Array, jax.Array]:
+    """Return what :func:`_grow_and_scatter` does, by the kernel that writes pages."""
+    page, block_in_page = blocks.distinct[:, 0], blocks.distinct[:, 1]
+    pages = jnp.where(block_in_page == 0, page, array.shape[1])
+    old = _tpu_write.gather_pages(array.scales, pages)
+    scales = grow_page_scales(array, pages, old[:, :, 0], new)
+    row_codes = pack(_encode_rows(array, rows, blocks.of_row, scales), array.quantizer.bits, -1)
+    new_scales = jnp.expand_dims(scales, 2)
+    regrown = _tpu_write.ScalesOfPages(old, new_scales)
+    codes = _tpu_write.write(array, pages, blocks.of_row, index[:, 1], row_codes, regrown)
+    return codes, _tpu_write.scatter_pages(array.scales, pages, new_scales)
+
+
+def _put_codes(array: QuantizedArray, axes: Axes, index: jax.Array, codes: jax.Array) -> jax.Array:
+    """Return the codes of ``array`` with ``codes``, one an element, put at ``index``."""
+    if not _tpu_write.takes(array, axes, len(index)):
+        return _scatter_codes(array, array.codes, axes, index, codes)
+    without_parts = array.like(array.codes, BlockParts(None))
+    return by_platform(without_parts, index, codes, default=_scatter_slots, tpu=_scatter_slots_on_tpu)
+
+
+def _scatter_slots(array: QuantizedArray, index: jax.Array, codes: jax.Array) -> jax.Array:
+    """Return the codes of a pool with ``codes`` put at (page, slot)."""
+    return _scatter_codes(array, array.codes, PAGE_AND_SLOT, index, codes)
+
+
+def _scatter_slots_on_tpu(array: QuantizedArray, index: jax.Array, codes: jax.Array) -> jax.Array:
+    """Return what :func:`_scatter_slots` does, by the kernel that writes pages."""
+    pages, page_of_row = group_by_block(index[:, :1], array.shape[1:2])
+    packed = pack(codes, array.quantizer.bits, array.channel_axis)
+    return _tpu_write.write(array, pages[:, 0], page_of_row, index[:, 1], packed)
+
+
+def _put_parts(
+    array: QuantizedArray, axes: Axes, blocks: jax.Array, new: BlockParts, rows: int
+) -> BlockParts:
+    """Return the parts of ``array`` with ``new`` ones put at ``blocks``."""
+    parts: list[jax.Array | None] = []
+    for part, new_part in zip(array.parts, new, strict=True):
+        if part is None or new_part is None:
+            parts.append(part)
+        elif _tpu_write.takes(array, axes, rows):
+            default, tpu = _scatter_scales, _tpu_write.scatter_slot_scales
+            parts.append(by_platform(part, blocks, new_part, default=default, tpu=tpu))
+        else:
+            parts.append(scatter_rows(part, axes, blocks, new_part))
+    return BlockParts(*parts)
+
+
+def _scatter_scales(part: jax.Array, blocks: jax.Array, new: jax.Array) -> jax.Array:
+    """Return the scales of a pool with ``new`` ones put at (page, block within it)."""
+    return scatter_rows(part, PAGE_AND_SLOT, blocks, new)
+
+
+def _channel_axis_of_rows(array: QuantizedArray, axes: Sequence[int]) -> int:
+    """Return the channel axis of rows that leave out ``axes``, counted from the end."""
+    after = range(array.channels + 1, array.ndim)
+    return -1 - sum(axis not in axes for axis in after)
+
+
+def _scatter_codes(
+    array: QuantizedArray, codes: jax.Array, axes: Axes, index: jax.Array, new: jax.Array
+) -> jax.Array:
+    """Return ``codes`` of an array with the codes ``new``, one an element, packed and put at ``index``."""
+    if array.codes_per_byte == 1 or array.channels not in axes:
+        packed = pack(new, array.quantizer.bits, _channel_axis_of_rows(array, axes))
         return scatter_rows(codes, axes, index, packed)
-    # Channels one by one: of the codes that share a byte, one at a time is put into it.
-    along = axes.index(channels)
-    at = index.at[:, along].set(index[:, along] // several)
-    place = (index[:, along] % several).reshape(-1, *[1] * (new.ndim - 1))
-    for turn in range(several):
-        whole = merge(gather_rows(codes, axes, at), new, place, array.quantizer.bits)
-        mine = place.reshape(-1, 1) == turn
-        codes = scatter_rows(codes, axes, jnp.where(mine, at, jnp.int32(codes.size)), whole)
+    return _scatter_into_bytes(array, codes, axes, index, new)
+
+
+def _scatter_into_bytes(
+    array: QuantizedArray, codes: jax.Array, axes: Axes, index: jax.Array, new: jax.Array
+) -> jax.Array:
+    """Return ``codes`` with single channels written, each of which is a part of a byte.
+
+    Of the codes that share a byte one at a time is put into it, since a scatter replaces whole bytes.
+    """
+    column, codes_per_byte = axes.index(array.channels), array.codes_per_byte
+    byte_position = index.at[:, column].set(index[:, column] // codes_per_byte)
+    byte_index = index[:, column] % codes_per_byte
+    byte_index_of_rows = byte_index.reshape(-1, *[1] * (new.ndim - 1))
+    past_end = jnp.int32(codes.size)
+    for turn in range(codes_per_byte):
+        old = gather_rows(codes, axes, byte_position)
+        changed = insert_codes(old, new, byte_index_of_rows, array.quantizer.bits)
+        target = jnp.where(byte_index[:, None] == turn, byte_position, past_end)
+        codes = scatter_rows(codes, axes, target, changed)
     return codes
-
-
-def scatter_rows(operand, axes: Axes, index: jax.Array, updates, scatter=lax.scatter) -> jax.Array:
-    """``updates`` (rows, *whole) put at ``index`` (rows, len(axes)); out of range is dropped."""
-    numbers = lax.ScatterDimensionNumbers(
-        update_window_dims=tuple(range(1, updates.ndim)),
-        inserted_window_dims=axes,
-        scatter_dims_to_operand_dims=axes,
-    )
-    mode = lax.GatherScatterMode.FILL_OR_DROP
-    return scatter(operand, index, updates.astype(operand.dtype), numbers, mode=mode)
-
-
-def gather_rows(operand, axes: Axes, index: jax.Array) -> jax.Array:
-    """(rows, *whole) read at ``index`` (rows, len(axes)); zeros where that is out of range."""
-    whole = operand.ndim - len(axes)
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(1, 1 + whole)), collapsed_slice_dims=axes, start_index_map=axes
-    )
-    sizes = tuple(1 if axis in axes else n for axis, n in enumerate(operand.shape))
-    mode = lax.GatherScatterMode.FILL_OR_DROP
-    return lax.gather(operand, index, numbers, sizes, mode=mode, fill_value=0)
-
-
-def _gather_windows(codes, axes: Axes, blocks: jax.Array, array: QuantizedArray) -> jax.Array:
-    """(rows, *window): the codes of whole blocks along ``axes``, of everything along the others."""
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=tuple(range(1, 1 + codes.ndim)), collapsed_slice_dims=(), start_index_map=axes
-    )
-    sizes = tuple(array.block[axis] if axis in axes else n for axis, n in enumerate(codes.shape))
-    mode = lax.GatherScatterMode.FILL_OR_DROP
-    return lax.gather(codes, _starts(axes, blocks, array), numbers, sizes, mode=mode, fill_value=0)
-
-
-def _scatter_windows(codes, axes: Axes, blocks: jax.Array, array: QuantizedArray, windows) -> jax.Array:
-    numbers = lax.ScatterDimensionNumbers(
-        update_window_dims=tuple(range(1, windows.ndim)),
-        inserted_window_dims=(),
-        scatter_dims_to_operand_dims=axes,
-    )
-    mode = lax.GatherScatterMode.FILL_OR_DROP
-    return lax.scatter(codes, _starts(axes, blocks, array), windows, numbers, mode=mode)
-
-
-def _starts(axes: Axes, blocks: jax.Array, array: QuantizedArray) -> jax.Array:
-    return blocks * jnp.array([array.block[axis] for axis in axes], jnp.int32)

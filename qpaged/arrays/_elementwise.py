@@ -1,7 +1,7 @@
-"""Tile functions: what a kernel may call of a format, because it works on any tile by itself.
+"""Which methods of a format kernels may call: those that are elementwise, and so work on any tile.
 
-A method is one if its jaxpr holds elementwise operations alone, and only those that the compilers of kernels
-lower: on integers of fewer than 32 bits they convert, compare and mask, but do not calculate.
+A method is elementwise if its jaxpr holds elementwise operations alone, and only those that the compilers of
+kernels lower: on integers of fewer than 32 bits they convert, compare and mask, but do not calculate.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,46 +9,53 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Jaxpr
+from jax.typing import DTypeLike
+
+
 
 TILE = 8, 128
-ANYWHERE = frozenset({
+ANY_WIDTH = frozenset({
     "and", "bitcast_convert_type", "broadcast_in_dim", "convert_element_type", "copy", "eq", "ge", "gt", "le",
     "lt", "ne", "not", "or", "select_n", "stop_gradient", "xor",
 })  # fmt: skip
-WIDE = frozenset({
+"""Primitives that kernels have for numbers of any width."""
+WIDE_ONLY = frozenset({
     "abs", "add", "ceil", "clamp", "div", "exp", "floor", "integer_pow", "log", "max", "min", "mul", "neg",
     "round", "rsqrt", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sqrt", "square", "sub",
     "tanh",
 })  # fmt: skip
+"""Primitives that kernels have for floats and for integers of 32 bits."""
 FLOATS = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
-def refused(function: Callable[..., Any], *dtypes: Any) -> str | None:
-    """Why ``function`` of one tile of each of ``dtypes`` is no tile function; None if it is one."""
+def not_elementwise(method: Callable[..., jax.Array], *dtypes: DTypeLike) -> str | None:
+    """Return why kernels may not call ``method`` on a tile of each of ``dtypes``; None if they may."""
     tiles = [jax.ShapeDtypeStruct(TILE, dtype) for dtype in dtypes]
-    jaxpr = jax.make_jaxpr(function)(*tiles)
+    jaxpr = jax.make_jaxpr(method)(*tiles)
     if any(out.shape not in (TILE, ()) for out in jaxpr.out_avals):
         return "does not give back the shape it is given"
     return next(_objections(jaxpr.jaxpr), None)
 
 
-def _objections(jaxpr: Any) -> Iterator[str]:
+def _objections(jaxpr: Jaxpr) -> Iterator[str]:
+    """Yield what a kernel could not lower of a jaxpr, inner jaxprs included."""
     for eqn in jaxpr.eqns:
         inner = [param for param in eqn.params.values() if hasattr(param, "eqns") or hasattr(param, "jaxpr")]
         if inner:
-            for part in inner:
-                yield from _objections(getattr(part, "jaxpr", part))
+            for param in inner:
+                yield from _objections(getattr(param, "jaxpr", param))
             continue
         name = eqn.primitive.name
         avals = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]
-        if name not in ANYWHERE | WIDE or any(aval.shape not in (TILE, ()) for aval in avals):
+        if name not in ANY_WIDTH | WIDE_ONLY or any(aval.shape not in (TILE, ()) for aval in avals):
             yield f"uses {name}, which is not elementwise or which kernels do not have"
-        elif name in WIDE and any(_narrow(aval.dtype) for aval in avals):
+        elif name in WIDE_ONLY and any(_is_narrow_integer(aval.dtype) for aval in avals):
             yield f"uses {name} on integers of fewer than 32 bits; use .astype(jnp.int32) first"
         for aval in avals:
             if jnp.issubdtype(aval.dtype, jnp.floating) and aval.dtype.name not in FLOATS:
                 yield f"uses {aval.dtype.name}, which kernels do not have"
 
 
-def _narrow(dtype: Any) -> bool:
+def _is_narrow_integer(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize < 4

@@ -1,0 +1,53 @@
+"""Lane rows: the codes of several slots in one row of a TPU's 128 lanes.
+
+A TPU lays another axis than the last along its lanes where the last one is short, and would then copy the
+whole pool into row-major order for every kernel that reads pages. A pool whose rows fill the lanes is laid
+out as it is written.
+"""
+
+from collections.abc import Sequence
+
+import jax
+
+LANES = 128
+
+Codes = jax.Array | jax.ShapeDtypeStruct
+
+
+def count_slots_per_row(shape: Sequence[int]) -> int:
+    """Return how many slots of codes (..., slots, width) fill a row of lanes; 1 where they do not fill one."""
+    slots, width = shape[-2:]
+    if not 0 < width < LANES or LANES % width:
+        return 1
+    slots_per_row = LANES // width
+    if slots % slots_per_row or slots <= slots_per_row:  # XLA on CPU copies a pool whose rows are an axis of one
+        return 1
+    return slots_per_row
+
+
+def to_lane_rows(codes: jax.Array, slots_per_row: int) -> jax.Array:
+    """Return codes (..., slots, width) as (..., slots / slots_per_row, slots_per_row * width)."""
+    if slots_per_row == 1:
+        return codes
+    *leading, slots, width = codes.shape
+    # In two steps, since a reshape that splits and merges at once loses an Explicit sharding.
+    rows = codes.reshape(*leading, slots // slots_per_row, slots_per_row, width)
+    return rows.reshape(*leading, slots // slots_per_row, slots_per_row * width)
+
+
+def from_lane_rows(codes: Codes, slots_per_row: int) -> Codes:
+    """Return codes (..., rows, lanes) as (..., slots, width); of a ShapeDtypeStruct, one."""
+    if slots_per_row == 1:
+        return codes
+    shape = slot_shape(codes.shape, slots_per_row)
+    if isinstance(codes, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, codes.dtype)
+    return codes.reshape(*codes.shape[:-1], slots_per_row, shape[-1]).reshape(shape)
+
+
+def slot_shape(shape: Sequence[int], slots_per_row: int) -> tuple[int, ...]:
+    """Return the shape (..., slots, width) of codes that are stored in rows of ``shape``."""
+    if slots_per_row == 1:
+        return tuple(shape)
+    *leading, rows, lanes = shape
+    return *leading, rows * slots_per_row, lanes // slots_per_row

@@ -1,0 +1,112 @@
+"""What arrays ask of a format: the protocol that every quantizer keeps, and that read-only formats keep in part.
+
+A format has four optional abilities. Each is an attribute that is None or an object, so that code asks
+``format.transform is None`` and never what class a format is of.
+"""
+
+from typing import Any, Protocol
+
+import jax
+from jax.typing import DTypeLike
+
+
+class GrowthRule(Protocol):
+    """How scales that several tokens share grow as larger values arrive."""
+
+    def covers(self, scales: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+        """Return True where a block with this stored scale takes the extremes ``low`` and ``high`` as it is."""
+
+    def grown_scale(
+        self, scales: jax.Array, greatest_code: jax.Array, low: jax.Array, high: jax.Array
+    ) -> jax.Array:
+        """Return the stored scales of blocks that do not cover new extremes."""
+
+    def requantize(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        """Return ``codes``, made under ``old`` stored scales, as codes under larger ``new`` ones (broadcast)."""
+
+
+class OffsetRule(Protocol):
+    """How stored scales carry an offset that is added to their block."""
+
+    def offset(self, scales: jax.Array) -> jax.Array:
+        """Return the float32 offsets of stored ``scales``."""
+
+
+class GlobalScaleRule(Protocol):
+    """A second level of scales: one for all the blocks of a token's head."""
+
+    dtype: DTypeLike
+
+    def scale(self, absmax: jax.Array) -> jax.Array:
+        """Return the stored second-level scale for the largest magnitude in all its blocks (float32)."""
+
+    def multiplier(self, stored: jax.Array) -> jax.Array:
+        """Return stored second-level scales as float32 factors, which are powers of two."""
+
+
+class TransformRule(Protocol):
+    """A linear map along the channels, which blocks hold the values under."""
+
+    def forward(self, x: jax.Array, axis: int) -> jax.Array:
+        """Return the float32 values that blocks hold, for values ``x`` whose channels are on ``axis``."""
+
+    def inverse(self, x: jax.Array, axis: int) -> jax.Array:
+        """Return the values again; linear, too."""
+
+
+class ArrayFormat(Protocol):
+    """What a :class:`QuantizedArray` asks of its format. Instances are hashable and compare by value."""
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code: 8, or 4 or 2, which are packed into bytes."""
+
+    @property
+    def scale_dtype(self) -> DTypeLike | None:
+        """The dtype of stored scales; None for a format without."""
+
+    @property
+    def nan_scale(self) -> float | int | None:
+        """The stored scale that reads as NaN; None if there is none."""
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether kernels may call the format's methods on their tiles."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether arrays of this format can be written to."""
+
+    @property
+    def growth(self) -> GrowthRule | None:
+        """How shared scales grow; None if they cannot, so that every write must cover its blocks."""
+
+    @property
+    def offset(self) -> OffsetRule | None:
+        """How scales carry an offset; None if they carry none."""
+
+    @property
+    def global_scale(self) -> GlobalScaleRule | None:
+        """The second level of scales; None if there is none."""
+
+    @property
+    def transform(self) -> TransformRule | None:
+        """What blocks hold instead of the values themselves; None if they hold these."""
+
+    def code_dtype(self, dtype: DTypeLike) -> Any:
+        """Return the integer dtype of codes, one an element, in an array of logical ``dtype``."""
+
+    def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
+        """Return the stored scale of a block from its least and greatest value (float32)."""
+
+    def encode(self, units: jax.Array) -> jax.Array:
+        """Return the codes of values in units of their scale; of the values themselves without scales."""
+
+    def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        """Return the codes of float32 ``x`` under stored ``scales`` (broadcast)."""
+
+    def decode(self, codes: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Return what codes stand for, in units of their scale, as ``dtype``."""
+
+    def multiplier(self, scales: jax.Array) -> jax.Array:
+        """Return stored scales as float32 factors."""
