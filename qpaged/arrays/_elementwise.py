@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr
 from jax.typing import DTypeLike
 
+from qpaged._compat import Jaxpr, inner_jaxprs, jaxpr_and_consts
 
 
 TILE = 8, 128
@@ -35,16 +35,16 @@ def not_elementwise(method: Callable[..., jax.Array], *dtypes: DTypeLike) -> str
     jaxpr = jax.make_jaxpr(method)(*tiles)
     if any(out.shape not in (TILE, ()) for out in jaxpr.out_avals):
         return "does not give back the shape it is given"
-    return next(_objections(jaxpr.jaxpr), None)
+    return next(_objections(jaxpr), None)
 
 
 def _objections(jaxpr: Jaxpr) -> Iterator[str]:
     """Yield what a kernel could not lower of a jaxpr, inner jaxprs included."""
-    for eqn in jaxpr.eqns:
-        inner = [param for param in eqn.params.values() if hasattr(param, "eqns") or hasattr(param, "jaxpr")]
+    for eqn in jaxpr_and_consts(jaxpr)[0].eqns:
+        inner = inner_jaxprs(eqn)
         if inner:
-            for param in inner:
-                yield from _objections(getattr(param, "jaxpr", param))
+            for inner_jaxpr in inner:
+                yield from _objections(inner_jaxpr)
             continue
         name = eqn.primitive.name
         avals = [atom.aval for atom in (*eqn.invars, *eqn.outvars)]

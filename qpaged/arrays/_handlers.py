@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import existing_primitives
+from qpaged._compat import primitive_exists
 from qpaged.arrays import _dot, _moves, _read_format, _windows
 from qpaged.arrays._gather import gather
 from qpaged.arrays._quantized import QuantizedArray
@@ -26,6 +26,11 @@ else:
 
 REPEATS_LAZILY = provider().name == "qpaged"  # qax does not look into arrays inside of arrays
 LAST = -1  # the precedence of handlers of any operands, which must not stand in the way of others
+
+
+def _if_it_exists(name: str) -> list[str]:
+    """Return the primitive's name in a list, which is empty where this JAX has no such primitive."""
+    return [name] if primitive_exists(name) else []
 
 
 def _or_not_implemented(moved: Any) -> Any:
@@ -64,7 +69,7 @@ def _squeeze(primitive, array: QuantizedArray, *, dimensions, **params):
     return _moves.squeeze(array, dimensions)
 
 
-@primitive_handler(existing_primitives("copy"))
+@primitive_handler(_if_it_exists("copy"))
 def _copy(primitive, array: QuantizedArray, **params):
     return array
 
@@ -81,7 +86,7 @@ def _slice(primitive, array: QuantizedArray, *, start_indices, limit_indices, st
     return _or_not_implemented(_moves.slice_(array, start_indices, limit_indices, strides))
 
 
-@primitive_handler(existing_primitives("split"))
+@primitive_handler(_if_it_exists("split"))
 def _split(primitive, array: QuantizedArray, *, sizes, axis, **params):
     return _or_not_implemented(_moves.split(array, sizes, axis))
 
@@ -106,20 +111,20 @@ def _concatenate(primitive, array: Operand, *rest: Operand, dimension, **params)
     return _or_not_implemented(_moves.concatenate(arrays, dimension))
 
 
-@primitive_handler(existing_primitives("tile"))
+@primitive_handler(_if_it_exists("tile"))
 def _tile(primitive, array: QuantizedArray, *, reps, **params):
     if 0 in reps:
         return NotImplemented
     return _or_not_implemented(_moves.tile(array, reps))
 
 
-@primitive_handler(existing_primitives("stack"), precedence=LAST)
+@primitive_handler(_if_it_exists("stack"), precedence=LAST)
 def _stack(primitive, array: Operand, *rest: Operand, axis, **params):
     arrays = (array, *rest)
     return _moves.stack(arrays, axis) if _are_alike(arrays) else NotImplemented
 
 
-@primitive_handler(existing_primitives("unstack"))
+@primitive_handler(_if_it_exists("unstack"))
 def _unstack(primitive, array: QuantizedArray, *, axis, **params):
     return _or_not_implemented(_moves.unstack(array, axis))
 

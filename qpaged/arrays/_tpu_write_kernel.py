@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qpaged._compat import shaped_as
+from qpaged._compat import kernel_output
 from qpaged.arrays._packing import BYTE, extract_codes
 from qpaged.arrays._protocol import ArrayFormat
 
@@ -120,7 +120,7 @@ def write(
             out_specs=in_hbm,
             scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((3,))],
         ),
-        out_shape=shaped_as(codes.shape, codes.dtype, (codes, rows, list(scales), pages, slots)),
+        out_shape=kernel_output(codes.shape, codes.dtype, (codes, rows, list(scales), pages, slots)),
         input_output_aliases={len(scalars): 0},
         name="write_pages",
     )(*scalars, codes, rows, *scales)

@@ -1,4 +1,4 @@
-"""Which handler answers for a primitive: multiple dispatch on the annotations of its arguments."""
+"""Multiple dispatch: which handler a primitive is given to, by the annotations of the handlers' arguments."""
 
 from __future__ import annotations
 
@@ -7,105 +7,130 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
 from qpaged import _compat
+from qpaged._compat import Operand, Params, Primitive
 from qpaged.implicit._value import is_implicit
 
-Handler = Callable[..., Any]
-Types = tuple[type, ...]  # the alternatives of one annotation
+Function: TypeAlias = Callable[..., Any]
+Classes: TypeAlias = tuple[type, ...]  # the alternatives that one annotation allows
 
-_ANYTHING: Types = (object,)
+_ANY_CLASS: Classes = (object,)
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """One registered handler: what it accepts, in order, and what it accepts of further arguments."""
+class Handler:
+    """A registered function with the classes of operands and the parameters that it accepts.
 
-    function: Handler
+    Attributes:
+        function: the function that was registered.
+        required: number of operands without a default.
+        operand_classes: for each positional operand, the classes that its annotation allows.
+        variadic_classes: the same for the operands in *args; None without *args.
+        keywords: names of the keyword-only arguments; None if the function takes **params.
+        precedence: decides between handlers that are equally specific.
+    """
+
+    function: Function
     required: int
-    positions: tuple[Types, ...]
-    rest: Types | None
-    keywords: frozenset[str] | None  # None where it takes **params
+    operand_classes: tuple[Classes, ...]
+    variadic_classes: Classes | None
+    keywords: frozenset[str] | None
     precedence: int
 
-    def types_at(self, index: int) -> Types:
-        return self.positions[index] if index < len(self.positions) else self.rest or ()
+    def classes_at(self, index: int) -> Classes:
+        """Return the classes that the operand at `index` may have."""
+        if index < len(self.operand_classes):
+            return self.operand_classes[index]
+        return self.variadic_classes or ()
 
     def accepts(self, classes: Sequence[type]) -> bool:
-        if len(classes) < self.required or (self.rest is None and len(classes) > len(self.positions)):
+        """Return True if operands of these classes fit."""
+        if len(classes) < self.required:
             return False
-        return all(issubclass(cls, self.types_at(index)) for index, cls in enumerate(classes))
+        if self.variadic_classes is None and len(classes) > len(self.operand_classes):
+            return False
+        return all(issubclass(cls, self.classes_at(index)) for index, cls in enumerate(classes))
 
-    def narrower(self, other: _Candidate, arity: int) -> bool:
-        """Whether everything this accepts at `arity` arguments, the other accepts too."""
-        return all(
-            all(issubclass(cls, other.types_at(index)) for cls in self.types_at(index))
-            for index in range(arity)
-        )
+    def is_within(self, other: Handler, arity: int) -> bool:
+        """Return True if `other` accepts every `arity` operands that this handler accepts."""
+        for index in range(arity):
+            if not all(issubclass(cls, other.classes_at(index)) for cls in self.classes_at(index)):
+                return False
+        return True
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        return self.required, self.positions, self.rest, self.precedence
+        """What makes two registrations the same handler."""
+        return self.required, self.operand_classes, self.variadic_classes, self.precedence
 
     @property
-    def described(self) -> str:
-        code = inspect.unwrap(self.function)
-        line = getattr(getattr(code, "__code__", None), "co_firstlineno", "?")
-        return f"{code.__module__}.{getattr(code, '__qualname__', code)} (line {line})"
+    def description(self) -> str:
+        """Module, name and line of the function, for error messages."""
+        function = inspect.unwrap(self.function)
+        name = getattr(function, "__qualname__", function)
+        line = getattr(getattr(function, "__code__", None), "co_firstlineno", "?")
+        return f"{function.__module__}.{name} (line {line})"
 
 
-class Handlers:
+class HandlerRegistry:
     """The handlers that programs have registered. `version` changes with every registration."""
 
     def __init__(self) -> None:
-        self._candidates: dict[Any, list[_Candidate]] = {}
+        self._handlers: dict[Primitive, list[Handler]] = {}
         self.version = 0
 
-    def register(self, primitive: Any, candidate: _Candidate) -> None:
-        # A signature registered again replaces the former handler, as when a notebook cell is run twice.
-        kept = [c for c in self._candidates.get(primitive, ()) if c.signature != candidate.signature]
-        self._candidates[primitive] = [*kept, candidate]
+    def register(self, primitive: Primitive, handler: Handler) -> None:
+        """Add a handler; it replaces one of the same signature, as when a notebook cell is run twice."""
+        former = self._handlers.get(primitive, ())
+        kept = [other for other in former if other.signature != handler.signature]
+        self._handlers[primitive] = [*kept, handler]
         self.version += 1
 
-    def find(self, primitive: Any, values: Sequence[Any]) -> _Candidate | None:
-        """The most specific handler for these values, of those the one with the highest precedence.
+    def find(self, primitive: Primitive, operands: Sequence[Operand]) -> Handler | None:
+        """Return the most specific handler for these operands, among equals that of the highest precedence.
 
         Raises:
             TypeError: two handlers fit equally well.
         """
-        classes = [type(value) if is_implicit(value) else jax.Array for value in values]
-        fitting = [c for c in self._candidates.get(primitive, ()) if c.accepts(classes)]
-        best = [c for c in fitting if not any(_beats(other, c, len(classes)) for other in fitting)]
-        top = [c for c in best if c.precedence == max(c.precedence for c in best)]
-        if len(top) > 1:
-            raise _ambiguous(primitive, classes, top)
-        return top[0] if top else None
+        # Whatever is not implicit counts as jax.Array, so that handlers need not know of tracers or literals.
+        classes = [type(operand) if is_implicit(operand) else jax.Array for operand in operands]
+        arity = len(classes)
+        fitting = [h for h in self._handlers.get(primitive, ()) if h.accepts(classes)]
+        if not fitting:
+            return None
+        best = [h for h in fitting if not any(_more_specific(other, h, arity) for other in fitting)]
+        precedence = max(h.precedence for h in best)
+        winners = [h for h in best if h.precedence == precedence]
+        if len(winners) > 1:
+            raise _ambiguous(primitive, classes, winners)
+        return winners[0]
 
 
-def _beats(left: _Candidate, right: _Candidate, arity: int) -> bool:
-    return left.narrower(right, arity) and not right.narrower(left, arity)
+def _more_specific(left: Handler, right: Handler, arity: int) -> bool:
+    return left.is_within(right, arity) and not right.is_within(left, arity)
 
 
-def _ambiguous(primitive: Any, classes: Sequence[type], candidates: Sequence[_Candidate]) -> TypeError:
+def _ambiguous(primitive: Primitive, classes: Sequence[type], handlers: Sequence[Handler]) -> TypeError:
     names = ", ".join(cls.__name__ for cls in classes)
-    tied = " and ".join(c.described for c in candidates)
+    tied = " and ".join(handler.description for handler in handlers)
     return TypeError(
         f"primitive_handler: {tied} fit {primitive.name}({names}) equally well. Annotate one of them more "
         f"narrowly, register a handler for exactly these types, or give one a higher precedence."
     )
 
 
-handlers = Handlers()
+registry = HandlerRegistry()
 
 
 def primitive_handler(
-    primitives: str | _compat.Primitive | Iterable[str | _compat.Primitive], precedence: int = 0
-) -> Callable[[Handler], Handler]:
-    """Register the decorated function as what a primitive means for certain implicit arrays.
+    primitives: str | Primitive | Iterable[str | Primitive], precedence: int = 0
+) -> Callable[[Function], Function]:
+    """Register the decorated function as the meaning of a primitive for certain implicit arrays.
 
     The function is called as `handler(primitive, *args, **params)`. Annotate the positional arguments
     it cares about with an `ImplicitArray` subclass, `ArrayValue` or `jax.Array` (traced values count),
@@ -122,64 +147,78 @@ def primitive_handler(
         ValueError: no primitive has that name.
         TypeError: an annotation is not one of the above.
     """
-    several = [primitives] if isinstance(primitives, str | _compat.Primitive) else list(primitives)
-    resolved = [_compat.primitive_named(p) if isinstance(p, str) else p for p in several]
+    if isinstance(primitives, str | Primitive):
+        primitives = [primitives]
+    resolved = [_compat.primitive_named(p) if isinstance(p, str) else p for p in primitives]
 
-    def register(function: Handler) -> Handler:
-        candidate = _candidate(function, precedence)
+    def register(function: Function) -> Function:
+        handler = _handler(function, precedence)
         for primitive in resolved:
-            handlers.register(primitive, candidate)
+            registry.register(primitive, handler)
         return function
 
     return register
 
 
-def call_handler(candidate: _Candidate, primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> Any:
-    """Call a handler, without the unused parameters that it was written too early to know."""
-    names = candidate.keywords
-    if names is not None:
-        unknown = [name for name, value in params.items() if name not in names and value is not None]
-        if unknown:
+def call_handler(handler: Handler, primitive: Primitive, operands: Sequence[Operand], params: Params) -> Any:
+    """Call a handler, without the unused parameters that JAX has added since it was written."""
+    if handler.keywords is None:
+        return handler.function(primitive, *operands, **params)
+    for name, value in params.items():
+        if name not in handler.keywords and value is not None:
             raise TypeError(
-                f"{candidate.described}: {primitive.name} was called with the parameter {unknown[0]!r} "
-                f"({params[unknown[0]]!r}), which this handler does not take. Name it after the operands, "
+                f"{handler.description}: {primitive.name} was called with the parameter {name!r} "
+                f"({value!r}), which this handler does not take. Name it after the operands, "
                 f"or add **params."
             )
-        params = {name: value for name, value in params.items() if name in names}
-    return candidate.function(primitive, *values, **params)
+    accepted = {name: value for name, value in params.items() if name in handler.keywords}
+    return handler.function(primitive, *operands, **accepted)
 
 
-def _candidate(function: Handler, precedence: int) -> _Candidate:
+def _handler(function: Function, precedence: int) -> Handler:
+    """Read the signature of a function that is registered as a handler."""
     parameters = list(inspect.signature(function).parameters.values())
-    hints = typing.get_type_hints(function)
+    annotations = typing.get_type_hints(function)
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     if not positional:
         raise TypeError(
             f"primitive_handler: {function!r} takes no positional arguments. The first argument of a handler "
             f"is the primitive, the others are its operands."
         )
+
+    def classes_of(parameter: inspect.Parameter) -> Classes:
+        return _classes(function, parameter.name, annotations.get(parameter.name, object))
+
     operands = positional[1:]
-    rest = next((p for p in parameters if p.kind is p.VAR_POSITIONAL), None)
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    return _Candidate(
+    variadic_classes = None
+    keywords: frozenset[str] | None = frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    for parameter in parameters:
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            variadic_classes = classes_of(parameter)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            keywords = None
+    return Handler(
         function=function,
-        required=sum(p.default is p.empty for p in operands),
-        positions=tuple(_types(function, p.name, hints.get(p.name, object)) for p in operands),
-        rest=None if rest is None else _types(function, rest.name, hints.get(rest.name, object)),
-        keywords=None if open_ended else frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY),
+        required=sum(operand.default is operand.empty for operand in operands),
+        operand_classes=tuple(classes_of(operand) for operand in operands),
+        variadic_classes=variadic_classes,
+        keywords=keywords,
         precedence=precedence,
     )
 
 
-def _types(function: Handler, argument: str, annotation: Any) -> Types:
-    """The classes an annotation stands for."""
+def _classes(function: Function, argument: str, annotation: Any) -> Classes:
+    """Return the classes that an annotation stands for."""
     if annotation is Any:
-        return _ANYTHING
+        return _ANY_CLASS
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
-        return _types(function, argument, typing.get_args(annotation)[0])
+        return _classes(function, argument, typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
-        return tuple(t for part in typing.get_args(annotation) for t in _types(function, argument, part))
+        alternatives: Classes = ()
+        for alternative in typing.get_args(annotation):
+            alternatives += _classes(function, argument, alternative)
+        return alternatives
     if isinstance(annotation, type) and origin is None:
         return (annotation,)
     raise TypeError(

@@ -1,4 +1,4 @@
-"""The fields of implicit arrays: auxiliary data, and the declared shape and dtype."""
+"""The fields of implicit arrays: static data, and the logical shape and dtype."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-_AUX = "qpaged.implicit.aux"
+_AUX_KEY = "qpaged.implicit.aux"
 
 
 class UninitializedAval(Exception):
@@ -22,75 +22,86 @@ class UninitializedAval(Exception):
         )
 
 
-if TYPE_CHECKING:  # checkers know what has a default, and what not, by this name only
+if TYPE_CHECKING:  # type checkers recognise dataclass fields by this function only
     from dataclasses import field as aux_field
 else:
 
     def aux_field(metadata: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
-        """A dataclass field that is static data of the pytree, not one of its children.
+        """Return a dataclass field that is static data of the pytree, not one of its children.
 
-        Its values must be hashable and comparable, for they become part of the tree's structure. Takes
+        Its values must be hashable and comparable, because they become part of the tree's structure. Takes
         the arguments of `dataclasses.field`.
         """
-        return dataclasses.field(metadata={**(metadata or {}), _AUX: True}, **kwargs)
+        return dataclasses.field(metadata={**(metadata or {}), _AUX_KEY: True}, **kwargs)
 
 
-class Declared:
-    """A shape or dtype that is stored, normalised, and refuses to be read before it is set."""
+class LogicalAttribute:
+    """A descriptor of a stored shape or dtype: it normalises what is set, and raises if read before that."""
 
     def __init__(self, name: str):
         self.name = name
-        self.slot = f"_declared_{name}"
+        self._key = f"_declared_{name}"
 
     def __get__(self, instance: Any, owner: type) -> Any:
         if instance is None:
-            return None  # what dataclasses take as the default
-        value = self.peek(instance)
+            return None  # dataclasses read the default of a field from the class
+        value = self.read_or_none(instance)
         if value is None:
             raise UninitializedAval(type(instance), self.name)
         return value
 
     def __set__(self, instance: Any, value: Any) -> None:
-        instance.__dict__[self.slot] = _normalised(self.name, value)
+        instance.__dict__[self._key] = _normalised(self.name, value)
 
-    def peek(self, instance: Any) -> Any:
-        return instance.__dict__.get(self.slot)
+    def read_or_none(self, instance: Any) -> Any:
+        return instance.__dict__.get(self._key)
 
 
 def _normalised(name: str, value: Any) -> Any:
-    """One spelling per value, so that equal arrays have equal tree structures."""
+    # Auxiliary data is part of the tree structure, so equal values must have one spelling.
     if value is None:
         return None
     if name == "shape":
         return tuple(value)
+    return normalised_dtype(value)
+
+
+def normalised_dtype(dtype: Any) -> Any:
+    """Return a dtype as NumPy's class, or as it is if it is an extended dtype of JAX, as of random keys."""
     try:
-        return np.dtype(value)
-    except TypeError:  # JAX's extended dtypes, such as those of random keys
-        return value
+        return np.dtype(dtype)
+    except TypeError:
+        return dtype
 
 
-def stores(cls: type, name: str) -> bool:
-    """Whether a class keeps its shape or dtype in the field, rather than deriving it in a property."""
+def is_stored(cls: type, name: str) -> bool:
+    """Return True if a class stores its shape or dtype in a field; False if a property derives it."""
     attribute = _class_attribute(cls, name)
-    return isinstance(attribute, Declared) or not hasattr(attribute, "__get__")
+    return isinstance(attribute, LogicalAttribute) or not hasattr(attribute, "__get__")
 
 
-def peek(instance: Any, name: str) -> Any:
-    """The value of a field, or None where a stored shape or dtype is not set yet."""
+def read_or_none(instance: Any, name: str) -> Any:
+    """Return the value of a field, or None if it is a stored shape or dtype that is not set yet."""
     attribute = _class_attribute(type(instance), name)
-    return attribute.peek(instance) if isinstance(attribute, Declared) else getattr(instance, name)
+    if isinstance(attribute, LogicalAttribute):
+        return attribute.read_or_none(instance)
+    return getattr(instance, name)
 
 
 def children_and_aux(cls: type) -> Iterator[tuple[str, bool]]:
-    """Names of the fields that the pytree holds, each with whether it is auxiliary.
+    """Yield the name of every field that the pytree holds, with True if it is auxiliary data.
 
-    A shape or dtype that the class derives in a property is not data, so it is left out.
+    A shape or dtype that a property derives from other fields is not data, so it is left out.
     """
     for field in dataclasses.fields(cls):
-        if field.name in ("shape", "dtype") and not stores(cls, field.name):
+        if field.name in ("shape", "dtype") and not is_stored(cls, field.name):
             continue
-        yield field.name, bool(field.metadata.get(_AUX))
+        yield field.name, bool(field.metadata.get(_AUX_KEY))
 
 
 def _class_attribute(cls: type, name: str) -> Any:
-    return next((vars(parent)[name] for parent in cls.__mro__ if name in vars(parent)), None)
+    # getattr would call the descriptor; this returns the descriptor itself.
+    for parent in cls.__mro__:
+        if name in vars(parent):
+            return vars(parent)[name]
+    return None

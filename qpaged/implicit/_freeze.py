@@ -1,4 +1,4 @@
-"""Train some children of implicit arrays and leave the others as they are: qax's `utils.freeze_keys`."""
+"""Training some children of implicit arrays and leaving the others alone: qax's `utils.freeze_keys`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qpaged._compat import Pytree
+
 
 def freeze_keys(optimizer: Any, arr_type: type, keys: Iterable[str], use_scalar_zeros: bool = False) -> Any:
-    """An optax optimizer that does not update certain children of certain implicit arrays.
+    """Return an optax optimizer that does not update certain children of certain implicit arrays.
 
     Args:
         optimizer: an `optax.GradientTransformation`, or any named pair of `init` and `update`.
@@ -24,30 +26,39 @@ def freeze_keys(optimizer: Any, arr_type: type, keys: Iterable[str], use_scalar_
     """
     frozen = frozenset(keys)
 
-    def zeroed(tree: Any, params: Any, scalar: bool) -> Any:
-        def of_array(node: Any, param: Any) -> Any:
-            return _zero_children(node, param, frozen, scalar) if isinstance(node, arr_type) else node
+    def with_frozen_zeroed(tree: Pytree, params: Pytree | None, scalar: bool) -> Pytree:
+        def is_frozen_type(node: Any) -> bool:
+            return isinstance(node, arr_type)
 
-        params = tree if params is None else params
-        return jax.tree_util.tree_map(of_array, tree, params, is_leaf=lambda node: isinstance(node, arr_type))
+        def zero_if_frozen_type(node: Any, param: Any) -> Any:
+            if not is_frozen_type(node):
+                return node
+            return _with_children_zeroed(node, param, frozen, scalar)
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
-        updates, state = optimizer.update(zeroed(updates, params, False), state, params, **extra)
-        return zeroed(updates, params, use_scalar_zeros), state
+        if params is None:
+            params = tree
+        return jax.tree_util.tree_map(zero_if_frozen_type, tree, params, is_leaf=is_frozen_type)
+
+    def update(updates: Pytree, state: Any, params: Pytree | None = None, **extra: Any) -> tuple[Pytree, Any]:
+        gradients = with_frozen_zeroed(updates, params, scalar=False)
+        updates, state = optimizer.update(gradients, state, params, **extra)
+        return with_frozen_zeroed(updates, params, scalar=use_scalar_zeros), state
 
     return optimizer._replace(update=update)
 
 
-def _zero_children(array: Any, param: Any, frozen: frozenset[str], scalar: bool) -> Any:
-    """Zeros of the parameter's dtype, for the gradient of an integer has none that can be added."""
+def _with_children_zeroed(array: Any, param: Any, frozen: frozenset[str], scalar: bool) -> Any:
+    """Replace the frozen children of an update by zeros of the parameter's dtype."""
+
+    def zeros(leaf: jax.Array) -> jax.Array:
+        # The gradient of an integer has dtype float0, which cannot be added to a parameter.
+        return jnp.zeros(() if scalar else leaf.shape, leaf.dtype)
+
     children, aux = array.tree_flatten_with_keys()
-    originals, _ = param.tree_flatten_with_keys()
-    return array.tree_unflatten(
-        aux,
-        [
-            jax.tree_util.tree_map(lambda p: jnp.zeros(() if scalar else p.shape, p.dtype), original)
-            if getattr(key, "name", key) in frozen
-            else child
-            for (key, child), (_, original) in zip(children, originals, strict=True)
-        ],
-    )
+    param_children, _ = param.tree_flatten_with_keys()
+    new_children = []
+    for (key, child), (_, param_child) in zip(children, param_children, strict=True):
+        if getattr(key, "name", key) in frozen:
+            child = jax.tree_util.tree_map(zeros, param_child)
+        new_children.append(child)
+    return array.tree_unflatten(aux, new_children)

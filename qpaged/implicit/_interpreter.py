@@ -1,8 +1,8 @@
-"""Functions of arrays, run on implicit arrays.
+"""The interpreter that runs functions of arrays on implicit arrays.
 
 A function is traced once on the logical shapes of its implicit arguments, and its jaxpr is evaluated
-equation by equation, with implicit arrays as values. JAX's own transformations see nothing but
-ordinary operations on the arrays inside, so they compose with this in any order.
+equation by equation, with implicit arrays as values. JAX's own transformations see only ordinary
+operations on the arrays inside, so they compose with this in any order.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import jax
 import jax.numpy as jnp
 
 from qpaged import _compat
-from qpaged.implicit import _notes, _tree
-from qpaged.implicit._dispatch import call_handler, handlers
-from qpaged.implicit._fields import stores
-from qpaged.implicit._operands import as_array, checked
+from qpaged._compat import Aval, Equation, Jaxpr, Operand, Params, Primitive, Pytree, Tracer
+from qpaged.implicit import _reports, _tree
+from qpaged.implicit._dispatch import call_handler, registry
+from qpaged.implicit._fields import is_stored
+from qpaged.implicit._operands import as_array, checked_results
+from qpaged.implicit._rule_context import RuleContext
 from qpaged.implicit._rules import RULES
-from qpaged.implicit._step import Step
 from qpaged.implicit._value import ImplicitValue, is_implicit
 
-# Two-operand primitives whose operands may trade places, so that an implicit one comes first.
+# Two-operand primitives whose operands may be swapped, so that an implicit one comes first.
 COMMUTATIVE = frozenset({"add", "add_any", "and", "eq", "max", "min", "mul", "ne", "or", "xor"})
-_TRACED = object()
+_TRACED = object()  # stands for an output that was traced
 
 
 def use_implicit_args(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,14 +40,14 @@ def use_implicit_args(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(f)
     def implicit_f(*args: Any, **kwargs: Any) -> Any:
-        with _notes.one_call():
-            return _run(f, args, kwargs)
+        with _reports.report_each_location_once():
+            return _interpret(f, args, kwargs)
 
     return implicit_f
 
 
-def materialize_nested(implicit_arr: Any, full: bool = False) -> Any:
-    """The array that an implicit array stands for, where `materialize()` may meet further implicit arrays.
+def materialize_nested(implicit_arr: Operand, full: bool = False) -> Operand:
+    """Return the array that an implicit array stands for; `materialize()` may use further implicit arrays.
 
     Args:
         implicit_arr: an implicit array; anything else is returned unchanged.
@@ -54,14 +55,14 @@ def materialize_nested(implicit_arr: Any, full: bool = False) -> Any:
     """
     value = implicit_arr
     while is_implicit(value):
-        value = _one_layer_down(type(value).materialize, value)
+        value = _call_one_layer_down(type(value).materialize, value)
         if not full:
             break
     return value
 
 
-def default_handler(primitive: Any, *args: Any, **params: Any) -> Any:
-    """What the primitive does without a handler: for handlers that deal with a part and leave the rest.
+def default_handler(primitive: Primitive, *args: Operand, **params: Any) -> Any:
+    """Apply a primitive to plain arrays: for handlers that deal with a part and leave the rest.
 
     Args:
         primitive: the primitive a handler was given.
@@ -71,64 +72,82 @@ def default_handler(primitive: Any, *args: Any, **params: Any) -> Any:
     return _compat.bind(primitive, args, params)
 
 
-def logical_struct(value: ImplicitValue) -> Any:
-    """Shape, dtype and placement of what an implicit array materializes to."""
-    with _notes.silence():
-        return jax.eval_shape(lambda v: materialize_nested(v, full=True), value)
+def logical_struct(value: ImplicitValue) -> jax.ShapeDtypeStruct:
+    """Return the shape, dtype and placement of the array that an implicit array materializes to."""
+    with _reports.no_reports():
+        return jax.eval_shape(_materialize_fully, value)
 
 
-def materialize_and_bind(primitive: Any, values: Sequence[Any], params: dict[str, Any]) -> Any:
-    """Bind a primitive with one layer of its implicit operands materialized."""
-    dense = [materialize_nested(value) for value in values]
-    if not any(is_implicit(value) for value in dense):
-        return _compat.bind(primitive, dense, params)
-    return _run(lambda *operands: _compat.bind(primitive, operands, params), dense, {})
+def materialize_and_bind(primitive: Primitive, operands: Sequence[Operand], params: Params) -> Any:
+    """Apply a primitive to operands after materializing one layer of the implicit ones."""
+    operands = [materialize_nested(operand) for operand in operands]
+    if not any(is_implicit(operand) for operand in operands):
+        return _compat.bind(primitive, operands, params)
+    # What a layer materialized to is implicit itself, so the handlers of its own class are asked now.
+    return _interpret(lambda *inner: _compat.bind(primitive, inner, params), operands, {})
 
 
-def _one_layer_down(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function that takes implicit arrays apart: what is implicit inside them is handled too."""
-    leaves, structure = _tree.flatten_one_layer(args)
-    return _run(lambda *inner: function(*_tree.unflatten_one_layer(structure, inner)), leaves, {})
+def _materialize_fully(value: Operand) -> Operand:
+    return materialize_nested(value, full=True)
 
 
-def _run(f: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def _call_one_layer_down(function: Callable[..., Any], *args: Operand) -> Any:
+    """Call a function of implicit arrays as one of their children, some of which may be implicit, too."""
+    children, structure = _tree.flatten_one_layer(args)
+
+    def function_of_children(*inner: Operand) -> Any:
+        return function(*_tree.unflatten_one_layer(structure, inner))
+
+    return _interpret(function_of_children, children, {})
+
+
+def _interpret(f: Callable[..., Any], args: Sequence[Pytree], kwargs: dict[str, Pytree]) -> Pytree:
+    """Trace a function on the logical types of its implicit arguments, and evaluate the jaxpr on these."""
     leaves, tree = _tree.flatten((tuple(args), kwargs))
-    where = [index for index, leaf in enumerate(leaves) if is_implicit(leaf)]
-    if not where:
+    implicit_indices = [index for index, leaf in enumerate(leaves) if is_implicit(leaf)]
+    if not implicit_indices:
         return f(*args, **kwargs)
-    values, avals = zip(*(_at_its_shape(leaves[index]) for index in where), strict=True)
+    implicit_args: list[ImplicitValue] = []
+    avals: list[Aval] = []
+    for index in implicit_indices:
+        implicit_arg, aval = _with_current_type(leaves[index])
+        implicit_args.append(implicit_arg)
+        avals.append(aval)
     out_tree: Any = None
-    static: list[Any] = []  # what f returns without tracing it; _TRACED where it does
+    untraced_outs: list[Any] = []  # the outputs of f, with _TRACED for those that are traced
 
-    def dense_f(*dense: Any) -> list[Any]:
+    def f_of_implicit_args(*dense: Tracer) -> list[Tracer]:
         nonlocal out_tree
-        inner = list(leaves)
-        for index, value in zip(where, dense, strict=True):
-            inner[index] = value
-        inner_args, inner_kwargs = tree.unflatten(inner)
-        found, out_tree = _tree.flatten_fully(f(*inner_args, **inner_kwargs))
-        static[:] = [_TRACED if isinstance(leaf, _compat.Tracer) else leaf for leaf in found]
-        return [leaf for leaf in found if isinstance(leaf, _compat.Tracer)]
+        inner_leaves = list(leaves)
+        for index, value in zip(implicit_indices, dense, strict=True):
+            inner_leaves[index] = value
+        inner_args, inner_kwargs = tree.unflatten(inner_leaves)
+        outs, out_tree = _tree.flatten_fully(f(*inner_args, **inner_kwargs))
+        # No tracer may outlive the trace, so only the others are kept.
+        untraced_outs[:] = [_TRACED if isinstance(out, Tracer) else out for out in outs]
+        return [out for out in outs if isinstance(out, Tracer)]
 
-    traced = iter(_evaluate(jax.make_jaxpr(dense_f)(*avals), values))
-    return out_tree.unflatten([next(traced) if leaf is _TRACED else leaf for leaf in static])
+    jaxpr = jax.make_jaxpr(f_of_implicit_args)(*avals)
+    traced_outs = iter(_evaluate(jaxpr, implicit_args))
+    return out_tree.unflatten([next(traced_outs) if out is _TRACED else out for out in untraced_outs])
 
 
-def _at_its_shape(value: ImplicitValue) -> tuple[ImplicitValue, Any]:
-    """An argument with its stored shape brought up to date, and the abstract value to trace it as.
+def _with_current_type(value: ImplicitValue) -> tuple[ImplicitValue, Aval]:
+    """Return an argument with its stored shape brought up to date, and the abstract value to trace it as.
 
     The children decide: outside, vmap or a slice may have changed them under a stored shape. A class
-    that derives its shape cannot be out of date, so its materialization is traced only if it must be.
+    that derives its shape cannot be out of date, so its materialization is traced only for a placement.
     """
     children = jax.tree_util.tree_leaves(value)
-    if stores(type(value), "shape") or any(_compat.placed(jax.typeof(child)) for child in children):
-        try:
-            struct = logical_struct(value)
-        except (TypeError, ValueError) as error:
-            error.add_note(_why_materialized(value, children))
-            raise
-        return _tree.restated(value, struct.shape, struct.dtype), struct
-    return value, jax.ShapeDtypeStruct(value.shape, value.dtype)
+    derives_shape = not is_stored(type(value), "shape")
+    if derives_shape and not any(_compat.has_placement(jax.typeof(child)) for child in children):
+        return value, jax.ShapeDtypeStruct(value.shape, value.dtype)
+    try:
+        struct = logical_struct(value)
+    except (TypeError, ValueError) as error:
+        error.add_note(_why_materialized(value, children))
+        raise
+    return _tree.with_logical_type(value, struct.shape, struct.dtype), struct
 
 
 def _why_materialized(value: ImplicitValue, children: list[Any]) -> str:
@@ -140,68 +159,88 @@ def _why_materialized(value: ImplicitValue, children: list[Any]) -> str:
     )
 
 
-def _evaluate(closed: Any, args: Sequence[Any]) -> list[Any]:
+def _evaluate(closed: Jaxpr, args: Sequence[Operand]) -> list[Operand]:
     """Evaluate a jaxpr on values any of which may be implicit."""
     jaxpr, consts = _compat.jaxpr_and_consts(closed)
-    values: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    values: dict[Any, Operand] = dict(zip(jaxpr.constvars, consts, strict=True))
     for var, arg in zip(jaxpr.invars, args, strict=True):
-        values[var] = _stated(arg, var.aval)
+        values[var] = _with_type_of(arg, var.aval)
     last_use = {var: eqn for eqn in jaxpr.eqns for var in eqn.invars if not _compat.is_literal(var)}
-    kept = {var for var in jaxpr.outvars if not _compat.is_literal(var)}
+    outputs = {var for var in jaxpr.outvars if not _compat.is_literal(var)}
     for eqn in jaxpr.eqns:
-        operands = [var.val if _compat.is_literal(var) else values[var] for var in eqn.invars]
+        operands = [atom.val if _compat.is_literal(atom) else values[atom] for atom in eqn.invars]
         with _compat.equation_context(eqn):
-            outs = _apply(eqn, operands)
+            outs = _evaluate_equation(eqn, operands)
         values.update(zip(eqn.outvars, outs, strict=True))
-        for var in {v for v in eqn.invars if not _compat.is_literal(v)}:
-            if last_use[var] is eqn and var not in kept:
-                values.pop(var, None)  # eagerly, this frees the intermediate array
-    return [as_array(var.val, var.aval) if _compat.is_literal(var) else values[var] for var in jaxpr.outvars]
+        # Run eagerly, this frees intermediate arrays as early as JAX itself would.
+        for var in {atom for atom in eqn.invars if not _compat.is_literal(atom)}:
+            if last_use[var] is eqn and var not in outputs:
+                values.pop(var, None)
+    return [
+        as_array(atom.val, atom.aval) if _compat.is_literal(atom) else values[atom] for atom in jaxpr.outvars
+    ]
 
 
-def _stated(value: Any, aval: Any) -> Any:
-    return _tree.restated(value, aval.shape, aval.dtype) if is_implicit(value) else value
+def _with_type_of(value: Operand, aval: Aval) -> Operand:
+    if not is_implicit(value):
+        return value
+    return _tree.with_logical_type(value, aval.shape, aval.dtype)
 
 
-def _apply(eqn: Any, operands: list[Any]) -> Sequence[Any]:
-    """One equation: the primitive itself, a handler, a rule, or materialization, in that order."""
+def _evaluate_equation(eqn: Equation, operands: list[Operand]) -> Sequence[Operand]:
+    """Evaluate an equation by the first of: no implicit operand, a handler, a rule, materialization."""
     primitive, params = eqn.primitive, eqn.params
-    first = next((value for value in operands if is_implicit(value)), None)
-    if first is None:
-        outs = _compat.bind(primitive, operands, params)
-        return outs if primitive.multiple_results else [outs]
+    first_implicit = next((operand for operand in operands if is_implicit(operand)), None)
+    if first_implicit is None:
+        return _as_sequence(primitive, _compat.bind(primitive, operands, params))
     operands = [as_array(value, var.aval) for value, var in zip(operands, eqn.invars, strict=True)]
-    outs = _call_handler(primitive, first, operands, params)
-    if outs is NotImplemented and primitive.name in RULES:
-        step = _step(eqn)
-        with _notes.inside(step.place):
-            outs = RULES[primitive.name](step, operands)
-        return [_stated(out, var.aval) for out, var in zip(outs, eqn.outvars, strict=True)]
-    if outs is NotImplemented:
-        place = _compat.source_line(eqn)
-        for value in operands:
-            if is_implicit(value):
-                _notes.report(primitive.name, value, place)
-        outs = type(first).default_handler(primitive, *operands, params=params)
-    return checked(outs if primitive.multiple_results else [outs], eqn)
+    outs = _call_handler(primitive, first_implicit, operands, params)
+    if outs is not NotImplemented:
+        return checked_results(_as_sequence(primitive, outs), eqn)
+    if primitive.name in RULES:
+        return _apply_rule(eqn, operands)
+    _report_operands(eqn, operands)
+    outs = type(first_implicit).default_handler(primitive, *operands, params=params)
+    return checked_results(_as_sequence(primitive, outs), eqn)
 
 
-def _call_handler(primitive: Any, first: ImplicitValue, operands: list[Any], params: dict[str, Any]) -> Any:
-    swap = len(operands) == 2 and first.commute_ops and primitive.name in COMMUTATIVE
-    ordered = operands[::-1] if swap and not is_implicit(operands[0]) else operands
-    candidate = handlers.find(primitive, ordered)
-    if candidate is None:
+def _as_sequence(primitive: Primitive, outs: Any) -> Any:
+    if primitive.multiple_results:
+        return outs
+    return [outs]
+
+
+def _call_handler(
+    primitive: Primitive, first_implicit: ImplicitValue, operands: list[Operand], params: Params
+) -> Any:
+    """Return what the handler for these operands returns; NotImplemented if there is none."""
+    commutes = first_implicit.commute_ops and primitive.name in COMMUTATIVE
+    if commutes and len(operands) == 2 and not is_implicit(operands[0]):
+        operands = operands[::-1]
+    handler = registry.find(primitive, operands)
+    if handler is None:
         return NotImplemented
-    return _one_layer_down(lambda *values: call_handler(candidate, primitive, values, params), *ordered)
+    # Handlers work on the children of their operands, which may be implicit and have handlers of their own.
+    return _call_one_layer_down(lambda *inner: call_handler(handler, primitive, inner, params), *operands)
 
 
-def _step(eqn: Any) -> Step:
-    return Step(
+def _apply_rule(eqn: Equation, operands: list[Operand]) -> list[Operand]:
+    """Evaluate an equation by the rule for its primitive, and bring stored shapes of results up to date."""
+    ctx = RuleContext(
         primitive=eqn.primitive,
         params=eqn.params,
-        in_avals=[var.aval for var in eqn.invars],
         out_avals=[var.aval for var in eqn.outvars],
-        place=_compat.source_line(eqn),
+        location=_compat.source_line(eqn),
         evaluate=_evaluate,
-        materialize=functools.partial(materialize_nested, full=True),
+        materialize=_materialize_fully,
     )
+    with _reports.fallback_location(ctx.location):
+        outs = RULES[eqn.primitive.name](ctx, operands)
+    return [_with_type_of(out, aval) for out, aval in zip(outs, ctx.out_avals, strict=True)]
+
+
+def _report_operands(eqn: Equation, operands: list[Operand]) -> None:
+    location = _compat.source_line(eqn)
+    for operand in operands:
+        if is_implicit(operand):
+            _reports.report(eqn.primitive.name, operand, location)

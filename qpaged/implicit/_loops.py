@@ -1,136 +1,172 @@
-"""Loops that carry, close over, and run through implicit arrays."""
+"""Rules for scan and while: loops that carry, close over, and scan through implicit arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax
 
 from qpaged import _compat
-from qpaged.implicit import _notes, _tree
-from qpaged.implicit._step import Outputs, Step
-from qpaged.implicit._value import is_implicit
+from qpaged._compat import Aval, Jaxpr, Operand, Pytree
+from qpaged.implicit import _reports, _tree
+from qpaged.implicit._rule_context import Outputs, RuleContext
+from qpaged.implicit._value import ImplicitValue, is_implicit
 
-Outcome = Callable[[Sequence[Any]], list[Any]]  # carries to the carries after one turn
+Carry: TypeAlias = Sequence[Operand]
 
 
-def scan(step: Step, values: list[Any]) -> Outputs:
-    """Carries stay implicit where the body keeps their structure; xs are sliced leaf by leaf."""
-    jaxpr, length = step.params["jaxpr"], step.params["length"]
-    n_consts, n_carry = _compat.scan_counts(step.params, len(values))
-    consts, init, xs = _split(values, n_consts, n_carry)
-    x_avals = step_avals(jaxpr)[n_consts + n_carry :]
-    xs = [
-        x if _sliceable(x, length, aval, step) else step.dense(x) for x, aval in zip(xs, x_avals, strict=True)
-    ]
+def scan(ctx: RuleContext, operands: list[Operand]) -> Outputs:
+    """Evaluate a scan. Carries stay implicit if the body keeps their layout; xs are sliced leaf by leaf."""
+    jaxpr, length = ctx.params["jaxpr"], ctx.params["length"]
+    n_consts, n_carry = _compat.scan_counts(ctx.params, len(operands))
+    consts, init, xs = _split(operands, n_consts, n_carry)
+    x_avals = input_avals(jaxpr)[n_consts + n_carry :]
+    xs = [_sliceable_or_dense(ctx, x, aval, length) for x, aval in zip(xs, x_avals, strict=True)]
 
-    def body(carry: Sequence[Any], x: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        outs = step.evaluate(jaxpr, [*consts, *carry, *x])
+    def body(carry: Carry, x: Sequence[Operand]) -> tuple[list[Operand], list[Operand]]:
+        outs = ctx.evaluate(jaxpr, [*consts, *carry, *x])
         return outs[:n_carry], outs[n_carry:]
 
-    first_x = [jax.eval_shape(_first, x) for x in xs]
-    init, settle = settled(step, init, lambda carry: jax.eval_shape(body, carry, first_x)[0])
+    one_x = [jax.eval_shape(_first_slice, x) for x in xs]
+
+    def carry_after_one_turn(carry: Carry) -> Carry:
+        carry, _ = jax.eval_shape(body, carry, one_x)
+        return carry
+
+    init = _stable_init(ctx, init, carry_after_one_turn)
+    stays_implicit = [is_implicit(value) for value in init]
+
+    def stable_body(carry: Carry, x: Sequence[Operand]) -> tuple[list[Operand], list[Operand]]:
+        carry, ys = body(carry, x)
+        return _others_dense(ctx, carry, stays_implicit), ys
+
     carry, ys = jax.lax.scan(
-        lambda carry, x: (settle((turn := body(carry, x))[0]), turn[1]),
-        init,
-        xs,
-        length=length,
-        reverse=step.params["reverse"],
-        unroll=step.params["unroll"],
+        stable_body, init, xs, length=length, reverse=ctx.params["reverse"], unroll=ctx.params["unroll"]
     )
     return [*carry, *ys]
 
 
-def while_loop(step: Step, values: list[Any]) -> Outputs:
-    """Carries as in scan; the constants of the condition and of the body are closed over."""
-    n_cond, n_body = step.params["cond_nconsts"], step.params["body_nconsts"]
-    cond_consts, body_consts, init = _split(values, n_cond, n_body)
+def while_loop(ctx: RuleContext, operands: list[Operand]) -> Outputs:
+    """Evaluate a while loop. Carries stay implicit as in scan; constants are closed over."""
+    n_cond, n_body = ctx.params["cond_nconsts"], ctx.params["body_nconsts"]
+    cond_consts, body_consts, init = _split(operands, n_cond, n_body)
 
-    def condition(carry: Sequence[Any]) -> Any:
-        (more,) = step.evaluate(step.params["cond_jaxpr"], [*cond_consts, *carry])
-        return step.dense(more)
+    def condition(carry: Carry) -> Operand:
+        (predicate,) = ctx.evaluate(ctx.params["cond_jaxpr"], [*cond_consts, *carry])
+        return ctx.to_dense(predicate)
 
-    def body(carry: Sequence[Any]) -> list[Any]:
-        return step.evaluate(step.params["body_jaxpr"], [*body_consts, *carry])
+    def body(carry: Carry) -> list[Operand]:
+        return ctx.evaluate(ctx.params["body_jaxpr"], [*body_consts, *carry])
 
-    init, settle = settled(step, init, lambda carry: jax.eval_shape(body, carry))
-    return jax.lax.while_loop(condition, lambda carry: settle(body(carry)), init)
+    def carry_after_one_turn(carry: Carry) -> Carry:
+        return jax.eval_shape(body, carry)
+
+    init = _stable_init(ctx, init, carry_after_one_turn)
+    stays_implicit = [is_implicit(value) for value in init]
+
+    def stable_body(carry: Carry) -> list[Operand]:
+        return _others_dense(ctx, body(carry), stays_implicit)
+
+    return jax.lax.while_loop(condition, stable_body, init)
 
 
-def step_avals(jaxpr: Any) -> list[Any]:
-    """What a jaxpr's inputs are, seen from inside."""
-    return [var.aval for var in _compat.jaxpr_and_consts(jaxpr)[0].invars]
+def input_avals(jaxpr: Jaxpr) -> list[Aval]:
+    """Return the types of a jaxpr's inputs as they are inside of it."""
+    opened, _ = _compat.jaxpr_and_consts(jaxpr)
+    return [var.aval for var in opened.invars]
 
 
-def settled(step: Step, init: list[Any], outcome: Outcome) -> tuple[list[Any], Outcome]:
-    """Make carries that a turn of the loop returns as they were: implicit where possible, else dense.
+def _split(operands: list[Operand], first: int, second: int) -> tuple[list[Operand], ...]:
+    return operands[:first], operands[first : first + second], operands[first + second :]
 
-    A carry whose structure or leaf shapes a turn changes is materialized on both sides. That may
-    change what becomes of the others, so it goes on until nothing changes; there are finitely many.
 
-    Returns:
-        The initial carries, and the function to put around the body's carries.
+# Carries must have the same structure and types at the end of a turn as at its start.
+
+
+def _stable_init(
+    ctx: RuleContext, init: list[Operand], carry_after_one_turn: Callable[[Carry], Carry]
+) -> list[Operand]:
+    """Materialize the initial carries whose structure or leaf shapes one turn of the loop would change.
+
+    A materialized carry may change what the body makes of the others, so this repeats until nothing
+    changes. It ends, because every round materializes a carry.
     """
-    if any(is_implicit(value) for value in init):
-        while True:
-            with _notes.silence():  # only what the loop finally does is worth a warning
-                after = outcome(init)
-            moved = [
-                is_implicit(value) and not _tree.same_layout(jax.eval_shape(lambda v: v, value), out)
-                for value, out in zip(init, after, strict=True)
-            ]
-            if not any(moved):
-                break
-            init = [step.dense(value) if change else value for value, change in zip(init, moved, strict=True)]
-        init = [_as_varying(value, out) for value, out in zip(init, after, strict=True)]
-    kept = [is_implicit(value) for value in init]
-
-    def settle(carry: Sequence[Any]) -> list[Any]:
-        return [value if keep else step.dense(value) for value, keep in zip(carry, kept, strict=True)]
-
-    return init, settle
+    if not any(is_implicit(value) for value in init):
+        return init
+    while True:
+        with _reports.no_reports():  # only what the loop finally does is worth a warning
+            after = carry_after_one_turn(init)
+        changes = [_changes_layout(value, out) for value, out in zip(init, after, strict=True)]
+        if not any(changes):
+            break
+        init = [ctx.to_dense(value) if change else value for value, change in zip(init, changes, strict=True)]
+    return [_varying_like(value, out) for value, out in zip(init, after, strict=True)]
 
 
-def _as_varying(value: Any, out: Any) -> Any:
-    """Inside shard_map, leaves of an implicit carry vary over the axes that the body makes them vary over."""
+def _changes_layout(value: Operand, out: Pytree) -> bool:
+    if not is_implicit(value):
+        return False
+    # Leaves may be Python numbers, which have a shape and a dtype only as abstract values.
+    return not _tree.same_layout(jax.eval_shape(lambda v: v, value), out)
+
+
+def _varying_like(value: Operand, out: Pytree) -> Operand:
+    """Mark the leaves of an implicit carry as varying along the same mesh axes as after one turn.
+
+    Inside shard_map, JAX requires a carry to vary along the same axes before and after a turn.
+    """
     if not is_implicit(value):
         return value
-    return jax.tree_util.tree_map(
-        lambda leaf, after: _compat.make_varying(leaf, _compat.varying_axes(after)), value, out
-    )
+
+    def mark(leaf: jax.Array, leaf_out: jax.ShapeDtypeStruct) -> jax.Array:
+        return _compat.make_varying(leaf, _compat.varying_axes(leaf_out))
+
+    return jax.tree_util.tree_map(mark, value, out)
 
 
-def _sliceable(x: Any, length: int, aval: Any, step: Step) -> bool:
-    """Whether taking one slice of every leaf takes one slice of the array.
+def _others_dense(ctx: RuleContext, carry: Carry, stays_implicit: list[bool]) -> list[Operand]:
+    return [
+        value if stays else ctx.to_dense(value) for value, stays in zip(carry, stays_implicit, strict=True)
+    ]
 
-    Shapes are all there is to tell by: a slice must have the shape of a slice, and one more slice must
-    make the array longer by one. In A @ B.T with a square result the first holds and the second does not.
+
+# Whether an implicit array can be sliced or divided leaf by leaf.
+
+
+def _sliceable_or_dense(ctx: RuleContext, x: Operand, slice_aval: Aval, length: int) -> Operand:
+    if not is_implicit(x) or _is_sliceable(ctx, x, slice_aval, length):
+        return x
+    return ctx.to_dense(x)
+
+
+def _is_sliceable(ctx: RuleContext, x: ImplicitValue, slice_aval: Aval, length: int) -> bool:
+    """Return True if taking one slice of every leaf takes one slice of the array.
+
+    Only shapes can tell: a slice must have the shape of a slice, and one more slice must make the array
+    longer by one. In A @ B.T with a square result the first holds and the second does not.
     """
-    if not is_implicit(x):
-        return True
     if any(leaf.shape[:1] != (length,) for leaf in jax.tree_util.tree_leaves(x)):
         return False
-    longer = jax.tree_util.tree_map(
-        lambda leaf: jax.ShapeDtypeStruct((length + 1, *leaf.shape[1:]), leaf.dtype), x
-    )
-    one_more = jax.ShapeDtypeStruct((length + 1, *aval.shape), aval.dtype)
-    return fits(jax.eval_shape(_first, x), aval, step) and fits(longer, one_more, step)
+
+    def one_longer(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((length + 1, *leaf.shape[1:]), leaf.dtype)
+
+    longer = jax.tree_util.tree_map(one_longer, x)
+    longer_aval = jax.ShapeDtypeStruct((length + 1, *slice_aval.shape), slice_aval.dtype)
+    one_slice = jax.eval_shape(_first_slice, x)
+    return materializes_to(ctx, one_slice, slice_aval) and materializes_to(ctx, longer, longer_aval)
 
 
-def fits(part: Any, aval: Any, step: Step) -> bool:
-    """Whether an implicit array whose leaves were cut up still materializes to `aval`."""
+def materializes_to(ctx: RuleContext, value: ImplicitValue, aval: Aval) -> bool:
+    """Return True if an implicit array with other leaves than before materializes to the shape of `aval`."""
     try:
-        with _notes.silence():
-            struct = jax.eval_shape(step.materialize, _tree.restated(part, aval.shape, aval.dtype))
-    except Exception:  # whatever a class raises: its leaves do not go together any more
+        with _reports.no_reports():
+            struct = jax.eval_shape(ctx.materialize, _tree.with_logical_type(value, aval.shape, aval.dtype))
+    except Exception:  # a class may raise anything if its leaves do not fit together any more
         return False
     return struct.shape == aval.shape
 
 
-def _first(x: Any) -> Any:
+def _first_slice(x: Pytree) -> Pytree:
     return jax.tree_util.tree_map(lambda leaf: leaf[0], x)
-
-
-def _split(values: list[Any], first: int, second: int) -> tuple[list[Any], list[Any], list[Any]]:
-    return values[:first], values[first : first + second], values[first + second :]

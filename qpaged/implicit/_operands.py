@@ -1,4 +1,4 @@
-"""What handlers are given, and what is accepted from them."""
+"""Conversion of the operands that handlers are given, and checks of the results that they return."""
 
 from __future__ import annotations
 
@@ -9,12 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qpaged import _compat
+from qpaged._compat import Aval, Equation, Operand, ShapedArray
 from qpaged.implicit._value import is_implicit
 
 
-def checked(outs: Any, eqn: Any) -> Sequence[Any]:
-    """What a handler returned, refused if it has not the shapes that the program was traced with."""
+def as_array(value: Operand, aval: Aval) -> Operand:
+    """Return a literal or constant as a JAX array of its type in the jaxpr; other values as they are."""
+    if isinstance(value, jax.Array) or is_implicit(value):
+        return value
+    if not isinstance(aval, ShapedArray):
+        return value  # a reference, which must stay the same object
+    if aval.weak_type and not aval.shape:
+        # jnp.asarray makes a weakly typed array of a Python number only.
+        weak = jnp.asarray(np.asarray(value).item())
+        if weak.dtype == aval.dtype:
+            return weak
+    return jnp.asarray(np.asarray(value), dtype=aval.dtype)
+
+
+def checked_results(outs: Any, eqn: Equation) -> Sequence[Operand]:
+    """Return what a handler returned; raise if it has not the shapes that the program was traced with."""
     name = eqn.primitive.name
     if not isinstance(outs, list | tuple):
         raise TypeError(
@@ -27,21 +41,17 @@ def checked(outs: Any, eqn: Any) -> Sequence[Any]:
             f"Return as many as the primitive does."
         )
     for out, var in zip(outs, eqn.outvars, strict=True):
-        expected = getattr(var.aval, "shape", None)
-        if expected is not None and tuple(jnp.shape(out)) != tuple(expected):
-            raise TypeError(
-                f"A handler of {name!r} returned a {type(out).__name__} of shape {tuple(jnp.shape(out))}, "
-                f"where {tuple(expected)} is expected. Return the shape that the primitive would return."
-            )
+        _check_shape(name, out, var.aval)
     return outs
 
 
-def as_array(value: Any, aval: Any) -> Any:
-    """Literals and constants as JAX arrays of the type they have in the jaxpr; the rest as it is."""
-    if isinstance(value, jax.Array) or is_implicit(value) or not isinstance(aval, _compat.ShapedArray):
-        return value  # references are not ShapedArrays, and must stay what they are
-    if aval.weak_type and not aval.shape:
-        weak = jnp.asarray(np.asarray(value).item())
-        if weak.dtype == aval.dtype:
-            return weak
-    return jnp.asarray(np.asarray(value), dtype=aval.dtype)
+def _check_shape(name: str, out: Operand, aval: Aval) -> None:
+    expected = getattr(aval, "shape", None)
+    if expected is None:  # tokens have no shape
+        return
+    shape = tuple(jnp.shape(out))
+    if shape != tuple(expected):
+        raise TypeError(
+            f"A handler of {name!r} returned a {type(out).__name__} of shape {shape}, "
+            f"where {tuple(expected)} is expected. Return the shape that the primitive would return."
+        )

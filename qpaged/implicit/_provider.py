@@ -1,4 +1,4 @@
-"""Whose ImplicitArray this is: qax's, where qax works, or ours."""
+"""The choice of the implementation behind `qpaged.implicit`: qax where qax works, else qpaged's own."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from types import ModuleType
 
 import jax
 
-from qpaged._compat import version_tuple
-
-QAX_JAX = (0, 4, 35)
-OLDEST_JAX = (0, 10, 2)
+from qpaged._compat import IMPLICIT_JAX, QAX_JAX, dotted, version_tuple
 
 
 @dataclass(frozen=True)
@@ -29,11 +26,13 @@ class Provider:
     detail: str
 
     def __str__(self) -> str:
-        return f"qax {self.detail}" if self.name == "qax" else f"qpaged: {self.detail}"
+        if self.name == "qax":
+            return f"qax {self.detail}"
+        return f"qpaged: {self.detail}"
 
 
 def choose(jax_version: str) -> ModuleType | None:
-    """Decide between qax and our own implementation.
+    """Choose between qax and qpaged's own implementation.
 
     Args:
         jax_version: the version of the JAX that is installed.
@@ -45,44 +44,48 @@ def choose(jax_version: str) -> ModuleType | None:
         ImportError: neither works with this JAX.
     """
     version = version_tuple(jax_version)
-    if version >= OLDEST_JAX:
+    if version >= IMPLICIT_JAX:
         return None
-    qax, problem = _import_qax() if version == QAX_JAX else (None, f"it does not work with JAX {jax_version}")
+    if version != QAX_JAX:
+        raise ImportError(_unsupported(jax_version, f"it does not work with JAX {jax_version}"))
+    qax, problem = _import_qax()
     if qax is None:
         raise ImportError(_unsupported(jax_version, problem))
     return qax
 
 
 def provider() -> Provider:
-    """Whether the names of `qpaged.implicit` are qax's, and if not, why not.
+    """Return whose names `qpaged.implicit` has: qax's or qpaged's, and in that case why not qax's.
 
     Asking is what tries to import an installed qax on a JAX it does not support; nothing else does.
     """
-    if version_tuple(jax.__version__) < OLDEST_JAX:
+    if version_tuple(jax.__version__) < IMPLICIT_JAX:
         return Provider("qax", importlib.metadata.version("qax"))
     try:
-        installed = importlib.metadata.version("qax")
+        qax_version = importlib.metadata.version("qax")
     except importlib.metadata.PackageNotFoundError:
         return Provider("qpaged", "qax is not installed")
     _, problem = _import_qax()
-    return Provider("qpaged", f"qax {installed} on JAX {jax.__version__}: {problem}")
+    return Provider("qpaged", f"qax {qax_version} on JAX {jax.__version__}: {problem}")
 
 
 def _import_qax() -> tuple[ModuleType | None, str]:
+    """Import qax; return the module or None, and why it is not used."""
     with warnings.catch_warnings():
-        # qax 0.4.1 spells jax.tree_util.tree_map the old way; nothing its user could change.
+        # qax 0.4.1 uses the deprecated jax.tree_map, which its users cannot change.
         warnings.filterwarnings(
             "ignore", message=r"jax\.tree_map is deprecated", category=DeprecationWarning, module=r"qax\."
         )
         try:
-            return importlib.import_module("qax"), "it is used with JAX 0.4.35 only"
-        except Exception as error:  # a broken qax raises whatever its dependencies changed into
+            return importlib.import_module("qax"), f"it is used with JAX {dotted(QAX_JAX)} only"
+        except Exception as error:  # a qax that is too old for its dependencies may raise anything
             return None, f"importing it fails with {type(error).__name__}: {error}"
 
 
 def _unsupported(jax_version: str, problem: str) -> str:
+    oldest = dotted(IMPLICIT_JAX)
     return (
         f"qpaged.implicit does not work with JAX {jax_version} as it is installed here. It is tested with "
-        f"JAX 0.10.2 and later, and with JAX 0.4.35 through qax 0.4.1. Of qax: {problem}. "
-        f'Run: pip install -U "jax>=0.10.2"  or, to use qax: pip install "qpaged[qax]"'
+        f"JAX {oldest} and later, and with JAX {dotted(QAX_JAX)} through qax 0.4.1. Of qax: {problem}. "
+        f'Run: pip install -U "jax>={oldest}"  or, to use qax: pip install "qpaged[qax]"'
     )

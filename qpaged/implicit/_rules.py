@@ -1,4 +1,4 @@
-"""Rules for primitives that call functions or that say nothing about values.
+"""Rules for primitives that call functions or return their operands, used if no handler is registered.
 
 `RULES` lists every primitive with a rule of its own, here and in the modules next to this one.
 """
@@ -10,62 +10,72 @@ from typing import Any
 import jax
 
 from qpaged import _compat
+from qpaged._compat import Operand
 from qpaged.implicit import _tree
-from qpaged.implicit._branches import cond
-from qpaged.implicit._calls import jit
-from qpaged.implicit._derivatives import custom_jvp, custom_vjp
+from qpaged.implicit._cond import cond
+from qpaged.implicit._custom_derivatives import custom_jvp, custom_vjp
+from qpaged.implicit._jit import jit
 from qpaged.implicit._loops import scan, while_loop
-from qpaged.implicit._sharded import shard_map
-from qpaged.implicit._step import Outputs, Rule, Step
+from qpaged.implicit._rule_context import Outputs, Rule, RuleContext
+from qpaged.implicit._shard_map import shard_map
 from qpaged.implicit._value import is_implicit
 
 
-def inline(step: Step, values: list[Any]) -> Outputs:
-    """A call that means nothing but its body."""
-    jaxpr = step.params.get("call_jaxpr", step.params.get("jaxpr"))
-    return step.evaluate(jaxpr, values)
+def inline(ctx: RuleContext, operands: list[Operand]) -> Outputs:
+    """Evaluate a call whose only meaning is its body."""
+    return ctx.evaluate(_compat.called_jaxpr(ctx.params), operands)
 
 
-def by_platform(step: Step, values: list[Any]) -> Outputs:
-    """What is computed by default: kernels do not read implicit arrays."""
-    return step.evaluate(step.params["default"], values)
+def by_platform(ctx: RuleContext, operands: list[Operand]) -> Outputs:
+    """Evaluate the default of `by_platform`, because kernels do not read implicit arrays."""
+    return ctx.evaluate(ctx.params["default"], operands)
 
 
-def checkpoint(step: Step, values: list[Any]) -> Outputs:
-    """Bound again around the new body, so that policy and differentiation state stay what they were."""
-    leaves, tree = _tree.flatten_fully(values)
+def checkpoint(ctx: RuleContext, operands: list[Operand]) -> Outputs:
+    """Bind checkpoint again around the new body.
+
+    Calling `jax.checkpoint` would lose parameters that only the equation has, such as `differentiated`.
+    """
+    leaves, tree = _tree.flatten_fully(operands)
     out_tree: Any = None
 
-    def flat(*inner: Any) -> list[Any]:
+    def body(*inner_leaves: Operand) -> list[Operand]:
         nonlocal out_tree
-        outs = step.evaluate(step.params["jaxpr"], tree.unflatten(inner))
-        found, out_tree = _tree.flatten_fully(list(outs))
-        return found
+        outs = ctx.evaluate(ctx.params["jaxpr"], tree.unflatten(inner_leaves))
+        out_leaves, out_tree = _tree.flatten_fully(list(outs))
+        return out_leaves
 
-    jaxpr, consts = _compat.without_consts(jax.make_jaxpr(flat)(*leaves))
-    outs = _compat.bind(step.primitive, [*consts, *leaves], {**step.params, "jaxpr": jaxpr})
-    return out_tree.unflatten(outs)
-
-
-def leafwise(step: Step, values: list[Any]) -> Outputs:
-    """Primitives that return their operands: barriers, names and copies."""
-    leaves, tree = _tree.flatten_fully(values)
-    if step.primitive.multiple_results:
-        return tree.unflatten(step.bind(leaves))
-    return tree.unflatten([step.bind([leaf])[0] for leaf in leaves])
+    jaxpr, consts = _compat.consts_as_inputs(jax.make_jaxpr(body)(*leaves))
+    out_leaves = _compat.bind(ctx.primitive, [*consts, *leaves], {**ctx.params, "jaxpr": jaxpr})
+    return out_tree.unflatten(out_leaves)
 
 
-def varying(step: Step, values: list[Any]) -> Outputs:
-    """Inside shard_map: marks a value as differing from device to device."""
-    axes = frozenset().union(*(_compat.varying_axes(aval) for aval in step.out_avals))
-    return [
-        jax.tree_util.tree_map(lambda leaf: _compat.make_varying(leaf, axes), value)
-        if is_implicit(value)
-        else step.bind([value])[0]
-        for value in values
-    ]
+def leafwise(ctx: RuleContext, operands: list[Operand]) -> Outputs:
+    """Apply a primitive that returns its operands, such as a barrier, a name or a copy, to every leaf."""
+    leaves, tree = _tree.flatten_fully(operands)
+    if ctx.primitive.multiple_results:
+        return tree.unflatten(ctx.bind(leaves))
+    return tree.unflatten([ctx.bind([leaf])[0] for leaf in leaves])
 
 
+def pvary(ctx: RuleContext, operands: list[Operand]) -> Outputs:
+    """Mark values inside shard_map, and the leaves of implicit ones, as varying from device to device."""
+    axes = frozenset().union(*(_compat.varying_axes(aval) for aval in ctx.out_avals))
+
+    def mark(leaf: jax.Array) -> jax.Array:
+        return _compat.make_varying(leaf, axes)
+
+    outs: list[Operand] = []
+    for operand in operands:
+        if is_implicit(operand):
+            outs.append(jax.tree_util.tree_map(mark, operand))
+        else:
+            outs.extend(ctx.bind([operand]))
+    return outs
+
+
+# Keys are the names of primitives in jaxprs, which differ from those in jax.lax: "remat2" is checkpoint.
+# Newer versions of JAX call "closed_call" and "core_call" "eval_jaxpr".
 RULES: dict[str, Rule] = {
     "by_platform": by_platform,
     "closed_call": inline,
@@ -79,7 +89,7 @@ RULES: dict[str, Rule] = {
     "jit": jit,
     "name": leafwise,
     "optimization_barrier": leafwise,
-    "pvary": varying,
+    "pvary": pvary,
     "remat2": checkpoint,
     "scan": scan,
     "shard_map": shard_map,

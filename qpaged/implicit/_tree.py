@@ -1,75 +1,83 @@
-"""Pytrees that hold implicit arrays, one layer at a time."""
+"""Pytrees that hold implicit arrays: flattening them layer by layer, and keeping their shapes current."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
-from qpaged.implicit._fields import peek, stores
+from qpaged._compat import Operand, Pytree
+from qpaged.implicit._fields import is_stored, read_or_none
 from qpaged.implicit._value import ImplicitValue, is_implicit
 
+LayerStructure: TypeAlias = tuple[Any, list[Any]]  # of the tree, and of every value in it
 
-def flatten(tree: Any) -> tuple[list[Any], Any]:
-    """Flatten a tree, implicit arrays kept whole."""
+
+def flatten(tree: Pytree) -> tuple[list[Any], Any]:
+    """Flatten a tree with its implicit arrays as leaves."""
     return jax.tree_util.tree_flatten(tree, is_leaf=is_implicit)
 
 
-def flatten_one_layer(tree: Any) -> tuple[list[Any], Any]:
-    """Flatten a tree and the implicit arrays in it, but not the implicit arrays in those."""
-    outer, outer_tree = flatten(tree)
-    leaves: list[Any] = []
-    layers = []
-    for value in outer:
-        inner, inner_tree = _open(value)
-        leaves += inner
-        layers.append(inner_tree)
-    return leaves, (outer_tree, layers)
+def flatten_one_layer(tree: Pytree) -> tuple[list[Any], LayerStructure]:
+    """Flatten a tree and its implicit arrays into their children, with implicit children as leaves."""
+    values, tree_structure = flatten(tree)
+    children: list[Any] = []
+    value_structures = []
+    for value in values:
+        value_children, structure = _flatten_children(value)
+        children += value_children
+        value_structures.append(structure)
+    return children, (tree_structure, value_structures)
 
 
-def unflatten_one_layer(structure: Any, leaves: Sequence[Any]) -> Any:
-    """The inverse of `flatten_one_layer`."""
-    outer_tree, layers = structure
-    remaining = iter(leaves)
-    outer = [tree.unflatten([next(remaining) for _ in range(tree.num_leaves)]) for tree in layers]
-    return outer_tree.unflatten(outer)
+def unflatten_one_layer(structure: LayerStructure, children: Sequence[Any]) -> Pytree:
+    """Invert `flatten_one_layer`."""
+    tree_structure, value_structures = structure
+    remaining = iter(children)
+    values = []
+    for value_structure in value_structures:
+        value_children = [next(remaining) for _ in range(value_structure.num_leaves)]
+        values.append(value_structure.unflatten(value_children))
+    return tree_structure.unflatten(values)
 
 
-def _open(value: Any) -> tuple[list[Any], Any]:
-    return jax.tree_util.tree_flatten(value, is_leaf=lambda node: is_implicit(node) and node is not value)
+def _flatten_children(value: Operand) -> tuple[list[Any], Any]:
+    def is_leaf(node: Pytree) -> bool:
+        return is_implicit(node) and node is not value
+
+    return jax.tree_util.tree_flatten(value, is_leaf=is_leaf)
 
 
-def restated(value: ImplicitValue, shape: tuple[int, ...], dtype: Any) -> ImplicitValue:
-    """The same array, with its stored shape and dtype set to what they are where it is used.
-
-    A transformation changes the children of an implicit array (vmap and scan take an axis away,
-    shard_map divides it), but it cannot know about a shape that is stored beside them.
-    """
-    news = {"shape": tuple(shape), "dtype": dtype}
-    stale = {
-        name: new for name, new in news.items() if stores(type(value), name) and peek(value, name) != new
-    }
-    if not stale:
-        return value
-    value = copy.copy(value)
-    for name, new in stale.items():
-        object.__setattr__(value, name, new)
-    return value
-
-
-def flatten_fully(tree: Any) -> tuple[list[Any], Any]:
+def flatten_fully(tree: Pytree) -> tuple[list[Any], Any]:
     """Flatten a tree down to its arrays."""
     return jax.tree_util.tree_flatten(tree)
 
 
-def same_layout(left: Any, right: Any) -> bool:
-    """Whether two values have the same tree structure, and leaves of the same shapes and dtypes."""
-    left_leaves, left_tree = flatten_fully(left)
-    right_leaves, right_tree = flatten_fully(right)
-    if left_tree != right_tree:
+def with_logical_type(value: ImplicitValue, shape: tuple[int, ...], dtype: Any) -> ImplicitValue:
+    """Return an implicit array whose stored shape and dtype are those it has where it is used.
+
+    A transformation changes the children of an implicit array (vmap and scan take an axis away, shard_map
+    divides it), but does not know of a shape that is stored beside them.
+    """
+    stale: dict[str, Any] = {}
+    for name, current in (("shape", tuple(shape)), ("dtype", dtype)):
+        if is_stored(type(value), name) and read_or_none(value, name) != current:
+            stale[name] = current
+    if not stale:
+        return value
+    value = copy.copy(value)
+    for name, current in stale.items():
+        object.__setattr__(value, name, current)  # the class may be a frozen dataclass
+    return value
+
+
+def same_layout(left: Pytree, right: Pytree) -> bool:
+    """Return True if two trees have the same structure, and leaves of the same shapes and dtypes."""
+    left_leaves, left_structure = flatten_fully(left)
+    right_leaves, right_structure = flatten_fully(right)
+    if left_structure != right_structure:
         return False
-    return all(
-        a.shape == b.shape and a.dtype == b.dtype for a, b in zip(left_leaves, right_leaves, strict=True)
-    )
+    pairs = zip(left_leaves, right_leaves, strict=True)
+    return all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)

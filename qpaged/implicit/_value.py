@@ -1,4 +1,4 @@
-"""The types that annotations and isinstance checks are about."""
+"""The types that handlers are annotated with and that `isinstance` checks ask for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from abc import ABC
 from typing import Any, ClassVar, TypeGuard
 
 import jax
+
+from qpaged._compat import Operand, Params, Primitive
 
 
 class ArrayValue(ABC):  # noqa: B024 - a type to annotate with; it has no methods to require
@@ -16,7 +18,10 @@ ArrayValue.register(jax.Array)
 
 
 class ImplicitValue(ArrayValue):
-    """What the interpreter knows of an implicit array; `ImplicitArray` is its only subclass."""
+    """The part of an implicit array that the interpreter uses; `ImplicitArray` is its only subclass.
+
+    It is a class of its own because `ImplicitArray` needs the interpreter, which needs this.
+    """
 
     commute_ops: ClassVar[bool]
     warn_on_materialize: ClassVar[bool]
@@ -27,10 +32,10 @@ class ImplicitValue(ArrayValue):
         raise NotImplementedError
 
     @classmethod
-    def default_handler(cls, primitive: Any, *args: Any, params: dict[str, Any] | None = None) -> Any:
+    def default_handler(cls, primitive: Primitive, *args: Operand, params: Params | None = None) -> Any:
         raise NotImplementedError
 
 
-def is_implicit(value: Any) -> TypeGuard[ImplicitValue]:
-    """Whether `value` is an implicit array."""
+def is_implicit(value: object) -> TypeGuard[ImplicitValue]:
+    """Return True if `value` is an implicit array."""
     return isinstance(value, ImplicitValue)

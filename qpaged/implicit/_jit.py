@@ -1,0 +1,70 @@
+"""The rule for jit inside a function of implicit arrays.
+
+It stays a jit rather than being inlined: run eagerly, a model that jits itself would otherwise be
+executed operation by operation. Compiled functions are cached by jaxpr, and JAX keeps one jaxpr for equal
+functions and shapes, so an eager loop compiles once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+from jax.sharding import Sharding
+
+from qpaged import _compat
+from qpaged._compat import Jaxpr, Operand
+from qpaged.implicit import _reports
+from qpaged.implicit._dispatch import registry
+from qpaged.implicit._rule_context import Outputs, RuleContext
+from qpaged.implicit._value import is_implicit
+
+Evaluate: TypeAlias = Callable[[Jaxpr, Sequence[Operand]], list[Operand]]
+
+
+class _CompiledJaxpr:
+    """One inner function, compiled, which repeats the reports of its tracing at every call."""
+
+    def __init__(self, jaxpr: Jaxpr, name: str, evaluate: Evaluate):
+        self._reports: list[_reports.Report] = []
+
+        def run(operands: list[Operand]) -> list[Operand]:
+            with _reports.collect_reports(self._reports):
+                return evaluate(jaxpr, operands)
+
+        run.__name__ = run.__qualname__ = name  # the name that profiles and jaxprs show
+        self._run = jax.jit(run)
+
+    def __call__(self, operands: list[Operand]) -> list[Operand]:
+        outs = self._run(operands)
+        _reports.repeat_reports(self._reports)
+        return outs
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(jaxpr: Jaxpr, name: str, evaluate: Evaluate, registry_version: int) -> _CompiledJaxpr:
+    del registry_version  # only part of the key: a new handler may change what the function does
+    return _CompiledJaxpr(jaxpr, name, evaluate)
+
+
+def jit(ctx: RuleContext, operands: list[Operand]) -> Outputs:
+    """Evaluate an inner jit. Donation and compiler options belong to the outermost call, and are dropped."""
+    jaxpr = ctx.params["jaxpr"]
+    operands = _with_constraints(operands, ctx.params.get("in_shardings", ()))
+    if _compat.inlines_while_tracing(ctx.params):
+        outs = ctx.evaluate(jaxpr, operands)
+    else:
+        name = ctx.params.get("name", "jit")
+        outs = _compiled(jaxpr, name, ctx.evaluate, registry.version)(operands)
+    return _with_constraints(outs, ctx.params.get("out_shardings", ()))
+
+
+def _with_constraints(values: list[Operand], shardings: tuple[Any, ...]) -> list[Operand]:
+    """Constrain plain values to the shardings that an inner jit names; implicit ones stay as they are."""
+    values = list(values)
+    for index, sharding in enumerate(shardings):  # an unspecified one is no Sharding
+        if isinstance(sharding, Sharding) and not is_implicit(values[index]):
+            values[index] = jax.lax.with_sharding_constraint(values[index], sharding)
+    return values
