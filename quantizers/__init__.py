@@ -6,7 +6,8 @@ from quantizers._int4 import Int4, Int4Floor, int4
 from quantizers._int8 import Int8Floor, Int8Token, int8
 from quantizers._mx import Mxfp4, Mxfp8
 from quantizers._nvfp4 import Nvfp4
-from quantizers._offset import Offset, OffsetFloor, offset
+from quantizers._offset import Offset, offset
+from quantizers._offset_floor import OffsetFloor
 from quantizers._raw import Raw
 from quantizers._rotate import Rotate
 

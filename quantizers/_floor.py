@@ -5,7 +5,17 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from qpaged import PowerOfTwoQuantizer
+from qpaged import FitAgain, PowerOfTwoQuantizer
+
+SIGN_ONLY = 7  # a shift by so many bits leaves only the sign of 8-bit codes; a larger one is undefined
+
+
+class ShiftCodes(FitAgain):
+    """Growth by doublings of the scale, each of which is an arithmetic shift of the codes: exact."""
+
+    def requantize(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
+        doublings = jnp.minimum(new.astype(jnp.int32) - old.astype(jnp.int32), SIGN_ONLY)
+        return (codes.astype(jnp.int32) >> jnp.maximum(doublings, 0)).astype(jnp.int8)
 
 
 class Floor(PowerOfTwoQuantizer):
@@ -20,18 +30,18 @@ class Floor(PowerOfTwoQuantizer):
     bound: ClassVar[float] = 0.5
     resolution: ClassVar[int] = 1
 
+    @property
+    def growth(self) -> ShiftCodes:
+        return ShiftCodes(self)
+
     def encode(self, units: jax.Array) -> jax.Array:
-        most = 2**self.headroom
-        return jnp.clip(floors(units), -most, most - 1).astype(jnp.int8)
+        largest = 2**self.headroom
+        return jnp.clip(floor_toward_negative(units), -largest, largest - 1).astype(jnp.int8)
 
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
         return codes.astype(dtype) + jnp.asarray(0.5, dtype)
 
-    def grow(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-        shift = jnp.minimum(new.astype(jnp.int32) - old.astype(jnp.int32), 7)
-        return (codes.astype(jnp.int32) >> jnp.maximum(shift, 0)).astype(jnp.int8)
 
-
-def floors(units: jax.Array) -> jax.Array:
-    """floor(units); -1 for a negative number that underflowed to -0 in a division, as the shift gives."""
+def floor_toward_negative(units: jax.Array) -> jax.Array:
+    """Return floor(units), and -1 for a negative number that underflowed to -0 in a division, as a shift does."""
     return jnp.where(jnp.signbit(units), jnp.minimum(jnp.floor(units), -1), jnp.floor(units))

@@ -25,7 +25,7 @@ class Int2(Quantizer):
     granularities: ClassVar = ("group32", "group64")
     bits: ClassVar[int] = 2
     scale_dtype: ClassVar[Any] = jnp.uint16
-    past_end: ClassVar[int] = NAN
+    nan_scale: ClassVar[int] = NAN
     bound: ClassVar[float] = 0.5 + 2.0**-20
     levels: ClassVar = (-1.5, 1.5)
 

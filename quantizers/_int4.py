@@ -35,7 +35,7 @@ class Int4(Quantizer):
     granularities: ClassVar = GRANULARITIES
     bits: ClassVar[int] = 4
     scale_dtype: ClassVar[Any] = jnp.uint16
-    past_end: ClassVar[int] = NAN
+    nan_scale: ClassVar[int] = NAN
     bound: ClassVar[float] = 1.0 + 2.0**-18
     levels: ClassVar = (-8.0, 7.0)
 

@@ -24,7 +24,7 @@ class MX(Quantizer):
 
     granularities: ClassVar[tuple[str, ...]] = ("group32",)
     scale_dtype: ClassVar[Any] = jnp.uint8
-    past_end: ClassVar[int] = NAN
+    nan_scale: ClassVar[int] = NAN
     emax: ClassVar[int]
 
     def scale(self, absmax: jax.Array) -> jax.Array:

@@ -14,7 +14,23 @@ MANTISSA_BITS = 23
 LARGEST_SCALE = 448.0  # of E4M3
 SMALLEST_SCALE = 2.0**-9
 NAN = 0x7F
-LEAST = 11  # the byte of 2^-116: times the smallest scale and the smallest element still a normal float32
+SMALLEST_GLOBAL = 11  # the byte of 2^-116: times the smallest scale and element still a normal float32
+
+
+class PowerOfTwoPerToken:
+    """The second level: the power of two g with absmax / (6 · 448) < g, one byte for a token's head."""
+
+    dtype = jnp.uint8
+
+    def scale(self, absmax: jax.Array) -> jax.Array:
+        """Return the stored second-level scale for the largest magnitude in all its blocks (float32)."""
+        exact = absmax * jnp.float32(1 / (_e2m1.LARGEST * LARGEST_SCALE))
+        biased = (lax.bitcast_convert_type(exact, jnp.uint32) >> MANTISSA_BITS).astype(jnp.int32)
+        return jnp.where(absmax > 0, jnp.maximum(biased + 1, SMALLEST_GLOBAL), 0).astype(jnp.uint8)
+
+    def multiplier(self, stored: jax.Array) -> jax.Array:
+        """Return stored second-level scales as float32 factors."""
+        return lax.bitcast_convert_type(stored.astype(jnp.uint32) << MANTISSA_BITS, jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -36,17 +52,9 @@ class Nvfp4(Quantizer):
     granularities: ClassVar = ("group16",)
     bits: ClassVar[int] = 4
     scale_dtype: ClassVar[Any] = jnp.uint8
-    outer_dtype: ClassVar[Any] = jnp.uint8
+    global_scale: ClassVar[PowerOfTwoPerToken] = PowerOfTwoPerToken()
     bound: ClassVar[float] = 3.0
-    past_end: ClassVar[int] = NAN
-
-    def outer_scale(self, absmax: jax.Array) -> jax.Array:
-        most = absmax * jnp.float32(1 / (_e2m1.LARGEST * LARGEST_SCALE))
-        biased = (lax.bitcast_convert_type(most, jnp.uint32) >> MANTISSA_BITS).astype(jnp.int32)
-        return jnp.where(absmax > 0, jnp.maximum(biased + 1, LEAST), 0).astype(jnp.uint8)
-
-    def outer_multiplier(self, outer: jax.Array) -> jax.Array:
-        return lax.bitcast_convert_type(outer.astype(jnp.uint32) << MANTISSA_BITS, jnp.float32)
+    nan_scale: ClassVar[int] = NAN
 
     def scale(self, absmax: jax.Array) -> jax.Array:
         # Never 0: the token's power of two says whether anything is there.
@@ -54,7 +62,7 @@ class Nvfp4(Quantizer):
         return _float8.encode(scale, jnp.float8_e4m3fn)
 
     def multiplier(self, scales: jax.Array) -> jax.Array:
-        # What _float8.decode gives, which XLA on CPU converts anew, and slowly, for each element of a block.
+        # Spelled out, since XLA on CPU would convert the scale anew, and slowly, for each element of a block.
         size = scales.astype(jnp.uint32) & NAN
         normal = lax.bitcast_convert_type((size << 20) + jnp.uint32(120 << MANTISSA_BITS), jnp.float32)
         subnormal = size.astype(jnp.float32) * SMALLEST_SCALE

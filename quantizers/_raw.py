@@ -29,7 +29,7 @@ class Raw(Quantizer):
         return jnp.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
 
     def scale(self, absmax: jax.Array) -> jax.Array:
-        raise TypeError("raw has no scales; scale_dtype is None says so.")
+        raise TypeError("raw has no scales, as scale_dtype says, which is None.")
 
     def encode(self, units: jax.Array) -> jax.Array:
         return lax.bitcast_convert_type(units, self.code_dtype(units.dtype))

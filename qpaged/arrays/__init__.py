@@ -14,6 +14,7 @@ from qpaged.arrays._packing import extract_codes
 from qpaged.arrays._protocol import ArrayFormat, GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.arrays._quantize import check_parts, empty, fill_lane_rows, overwrite, quantize
 from qpaged.arrays._quantized import BlockParts, QuantizedArray
+from qpaged.arrays._scatter import gather_rows
 from qpaged.arrays._slots import (
     as_slots,
     compute_dtype,
@@ -48,6 +49,7 @@ __all__ = [
     "fill_lane_rows",
     "float_dtype",
     "gather_pages",
+    "gather_rows",
     "in_units",
     "invert_output",
     "mask_slots",

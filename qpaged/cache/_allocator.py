@@ -48,22 +48,23 @@ class PageAllocator:
                 f"sequence and length must be a name other than None and a count of tokens, but came as "
                 f"{sequence!r} and {length}; None stands for an inactive row in page_table."
             )
-        config, held = self.metadata, self._pages.get(sequence, [])
-        wanted = -(-length // config.page_size) - len(held)
-        if len(held) + wanted > config.num_pages_per_sequence:
+        config, owned = self.metadata, self._pages.get(sequence, [])
+        pages_needed = -(-length // config.page_size)
+        missing = pages_needed - len(owned)
+        if pages_needed > config.num_pages_per_sequence:
             limit = config.num_pages_per_sequence * config.page_size
             raise AllocationError(
                 f"length must be at most {limit} tokens, but {length} came for sequence {sequence!r}; "
                 f"make the metadata with a larger max_sequences."
             )
-        if wanted > len(self._free):
+        if missing > len(self._free):
             raise AllocationError(
-                f"sequence {sequence!r} needs {wanted} more pages for {length} tokens, but {len(self._free)} "
+                f"sequence {sequence!r} needs {missing} more pages for {length} tokens, but {len(self._free)} "
                 f"are free; free a sequence, or make a cache with more pages."
             )
-        given = [self._free.pop() for _ in range(max(wanted, 0))]
-        self._pages[sequence] = held + given
-        return given
+        added = [self._free.pop() for _ in range(max(missing, 0))]
+        self._pages[sequence] = owned + added
+        return added
 
     def free(self, sequence: Hashable) -> list[int]:
         """Take back all pages of ``sequence``, and return them.
@@ -80,7 +81,10 @@ class PageAllocator:
         return pages
 
     def page_table(self, sequences: Sequence[Hashable]) -> np.ndarray:
-        """(len(sequences), num_pages_per_sequence) int32; "no page" where a sequence has none, or is None.
+        """Return a page table (len(sequences), num_pages_per_sequence), int32.
+
+        Entries are "no page" (``num_pages_per_layer``) where a sequence has none, and all of them for None, which
+        stands for an inactive row.
 
         Raises:
             AllocationError: a sequence that holds nothing.

@@ -3,33 +3,35 @@
 import os
 import warnings
 from fractions import Fraction
-from typing import Any
-
 import jax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
-from qpaged.cache._pages import PagesFormat, device_bytes
+from qpaged.cache._fresh import PoolFormat, device_bytes
+from qpaged.cache._sharding import Resolver
 
 
 class HostMemoryWarning(UserWarning):
     """A device that does not tell its memory was given a share of the host's."""
 
 
-def available_bytes(mesh: Mesh | None, device: Any, utilization: float, memory_bytes: int | None) -> int:
-    """Bytes that the cache may take on each device.
+def available_bytes(
+    mesh: Mesh | None, device: jax.Device, utilization: float, memory_bytes: int | None
+) -> int:
+    """Return the bytes that the cache may take on each device.
 
-    ``utilization`` of ``memory_bytes``, or of what the devices report, less what is in use there already;
-    the least over the mesh. Devices that report nothing share what is free on the host.
+    That is ``utilization`` of ``memory_bytes``, or of what the devices report, less what is in use there
+    already; the least over the mesh. Devices that report nothing share what is free on the host.
     """
     if memory_bytes is not None:
         return int(memory_bytes * utilization)
     devices = [device] if mesh is None else list(mesh.devices.flat)
-    mine = jax.process_index()
-    stats = [device.memory_stats() or {} for device in devices if device.process_index == mine]
-    limits = [int(s.get("bytes_reservable_limit", s.get("bytes_limit", 0))) for s in stats]
+    process = jax.process_index()  # another host's devices do not tell their memory here
+    stats = [device.memory_stats() or {} for device in devices if device.process_index == process]
+    limits = [int(stat.get("bytes_reservable_limit", stat.get("bytes_limit", 0))) for stat in stats]
     if stats and all(limits):
-        used = [s.get("bytes_in_use", 0) for s in stats]
-        return min(int(limit * utilization) - use for limit, use in zip(limits, used, strict=True))
+        used = [stat.get("bytes_in_use", 0) for stat in stats]
+        return min(int(limit * utilization) - in_use for limit, in_use in zip(limits, used, strict=True))
     share = _free_host_bytes() // max(1, len(stats))
     warnings.warn(
         f"{devices[0].device_kind} devices do not report their memory; the cache takes {utilization:.0%} of "
@@ -41,13 +43,16 @@ def available_bytes(mesh: Mesh | None, device: Any, utilization: float, memory_b
     return int(share * utilization)
 
 
-def default_device() -> Any:
-    """The device on which arrays are made where none is named."""
+def default_device() -> jax.Device:
+    """Return the device on which arrays are made where none is named."""
     device = getattr(jax.config, "jax_default_device", None) or jax.devices()[0]
-    return jax.local_devices(backend=device)[0] if isinstance(device, str) else device
+    if isinstance(device, str):  # a platform
+        return jax.local_devices(backend=device)[0]
+    return device
 
 
 def _free_host_bytes() -> int:
+    """Return the host's free memory, or all of it where the free part is not told."""
     for pages in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
         if pages in getattr(os, "sysconf_names", {}):
             return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
@@ -57,16 +62,17 @@ def _free_host_bytes() -> int:
 
 
 def bytes_per_page(
-    formats: list[PagesFormat], shape: tuple[int, int, int], dtype: Any, mesh: Mesh | None, manager: Any
+    formats: list[PoolFormat],  # of every pool: keys and values of every layer
+    shape: tuple[int, int, int],  # (kv_heads, page_size, head_dim)
+    dtype: DTypeLike,
+    mesh: Mesh | None,
+    manager: Resolver | None,
 ) -> Fraction:
-    """Bytes that one page index takes on one device, over all the pools.
-
-    Args:
-        formats: the format of every pool: keys and values of every layer.
-        shape: (kv_heads, page_size, head_dim).
-    """
+    """Return the bytes that one page index takes on one device, over all the pools."""
     kv_heads, page_size, head_dim = shape
     pages = 1 if mesh is None else mesh.devices.size  # so that partitioned pages are counted right
     pool = (kv_heads, pages, page_size, head_dim)
-    each = {format: device_bytes(format, pool, dtype, mesh, manager) for format in set(formats)}
-    return Fraction(sum(each[format] for format in formats), pages)
+    pool_bytes = {}
+    for quantizer in set(formats):
+        pool_bytes[quantizer] = device_bytes(quantizer, pool, dtype, mesh, manager)
+    return Fraction(sum(pool_bytes[quantizer] for quantizer in formats), pages)

@@ -5,15 +5,18 @@ from typing import Any, Self
 
 import jax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike, DTypeLike
 
-from qpaged.cache._config import PagedAttentionCacheMetaData
-from qpaged.cache._pages import warn_of_narrow_floats
-from qpaged.cache._record import Record
+from qpaged import pools
+from qpaged.cache._config import AnyQuantizer, PagedAttentionCacheMetaData
+from qpaged.cache._fresh import warn_of_narrow_floats
+from qpaged.cache._serializable import Serializable
+from qpaged.cache._sharding import Resolver
 from qpaged.cache._view import PagedAttentionCacheView
 
 
 @dataclass(frozen=True)
-class PagedAttentionCache(Record):
+class PagedAttentionCache(Serializable):
     """The pages of all layers: a pytree whose leaves are the pools' arrays.
 
     Attributes:
@@ -26,40 +29,50 @@ class PagedAttentionCache(Record):
     def init_cache(
         cls,
         mesh: Mesh | None,
-        dtype: Any,
+        dtype: DTypeLike,
         metadata: PagedAttentionCacheMetaData,
-        partition_manager: Any = None,
-        quantizer: Any = None,
+        partition_manager: Resolver | None = None,
+        quantizer: AnyQuantizer = None,
     ) -> Self:
-        """Fresh pools for every layer; the arguments are those of :meth:`PagedAttentionCacheView.init`.
+        """Return fresh pools for every layer; the arguments are those of :meth:`PagedAttentionCacheView.init`.
 
         Raises:
             ValueError: the metadata was made for another format or dtype.
         """
-        layers = range(metadata.num_hidden_layers)
-        fresh = PagedAttentionCacheView.fresh
-        views = [fresh(mesh, dtype, metadata, i, partition_manager, quantizer) for i in layers]
-        warn_of_narrow_floats(*(pages for view in views for pages in (view.key_pages, view.value_pages)))
+        views = []
+        for layer in range(metadata.num_hidden_layers):
+            views.append(
+                PagedAttentionCacheView.fresh(mesh, dtype, metadata, layer, partition_manager, quantizer)
+            )
+        all_pages = [pages for view in views for pages in (view.key_pages, view.value_pages)]
+        warn_of_narrow_floats(*all_pages)
         return cls(views)
 
-    def check_record(self) -> None:
-        """ValueError unless there is a view for every layer, in order."""
+    def check_fields(self) -> None:
+        """Raise ValueError unless there is a view for every layer, in order."""
         layers = [view.layer_index for view in self.views]
         if layers and layers != list(range(self.views[0].metadata.num_hidden_layers)):
             raise ValueError(f"views must be those of all layers in order, but layers {layers} came.")
 
     def init_empty(self, *args: Any, **kwargs: Any) -> None:
-        """Not used for pages; returns None."""
+        """Return None: it is not used for pages."""
         return None
 
-    def reset_pages(self, pages: Any) -> Self:
-        """The cache with these pages fresh in every layer, as :meth:`PagedAttentionCacheView.reset_pages`."""
+    def reset_pages(self, pages: ArrayLike) -> Self:
+        """Return the cache with these pages fresh in every layer; see
+        :meth:`PagedAttentionCacheView.reset_pages`."""
         return self.replace(views=[view.reset_pages(pages) for view in self.views])
+
+    def copy_pages(self, source: ArrayLike, target: ArrayLike) -> Self:
+        """Return the cache with pages copied in every layer; see :meth:`PagedAttentionCacheView.copy_pages`."""
+        return self.replace(views=[view.copy_pages(source, target) for view in self.views])
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pools, scales included."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(self))
+        return sum(pools.count_bytes(view.key_pages).total for view in self.views) + sum(
+            pools.count_bytes(view.value_pages).total for view in self.views
+        )
 
 
 jax.tree_util.register_dataclass(PagedAttentionCache, data_fields=["views"], meta_fields=[])

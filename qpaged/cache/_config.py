@@ -1,22 +1,29 @@
 """The static configuration of a cache."""
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from qpaged.arrays import float_dtype
 from qpaged.cache._budget import available_bytes, bytes_per_page, default_device
-from qpaged.cache._pages import PagesFormat, whole_shards
-from qpaged.cache._record import Record
-from qpaged.quantizer import CacheFormat, Quantizer
+from qpaged.cache._fresh import MakePages, PoolFormat, round_to_shards
+from qpaged.cache._serializable import Serializable
+from qpaged.cache._sharding import Resolver
+from qpaged.formats import CacheFormat, Quantizer
 
 LARGEST_INDEX = 2**31 - 2  # one past the last page must still be an int32
+
+AnyQuantizer: TypeAlias = CacheFormat | Quantizer | MakePages | str | Path | None
+"""What every ``quantizer=`` takes: a spelling, a file, a quantizer, a cache format, a function, or None."""
+CachePages: TypeAlias = CacheFormat | MakePages
+"""What a ``quantizer=`` stands for: the formats of all pools, or a function that makes the pages of each."""
 
 COUNTS = (
     "batch_size",
@@ -31,7 +38,7 @@ COUNTS = (
 
 
 @dataclass(frozen=True)
-class PagedAttentionCacheMetaData(Record):
+class PagedAttentionCacheMetaData(Serializable):
     """The static, hashable configuration of a paged cache.
 
     Attributes:
@@ -61,7 +68,7 @@ class PagedAttentionCacheMetaData(Record):
     num_kv_heads: int
     kv_head_dim_size: int
     hbm_utilization: float
-    quantizer: CacheFormat | Callable[[jax.Array], Any] | None = None
+    quantizer: CachePages | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -69,7 +76,7 @@ class PagedAttentionCacheMetaData(Record):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
         object.__setattr__(self, "hbm_utilization", _utilization(self.hbm_utilization))
         if self.quantizer is not None:
-            object.__setattr__(self, "quantizer", cache_format(self.quantizer))
+            object.__setattr__(self, "quantizer", cache_pages(self.quantizer))
             check_layers(self.quantizer, self.num_hidden_layers)
         if self.dtype is not None:
             object.__setattr__(self, "dtype", float_dtype("dtype", self.dtype).name)
@@ -87,13 +94,13 @@ class PagedAttentionCacheMetaData(Record):
         num_kv_heads: int,
         kv_head_dim_size: int,
         hbm_utilization: float,
-        dtype: Any = jnp.bfloat16,
+        dtype: DTypeLike = jnp.bfloat16,
         *,
-        quantizer: Any = None,
+        quantizer: AnyQuantizer = None,
         memory_bytes: int | None = None,
-        partition_manager: Any = None,
+        partition_manager: Resolver | None = None,
     ) -> Self:
-        """The configuration whose pools fill ``hbm_utilization`` of a device's memory.
+        """Return the configuration whose pools fill ``hbm_utilization`` of a device's memory.
 
         Args:
             mesh: the devices; None for the default device. Each device holds its shard of every pool; what
@@ -109,34 +116,38 @@ class PagedAttentionCacheMetaData(Record):
             ValueError: as the class, and when not one page fits.
         """
         utilization = _utilization(hbm_utilization)
-        layers, page_size = (
-            _positive("num_hidden_layers", num_hidden_layers),
-            _positive("page_size", page_size),
-        )
-        shape = (
-            _positive("num_kv_heads", num_kv_heads),
-            page_size,
-            _positive("kv_head_dim_size", kv_head_dim_size),
-        )
+        num_layers = _positive("num_hidden_layers", num_hidden_layers)
+        page_size = _positive("page_size", page_size)
+        kv_heads = _positive("num_kv_heads", num_kv_heads)
+        head_dim = _positive("kv_head_dim_size", kv_head_dim_size)
+        shape = (kv_heads, page_size, head_dim)
         dtype = float_dtype("dtype", dtype)
-        format = cache_format(quantizer)
-        pools = [part for layer in range(layers) for part in layer_formats(format, layer)]
-        page_bytes = bytes_per_page(pools, shape, dtype, mesh, partition_manager)
+        formats = cache_pages(quantizer)
+        pool_formats = [pool for layer in range(num_layers) for pool in layer_formats(formats, layer)]
+        page_bytes = bytes_per_page(pool_formats, shape, dtype, mesh, partition_manager)
         device = default_device() if mesh is None else mesh.devices.flat[0]
         room = available_bytes(mesh, device, utilization, memory_bytes)
         pages = min(int(room / page_bytes), LARGEST_INDEX)
-        pages = whole_shards(pages, shape, mesh, partition_manager)
+        pages = round_to_shards(pages, shape, mesh, partition_manager)
         if pages < 1:
             raise ValueError(
-                f"memory: one page of {layers} layers takes {int(page_bytes):,} bytes on a device, but the "
+                f"memory: one page of {num_layers} layers takes {int(page_bytes):,} bytes on a device, but the "
                 f"cache may take {max(room, 0):,}; raise memory_bytes or hbm_utilization, choose a smaller "
                 f"page_size or format, or partition the KV heads over more devices."
             )
-        sequence_pages = -(-_positive("max_sequences", max_sequences) // page_size)
         return cls(
-            batch_size, layers, pages, sequence_pages, max_sequences, page_size, shape[0], shape[2],
-            utilization, quantizer=format, dtype=dtype.name,
-        )  # fmt: skip
+            batch_size=batch_size,
+            num_hidden_layers=num_layers,
+            num_pages_per_layer=pages,
+            num_pages_per_sequence=-(-_positive("max_sequences", max_sequences) // page_size),
+            max_sequences=max_sequences,
+            page_size=page_size,
+            num_kv_heads=kv_heads,
+            kv_head_dim_size=head_dim,
+            hbm_utilization=utilization,
+            quantizer=formats,
+            dtype=dtype.name,
+        )
 
     @property
     def pool_shape(self) -> tuple[int, int, int, int]:
@@ -144,8 +155,8 @@ class PagedAttentionCacheMetaData(Record):
         return self.num_kv_heads, self.num_pages_per_layer, self.page_size, self.kv_head_dim_size
 
 
-def cache_format(quantizer: Any) -> "CacheFormat | Callable[[jax.Array], Any]":
-    """What ``quantizer=`` stands for: a cache format, or a callable that makes pages."""
+def cache_pages(quantizer: AnyQuantizer) -> CachePages:
+    """Return what ``quantizer=`` stands for: a cache format, or a function that makes pages."""
     if isinstance(quantizer, type) and issubclass(quantizer, Quantizer):
         raise TypeError(f"quantizer must be an instance, but the class came; give {quantizer.__name__}().")
     if callable(quantizer) and not isinstance(quantizer, Quantizer | CacheFormat):
@@ -153,28 +164,38 @@ def cache_format(quantizer: Any) -> "CacheFormat | Callable[[jax.Array], Any]":
     return CacheFormat.of(quantizer)
 
 
-def check_layers(format: Any, layers: int) -> None:
-    """ValueError where a format is given for a layer that is not there."""
-    beyond = [index for index, _ in getattr(format, "layers", ()) if index >= layers]
+def check_layers(formats: CachePages, num_layers: int) -> None:
+    """Raise ValueError where a format is given for a layer that is not there."""
+    if not isinstance(formats, CacheFormat):
+        return
+    beyond = [index for index, _ in formats.layers if index >= num_layers]
     if beyond:
         raise ValueError(
-            f"quantizer must name layers of the model's {layers}, counted from 0, but names {beyond}."
+            f"quantizer must name layers of the model's {num_layers}, counted from 0, but names {beyond}."
         )
 
 
-def layer_formats(format: Any, layer: int) -> tuple[PagesFormat, PagesFormat]:
-    """The formats of a layer's keys and of its values."""
-    return format.layer(layer) if isinstance(format, CacheFormat) else (format, format)
+def layer_formats(formats: CachePages, layer: int) -> tuple[PoolFormat, PoolFormat]:
+    """Return the formats of a layer's keys and of its values."""
+    if isinstance(formats, CacheFormat):
+        return formats.layer(layer)
+    return formats, formats
 
 
-def agreed_format(metadata: PagedAttentionCacheMetaData, quantizer: Any, dtype: Any) -> Any:
-    """The format asked for; ValueError if the metadata's pages were counted for another, or another dtype."""
-    format, dtype = cache_format(quantizer), float_dtype("dtype", dtype)
-    check_layers(format, metadata.num_hidden_layers)
-    if metadata.quantizer is not None and metadata.quantizer != format:
+def agreed_formats(
+    metadata: PagedAttentionCacheMetaData, quantizer: AnyQuantizer, dtype: DTypeLike
+) -> CachePages:
+    """Return the formats asked for.
+
+    Raises:
+        ValueError: the metadata's pages were counted for another format, or another dtype.
+    """
+    formats, dtype = cache_pages(quantizer), float_dtype("dtype", dtype)
+    check_layers(formats, metadata.num_hidden_layers)
+    if metadata.quantizer is not None and metadata.quantizer != formats:
         raise ValueError(
             f"quantizer must be the one the metadata was made for, {metadata.quantizer}, but came as "
-            f"{format}; give both the same, so that the bytes counted are the bytes allocated. "
+            f"{formats}; give both the same, so that the bytes counted are the bytes allocated. "
             f"None asks for plain arrays."
         )
     if metadata.dtype is not None and metadata.dtype != dtype.name:
@@ -182,10 +203,11 @@ def agreed_format(metadata: PagedAttentionCacheMetaData, quantizer: Any, dtype: 
             f"dtype must be the one the metadata was made for, {metadata.dtype}, but came as {dtype.name}; "
             f"give both the same, so that the bytes counted are the bytes allocated."
         )
-    return format
+    return formats
 
 
 def _positive(name: str, value: Any) -> int:
+    """Return ``value`` as a positive int, or raise what is wrong with it."""
     try:
         number = operator.index(value)
     except TypeError:

@@ -1,20 +1,21 @@
-"""What a step needs to know: which tokens, where they go, and where their sequences' pages are."""
+"""The metadata of one step: which tokens there are, where they go, and where their sequences' pages are."""
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from qpaged.arrays import clipped
-from qpaged.cache._indices import as_indices
-from qpaged.cache._record import Record
+from qpaged.arrays import clip_to_int32
+from qpaged.cache._serializable import Serializable
+from qpaged.cache._slot_mapping import as_indices
 
 
 @dataclass(frozen=True)
-class PagedAttentionMetadata(Record):
+class PagedAttentionMetadata(Serializable):
     """One step's positions and page tables, for a prefill, a decode, or both.
 
     Token at position p of a sequence lies in slot p mod page_size of page page_table[p // page_size]. The
@@ -30,22 +31,24 @@ class PagedAttentionMetadata(Record):
         decodes_page_table: (batch, pages_per_sequence) int32; each row's pages. () if not in decode.
     """
 
-    prefill_length: Any
-    prefill_position: Any
-    prefill_page_table: Any
-    decodes_position: Any
-    decodes_page_table: Any
+    prefill_length: ArrayLike
+    prefill_position: ArrayLike
+    prefill_page_table: ArrayLike
+    decodes_position: ArrayLike
+    decodes_page_table: ArrayLike
 
     def __post_init__(self) -> None:
         # A jitted function would take host integers of 64 bits modulo 2^32.
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, np.ndarray | np.integer) and value.dtype.kind in "iu" and value.itemsize > 2:
-                object.__setattr__(self, field.name, clipped(value))
+                object.__setattr__(self, field.name, clip_to_int32(value))
 
     @classmethod
-    def prefill(cls, *, position: Any, page_table: Any, length: Any = None) -> Self:
-        """Metadata of a prefill of one sequence, or of a chunk of it.
+    def prefill(
+        cls, *, position: ArrayLike, page_table: ArrayLike, length: ArrayLike | None = None
+    ) -> Self:
+        """Return the metadata of a prefill of one sequence, or of a chunk of it.
 
         Args:
             position: (padded_len,) integers; token i goes to position[i].
@@ -58,15 +61,16 @@ class PagedAttentionMetadata(Record):
         position = _shaped("position", position, "(padded_len,)", 1)
         length = len(position) if length is None else length
         return cls(
-            _shaped("length", length, "()", 0),
-            position,
-            _shaped("page_table", page_table, "(pages,)", 1),
-            *(_nothing(),) * 2,
+            prefill_length=_shaped("length", length, "()", 0),
+            prefill_position=position,
+            prefill_page_table=_shaped("page_table", page_table, "(pages,)", 1),
+            decodes_position=_absent(),
+            decodes_page_table=_absent(),
         )
 
     @classmethod
-    def decode(cls, *, position: Any, page_table: Any) -> Self:
-        """Metadata of a decode step: one token for each row.
+    def decode(cls, *, position: ArrayLike, page_table: ArrayLike) -> Self:
+        """Return the metadata of a decode step: one token for each row.
 
         Args:
             position: (batch,) integers; where each row's token goes, negative for an inactive row.
@@ -78,15 +82,27 @@ class PagedAttentionMetadata(Record):
         position = _shaped("position", position, "(batch,)", 1)
         page_table = _shaped("page_table", page_table, "(batch, pages_per_sequence)", 2)
         _check_batch("", position, page_table)
-        return cls(jnp.int32(0), *(_nothing(),) * 2, position, page_table)
+        return cls(
+            prefill_length=jnp.int32(0),
+            prefill_position=_absent(),
+            prefill_page_table=_absent(),
+            decodes_position=position,
+            decodes_page_table=page_table,
+        )
 
     @classmethod
     def init_empty(cls) -> Self:
-        """A placeholder in which both modes are True, and which writes and attends to nothing."""
-        return cls(jnp.int32(0), *(_nothing(),) * 4)
+        """Return a placeholder in which both modes are True, and which writes and attends to nothing."""
+        return cls(
+            prefill_length=jnp.int32(0),
+            prefill_position=_absent(),
+            prefill_page_table=_absent(),
+            decodes_position=_absent(),
+            decodes_page_table=_absent(),
+        )
 
     def prefill_tokens(self) -> tuple[jax.Array, jax.Array] | None:
-        """(position, page_table) of the prefill, int32, padding at negative positions; None if there is none.
+        """Return (position, page_table) of the prefill, int32, with padding at negative positions; None without one.
 
         Raises:
             TypeError, ValueError: fields of other kinds or shapes than the class says.
@@ -95,12 +111,12 @@ class PagedAttentionMetadata(Record):
             return None
         position = _shaped("prefill_position", self.prefill_position, "(padded_len,)", 1)
         length = _shaped("prefill_length", self.prefill_length, "()", 0)
-        counts = jnp.arange(len(position), dtype=jnp.int32) < length
+        is_token = jnp.arange(len(position), dtype=jnp.int32) < length
         table = _shaped("prefill_page_table", self.prefill_page_table, "(pages,)", 1)
-        return jnp.where(counts, position, -1), table
+        return jnp.where(is_token, position, -1), table
 
     def decodes_tokens(self) -> tuple[jax.Array, jax.Array] | None:
-        """(position, page_table) of the decode, int32; None if there is none.
+        """Return (position, page_table) of the decode, int32; None without one.
 
         Raises:
             TypeError, ValueError: fields of other kinds or shapes than the class says.
@@ -113,15 +129,16 @@ class PagedAttentionMetadata(Record):
         return position, table
 
     def is_prefill_mode(self) -> bool:
-        """Whether only a prefill is present: the decode arrays have shape ()."""
+        """Return True if only a prefill is present: the decode arrays have shape ()."""
         return np.ndim(self.decodes_position) == 0
 
     def is_decode_mode(self) -> bool:
-        """Whether only a decode is present: the prefill arrays have shape ()."""
+        """Return True if only a decode is present: the prefill arrays have shape ()."""
         return np.ndim(self.prefill_position) == 0
 
 
-def _shaped(name: str, values: Any, shape: str, ndim: int) -> jax.Array:
+def _shaped(name: str, values: ArrayLike, shape: str, ndim: int) -> jax.Array:
+    """Return ``values`` as int32 indices, or raise unless they have ``ndim`` axes, written as ``shape``."""
     indices = as_indices(name, values)
     if indices.ndim != ndim:
         raise ValueError(f"{name} must have shape {shape}, but came with shape {indices.shape}.")
@@ -136,7 +153,8 @@ def _check_batch(prefix: str, position: jax.Array, page_table: jax.Array) -> Non
         )
 
 
-def _nothing() -> jax.Array:
+def _absent() -> jax.Array:
+    """Return what stands for the arrays of a mode that a step is not in, of shape ()."""
     return jnp.int32(0)
 
 

@@ -2,18 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+
+from qpaged._compat import spec_axes
 
 KV_HEAD = "__KV_HEAD__"
 EMPTY = "_"
 MODE = "__prefill__"
 
 
+class Resolver(Protocol):
+    """What lays pools over a mesh: a :class:`PartitionManager`, or anything with this method."""
+
+    def resolve(self, axes: Sequence[str], mode: str = MODE, shape: Sequence[int] = ()) -> PartitionSpec:
+        """Return the partition of an array whose axes have these meanings."""
+
+
 @dataclass(frozen=True)
 class PartitionManager:
-    """The default rules: KV heads over one mesh axis where they divide, everything else whole.
+    """The default rules: KV heads over one mesh axis where they divide, everything else replicated.
 
     Anything with this ``resolve`` can stand in its place.
 
@@ -26,23 +36,24 @@ class PartitionManager:
     kv_head_axis: str = "tp"
 
     def resolve(self, axes: Sequence[str], mode: str = MODE, shape: Sequence[int] = ()) -> PartitionSpec:
-        """The partition of an array whose axes have these meanings, ``"__KV_HEAD__"`` or ``"_"`` (none)."""
-        wanted = PartitionSpec(*(self.kv_head_axis if axis == KV_HEAD else None for axis in axes))
+        """Return the partition of an array whose axes have these meanings, ``"__KV_HEAD__"`` or ``"_"`` (none)."""
         if self.mesh is None:
             return PartitionSpec(*(None for _ in axes))
-        return leaf_spec(wanted, shape, self.mesh)
+        over_heads = PartitionSpec(*(self.kv_head_axis if axis == KV_HEAD else None for axis in axes))
+        return leaf_spec(over_heads, shape, self.mesh)
 
 
 def leaf_spec(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """``spec`` without the mesh axes that this mesh lacks, or that do not divide ``shape``."""
+    """Return ``spec`` without the mesh axes that this mesh lacks, or that do not divide ``shape``."""
+    entries = []
+    for entry, length in zip(spec, shape, strict=False):
+        entries.append(entry if _divides(entry, length, mesh) else None)
+    return PartitionSpec(*entries)
 
-    def fits(names, length: int) -> bool:
-        names = names if isinstance(names, tuple) else (names,)
-        known = all(name in mesh.shape for name in names)
-        return known and length % int(np.prod([mesh.shape[name] for name in names])) == 0
 
-    parts = [
-        None if part is None or not fits(part, length) else part
-        for part, length in zip(spec, shape, strict=False)
-    ]
-    return PartitionSpec(*parts)
+def _divides(entry: str | tuple[str, ...] | None, length: int, mesh: Mesh) -> bool:
+    """Return True if the mesh has the axes of a spec's entry, and they divide ``length``."""
+    axes = spec_axes(entry)
+    if any(axis not in mesh.shape for axis in axes):
+        return False
+    return length % int(np.prod([mesh.shape[axis] for axis in axes])) == 0

@@ -1,25 +1,26 @@
 """One layer's pools of keys and values."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.typing import ArrayLike, DTypeLike
 
-from qpaged._compat import automatic, explicit_sharding
-from qpaged.arrays import QuantizedArray, float_dtype, write_rows
-from qpaged.cache._config import PagedAttentionCacheMetaData, agreed_format, layer_formats
-from qpaged.cache._indices import as_indices, slots_of
+from qpaged import pools
+from qpaged.arrays import float_dtype
+from qpaged.cache._config import AnyQuantizer, PagedAttentionCacheMetaData, agreed_formats, layer_formats
+from qpaged.cache._fresh import allocate_pages, warn_of_narrow_floats
 from qpaged.cache._metadata import PagedAttentionMetadata
-from qpaged.cache._pages import allocate_pages, warn_of_narrow_floats
-from qpaged.cache._record import Record
-from qpaged.implicit import ImplicitArray, use_implicit_args
+from qpaged.cache._serializable import Serializable
+from qpaged.cache._sharding import Resolver
+from qpaged.cache._slot_mapping import as_indices, slot_mapping
+from qpaged.pools import Pages
 
 
 @dataclass(frozen=True)
-class PagedAttentionCacheView(Record):
+class PagedAttentionCacheView(Serializable):
     """The pages of one layer. A pytree whose leaves are the pools' arrays; methods return new views.
 
     Jit what writes, and donate the old view, to update in place.
@@ -33,24 +34,26 @@ class PagedAttentionCacheView(Record):
 
     metadata: PagedAttentionCacheMetaData
     layer_index: int
-    key_pages: Any
-    value_pages: Any
+    key_pages: Pages
+    value_pages: Pages
 
     @classmethod
     def init(
         cls,
         mesh: Mesh | None,
-        dtype: Any,
+        dtype: DTypeLike,
         metadata: PagedAttentionCacheMetaData,
         layer_index: int,
-        partition_manager: Any = None,
-        quantizer: Any = None,
+        partition_manager: Resolver | None = None,
+        quantizer: AnyQuantizer = None,
     ) -> Self:
-        """Fresh pools, which read as zeros.
+        """Return fresh pools, which read as zeros.
 
         Args:
             mesh: the devices; None for the default device.
             dtype: the logical dtype of keys and values.
+            metadata: the configuration of the cache.
+            layer_index: the layer, counted from 0.
             partition_manager: anything with ``resolve(axes, mode=, shape=) -> PartitionSpec``; None for
                 the default rules of :class:`PartitionManager`.
             quantizer: the format; see :meth:`PagedAttentionCacheMetaData.create`.
@@ -63,20 +66,30 @@ class PagedAttentionCacheView(Record):
         return view
 
     @classmethod
-    def fresh(cls, mesh, dtype, metadata, layer_index, partition_manager, quantizer) -> Self:
-        """:meth:`init` without its warning."""
+    def fresh(
+        cls,
+        mesh: Mesh | None,
+        dtype: DTypeLike,
+        metadata: PagedAttentionCacheMetaData,
+        layer_index: int,
+        partition_manager: Resolver | None,
+        quantizer: AnyQuantizer,
+    ) -> Self:
+        """Return what :meth:`init` does, without its warning."""
         if not 0 <= layer_index < metadata.num_hidden_layers:
             raise ValueError(
                 f"layer_index must be one of the {metadata.num_hidden_layers} layers, counted from 0, "
                 f"but came as {layer_index}."
             )
-        formats = layer_formats(agreed_format(metadata, quantizer, dtype), layer_index)
+        formats = agreed_formats(metadata, quantizer, dtype)
+        key_format, value_format = layer_formats(formats, layer_index)
         shape, dtype = metadata.pool_shape, float_dtype("dtype", dtype)
-        keys, values = (allocate_pages(part, shape, dtype, mesh, partition_manager) for part in formats)
+        keys = allocate_pages(key_format, shape, dtype, mesh, partition_manager)
+        values = allocate_pages(value_format, shape, dtype, mesh, partition_manager)
         return cls(metadata, layer_index, keys, values)
 
-    def check_record(self) -> None:
-        """ValueError unless the pools have the shape that the metadata says."""
+    def check_fields(self) -> None:
+        """Raise ValueError unless the pools have the shape that the metadata says."""
         for name in ("key_pages", "value_pages"):
             shape = tuple(getattr(self, name).shape)
             if shape != self.metadata.pool_shape:
@@ -85,8 +98,10 @@ class PagedAttentionCacheView(Record):
                     f"the data was not written whole."
                 )
 
-    def write_prefill_to_cache(self, key: Any, value: Any, metadata: PagedAttentionMetadata) -> Self:
-        """The view with a prefill's keys and values written.
+    def write_prefill_to_cache(
+        self, key: ArrayLike, value: ArrayLike, metadata: PagedAttentionMetadata
+    ) -> Self:
+        """Return the view with a prefill's keys and values written.
 
         Token i goes to position ``prefill_position[i]``; tokens from ``prefill_length`` on are padding.
 
@@ -101,10 +116,13 @@ class PagedAttentionCacheView(Record):
         tokens = metadata.prefill_tokens()
         if tokens is None:
             return self._nothing_to_write("write_prefill_to_cache", metadata)
-        return self._write(key, value, *tokens, "prefill_position")
+        position, page_table = tokens
+        return self._write(key, value, position, page_table, "prefill_position")
 
-    def write_decodes_to_cache(self, key: Any, value: Any, metadata: PagedAttentionMetadata) -> Self:
-        """The view with one token's keys and values written for each row.
+    def write_decodes_to_cache(
+        self, key: ArrayLike, value: ArrayLike, metadata: PagedAttentionMetadata
+    ) -> Self:
+        """Return the view with one token's keys and values written for each row.
 
         Args:
             key: (batch, kv_heads, head_dim) floats.
@@ -117,22 +135,49 @@ class PagedAttentionCacheView(Record):
         tokens = metadata.decodes_tokens()
         if tokens is None:
             return self._nothing_to_write("write_decodes_to_cache", metadata)
-        return self._write(key, value, *tokens, "decodes_position")
+        position, page_table = tokens
+        return self._write(key, value, position, page_table, "decodes_position")
 
-    def reset_pages(self, pages: Any) -> Self:
-        """The view with these pages fresh: codes and scales cleared, in O(pages); out of range is dropped.
+    def reset_pages(self, pages: ArrayLike) -> Self:
+        """Return the view with these pages fresh: codes and scales cleared, in O(pages); out of range is dropped.
 
         Args:
             pages: (n,) integers. Whoever gives a page to a new sequence resets it; no write ever does.
         """
-        pages = jnp.atleast_1d(as_indices("pages", pages))
-        if pages.ndim != 1:
-            raise ValueError(f"pages must have shape (n,), but came with shape {pages.shape}.")
-        keys, values = (_reset(pool, pages) for pool in (self.key_pages, self.value_pages))
-        return self.replace(key_pages=keys, value_pages=values)
+        indices = _page_indices("pages", pages)
+        return self.replace(
+            key_pages=pools.clear_pages(self.key_pages, indices),
+            value_pages=pools.clear_pages(self.value_pages, indices),
+        )
 
-    def concatenate_to_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Not applicable to pages.
+    def copy_pages(self, source: ArrayLike, target: ArrayLike) -> Self:
+        """Return the view with pages ``source`` copied to pages ``target``, codes and scales bit for bit.
+
+        O(pages), and in place where the view is donated. All sources are read before any target is written, so
+        pages may be swapped. A pair with a page out of range is dropped; of several pairs with one target the
+        last counts.
+
+        Args:
+            source: (n,) integers.
+            target: (n,) integers.
+
+        Raises:
+            TypeError: not integers.
+            ValueError: not as many targets as sources.
+        """
+        sources, targets = _page_indices("source", source), _page_indices("target", target)
+        if len(sources) != len(targets):
+            raise ValueError(
+                f"source and target must have one page each for every copy, but came with {len(sources)} and "
+                f"{len(targets)} pages."
+            )
+        return self.replace(
+            key_pages=pools.copy_pages(self.key_pages, sources, targets),
+            value_pages=pools.copy_pages(self.value_pages, sources, targets),
+        )
+
+    def concatenate_to_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise: it does not apply to pages.
 
         Raises:
             NotImplementedError: always.
@@ -143,6 +188,7 @@ class PagedAttentionCacheView(Record):
         )
 
     def _nothing_to_write(self, method: str, metadata: PagedAttentionMetadata) -> Self:
+        """Return the view as it is for a placeholder, or raise: the metadata is of the other mode."""
         if metadata.is_prefill_mode() and metadata.is_decode_mode():
             return self
         raise ValueError(
@@ -150,13 +196,22 @@ class PagedAttentionCacheView(Record):
             f"ask is_prefill_mode() and is_decode_mode() first, or build it with .prefill or .decode."
         )
 
-    def _write(self, key: Any, value: Any, position: jax.Array, table: jax.Array, rows: str) -> Self:
+    def _write(
+        self,
+        key: ArrayLike,  # [tokens, kv_heads, head_dim]
+        value: ArrayLike,  # [tokens, kv_heads, head_dim]
+        position: jax.Array,  # [tokens]
+        page_table: jax.Array,  # [pages_per_sequence] or [tokens, pages_per_sequence]
+        position_name: str,
+    ) -> Self:
         config = self.metadata
-        for name, array in (("key", key), ("value", value)):
-            _check_rows(name, array, (len(position), config.num_kv_heads, config.kv_head_dim_size), rows)
-        places = slots_of(position, table, config.page_size, config.num_pages_per_layer)
+        shape = (len(position), config.num_kv_heads, config.kv_head_dim_size)
+        keys = _checked_rows("key", key, shape, position_name)
+        values = _checked_rows("value", value, shape, position_name)
+        mapping = slot_mapping(position, page_table, config.page_size, config.num_pages_per_layer)
         return self.replace(
-            key_pages=_write(self.key_pages, places, key), value_pages=_write(self.value_pages, places, value)
+            key_pages=pools.write_slots(self.key_pages, mapping, keys),
+            value_pages=pools.write_slots(self.value_pages, mapping, values),
         )
 
 
@@ -165,49 +220,21 @@ jax.tree_util.register_dataclass(
 )
 
 
-def _write(pool: Any, places: tuple[jax.Array, jax.Array], rows: Any) -> Any:
-    """``rows`` (tokens, kv_heads, head_dim) put at (page, slot)."""
-    return _updated(pool, lambda pool, rows, *places: write_rows(pool, (1, 2), places, rows), rows, *places)
+def _page_indices(name: str, pages: ArrayLike) -> jax.Array:
+    """Return pages as (n,) int32; one page alone counts as n = 1."""
+    indices = jnp.atleast_1d(as_indices(name, pages))
+    if indices.ndim != 1:
+        raise ValueError(f"{name} must have shape (n,), but came with shape {indices.shape}.")
+    return indices
 
 
-def _reset(pool: Any, pages: jax.Array) -> Any:
-    if isinstance(pool, QuantizedArray):
-        return _updated(pool, _cleared, pages)
-    zeros = jnp.zeros((len(pages), pool.shape[0], *pool.shape[2:]), pool.dtype)
-    return _updated(pool, lambda pool, zeros, pages: write_rows(pool, (1,), (pages,), zeros), zeros, pages)
-
-
-def _cleared(pool: QuantizedArray, pages: jax.Array) -> QuantizedArray:
-    """The pool with zeros for every part of these pages: what a page is before anything is written to it."""
-
-    def cleared(part):
-        return write_rows(
-            part, (1,), (pages,), jnp.zeros((len(pages), part.shape[0], *part.shape[2:]), part.dtype)
-        )
-
-    return jax.tree_util.tree_map(cleared, pool)
-
-
-def _updated(pool: Any, update: Callable[..., Any], *args: Any) -> Any:
-    """``update(pool, *args)``, placed as the pool is; foreign implicit pages do it by their own handlers."""
-    if not isinstance(pool, ImplicitArray) or isinstance(pool, QuantizedArray):
-        if any(explicit_sharding(leaf) is None for leaf in jax.tree_util.tree_leaves(pool)):
-            return update(pool, *args)
-        return automatic(update, jax.tree_util.tree_map(explicit_sharding, pool))(pool, *args)
-    updated = use_implicit_args(lambda pool: update(pool, *args))(pool)
-    if type(updated) is not type(pool):
-        raise TypeError(
-            f"pages of type {type(pool).__name__} must stay what they are when written to, but scatter made "
-            f"them a plain array; give the class a handler of the primitive 'scatter'."
-        )
-    return updated
-
-
-def _check_rows(name: str, array: Any, shape: tuple[int, ...], rows: str) -> None:
-    array = jnp.asarray(array)
-    if tuple(array.shape) != shape:
+def _checked_rows(name: str, rows: ArrayLike, shape: tuple[int, ...], position_name: str) -> jax.Array:
+    """Return ``rows`` as an array, or raise unless they are floats of this shape."""
+    rows = jnp.asarray(rows)
+    if tuple(rows.shape) != shape:
         raise ValueError(
-            f"{name} must have shape (len({rows}), kv_heads, head_dim) = {shape}, but came with shape "
-            f"{tuple(array.shape)}."
+            f"{name} must have shape (len({position_name}), kv_heads, head_dim) = {shape}, but came with shape "
+            f"{tuple(rows.shape)}."
         )
-    float_dtype(name, array.dtype)
+    float_dtype(name, rows.dtype)
+    return rows

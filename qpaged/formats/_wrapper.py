@@ -5,11 +5,12 @@ from typing import Any, ClassVar
 
 import jax
 
-from qpaged.quantizer._contract import Quantizer
+from qpaged.formats._checks import check_instance
+from qpaged.formats._contract import Quantizer
 
 
 class _OfInner:
-    """A class attribute that each wrapper has from the format it wraps."""
+    """An attribute that a wrapper passes on from the format it wraps."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -36,24 +37,26 @@ class Wrapper(Quantizer):
     granularities: ClassVar[Any] = _OfInner()
     bits: ClassVar[Any] = _OfInner()
     scale_dtype: ClassVar[Any] = _OfInner()
-    outer_dtype: ClassVar[Any] = _OfInner()
     bound: ClassVar[Any] = _OfInner()
     levels: ClassVar[Any] = _OfInner()
-    shareable: ClassVar[Any] = _OfInner()
-    transforms: ClassVar[Any] = _OfInner()
-    tiled: ClassVar[Any] = _OfInner()
-    past_end: ClassVar[Any] = _OfInner()
+    elementwise: ClassVar[Any] = _OfInner()
+    nan_scale: ClassVar[Any] = _OfInner()
+    growth: ClassVar[Any] = _OfInner()
+    offset: ClassVar[Any] = _OfInner()
+    global_scale: ClassVar[Any] = _OfInner()
+    transform: ClassVar[Any] = _OfInner()
 
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Quantizer):
             raise TypeError(f"inner must be a qpaged.Quantizer, but came as {self.inner!r}.")
+        check_instance(self)
         object.__setattr__(self, "granularity", self.inner.granularity)
         if self.name in wrappers_of(self.inner):
             raise ValueError(f"+{self.name} may be given once, but {self.inner} has it already.")
         self.check()
 
     def check(self) -> None:
-        """ValueError if ``inner`` is a format that this wrapper does not go with."""
+        """Raise ValueError if ``inner`` is a format that this wrapper does not go with."""
 
     @property
     def order_bound(self) -> float:
@@ -74,35 +77,11 @@ class Wrapper(Quantizer):
     def multiplier(self, scales: jax.Array) -> jax.Array:
         return self.inner.multiplier(scales)
 
-    def shift(self, scales: jax.Array) -> jax.Array | None:
-        return self.inner.shift(scales)
-
     def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
         return self.inner.fit(low, high)
 
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
         return self.inner.encode_under(x, scales)
-
-    def holds(self, scales: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-        return self.inner.holds(scales, low, high)
-
-    def refit(self, scales: jax.Array, codes: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-        return self.inner.refit(scales, codes, low, high)
-
-    def grow(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-        return self.inner.grow(codes, old, new)
-
-    def outer_scale(self, absmax: jax.Array) -> jax.Array:
-        return self.inner.outer_scale(absmax)
-
-    def outer_multiplier(self, outer: jax.Array) -> jax.Array:
-        return self.inner.outer_multiplier(outer)
-
-    def transform(self, x: jax.Array, axis: int) -> jax.Array:
-        return self.inner.transform(x, axis)
-
-    def inverse(self, x: jax.Array, axis: int) -> jax.Array:
-        return self.inner.inverse(x, axis)
 
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
         return self.inner.error_bound(x, multipliers)
@@ -122,7 +101,7 @@ class Wrapper(Quantizer):
 
 
 def wrappers_of(quantizer: Quantizer) -> tuple[str, ...]:
-    """The names of the wrappers that a format is made with, the innermost first."""
+    """Return the names of the wrappers that a format is made with, the innermost first."""
     if not isinstance(quantizer, Wrapper):
         return ()
     return (*wrappers_of(quantizer.inner), quantizer.name)

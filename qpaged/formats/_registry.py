@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from qpaged.quantizer._contract import Quantizer
-from qpaged.quantizer._spelling import parse
+from qpaged.formats._contract import Quantizer
+from qpaged.formats._spelling import parse
 
 GROUP = "qpaged.quantizers"
 PLUS = "+"  # what the names of wrappers begin with
@@ -21,17 +21,17 @@ class RegistryError(ValueError):
 
 
 def available_quantizers() -> tuple[str, ...]:
-    """Names of the installed formats, sorted."""
+    """Return the names of the installed formats, sorted."""
     return tuple(sorted(name for name in _claims() if not name.startswith(PLUS)))
 
 
 def available_wrappers() -> tuple[str, ...]:
-    """Names of the installed wrappers, sorted, each with its plus."""
+    """Return the names of the installed wrappers, sorted, each with its plus."""
     return tuple(sorted(name for name in _claims() if name.startswith(PLUS)))
 
 
 def available_formats(*, wrapped: bool = False) -> tuple[str, ...]:
-    """Spellings of every installed format at each of its granularities, the default first.
+    """Return the spellings of every installed format at each of its granularities, the default first.
 
     A format that cannot be had (its package is broken, or two claim its name) is warned of and left out.
 
@@ -41,14 +41,16 @@ def available_formats(*, wrapped: bool = False) -> tuple[str, ...]:
     spellings: list[str] = []
     for name in available_quantizers():
         try:
-            formats = [_build(name, granularity=g) for g in _build(name).granularities]
-            spellings += [str(format) for bare in formats for format in _wrapped(bare, wrapped)]
+            for granularity in _build(name).granularities:
+                bare = _build(name, granularity=granularity)
+                spellings += [str(quantizer) for quantizer in _in_wrappers(bare, wrapped)]
         except RegistryError as error:
             warnings.warn(str(error), stacklevel=2)
     return tuple(spellings)
 
 
-def _wrapped(bare: Quantizer, wrapped: bool) -> Iterator[Quantizer]:
+def _in_wrappers(bare: Quantizer, wrapped: bool) -> Iterator[Quantizer]:
+    """Yield the format, and if ``wrapped`` in every set of wrappers that goes with it."""
     names = available_wrappers() if wrapped else ()
     for count in range(len(names) + 1):
         for chosen in itertools.combinations(names, count):
@@ -57,7 +59,7 @@ def _wrapped(bare: Quantizer, wrapped: bool) -> Iterator[Quantizer]:
 
 
 def get_quantizer(spelling: "str | Quantizer") -> Quantizer:
-    """The quantizer that a spelling ``name[:granularity][+wrapper]...`` names; a quantizer is itself.
+    """Return the quantizer that a spelling ``name[:granularity][+wrapper]...`` names; a quantizer as it is.
 
     Raises:
         RegistryError: no installed package has that name, several have, the granularity is not offered, or a
@@ -74,13 +76,16 @@ def get_quantizer(spelling: "str | Quantizer") -> Quantizer:
     try:
         name, granularity, wrappers = parse(spelling)
         bare = _build(name) if granularity is None else _build(name, granularity=granularity)
-        return functools.reduce(_wrap, [PLUS + wrapper for wrapper in wrappers], bare)
+        quantizer = bare
+        for wrapper in wrappers:
+            quantizer = _wrap(quantizer, PLUS + wrapper)
+        return quantizer
     except (TypeError, ValueError) as error:
         raise RegistryError(f"{spelling!r}: {error}") from error
 
 
 def quantizer_from_config(config: Any) -> Quantizer:
-    """The quantizer that :attr:`Quantizer.config` describes.
+    """Return the quantizer that :attr:`Quantizer.config` describes.
 
     Raises:
         RegistryError: malformed, or the installed format of that name is another one.
@@ -107,6 +112,7 @@ def _wrap(inner: Quantizer, name: str) -> Quantizer:
 
 
 def _build(name: str, **options: Any) -> Quantizer:
+    """Return what the entry point ``name`` makes of ``options``, or raise RegistryError with what is wrong."""
     claims = _claims()
     if name not in claims:
         kind = "wrapper" if name.startswith(PLUS) else "format"
@@ -125,20 +131,22 @@ def _build(name: str, **options: Any) -> Quantizer:
 
 
 def _claims() -> dict[str, dict[str, EntryPoint]]:
-    """For each name, the packages that claim it (an installation seen twice on the path counts once)."""
+    """Return the packages that claim each name; an installation seen twice on the path counts once."""
     claims: dict[str, dict[str, EntryPoint]] = defaultdict(dict)
     for point in entry_points(group=GROUP):
-        claims[point.name][point.dist.name if point.dist else point.value] = point
+        package = point.dist.name if point.dist else point.value
+        claims[point.name][package] = point
     return claims
 
 
 def _load(name: str, claims: dict[str, EntryPoint]) -> Callable[..., object]:
+    """Return what the one entry point of that name refers to."""
     if len(claims) > 1:
         raise RegistryError(
             f"the name {name!r} is claimed by {len(claims)} packages, {' and '.join(sorted(claims))}; "
             f"uninstall all but one of them."
         )
-    ((package, point),) = claims.items()
+    package, point = next(iter(claims.items()))
     try:
         return point.load()
     except Exception as error:  # whatever another package raises as it is imported

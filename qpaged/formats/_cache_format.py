@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qpaged.quantizer._contract import Quantizer
-from qpaged.quantizer._registry import RegistryError, get_quantizer, quantizer_from_config
+from qpaged._deprecated import renamed_argument
+from qpaged.formats._contract import Quantizer
+from qpaged.formats._registry import RegistryError, get_quantizer, quantizer_from_config
 
 PLAIN = "plain"
 FILE_KIND, FILE_VERSION = "cache format", 1
@@ -30,7 +31,8 @@ class CacheFormat:
     layers: tuple[tuple[int, Pair], ...] = ()
 
     def __post_init__(self) -> None:
-        for part in (self.key, self.value, *(part for _, pair in self.layers for part in pair)):
+        layer_parts = [part for _, pair in self.layers for part in pair]
+        for part in (self.key, self.value, *layer_parts):
             if part is not None and not isinstance(part, Quantizer):
                 raise TypeError(
                     f"key and value must be quantizers or None, but {part!r} came; "
@@ -38,11 +40,12 @@ class CacheFormat:
                 )
 
     @classmethod
-    def of(cls, format: Any) -> "CacheFormat":
-        """The cache format that any accepted argument stands for.
+    @renamed_argument("format", "quantizer")
+    def of(cls, quantizer: Any) -> "CacheFormat":
+        """Return the cache format that any accepted argument stands for.
 
         Args:
-            format: None or ``"plain"`` (plain arrays), a spelling (``"int8"``, or keys and values apart,
+            quantizer: None or ``"plain"`` (plain arrays), a spelling (``"int8"``, or keys and values apart,
                 ``"int8:channel/int8:token"``), the path of a file that :meth:`save` wrote (as a string it
                 must end in ``.json``), a quantizer, or a cache format.
 
@@ -51,26 +54,28 @@ class CacheFormat:
             OSError, ValueError: a file that cannot be read.
             TypeError: anything else.
         """
-        if isinstance(format, CacheFormat):
-            return format
-        if isinstance(format, Path) or (isinstance(format, str) and format.endswith(".json")):
-            return _load(Path(format))
-        if isinstance(format, str):
-            return cls(*_pair(format))
-        quantizer = None if format is None else get_quantizer(format)
-        return cls(quantizer, quantizer)
+        if isinstance(quantizer, CacheFormat):
+            return quantizer
+        if isinstance(quantizer, Path) or (isinstance(quantizer, str) and quantizer.endswith(".json")):
+            return _load(Path(quantizer))
+        if isinstance(quantizer, str):
+            return cls(*_pair_of_spelling(quantizer))
+        both = None if quantizer is None else get_quantizer(quantizer)
+        return cls(both, both)
 
     def with_layers(self, formats: Mapping[int, Any]) -> "CacheFormat":
-        """This format but for the given layers: ``{0: "raw", 3: "int8/int8:token"}``.
+        """Return this format but for the given layers: ``{0: "raw", 3: "int8/int8:token"}``.
 
         Raises:
             ValueError: a negative layer, or a format for a layer that itself differs by layer.
         """
-        pairs = dict(self.layers) | {index: _layer(index, format) for index, format in formats.items()}
+        pairs = dict(self.layers)
+        for index, layer_format in formats.items():
+            pairs[index] = _pair_of_layer(index, layer_format)
         return CacheFormat(self.key, self.value, tuple(sorted(pairs.items())))
 
     def layer(self, index: int) -> Pair:
-        """The formats of keys and of values in layer ``index``."""
+        """Return the formats of keys and of values in layer ``index``."""
         return dict(self.layers).get(index, (self.key, self.value))
 
     @property
@@ -81,7 +86,7 @@ class CacheFormat:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "CacheFormat":
-        """The format that :attr:`config` describes.
+        """Return the format that :attr:`config` describes.
 
         Raises:
             ValueError: a part is missing or malformed.
@@ -114,16 +119,20 @@ class CacheFormat:
         return f"{spelling} ({rest})" if rest else spelling
 
 
-def _pair(spelling: str) -> Pair:
+def _pair_of_spelling(spelling: str) -> Pair:
+    """Return the formats of keys and of values that ``key/value``, or one spelling for both, stands for."""
     parts = spelling.split("/")
     if len(parts) > 2:
         raise RegistryError(f"{spelling!r}: at most one '/' may part the keys' format from the values'.")
-    key, value = (None if part == PLAIN else get_quantizer(part) for part in (parts[0], parts[-1]))
-    return key, value
+    return _quantizer_or_plain(parts[0]), _quantizer_or_plain(parts[-1])
+
+
+def _quantizer_or_plain(spelling: str) -> Quantizer | None:
+    return None if spelling == PLAIN else get_quantizer(spelling)
 
 
 def _load(path: Path) -> CacheFormat:
-    """The format in a file."""
+    """Return the format in a file; ValueError says what is wrong with one that holds none."""
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
@@ -143,13 +152,14 @@ def _load(path: Path) -> CacheFormat:
         raise ValueError(f"{path} holds a cache format that cannot be made: {error}") from error
 
 
-def _layer(index: int, format: Any) -> Pair:
+def _pair_of_layer(index: int, quantizer: Any) -> Pair:
+    """Return the formats of keys and of values that one layer is given."""
     if index < 0:
         raise ValueError(f"layers must be counted from 0, but {index} came; give the layer's own index.")
-    format = CacheFormat.of(format)
-    if format.layers:
-        raise ValueError(f"layer {index} must have one format, but came with formats by layer: {format}.")
-    return format.key, format.value
+    both = CacheFormat.of(quantizer)
+    if both.layers:
+        raise ValueError(f"layer {index} must have one format, but came with formats by layer: {both}.")
+    return both.key, both.value
 
 
 def _spell(quantizer: Quantizer | None) -> str:

@@ -16,10 +16,10 @@ class Spelling(NamedTuple):
 
 
 def parse(spelling: str) -> Spelling:
-    """The parts of a spelling.
+    """Return the parts of a spelling.
 
     Raises:
-        ValueError: not of the grammar.
+        ValueError: the spelling is not of the grammar.
     """
     match = GRAMMAR.fullmatch(spelling)
     if match is None:

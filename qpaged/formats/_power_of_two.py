@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged.quantizer._contract import Quantizer
+from qpaged.formats._contract import Quantizer
 
-BIAS = 126  # the byte b means 2 ** (b - BIAS); 0 means an empty block, 255 a read past the end (NaN)
-PAST_END = 255
+BIAS = 126  # the byte b means 2 ** (b - BIAS), but 0 an empty block and 255 NaN
+NAN_SCALE = 255
 FLOAT32_BIAS = 127
 MANTISSA_BITS = 23
 
@@ -23,7 +23,7 @@ class PowerOfTwoQuantizer(Quantizer):
 
     granularities: ClassVar[tuple[str, ...]] = ("page", "token", "channel")
     scale_dtype = jnp.uint8
-    past_end = PAST_END
+    nan_scale = NAN_SCALE
     headroom: ClassVar[int]
     """Values in units of the scale stay below 2 ** headroom in magnitude."""
     resolution: ClassVar[int]
@@ -39,4 +39,4 @@ class PowerOfTwoQuantizer(Quantizer):
     def multiplier(self, scales: jax.Array) -> jax.Array:
         bits = (scales.astype(jnp.uint32) + (FLOAT32_BIAS - BIAS)) << MANTISSA_BITS
         factor = lax.bitcast_convert_type(bits, jnp.float32)
-        return jnp.where(scales == PAST_END, jnp.nan, jnp.where(scales == 0, 0.0, factor))
+        return jnp.where(scales == NAN_SCALE, jnp.nan, jnp.where(scales == 0, 0.0, factor))

@@ -1,0 +1,141 @@
+"""Fresh pools: how one is made, of how many bytes, and on which devices."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from qpaged import pools
+from qpaged._compat import spec_axes
+from qpaged.cache._sharding import EMPTY, KV_HEAD, MODE, PartitionManager, Resolver, leaf_spec
+from qpaged.formats import Quantizer
+from qpaged.pools import Pages
+
+REPLICATED = PartitionSpec()
+
+MakePages: TypeAlias = Callable[[jax.Array], Any]
+"""A function that turns a pool's zeros into its pages."""
+PoolFormat: TypeAlias = Quantizer | MakePages | None
+"""The format of one pool; None for plain arrays."""
+
+
+def fresh_pages(
+    quantizer: PoolFormat, shape: Sequence[int], dtype: DTypeLike, spec: PartitionSpec = REPLICATED
+) -> Pages:
+    """Return a pool (kv_heads, pages, page_size, head_dim) that reads as exact zeros; traceable."""
+    if quantizer is None:
+        pages: Pages = jnp.zeros(shape, dtype)
+    elif isinstance(quantizer, Quantizer):
+        pages = quantizer.empty(shape, dtype)
+    else:
+        pages = quantizer(jnp.zeros(shape, dtype))
+    slots_or_channels_are_partitioned = any(spec[2:])
+    if slots_or_channels_are_partitioned:  # which rows of several slots would not survive
+        return pages
+    return pools.fill_lane_rows(pages)
+
+
+def allocate_pages(
+    quantizer: PoolFormat,
+    shape: Sequence[int],
+    dtype: DTypeLike,
+    mesh: Mesh | None,
+    manager: Resolver | None,
+) -> Pages:
+    """Return a fresh pool on the mesh's devices, or on the default device where there is no mesh."""
+    shape = tuple(shape)
+    spec = pages_spec(shape, mesh, manager)
+    shardings = None
+    if mesh is not None:
+        shardings = pages_shardings(quantizer, shape, dtype, mesh, spec)
+    # Static arguments of one function: the pools of all layers share a compilation.
+    fresh = jax.jit(fresh_pages, static_argnums=(0, 1, 2, 3), out_shardings=shardings)
+    return fresh(quantizer, shape, dtype, spec)
+
+
+def pages_spec(shape: Sequence[int], mesh: Mesh | None, manager: Resolver | None) -> PartitionSpec:
+    """Return the partition of a pool's codes, as the manager resolves it."""
+    if mesh is None:
+        return REPLICATED
+    manager = PartitionManager(mesh) if manager is None else manager
+    spec = manager.resolve([KV_HEAD, EMPTY, EMPTY, EMPTY], mode=MODE, shape=tuple(shape))
+    check_divides(spec, shape, mesh)
+    return spec
+
+
+def pages_shardings(
+    quantizer: PoolFormat, shape: Sequence[int], dtype: DTypeLike, mesh: Mesh, spec: PartitionSpec
+) -> Any:
+    """Return the sharding of every leaf: the codes' partition, where a leaf's own axes are long enough for it."""
+    leaves = jax.eval_shape(lambda: fresh_pages(quantizer, shape, dtype, spec))
+    return jax.tree_util.tree_map(lambda leaf: NamedSharding(mesh, leaf_spec(spec, leaf.shape, mesh)), leaves)
+
+
+def check_divides(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> None:
+    """Raise ValueError unless the mesh divides ``shape`` as ``spec`` says."""
+    if tuple(leaf_spec(spec, shape, mesh)) != tuple(spec):
+        raise ValueError(
+            f"partition_manager must divide a pool of shape {tuple(shape)} evenly over the mesh "
+            f"{dict(mesh.shape)}, but resolved it to {spec}; leave the axes that do not divide unpartitioned."
+        )
+
+
+def round_to_shards(
+    pages: int,
+    shape: Sequence[int],  # (kv_heads, page_size, head_dim)
+    mesh: Mesh | None,
+    manager: Resolver | None,
+) -> int:
+    """Return the largest number of pages, up to ``pages``, that the mesh divides evenly."""
+    if mesh is None or manager is None:
+        return pages
+    kv_heads, page_size, head_dim = shape
+    # A manager may look at the shape: this number of pages divides over any axes of the mesh.
+    pool = (kv_heads, pages - pages % mesh.size, page_size, head_dim)
+    spec = manager.resolve([KV_HEAD, EMPTY, EMPTY, EMPTY], mode=MODE, shape=pool)
+    axes = spec_axes(spec[1]) if len(spec) > 1 else ()
+    shards = int(np.prod([mesh.shape[axis] for axis in axes if axis in mesh.shape]))
+    return pages - pages % shards
+
+
+def device_bytes(
+    quantizer: PoolFormat,
+    shape: Sequence[int],
+    dtype: DTypeLike,
+    mesh: Mesh | None,
+    manager: Resolver | None,
+) -> int:
+    """Return the bytes of a pool on one device, scales included: what the format's own arrays take there."""
+    spec = pages_spec(shape, mesh, manager)
+    pool = jax.eval_shape(lambda: fresh_pages(quantizer, tuple(shape), dtype, spec))
+    leaves = jax.tree_util.tree_leaves(pool)
+    shapes = [leaf.shape for leaf in leaves]
+    if mesh is not None:
+        shardings = jax.tree_util.tree_leaves(pages_shardings(quantizer, shape, dtype, mesh, spec))
+        shapes = [sharding.shard_shape(shape) for sharding, shape in zip(shardings, shapes, strict=True)]
+    return sum(int(np.prod(shape)) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves, strict=True))
+
+
+class NarrowFloatPoolWarning(UserWarning):
+    """A plain 16- or 8-bit float pool on CPU, where every write and read costs the whole pool."""
+
+
+def warn_of_narrow_floats(*all_pages: Pages) -> None:
+    """Warn, once, of plain pools that XLA on CPU copies whole at every write and read."""
+    for pages in all_pages:
+        if not pools.is_narrow_float(pages) or isinstance(pages, jax.core.Tracer):
+            continue
+        device = next(iter(pages.devices()))
+        if device.platform == "cpu":
+            warnings.warn(
+                f"XLA on CPU copies a whole {pages.dtype.name} pool at every write and read; "
+                f"quantizer='raw' stores the same bits as integers and does not.",
+                NarrowFloatPoolWarning,
+                stacklevel=3,
+            )
+            return

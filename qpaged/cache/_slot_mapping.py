@@ -1,0 +1,53 @@
+"""Indices of tokens and pages: checked and brought to int32 before any arithmetic, and mapped to slots."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from qpaged.arrays import clip_to_int32
+from qpaged.pools import SlotMapping
+
+
+def as_indices(name: str, values: ArrayLike) -> jax.Array:
+    """Return ``values`` as int32.
+
+    What is beyond the range of int32 becomes one of its ends: past every pool, or negative.
+
+    Raises:
+        TypeError: the values are not integers; ``name`` is the argument.
+    """
+    if not isinstance(values, jax.Array):
+        values = np.asarray(values)
+        if values.size == 0:  # an empty list is of floats to NumPy
+            values = values.astype(np.int32)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        raise TypeError(
+            f"{name} must be integers, but came as {values.dtype.name}; convert with .astype(int32)."
+        )
+    return jnp.asarray(clip_to_int32(values))
+
+
+def slot_mapping(
+    position: jax.Array,  # [tokens] int32
+    page_table: jax.Array,  # [pages_per_sequence] of one sequence, or [tokens, pages_per_sequence], int32
+    page_size: int,
+    num_pages: int,
+) -> SlotMapping:
+    """Return where tokens go: page = page_table[position // page_size], slot = position mod page_size.
+
+    The page is ``num_pages``, one past the last, for a position that is negative or past the table, and for an
+    entry that is not a page.
+    """
+    logical_page, slot = position // page_size, position % page_size
+    pages_per_sequence = page_table.shape[-1]
+    if pages_per_sequence == 0:
+        return SlotMapping(jnp.full_like(position, num_pages), slot)
+    inside = (position >= 0) & (logical_page < pages_per_sequence)
+    logical_page = jnp.where(inside, logical_page, 0)
+    if page_table.ndim == 1:
+        page = page_table[logical_page]
+    else:
+        page = jnp.take_along_axis(page_table, logical_page[:, None], axis=1)[:, 0]
+    is_page = inside & (page >= 0) & (page < num_pages)
+    return SlotMapping(jnp.where(is_page, page, num_pages), slot)

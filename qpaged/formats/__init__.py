@@ -1,0 +1,36 @@
+"""Formats: the contract that a plugin implements, and the registry that finds it."""
+
+from qpaged.arrays import GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
+from qpaged.formats._cache_format import CacheFormat
+from qpaged.formats._contract import Quantizer
+from qpaged.formats._power_of_two import PowerOfTwoQuantizer
+from qpaged.formats._growth import FitAgain
+from qpaged.formats._registry import (
+    RegistryError,
+    available_formats,
+    available_quantizers,
+    available_wrappers,
+    get_quantizer,
+    quantizer_from_config,
+)
+from qpaged.formats._transform import ChainedTransform
+from qpaged.formats._wrapper import Wrapper
+
+__all__ = [
+    "CacheFormat",
+    "ChainedTransform",
+    "FitAgain",
+    "GlobalScaleRule",
+    "GrowthRule",
+    "OffsetRule",
+    "PowerOfTwoQuantizer",
+    "Quantizer",
+    "RegistryError",
+    "TransformRule",
+    "Wrapper",
+    "available_formats",
+    "available_quantizers",
+    "available_wrappers",
+    "get_quantizer",
+    "quantizer_from_config",
+]

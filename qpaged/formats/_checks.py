@@ -1,0 +1,77 @@
+"""Slips of a format's author, refused early: where its class is defined, or when an instance is first made."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from qpaged.formats._contract import Quantizer
+
+PACKED_BITS = (8, 4, 2)
+
+RENAMED = {
+    "holds": "growth, an object with covers(scales, low, high)",
+    "refit": "growth, an object with grown_scale(scales, greatest_code, low, high)",
+    "grow": "growth, an object with requantize(codes, old, new)",
+    "shareable": "growth, which is None where scales cannot grow",
+    "shift": "offset, an object with offset(scales)",
+    "outer_dtype": "global_scale, an object with dtype, scale(absmax) and multiplier(stored)",
+    "outer_scale": "global_scale, an object with scale(absmax)",
+    "outer_multiplier": "global_scale, an object with multiplier(stored)",
+    "transforms": "transform, which is None or an object with forward(x, axis) and inverse(x, axis)",
+    "inverse": "transform, an object with inverse(x, axis)",
+    "tiled": "elementwise",
+    "past_end": "nan_scale",
+}
+"""What the contract's older names became. One that was overridden silently would be wrong silently."""
+
+
+def check_class(cls: type) -> None:
+    """Raise TypeError for ``bits`` that nothing packs, and for what is overridden under its old name."""
+    defined = vars(cls)
+    for old, new in RENAMED.items():
+        if old in defined:
+            raise TypeError(f"{cls.__name__}.{old} is now {new}; rename it, for the old name is not called.")
+    if callable(defined.get("transform")):
+        raise TypeError(
+            f"{cls.__name__}.transform must be None or an object with forward(x, axis) and inverse(x, axis), "
+            f"but is a method; give such an object, as a property if it depends on the instance."
+        )
+    bits = defined.get("bits", PACKED_BITS[0])
+    if isinstance(bits, int) and bits not in PACKED_BITS:
+        raise TypeError(
+            f"{cls.__name__}.bits must be one of {', '.join(map(str, PACKED_BITS))}, which are what codes are "
+            f"packed by, but is {bits}; take the next larger one."
+        )
+
+
+def check_instance(quantizer: "Quantizer") -> None:
+    """Raise TypeError for a class without ``name`` or ``bound``, and for float codes or narrow float scales.
+
+    From shapes alone: nothing is computed.
+    """
+    cls = type(quantizer)
+    for attribute, meaning in (
+        ("name", "the first part of its spelling"),
+        ("bound", "its largest error in units of the scale"),
+    ):
+        if getattr(quantizer, attribute, None) is None:
+            raise TypeError(f"{cls.__name__} must have a class attribute {attribute}, {meaning}; set it.")
+    _check_scale_dtype(quantizer.name, quantizer.scale_dtype)
+    if quantizer.scale_dtype is not None:
+        codes = jax.eval_shape(quantizer.encode, jax.ShapeDtypeStruct((), jnp.float32))
+        if not jnp.issubdtype(codes.dtype, jnp.integer):
+            raise TypeError(
+                f"{cls.__name__}.encode must return integers, but returns {codes.dtype.name}; cast them to "
+                f"int8 or uint8, or give the bits of a float with lax.bitcast_convert_type."
+            )
+
+
+def _check_scale_dtype(name: str, dtype: Any) -> None:
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4:
+        raise TypeError(
+            f"scale_dtype must be float32 or an integer dtype, but is {jnp.dtype(dtype).name} for {name}, "
+            f"and XLA on CPU copies a whole array of narrow floats at each write; store the bits of it in "
+            f"an integer of its width, and read them in multiplier()."
+        )

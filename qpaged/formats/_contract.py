@@ -1,0 +1,215 @@
+"""The contract of a format: a small frozen, hashable object whose methods are pure JAX."""
+
+import abc
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+from qpaged.arrays import (
+    GlobalScaleRule,
+    GrowthRule,
+    OffsetRule,
+    QuantizedArray,
+    TransformRule,
+    empty,
+    in_units,
+    quantize,
+)
+from qpaged.formats._checks import check_class, check_instance
+from qpaged.formats._granularity import check_granularity, page_block
+from qpaged.formats._growth import FitAgain
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantizer(abc.ABC):
+    """A format: how values become codes and scales, and back.
+
+    A subclass gives a scale rule, :meth:`encode` and :meth:`decode`; blocks, packing, scatter, growth, lazy
+    reads, sizing, files and sweeps come from the framework. Both directions work in *units of the scale*, so
+    a format never multiplies by its scale, and attention can fold it away.
+
+    What few formats have is an attribute that is None or an object: :attr:`growth`, :attr:`offset`,
+    :attr:`global_scale`, :attr:`transform`.
+
+    Attributes:
+        granularity: which elements of a page share a scale: ``page`` (all), ``token`` (one slot's),
+            ``channel`` (one channel's, over the page's slots), ``group32`` (32 neighbouring channels of one
+            slot; any number goes) or ``element`` (none do). Empty for the format's default.
+
+    Raises:
+        TypeError: where a class is defined, ``bits`` that nothing packs or a method under its old name; where
+            an instance is made, a class without ``name`` or ``bound``, ``encode`` that returns floats, or
+            scales of a narrow float.
+        ValueError: a granularity that the format does not offer.
+    """
+
+    granularity: str = ""
+
+    name: ClassVar[str]
+    """The spelling's first part; the name of the entry point."""
+    granularities: ClassVar[tuple[str, ...]] = ("token", "group32", "group64", "group128")
+    """What ``granularity`` may be; the first is the default. Where tokens share a scale (``page``,
+    ``channel``) it grows as they arrive: see :attr:`growth`."""
+    bits: ClassVar[int] = 8
+    """Bits of a code: 8, or 4 or 2, which are packed into bytes."""
+    scale_dtype: ClassVar[DTypeLike | None] = jnp.float32
+    """Dtype of a stored scale, float32 or an integer one; None for a format without scales. A scale should be
+    a normal float32 number, and one that a code's least value times is one, too."""
+    bound: ClassVar[float]
+    """Largest error |x - x̂|, in units of the block's scale."""
+    levels: ClassVar[tuple[float, float] | None] = None
+    """The lowest and the highest value of a code in units of the scale, where codes are evenly spaced in
+    between: what wrappers that offset blocks need to know. None otherwise."""
+    elementwise: ClassVar[bool] = True
+    """Whether kernels may call this format's methods on the tiles they hold, as far as they find them to be
+    elementwise; False keeps them away."""
+    nan_scale: ClassVar[float | int | None] = math.nan
+    """The stored scale that reads as NaN; None if no value does."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        check_class(cls)
+
+    def __post_init__(self) -> None:
+        check_instance(self)
+        if not self.granularity:
+            object.__setattr__(self, "granularity", self.granularities[0])
+        check_granularity(self.name, self.granularity, self.granularities)
+
+    # What every format gives.
+
+    @abc.abstractmethod
+    def scale(self, absmax: jax.Array) -> jax.Array:
+        """Return the stored scale of a block from its largest magnitude (float32): the scale rule.
+
+        It must not fall as ``absmax`` rises, and is 0 exactly where ``absmax`` is.
+        """
+
+    @abc.abstractmethod
+    def encode(self, units: jax.Array) -> jax.Array:
+        """Return codes, one an element, of float32 values in units of their scale."""
+
+    @abc.abstractmethod
+    def decode(self, codes: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """Return the values of codes, in units of their scale, as ``dtype``; elementwise.
+
+        They must be exact in bfloat16, since attention contracts at the precision of its query. Code 0 is
+        asked for, too, whatever it means.
+        """
+
+    # What few formats have: None, or an object.
+
+    @property
+    def growth(self) -> GrowthRule | None:
+        """How scales that tokens share grow as larger values arrive. By default a block is fitted and its codes
+        are rounded again. None for a format whose every write must cover its blocks."""
+        return FitAgain(self)
+
+    @property
+    def offset(self) -> OffsetRule | None:
+        """How stored scales carry an offset that is added to their block; None where they carry none."""
+        return None
+
+    @property
+    def global_scale(self) -> GlobalScaleRule | None:
+        """The second level of scales, one for all the blocks of a token's head; None where there is none."""
+        return None
+
+    @property
+    def transform(self) -> TransformRule | None:
+        """The linear map along the channels that blocks hold the values under; None where there is none."""
+        return None
+
+    # What follows from these, and may be overridden.
+
+    @property
+    def order_bound(self) -> float:
+        """Largest difference, in units of the scale, between two orders of writing; 0 is bit for bit."""
+        return 0.0
+
+    @property
+    def writable(self) -> bool:
+        """True: arrays of a quantizer can be written to, those that lazy reads make of them cannot."""
+        return True
+
+    def code_dtype(self, dtype: DTypeLike) -> Any:
+        """Return the integer dtype of codes, one an element, in an array of logical ``dtype``: encode's own."""
+        return encoded_dtype(self)
+
+    def multiplier(self, scales: jax.Array) -> jax.Array:
+        """Return stored scales as float32 factors."""
+        return scales.astype(jnp.float32)
+
+    def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
+        """Return the stored scale of a block from its least and greatest value (float32)."""
+        return self.scale(jnp.maximum(-low, high))
+
+    def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        """Return codes of float32 ``x`` under stored ``scales`` (broadcast); a zero scale encodes zeros."""
+        if self.offset is not None:
+            x = x - self.offset.offset(scales)
+        return self.encode(self.in_units(x, scales))
+
+    def in_units(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        """Return float32 ``x`` in units of stored ``scales`` (broadcast): the same bits in every program."""
+        return in_units(x, self.multiplier(scales))
+
+    def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
+        """Return the largest |x - x̂| for each element of ``x`` (..., channels), given its block's factor."""
+        return jnp.broadcast_to(self.bound * jnp.abs(multipliers), x.shape)
+
+    def block(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the block on an array (..., slots, head_dim), as a pool (kv_heads, pages, page_size, head_dim).
+
+        Raises:
+            ValueError: the array has no such axes, or the group does not divide head_dim.
+        """
+        return page_block(self, shape)
+
+    # What the framework makes of it.
+
+    def quantize(self, array: ArrayLike, dtype: DTypeLike | None = None) -> QuantizedArray:
+        """Return the whole of ``array`` (..., slots, head_dim) quantized; its last two axes are one page.
+
+        Args:
+            array: floats; NaN is stored as 0 and infinities as the largest finite number.
+            dtype: the logical dtype; the array's own if None.
+
+        Raises:
+            TypeError: the array is not of a real floating-point dtype.
+            ValueError: the group does not divide head_dim, or codes do not fill whole bytes.
+        """
+        array = jnp.asarray(array)
+        return quantize(array, self, self.block(array.shape), dtype)
+
+    def empty(self, shape: Sequence[int], dtype: DTypeLike) -> QuantizedArray:
+        """Return an array (..., slots, head_dim) in which nothing was written: it reads as zeros.
+
+        Args:
+            shape: of the array.
+            dtype: the logical dtype.
+        """
+        return empty(shape, self, self.block(shape), dtype)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything that makes this quantizer, as plain JSON."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        """Return the spelling that makes this quantizer."""
+        if self.granularity == self.granularities[0]:
+            return self.name
+        return f"{self.name}:{self.granularity}"
+
+
+@functools.lru_cache
+def encoded_dtype(quantizer: Quantizer) -> Any:
+    """Return the dtype of ``quantizer.encode``'s codes, from shapes alone."""
+    return jax.eval_shape(quantizer.encode, jax.ShapeDtypeStruct((), jnp.float32)).dtype

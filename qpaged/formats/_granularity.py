@@ -1,0 +1,58 @@
+"""Granularities by name: which elements of a page share a scale."""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qpaged.formats._contract import Quantizer
+
+GROUP = re.compile(r"group([1-9][0-9]*)")
+
+
+def check_granularity(name: str, granularity: str, offered: Sequence[str]) -> None:
+    """Raise ValueError unless the format ``name`` offers the granularity."""
+    if granularity not in offered:
+        raise ValueError(
+            f"granularity must be one of {', '.join(offered)} for {name}, but came as {granularity!r}."
+        )
+
+
+def page_block(quantizer: "Quantizer", shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the block of a quantizer on an array (..., slots, head_dim)."""
+    if quantizer.granularity == "element":
+        return (1,) * len(shape)
+    if len(shape) < 2:
+        raise ValueError(
+            f"array must have at least two axes, (..., slots, head_dim), but came with shape "
+            f"{tuple(shape)}; give the block yourself with qpaged.arrays.quantize."
+        )
+    slots, head_dim = max(1, shape[-2]), max(1, shape[-1])
+    group = GROUP.fullmatch(quantizer.granularity)
+    if group is not None:
+        group_size = int(group[1])
+        _check_group(quantizer, group_size, head_dim)
+        return (1,) * (len(shape) - 1) + (group_size,)
+    last_extents = {"page": (slots, head_dim), "token": (1, head_dim), "channel": (slots, 1)}
+    if quantizer.granularity not in last_extents:
+        raise ValueError(
+            f"granularity must be one of {', '.join(last_extents)}, element, or group and a number, but "
+            f"{quantizer.name} has {quantizer.granularity!r}; override Quantizer.block to say what it means."
+        )
+    return (1,) * (len(shape) - 2) + last_extents[quantizer.granularity]
+
+
+def _check_group(quantizer: "Quantizer", size: int, head_dim: int) -> None:
+    """Raise ValueError unless groups of ``size`` channels divide ``head_dim``, naming granularities that do."""
+    if head_dim % size == 0:
+        return
+    fitting = []
+    for granularity in quantizer.granularities:
+        group = GROUP.fullmatch(granularity)
+        if group is None or head_dim % int(group[1]) == 0:
+            fitting.append(granularity)
+    fit = ", ".join(fitting) or "none; take another format, as int8:token"
+    raise ValueError(
+        f"head_dim must be a multiple of {size} for {quantizer}, whose groups have so many channels, but "
+        f"is {head_dim}; granularities of {quantizer.name} that fit it: {fit}."
+    )

@@ -1,0 +1,44 @@
+"""Everything that can be done to a pool of pages, whatever its kind.
+
+A pool is (kv_heads, pages, page_size, head_dim): a plain array, a :class:`~qpaged.QuantizedArray`, or an implicit
+array of another class. Code that takes a pool calls these functions and never asks what it is. Each kind is a
+subclass of :class:`Pool`, in a file of its own. A pytree of a new kind subclasses :class:`Pool` itself, and needs
+no entry anywhere.
+"""
+
+from qpaged.pools._kinds import (
+    as_quantized,
+    clear_pages,
+    copy_pages,
+    count_bytes,
+    explicit_sharding_of,
+    fill_lane_rows,
+    from_record,
+    gather_slots,
+    is_narrow_float,
+    needs_implicit_args,
+    to_record,
+    write_slots,
+)
+from qpaged.pools._pool import Pages, Pool, PoolBytes, SlotMapping, Slots, no_record_of
+
+__all__ = [
+    "Pages",
+    "Pool",
+    "PoolBytes",
+    "SlotMapping",
+    "Slots",
+    "as_quantized",
+    "clear_pages",
+    "copy_pages",
+    "count_bytes",
+    "explicit_sharding_of",
+    "fill_lane_rows",
+    "from_record",
+    "gather_slots",
+    "is_narrow_float",
+    "needs_implicit_args",
+    "no_record_of",
+    "to_record",
+    "write_slots",
+]

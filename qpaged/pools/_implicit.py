@@ -1,0 +1,65 @@
+"""Pools of other implicit arrays: written and read as their class handles the primitives of a plain pool."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qpaged.arrays import write_rows
+from qpaged.implicit import ImplicitArray, use_implicit_args
+from qpaged.pools import _parts, _plain
+from qpaged.pools._pool import Pool, PoolBytes, SlotMapping, Slots, bytes_of, no_record_of
+
+
+@dataclass(frozen=True)
+class ImplicitPool(Pool):
+    """A pool that is an implicit array of a class that this package does not know.
+
+    Programs read it under ``use_implicit_args``, where it is a plain array: :meth:`gather_slots` is then
+    asked of a plain pool.
+    """
+
+    pages: ImplicitArray
+    needs_implicit_args = True
+
+    def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> ImplicitArray:
+        return self._apply(_plain.write_slots, mapping, rows)
+
+    def gather_slots(self, pages: jax.Array) -> Slots:
+        raise TypeError(
+            f"pages of type {type(self.pages).__name__} must be read under qpaged.implicit.use_implicit_args, "
+            f"but came outside of it; give the function that reads them to it."
+        )
+
+    def clear_pages(self, pages: jax.Array) -> ImplicitArray:
+        return self._apply(_clear_logical_pages, pages)
+
+    def copy_pages(self, source: jax.Array, target: jax.Array) -> ImplicitArray:
+        return self._apply(_parts.copy_pages, source, target)
+
+    def count_bytes(self) -> PoolBytes:
+        return PoolBytes(codes=bytes_of(self.pages), scales=0)
+
+    def fill_lane_rows(self) -> ImplicitArray:
+        return self.pages
+
+    def to_record(self) -> Any:
+        raise no_record_of(self.pages)
+
+    def _apply(self, update: Callable[..., jax.Array], *args: jax.Array | SlotMapping) -> ImplicitArray:
+        """Return the pages after ``update``, which must leave them of their class."""
+        updated = use_implicit_args(update)(self.pages, *args)
+        if type(updated) is not type(self.pages):
+            raise TypeError(
+                f"pages of type {type(self.pages).__name__} must stay what they are when written to, but "
+                f"scatter made them a plain array; give the class a handler of the primitive 'scatter'."
+            )
+        return updated
+
+
+def _clear_logical_pages(pool: jax.Array, pages: jax.Array) -> jax.Array:
+    """Return a pool with zeros written to these pages, as to a plain one."""
+    zeros = jnp.zeros((len(pages), pool.shape[0], *pool.shape[2:]), pool.dtype)
+    return write_rows(pool, (_parts.PAGE_AXIS,), (pages,), zeros)

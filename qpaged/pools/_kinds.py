@@ -1,0 +1,112 @@
+"""The functions of :mod:`qpaged.pools`, and the one place that decides of what kind a pool is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from qpaged._compat import explicit_sharding
+from qpaged.arrays import QuantizedArray
+from qpaged.implicit import ImplicitArray
+from qpaged.pools import _quantized
+from qpaged.pools._implicit import ImplicitPool
+from qpaged.pools._plain import PlainPool
+from qpaged.pools._pool import Pages, Pool, PoolBytes, SlotMapping, Slots
+from qpaged.pools._quantized import QuantizedPool
+
+
+def _pool_of(pages: Pages) -> Pool:
+    """Return the pages of a cache as a pool of their kind."""
+    if isinstance(pages, Pool):
+        return pages
+    if isinstance(pages, QuantizedArray):
+        return QuantizedPool(pages)
+    if isinstance(pages, ImplicitArray):
+        return ImplicitPool(pages)
+    return PlainPool(pages)
+
+
+def write_slots(
+    pages: Pages,
+    slot_mapping: tuple[jax.Array, jax.Array],  # (page, slot), [tokens] each
+    rows: jax.Array,  # [tokens, kv_heads, head_dim]
+) -> Pages:
+    """Return a pool with ``rows`` written at (page, slot); out of range is dropped."""
+    return _pool_of(pages).write_slots(SlotMapping(*slot_mapping), rows)
+
+
+def gather_slots(
+    pages: Pages,
+    indices: jax.Array,  # [n]
+) -> Slots:
+    """Return the slots (kv_heads, n * page_size, head_dim) of pages; exact zeros where out of range."""
+    return _pool_of(pages).gather_slots(indices)
+
+
+def clear_pages(
+    pages: Pages,
+    indices: jax.Array,  # [n]
+) -> Pages:
+    """Return a pool with these pages as before anything was written to them, in O(n); out of range is dropped."""
+    return _pool_of(pages).clear_pages(indices)
+
+
+def copy_pages(
+    pages: Pages,
+    source: jax.Array,  # [n]
+    target: jax.Array,  # [n]
+) -> Pages:
+    """Return a pool with pages ``source`` copied to ``target``, codes and scales bit for bit, in O(n).
+
+    All sources are read before any target is written. A pair with a page out of range is dropped; of several
+    pairs with one target the last counts.
+    """
+    return _pool_of(pages).copy_pages(source, target)
+
+
+def count_bytes(pages: Pages) -> PoolBytes:
+    """Return what a pool takes in memory, or would take: shapes are enough."""
+    return _pool_of(pages).count_bytes()
+
+
+def fill_lane_rows(pages: Pages) -> Pages:
+    """Return a fresh pool stored in rows that fill a TPU's lanes, where its kind has such a form."""
+    return _pool_of(pages).fill_lane_rows()
+
+
+def as_quantized(pages: Pages) -> QuantizedArray | None:
+    """Return the quantized array that a pool is, for kernels that read codes; None if it is none."""
+    return _pool_of(pages).as_quantized()
+
+
+def is_narrow_float(pages: Pages) -> bool:
+    """Return True if a pool is stored as floats of fewer than 32 bits, which XLA on CPU copies whole."""
+    return _pool_of(pages).is_narrow_float
+
+
+def needs_implicit_args(*pools: Pages) -> bool:
+    """Return True if a function of these pools must run under ``use_implicit_args`` to read them."""
+    return any(_pool_of(pages).needs_implicit_args for pages in pools)
+
+
+def explicit_sharding_of(*pools: Pages) -> NamedSharding | None:
+    """Return the sharding of the first pool on a mesh with Explicit axes; None if any array is on none."""
+    shardings = [explicit_sharding(leaf) for leaf in jax.tree_util.tree_leaves(pools)]
+    if any(sharding is None for sharding in shardings):
+        return None
+    return shardings[0]
+
+
+def to_record(pages: Pages) -> Any:
+    """Return a pool as a record holds it: an array, or a dictionary of plain values and arrays.
+
+    Raises:
+        TypeError: a kind that has no such form.
+    """
+    return _pool_of(pages).to_record()
+
+
+def from_record(data: Mapping[str, Any]) -> Pages:
+    """Return the pool of a dictionary that :func:`to_record` made."""
+    return _quantized.from_record(data)

@@ -1,0 +1,60 @@
+"""Pages of one array of a pool, of any kind: cleared and copied by page, with the pool's sharding kept."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from qpaged._compat import explicit_sharding, with_auto_axes
+from qpaged.arrays import gather_rows, write_rows
+
+F = TypeVar("F", bound=Callable[..., Any])
+PAGE_AXIS = 1  # of every array of a pool: codes and scales alike
+
+
+def keep_sharding(update: F, pool: Any) -> F:
+    """Return ``update``, a function of a pool and indices, with its output placed as ``pool`` is.
+
+    Under Explicit mesh axes JAX asks for the sharding of every scatter; the pool's own is the one.
+    """
+    leaves = jax.tree_util.tree_leaves(pool)
+    if any(explicit_sharding(leaf) is None for leaf in leaves):
+        return update
+    return with_auto_axes(update, jax.tree_util.tree_map(explicit_sharding, pool))  # type: ignore[return-value]
+
+
+def clear_pages(pool: Any, pages: jax.Array) -> Any:
+    """Return a pool with zeros for these pages of all its arrays."""
+
+    def clear_part(part: jax.Array) -> jax.Array:
+        zeros = jnp.zeros((len(pages), part.shape[0], *part.shape[2:]), part.dtype)
+        return write_rows(part, (PAGE_AXIS,), (pages,), zeros)
+
+    return jax.tree_util.tree_map(clear_part, pool)
+
+
+def copy_pages(pool: Any, source: jax.Array, target: jax.Array) -> Any:
+    """Return a pool with pages ``source`` (n,) copied to ``target`` (n,) in all its arrays.
+
+    All sources are read before any target is written. A pair with a page out of range is dropped; of several
+    pairs with one target the last counts.
+    """
+
+    def copy_part(part: jax.Array) -> jax.Array:
+        num_pages = part.shape[PAGE_AXIS]
+        rows = gather_rows(part, (PAGE_AXIS,), source[:, None])
+        return write_rows(part, (PAGE_AXIS,), (_final_targets(source, target, num_pages),), rows)
+
+    return jax.tree_util.tree_map(copy_part, pool)
+
+
+def _final_targets(source: jax.Array, target: jax.Array, num_pages: int) -> jax.Array:
+    """Return the targets of copies, and "no page" for pairs out of range or written to again by a later one."""
+    inside = (source >= 0) & (source < num_pages) & (target >= 0) & (target < num_pages)
+    target = jnp.where(inside, target, num_pages)
+    order = jnp.argsort(target, stable=True)
+    in_order = target[order]
+    is_last = jnp.append(in_order[1:] != in_order[:-1], True)
+    keeps = jnp.zeros(len(target), bool).at[order].set(is_last)
+    return jnp.where(keeps, target, num_pages)
