@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qpaged import _compat
-from qpaged._compat import Aval, Equation, Jaxpr, Operand, Params, Primitive, Pytree, Tracer
+from qpaged._compat import Aval, Equation, Jaxpr, OpenJaxpr, Operand, Params, Primitive, Pytree, Tracer
 from qpaged.implicit import _reports, _tree
 from qpaged.implicit._dispatch import call_handler, registry
 from qpaged.implicit._fields import is_stored
@@ -26,7 +27,7 @@ from qpaged.implicit._value import ImplicitValue, is_implicit
 
 # Two-operand primitives whose operands may be swapped, so that an implicit one comes first.
 COMMUTATIVE = frozenset({"add", "add_any", "and", "eq", "max", "min", "mul", "ne", "or", "xor"})
-_TRACED = object()  # stands for an output that was traced
+_TRACED = object()
 
 
 def use_implicit_args(f: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,29 +108,46 @@ def _interpret(f: Callable[..., Any], args: Sequence[Pytree], kwargs: dict[str, 
     implicit_indices = [index for index, leaf in enumerate(leaves) if is_implicit(leaf)]
     if not implicit_indices:
         return f(*args, **kwargs)
-    implicit_args: list[ImplicitValue] = []
-    avals: list[Aval] = []
-    for index in implicit_indices:
-        implicit_arg, aval = _with_current_type(leaves[index])
-        implicit_args.append(implicit_arg)
-        avals.append(aval)
-    out_tree: Any = None
-    untraced_outs: list[Any] = []  # the outputs of f, with _TRACED for those that are traced
+    outputs = _Outputs()
 
-    def f_of_implicit_args(*dense: Tracer) -> list[Tracer]:
-        nonlocal out_tree
+    def f_of_implicit_leaves(*dense: Tracer) -> list[Tracer]:
         inner_leaves = list(leaves)
         for index, value in zip(implicit_indices, dense, strict=True):
             inner_leaves[index] = value
         inner_args, inner_kwargs = tree.unflatten(inner_leaves)
-        outs, out_tree = _tree.flatten_fully(f(*inner_args, **inner_kwargs))
-        # No tracer may outlive the trace, so only the others are kept.
-        untraced_outs[:] = [_TRACED if isinstance(out, Tracer) else out for out in outs]
-        return [out for out in outs if isinstance(out, Tracer)]
+        return outputs.record(f(*inner_args, **inner_kwargs))
 
-    jaxpr = jax.make_jaxpr(f_of_implicit_args)(*avals)
-    traced_outs = iter(_evaluate(jaxpr, implicit_args))
-    return out_tree.unflatten([next(traced_outs) if out is _TRACED else out for out in untraced_outs])
+    values: list[ImplicitValue] = []
+    avals: list[Aval] = []
+    for index in implicit_indices:
+        value, aval = _with_current_type(leaves[index])
+        values.append(value)
+        avals.append(aval)
+    jaxpr = jax.make_jaxpr(f_of_implicit_leaves)(*avals)
+    return outputs.rebuild(_evaluate(jaxpr, values))
+
+
+@dataclass
+class _Outputs:
+    """The outputs of a function that is traced: their tree, and the leaves that are no tracers.
+
+    Values that do not depend on the implicit arguments pass through the trace as they are. No tracer may
+    outlive its trace, so `_TRACED` stands for the others.
+    """
+
+    tree: Any = None
+    leaves: list[Any] = field(default_factory=list)
+
+    def record(self, outs: Pytree) -> list[Tracer]:
+        """Keep the tree and its other leaves, and return the tracers."""
+        leaves, self.tree = _tree.flatten_fully(outs)
+        self.leaves = [_TRACED if isinstance(leaf, Tracer) else leaf for leaf in leaves]
+        return [leaf for leaf in leaves if isinstance(leaf, Tracer)]
+
+    def rebuild(self, evaluated: Sequence[Operand]) -> Pytree:
+        """Return the tree with what the traced leaves were evaluated to."""
+        remaining = iter(evaluated)
+        return self.tree.unflatten([next(remaining) if leaf is _TRACED else leaf for leaf in self.leaves])
 
 
 def _with_current_type(value: ImplicitValue) -> tuple[ImplicitValue, Aval]:
@@ -165,20 +183,27 @@ def _evaluate(closed: Jaxpr, args: Sequence[Operand]) -> list[Operand]:
     values: dict[Any, Operand] = dict(zip(jaxpr.constvars, consts, strict=True))
     for var, arg in zip(jaxpr.invars, args, strict=True):
         values[var] = _with_type_of(arg, var.aval)
-    last_use = {var: eqn for eqn in jaxpr.eqns for var in eqn.invars if not _compat.is_literal(var)}
-    outputs = {var for var in jaxpr.outvars if not _compat.is_literal(var)}
-    for eqn in jaxpr.eqns:
+    for eqn, dead in zip(jaxpr.eqns, _dead_after_each_equation(jaxpr), strict=True):
         operands = [atom.val if _compat.is_literal(atom) else values[atom] for atom in eqn.invars]
         with _compat.equation_context(eqn):
             outs = _evaluate_equation(eqn, operands)
         values.update(zip(eqn.outvars, outs, strict=True))
-        # Run eagerly, this frees intermediate arrays as early as JAX itself would.
-        for var in {atom for atom in eqn.invars if not _compat.is_literal(atom)}:
-            if last_use[var] is eqn and var not in outputs:
-                values.pop(var, None)
+        for var in dead:  # run eagerly, this frees intermediate arrays
+            del values[var]
     return [
         as_array(atom.val, atom.aval) if _compat.is_literal(atom) else values[atom] for atom in jaxpr.outvars
     ]
+
+
+def _dead_after_each_equation(jaxpr: OpenJaxpr) -> list[set[Any]]:
+    """Return for every equation the variables that it is the last to use."""
+    used_later = {atom for atom in jaxpr.outvars if not _compat.is_literal(atom)}
+    dead_sets: list[set[Any]] = []
+    for eqn in reversed(jaxpr.eqns):
+        dead = {atom for atom in eqn.invars if not _compat.is_literal(atom)} - used_later
+        used_later |= dead
+        dead_sets.append(dead)
+    return dead_sets[::-1]
 
 
 def _with_type_of(value: Operand, aval: Aval) -> Operand:

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import jax
 
 from qpaged import _compat
-from qpaged._compat import Aval, Jaxpr, Operand, Pytree
+from qpaged._compat import Aval, Operand, Pytree
 from qpaged.implicit import _reports, _tree
 from qpaged.implicit._rule_context import Outputs, RuleContext
 from qpaged.implicit._value import ImplicitValue, is_implicit
@@ -21,7 +21,7 @@ def scan(ctx: RuleContext, operands: list[Operand]) -> Outputs:
     jaxpr, length = ctx.params["jaxpr"], ctx.params["length"]
     n_consts, n_carry = _compat.scan_counts(ctx.params, len(operands))
     consts, init, xs = _split(operands, n_consts, n_carry)
-    x_avals = input_avals(jaxpr)[n_consts + n_carry :]
+    x_avals = jaxpr.in_avals[n_consts + n_carry :]
     xs = [_sliceable_or_dense(ctx, x, aval, length) for x, aval in zip(xs, x_avals, strict=True)]
 
     def body(carry: Carry, x: Sequence[Operand]) -> tuple[list[Operand], list[Operand]]:
@@ -30,16 +30,16 @@ def scan(ctx: RuleContext, operands: list[Operand]) -> Outputs:
 
     one_x = [jax.eval_shape(_first_slice, x) for x in xs]
 
-    def carry_after_one_turn(carry: Carry) -> Carry:
+    def carry_after_iteration(carry: Carry) -> Carry:
         carry, _ = jax.eval_shape(body, carry, one_x)
         return carry
 
-    init = _stable_init(ctx, init, carry_after_one_turn)
+    init = _stable_init(ctx, init, carry_after_iteration)
     stays_implicit = [is_implicit(value) for value in init]
 
     def stable_body(carry: Carry, x: Sequence[Operand]) -> tuple[list[Operand], list[Operand]]:
         carry, ys = body(carry, x)
-        return _others_dense(ctx, carry, stays_implicit), ys
+        return _with_others_dense(ctx, carry, stays_implicit), ys
 
     carry, ys = jax.lax.scan(
         stable_body, init, xs, length=length, reverse=ctx.params["reverse"], unroll=ctx.params["unroll"]
@@ -59,35 +59,29 @@ def while_loop(ctx: RuleContext, operands: list[Operand]) -> Outputs:
     def body(carry: Carry) -> list[Operand]:
         return ctx.evaluate(ctx.params["body_jaxpr"], [*body_consts, *carry])
 
-    def carry_after_one_turn(carry: Carry) -> Carry:
+    def carry_after_iteration(carry: Carry) -> Carry:
         return jax.eval_shape(body, carry)
 
-    init = _stable_init(ctx, init, carry_after_one_turn)
+    init = _stable_init(ctx, init, carry_after_iteration)
     stays_implicit = [is_implicit(value) for value in init]
 
     def stable_body(carry: Carry) -> list[Operand]:
-        return _others_dense(ctx, body(carry), stays_implicit)
+        return _with_others_dense(ctx, body(carry), stays_implicit)
 
     return jax.lax.while_loop(condition, stable_body, init)
-
-
-def input_avals(jaxpr: Jaxpr) -> list[Aval]:
-    """Return the types of a jaxpr's inputs as they are inside of it."""
-    opened, _ = _compat.jaxpr_and_consts(jaxpr)
-    return [var.aval for var in opened.invars]
 
 
 def _split(operands: list[Operand], first: int, second: int) -> tuple[list[Operand], ...]:
     return operands[:first], operands[first : first + second], operands[first + second :]
 
 
-# Carries must have the same structure and types at the end of a turn as at its start.
+# Carries: their structure and types must be the same before and after an iteration.
 
 
 def _stable_init(
-    ctx: RuleContext, init: list[Operand], carry_after_one_turn: Callable[[Carry], Carry]
+    ctx: RuleContext, init: list[Operand], carry_after_iteration: Callable[[Carry], Carry]
 ) -> list[Operand]:
-    """Materialize the initial carries whose structure or leaf shapes one turn of the loop would change.
+    """Materialize the initial carries whose structure or leaf shapes one iteration would change.
 
     A materialized carry may change what the body makes of the others, so this repeats until nothing
     changes. It ends, because every round materializes a carry.
@@ -96,7 +90,7 @@ def _stable_init(
         return init
     while True:
         with _reports.no_reports():  # only what the loop finally does is worth a warning
-            after = carry_after_one_turn(init)
+            after = carry_after_iteration(init)
         changes = [_changes_layout(value, out) for value, out in zip(init, after, strict=True)]
         if not any(changes):
             break
@@ -112,9 +106,9 @@ def _changes_layout(value: Operand, out: Pytree) -> bool:
 
 
 def _varying_like(value: Operand, out: Pytree) -> Operand:
-    """Mark the leaves of an implicit carry as varying along the same mesh axes as after one turn.
+    """Mark the leaves of an implicit carry as varying along the same mesh axes as after one iteration.
 
-    Inside shard_map, JAX requires a carry to vary along the same axes before and after a turn.
+    Inside shard_map, JAX requires a carry to vary along the same axes before and after an iteration.
     """
     if not is_implicit(value):
         return value
@@ -125,13 +119,13 @@ def _varying_like(value: Operand, out: Pytree) -> Operand:
     return jax.tree_util.tree_map(mark, value, out)
 
 
-def _others_dense(ctx: RuleContext, carry: Carry, stays_implicit: list[bool]) -> list[Operand]:
+def _with_others_dense(ctx: RuleContext, carry: Carry, stays_implicit: list[bool]) -> list[Operand]:
     return [
         value if stays else ctx.to_dense(value) for value, stays in zip(carry, stays_implicit, strict=True)
     ]
 
 
-# Whether an implicit array can be sliced or divided leaf by leaf.
+# Slicing leaf by leaf.
 
 
 def _sliceable_or_dense(ctx: RuleContext, x: Operand, slice_aval: Aval, length: int) -> Operand:
@@ -155,17 +149,7 @@ def _is_sliceable(ctx: RuleContext, x: ImplicitValue, slice_aval: Aval, length: 
     longer = jax.tree_util.tree_map(one_longer, x)
     longer_aval = jax.ShapeDtypeStruct((length + 1, *slice_aval.shape), slice_aval.dtype)
     one_slice = jax.eval_shape(_first_slice, x)
-    return materializes_to(ctx, one_slice, slice_aval) and materializes_to(ctx, longer, longer_aval)
-
-
-def materializes_to(ctx: RuleContext, value: ImplicitValue, aval: Aval) -> bool:
-    """Return True if an implicit array with other leaves than before materializes to the shape of `aval`."""
-    try:
-        with _reports.no_reports():
-            struct = jax.eval_shape(ctx.materialize, _tree.with_logical_type(value, aval.shape, aval.dtype))
-    except Exception:  # a class may raise anything if its leaves do not fit together any more
-        return False
-    return struct.shape == aval.shape
+    return ctx.materializes_to(one_slice, slice_aval) and ctx.materializes_to(longer, longer_aval)
 
 
 def _first_slice(x: Pytree) -> Pytree:

@@ -10,7 +10,7 @@ import jax
 
 from qpaged import _compat
 from qpaged._compat import Aval, Jaxpr, Location, Operand, Params, Primitive
-from qpaged.implicit import _reports
+from qpaged.implicit import _reports, _tree
 from qpaged.implicit._value import ImplicitValue, is_implicit
 
 Outputs: TypeAlias = Sequence[Operand]
@@ -45,3 +45,13 @@ class RuleContext:
         if self.primitive.multiple_results:
             return outs
         return [outs]
+
+    def materializes_to(self, value: ImplicitValue, aval: Aval) -> bool:
+        """Return True if an implicit array whose leaves were replaced materializes to the shape of `aval`."""
+        try:
+            with _reports.no_reports():
+                typed = _tree.with_logical_type(value, aval.shape, aval.dtype)
+                struct = jax.eval_shape(self.materialize, typed)
+        except Exception:  # a class may raise anything if its leaves do not fit together any more
+            return False
+        return struct.shape == aval.shape

@@ -12,7 +12,6 @@ from jax.sharding import PartitionSpec
 from qpaged import _compat
 from qpaged._compat import Aval, Operand, Pytree
 from qpaged.implicit import _reports, _tree
-from qpaged.implicit._loops import input_avals, materializes_to
 from qpaged.implicit._rule_context import Outputs, RuleContext
 from qpaged.implicit._value import ImplicitValue, is_implicit
 
@@ -51,7 +50,7 @@ def _operands_and_specs(
 ) -> tuple[list[Operand], tuple[Pytree, ...]]:
     """Return the operands, those that cannot be divided leaf by leaf materialized, and their specs."""
     new_operands, new_specs = [], []
-    local_avals = input_avals(ctx.params["jaxpr"])
+    local_avals = ctx.params["jaxpr"].in_avals
     for operand, spec, local_aval in zip(operands, ctx.params["in_specs"], local_avals, strict=True):
         if is_implicit(operand) and not _divides_leafwise(ctx, operand, spec, local_aval):
             operand = ctx.to_dense(operand)
@@ -79,7 +78,7 @@ def _divides_leafwise(ctx: RuleContext, value: ImplicitValue, spec: PartitionSpe
         if any(axis.size % axis.shards for axis in axes):
             return False
         local_leaves.append(jax.ShapeDtypeStruct([axis.size // axis.shards for axis in axes], leaf.dtype))
-    return materializes_to(ctx, tree.unflatten(local_leaves), local_aval)
+    return ctx.materializes_to(tree.unflatten(local_leaves), local_aval)
 
 
 # Outputs
@@ -123,7 +122,7 @@ def _leaf_specs_of_output(
         specs.append(leaf_spec)
         global_shape = [axis.size * axis.shards for axis in _axes(ctx, leaf, leaf_spec)]
         global_leaves.append(jax.ShapeDtypeStruct(global_shape, leaf.dtype))
-    if not materializes_to(ctx, tree.unflatten(global_leaves), aval):
+    if not ctx.materializes_to(tree.unflatten(global_leaves), aval):
         return None
     return tree.unflatten(specs)
 
