@@ -72,7 +72,7 @@ def attend(
     tokens: QueryTokens, keys: PagePool, values: PagePool, sinks: jax.Array | None, options: Options
 ) -> jax.Array:
     """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
-    from qpaged.attention import _gpu_kernel
+    from qpaged.attention import _gpu_kernel, _gpu_refs
 
     k_layout, v_layout = Layout.of(keys), Layout.of(values)
     kv_heads, _, page_size, head_dim = keys.shape
@@ -89,7 +89,7 @@ def attend(
     position = position.reshape(num_q_tiles, q_tile)
     table = jnp.atleast_2d(tokens.table)
     table = pad_to_multiple(table, max(1, KV_TILE // page_size), options.num_pages, axis=1)
-    call = _gpu_kernel.GPUCall(
+    call = _gpu_refs.GPUCall(
         keys=k_layout,
         values=v_layout,
         options=options,
@@ -111,8 +111,8 @@ def attend(
         table.reshape(-1),
         _split_channels(query, k_layout),
         query.astype(jnp.float32).sum(axis=-1),
-        _gpu_kernel.Pool(stored_codes(keys), _kernel_scales(keys)),
-        _gpu_kernel.Pool(stored_codes(values), _kernel_scales(values)),
+        _gpu_refs.Pool(stored_codes(keys), _kernel_scales(keys)),
+        _gpu_refs.Pool(stored_codes(values), _kernel_scales(values)),
     )
     if sinks is not None:
         sinks = jnp.tile(sinks.reshape(kv_heads, q_heads_per_kv), (1, q_tile))
@@ -128,8 +128,8 @@ def attend(
 def _num_splits(programs: int, kv_tiles: int) -> int:
     """Return the splits of a sequence: as few as keep the chip at least nine tenths busy.
 
-    Programs of one split run in turns of ``PROGRAMS``, and a last turn that is not full leaves the chip idle. Two
-    or three turns are not taken, because their last one weighs much if the chip runs more programs at once.
+    Programs run in turns of ``PROGRAMS``, and a last turn that is not full leaves part of the chip idle. Two or
+    three turns are not taken: if the chip runs more programs at once than that, their last turn weighs much.
 
     Args:
         programs: of a kernel without splits.

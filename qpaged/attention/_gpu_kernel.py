@@ -1,14 +1,12 @@
 """The Mosaic GPU kernel of the ``gpu`` backend: a query tile over one split of its sequence.
 
-A program of the grid is one warpgroup. It copies tiles of 64 slots of one KV head from the pool, as the page table
-says, and the scales of their slots, into one of several stages, while it computes with another. Codes are decoded
-in registers and written to shared memory as bfloat16 for the tensor cores. The operands are transposed: slots are
-the 64 rows and queries the columns, so that few queries cost little. Scales are applied to the scores and to the
-weights. The caller merges the splits of a sequence (Dao et al., Flash-Decoding, 2023).
+A program of the grid is one warpgroup, and has one KV head. It decodes codes in registers and writes them to
+shared memory as bfloat16 for the tensor cores. The operands are transposed: slots are the 64 rows and queries
+the columns, so that few queries cost little. Scales are applied to the scores and to the weights. The caller
+merges the splits of a sequence (Dao et al., Flash-Decoding, 2023).
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,13 +16,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from qpaged.attention._gpu_copies import TilePages, is_page, load_tile_pages, start_copies
+from qpaged.attention._gpu_refs import KV_TILE, GPUCall, KVRefs, Pool, Ref, Refs, Scratch
 from qpaged.attention._layout import Layout
-from qpaged.attention._options import MASK_VALUE, Options
-
-KV_TILE = 64  # slots of a tile of keys and values: the rows that the tensor cores take at once
-STAGES_BYTES = 3 * 2**14  # of all stages, if that holds two: three programs then share a multiprocessor
-SWIZZLE_BYTES = 128  # of a row of shared memory, at most
-SWIZZLE_ROWS = 8
+from qpaged.attention._options import MASK_VALUE
 
 # How arrays lie in the registers of a warpgroup.
 MATRIX = plgpu.Layout.WGMMA  # [slots, queries], what the tensor cores give
@@ -32,180 +27,7 @@ TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 PER_SLOT = MATRIX.reduce(1)  # [slots]
 PER_QUERY = MATRIX.reduce(0)  # [queries]
 
-Ref = Any  # what Pallas gives for an array in a memory; its own type does not say that it can be indexed
-Spec = Any  # a memory space with a shape and a dtype, which becomes a Ref in the kernel
-
-
-@dataclass(frozen=True)
-class GPUCall:
-    """The static description of one call.
-
-    Attributes:
-        keys: how the pages of keys lie.
-        values: how the pages of values lie.
-        options: the options of the attention.
-        num_q_tiles: query tiles.
-        q_rows: query rows of a KV head in a query tile, a multiple of 8.
-        splits: splits of a sequence, each a program of its own.
-        table_pages: entries of a row of the page table, whole tiles of them.
-        one_sequence: True if all query tiles are of one sequence, the page table's only row.
-    """
-
-    keys: Layout
-    values: Layout
-    options: Options
-    num_q_tiles: int
-    q_rows: int
-    splits: int
-    table_pages: int
-    one_sequence: bool
-
-    @property
-    def stages(self) -> int:
-        """Tiles that are copied ahead, the one that is computed with included."""
-        tile_bytes = KV_TILE * (self.keys.slot_bytes + self.values.slot_bytes)
-        return max(2, min(6, STAGES_BYTES // tile_bytes))
-
-    @property
-    def copy_slots(self) -> int:
-        """Slots that one copy brings: a page, or a tile's part of one."""
-        return min(self.keys.page_size, KV_TILE)
-
-    @property
-    def copies_per_tile(self) -> int:
-        """Copies that bring a tile of keys, or of values."""
-        return KV_TILE // self.copy_slots
-
-
-class Pool(NamedTuple):
-    """Keys or values in the GPU's memory.
-
-    Attributes:
-        pages: [kv_heads, num_pages, page_size, slot_width], codes or floats.
-        scales: as they are stored, [kv_heads, num_pages] or [kv_heads, num_pages, page_size]; None if there
-            are none.
-    """
-
-    pages: Any
-    scales: Any
-
-
-class Stages(NamedTuple):
-    """Keys or values in shared memory, as they are stored.
-
-    Attributes:
-        pages: [stages, KV_TILE, slot_width].
-        scales: [stages, KV_TILE]; None unless every slot has a scale.
-    """
-
-    pages: Any
-    scales: Any
-
-    @classmethod
-    def specs(cls, call: GPUCall, layout: Layout, pool: Pool) -> "Stages":
-        """Return the memory that the stages of a pool take."""
-        swizzle_width = min(SWIZZLE_BYTES // pool.pages.dtype.itemsize, layout.slot_width)
-        pages_shape = call.stages, KV_TILE, layout.slot_width
-        scales: Spec = None
-        if pool.scales is not None and layout.scales_per_slot:
-            scales = plgpu.SMEM((call.stages, KV_TILE), pool.scales.dtype)
-        return cls(_swizzled(pages_shape, pool.pages.dtype, swizzle_width), scales)
-
-
-class Scratch(NamedTuple):
-    """The shared memory and the barriers of a program.
-
-    Attributes:
-        query: [codes_per_byte, q_rows, slot_width] bfloat16.
-        weights: [q_rows, KV_TILE] bfloat16.
-        decoded: [KV_TILE, head_dim] bfloat16, the keys and then the values of a tile, in units of their scales.
-        keys: the stages of keys.
-        values: the stages of values.
-        query_copied: the barrier of the query's copies.
-        tile_copied: [stages], the barriers of the copies to each stage.
-    """
-
-    query: Any
-    weights: Any
-    decoded: Any
-    keys: Stages
-    values: Stages
-    query_copied: Any
-    tile_copied: Any
-
-    @classmethod
-    def specs(cls, call: GPUCall, keys: Pool, values: Pool) -> "Scratch":
-        """Return the memory and the barriers that a program takes."""
-        k_stages = Stages.specs(call, call.keys, keys)
-        v_stages = Stages.specs(call, call.values, values)
-        arrays_copied = len(jax.tree_util.tree_leaves((k_stages, v_stages)))
-        swizzle_width = min(64, call.keys.slot_width, call.values.slot_width)
-        query_shape = call.keys.codes_per_byte, call.q_rows, call.keys.slot_width
-        return cls(
-            query=_swizzled(query_shape, jnp.bfloat16, swizzle_width),
-            weights=_swizzled((call.q_rows, KV_TILE), jnp.bfloat16, swizzle_width),
-            decoded=_swizzled((KV_TILE, call.values.head_dim), jnp.bfloat16, swizzle_width),
-            keys=k_stages,
-            values=v_stages,
-            query_copied=plgpu.Barrier(num_arrivals=call.keys.codes_per_byte),
-            tile_copied=plgpu.Barrier(
-                num_arrivals=arrays_copied * call.copies_per_tile, num_barriers=call.stages
-            ),
-        )
-
-
-def _swizzled(shape: tuple[int, ...], dtype: DTypeLike, swizzle_width: int) -> Spec:
-    """Return shared memory in tiles of 8 rows of ``swizzle_width`` elements, swizzled for the tensor cores."""
-    swizzle_bytes = swizzle_width * jnp.dtype(dtype).itemsize
-    transforms = plgpu.TilingTransform((SWIZZLE_ROWS, swizzle_width)), plgpu.SwizzleTransform(swizzle_bytes)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-@dataclass(frozen=True)
-class KVRefs:
-    """Keys or values within the kernel: their layout, the references to the pool and to the stages."""
-
-    layout: Layout
-    pool: Pool
-    stages: Stages
-
-    @property
-    def has_page_scales(self) -> bool:
-        """True if the slots of a page share one scale."""
-        return self.pool.scales is not None and not self.layout.scales_per_slot
-
-    def decoded_columns(self, byte_index: int) -> Any:
-        """Return the columns of ``Scratch.decoded`` that hold code number ``byte_index`` of every byte."""
-        return pl.ds(byte_index * self.layout.slot_width, self.layout.slot_width)
-
-
-@dataclass(frozen=True)
-class Refs:
-    """What the functions of the kernel share.
-
-    Attributes:
-        call: the static description of the call.
-        sequence: the row of the page table.
-        head: the KV head.
-        first_visible: the first slot that any query of the query tile sees.
-        last_visible: the last one.
-        end: one past the last tile of this split.
-        table: [sequences * table_pages] int32.
-        keys: the keys.
-        values: the values.
-        scratch: the program's shared memory.
-    """
-
-    call: GPUCall
-    sequence: jax.Array
-    head: jax.Array
-    first_visible: jax.Array
-    last_visible: jax.Array
-    end: jax.Array
-    table: Ref
-    keys: KVRefs
-    values: KVRefs
-    scratch: Scratch
+RegisterLayout = Any
 
 
 class QueryRows(NamedTuple):
@@ -220,22 +42,8 @@ class QueryRows(NamedTuple):
     channel_sum: jax.Array
 
 
-class TilePages(NamedTuple):
-    """The pages of a tile.
-
-    Attributes:
-        pages: the page that each copy of the tile brings, physical, as the page table has it.
-        k_scales: the stored scale of each of them for keys; empty unless a page has one scale.
-        v_scales: likewise for values.
-    """
-
-    pages: tuple[jax.Array, ...]
-    k_scales: tuple[jax.Array, ...]
-    v_scales: tuple[jax.Array, ...]
-
-
 class SlotScales(NamedTuple):
-    """What the codes of each slot are multiplied by and what is added to them, [KV_TILE] float32 each, or None."""
+    """The factor of each slot's codes and what is added to them, [KV_TILE] float32 each; None for none."""
 
     multiplier: jax.Array | None
     offset: jax.Array | None
@@ -261,7 +69,7 @@ class State(NamedTuple):
 
 def attend(
     call: GPUCall,
-    visible_range: jax.Array,  # [2 * num_q_tiles] int32, first and last visible slot; 0 and -1 if there is none
+    visible_range: jax.Array,  # [2 * num_q_tiles] int32, first and last visible slot; 0 and -1 for none
     position: jax.Array,  # [num_q_tiles, q_rows] int32
     table: jax.Array,  # [sequences * table_pages] int32
     query: jax.Array,  # [num_q_tiles, kv_heads, codes_per_byte, q_rows, slot_width] bfloat16
@@ -271,8 +79,9 @@ def attend(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return acc, row_max and row_sum of every split, all float32.
 
-    acc [splits, num_q_tiles, kv_heads, head_dim, q_rows] is the sum of values times exp(score - row_max), whose
-    channels come as the codes of a byte split them. row_max and row_sum are [splits, num_q_tiles, kv_heads, q_rows].
+    acc [splits, num_q_tiles, kv_heads, head_dim, q_rows] is the sum of values times exp(score - row_max); its
+    channels are in the order of [codes_per_byte, slot_width]. row_max and row_sum are
+    [splits, num_q_tiles, kv_heads, q_rows].
     """
     kv_heads = keys.pages.shape[0]
     per_row = jax.ShapeDtypeStruct((call.splits, call.num_q_tiles, kv_heads, call.q_rows), jnp.float32)
@@ -323,7 +132,7 @@ def _kernel(
         scratch=scratch,
     )
     for stage in range(call.stages):
-        _start_copies(refs, start + stage, jnp.int32(stage))
+        start_copies(refs, start + stage, jnp.int32(stage))
     plgpu.barrier_wait(scratch.query_copied)
     position = _load(position_ref.at[q_tile], PER_QUERY)
     queries = QueryRows(position, _load(query_sum_ref.at[q_tile, head], PER_QUERY))
@@ -364,7 +173,7 @@ def _initial_state(refs: Refs, start: jax.Array) -> State:
         row_sum=zeros(KV_TILE),
         offset_sum=zeros(KV_TILE),
         acc=zeros(call.values.head_dim),
-        tile_pages=_load_tile_pages(refs, start),
+        tile_pages=load_tile_pages(refs, start),
     )
 
 
@@ -375,7 +184,7 @@ def _attend_kv_tile(
     call, scratch = refs.call, refs.scratch
     m_prev, l_prev, offset_sum, acc, tile_pages = state
     # The next tile's pages and scales are loaded while this tile is computed with.
-    next_pages = _load_tile_pages(refs, kv_tile + 1)
+    next_pages = load_tile_pages(refs, kv_tile + 1)
     plgpu.barrier_wait(scratch.tile_copied.at[stage])
 
     _write_decoded(refs.keys, stage, scratch.decoded)
@@ -395,8 +204,8 @@ def _attend_kv_tile(
     l_next = l_prev * _repeat_rows(alpha) + weights
     # Scales of masked slots may be NaN.
     if v_scales.offset is not None:
-        offsets = jnp.where(mask, weights * _repeat_columns(v_scales.offset, call.q_rows), 0.0)
-        offset_sum = offset_sum * _repeat_rows(alpha) + offsets
+        offset_sum = offset_sum * _repeat_rows(alpha)
+        offset_sum += jnp.where(mask, weights * _repeat_columns(v_scales.offset, call.q_rows), 0.0)
     if v_scales.multiplier is not None:
         weights = jnp.where(mask, weights * _repeat_columns(v_scales.multiplier, call.q_rows), 0.0)
     weights = plgpu.layout_cast(weights.astype(jnp.bfloat16), TRANSPOSED)
@@ -404,7 +213,7 @@ def _attend_kv_tile(
     _write_decoded_values(refs, kv_tile, stage, tile_pages.pages, slot_has_page)
     plgpu.commit_smem()
 
-    _start_copies(refs, kv_tile + call.stages, stage)
+    start_copies(refs, kv_tile + call.stages, stage)
     weighted = _dot_values(refs)
     acc = acc * _repeat_rows(alpha, len(acc)) + weighted
     return State(m_next, l_next, offset_sum, acc, next_pages)
@@ -456,14 +265,14 @@ def _write_decoded_values(
     pages: tuple[jax.Array, ...],
     slot_has_page: jax.Array,  # [KV_TILE]
 ) -> None:
-    """Decode a tile's values, with zeros in slots that no query sees: they may be NaN, as zero times NaN is."""
+    """Decode a tile's values, with zeros in slots that no query sees. They may be NaN, as is zero times NaN."""
     first_slot = kv_tile * KV_TILE
     slot = first_slot + _slot_iota()
     slot_visible = (slot >= refs.first_visible) & (slot <= refs.last_visible) & slot_has_page
 
     fully_visible = (first_slot >= refs.first_visible) & (first_slot + KV_TILE - 1 <= refs.last_visible)
     for page in pages:
-        fully_visible &= _is_page(refs.call, page)
+        fully_visible &= is_page(refs.call, page)
 
     # Most tiles need no mask.
     @pl.when(fully_visible)
@@ -509,37 +318,6 @@ def _decode_dtype(quantizer: Any, codes: jax.Array) -> DTypeLike:
     return jnp.bfloat16
 
 
-def _load_pages(refs: Refs, kv_tile: jax.Array) -> tuple[jax.Array, ...]:
-    """Return the physical page of each copy of a tile, as the page table has it."""
-    call = refs.call
-    pages = []
-    for copy_index in range(call.copies_per_tile):
-        slot = kv_tile * KV_TILE + copy_index * call.copy_slots
-        logical_page = lax.div(slot, jnp.int32(call.keys.page_size))
-        pages.append(refs.table[refs.sequence * call.table_pages + logical_page])
-    return tuple(pages)
-
-
-def _load_tile_pages(refs: Refs, kv_tile: jax.Array) -> TilePages:
-    """Return the pages of a tile, and their scales; of the split's last tile if there is no such tile."""
-    pages = _load_pages(refs, jnp.maximum(jnp.minimum(kv_tile, refs.end - 1), 0))
-    k_scales = _load_page_scales(refs, refs.keys, pages)
-    return TilePages(pages, k_scales, _load_page_scales(refs, refs.values, pages))
-
-
-def _load_page_scales(refs: Refs, side: KVRefs, pages: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Return the stored scale of each page; nothing unless a page has one scale."""
-    if not side.has_page_scales:
-        return ()
-    scales = []
-    for page in pages:
-        scale = side.pool.scales[refs.head, _page_or_zero(refs.call, page)]
-        if jnp.issubdtype(scale.dtype, jnp.integer):
-            scale = scale.astype(jnp.int32)  # the kernel calculates with integers of 32 bits only
-        scales.append(scale)
-    return tuple(scales)
-
-
 def _load_slot_scales(
     call: GPUCall, side: KVRefs, stage: jax.Array, page_scales: tuple[jax.Array, ...]
 ) -> SlotScales:
@@ -556,58 +334,9 @@ def _load_slot_scales(
     return SlotScales(multiplier, offset)
 
 
-def _start_copies(refs: Refs, kv_tile: jax.Array, stage: jax.Array) -> None:
-    """Start the copies of a tile to a stage, if the tile is one of this split."""
-    call = refs.call
-
-    @pl.when(kv_tile < refs.end)
-    def start_copies() -> None:
-        pages = _load_pages(refs, kv_tile)
-
-        # One warp starts all copies, so that the other three need not wait for each.
-        @plgpu.warp_map
-        def start_in_warp(warp: jax.Array) -> None:
-            @pl.when(warp == 0)
-            def start() -> None:
-                for copy_index, page in enumerate(pages):
-                    slot_in_page = lax.rem(
-                        kv_tile * KV_TILE + copy_index * call.copy_slots, call.keys.page_size
-                    )
-                    _start_copy(refs, page, slot_in_page, copy_index, stage)
-
-
-def _start_copy(
-    refs: Refs, page: jax.Array, slot_in_page: jax.Array, copy_index: int, stage: jax.Array
-) -> None:
-    """Start one copy of keys and of values, and of scales if every slot has one."""
-    call = refs.call
-    page = _page_or_zero(call, page)
-    source = pl.ds(slot_in_page, call.copy_slots)
-    target = pl.ds(copy_index * call.copy_slots, call.copy_slots)
-    copied = refs.scratch.tile_copied.at[stage]
-    for side in (refs.keys, refs.values):
-        plgpu.copy_gmem_to_smem(
-            side.pool.pages.at[refs.head, page, source], side.stages.pages.at[stage, target], copied
-        )
-        if side.stages.scales is not None:
-            plgpu.copy_gmem_to_smem(
-                side.pool.scales.at[refs.head, page, source], side.stages.scales.at[stage, target], copied
-            )
-
-
-def _is_page(call: GPUCall, page: jax.Array) -> jax.Array:
-    """Return True if an entry of the page table is a page."""
-    return (page >= 0) & (page < call.options.num_pages)
-
-
-def _page_or_zero(call: GPUCall, page: jax.Array) -> jax.Array:
-    """Return a page that can be read: page 0, which is masked, for an entry that is no page."""
-    return jnp.where(_is_page(call, page), page, 0)
-
-
 def _slot_has_page(call: GPUCall, pages: tuple[jax.Array, ...]) -> jax.Array:
     """Return [KV_TILE], True where the slot's entry of the page table is a page."""
-    is_page = tuple(_is_page(call, page).astype(jnp.int32) for page in pages)
+    is_page = tuple(is_page(call, page).astype(jnp.int32) for page in pages)
     return _repeat_for_slots(call, is_page) > 0
 
 
@@ -621,7 +350,7 @@ def _repeat_for_slots(call: GPUCall, per_copy: tuple[jax.Array, ...]) -> jax.Arr
     return per_slot
 
 
-def _load(ref: Ref, layout: plgpu.Layout) -> jax.Array:
+def _load(ref: Ref, layout: RegisterLayout) -> jax.Array:
     # JAX 0.10 asks for an index, too, but this backend does not run on it.
     return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
 

@@ -82,7 +82,7 @@ class Layout:
 
 
 def stored_codes(pool: PagePool) -> jax.Array:
-    """Return the codes of a pool, [kv_heads, pages, page_size, slot_width], or the pages of a plain one."""
+    """Return a pool's codes [kv_heads, pages, page_size, slot_width], or the pages of a plain pool."""
     if isinstance(pool, QuantizedArray):
         return pool.codes
     return pool
@@ -106,7 +106,7 @@ def extract_codes(stored: jax.Array, bits: int, byte_index: int, code_dtype: DTy
     """Return code number ``byte_index`` of each stored byte (0 is in the lowest bits), with its sign."""
     signed = jnp.issubdtype(code_dtype, jnp.signedinteger)
     shift_right = lax.shift_right_arithmetic if signed else lax.shift_right_logical
-    # The code moves to the top of the word and down again, which extends its sign or clears the bits above it.
+    # The code moves to the top of the word and back down, which extends its sign or clears the bits above.
     top = lax.shift_left(stored.astype(jnp.int32), jnp.int32(WORD_BITS - bits * (byte_index + 1)))
     return shift_right(top, jnp.int32(WORD_BITS - bits)).astype(code_dtype)
 
@@ -151,7 +151,7 @@ def visible_range(
     position: jax.Array,  # [q_tiles, queries]
     window: int | None,
 ) -> jax.Array:
-    """Return the first and the last slot that any query of a tile sees, [q_tiles, 2]; 0 and -1 if none does."""
+    """Return the first and the last slot that any query of a tile sees, [q_tiles, 2]; 0 and -1 for none."""
     last = position.max(axis=1)
     if window is None:
         first = jnp.zeros_like(last)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from qpaged.arrays import QuantizedArray
 
-# The score of a masked slot: below every real score, and finite, so that the difference of two of them is no NaN.
+# The score of a masked slot: below every real score, but finite, so that differences of scores are no NaN.
 MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 PagePool = jax.Array | QuantizedArray
@@ -66,7 +66,7 @@ class Options:
 
 @dataclass(frozen=True)
 class QueryTokens:
-    """Queries of one kind: the tokens of one sequence's prefill, or one decode row for each of many sequences.
+    """Queries of one kind: the tokens of one sequence's prefill, or one decode row per sequence.
 
     Attributes:
         query: [tokens, q_heads, head_dim].

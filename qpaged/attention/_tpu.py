@@ -97,7 +97,7 @@ def _call_kernel(
     tokens: QueryTokens, keys: PagePool, values: PagePool, sinks: jax.Array | None, options: Options
 ) -> jax.Array:
     """Return the attention of tokens whose page table and scales one call of the kernel holds."""
-    from qpaged.attention import _tpu_kernel
+    from qpaged.attention import _tpu_kernel, _tpu_refs
 
     k_layout, v_layout = TPULayout.of(keys), TPULayout.of(values)
     kv_heads, _, page_size, head_dim = keys.shape
@@ -110,7 +110,7 @@ def _call_kernel(
     position = pad_to_multiple(tokens.position, q_tile, -1)
     num_q_tiles = len(position) // q_tile
     table = pad_to_multiple(jnp.atleast_2d(tokens.table), kv_tile // page_size, options.num_pages, axis=1)
-    call = _tpu_kernel.TPUCall(
+    call = _tpu_refs.TPUCall(
         keys=k_layout,
         values=v_layout,
         options=options,
@@ -137,8 +137,8 @@ def _call_kernel(
         table.reshape(-1),
         query,
         sinks,
-        _tpu_kernel.Pool(k_layout.page_rows_of(keys), k_scales),
-        _tpu_kernel.Pool(v_layout.page_rows_of(values), v_scales),
+        _tpu_refs.Pool(k_layout.page_rows_of(keys), k_scales),
+        _tpu_refs.Pool(v_layout.page_rows_of(values), v_scales),
     )
     out = v_layout.sum_over_slots(out.swapaxes(2, 3))  # [num_q_tiles, kv_heads, q_rows, head_dim]
     out = out.reshape(num_q_tiles, kv_heads, q_tile, q_heads_per_kv, head_dim).swapaxes(1, 2)

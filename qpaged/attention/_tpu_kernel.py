@@ -1,303 +1,35 @@
 """The Pallas kernel of the ``tpu`` backend: one query tile after another, each over tiles of keys and values.
 
-The pages of a tile are copied from HBM one by one, as the page table in scalar memory says, all KV heads of a
-page at once. Two buffers alternate: a tile is copied into one while the tile before is computed with from the
-other. The first tile of the next query tile is copied during the last one of this query tile. The softmax is an
-online one (Milakov and Gimelshein, 2018).
-
-Shapes: a *row* holds ``row_width`` lanes and the codes of one or more slots (see ``_tpu_layout``). ``q_rows`` are
-the query rows that one KV head serves in a query tile, and ``rows`` are the rows of one head in a tile of keys
-or of values.
+The softmax is an online one (Milakov and Gimelshein, 2018), kept per KV head. ``_tpu_refs`` names the shapes,
+and ``_tpu_copies`` tells how tiles come to the chip.
 """
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 
 from qpaged._compat import shaped_as
-from qpaged.attention._options import MASK_VALUE, Options
-from qpaged.attention._tpu_layout import TPULayout
-
-NT = (((1,), (1,)), ((), ()))  # [m, k] . [n, k]
-NN = (((1,), (0,)), ((), ()))  # [m, k] . [k, n]
-
-Ref = Any  # what Pallas gives for an array in a memory; its own type does not say that it can be indexed
-Index = jax.Array | int
-Spec = Any  # a memory space with a shape and a dtype, which becomes a Ref in the kernel
-
-
-@dataclass(frozen=True)
-class TPUCall:
-    """The static description of one call.
-
-    Attributes:
-        keys: how the pages of keys lie.
-        values: how the pages of values lie.
-        options: the options of the attention.
-        num_q_tiles: query tiles, each a step of the grid.
-        q_tile: queries of a query tile.
-        q_heads_per_kv: query heads of a KV head.
-        pages_per_tile: pages of a tile of keys and values.
-        table_pages: entries of a row of the page table, a multiple of ``pages_per_tile``.
-        one_sequence: True if all query tiles are of one sequence, the page table's only row.
-    """
-
-    keys: TPULayout
-    values: TPULayout
-    options: Options
-    num_q_tiles: int
-    q_tile: int
-    q_heads_per_kv: int
-    pages_per_tile: int
-    table_pages: int
-    one_sequence: bool
-
-    @property
-    def q_rows(self) -> int:
-        """Query rows that one KV head serves in a query tile."""
-        return self.q_tile * self.q_heads_per_kv
-
-    @property
-    def kv_tile(self) -> int:
-        """Slots of a tile of keys and values."""
-        return self.pages_per_tile * self.keys.page_size
-
-    @property
-    def may_have_gaps(self) -> bool:
-        """True if a query tile may see slots on both sides of slots that it does not see."""
-        return self.q_tile > 1 and self.options.sliding_window is not None
-
-
-class Pool(NamedTuple):
-    """Keys or values in HBM.
-
-    Attributes:
-        pages: [kv_heads, num_pages, page_rows, row_width], codes or floats.
-        scales: [sequences, kv_tiles, ...] as :meth:`TPULayout.gather_scales` returns them; None if there are
-            none.
-    """
-
-    pages: Any
-    scales: Any
-
-
-class Buffers(NamedTuple):
-    """Keys or values on the chip: two tiles as they are stored, and what is computed from one of them.
-
-    Attributes:
-        pages: [2, pages_per_tile, kv_heads, page_rows, row_width].
-        scales: [2, ...], the scales of a tile; None if there are none.
-        semaphores: [2], for the copies into either buffer.
-        multipliers: [kv_heads, slots] float32, the multiplier of each slot; None unless a slot has one. Scales
-            per slot come in the order of :meth:`TPULayout.gather_scales`; scales per page are repeated for
-            [kv_heads, rows].
-        offsets: likewise, what is added to each slot; None if the format has no offsets.
-        visible: [rows, row_width] float32, 1 where any query of the query tile sees the slot; None if the first
-            and the last visible slot say that.
-    """
-
-    pages: Any
-    scales: Any
-    semaphores: Any
-    multipliers: Any
-    offsets: Any
-    visible: Any
-
-    @classmethod
-    def specs(cls, call: TPUCall, layout: TPULayout, pool: Pool) -> "Buffers":
-        """Return the memory that the buffers of a pool take."""
-        kv_heads, _, page_rows, row_width = pool.pages.shape
-        rows = call.kv_tile // layout.slots_per_row
-        scales: Spec = None
-        if pool.scales is not None:
-            scales = pltpu.VMEM((2, *pool.scales.shape[2:]), pool.scales.dtype)
-        multipliers: Spec = None
-        offsets: Spec = None
-        if layout.scale_groups == 1:
-            slots = call.kv_tile if layout.scales_per_slot else rows
-            multipliers = pltpu.VMEM((kv_heads, slots), jnp.float32)
-            if layout.has_offset:
-                offsets = pltpu.VMEM((kv_heads, slots), jnp.float32)
-        visible: Spec = None
-        if call.may_have_gaps:
-            visible = pltpu.VMEM((rows, row_width), jnp.float32)
-        return cls(
-            pages=pltpu.VMEM((2, call.pages_per_tile, kv_heads, page_rows, row_width), pool.pages.dtype),
-            scales=scales,
-            semaphores=pltpu.SemaphoreType.DMA((2,)),
-            multipliers=multipliers,
-            offsets=offsets,
-            visible=visible,
-        )
-
-
-class State(NamedTuple):
-    """The online softmax of a query tile over the slots so far, and what else lasts longer than a tile.
-
-    Attributes:
-        row_max: [kv_heads, q_rows, 1] float32, the highest score of each query row.
-        row_sum: [kv_heads, q_rows, 1] float32, the sum of its weights.
-        acc: [kv_heads, codes_per_byte, q_rows, row_width] float32, the sum of its weighted values.
-        position: [q_rows, 1] int32, the position of each query row.
-        tiles_done: [1] int32 in scalar memory, tiles of keys and values since the kernel began.
-    """
-
-    row_max: Any
-    row_sum: Any
-    acc: Any
-    position: Any
-    tiles_done: Any
-
-    @classmethod
-    def specs(cls, call: TPUCall, kv_heads: int) -> "State":
-        """Return the memory that the state takes."""
-        acc_shape = kv_heads, call.values.codes_per_byte, call.q_rows, call.values.row_width
-        return cls(
-            row_max=pltpu.VMEM((kv_heads, call.q_rows, 1), jnp.float32),
-            row_sum=pltpu.VMEM((kv_heads, call.q_rows, 1), jnp.float32),
-            acc=pltpu.VMEM(acc_shape, jnp.float32),
-            position=pltpu.VMEM((call.q_rows, 1), jnp.int32),
-            tiles_done=pltpu.SMEM((1,), jnp.int32),
-        )
-
-
-@dataclass(frozen=True)
-class KVRefs:
-    """Keys or values within the kernel: their layout, the references to HBM and those to the buffers."""
-
-    layout: TPULayout
-    pool: Pool
-    buffers: Buffers
-
-    def page_copy(self, page: jax.Array, buffer_index: Index, page_index: jax.Array) -> Any:
-        """Return the copy of one page, all KV heads of it, to place ``page_index`` of a buffer."""
-        source = self.pool.pages.at[:, page]
-        target = self.buffers.pages.at[buffer_index, page_index]
-        return pltpu.make_async_copy(source, target, self.buffers.semaphores.at[buffer_index])
-
-    def scale_copy(self, sequence: Index, kv_tile: jax.Array, buffer_index: Index) -> Any:
-        """Return the copy of a tile's scales to a buffer."""
-        source = self.pool.scales.at[sequence, kv_tile]
-        target = self.buffers.scales.at[buffer_index]
-        return pltpu.make_async_copy(source, target, self.buffers.semaphores.at[buffer_index])
-
-    def compute_multipliers(self, call: TPUCall, buffer_index: jax.Array) -> None:
-        """Compute the multipliers and the offsets of a tile's slots, if each slot has one."""
-        if self.buffers.multipliers is not None:
-            multipliers = self.layout.multipliers(self.buffers.scales[buffer_index])
-            self.buffers.multipliers[...] = self._repeat_for_rows(call, multipliers)
-        if self.buffers.offsets is not None:
-            offsets = self.layout.offsets(self.buffers.scales[buffer_index])
-            self.buffers.offsets[...] = self._repeat_for_rows(call, offsets)
-
-    def _repeat_for_rows(self, call: TPUCall, per_page: jax.Array) -> jax.Array:
-        """Return [kv_heads, pages] as [kv_heads, rows]; what is per slot stays as it is."""
-        if self.layout.scales_per_slot:
-            return per_page
-        return _dot(per_page, self.layout.page_of_row(call.pages_per_tile), NN)
-
-    def of_slot_in_row(self, per_slot: Ref, head: jax.Array, slot_in_row: int) -> jax.Array:
-        """Return a head's multipliers or offsets, [1, rows], for one of the slots of each row."""
-        if not self.layout.scales_per_slot:
-            return per_slot[pl.ds(head, 1)]
-        rows = per_slot.shape[1] // self.layout.slots_per_row
-        return per_slot[pl.ds(head, 1)][:, slot_in_row * rows : (slot_in_row + 1) * rows]
-
-    def load(
-        self,
-        buffer_index: jax.Array,
-        head: jax.Array,
-        dtype: DTypeLike,
-        mask: jax.Array | None,  # [rows, row_width]
-    ) -> tuple[list[jax.Array], jax.Array | None]:
-        """Return a head's keys or values [rows, row_width], one array per code of a byte, zeros where masked.
-
-        Several scales along the channels are multiplied in, and returned as they are stored. Other scales are
-        left to the caller, and None is returned.
-        """
-        stored = self.buffers.pages[buffer_index, :, head]
-        # A mask of 32-bit lanes selects among 32-bit values.
-        decode_dtype = dtype if mask is None else jnp.float32
-        group_scales = None
-        if self.layout.scale_groups > 1:
-            group_scales = self.buffers.scales[buffer_index, head]
-            decoded = self.layout.decode_scaled(stored, group_scales, decode_dtype)
-        else:
-            decoded = self.layout.decode(stored, decode_dtype)
-        if mask is not None:
-            decoded = [jnp.where(mask, rows, 0.0).astype(dtype) for rows in decoded]
-        return decoded, group_scales
-
-
-@dataclass(frozen=True)
-class Refs:
-    """What the functions of the kernel share for one query tile.
-
-    Attributes:
-        call: the static description of the call.
-        q_tile_index: the query tile.
-        visible_range: [2 * num_q_tiles] int32 in scalar memory; the first and the last slot that any query of
-            each query tile sees.
-        position: [num_q_tiles * q_tile] int32 in scalar memory.
-        table: [sequences * table_pages] int32 in scalar memory.
-        query: [1, kv_heads, codes_per_byte, q_rows, row_width].
-        keys: the keys.
-        values: the values.
-        state: the online softmax.
-    """
-
-    call: TPUCall
-    q_tile_index: jax.Array
-    visible_range: Ref
-    position: Ref
-    table: Ref
-    query: Ref
-    keys: KVRefs
-    values: KVRefs
-    state: State
-
-    def first_visible(self, q_tile_index: jax.Array) -> jax.Array:
-        """Return the first slot that any query of a query tile sees."""
-        return self.visible_range[2 * q_tile_index]
-
-    def last_visible(self, q_tile_index: jax.Array) -> jax.Array:
-        """Return the last slot that any query of a query tile sees."""
-        return self.visible_range[2 * q_tile_index + 1]
-
-    def sequence(self, q_tile_index: jax.Array) -> Index:
-        """Return the row of the page table that a query tile reads."""
-        return 0 if self.call.one_sequence else q_tile_index
-
-
-class KVTile(NamedTuple):
-    """The tile of keys and values that is computed with.
-
-    Attributes:
-        index: the tile's number, counted from the sequence's first.
-        buffer_index: the buffer that the tile was copied to.
-        copied: [1, rows] of keys, True where the row's page was copied.
-        first_visible: the first slot that any query of the query tile sees.
-        last_visible: the last one.
-    """
-
-    index: jax.Array
-    buffer_index: jax.Array
-    copied: jax.Array
-    first_visible: jax.Array
-    last_visible: jax.Array
+from qpaged.attention._options import MASK_VALUE
+from qpaged.attention._tpu_copies import (
+    copied_rows,
+    start_copies,
+    start_next_copies,
+    visible_kv_tiles,
+    wait_for_copies,
+)
+from qpaged.attention._tpu_layout import NN, NT, dot
+from qpaged.attention._tpu_refs import Buffers, Index, KVRefs, KVTile, Pool, Ref, Refs, State, TPUCall
 
 
 def attend(
     call: TPUCall,
-    visible_range: jax.Array,  # [2 * num_q_tiles] int32, first and last visible slot; 0 and -1 if there is none
+    visible_range: jax.Array,  # [2 * num_q_tiles] int32, first and last visible slot; 0 and -1 for none
     position: jax.Array,  # [num_q_tiles * q_tile] int32
     table: jax.Array,  # [sequences * table_pages] int32
     query: jax.Array,  # [num_q_tiles, kv_heads, codes_per_byte, q_rows, row_width]
@@ -305,9 +37,10 @@ def attend(
     keys: Pool,
     values: Pool,
 ) -> jax.Array:
-    """Return the attention of all query tiles, [num_q_tiles, kv_heads, codes_per_byte, q_rows, row_width] float32.
+    """Return the attention as [num_q_tiles, kv_heads, codes_per_byte, q_rows, row_width] float32.
 
-    The lanes of each slot of a row hold the sum over the slots at that place; their sum is the attention.
+    Where several slots share a row, each slot's lanes hold the part of the slots that lie there:
+    :meth:`TPULayout.sum_over_slots` adds them up.
     """
     kv_heads = keys.pages.shape[0]
     out_shape = (
@@ -370,26 +103,26 @@ def _kernel(
     refs = Refs(
         call, q_tile_index, visible_range_ref, position_ref, table_ref, query_ref, keys, values, state
     )
-    first, end = _visible_kv_tiles(refs, q_tile_index)
+    first, end = visible_kv_tiles(refs, q_tile_index)
 
     @pl.when(q_tile_index == 0)
     def start_first_copies() -> None:
         state.tiles_done[0] = 0
-        _start_copies(refs, q_tile_index, first, 0)
+        start_copies(refs, q_tile_index, first, 0)
 
     _initialize_state(refs, sinks_ref)
 
     def attend_kv_tile(kv_tile_index: jax.Array, _: None) -> None:
         buffer_index = lax.rem(state.tiles_done[0], 2)
-        _start_next_copies(refs, kv_tile_index, end, buffer_index)
-        _wait_for_copies(refs, kv_tile_index, buffer_index)
+        start_next_copies(refs, kv_tile_index, end, buffer_index)
+        wait_for_copies(refs, kv_tile_index, buffer_index)
         for side in (keys, values):
             side.compute_multipliers(call, buffer_index)
             _mark_visible(refs, side, kv_tile_index)
         tile = KVTile(
             index=kv_tile_index,
             buffer_index=buffer_index,
-            copied=_copied_rows(refs, kv_tile_index),
+            copied=copied_rows(refs, kv_tile_index),
             first_visible=refs.first_visible(q_tile_index),
             last_visible=refs.last_visible(q_tile_index),
         )
@@ -399,13 +132,6 @@ def _kernel(
     lax.fori_loop(first, end, attend_kv_tile, None)
     total = jnp.where(state.row_sum[...] > 0, state.row_sum[...], 1)
     out_ref[0] = state.acc[...] / total[:, None]
-
-
-def _visible_kv_tiles(refs: Refs, q_tile_index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the first tile of keys and values that a query tile sees, and one past the last; at least one."""
-    kv_tile = refs.call.kv_tile
-    first = lax.div(refs.first_visible(q_tile_index), kv_tile)
-    return first, jnp.maximum(lax.div(refs.last_visible(q_tile_index), kv_tile), first) + 1
 
 
 def _initialize_state(refs: Refs, sinks_ref: Ref | None) -> None:
@@ -432,91 +158,6 @@ def _load_positions(refs: Refs, query_index: jax.Array) -> jax.Array:
         return jnp.where(query_index == index, refs.position[first + index], positions)
 
     return lax.fori_loop(0, q_tile, load_position, jnp.full(query_index.shape, -1, jnp.int32))
-
-
-def _physical_page(
-    refs: Refs, q_tile_index: jax.Array, logical_page: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return a sequence's page in the pool, and True if there is one and any query of the query tile sees it."""
-    call = refs.call
-    page = refs.table[refs.sequence(q_tile_index) * call.table_pages + logical_page]
-    page_size = call.keys.page_size
-    visible = logical_page >= lax.div(refs.first_visible(q_tile_index), page_size)
-    visible &= logical_page * page_size <= refs.last_visible(q_tile_index)
-    return page, visible & (page >= 0) & (page < call.options.num_pages)
-
-
-def _start_copies(refs: Refs, q_tile_index: jax.Array, kv_tile_index: jax.Array, buffer_index: Index) -> None:
-    """Start the copies of a tile of keys and values. Values that are not copied become zeros."""
-    call, keys, values = refs.call, refs.keys, refs.values
-    for side in (keys, values):
-        if side.pool.scales is not None:
-            side.scale_copy(refs.sequence(q_tile_index), kv_tile_index, buffer_index).start()
-
-    def start_page(page_index: jax.Array, _: None) -> None:
-        logical_page = kv_tile_index * call.pages_per_tile + page_index
-        page, is_copied = _physical_page(refs, q_tile_index, logical_page)
-
-        @pl.when(is_copied)
-        def start() -> None:
-            keys.page_copy(page, buffer_index, page_index).start()
-            values.page_copy(page, buffer_index, page_index).start()
-
-        # What the buffer held before may be NaN, which a weight of zero would not hide.
-        @pl.when(jnp.logical_not(is_copied))
-        def clear() -> None:
-            pages = values.buffers.pages
-            pages[buffer_index, page_index] = jnp.zeros(pages.shape[2:], pages.dtype)
-
-    lax.fori_loop(0, call.pages_per_tile, start_page, None)
-
-
-def _start_next_copies(refs: Refs, kv_tile_index: jax.Array, end: jax.Array, buffer_index: jax.Array) -> None:
-    """Start the copies of the tile after this one, to the other buffer.
-
-    After the last tile of a query tile comes the first one of the next query tile.
-    """
-    same_q_tile = kv_tile_index + 1 < end
-    following = jnp.minimum(refs.q_tile_index + 1, refs.call.num_q_tiles - 1)
-    q_tile_index = jnp.where(same_q_tile, refs.q_tile_index, following)
-    next_tile = jnp.where(same_q_tile, kv_tile_index + 1, _visible_kv_tiles(refs, q_tile_index)[0])
-
-    @pl.when(same_q_tile | (refs.q_tile_index + 1 < refs.call.num_q_tiles))
-    def start() -> None:
-        _start_copies(refs, q_tile_index, next_tile, 1 - buffer_index)
-
-
-def _wait_for_copies(refs: Refs, kv_tile_index: jax.Array, buffer_index: jax.Array) -> None:
-    """Wait for the copies that :func:`_start_copies` started for a tile of this query tile."""
-    call, keys, values = refs.call, refs.keys, refs.values
-    for side in (keys, values):
-        if side.pool.scales is not None:
-            side.scale_copy(refs.sequence(refs.q_tile_index), kv_tile_index, buffer_index).wait()
-
-    def wait_for_page(page_index: jax.Array, _: None) -> None:
-        logical_page = kv_tile_index * call.pages_per_tile + page_index
-        page, is_copied = _physical_page(refs, refs.q_tile_index, logical_page)
-
-        @pl.when(is_copied)
-        def wait() -> None:
-            keys.page_copy(page, buffer_index, page_index).wait()
-            values.page_copy(page, buffer_index, page_index).wait()
-
-    lax.fori_loop(0, call.pages_per_tile, wait_for_page, None)
-
-
-def _copied_rows(refs: Refs, kv_tile_index: jax.Array) -> jax.Array:
-    """Return [1, rows] of keys, True where the row's page was copied."""
-    call = refs.call
-    shape = 1, call.pages_per_tile * call.keys.page_rows
-    page_of_row = lax.div(lax.broadcasted_iota(jnp.int32, shape, 1), call.keys.page_rows)
-
-    def mark_page(page_index: jax.Array, copied: jax.Array) -> jax.Array:
-        logical_page = kv_tile_index * call.pages_per_tile + page_index
-        _, is_copied = _physical_page(refs, refs.q_tile_index, logical_page)
-        return jnp.where(page_of_row == page_index, is_copied.astype(jnp.int32), copied)
-
-    return lax.fori_loop(0, call.pages_per_tile, mark_page, jnp.zeros(shape, jnp.int32)) > 0
 
 
 def _mark_visible(refs: Refs, side: KVRefs, kv_tile_index: jax.Array) -> None:
@@ -598,7 +239,7 @@ def _scores(refs: Refs, tile: KVTile, head: jax.Array) -> list[jax.Array]:
     scores = []
     for slot_in_row in range(layout.slots_per_row):
         q_slot = [layout.select_slot(part, slot_in_row) for part in q]
-        dots = _sum(_dot(part, rows, NT) for part, rows in zip(q_slot, k, strict=True))
+        dots = _sum(dot(part, rows, NT) for part, rows in zip(q_slot, k, strict=True))
         if keys.buffers.multipliers is not None:
             dots = dots * keys.of_slot_in_row(keys.buffers.multipliers, head, slot_in_row)
         if keys.buffers.offsets is not None:
@@ -618,14 +259,14 @@ def _query_dot_group_offsets(
 ) -> jax.Array:
     """Return the dot products of a query with the offsets of each row's page, [q_rows, rows].
 
-    The slots of a row are of one page and share its offsets, so that the dot product with one of them is enough.
+    The slots of a row are of one page and share its offsets: the dot product with one of them is that of all.
     """
     layout = call.keys
     per_page = _sum(
-        _dot(layout.select_slot(part, 0).astype(jnp.float32), layout.lane_offsets(scales, byte_index), NT)
+        dot(layout.select_slot(part, 0).astype(jnp.float32), layout.lane_offsets(scales, byte_index), NT)
         for byte_index, part in enumerate(q)
     )
-    return _dot(per_page, layout.page_of_row(call.pages_per_tile), NN)
+    return dot(per_page, layout.page_of_row(call.pages_per_tile), NN)
 
 
 def _weighted_values(
@@ -645,7 +286,7 @@ def _weighted_values(
         if values.buffers.multipliers is not None:
             multipliers = values.of_slot_in_row(values.buffers.multipliers, head, slot_in_row)
             w = (w_float32 * multipliers).astype(dtype)
-        weighted = [_dot(w, rows, NN) for rows in v]
+        weighted = [dot(w, rows, NN) for rows in v]
         if values.buffers.offsets is not None:
             offsets = values.of_slot_in_row(values.buffers.offsets, head, slot_in_row)
             offset = (w_float32 * offsets).sum(axis=1, keepdims=True)
@@ -666,9 +307,9 @@ def _add_group_offsets(
 ) -> list[jax.Array]:
     """Return the weighted values with the weighted offsets of their channels added."""
     layout = call.values
-    per_page = _dot(weights, layout.page_of_row(call.pages_per_tile), NT)  # [q_rows, pages]
+    per_page = dot(weights, layout.page_of_row(call.pages_per_tile), NT)  # [q_rows, pages]
     return [
-        part + _dot(per_page, layout.lane_offsets(scales, byte_index), NN)
+        part + dot(per_page, layout.lane_offsets(scales, byte_index), NN)
         for byte_index, part in enumerate(weighted)
     ]
 
@@ -691,16 +332,8 @@ def _regroup_weights(call: TPUCall, weights: list[jax.Array]) -> list[jax.Array]
     one_hots = [
         (slot == v_row * v_slots + slot_in_row).astype(joined.dtype) for slot_in_row in range(v_slots)
     ]
-    return [_dot(joined, one_hot, NN).astype(joined.dtype) for one_hot in one_hots]
+    return [dot(joined, one_hot, NN).astype(joined.dtype) for one_hot in one_hots]
 
 
 def _sum(arrays: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, arrays)
-
-
-def _dot(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> jax.Array:
-    """Return a dot product in float32; of float32 operands in the highest precision, which TPUs do not default to."""
-    precision = lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
-    return lax.dot_general(
-        lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=jnp.float32
-    )

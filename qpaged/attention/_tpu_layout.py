@@ -1,12 +1,13 @@
 """How the ``tpu`` backend reads a pool: as rows of at least 128 lanes, as TPUs store them.
 
-A slot whose stored elements do not fill 128 lanes shares a *row* with the slots after it. The kernel never moves
-elements from one lane to another: a query is repeated for each slot of a row, and zeros in the lanes of the
-other slots pick the slot that it is multiplied with. Codes that share a byte are extracted one at a time, so
-that a byte's first codes make one array of rows and its second codes another.
+A slot whose stored elements do not fill 128 lanes shares a *row* with the slots after it. The kernel never
+moves elements from one lane to another: a query is repeated for each slot of a row, and zeros in the lanes of
+the other slots select the slot that it is multiplied with. Codes that share a byte are extracted one at a time:
+the first codes of all bytes make one array of rows, the second codes another.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,9 @@ from qpaged.arrays._tpu_scales import Order
 from qpaged.attention._layout import Layout, stored_rows, stored_scales
 from qpaged.attention._options import PagePool
 
-ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))  # [m, k] . [k, n]
-COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))  # [k, m] . [k, n]
+NN = (((1,), (0,)), ((), ()))  # [m, k] . [k, n]
+NT = (((1,), (1,)), ((), ()))  # [m, k] . [n, k]
+TN = (((0,), (0,)), ((), ()))  # [k, m] . [k, n]
 
 
 @dataclass(frozen=True)
@@ -64,15 +66,15 @@ class TPULayout(Layout):
         table: jax.Array,  # [sequences, table_pages]
         pages_per_tile: int,
     ) -> jax.Array | None:
-        """Return the stored scales of the table's pages in the table's order, [sequences, kv_tiles, kv_heads, ...].
+        """Return the stored scales of the table's pages, in the table's order; None if there are no scales.
 
-        The last axes are
+        The shape is [sequences, kv_tiles, kv_heads, ...], and its last axes are
 
         - [pages_per_tile] for one scale per page, [pages_per_tile, groups] for several;
-        - [slots_per_row * rows] for one scale per slot, [slots_per_row * groups, rows] for several: first all
-          slots that are first in their row, then those that are second.
+        - [slots_per_row * rows] for one scale per slot, [slots_per_row * groups, rows] for several. All slots
+          that are first in their row come first, then those that are second.
 
-        Scales of table entries that hold no page are some page's. None if the format has no scales.
+        Entries of the table that are no page get the scales of some page, which the kernel masks.
         """
         scales = stored_scales(pool)
         if scales is None:
@@ -83,7 +85,9 @@ class TPULayout(Layout):
         if groups > 1 and not self.scales_per_slot:
             scales_of_page = scales.reshape(kv_heads * num_pages, groups)
             return scales_of_page.at[kv_head * num_pages + page].get(mode="promise_in_bounds")
-        slots_per_row, page_rows = (self.slots_per_row, self.page_rows) if self.scales_per_slot else (1, 1)
+        slots_per_row, page_rows = 1, 1
+        if self.scales_per_slot:
+            slots_per_row, page_rows = self.slots_per_row, self.page_rows
         # All indices broadcast to [sequences, kv_tiles, kv_heads, slots_per_row, groups, rows].
         page = jnp.repeat(page[..., None, None, :], page_rows, axis=-1)
         slot = jnp.arange(pages_per_tile * page_rows, dtype=jnp.int32) % page_rows * slots_per_row
@@ -145,7 +149,7 @@ class TPULayout(Layout):
         return _zero_if_not_finite(self.quantizer.multiplier(scales))
 
     def offsets(self, scales: jax.Array) -> jax.Array:
-        """Return the offsets that stored scales carry, float32; zeros for the NaN of what was never written."""
+        """Return the offsets that stored scales carry, float32; zeros likewise."""
         return _zero_if_not_finite(self.quantizer.shift(scales))
 
     def lane_offsets(
@@ -177,8 +181,10 @@ class TPULayout(Layout):
         """Return the entry of every lane's channel, [pages or rows, row_width]."""
         if self.scale_groups == self.row_width and self.codes_per_byte == 1 and not self.scales_per_slot:
             return per_group
-        count = self.scale_groups * (self.slots_per_row if self.scales_per_slot else 1)
-        shape = count, self.row_width
+        entries = self.scale_groups
+        if self.scales_per_slot:
+            entries *= self.slots_per_row
+        shape = entries, self.row_width
         element, slot_in_row = self._lane_position(shape)
         channel = element * self.codes_per_byte + byte_index
         group = lax.div(channel * self.scale_groups, self.head_dim)
@@ -187,10 +193,10 @@ class TPULayout(Layout):
         # A dot product with a one-hot matrix, because a TPU cannot gather along lanes. In the highest
         # precision it is exact.
         one_hot = (lax.broadcasted_iota(jnp.int32, shape, 0) == group).astype(jnp.float32)
-        numbers = COLUMNS_BY_COLUMNS if self.scales_per_slot else ROWS_BY_COLUMNS
+        numbers = TN if self.scales_per_slot else NN
         return lax.dot_general(per_group, one_hot, numbers, precision=lax.Precision.HIGHEST)
 
-    def _lane_position(self, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    def _lane_position(self, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         """Return each lane's element within its slot, and its slot within the row."""
         lane = lax.broadcasted_iota(jnp.int32, shape, 1)
         return lax.rem(lane, self.slot_width), lax.div(lane, self.slot_width)
@@ -198,3 +204,11 @@ class TPULayout(Layout):
 
 def _zero_if_not_finite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) < jnp.inf, x, 0.0)
+
+
+def dot(lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any) -> jax.Array:
+    """Return a dot product in float32, in the highest precision if the operands are float32."""
+    precision = lax.Precision.HIGHEST if lhs.dtype == jnp.float32 else None
+    return lax.dot_general(
+        lhs, rhs, dimension_numbers, precision=precision, preferred_element_type=jnp.float32
+    )

@@ -1,8 +1,8 @@
 """The ``xla`` backend: plain JAX whose cost follows the sum of the sequence lengths, on any device.
 
 A query tile is one decode row, or :data:`Q_TILE` queries of a prefill. Each loops over tiles of its own
-sequence's slots, only those that its positions see, with an online softmax (Milakov and Gimelshein, 2018; tiled
-as in FlashAttention, Dao et al., 2022). Pages stay quantized up to the dot product.
+sequence's slots, only those that its positions see, with an online softmax (Milakov and Gimelshein, 2018; in
+tiles as in FlashAttention, Dao et al., 2022). Pages stay quantized up to the dot product.
 """
 
 from typing import NamedTuple
