@@ -14,7 +14,7 @@ from qpaged._compat import automatic, explicit_sharding
 from qpaged.arrays import QuantizedArray, contracted, float_dtype, weighed
 from qpaged.attention import _backends
 from qpaged.attention._backends import BACKENDS, AttentionBackend
-from qpaged.attention._options import Options, Tokens
+from qpaged.attention._options import Options, QueryTokens
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.cache._config import LARGEST_INDEX
 from qpaged.implicit import ImplicitArray, use_implicit_args
@@ -112,7 +112,7 @@ def paged_attention(
     return automatic(run, placed[0].update(spec=over_heads))(pools[0], pools[1], parts, sinks)
 
 
-def _on(backend: str, tokens: Tokens, keys: Any, values: Any, sinks: Any, options: Options) -> jax.Array:
+def _on(backend: str, tokens: QueryTokens, keys: Any, values: Any, sinks: Any, options: Options) -> jax.Array:
     """Attention on the backend of that name and no other."""
     entry = BACKENDS[backend]
     reason = _backends.reason(entry, [(tokens, keys, values)])
@@ -124,7 +124,7 @@ def _on(backend: str, tokens: Tokens, keys: Any, values: Any, sinks: Any, option
     return entry.attend(tokens, keys, values, sinks, options)
 
 
-def _attend(attend, tokens: Tokens, keys: Any, values: Any, sinks: Any, options: Options) -> jax.Array:
+def _attend(attend, tokens: QueryTokens, keys: Any, values: Any, sinks: Any, options: Options) -> jax.Array:
     """One backend on one kind of tokens, over what the pages hold."""
     if not tokens.query.size or not tokens.table.shape[-1]:
         return jnp.zeros(tokens.query.shape, jnp.float32)
@@ -132,7 +132,7 @@ def _attend(attend, tokens: Tokens, keys: Any, values: Any, sinks: Any, options:
     return restored(attend(tokens, keys, values, sinks, options))
 
 
-def _stored(tokens: Tokens, keys: Any, values: Any) -> tuple[Tokens, Any, Any, Any]:
+def _stored(tokens: QueryTokens, keys: Any, values: Any) -> tuple[QueryTokens, Any, Any, Any]:
     """The call that a backend gets, and what makes its output the caller's: formats that transform channels
     have the query and the output transformed, never the cache."""
     query, keys = contracted(tokens.query, keys)
@@ -142,7 +142,7 @@ def _stored(tokens: Tokens, keys: Any, values: Any) -> tuple[Tokens, Any, Any, A
 
 def _tokens(
     query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata
-) -> list[Tokens]:
+) -> list[QueryTokens]:
     """The prefill's tokens and the decode's rows, whichever there are, with their queries."""
     config = view.metadata
     parts = [part for part in (metadata.prefill_tokens(), metadata.decodes_tokens()) if part is not None]
@@ -151,7 +151,7 @@ def _tokens(
     for position, table in parts:
         table = table[..., : LARGEST_INDEX // config.page_size]  # no int32 position lies further
         position = jnp.where(position < table.shape[-1] * config.page_size, position, -1)
-        tokens.append(Tokens(query[start : start + len(position)], position, table))
+        tokens.append(QueryTokens(query[start : start + len(position)], position, table))
         start += len(position)
     return tokens
 

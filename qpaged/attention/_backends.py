@@ -9,7 +9,7 @@ import jax
 
 from qpaged._platforms import by_platform
 from qpaged.attention import _gpu, _reference, _tpu, _xla
-from qpaged.attention._options import Options, Tokens
+from qpaged.attention._options import Options, QueryTokens
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class AttentionBackend:
         return self.reason is None
 
 
-Attend = Callable[[Tokens, Any, Any, jax.Array | None, Options], jax.Array]
-Refusal = Callable[[Tokens, Any, Any], str | None]
+Attend = Callable[[QueryTokens, Any, Any, jax.Array | None, Options], jax.Array]
+Refusal = Callable[[QueryTokens, Any, Any], str | None]
 
 
 @dataclass(frozen=True)
@@ -63,18 +63,20 @@ BACKENDS = {
 kernel has not run on a chip yet, so that it is nobody's default."""
 
 
-def listed(calls: Sequence[tuple[Tokens, Any, Any]]) -> tuple[AttentionBackend, ...]:
+def listed(calls: Sequence[tuple[QueryTokens, Any, Any]]) -> tuple[AttentionBackend, ...]:
     """Every backend, with why it declines some of the ``calls``, or all."""
     return tuple(AttentionBackend(e.name, e.platform, reason(e, calls)) for e in BACKENDS.values())
 
 
-def reason(entry: Entry, calls: Sequence[tuple[Tokens, Any, Any]]) -> str | None:
+def reason(entry: Entry, calls: Sequence[tuple[QueryTokens, Any, Any]]) -> str | None:
     """Why a backend declines some of the ``calls``, or all; None if it takes them."""
     said = entry.refusal()
     return said or next(filter(None, (entry.call_refusal(*call) for call in calls)), None)
 
 
-def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options) -> jax.Array:
+def attend(
+    tokens: QueryTokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options
+) -> jax.Array:
     """Attention on the first backend that is for the platform that the program is lowered for."""
     entries = [entry for entry in BACKENDS.values() if not entry.by_name]
     taken = [entry for entry in entries if reason(entry, [(tokens, keys, values)]) is None]

@@ -1,27 +1,34 @@
 """The ``gpu`` backend: a Mosaic GPU kernel for Hopper that reads pages as they are stored."""
 
 import importlib.util
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from qpaged._compat import partitioned, version_tuple
-from qpaged.arrays import QuantizedArray, compute_dtype
-from qpaged.attention._layout import Layout, bounds, padded, pool_refusal
-from qpaged.attention._options import Options, Tokens
+from qpaged.arrays import compute_dtype
+from qpaged.attention._layout import (
+    Layout,
+    pad_to_multiple,
+    pool_refusal,
+    stored_codes,
+    stored_scales,
+    visible_range,
+)
+from qpaged.attention._options import Options, PagePool, QueryTokens
 
-OLDEST_JAX = (0, 11)  # its interpreter is what the kernel is tested in
+OLDEST_JAX = (0, 11)  # the first with a public interpreter of Mosaic GPU kernels, which the tests need
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
-ROWS = SLOTS = 64  # query rows of a tile at most, slots of a block
-SUMS = 2**13  # of a prefill's tile, 64 in each thread's registers
-EIGHT = 8  # rows that the tensor cores take at once
-PROGRAMS = 264  # as many as a chip of 132 multiprocessors runs at once, two on each
+KV_TILE = 64  # slots of a tile of keys and values: the rows of a tensor core's operand
+MAX_Q_ROWS = 64  # query rows of a KV head in a query tile
+MAX_ACCUMULATORS = 2**13  # of a prefill's query tile: 64 registers of each of the 128 threads
+Q_ROWS_MULTIPLE = 8  # tensor cores take columns, which are query rows here, eight at a time
+PROGRAMS = 264  # that a chip of 132 multiprocessors runs at once, two on each
 
 
 def refusal() -> str | None:
-    """Why the backend takes no call at all; None if it does."""
+    """Return why the backend takes no call at all, or None."""
     if version_tuple(jax.__version__) < OLDEST_JAX:
         return f"needs JAX {'.'.join(map(str, OLDEST_JAX))} or newer, but this is {jax.__version__}"
     if importlib.util.find_spec("absl") is None:
@@ -31,108 +38,145 @@ def refusal() -> str | None:
     return None
 
 
-def call_refusal(tokens: Tokens, keys: Any, values: Any) -> str | None:
-    """Why the backend does not take a call; None if it does."""
-    heads, _, page_size, head_dim = keys.shape
+def call_refusal(tokens: QueryTokens, keys: PagePool, values: PagePool) -> str | None:
+    """Return why the backend does not take a call, or None."""
+    kv_heads, _, page_size, head_dim = keys.shape
     if head_dim not in HEAD_DIMS:
         return f"takes a head_dim of {', '.join(map(str, HEAD_DIMS))}, but it is {head_dim}"
     if page_size not in PAGE_SIZES:
         return f"takes a page_size of {', '.join(map(str, PAGE_SIZES))}, but it is {page_size}"
-    if tokens.query.shape[1] // heads > ROWS:
-        return (
-            f"takes at most {ROWS} query heads of a KV head, but there are {tokens.query.shape[1] // heads}"
-        )
+    q_heads_per_kv = tokens.query.shape[1] // kv_heads
+    if q_heads_per_kv > MAX_Q_ROWS:
+        return f"takes at most {MAX_Q_ROWS} query heads of a KV head, but there are {q_heads_per_kv}"
     for name, pool in (("keys", keys), ("values", values)):
-        if compute_dtype(tokens.query, pool) != jnp.bfloat16:
-            return f"{name}: computes in bfloat16, but they ask for {compute_dtype(tokens.query, pool)}"
+        dtype = compute_dtype(tokens.query, pool)
+        if dtype != jnp.bfloat16:
+            return f"{name}: computes in bfloat16, but they ask for {dtype}"
         reason = _pool_refusal(pool)
         if reason is not None:
             return f"{name}: {reason}"
     return None
 
 
-def _pool_refusal(pool: Any) -> str | None:
-    if not isinstance(pool, QuantizedArray):
-        return None
+def _pool_refusal(pool: PagePool) -> str | None:
     reason = pool_refusal(pool, jnp.bfloat16)
-    if reason is None and Layout.of(pool).groups > 1:
-        return f"{pool.quantizer} has several scales along the channels"
-    return reason
+    if reason is not None:
+        return reason
+    layout = Layout.of(pool)
+    if layout.scale_groups > 1:
+        return f"{layout.quantizer} has several scales along the channels"
+    return None
 
 
-def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options) -> jax.Array:
-    """Attention of each token over its sequence's pages, (n, q_heads, head_dim) float32."""
-    from qpaged.attention import _gpu_kernel
+def attend(
+    tokens: QueryTokens, keys: PagePool, values: PagePool, sinks: jax.Array | None, options: Options
+) -> jax.Array:
+    """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
+    from qpaged.attention import _gpu_kernel, _gpu_refs
 
-    layouts = Layout.of(keys), Layout.of(values)
-    heads, _, page_size, head_dim = keys.shape
-    group = tokens.query.shape[1] // heads
-    each = max(1, min(ROWS, SUMS // head_dim) // group) if tokens.is_prefill else 1
-    rows = each * group + -(each * group) % EIGHT
-    query, position = padded(tokens.query, each, 0), padded(tokens.position, each, -1)
-    tiles = len(position) // each
+    k_layout, v_layout = Layout.of(keys), Layout.of(values)
+    kv_heads, _, page_size, head_dim = keys.shape
+    num_tokens, q_heads, _ = tokens.query.shape
+    q_heads_per_kv = q_heads // kv_heads
+    q_tile = 1
+    if tokens.is_prefill:
+        q_tile = max(1, min(MAX_Q_ROWS, MAX_ACCUMULATORS // head_dim) // q_heads_per_kv)
+    used_rows = q_tile * q_heads_per_kv
+    q_rows = used_rows + -used_rows % Q_ROWS_MULTIPLE
+    query = pad_to_multiple(tokens.query, q_tile, 0)
+    position = pad_to_multiple(tokens.position, q_tile, -1)
+    num_q_tiles = len(position) // q_tile
+    position = position.reshape(num_q_tiles, q_tile)
     table = jnp.atleast_2d(tokens.table)
-    missing = -table.shape[1] % max(1, SLOTS // page_size)
-    table = jnp.pad(table, ((0, 0), (0, missing)), constant_values=options.num_pages)
-    blocks = table.shape[1] * page_size // SLOTS
-    splits = _splits(tiles * heads, blocks)
-    plan = _gpu_kernel.Plan(*layouts, options, tiles, rows, splits, table.shape[1], tokens.is_prefill)
-
-    seen = bounds(position.reshape(tiles, each), options.sliding_window)
-    position = padded(jnp.repeat(position.reshape(tiles, each), group, axis=1).T, rows, -1).T
-    query = query.reshape(tiles, each, heads, group, head_dim).swapaxes(1, 2)
-    query = query.reshape(tiles, heads, each * group, head_dim)
-    query = jnp.pad(query, ((0, 0), (0, 0), (0, rows - each * group), (0, 0)))
-    k, v = [pool.codes if isinstance(pool, QuantizedArray) else pool for pool in (keys, values)]
-    sums, tops, totals = _gpu_kernel.attend(
-        plan,
-        seen.reshape(-1),
+    table = pad_to_multiple(table, max(1, KV_TILE // page_size), options.num_pages, axis=1)
+    call = _gpu_refs.GPUCall(
+        keys=k_layout,
+        values=v_layout,
+        options=options,
+        num_q_tiles=num_q_tiles,
+        q_rows=q_rows,
+        splits=_num_splits(num_q_tiles * kv_heads, table.shape[1] * page_size // KV_TILE),
+        table_pages=table.shape[1],
+        one_sequence=tokens.is_prefill,
+    )
+    visible = visible_range(position, options.sliding_window)
+    position = pad_to_multiple(jnp.repeat(position, q_heads_per_kv, axis=1), q_rows, -1, axis=1)
+    query = query.reshape(num_q_tiles, q_tile, kv_heads, q_heads_per_kv, head_dim).swapaxes(1, 2)
+    query = query.reshape(num_q_tiles, kv_heads, used_rows, head_dim)
+    query = pad_to_multiple(query, q_rows, 0, axis=2)
+    acc, row_max, row_sum = _gpu_kernel.attend(
+        call,
+        visible.reshape(-1),
         position,
         table.reshape(-1),
-        _places(query, layouts[0]),
+        _split_channels(query, k_layout),
         query.astype(jnp.float32).sum(axis=-1),
-        k,
-        v,
-        [_scales(pool, layout) for pool, layout in zip((keys, values), layouts, strict=True)],
+        _gpu_refs.Pool(stored_codes(keys), _kernel_scales(keys)),
+        _gpu_refs.Pool(stored_codes(values), _kernel_scales(values)),
     )
     if sinks is not None:
-        sinks = jnp.tile(sinks.reshape(heads, group), (1, each))
-        sinks = jnp.pad(sinks, ((0, 0), (0, rows - sinks.shape[1])))
-    out = _merged(sums, tops, totals, sinks)[..., : each * group]  # (tiles, heads, head_dim, rows)
-    out = out.reshape(tiles, heads, layouts[1].places, layouts[1].width, each, group)
+        sinks = jnp.tile(sinks.reshape(kv_heads, q_heads_per_kv), (1, q_tile))
+        sinks = pad_to_multiple(sinks, q_rows, 0, axis=1)
+    out = _merge_splits(acc, row_max, row_sum, sinks)[..., :used_rows]
+    out = out.reshape(
+        num_q_tiles, kv_heads, v_layout.codes_per_byte, v_layout.slot_width, q_tile, q_heads_per_kv
+    )
     out = out.transpose(0, 4, 1, 5, 3, 2)
-    return out.reshape(tiles * each, heads * group, head_dim)[: len(tokens.query)]
+    return out.reshape(num_q_tiles * q_tile, q_heads, head_dim)[:num_tokens]
 
 
-def _splits(tiles: int, blocks: int) -> int:
-    """Shares of a sequence: as few as leave a tenth of the chip idle at most, in one turn or in many.
+def _num_splits(programs: int, kv_tiles: int) -> int:
+    """Return the splits of a sequence: as few as keep the chip at least nine tenths busy.
 
-    Of two or three turns the last counts for much where the chip runs more than ``PROGRAMS`` at once."""
-    for splits in range(1, blocks):
-        turns = -(-tiles * splits // PROGRAMS)
-        if 10 * tiles * splits >= 9 * turns * PROGRAMS and turns not in (2, 3):
+    Programs run in turns of ``PROGRAMS``, and a last turn that is not full leaves part of the chip idle. Two or
+    three turns are not taken: if the chip runs more programs at once than that, their last turn weighs much.
+
+    Args:
+        programs: of a kernel without splits.
+        kv_tiles: of a sequence; there are at most as many splits.
+    """
+    for splits in range(1, kv_tiles):
+        turns = -(-programs * splits // PROGRAMS)
+        if 10 * programs * splits >= 9 * turns * PROGRAMS and turns not in (2, 3):
             return splits
-    return blocks
+    return kv_tiles
 
 
-def _places(query: jax.Array, layout: Layout) -> jax.Array:
-    """(..., rows, head_dim) as (..., places, rows, width): the channels of each place of a byte."""
-    return jnp.moveaxis(query.reshape(*query.shape[:-1], layout.width, layout.places), -1, -3)
+def _split_channels(
+    query: jax.Array,  # [..., q_rows, head_dim]
+    layout: Layout,
+) -> jax.Array:
+    """Return a query as [..., codes_per_byte, q_rows, slot_width], as codes of a byte split the channels."""
+    query = query.reshape(*query.shape[:-1], layout.slot_width, layout.codes_per_byte)
+    return jnp.moveaxis(query, -1, -3)
 
 
-def _scales(pool: Any, layout: Layout) -> jax.Array | None:
-    """The scales as they lie, (kv_heads, pages) or (kv_heads, pages, page_size)."""
-    if not layout.groups:
+def _kernel_scales(pool: PagePool) -> jax.Array | None:
+    """Return a pool's scales, [kv_heads, pages] or [kv_heads, pages, page_size]; None if it has none."""
+    scales = stored_scales(pool)
+    if scales is None:
         return None
-    return pool.scales.reshape(pool.scales.shape[: 3 if layout.per_slot else 2])
+    if Layout.of(pool).scales_per_slot:
+        return scales.reshape(scales.shape[:3])
+    return scales.reshape(scales.shape[:2])
 
 
-def _merged(sums: jax.Array, tops: jax.Array, totals: jax.Array, sinks: jax.Array | None) -> jax.Array:
-    """What the splits of each tile come to together, with the sink, that takes weight and gives nothing."""
-    top = tops.max(axis=0)
-    top = top if sinks is None else jnp.maximum(top, sinks)
-    fade = jnp.exp(tops - top)
-    total = (totals * fade).sum(axis=0)
-    total = total if sinks is None else total + jnp.exp(sinks - top)
-    weight = jnp.where(total > 0, total, 1)[..., None, :]
-    return (sums * fade[..., None, :]).sum(axis=0) / weight
+def _merge_splits(
+    acc: jax.Array,  # [splits, num_q_tiles, kv_heads, head_dim, q_rows]
+    row_max: jax.Array,  # [splits, num_q_tiles, kv_heads, q_rows]
+    row_sum: jax.Array,  # [splits, num_q_tiles, kv_heads, q_rows]
+    sinks: jax.Array | None,  # [kv_heads, q_rows]
+) -> jax.Array:
+    """Return the attention of all splits together, [num_q_tiles, kv_heads, head_dim, q_rows].
+
+    A sink takes a share of the weight and adds no value.
+    """
+    total_max = row_max.max(axis=0)
+    if sinks is not None:
+        total_max = jnp.maximum(total_max, sinks)
+    alpha = jnp.exp(row_max - total_max)
+    total_sum = (row_sum * alpha).sum(axis=0)
+    if sinks is not None:
+        total_sum = total_sum + jnp.exp(sinks - total_max)
+    total_sum = jnp.where(total_sum > 0, total_sum, 1)[..., None, :]
+    return (acc * alpha[..., None, :]).sum(axis=0) / total_sum

@@ -1,371 +1,377 @@
-"""The Mosaic GPU kernel of the ``gpu`` backend: a tile of query rows over one share of its sequence.
+"""The Mosaic GPU kernel of the ``gpu`` backend: a query tile over one split of its sequence.
 
-A program of the grid is one warpgroup. It copies blocks of 64 slots of one KV head from the pool, as the page
-table says, and the scales of their slots, into one of several buffers, while it computes with another. Codes
-are decoded in registers and laid down as bfloat16 for the tensor cores, slots in their 64 rows and queries in
-their columns, so that few queries cost little; scales are applied to the scores and to the weights. What the
-shares of a sequence come to is merged by the caller (Dao et al., Flash-Decoding, 2023).
+A program of the grid is one warpgroup, and has one KV head. It decodes codes in registers and writes them to
+shared memory as bfloat16 for the tensor cores. The operands are transposed: slots are the 64 rows and queries
+the columns, so that few queries cost little. Scales are applied to the scores and to the weights. The caller
+merges the splits of a sequence (Dao et al., Flash-Decoding, 2023).
 """
 
 import functools
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
+from qpaged.attention._gpu_copies import TilePages, is_page, load_tile_pages, start_copies
+from qpaged.attention._gpu_refs import KV_TILE, GPUCall, KVRefs, Pool, Ref, Refs, Scratch
 from qpaged.attention._layout import Layout
-from qpaged.attention._options import FLOOR, Options
+from qpaged.attention._options import MASK_VALUE
 
-SLOTS = 64  # of a block: the rows that the tensor cores take at once
-BUFFERS = (
-    3 * 2**14
-)  # bytes of the buffers, if they hold two blocks: three programs then share a multiprocessor
-MATRIX = plgpu.Layout.WGMMA
+# How arrays lie in the registers of a warpgroup.
+MATRIX = plgpu.Layout.WGMMA  # [slots, queries], what the tensor cores give
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
-OF_SLOTS, OF_QUERIES = MATRIX.reduce(1), MATRIX.reduce(0)
+PER_SLOT = MATRIX.reduce(1)  # [slots]
+PER_QUERY = MATRIX.reduce(0)  # [queries]
+
+RegisterLayout = Any
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is static of one call.
+class QueryRows(NamedTuple):
+    """What the kernel keeps of each query row in registers.
 
     Attributes:
-        keys: how the pages of keys lie.
-        values: how those of values do.
-        options: of the attention.
-        tiles: tiles of query rows.
-        rows: of a tile, a multiple of 8.
-        splits: shares of a sequence, each a program of its own.
-        table_pages: pages of a row of the table, whole blocks of them.
-        shared: whether all tiles are of one sequence, the table's only row.
+        position: [q_rows] int32.
+        channel_sum: [q_rows] float32, the sum of the query's channels.
     """
 
-    keys: Layout
-    values: Layout
-    options: Options
-    tiles: int
-    rows: int
-    splits: int
-    table_pages: int
-    shared: bool
-
-    @property
-    def stages(self) -> int:
-        """Blocks that the buffers hold."""
-        block = SLOTS * (self.keys.stored_bytes + self.values.stored_bytes)
-        return max(2, min(6, BUFFERS // block))
-
-    @property
-    def chunk(self) -> int:
-        """Slots that one copy brings: a page, or a block's part of one."""
-        return min(self.keys.page_size, SLOTS)
-
-    @property
-    def chunks(self) -> range:
-        """Of a block."""
-        return range(SLOTS // self.chunk)
+    position: jax.Array
+    channel_sum: jax.Array
 
 
-@dataclass(frozen=True)
-class Side:
-    """The references of keys, or of values: the pool, its scales, and the buffers of both."""
+class SlotScales(NamedTuple):
+    """The factor of each slot's codes and what is added to them, [KV_TILE] float32 each; None for none."""
 
-    layout: Layout
-    pool: Any
-    scales: Any
-    buffer: Any
-    scale_buffer: Any
-
-    def place(self, place: int) -> Any:
-        """The columns of what is laid down that a place of a byte has."""
-        return pl.ds(place * self.layout.width, self.layout.width)
-
-    @property
-    def per_page(self) -> bool:
-        return self.scales is not None and not self.layout.per_slot
+    multiplier: jax.Array | None
+    offset: jax.Array | None
 
 
-def attend(plan: Plan, bounds, position, table, query, summed, keys, values, scales):
-    """Sums (splits, tiles, kv_heads, head_dim, rows), tops and totals (splits, tiles, kv_heads, rows).
+class State(NamedTuple):
+    """The online softmax over the tiles so far, and the pages of the tile to come.
 
-    All float32, and not yet divided: a sum is one of values times exp(score - top). Channels come place by
-    place.
-
-    Args:
-        bounds: (2 · tiles,) int32; of each tile the first and the last slot that any query sees; 0 and -1
-            where none does.
-        position: (tiles, rows) int32.
-        table: (sequences · table_pages,) int32.
-        query: (tiles, kv_heads, places, rows, width) bfloat16.
-        summed: (tiles, kv_heads, rows) float32, each row of the query summed up.
-        keys, values: (kv_heads, pages, page_size, width); codes, or floats.
-        scales: of keys and of values, as stored, (kv_heads, pages) or (kv_heads, pages, page_size); or None.
+    Attributes:
+        row_max: [q_rows] float32, the highest score.
+        row_sum: [KV_TILE, q_rows] float32, the weights, summed over tiles and not yet over a tile's slots.
+        offset_sum: [KV_TILE, q_rows] float32, the values' weighted offsets, likewise.
+        acc: [head_dim, q_rows] float32, the weighted values.
+        tile_pages: the pages of the next tile.
     """
-    heads, head_dim = keys.shape[0], plan.values.head_dim
-    rows = jax.ShapeDtypeStruct((plan.splits, plan.tiles, heads, plan.rows), jnp.float32)
-    sums = jax.ShapeDtypeStruct((plan.splits, plan.tiles, heads, head_dim, plan.rows), jnp.float32)
-    row = min(64, plan.keys.width, plan.values.width)
-    scratch = [
-        _tiled((plan.keys.places, plan.rows, plan.keys.width), jnp.bfloat16, row),
-        _tiled((plan.rows, SLOTS), jnp.bfloat16, row),
-        _tiled((SLOTS, head_dim), jnp.bfloat16, row),
-    ]
-    copies = 0
-    for layout, pool, scale in zip((plan.keys, plan.values), (keys, values), scales, strict=True):
-        scratch.append(_tiled((plan.stages, SLOTS, layout.width), pool.dtype))
-        copies += 1
-        if scale is not None and layout.per_slot:
-            scratch.append(plgpu.SMEM((plan.stages, SLOTS), scale.dtype))
-            copies += 1
-    arrivals = copies * len(plan.chunks)
-    scratch += [
-        plgpu.Barrier(num_arrivals=plan.keys.places),
-        plgpu.Barrier(num_arrivals=arrivals, num_barriers=plan.stages),
-    ]
+
+    row_max: jax.Array
+    row_sum: jax.Array
+    offset_sum: jax.Array
+    acc: jax.Array
+    tile_pages: TilePages
+
+
+def attend(
+    call: GPUCall,
+    visible_range: jax.Array,  # [2 * num_q_tiles] int32, first and last visible slot; 0 and -1 for none
+    position: jax.Array,  # [num_q_tiles, q_rows] int32
+    table: jax.Array,  # [sequences * table_pages] int32
+    query: jax.Array,  # [num_q_tiles, kv_heads, codes_per_byte, q_rows, slot_width] bfloat16
+    query_sum: jax.Array,  # [num_q_tiles, kv_heads, q_rows] float32, over the channels
+    keys: Pool,
+    values: Pool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return acc, row_max and row_sum of every split, all float32.
+
+    acc [splits, num_q_tiles, kv_heads, head_dim, q_rows] is the sum of values times exp(score - row_max); its
+    channels are in the order of [codes_per_byte, slot_width]. row_max and row_sum are
+    [splits, num_q_tiles, kv_heads, q_rows].
+    """
+    kv_heads = keys.pages.shape[0]
+    per_row = jax.ShapeDtypeStruct((call.splits, call.num_q_tiles, kv_heads, call.q_rows), jnp.float32)
+    acc_shape = call.splits, call.num_q_tiles, kv_heads, call.values.head_dim, call.q_rows
     return plgpu.kernel(
-        functools.partial(_kernel, plan, [scale is not None for scale in scales]),
-        out_type=(sums, rows, rows),
-        scratch_types=scratch,
-        grid=(plan.tiles, heads, plan.splits),
-        grid_names=("tile", "head", "split"),
-    )(bounds, position, table, query, summed, keys, values, *(scale for scale in scales if scale is not None))
+        functools.partial(_kernel, call),
+        out_type=(jax.ShapeDtypeStruct(acc_shape, jnp.float32), per_row, per_row),
+        scratch_types=[Scratch.specs(call, keys, values)],
+        grid=(call.num_q_tiles, kv_heads, call.splits),
+        grid_names=("q_tile", "head", "split"),
+    )(visible_range, position, table, query, query_sum, keys, values)
 
 
-def _tiled(shape: tuple[int, ...], dtype: Any, row: int | None = None) -> Any:
-    """Shared memory in rows of at most 128 bytes, each 8 of which are shifted against each other."""
-    size = jnp.dtype(dtype).itemsize
-    row = min(128 // size, shape[-1]) if row is None else row
-    transforms = plgpu.TilingTransform((8, row)), plgpu.SwizzleTransform(row * size)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+def _kernel(
+    call: GPUCall,
+    visible_range_ref: Ref,  # [2 * num_q_tiles]
+    position_ref: Ref,  # [num_q_tiles, q_rows]
+    table_ref: Ref,  # [sequences * table_pages]
+    query_ref: Ref,  # [num_q_tiles, kv_heads, codes_per_byte, q_rows, slot_width]
+    query_sum_ref: Ref,  # [num_q_tiles, kv_heads, q_rows]
+    k_pool: Pool,
+    v_pool: Pool,
+    acc_ref: Ref,  # [splits, num_q_tiles, kv_heads, head_dim, q_rows]
+    row_max_ref: Ref,  # [splits, num_q_tiles, kv_heads, q_rows]
+    row_sum_ref: Ref,  # [splits, num_q_tiles, kv_heads, q_rows]
+    scratch: Scratch,
+) -> None:
+    """Attend one query tile, for one KV head, to one split of its sequence."""
+    q_tile = lax.axis_index("q_tile")
+    head = lax.axis_index("head")
+    split = lax.axis_index("split")
+    for byte_index in range(call.keys.codes_per_byte):
+        source = query_ref.at[q_tile, head, byte_index]
+        plgpu.copy_gmem_to_smem(source, scratch.query.at[byte_index], scratch.query_copied)
+    first_visible = visible_range_ref[2 * q_tile]
+    last_visible = visible_range_ref[2 * q_tile + 1]
+    start, end = _tiles_of_split(call, first_visible, last_visible, split)
+    refs = Refs(
+        call=call,
+        sequence=jnp.int32(0) if call.one_sequence else q_tile,
+        head=head,
+        first_visible=first_visible,
+        last_visible=last_visible,
+        end=end,
+        table=table_ref,
+        keys=KVRefs(call.keys, k_pool, scratch.keys),
+        values=KVRefs(call.values, v_pool, scratch.values),
+        scratch=scratch,
+    )
+    for stage in range(call.stages):
+        start_copies(refs, start + stage, jnp.int32(stage))
+    plgpu.barrier_wait(scratch.query_copied)
+    position = _load(position_ref.at[q_tile], PER_QUERY)
+    queries = QueryRows(position, _load(query_sum_ref.at[q_tile, head], PER_QUERY))
+
+    def attend_kv_tile(kv_tile: jax.Array, state: State) -> State:
+        stage = lax.rem(kv_tile - start, jnp.int32(call.stages))
+        return _attend_kv_tile(refs, queries, kv_tile, stage, state)
+
+    state = lax.fori_loop(start, end, attend_kv_tile, _initial_state(refs, start))
+    _store(row_max_ref.at[split, q_tile, head], state.row_max)
+    _store(row_sum_ref.at[split, q_tile, head], state.row_sum.sum(axis=0))
+    acc = state.acc
+    if call.values.has_offset:
+        acc = acc + _repeat_rows(state.offset_sum.sum(axis=0), len(acc))
+    _store(acc_ref.at[split, q_tile, head], acc)
 
 
-def _kernel(plan: Plan, scaled: list[bool], *refs: Any) -> None:
-    given = iter(refs)
-    bounds, position, table, query, summed, *pools = (next(given) for _ in range(7))
-    scales = [next(given) if there else None for there in scaled]
-    sums, tops, totals, q, weights, laid = (next(given) for _ in range(6))
-    sides = []
-    for layout, pool, scale in zip((plan.keys, plan.values), pools, scales, strict=True):
-        per_slot = scale is not None and layout.per_slot
-        sides.append(Side(layout, pool, scale, next(given), next(given) if per_slot else None))
-    ready, filled = given
-    keys, values = sides
-    tile, head, split = (lax.axis_index(name) for name in ("tile", "head", "split"))
-    for place in range(plan.keys.places):
-        plgpu.copy_gmem_to_smem(query.at[tile, head, place], q.at[place], ready)
-    low, high = bounds[2 * tile], bounds[2 * tile + 1]
-    row = jnp.int32(0) if plan.shared else tile
-    first = lax.div(low, jnp.int32(SLOTS))
-    blocks = lax.div(high + jnp.int32(SLOTS), jnp.int32(SLOTS)) - first  # none where high is -1
-    share = lax.div(blocks + jnp.int32(plan.splits - 1), jnp.int32(plan.splits))
-    start = first + split * share
-    end = jnp.minimum(start + share, first + blocks)
-    copy = functools.partial(_copy, plan, head, sides, filled)
-
-    def found(block):
-        """The pages of a block, and the scales of these that are one for a page."""
-        pages = _pages(plan, table, row, jnp.maximum(jnp.minimum(block, end - 1), 0))
-        return pages, tuple(_of_pages(side, head, plan, pages) for side in sides)
-
-    for stage in range(plan.stages):
-
-        @pl.when(start + stage < end)
-        def _first(stage=stage):
-            copy(_pages(plan, table, row, start + stage), start + stage, jnp.int32(stage))
-
-    plgpu.barrier_wait(ready)
-    at = _load(position.at[tile], OF_QUERIES)
-    sum_q = _load(summed.at[tile, head], OF_QUERIES)
-
-    def step(block, state):
-        top, total, shift, acc, (pages, of_pages) = state
-        stage = lax.rem(block - start, jnp.int32(plan.stages))
-        following = found(block + 1)  # loaded while this block is computed with
-        plgpu.barrier_wait(filled.at[stage])
-
-        _lay_down(keys, stage, laid)
-        plgpu.commit_smem()
-
-        def dots(into):
-            for place in range(keys.layout.places):
-                plgpu.wgmma(into, laid.at[:, keys.place(place)], q.at[place].transpose((1, 0)))
-            return into[...]
-
-        scores = pl.run_scoped(dots, plgpu.ACC((SLOTS, plan.rows), jnp.float32))
-        k_factor, k_shift = _factors(keys, plan, stage, of_pages[0])
-        v_factor, v_shift = _factors(values, plan, stage, of_pages[1])
-        if k_factor is not None:
-            scores = scores * _along(k_factor, plan.rows)
-        if k_shift is not None:
-            scores = scores + _down(sum_q) * _along(k_shift, plan.rows)
-        scores = plan.options.scores(scores)
-        held = _held(plan, pages)
-        slot = block * SLOTS + plgpu.broadcasted_iota(jnp.int32, (SLOTS, plan.rows), 0, layout=MATRIX)
-        mine = plan.options.in_sight(_down(at), slot) & _along(held, plan.rows)
-        higher = jnp.maximum(top, jnp.where(mine, scores, FLOOR).max(axis=0))
-        fade = jnp.exp(top - higher)
-        weight = jnp.where(mine, jnp.exp(scores - _down(higher)), 0.0)
-        total = total * _down(fade) + weight
-        if v_shift is not None:
-            shift = shift * _down(fade) + jnp.where(mine, weight * _along(v_shift, plan.rows), 0.0)
-        if v_factor is not None:
-            weight = jnp.where(mine, weight * _along(v_factor, plan.rows), 0.0)
-        weights.transpose((1, 0))[...] = plgpu.layout_cast(weight.astype(jnp.bfloat16), TRANSPOSED)
-        slot = block * SLOTS + _iota()
-        kept = (slot >= low) & (slot <= high) & held
-
-        whole = (block * SLOTS >= low) & (block * SLOTS + SLOTS - 1 <= high)
-        for page in pages:
-            whole &= _there(plan, page)[0]
-        pl.when(whole)(lambda: _lay_down(values, stage, laid))
-        pl.when(~whole)(lambda: _lay_down(values, stage, laid, kept))
-        plgpu.commit_smem()
-
-        @pl.when(block + plan.stages < end)
-        def _next():
-            copy(_pages(plan, table, row, block + plan.stages), block + plan.stages, stage)
-
-        def weighed(into):
-            plgpu.wgmma(into, laid.transpose((1, 0)), weights.transpose((1, 0)))
-            return into[...]
-
-        more = pl.run_scoped(weighed, plgpu.ACC(acc.shape, jnp.float32))
-        return higher, total, shift, acc * _down(fade, len(acc)) + more, following
-
-    def zeros(rows):
-        return plgpu.layout_cast(jnp.zeros((rows, plan.rows), jnp.float32), MATRIX)
-
-    floor = plgpu.layout_cast(jnp.full((plan.rows,), FLOOR, jnp.float32), OF_QUERIES)
-    state = floor, zeros(SLOTS), zeros(SLOTS), zeros(plan.values.head_dim), found(start)
-    top, total, shift, acc, _ = lax.fori_loop(start, end, step, state)
-    _store(tops.at[split, tile, head], top)
-    _store(totals.at[split, tile, head], total.sum(axis=0))
-    if values.layout.shifted:
-        acc = acc + _down(shift.sum(axis=0), len(acc))
-    _store(sums.at[split, tile, head], acc)
+def _tiles_of_split(
+    call: GPUCall, first_visible: jax.Array, last_visible: jax.Array, split: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the first tile of a split, and one past the last."""
+    first = lax.div(first_visible, jnp.int32(KV_TILE))
+    # Nothing is visible if last_visible is -1, and the number of tiles is 0.
+    num_tiles = lax.div(last_visible + jnp.int32(KV_TILE), jnp.int32(KV_TILE)) - first
+    tiles_per_split = lax.div(num_tiles + jnp.int32(call.splits - 1), jnp.int32(call.splits))
+    start = first + split * tiles_per_split
+    return start, jnp.minimum(start + tiles_per_split, first + num_tiles)
 
 
-def _pages(plan: Plan, table, row, block) -> tuple[Any, ...]:
-    """The physical page of each chunk of a block."""
-    size = jnp.int32(plan.keys.page_size)
-    slots = [block * SLOTS + chunk * plan.chunk for chunk in plan.chunks]
-    return tuple(table[row * plan.table_pages + lax.div(slot, size)] for slot in slots)
+def _initial_state(refs: Refs, start: jax.Array) -> State:
+    call = refs.call
+
+    def zeros(rows: int) -> jax.Array:
+        return plgpu.layout_cast(jnp.zeros((rows, call.q_rows), jnp.float32), MATRIX)
+
+    return State(
+        row_max=plgpu.layout_cast(jnp.full((call.q_rows,), MASK_VALUE, jnp.float32), PER_QUERY),
+        row_sum=zeros(KV_TILE),
+        offset_sum=zeros(KV_TILE),
+        acc=zeros(call.values.head_dim),
+        tile_pages=load_tile_pages(refs, start),
+    )
 
 
-def _there(plan: Plan, page):
-    """Whether there is such a page, and the page; or page 0, which no query sees."""
-    there = (page >= 0) & (page < plan.options.num_pages)
-    return there, jnp.where(there, page, 0)
+def _attend_kv_tile(
+    refs: Refs, queries: QueryRows, kv_tile: jax.Array, stage: jax.Array, state: State
+) -> State:
+    """Add a tile of keys and values to the online softmax."""
+    call, scratch = refs.call, refs.scratch
+    m_prev, l_prev, offset_sum, acc, tile_pages = state
+    # The next tile's pages and scales are loaded while this tile is computed with.
+    next_pages = load_tile_pages(refs, kv_tile + 1)
+    plgpu.barrier_wait(scratch.tile_copied.at[stage])
+
+    _write_decoded(refs.keys, stage, scratch.decoded)
+    plgpu.commit_smem()
+    dots = _dot_keys(refs)
+    k_scales = _load_slot_scales(call, refs.keys, stage, tile_pages.k_scales)
+    v_scales = _load_slot_scales(call, refs.values, stage, tile_pages.v_scales)
+    scores = _scores(call, queries, dots, k_scales)
+
+    slot_has_page = _slot_has_page(call, tile_pages.pages)
+    slot = kv_tile * KV_TILE + plgpu.broadcasted_iota(jnp.int32, (KV_TILE, call.q_rows), 0, layout=MATRIX)
+    mask = call.options.position_mask(_repeat_rows(queries.position), slot)
+    mask = mask & _repeat_columns(slot_has_page, call.q_rows)
+    m_next = jnp.maximum(m_prev, jnp.where(mask, scores, MASK_VALUE).max(axis=0))
+    alpha = jnp.exp(m_prev - m_next)
+    weights = jnp.where(mask, jnp.exp(scores - _repeat_rows(m_next)), 0.0)
+    l_next = l_prev * _repeat_rows(alpha) + weights
+    # Scales of masked slots may be NaN.
+    if v_scales.offset is not None:
+        offset_sum = offset_sum * _repeat_rows(alpha)
+        offset_sum += jnp.where(mask, weights * _repeat_columns(v_scales.offset, call.q_rows), 0.0)
+    if v_scales.multiplier is not None:
+        weights = jnp.where(mask, weights * _repeat_columns(v_scales.multiplier, call.q_rows), 0.0)
+    weights = plgpu.layout_cast(weights.astype(jnp.bfloat16), TRANSPOSED)
+    scratch.weights.transpose((1, 0))[...] = weights
+    _write_decoded_values(refs, kv_tile, stage, tile_pages.pages, slot_has_page)
+    plgpu.commit_smem()
+
+    start_copies(refs, kv_tile + call.stages, stage)
+    weighted = _dot_values(refs)
+    acc = acc * _repeat_rows(alpha, len(acc)) + weighted
+    return State(m_next, l_next, offset_sum, acc, next_pages)
 
 
-def _of_pages(side: Side, head, plan: Plan, pages) -> tuple[Any, ...]:
-    """The stored scales of pages, if a page has its own."""
-    if not side.per_page:
-        return ()
-    scales = (side.scales[head, _there(plan, page)[1]] for page in pages)
-    return tuple(scale.astype(_wide(scale.dtype)) for scale in scales)
+def _dot_keys(refs: Refs) -> jax.Array:
+    """Return the dot products of the decoded keys and the query, [KV_TILE, q_rows] float32."""
+    scratch, keys = refs.scratch, refs.keys
+
+    def multiply(acc_ref: Ref) -> jax.Array:
+        for byte_index in range(keys.layout.codes_per_byte):
+            k = scratch.decoded.at[:, keys.decoded_columns(byte_index)]
+            plgpu.wgmma(acc_ref, k, scratch.query.at[byte_index].transpose((1, 0)))
+        return acc_ref[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((KV_TILE, refs.call.q_rows), jnp.float32))
 
 
-def _copy(plan: Plan, head, sides: list[Side], filled, pages, block, stage) -> None:
-    """Start the copies of a block, all from one warp, so that the others need not wait for each."""
+def _dot_values(refs: Refs) -> jax.Array:
+    """Return the dot products of the decoded values and the weights, [head_dim, q_rows] float32."""
+    scratch = refs.scratch
 
-    def start(page, chunk):
-        at, within = _there(plan, page)[1], lax.rem(block * SLOTS + chunk * plan.chunk, plan.keys.page_size)
-        part, to = pl.ds(within, plan.chunk), pl.ds(chunk * plan.chunk, plan.chunk)
-        for side in sides:
-            plgpu.copy_gmem_to_smem(side.pool.at[head, at, part], side.buffer.at[stage, to], filled.at[stage])
-            if side.scale_buffer is not None:
-                scales = side.scale_buffer.at[stage, to]
-                plgpu.copy_gmem_to_smem(side.scales.at[head, at, part], scales, filled.at[stage])
+    def multiply(acc_ref: Ref) -> jax.Array:
+        plgpu.wgmma(acc_ref, scratch.decoded.transpose((1, 0)), scratch.weights.transpose((1, 0)))
+        return acc_ref[...]
 
-    @plgpu.warp_map
-    def _start(warp):
-        @pl.when(warp == 0)
-        def _all():
-            for chunk, page in enumerate(pages):
-                start(page, chunk)
+    return pl.run_scoped(multiply, plgpu.ACC((refs.call.values.head_dim, refs.call.q_rows), jnp.float32))
 
 
-def _lay_down(side: Side, stage, laid, kept=None) -> None:
-    """Lay down a block as bfloat16, in units of its scales, with zeros in the slots that are not ``kept``."""
-    stored = side.buffer[stage]
-    for place in range(side.layout.places):
-        values = _values(side.layout, stored, place).astype(jnp.bfloat16)
-        if kept is not None:
-            values = jnp.where(_along(kept, side.layout.width), values, jnp.zeros((), values.dtype))
-        laid[:, side.place(place)] = values
+def _scores(
+    call: GPUCall,
+    queries: QueryRows,
+    dots: jax.Array,  # [KV_TILE, q_rows]
+    scales: SlotScales,
+) -> jax.Array:
+    """Return the scores of dot products with keys in units of their scales, [KV_TILE, q_rows]."""
+    if scales.multiplier is not None:
+        dots = dots * _repeat_columns(scales.multiplier, call.q_rows)
+    if scales.offset is not None:
+        # q . (k + offset) = q . k + sum(q) * offset
+        dots = dots + _repeat_rows(queries.channel_sum) * _repeat_columns(scales.offset, call.q_rows)
+    return call.options.scale_and_cap(dots)
 
 
-def _values(layout: Layout, stored, place: int):
+def _write_decoded_values(
+    refs: Refs,
+    kv_tile: jax.Array,
+    stage: jax.Array,
+    pages: tuple[jax.Array, ...],
+    slot_has_page: jax.Array,  # [KV_TILE]
+) -> None:
+    """Decode a tile's values, with zeros in slots that no query sees. They may be NaN, as is zero times NaN."""
+    first_slot = kv_tile * KV_TILE
+    slot = first_slot + _slot_iota()
+    slot_visible = (slot >= refs.first_visible) & (slot <= refs.last_visible) & slot_has_page
+
+    fully_visible = (first_slot >= refs.first_visible) & (first_slot + KV_TILE - 1 <= refs.last_visible)
+    for page in pages:
+        fully_visible &= is_page(refs.call, page)
+
+    # Most tiles need no mask.
+    @pl.when(fully_visible)
+    def write_all() -> None:
+        _write_decoded(refs.values, stage, refs.scratch.decoded)
+
+    @pl.when(~fully_visible)
+    def write_visible() -> None:
+        _write_decoded(refs.values, stage, refs.scratch.decoded, slot_visible)
+
+
+def _write_decoded(
+    side: KVRefs,
+    stage: jax.Array,
+    decoded_ref: Ref,  # [KV_TILE, head_dim]
+    slot_mask: jax.Array | None = None,  # [KV_TILE]
+) -> None:
+    """Decode a tile to bfloat16, in units of its scales, with zeros in masked slots."""
+    stored = side.stages.pages[stage]
+    for byte_index in range(side.layout.codes_per_byte):
+        values = _decode_codes(side.layout, stored, byte_index).astype(jnp.bfloat16)
+        if slot_mask is not None:
+            mask = _repeat_columns(slot_mask, side.layout.slot_width)
+            values = jnp.where(mask, values, jnp.zeros((), values.dtype))
+        decoded_ref[:, side.decoded_columns(byte_index)] = values
+
+
+def _decode_codes(layout: Layout, stored: jax.Array, byte_index: int) -> jax.Array:
     if layout.quantizer is None:
         return stored
-    codes = layout.codes(stored, place)
-    return layout.quantizer.decode(codes, _decoding_dtype(layout.quantizer, codes))
+    codes = layout.codes(stored, byte_index)
+    return layout.quantizer.decode(codes, _decode_dtype(layout.quantizer, codes))
 
 
-def _decoding_dtype(quantizer: Any, codes) -> Any:
-    """bfloat16, in which values are exact; float32 if they come from fp8, which converts to nothing else."""
-    code = jax.ShapeDtypeStruct(codes.shape, codes.dtype)
-    eqns = jax.make_jaxpr(lambda codes: quantizer.decode(codes, jnp.bfloat16))(code).eqns
-    dtypes = [out.aval.dtype for eqn in eqns for out in eqn.outvars]
-    narrow = any(jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize == 1 for dtype in dtypes)
-    return jnp.float32 if narrow else jnp.bfloat16
+def _decode_dtype(quantizer: Any, codes: jax.Array) -> DTypeLike:
+    """Return bfloat16, in which decoded values are exact, or float32, the only dtype that fp8 converts to."""
+    code_type = jax.ShapeDtypeStruct(codes.shape, codes.dtype)
+    jaxpr = jax.make_jaxpr(lambda codes: quantizer.decode(codes, jnp.bfloat16))(code_type)
+    for eqn in jaxpr.eqns:
+        for out in eqn.outvars:
+            if jnp.issubdtype(out.aval.dtype, jnp.floating) and out.aval.dtype.itemsize == 1:
+                return jnp.float32
+    return jnp.bfloat16
 
 
-def _factors(side: Side, plan: Plan, stage, of_pages) -> tuple[Any, Any]:
-    """The factors of a block's slots and what is added to them, (slots,) float32 each, or None."""
-    if side.scales is None:
-        return None, None
-    if side.per_page:
-        scales = _spread(plan, of_pages).astype(side.scales.dtype)
+def _load_slot_scales(
+    call: GPUCall, side: KVRefs, stage: jax.Array, page_scales: tuple[jax.Array, ...]
+) -> SlotScales:
+    """Return the multiplier and the offset of each slot of a tile."""
+    if side.pool.scales is None:
+        return SlotScales(None, None)
+    if side.has_page_scales:
+        scales = _repeat_for_slots(call, page_scales).astype(side.pool.scales.dtype)
     else:
-        scales = _load(side.scale_buffer.at[stage], OF_SLOTS)
+        scales = _load(side.stages.scales.at[stage], PER_SLOT)
     quantizer = side.layout.quantizer
-    return quantizer.multiplier(scales), quantizer.shift(scales) if side.layout.shifted else None
+    multiplier = quantizer.multiplier(scales)
+    offset = quantizer.shift(scales) if side.layout.has_offset else None
+    return SlotScales(multiplier, offset)
 
 
-def _wide(dtype: Any) -> Any:
-    """Integers of 32 bits, which alone the kernel calculates with."""
-    return jnp.int32 if jnp.issubdtype(dtype, jnp.integer) else dtype
+def _slot_has_page(call: GPUCall, pages: tuple[jax.Array, ...]) -> jax.Array:
+    """Return [KV_TILE], True where the slot's entry of the page table is a page."""
+    is_page = tuple(is_page(call, page).astype(jnp.int32) for page in pages)
+    return _repeat_for_slots(call, is_page) > 0
 
 
-def _held(plan: Plan, pages):
-    """(slots,): whether the slot's page is there."""
-    return _spread(plan, [_there(plan, page)[0].astype(jnp.int32) for page in pages]) > 0
+def _repeat_for_slots(call: GPUCall, per_copy: tuple[jax.Array, ...]) -> jax.Array:
+    """Return [KV_TILE], each slot with the entry of the copy that brings it."""
+    slot = _slot_iota()
+    per_slot = jnp.zeros((), per_copy[0].dtype)
+    # Selects, because the entries are scalars in registers, which cannot be indexed.
+    for copy_index in reversed(range(call.copies_per_tile)):
+        per_slot = jnp.where(slot < (copy_index + 1) * call.copy_slots, per_copy[copy_index], per_slot)
+    return per_slot
 
 
-def _spread(plan: Plan, of_chunks):
-    """(slots,), each with the value of its chunk."""
-    slot, spread = _iota(), jnp.zeros((), of_chunks[0].dtype)
-    for chunk in reversed(plan.chunks):
-        spread = jnp.where(slot < (chunk + 1) * plan.chunk, of_chunks[chunk], spread)
-    return spread
+def _load(ref: Ref, layout: RegisterLayout) -> jax.Array:
+    # JAX 0.10 asks for an index, too, but this backend does not run on it.
+    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
 
 
-def _load(ref, layout):
-    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]  # JAX 0.10 has an index, too
-
-
-def _store(ref, value) -> None:
-    if hasattr(plgpu, "store"):  # since JAX 0.12, where an assignment takes whole lines of 128 bytes alone
+def _store(ref: Ref, value: jax.Array) -> None:
+    if hasattr(plgpu, "store"):  # since JAX 0.12, where an assignment takes only whole lines of 128 bytes
         plgpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
 
 
-def _iota():
-    return plgpu.broadcasted_iota(jnp.int32, (SLOTS,), 0, layout=OF_SLOTS)
+def _slot_iota() -> jax.Array:
+    """Return [KV_TILE], the slots of a tile in order."""
+    return plgpu.broadcasted_iota(jnp.int32, (KV_TILE,), 0, layout=PER_SLOT)
 
 
-def _along(slots, width: int):
-    """(slots,) as (slots, width)."""
-    return lax.broadcast_in_dim(slots, (SLOTS, width), (0,))
+def _repeat_columns(per_slot: jax.Array, columns: int) -> jax.Array:
+    """Return [KV_TILE] as [KV_TILE, columns]."""
+    return lax.broadcast_in_dim(per_slot, (KV_TILE, columns), (0,))
 
 
-def _down(queries, rows: int = SLOTS):
-    """(queries,) as (rows, queries)."""
-    return lax.broadcast_in_dim(queries, (rows, queries.shape[0]), (1,))
+def _repeat_rows(per_query: jax.Array, rows: int = KV_TILE) -> jax.Array:
+    """Return [q_rows] as [rows, q_rows]."""
+    return lax.broadcast_in_dim(per_query, (rows, per_query.shape[0]), (1,))

@@ -1,4 +1,7 @@
-"""What the kernels have in common: how the pages of a pool are stored, and what of a sequence is seen."""
+"""How a pool's pages are stored, and what else the two kernels share.
+
+These functions are the only ones of the kernels that take a pool apart.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,98 +10,148 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from qpaged.arrays import QuantizedArray, refused
+from qpaged.attention._options import PagePool
 
-BITS = 32  # in which codes that share a byte are taken apart
+BYTE_BITS = 8
+WORD_BITS = 32  # kernels calculate with 32-bit integers only
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The static description of a pool (kv_heads, pages, page_size, head_dim).
+    """The static description of a pool [kv_heads, pages, page_size, head_dim].
 
     Attributes:
-        quantizer: None where the pool is plain.
+        quantizer: the pool's format; None for a plain pool.
         dtype: the logical dtype.
         page_size: slots of a page.
         head_dim: channels of a slot.
-        places: codes in a byte; channel c is at place c mod places.
-        per_slot: whether scales are the slot's own.
-        groups: scales along the channels; 0 where there are none.
-        shifted: whether scales carry offsets.
-        stored_bytes: bytes of a slot.
+        slot_bytes: bytes of a slot's stored elements.
+        codes_per_byte: codes in a stored element; channel c is code number c mod codes_per_byte of its byte.
+        scale_groups: scales along the channels; 0 if the format has no scales.
+        scales_per_slot: True if every slot has scales of its own, False if the slots of a page share them.
+        has_offset: True if a scale also carries an offset that is added to its block.
     """
 
     quantizer: Any
-    dtype: Any
+    dtype: DTypeLike
     page_size: int
     head_dim: int
-    places: int = 1
-    per_slot: bool = False
-    groups: int = 0
-    shifted: bool = False
-    stored_bytes: int = 0
+    slot_bytes: int
+    codes_per_byte: int = 1
+    scale_groups: int = 0
+    scales_per_slot: bool = False
+    has_offset: bool = False
 
     @classmethod
-    def of(cls, pool: Any) -> Self:
-        made = {"dtype": pool.dtype, "page_size": pool.shape[2], "head_dim": pool.shape[3]}
+    def of(cls, pool: PagePool) -> Self:
+        """Return the layout of a plain or quantized pool."""
+        _, _, page_size, head_dim = pool.shape
         if not isinstance(pool, QuantizedArray):
-            return cls(None, **made, stored_bytes=pool.shape[3] * pool.dtype.itemsize)
-        stored_bytes = pool.shape[3] // pool.packing * pool.folded.dtype.itemsize
-        made |= {"places": pool.packing, "stored_bytes": stored_bytes}
-        scales, quantizer = pool.scales, pool.quantizer
-        if scales is not None:
-            shifted = jax.eval_shape(quantizer.shift, scales) is not None
-            made |= {"per_slot": scales.shape[2] > 1, "groups": scales.shape[3], "shifted": shifted}
-        return cls(quantizer, **made)
+            return cls(None, pool.dtype, page_size, head_dim, head_dim * pool.dtype.itemsize)
+        scale_groups, scales_per_slot, has_offset = 0, False, False
+        if pool.scales is not None:
+            scale_groups = pool.scales.shape[3]
+            scales_per_slot = pool.scales.shape[2] > 1
+            has_offset = jax.eval_shape(pool.quantizer.shift, pool.scales) is not None
+        return cls(
+            quantizer=pool.quantizer,
+            dtype=pool.dtype,
+            page_size=page_size,
+            head_dim=head_dim,
+            slot_bytes=head_dim // pool.packing * pool.folded.dtype.itemsize,
+            codes_per_byte=pool.packing,
+            scale_groups=scale_groups,
+            scales_per_slot=scales_per_slot,
+            has_offset=has_offset,
+        )
 
     @property
-    def width(self) -> int:
+    def slot_width(self) -> int:
         """Stored elements of a slot."""
-        return self.head_dim // self.places
+        return self.head_dim // self.codes_per_byte
 
-    def codes(self, stored: jax.Array, place: int) -> jax.Array:
-        """The codes at a place of each stored element; within a kernel."""
-        if self.places == 1:
+    def codes(self, stored: jax.Array, byte_index: int) -> jax.Array:
+        """Return code number ``byte_index`` of each stored element; within a kernel."""
+        if self.codes_per_byte == 1:
             return stored
-        bits, dtype = BITS // (4 * self.places), self.quantizer.code_dtype(self.dtype)
-        signed = jnp.issubdtype(dtype, jnp.signedinteger)
-        high = lax.shift_left(stored.astype(jnp.int32), jnp.int32(BITS - bits * (place + 1)))
-        down = lax.shift_right_arithmetic if signed else lax.shift_right_logical
-        return down(high, jnp.int32(BITS - bits)).astype(dtype)
+        code_dtype = self.quantizer.code_dtype(self.dtype)
+        return extract_codes(stored, BYTE_BITS // self.codes_per_byte, byte_index, code_dtype)
 
 
-def pool_refusal(pool: QuantizedArray, decoded: Any) -> str | None:
-    """Why no kernel takes the format of a pool, decoded to that dtype; None if one may."""
+def stored_codes(pool: PagePool) -> jax.Array:
+    """Return a pool's codes [kv_heads, pages, page_size, slot_width], or the pages of a plain pool."""
+    if isinstance(pool, QuantizedArray):
+        return pool.codes
+    return pool
+
+
+def stored_rows(pool: PagePool) -> jax.Array:
+    """Return :func:`stored_codes` as they lie in memory, where several short slots may share a row."""
+    if isinstance(pool, QuantizedArray):
+        return pool.folded
+    return pool
+
+
+def stored_scales(pool: PagePool) -> jax.Array | None:
+    """Return the scales of a pool, [kv_heads, pages, page_size or 1, scale_groups]; None if it has none."""
+    if isinstance(pool, QuantizedArray):
+        return pool.scales
+    return None
+
+
+def extract_codes(stored: jax.Array, bits: int, byte_index: int, code_dtype: DTypeLike) -> jax.Array:
+    """Return code number ``byte_index`` of each stored byte (0 is in the lowest bits), with its sign."""
+    signed = jnp.issubdtype(code_dtype, jnp.signedinteger)
+    shift_right = lax.shift_right_arithmetic if signed else lax.shift_right_logical
+    # The code moves to the top of the word and back down, which extends its sign or clears the bits above.
+    top = lax.shift_left(stored.astype(jnp.int32), jnp.int32(WORD_BITS - bits * (byte_index + 1)))
+    return shift_right(top, jnp.int32(WORD_BITS - bits)).astype(code_dtype)
+
+
+def pool_refusal(pool: PagePool, decode_dtype: DTypeLike) -> str | None:
+    """Return why no kernel takes the format of a pool whose codes decode to ``decode_dtype``, or None."""
+    if not isinstance(pool, QuantizedArray):
+        return None
     quantizer, layout = pool.quantizer, Layout.of(pool)
     if pool.outer is not None or pool.offsets is not None:
         return f"{quantizer} has scales of two levels"
     if not quantizer.tiled:
         return f"{quantizer} is declared not to be made of tile functions"
-    parts: list[tuple[str, Callable[[Any], Any], Any]] = [
-        ("decode", lambda codes: quantizer.decode(codes, decoded), quantizer.code_dtype(pool.dtype))
-    ]
-    if layout.groups:
-        parts.append(("multiplier", quantizer.multiplier, pool.scales.dtype))
-    if layout.shifted:
-        parts.append(("shift", quantizer.shift, pool.scales.dtype))
-    for method, function, dtype in parts:
-        reason = refused(function, dtype)
+
+    def decode(codes: jax.Array) -> jax.Array:
+        return quantizer.decode(codes, decode_dtype)
+
+    methods: dict[str, tuple[Callable[[Any], Any], DTypeLike]] = {}
+    methods["decode"] = decode, quantizer.code_dtype(pool.dtype)
+    if layout.scale_groups:
+        methods["multiplier"] = quantizer.multiplier, pool.scales.dtype
+    if layout.has_offset:
+        methods["shift"] = quantizer.shift, pool.scales.dtype
+    for name, (method, argument_dtype) in methods.items():
+        reason = refused(method, argument_dtype)
         if reason is not None:
-            return f"{method} of {quantizer} {reason}"
+            return f"{name} of {quantizer} {reason}"
     return None
 
 
-def padded(array: jax.Array, multiple: int, fill: int, axis: int = 0) -> jax.Array:
-    """``array`` with ``fill`` appended along ``axis`` up to a multiple."""
+def pad_to_multiple(array: jax.Array, multiple: int, fill: int, axis: int = 0) -> jax.Array:
+    """Return ``array`` with ``fill`` appended along ``axis`` up to a multiple."""
     missing = -array.shape[axis] % multiple
+    if not missing:
+        return array
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, missing)
-    return jnp.pad(array, widths, constant_values=fill) if missing else array
+    return jnp.pad(array, widths, constant_values=fill)
 
 
-def bounds(position: jax.Array, window: int | None) -> jax.Array:
-    """(tiles, 2): the first and the last slot that any query of a tile sees; 0 and -1 where none does."""
+def visible_range(
+    position: jax.Array,  # [q_tiles, queries]
+    window: int | None,
+) -> jax.Array:
+    """Return the first and the last slot that any query of a tile sees, [q_tiles, 2]; 0 and -1 for none."""
     last = position.max(axis=1)
     if window is None:
         first = jnp.zeros_like(last)

@@ -1,57 +1,77 @@
-"""What one attention call asks for, and what its backends share."""
+"""The call that a backend gets: the options, the query tokens, and the masks that follow from both."""
 
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-FLOOR = -0.7 * float(jnp.finfo(jnp.float32).max)  # a score below all others, whose differences are finite
+from qpaged.arrays import QuantizedArray
+
+# The score of a masked slot: below every real score, but finite, so that differences of scores are no NaN.
+MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+PagePool = jax.Array | QuantizedArray
+"""The keys or the values of one layer, [kv_heads, pages, page_size, head_dim]."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """The keyword arguments of :func:`paged_attention`, checked."""
+    """The keyword arguments of :func:`paged_attention`, checked, and the number of pages in a pool."""
 
     softmax_scale: float
     sliding_window: int | None
     logits_soft_cap: float | None
     num_pages: int
 
-    def scores(self, dots: jax.Array) -> jax.Array:
-        """Scores from dot products of queries and keys, float32."""
+    def scale_and_cap(self, dots: jax.Array) -> jax.Array:
+        """Return the scores of float32 dot products of queries and keys."""
         scores = dots * self.softmax_scale
         if self.logits_soft_cap is None:
             return scores
         return self.logits_soft_cap * jnp.tanh(scores / self.logits_soft_cap)
 
-    def attends(self, position: jax.Array, table: jax.Array, slot: jax.Array, page_size: int) -> jax.Array:
-        """(queries, slots): whether the query at ``position`` sees the logical ``slot``.
+    def attention_mask(
+        self,
+        position: jax.Array,  # [queries]
+        table: jax.Array,  # [pages]
+        slot: jax.Array,  # [slots], counted from the sequence's first
+        page_size: int,
+    ) -> jax.Array:
+        """Return [queries, slots], True where a query sees a slot.
 
-        Slots 0 to its own position, that one included, the last ``sliding_window`` of them, on pages
-        that the ``table`` (pages,) holds. A negative position sees nothing.
+        A query sees the last ``sliding_window`` slots up to its own position, that one included, as far as
+        the page table has pages for them. A query at a negative position sees nothing.
         """
         page = table[slot // page_size]
-        return self.in_sight(position[:, None], slot) & (page >= 0) & (page < self.num_pages)
+        return self.position_mask(position[:, None], slot) & (page >= 0) & (page < self.num_pages)
 
-    def in_sight(self, position: jax.Array, slot: jax.Array) -> jax.Array:
-        """Whether a query at ``position`` sees the logical ``slot`` (broadcast), if a page holds it."""
-        seen = slot <= position
-        return seen if self.sliding_window is None else seen & (slot > position - self.sliding_window)
+    def position_mask(self, position: jax.Array, slot: jax.Array) -> jax.Array:
+        """Return True where a query at ``position`` sees ``slot``, if the slot's page exists; broadcasts."""
+        causal = slot <= position
+        if self.sliding_window is None:
+            return causal
+        return causal & (slot > position - self.sliding_window)
 
-    def held(self, table: jax.Array, seen: jax.Array) -> jax.Array:
-        """The pages (pages,) of which any slot is ``seen`` (queries, slots), "no page" for the others."""
-        slots = jnp.where(seen.any(axis=0).reshape(len(table), -1), table[:, None], self.num_pages)
-        return slots.min(axis=1)  # of what XLA on CPU sums up it keeps the result; a choice it makes anew
+    def visible_pages(
+        self,
+        table: jax.Array,  # [pages]
+        mask: jax.Array,  # [queries, slots], from attention_mask
+    ) -> jax.Array:
+        """Return the page table with "no page" for the pages that no query sees."""
+        slot_visible = mask.any(axis=0).reshape(len(table), -1)
+        # A reduction, because XLA on CPU stores its result. A select alone would be fused into the gather of
+        # the pages, and computed again for every element.
+        return jnp.where(slot_visible, table[:, None], self.num_pages).min(axis=1)
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Queries of one kind: a prefill of one sequence, or one row for each of many.
+class QueryTokens:
+    """Queries of one kind: the tokens of one sequence's prefill, or one decode row per sequence.
 
     Attributes:
-        query: (n, q_heads, head_dim).
-        position: (n,) int32; negative where the query is to give zeros.
-        table: (pages,) int32 for a prefill, (n, pages) for a decode.
+        query: [tokens, q_heads, head_dim].
+        position: [tokens] int32; negative for padding and inactive rows, whose output is zeros.
+        table: the page table, [pages] int32 for a prefill and [tokens, pages] for decode rows.
     """
 
     query: jax.Array
@@ -60,20 +80,23 @@ class Tokens:
 
     @property
     def is_prefill(self) -> bool:
+        """True if all tokens are of one sequence."""
         return self.table.ndim == 1
 
 
-jax.tree_util.register_dataclass(Tokens, data_fields=["query", "position", "table"], meta_fields=[])
+jax.tree_util.register_dataclass(QueryTokens, data_fields=["query", "position", "table"], meta_fields=[])
 
 
-def grouped(query: jax.Array, kv_heads: int) -> jax.Array:
-    """(n, q_heads, head_dim) as (kv_heads, n * group, head_dim): grouped queries share their head's keys."""
-    n, q_heads, head_dim = query.shape
-    group = q_heads // kv_heads
-    return query.reshape(n, kv_heads, group, head_dim).swapaxes(0, 1).reshape(kv_heads, n * group, head_dim)
+def group_query_heads(query: jax.Array, kv_heads: int) -> jax.Array:
+    """Return a query [tokens, q_heads, head_dim] as [kv_heads, tokens * q_heads_per_kv, head_dim]."""
+    tokens, q_heads, head_dim = query.shape
+    q_heads_per_kv = q_heads // kv_heads
+    query = query.reshape(tokens, kv_heads, q_heads_per_kv, head_dim).swapaxes(0, 1)
+    return query.reshape(kv_heads, tokens * q_heads_per_kv, head_dim)
 
 
-def ungrouped(out: jax.Array, n: int) -> jax.Array:
-    """(kv_heads, n * group, head_dim) as (n, q_heads, head_dim): the inverse of :func:`grouped`."""
-    kv_heads, rows, head_dim = out.shape
-    return out.reshape(kv_heads, n, rows // n, head_dim).swapaxes(0, 1).reshape(n, -1, head_dim)
+def ungroup_query_heads(out: jax.Array, tokens: int) -> jax.Array:
+    """Undo :func:`group_query_heads`: return [tokens, q_heads, head_dim]."""
+    kv_heads, q_rows, head_dim = out.shape
+    out = out.reshape(kv_heads, tokens, q_rows // tokens, head_dim).swapaxes(0, 1)
+    return out.reshape(tokens, -1, head_dim)

@@ -1,54 +1,81 @@
-"""The reference: every page of the table, dequantized, and a softmax; it defines the meaning."""
-
-from typing import Any
+"""The ``reference`` backend: dequantize every page of the table, then softmax. It defines the result."""
 
 import jax
 import jax.numpy as jnp
 
 from qpaged.arrays import QuantizedArray, as_slots, keep_slots, take_pages
-from qpaged.attention._options import Options, Tokens, grouped, ungrouped
+from qpaged.attention._options import (
+    Options,
+    PagePool,
+    QueryTokens,
+    group_query_heads,
+    ungroup_query_heads,
+)
 
 
-def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options) -> jax.Array:
-    """Attention of each token over its sequence's pages, (n, q_heads, head_dim) float32."""
+def attend(
+    tokens: QueryTokens, keys: PagePool, values: PagePool, sinks: jax.Array | None, options: Options
+) -> jax.Array:
+    """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
     if tokens.is_prefill:
-        return _sequence(tokens.query, tokens.position, tokens.table, keys, values, sinks, options)
+        return _attend_sequence(tokens.query, tokens.position, tokens.table, keys, values, sinks, options)
 
-    def row(query, position, table):
-        return _sequence(query[None], position[None], table, keys, values, sinks, options)[0]
+    def attend_row(query: jax.Array, position: jax.Array, table: jax.Array) -> jax.Array:
+        return _attend_sequence(query[None], position[None], table, keys, values, sinks, options)[0]
 
-    return jax.vmap(row)(tokens.query, tokens.position, tokens.table)
+    return jax.vmap(attend_row)(tokens.query, tokens.position, tokens.table)
 
 
-def _sequence(query, position, table, keys, values, sinks, options: Options) -> jax.Array:
+def _attend_sequence(
+    query: jax.Array,  # [tokens, q_heads, head_dim]
+    position: jax.Array,  # [tokens]
+    table: jax.Array,  # [pages]
+    keys: PagePool,  # [kv_heads, num_pages, page_size, head_dim]
+    values: PagePool,
+    sinks: jax.Array | None,  # [q_heads]
+    options: Options,
+) -> jax.Array:
     kv_heads, _, page_size, _ = keys.shape
-    group = query.shape[1] // kv_heads
+    tokens = len(query)
+    q_heads_per_kv = query.shape[1] // kv_heads
     slot = jnp.arange(len(table) * page_size, dtype=jnp.int32)
-    seen = options.attends(position, table, slot, page_size)
+    mask = options.attention_mask(position, table, slot, page_size)  # [tokens, slots]
 
-    table = options.held(table, seen)
-    k = _float32(as_slots(take_pages(keys, table)))
-    v = _float32(keep_slots(as_slots(take_pages(values, table)), seen.any(axis=0)))
-    q = grouped(query, kv_heads).astype(jnp.float32)  # (kv_heads, n * group, head_dim)
-    scores = options.scores(jnp.einsum("hqd,hsd->hqs", q, k, precision="highest"))
-    weights = _softmax(scores, jnp.repeat(seen, group, axis=0), sinks, len(query))
-    return ungrouped(jnp.einsum("hqs,hsd->hqd", weights, v, precision="highest"), len(query))
+    table = options.visible_pages(table, mask)
+    k = _dequantize(as_slots(take_pages(keys, table)))  # [kv_heads, slots, head_dim]
+    v = _dequantize(keep_slots(as_slots(take_pages(values, table)), mask.any(axis=0)))
+    q = group_query_heads(query, kv_heads).astype(jnp.float32)  # [kv_heads, q_rows, head_dim]
+    scores = options.scale_and_cap(jnp.einsum("hqd,hsd->hqs", q, k, precision="highest"))
+    mask = jnp.repeat(mask, q_heads_per_kv, axis=0)  # [q_rows, slots]
+    weights = _softmax(scores, mask, _sink_of_each_row(sinks, kv_heads, tokens, q_heads_per_kv))
+    return ungroup_query_heads(jnp.einsum("hqs,hsd->hqd", weights, v, precision="highest"), tokens)
 
 
-def _softmax(scores: jax.Array, seen: jax.Array, sinks: jax.Array | None, n: int) -> jax.Array:
-    """Softmax over what is seen and the sink, which takes weight and gives nothing; zeros where neither."""
-    scores = jnp.where(seen, scores, -jnp.inf)
-    sink = (
-        jnp.full(scores.shape[:2], -jnp.inf, jnp.float32)
-        if sinks is None
-        else jnp.tile(sinks.reshape(len(scores), -1), n)
-    )
-    top = jnp.maximum(scores.max(axis=-1, initial=-jnp.inf), sink)[..., None]
-    top = jnp.where(jnp.isfinite(top), top, 0)
-    weights = jnp.exp(scores - top)
-    total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sink[..., None] - top)
+def _sink_of_each_row(sinks: jax.Array | None, kv_heads: int, tokens: int, q_heads_per_kv: int) -> jax.Array:
+    """Return the sink of every query row, [kv_heads, q_rows]; -inf where there are no sinks."""
+    if sinks is None:
+        return jnp.full((kv_heads, tokens * q_heads_per_kv), -jnp.inf, jnp.float32)
+    return jnp.tile(sinks.reshape(kv_heads, q_heads_per_kv), tokens)
+
+
+def _softmax(
+    scores: jax.Array,  # [kv_heads, q_rows, slots]
+    mask: jax.Array,  # [q_rows, slots]
+    sink: jax.Array,  # [kv_heads, q_rows]
+) -> jax.Array:
+    """Return the softmax weights of the slots. A sink takes a share of the weight and adds no value.
+
+    The weights of a row that sees nothing are zeros.
+    """
+    scores = jnp.where(mask, scores, -jnp.inf)
+    highest = jnp.maximum(scores.max(axis=-1, initial=-jnp.inf), sink)[..., None]
+    highest = jnp.where(jnp.isfinite(highest), highest, 0)
+    weights = jnp.exp(scores - highest)
+    total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sink[..., None] - highest)
     return weights / jnp.where(total > 0, total, 1)
 
 
-def _float32(slots: Any) -> jax.Array:
-    return slots.dequantize() if isinstance(slots, QuantizedArray) else slots.astype(jnp.float32)
+def _dequantize(slots: PagePool) -> jax.Array:
+    if isinstance(slots, QuantizedArray):
+        return slots.dequantize()
+    return slots.astype(jnp.float32)

@@ -1,31 +1,31 @@
-"""The ``tpu`` backend: a Pallas kernel that reads pages as they are stored, each once."""
+"""The ``tpu`` backend: a Pallas kernel that reads each page once, as it is stored."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from qpaged._compat import partitioned, version_tuple
-from qpaged.arrays import QuantizedArray, common_dtype, compute_dtype
-from qpaged.attention._layout import Layout, bounds, padded, pool_refusal
-from qpaged.attention._options import Options, Tokens
-from qpaged.attention._tpu_pages import LANES, Pages
+from qpaged.arrays import common_dtype, compute_dtype
+from qpaged.arrays._folds import LANES
+from qpaged.attention._layout import pad_to_multiple, pool_refusal, stored_scales, visible_range
+from qpaged.attention._options import Options, PagePool, QueryTokens
+from qpaged.attention._tpu_layout import TPULayout
 
 OLDEST_JAX = (0, 10)
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
-BUFFERS = 2**22  # bytes of two blocks of pages
-BLOCK = 512  # slots of a block, if the buffers hold them
-STATE = 2**20  # bytes of a tile's sums
-ROWS = 256  # queries of a KV head in a tile
-SCALES = 2**17  # bytes of scales gathered for one call, if one sequence has no more
-TABLE = 2**16  # entries of the page table in scalar memory, likewise
+KV_TILE = 512  # slots of a tile of keys and values, if the buffers hold them
+BUFFER_BYTES = 2**22  # of the two buffers of keys and of values
+MAX_Q_ROWS = 256  # query rows of a KV head in a query tile
+STATE_BYTES = 2**20  # of a query tile's accumulators
+SCALE_BYTES = 2**17  # of the scales gathered for one call of the kernel, if one sequence does not have more
+TABLE_ENTRIES = 2**16  # of the page table in scalar memory, likewise
 
 
 def refusal() -> str | None:
-    """Why the backend takes no call at all; None if it does."""
+    """Return why the backend takes no call at all, or None."""
     if version_tuple(jax.__version__) < OLDEST_JAX:
         return f"needs JAX {'.'.join(map(str, OLDEST_JAX))} or newer, but this is {jax.__version__}"
     if partitioned():
@@ -33,9 +33,9 @@ def refusal() -> str | None:
     return None
 
 
-def call_refusal(tokens: Tokens, keys: Any, values: Any) -> str | None:
-    """Why the backend does not take a call; None if it does."""
-    page_size, head_dim = keys.shape[2:]
+def call_refusal(tokens: QueryTokens, keys: PagePool, values: PagePool) -> str | None:
+    """Return why the backend does not take a call, or None."""
+    kv_heads, _, page_size, head_dim = keys.shape
     if head_dim not in HEAD_DIMS:
         return f"takes a head_dim of {', '.join(map(str, HEAD_DIMS))}, but it is {head_dim}"
     if page_size not in PAGE_SIZES:
@@ -44,89 +44,123 @@ def call_refusal(tokens: Tokens, keys: Any, values: Any) -> str | None:
         reason = _pool_refusal(pool)
         if reason is not None:
             return f"{name}: {reason}"
-    if _block(keys.shape[0], Pages.of(keys), Pages.of(values)) is None:
-        return f"has no room for the pages of {keys.shape[0]} KV heads in a chip's fast memory"
+    if _kv_tile(kv_heads, TPULayout.of(keys), TPULayout.of(values)) is None:
+        return f"has no room for the pages of {kv_heads} KV heads in a chip's fast memory"
     return None
 
 
-def _pool_refusal(pool: Any) -> str | None:
-    if not isinstance(pool, QuantizedArray):
-        floats = isinstance(pool, jax.Array) and pool.dtype in (jnp.bfloat16, jnp.float32)
-        return None if floats else f"pages of {getattr(pool, 'dtype', type(pool).__name__)} are not taken"
-    layout = Layout.of(pool)
-    if layout.shifted and layout.per_slot and layout.groups > 1:
-        return f"{pool.quantizer} has offsets of groups"
-    return pool_refusal(pool, jnp.float32 if layout.groups else pool.dtype)
+def _pool_refusal(pool: PagePool) -> str | None:
+    layout = TPULayout.of(pool)
+    if layout.quantizer is None:
+        if isinstance(pool, jax.Array) and pool.dtype in (jnp.bfloat16, jnp.float32):
+            return None
+        return f"pages of {pool.dtype} are not taken"
+    if layout.has_offset and layout.scales_per_slot and layout.scale_groups > 1:
+        return f"{layout.quantizer} has offsets of groups"
+    return pool_refusal(pool, jnp.float32 if layout.scale_groups else layout.dtype)
 
 
-def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options) -> jax.Array:
-    """Attention of each token over its sequence's pages, (n, q_heads, head_dim) float32."""
+def attend(
+    tokens: QueryTokens, keys: PagePool, values: PagePool, sinks: jax.Array | None, options: Options
+) -> jax.Array:
+    """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
     dtype = common_dtype(compute_dtype(tokens.query, keys), compute_dtype(tokens.query, values))
-    dtype = dtype if dtype == jnp.bfloat16 else jnp.float32
+    if dtype != jnp.bfloat16:
+        dtype = jnp.float32
     tokens = dataclasses.replace(tokens, query=tokens.query.astype(dtype))
     if tokens.is_prefill:
-        return _call(tokens, keys, values, sinks, options)
-    rows, pages = tokens.table.shape
-    bytes_each = sum(
-        0 if pool.scales is None else pool.scales.nbytes // pool.shape[1] * pages
-        for pool in (keys, values)
-        if isinstance(pool, QuantizedArray)
+        return _call_kernel(tokens, keys, values, sinks, options)
+    rows, table_pages = tokens.table.shape
+    scale_bytes = max(1, _scale_bytes(keys, table_pages) + _scale_bytes(values, table_pages))
+    rows_per_call = max(1, min(rows, TABLE_ENTRIES // table_pages, SCALE_BYTES // scale_bytes))
+    if rows_per_call == rows:
+        return _call_kernel(tokens, keys, values, sinks, options)
+    padded = QueryTokens(
+        pad_to_multiple(tokens.query, rows_per_call, 0),
+        pad_to_multiple(tokens.position, rows_per_call, -1),
+        pad_to_multiple(tokens.table, rows_per_call, 0),
     )
-    at_once = max(1, min(rows, TABLE // pages, SCALES // max(1, bytes_each)))
-    if at_once == rows:
-        return _call(tokens, keys, values, sinks, options)
-    whole = Tokens(
-        padded(tokens.query, at_once, 0),
-        padded(tokens.position, at_once, -1),
-        padded(tokens.table, at_once, 0),
-    )
-    chunks = jax.tree_util.tree_map(lambda x: x.reshape(-1, at_once, *x.shape[1:]), whole)
-    out = lax.map(lambda chunk: _call(chunk, keys, values, sinks, options), chunks)
+    chunks = jax.tree_util.tree_map(lambda x: x.reshape(-1, rows_per_call, *x.shape[1:]), padded)
+    out = lax.map(lambda chunk: _call_kernel(chunk, keys, values, sinks, options), chunks)
     return out.reshape(-1, *out.shape[2:])[:rows]
 
 
-def _call(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options) -> jax.Array:
-    from qpaged.attention import _tpu_kernel
+def _scale_bytes(pool: PagePool, pages: int) -> int:
+    """Return the bytes of the scales of so many pages."""
+    scales = stored_scales(pool)
+    if scales is None:
+        return 0
+    return scales.nbytes // pool.shape[1] * pages
 
-    layouts = Pages.of(keys), Pages.of(values)
-    heads, _, page_size, head_dim = keys.shape
-    group = tokens.query.shape[1] // heads
-    block = _block(heads, *layouts)
-    each = _tile(heads, group, layouts) if tokens.is_prefill else 1
-    query = padded(tokens.query, each, 0)
-    position = padded(tokens.position, each, -1)
-    tiles = len(position) // each
-    table = jnp.atleast_2d(tokens.table)
-    missing = -table.shape[1] % (block // page_size)
-    table = jnp.pad(table, ((0, 0), (0, missing)), constant_values=options.num_pages)
-    plan = _tpu_kernel.Plan(
-        *layouts, options, tiles, each, group, block // page_size, table.shape[1], tokens.is_prefill
+
+def _call_kernel(
+    tokens: QueryTokens, keys: PagePool, values: PagePool, sinks: jax.Array | None, options: Options
+) -> jax.Array:
+    """Return the attention of tokens whose page table and scales one call of the kernel holds."""
+    from qpaged.attention import _tpu_kernel, _tpu_refs
+
+    k_layout, v_layout = TPULayout.of(keys), TPULayout.of(values)
+    kv_heads, _, page_size, head_dim = keys.shape
+    num_tokens, q_heads, _ = tokens.query.shape
+    q_heads_per_kv = q_heads // kv_heads
+    kv_tile = _kv_tile(kv_heads, k_layout, v_layout)
+    assert kv_tile is not None  # call_refusal says so
+    q_tile = _q_tile(kv_heads, q_heads_per_kv, k_layout, v_layout) if tokens.is_prefill else 1
+    query = pad_to_multiple(tokens.query, q_tile, 0)
+    position = pad_to_multiple(tokens.position, q_tile, -1)
+    num_q_tiles = len(position) // q_tile
+    table = pad_to_multiple(jnp.atleast_2d(tokens.table), kv_tile // page_size, options.num_pages, axis=1)
+    call = _tpu_refs.TPUCall(
+        keys=k_layout,
+        values=v_layout,
+        options=options,
+        num_q_tiles=num_q_tiles,
+        q_tile=q_tile,
+        q_heads_per_kv=q_heads_per_kv,
+        pages_per_tile=kv_tile // page_size,
+        table_pages=table.shape[1],
+        one_sequence=tokens.is_prefill,
     )
-    seen = bounds(position.reshape(tiles, each), options.sliding_window)
-    query = query.reshape(tiles, each, heads, group, head_dim).swapaxes(1, 2)
-    query = layouts[0].spread(query.reshape(tiles, heads, each * group, head_dim)).swapaxes(2, 3)
+    visible = visible_range(position.reshape(num_q_tiles, q_tile), options.sliding_window)
+    query = query.reshape(num_q_tiles, q_tile, kv_heads, q_heads_per_kv, head_dim).swapaxes(1, 2)
+    query = query.reshape(num_q_tiles, kv_heads, call.q_rows, head_dim)
+    query = k_layout.repeat_for_slots(query).swapaxes(2, 3)
     if sinks is not None:
-        sinks = jnp.tile(sinks.reshape(heads, group), each).reshape(heads, each * group, 1)
-    pools = [
-        _tpu_kernel.Pool(layout.rows_of(pool), layout.scales_of(pool, table, plan.pages))
-        for layout, pool in zip(layouts, (keys, values), strict=True)
-    ]
-    out = _tpu_kernel.attend(plan, seen.reshape(-1), position, table.reshape(-1), query, sinks, *pools)
-    out = layouts[1].gathered(out.swapaxes(2, 3)).reshape(tiles, heads, each, group, head_dim)
-    return out.swapaxes(1, 2).reshape(tiles * each, heads * group, head_dim)[: len(tokens.query)]
+        sinks = jnp.tile(sinks.reshape(kv_heads, q_heads_per_kv), q_tile)
+        sinks = sinks.reshape(kv_heads, call.q_rows, 1)
+    k_scales = k_layout.gather_scales(keys, table, call.pages_per_tile)
+    v_scales = v_layout.gather_scales(values, table, call.pages_per_tile)
+    out = _tpu_kernel.attend(
+        call,
+        visible.reshape(-1),
+        position,
+        table.reshape(-1),
+        query,
+        sinks,
+        _tpu_refs.Pool(k_layout.page_rows_of(keys), k_scales),
+        _tpu_refs.Pool(v_layout.page_rows_of(values), v_scales),
+    )
+    out = v_layout.sum_over_slots(out.swapaxes(2, 3))  # [num_q_tiles, kv_heads, q_rows, head_dim]
+    out = out.reshape(num_q_tiles, kv_heads, q_tile, q_heads_per_kv, head_dim).swapaxes(1, 2)
+    return out.reshape(num_q_tiles * q_tile, q_heads, head_dim)[:num_tokens]
 
 
-def _block(heads: int, *layouts: Pages) -> int | None:
-    """Slots of a block: as many as two buffers of keys and of values hold; None if they do not hold one."""
-    slot = sum(heads * layout.stored_bytes for layout in layouts)
-    least = max(LANES * max(layout.folds for layout in layouts), layouts[0].page_size)
-    block = max(BLOCK, least)
-    while block > least and 2 * block * slot > BUFFERS:
-        block //= 2
-    return block if 2 * block * slot <= 2 * BUFFERS else None
+def _kv_tile(kv_heads: int, k_layout: TPULayout, v_layout: TPULayout) -> int | None:
+    """Return the slots of a tile: as many as two buffers hold, or None if they do not hold the least."""
+    slot_bytes = kv_heads * (k_layout.slot_bytes + v_layout.slot_bytes)
+    # A tile's slots of keys, and of values, have at least 128 rows: the lanes of the scores.
+    least = max(LANES * max(k_layout.slots_per_row, v_layout.slots_per_row), k_layout.page_size)
+    kv_tile = max(KV_TILE, least)
+    while kv_tile > least and 2 * kv_tile * slot_bytes > BUFFER_BYTES:
+        kv_tile //= 2
+    if 2 * kv_tile * slot_bytes > 2 * BUFFER_BYTES:
+        return None
+    return kv_tile
 
 
-def _tile(heads: int, group: int, layouts: tuple[Pages, Pages]) -> int:
-    """Queries of a prefill's tile."""
-    row = heads * max(layout.places * layout.lanes for layout in layouts) * 4
-    return max(1, min(ROWS, STATE // row) // group)
+def _q_tile(kv_heads: int, q_heads_per_kv: int, k_layout: TPULayout, v_layout: TPULayout) -> int:
+    """Return the queries of a prefill's query tile: as many as the state has room for."""
+    k_width = k_layout.codes_per_byte * k_layout.row_width
+    v_width = v_layout.codes_per_byte * v_layout.row_width
+    row_bytes = kv_heads * max(k_width, v_width) * jnp.dtype(jnp.float32).itemsize
+    return max(1, min(MAX_Q_ROWS, STATE_BYTES // row_bytes) // q_heads_per_kv)

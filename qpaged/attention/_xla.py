@@ -1,11 +1,11 @@
-"""The ``xla`` backend: plain JAX whose cost follows the sum of the lengths, on any device.
+"""The ``xla`` backend: plain JAX whose cost follows the sum of the sequence lengths, on any device.
 
-Queries go tile by tile (one row of a decode, or :data:`TILE` queries of a prefill), and each tile loops over
-blocks of its own sequence's slots, as far as its own positions reach, with a running softmax (Milakov and
-Gimelshein, 2018; the blocked form of FlashAttention). Pages stay quantized up to the dot.
+A query tile is one decode row, or :data:`Q_TILE` queries of a prefill. Each loops over tiles of its own
+sequence's slots, only those that its positions see, with an online softmax (Milakov and Gimelshein, 2018; in
+tiles as in FlashAttention, Dao et al., 2022). Pages stay quantized up to the dot product.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,72 +13,154 @@ from jax import lax
 
 from qpaged._compat import varying_as
 from qpaged.arrays import as_slots, compute_dtype, dot, keep_slots, take_pages
-from qpaged.attention._layout import padded
-from qpaged.attention._options import FLOOR, Options, Tokens, grouped, ungrouped
+from qpaged.attention._layout import pad_to_multiple
+from qpaged.attention._options import (
+    MASK_VALUE,
+    Options,
+    PagePool,
+    QueryTokens,
+    group_query_heads,
+    ungroup_query_heads,
+)
 
-BLOCK = 256  # slots read at once: what is made of them, and of a tile's scores, stays in a core's cache
-TILE = 128  # queries of a prefill that read together
+KV_TILE = 256  # slots read at once; a tile's scores and decoded slots then fit in a CPU core's cache
+Q_TILE = 128  # queries of a prefill that share what is read
 
-QK = (((2,), (2,)), ((0,), (0,)))  # (heads, rows, dim) . (heads, slots, dim)
-PV = (((2,), (1,)), ((0,), (0,)))  # (heads, rows, slots) . (heads, slots, dim)
-
-
-def attend(tokens: Tokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options) -> jax.Array:
-    """Attention of each token over its sequence's pages, (n, q_heads, head_dim) float32."""
-    page_size = keys.shape[2]
-    pages = max(1, min(BLOCK // page_size, tokens.table.shape[-1]))
-    table = padded(tokens.table, pages, options.num_pages, axis=-1)
-
-    def tile(query, position, table):
-        return _tile(query, position, table, pages, keys, values, sinks, options)
-
-    if not tokens.is_prefill:
-        row = lambda args: tile(args[0][None], args[1][None], args[2])[0]  # noqa: E731
-        return lax.map(row, (tokens.query, tokens.position, table))
-    n = len(tokens.query)
-    size = min(TILE, n)
-    query, position = padded(tokens.query, size, 0), padded(tokens.position, size, -1)
-    tiles = query.reshape(-1, size, *query.shape[1:]), position.reshape(-1, size)
-    return lax.map(lambda args: tile(args[0], args[1], table), tiles).reshape(query.shape)[:n]
+QK = (((2,), (2,)), ((0,), (0,)))  # [heads, rows, dim] . [heads, slots, dim]
+PV = (((2,), (1,)), ((0,), (0,)))  # [heads, rows, slots] . [heads, slots, dim]
 
 
-def _tile(query, position, table, pages: int, keys, values, sinks, options: Options) -> jax.Array:
-    kv_heads, _, page_size, head_dim = keys.shape
-    n, rows, size = len(query), query.shape[0] * query.shape[1] // kv_heads, pages * page_size
-    q = grouped(query, kv_heads)
+class XLACall(NamedTuple):
+    """The arguments that all query tiles of a call share."""
 
-    def block(index, state):
-        top, total, out = state
-        held = lax.dynamic_slice_in_dim(table, index * pages, pages)
-        slot = index * size + jnp.arange(size, dtype=jnp.int32)
-        seen = options.attends(position, table, slot, page_size)
-        held = options.held(held, seen)
-        k = as_slots(take_pages(keys, held))
-        v = keep_slots(as_slots(take_pages(values, held)), seen.any(axis=0))
+    keys: PagePool  # [kv_heads, num_pages, page_size, head_dim]
+    values: PagePool
+    sinks: jax.Array | None  # [q_heads]
+    options: Options
+    pages_per_tile: int
 
-        seen = jnp.repeat(seen, rows // n, axis=0)
-        scores = options.scores(dot(q.astype(compute_dtype(query, keys)), k, QK))
-        higher = jnp.maximum(top, jnp.where(seen, scores, FLOOR).max(axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0).astype(compute_dtype(query, values))
-        fade = jnp.exp(top - higher)
-        total = total * fade + weights.astype(jnp.float32).sum(axis=-1)  # the weights that the dot uses
-        return higher, total, out * fade[..., None] + dot(weights, v, PV)
+    @property
+    def kv_tile(self) -> int:
+        """Slots of a tile of keys and values."""
+        return self.pages_per_tile * self.keys.shape[2]
 
-    if sinks is None:
-        top, total = jnp.full((kv_heads, rows), FLOOR, jnp.float32), jnp.zeros((kv_heads, rows), jnp.float32)
+
+class SoftmaxState(NamedTuple):
+    """The online softmax over the slots so far."""
+
+    row_max: jax.Array  # [kv_heads, q_rows]
+    row_sum: jax.Array  # [kv_heads, q_rows]
+    acc: jax.Array  # [kv_heads, q_rows, head_dim]
+
+
+def attend(
+    tokens: QueryTokens, keys: PagePool, values: PagePool, sinks: jax.Array | None, options: Options
+) -> jax.Array:
+    """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
+    pages_per_tile = max(1, min(KV_TILE // keys.shape[2], tokens.table.shape[-1]))
+    table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=-1)
+    call = XLACall(keys, values, sinks, options, pages_per_tile)
+    if tokens.is_prefill:
+        return _attend_prefill(call, tokens.query, tokens.position, table)
+
+    def attend_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        query, position, table = row
+        return _attend_q_tile(call, query[None], position[None], table)[0]
+
+    return lax.map(attend_row, (tokens.query, tokens.position, table))
+
+
+def _attend_prefill(
+    call: XLACall,
+    query: jax.Array,  # [tokens, q_heads, head_dim]
+    position: jax.Array,  # [tokens]
+    table: jax.Array,  # [pages]
+) -> jax.Array:
+    tokens = len(query)
+    q_tile = min(Q_TILE, tokens)
+    query = pad_to_multiple(query, q_tile, 0)
+    position = pad_to_multiple(position, q_tile, -1)
+
+    def attend_tile(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _attend_q_tile(call, tile[0], tile[1], table)
+
+    tiles = query.reshape(-1, q_tile, *query.shape[1:]), position.reshape(-1, q_tile)
+    return lax.map(attend_tile, tiles).reshape(query.shape)[:tokens]
+
+
+def _attend_q_tile(
+    call: XLACall,
+    query: jax.Array,  # [tokens, q_heads, head_dim]
+    position: jax.Array,  # [tokens]
+    table: jax.Array,  # [pages], a multiple of call.pages_per_tile
+) -> jax.Array:
+    kv_heads = call.keys.shape[0]
+    tokens, q_heads, _ = query.shape
+    q = group_query_heads(query, kv_heads)  # [kv_heads, q_rows, head_dim]
+
+    def attend_kv_tile(tile_index: jax.Array, state: SoftmaxState) -> SoftmaxState:
+        k, v, mask = _read_kv_tile(call, position, table, tile_index)
+        mask = jnp.repeat(mask, q_heads // kv_heads, axis=0)  # [q_rows, slots]
+        dots = dot(q.astype(compute_dtype(query, call.keys)), k, QK)
+        scores = call.options.scale_and_cap(dots)
+        m_prev, l_prev, acc = state
+        m_next = jnp.maximum(m_prev, jnp.where(mask, scores, MASK_VALUE).max(axis=-1))
+        weights = jnp.where(mask, jnp.exp(scores - m_next[..., None]), 0)
+        weights = weights.astype(compute_dtype(query, call.values))
+        alpha = jnp.exp(m_prev - m_next)
+        # The sum is of the rounded weights, which the dot product with the values uses.
+        l_next = l_prev * alpha + weights.astype(jnp.float32).sum(axis=-1)
+        return SoftmaxState(m_next, l_next, acc * alpha[..., None] + dot(weights, v, PV))
+
+    state = _initial_state(call, q, tokens)
+    # Inside shard_map the carry must vary along the mesh axes that the operands vary along.
+    state = varying_as(state, (query, position, table, call.keys, call.values, state))
+    first, end = _visible_kv_tiles(position, call.kv_tile, call.options.sliding_window)
+    _, row_sum, acc = lax.fori_loop(first, end, attend_kv_tile, state)
+    return ungroup_query_heads(acc / jnp.where(row_sum > 0, row_sum, 1)[..., None], tokens)
+
+
+def _read_kv_tile(
+    call: XLACall,
+    position: jax.Array,  # [tokens]
+    table: jax.Array,  # [pages]
+    tile_index: jax.Array,
+) -> tuple[PagePool, PagePool, jax.Array]:
+    """Return a tile's keys and values [kv_heads, slots, head_dim] and its mask [tokens, slots]."""
+    pages = lax.dynamic_slice_in_dim(table, tile_index * call.pages_per_tile, call.pages_per_tile)
+    slot = tile_index * call.kv_tile + jnp.arange(call.kv_tile, dtype=jnp.int32)
+    mask = call.options.attention_mask(position, table, slot, call.keys.shape[2])
+    pages = call.options.visible_pages(pages, mask)
+    k = as_slots(take_pages(call.keys, pages))
+    # A masked value may be NaN, and its weight of zero would not hide that.
+    v = keep_slots(as_slots(take_pages(call.values, pages)), mask.any(axis=0))
+    return k, v, mask
+
+
+def _initial_state(
+    call: XLACall,
+    q: jax.Array,  # [kv_heads, q_rows, head_dim]
+    tokens: int,
+) -> SoftmaxState:
+    """Return the state before the first slot: only the sinks, whose weights are exp(0) = 1."""
+    kv_heads, q_rows, head_dim = q.shape
+    if call.sinks is None:
+        row_max = jnp.full((kv_heads, q_rows), MASK_VALUE, jnp.float32)
+        row_sum = jnp.zeros((kv_heads, q_rows), jnp.float32)
     else:
-        top, total = jnp.tile(sinks.reshape(kv_heads, -1), n), jnp.ones((kv_heads, rows), jnp.float32)
-    state = top, total, jnp.zeros((kv_heads, rows, head_dim), jnp.float32)
-    state = varying_as(state, (query, position, table, keys, values, state))
-    first, last = _blocks(position, size, options.sliding_window)
-    _, total, out = lax.fori_loop(first, last, block, state)
-    return ungrouped(out / jnp.where(total > 0, total, 1)[..., None], n)
+        row_max = jnp.tile(call.sinks.reshape(kv_heads, -1), tokens)
+        row_sum = jnp.ones((kv_heads, q_rows), jnp.float32)
+    return SoftmaxState(row_max, row_sum, jnp.zeros((kv_heads, q_rows, head_dim), jnp.float32))
 
 
-def _blocks(position: jax.Array, size: int, window: int | None) -> tuple[jax.Array, jax.Array]:
-    """The blocks that any of the positions sees: from, to (excluded)."""
-    last = position.max() // size + 1
+def _visible_kv_tiles(
+    position: jax.Array,  # [tokens]
+    kv_tile: int,
+    window: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the first tile that any query sees, and one past the last."""
+    end = position.max() // kv_tile + 1
     if window is None:
-        return jnp.int32(0), last
+        return jnp.int32(0), end
     lowest = jnp.where(position >= 0, position, position.max()).min()
-    return jnp.maximum(lowest - window + 1, 0) // size, last
+    return jnp.maximum(lowest - window + 1, 0) // kv_tile, end

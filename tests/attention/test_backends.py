@@ -103,8 +103,8 @@ def test_bfloat16_queries(format):
 def test_many_blocks_and_tiles(monkeypatch):
     from qpaged.attention import _xla
 
-    monkeypatch.setattr(_xla, "BLOCK", 16)
-    monkeypatch.setattr(_xla, "TILE", 4)
+    monkeypatch.setattr(_xla, "KV_TILE", 16)
+    monkeypatch.setattr(_xla, "Q_TILE", 4)
     everything.clear_cache()
     for case in ("grouped 1, window", "grouped 8, soft cap, sinks"):
         for metadata_of, rows in ((decode, len(LENGTHS)), (prefill, 16)):

@@ -87,7 +87,7 @@ def said(format, query_dtype=jnp.bfloat16, q_heads=4, head_dim=128, page_size=16
     [(8, 2048, 30), (64, 64, 4), (512, 128, 2), (2048, 16, 1), (8, 2, 2), (1, 1, 1)],
 )
 def test_splits_fill_a_chip(tiles, blocks, splits):
-    assert _gpu._splits(tiles, blocks) == splits
+    assert _gpu._num_splits(tiles, blocks) == splits
 
 
 @pytest.fixture

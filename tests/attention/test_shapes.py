@@ -52,9 +52,9 @@ def named():
 def _blocks():
     """As many of them in a sequence as at full length."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_xla, "BLOCK", _xla.BLOCK // SCALE)
-        patch.setattr(_xla, "TILE", 4)
-        patch.setattr(_tpu, "BLOCK", 128)
+        patch.setattr(_xla, "KV_TILE", _xla.KV_TILE // SCALE)
+        patch.setattr(_xla, "Q_TILE", 4)
+        patch.setattr(_tpu, "KV_TILE", 128)
         yield
 
 

@@ -53,8 +53,8 @@ def attend(query, view, metadata, sinks=None, **options):
 @takes
 @pytest.mark.parametrize("format", CASES)
 def test_interpreted(format, monkeypatch):
-    monkeypatch.setattr(_tpu, "BLOCK", 128)
-    monkeypatch.setattr(_tpu, "ROWS", 24)  # of 16 queries with 3 heads each: two tiles
+    monkeypatch.setattr(_tpu, "KV_TILE", 128)
+    monkeypatch.setattr(_tpu, "MAX_Q_ROWS", 24)  # of 16 queries with 3 heads each: two tiles
     head_dim, options = CASES[format]
     options = options | ({"sinks": normal(6, seed=7)} if "sinks" in options else {})
     view, table = filled(format, 2, head_dim, PAGE_SIZE, SEQUENCES)
@@ -76,7 +76,7 @@ def test_interpreted(format, monkeypatch):
 @takes
 def test_slots_between_those_that_are_seen(monkeypatch):
     """Scattered positions with a window: NaN in what lies between them reaches no output."""
-    monkeypatch.setattr(_tpu, "BLOCK", 128)
+    monkeypatch.setattr(_tpu, "KV_TILE", 128)
     view, table = filled(None, 2, 64, PAGE_SIZE, SEQUENCES)
     position, window = np.array([5, 6, 130, 290]), 4
     slots = np.arange(table.shape[1] * PAGE_SIZE)

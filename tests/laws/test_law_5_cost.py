@@ -111,7 +111,7 @@ def blocks_read(monkeypatch, lengths, **options):
 
 
 def test_attention_reads_the_sum_of_the_lengths(monkeypatch):
-    long = 16 * _xla.BLOCK
+    long = 16 * _xla.KV_TILE
     assert blocks_read(monkeypatch, [long]) == 16
     assert blocks_read(monkeypatch, [long, 100, 100, 0]) == 16 + 1 + 1 + 0
-    assert blocks_read(monkeypatch, [long], sliding_window=_xla.BLOCK) == 1
+    assert blocks_read(monkeypatch, [long], sliding_window=_xla.KV_TILE) == 1

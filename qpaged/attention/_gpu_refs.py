@@ -1,0 +1,193 @@
+"""What the kernel of the ``gpu`` backend works on: the static call, and references to either memory."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+
+from qpaged.attention._layout import Layout
+from qpaged.attention._options import Options
+
+KV_TILE = 64  # slots of a tile of keys and values: the rows that the tensor cores take at once
+STAGES_BYTES = 3 * 2**14  # of all stages, if that holds two: three programs then share a multiprocessor
+SWIZZLE_BYTES = 128  # of a row of shared memory, at most
+SWIZZLE_ROWS = 8
+
+Ref = Any  # an array in some memory; the type that Pallas gives it does not say that it can be indexed
+Spec = Any  # a memory space with a shape and a dtype, which becomes a Ref in the kernel
+
+
+@dataclass(frozen=True)
+class GPUCall:
+    """The static description of one call.
+
+    Attributes:
+        keys: how the pages of keys lie.
+        values: how the pages of values lie.
+        options: the options of the attention.
+        num_q_tiles: query tiles.
+        q_rows: query rows of a KV head in a query tile, a multiple of 8.
+        splits: splits of a sequence, each a program of its own.
+        table_pages: entries of a row of the page table, whole tiles of them.
+        one_sequence: True if all query tiles are of one sequence, the page table's only row.
+    """
+
+    keys: Layout
+    values: Layout
+    options: Options
+    num_q_tiles: int
+    q_rows: int
+    splits: int
+    table_pages: int
+    one_sequence: bool
+
+    @property
+    def stages(self) -> int:
+        """Tiles that are copied ahead, the one that is computed with included."""
+        tile_bytes = KV_TILE * (self.keys.slot_bytes + self.values.slot_bytes)
+        return max(2, min(6, STAGES_BYTES // tile_bytes))
+
+    @property
+    def copy_slots(self) -> int:
+        """Slots that one copy brings: a page, or a tile's part of one."""
+        return min(self.keys.page_size, KV_TILE)
+
+    @property
+    def copies_per_tile(self) -> int:
+        """Copies that bring a tile of keys, or of values."""
+        return KV_TILE // self.copy_slots
+
+
+class Pool(NamedTuple):
+    """Keys or values in the GPU's memory.
+
+    Attributes:
+        pages: [kv_heads, num_pages, page_size, slot_width], codes or floats.
+        scales: as they are stored, [kv_heads, num_pages] or [kv_heads, num_pages, page_size]; None if there
+            are none.
+    """
+
+    pages: Any
+    scales: Any
+
+
+class Stages(NamedTuple):
+    """Keys or values in shared memory, as they are stored.
+
+    Attributes:
+        pages: [stages, KV_TILE, slot_width].
+        scales: [stages, KV_TILE]; None unless every slot has a scale.
+    """
+
+    pages: Any
+    scales: Any
+
+    @classmethod
+    def specs(cls, call: GPUCall, layout: Layout, pool: Pool) -> "Stages":
+        """Return the memory that the stages of a pool take."""
+        swizzle_width = min(SWIZZLE_BYTES // pool.pages.dtype.itemsize, layout.slot_width)
+        pages_shape = call.stages, KV_TILE, layout.slot_width
+        scales: Spec = None
+        if pool.scales is not None and layout.scales_per_slot:
+            scales = plgpu.SMEM((call.stages, KV_TILE), pool.scales.dtype)
+        return cls(_swizzled(pages_shape, pool.pages.dtype, swizzle_width), scales)
+
+
+class Scratch(NamedTuple):
+    """The shared memory and the barriers of a program.
+
+    Attributes:
+        query: [codes_per_byte, q_rows, slot_width] bfloat16.
+        weights: [q_rows, KV_TILE] bfloat16.
+        decoded: [KV_TILE, head_dim] bfloat16, a tile's keys and then its values, in units of their scales.
+        keys: the stages of keys.
+        values: the stages of values.
+        query_copied: the barrier of the query's copies.
+        tile_copied: [stages], the barriers of the copies to each stage.
+    """
+
+    query: Any
+    weights: Any
+    decoded: Any
+    keys: Stages
+    values: Stages
+    query_copied: Any
+    tile_copied: Any
+
+    @classmethod
+    def specs(cls, call: GPUCall, keys: Pool, values: Pool) -> "Scratch":
+        """Return the memory and the barriers that a program takes."""
+        k_stages = Stages.specs(call, call.keys, keys)
+        v_stages = Stages.specs(call, call.values, values)
+        arrays_copied = len(jax.tree_util.tree_leaves((k_stages, v_stages)))
+        swizzle_width = min(64, call.keys.slot_width, call.values.slot_width)
+        query_shape = call.keys.codes_per_byte, call.q_rows, call.keys.slot_width
+        return cls(
+            query=_swizzled(query_shape, jnp.bfloat16, swizzle_width),
+            weights=_swizzled((call.q_rows, KV_TILE), jnp.bfloat16, swizzle_width),
+            decoded=_swizzled((KV_TILE, call.values.head_dim), jnp.bfloat16, swizzle_width),
+            keys=k_stages,
+            values=v_stages,
+            query_copied=plgpu.Barrier(num_arrivals=call.keys.codes_per_byte),
+            tile_copied=plgpu.Barrier(
+                num_arrivals=arrays_copied * call.copies_per_tile, num_barriers=call.stages
+            ),
+        )
+
+
+def _swizzled(shape: tuple[int, ...], dtype: DTypeLike, swizzle_width: int) -> Spec:
+    """Return shared memory in tiles of 8 by ``swizzle_width`` elements, swizzled for the tensor cores."""
+    swizzle_bytes = swizzle_width * jnp.dtype(dtype).itemsize
+    transforms = plgpu.TilingTransform((SWIZZLE_ROWS, swizzle_width)), plgpu.SwizzleTransform(swizzle_bytes)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+@dataclass(frozen=True)
+class KVRefs:
+    """Keys or values within the kernel: their layout, the references to the pool and to the stages."""
+
+    layout: Layout
+    pool: Pool
+    stages: Stages
+
+    @property
+    def has_page_scales(self) -> bool:
+        """True if the slots of a page share one scale."""
+        return self.pool.scales is not None and not self.layout.scales_per_slot
+
+    def decoded_columns(self, byte_index: int) -> Any:
+        """Return the columns of ``Scratch.decoded`` that hold code number ``byte_index`` of every byte."""
+        return pl.ds(byte_index * self.layout.slot_width, self.layout.slot_width)
+
+
+@dataclass(frozen=True)
+class Refs:
+    """What the functions of the kernel share.
+
+    Attributes:
+        call: the static description of the call.
+        sequence: the row of the page table.
+        head: the KV head.
+        first_visible: the first slot that any query of the query tile sees.
+        last_visible: the last one.
+        end: one past the last tile of this split.
+        table: [sequences * table_pages] int32.
+        keys: the keys.
+        values: the values.
+        scratch: the program's shared memory.
+    """
+
+    call: GPUCall
+    sequence: jax.Array
+    head: jax.Array
+    first_visible: jax.Array
+    last_visible: jax.Array
+    end: jax.Array
+    table: Ref
+    keys: KVRefs
+    values: KVRefs
+    scratch: Scratch
