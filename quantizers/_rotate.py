@@ -88,7 +88,9 @@ def hadamard(x: jax.Array, axis: int) -> jax.Array:
     n = run_length(x.shape[-1])
     runs = x.reshape(*x.shape[:-1], x.shape[-1] // n, n)
     numbers = (((runs.ndim - 1,), (0,)), ((), ()))
-    rotated = lax.dot_general(runs, jnp.asarray(_hadamard_matrix(n)), numbers, precision=lax.Precision.HIGHEST)
+    rotated = lax.dot_general(
+        runs, jnp.asarray(_hadamard_matrix(n)), numbers, precision=lax.Precision.HIGHEST
+    )
     return jnp.moveaxis(rotated.reshape(x.shape), -1, axis)
 
 

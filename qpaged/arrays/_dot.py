@@ -111,7 +111,9 @@ def _dot_in_pieces(other: jax.Array, array: QuantizedArray, axes: DotAxes, param
 
 def _longest_axis(array: QuantizedArray) -> int | None:
     """Return the longest axis along which an array can be cut, channels excepted where these matter."""
-    candidates = [axis for axis in range(array.ndim) if not (channels_matter(array) and axis == array.channels)]
+    candidates = [
+        axis for axis in range(array.ndim) if not (channels_matter(array) and axis == array.channels)
+    ]
     return max(candidates, key=lambda axis: array.shape[axis], default=None)
 
 
@@ -148,9 +150,7 @@ def _slice_array(array: QuantizedArray, axis: int, start: int | jax.Array, exten
     return array.like(slice_part(array.codes), array.parts.map(slice_part))
 
 
-def _join_pieces(
-    outs: jax.Array, last: jax.Array | None, axes: DotAxes, axis: int, ndim: int
-) -> jax.Array:
+def _join_pieces(outs: jax.Array, last: jax.Array | None, axes: DotAxes, axis: int, ndim: int) -> jax.Array:
     """Return results (pieces, ...) of pieces along ``axis`` of the array, joined along that axis."""
     kept = axes.kept(ndim)
     if axis in axes.batch:

@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 
 from qpaged._compat import Jaxpr, inner_jaxprs, jaxpr_and_consts
 
-
 TILE = 8, 128
 ANY_WIDTH = frozenset({
     "and", "bitcast_convert_type", "broadcast_in_dim", "convert_element_type", "copy", "eq", "ge", "gt", "le",

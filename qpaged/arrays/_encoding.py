@@ -57,9 +57,7 @@ def block_extremes(x: jax.Array, scale_shape: Sequence[int]) -> tuple[jax.Array,
     return block_min(x, scale_shape), block_max(x, scale_shape)
 
 
-def global_scale_shape(
-    quantizer: ArrayFormat, scale_shape: Sequence[int], channel_axis: int
-) -> Shape | None:
+def global_scale_shape(quantizer: ArrayFormat, scale_shape: Sequence[int], channel_axis: int) -> Shape | None:
     """Return the shape of second-level scales over scales of ``scale_shape``; None where there are none."""
     if quantizer.global_scale is None:
         return None

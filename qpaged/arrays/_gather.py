@@ -87,9 +87,7 @@ def _takes_whole_pages(
     return tuple(numbers.offset_dims[-2:]) == (result_ndim - 2, result_ndim - 1)
 
 
-def _windows_fit_blocks(
-    array: QuantizedArray, numbers: GatherDimensionNumbers, sizes: Sequence[int]
-) -> bool:
+def _windows_fit_blocks(array: QuantizedArray, numbers: GatherDimensionNumbers, sizes: Sequence[int]) -> bool:
     """Return True if every window is of whole blocks, or inside one, wherever it lies."""
     batching = operand_batching_dims(numbers)
     for part in (array.scales, array.global_scale):
@@ -102,9 +100,7 @@ def _windows_fit_blocks(
     return True
 
 
-def _gathered_channels(
-    array: QuantizedArray, index: jax.Array, numbers: GatherDimensionNumbers
-) -> int:
+def _gathered_channels(array: QuantizedArray, index: jax.Array, numbers: GatherDimensionNumbers) -> int:
     """Return the axis of the result that a gather of whole channels puts them on; the last if on none."""
     removed = (*numbers.collapsed_slice_dims, *operand_batching_dims(numbers))
     windows = [axis for axis in range(array.ndim) if axis not in removed]

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import jax.numpy as jnp
-from jax import lax
 
 from qpaged._compat import primitive_exists
 from qpaged.arrays import _dot, _moves, _read_format, _windows

@@ -20,7 +20,9 @@ def count_slots_per_row(shape: Sequence[int]) -> int:
     if not 0 < width < LANES or LANES % width:
         return 1
     slots_per_row = LANES // width
-    if slots % slots_per_row or slots <= slots_per_row:  # XLA on CPU copies a pool whose rows are an axis of one
+    if (
+        slots % slots_per_row or slots <= slots_per_row
+    ):  # XLA on CPU copies a pool whose rows are an axis of one
         return 1
     return slots_per_row
 

@@ -183,9 +183,7 @@ def _dynamic_slice_scales(
     return lax.dynamic_slice_in_dim(fine, start - first * extent, size, axis)
 
 
-def clamp_start(
-    start: Sequence[jax.Array], shape: Sequence[int], sizes: Sequence[int]
-) -> list[jax.Array]:
+def clamp_start(start: Sequence[jax.Array], shape: Sequence[int], sizes: Sequence[int]) -> list[jax.Array]:
     """Return start indices as ``lax.dynamic_slice`` clamps them, int32."""
     clamped = []
     for index, length, size in zip(start, shape, sizes, strict=True):

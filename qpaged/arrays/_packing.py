@@ -15,7 +15,12 @@ def pack(codes: jax.Array, bits: int, axis: int) -> jax.Array:
         return codes
     axis %= codes.ndim
     codes_per_byte = BYTE // bits
-    shape = (*codes.shape[:axis], codes.shape[axis] // codes_per_byte, codes_per_byte, *codes.shape[axis + 1 :])
+    shape = (
+        *codes.shape[:axis],
+        codes.shape[axis] // codes_per_byte,
+        codes_per_byte,
+        *codes.shape[axis + 1 :],
+    )
     low_bits = codes.astype(jnp.uint8) & jnp.uint8((1 << bits) - 1)
     shifted = low_bits.reshape(shape) << _bit_positions(bits, axis + 1, len(shape))
     return lax.reduce(shifted, jnp.uint8(0), lax.bitwise_or, (axis + 1,))

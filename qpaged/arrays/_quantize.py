@@ -47,9 +47,7 @@ def quantize(
     x = to_block_values(array, quantizer, dtype, channel_axis)
     grid = scale_shape(array.shape, block)
     low, high = block_extremes(x, grid)
-    scales, global_scale = fit_scales(
-        quantizer, low, high, global_scale_shape(quantizer, grid, channel_axis)
-    )
+    scales, global_scale = fit_scales(quantizer, low, high, global_scale_shape(quantizer, grid, channel_axis))
     codes = pack(encode(x, quantizer, scales, global_scale), quantizer.bits, channel_axis)
     channels_matter = quantizer.bits < BYTE or quantizer.transform is not None
     return QuantizedArray(
@@ -78,9 +76,7 @@ def empty(
 def overwrite(array: QuantizedArray, new: Any) -> QuantizedArray:
     """Return ``array`` with every element replaced by ``new``: fresh scales, the same blocks."""
     if not isinstance(new, QuantizedArray):
-        new = quantize(
-            lax.stop_gradient(new), array.quantizer, array.block, array.dtype, array.channel_axis
-        )
+        new = quantize(lax.stop_gradient(new), array.quantizer, array.block, array.dtype, array.channel_axis)
     elif (new.quantizer, new.block, new.channel_axis) != (array.quantizer, array.block, array.channel_axis):
         return overwrite(array, new.dequantize())
     return array.like(new.codes, new.parts)

@@ -54,9 +54,7 @@ class ScaleOrder:
         tiles = flat.reshape(self.heads, self.tiles_per_page, -1, self.tile_rows, self.tile_lanes)
         return tiles.transpose(0, 2, 4, 1, 3).reshape(self.heads, self.pages, self.slots, self.groups)
 
-    def flat_index(
-        self, head: jax.Array, page: jax.Array, slot: jax.Array, group: jax.Array
-    ) -> jax.Array:
+    def flat_index(self, head: jax.Array, page: jax.Array, slot: jax.Array, group: jax.Array) -> jax.Array:
         """Return the index of scales in :meth:`flatten`; int32, all broadcast together."""
         row = slot * self.groups + group
         tile = head * self.tiles_per_page + row // self.tile_rows

@@ -101,7 +101,9 @@ def are_whole_blocks(array: QuantizedArray, axes: Axes, rows: QuantizedArray) ->
     return rows.block[1:] == kept_block
 
 
-def scatter_parts(array: QuantizedArray, axes: Axes, index: jax.Array, rows: QuantizedArray) -> QuantizedArray:
+def scatter_parts(
+    array: QuantizedArray, axes: Axes, index: jax.Array, rows: QuantizedArray
+) -> QuantizedArray:
     """Return ``array`` with rows of its format put at ``index``, codes and scales together."""
     codes = scatter_rows(array.codes, axes, index, rows.codes)
     parts: list[jax.Array | None] = []

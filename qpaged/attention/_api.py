@@ -4,28 +4,30 @@ import dataclasses
 import functools
 import math
 import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike, DTypeLike
 
-from qpaged._compat import automatic, explicit_sharding
-from qpaged.arrays import QuantizedArray, contracted, float_dtype, weighed
+from qpaged import pools
+from qpaged._compat import with_auto_axes
+from qpaged.arrays import float_dtype, invert_output, transform_query, untransformed
 from qpaged.attention import _backends
-from qpaged.attention._backends import BACKENDS, AttentionBackend
+from qpaged.attention._backends import BACKENDS, AttentionBackend, AttentionCall
 from qpaged.attention._options import Options, QueryTokens
-from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
+from qpaged.cache import PagedAttentionCacheMetaData, PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.cache._config import LARGEST_INDEX
-from qpaged.implicit import ImplicitArray, use_implicit_args
+from qpaged.implicit import use_implicit_args
+from qpaged.pools import Pages
 
 
 def attention_backends(
-    query: Any = None,
+    query: ArrayLike | jax.ShapeDtypeStruct | None = None,
     view: PagedAttentionCacheView | None = None,
     metadata: PagedAttentionMetadata | None = None,
 ) -> tuple[AttentionBackend, ...]:
-    """All backends, in the order in which :func:`paged_attention` prefers them.
+    """Return all backends, in the order in which :func:`paged_attention` prefers them.
 
     Args:
         query: with ``view`` and ``metadata``, as :func:`paged_attention` takes them: the backends that do not
@@ -36,35 +38,38 @@ def attention_backends(
     Raises:
         TypeError, ValueError: arguments that :func:`paged_attention` does not take, or not all three.
     """
-    given = [argument is not None for argument in (query, view, metadata)]
-    if not any(given):
-        return _backends.listed([])
-    if not all(given):
+    arguments = (query, view, metadata)
+    if all(argument is None for argument in arguments):
+        return _backends.list_backends([])
+    if any(argument is None for argument in arguments):
         raise TypeError("attention_backends takes query, view and metadata together, or none of them.")
-    found: list[tuple[AttentionBackend, ...]] = []
+    traced_backends: list[tuple[AttentionBackend, ...]] = []
 
-    def trace(query, view, metadata):
-        parts = _tokens(jnp.asarray(query), view, metadata)
-        found.append(
-            _backends.listed([_stored(part, view.key_pages, view.value_pages)[:3] for part in parts])
-        )
+    def list_traced(
+        query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata
+    ) -> None:
+        calls = []
+        for tokens in _split_tokens(jnp.asarray(query), view, metadata):
+            calls.append(_untransformed_call(tokens, view.key_pages, view.value_pages))
+        traced_backends.append(_backends.list_backends(calls))
 
-    jax.eval_shape(trace, query, view, metadata)
-    return found[0]
+    # Traced, since shapes are enough; what it finds are no arrays, and go out by the list.
+    jax.eval_shape(list_traced, query, view, metadata)
+    return traced_backends[0]
 
 
 def paged_attention(
-    query: Any,
+    query: ArrayLike,  # [tokens, q_heads, head_dim]
     view: PagedAttentionCacheView,
     metadata: PagedAttentionMetadata,
     *,
     softmax_scale: float | None = None,
     sliding_window: int | None = None,
     logits_soft_cap: float | None = None,
-    sinks: Any = None,
+    sinks: ArrayLike | None = None,  # [q_heads]
     backend: str | None = None,
 ) -> jax.Array:
-    """Attention of queries over the pages of their sequences, causal, with grouped-query heads.
+    """Return the attention of queries over the pages of their sequences, causal, with grouped-query heads.
 
     A query at position p attends to the slots 0 to p of its sequence, p included, in float32
     accumulation: softmax(softmax_scale · q·k) · v. Write its keys and values first.
@@ -91,85 +96,97 @@ def paged_attention(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, or None, but came as {backend!r}.")
     query = jnp.asarray(query)
-    parts = _tokens(query, view, metadata)
-    options = _options(view, softmax_scale, sliding_window, logits_soft_cap)
-    sinks = None if sinks is None else _sinks(sinks, query.shape[1])
-    attend = _backends.attend if backend is None else functools.partial(_on, backend)
-
-    def run(keys, values, parts, sinks):
-        outs = [_attend(attend, tokens, keys, values, sinks, options) for tokens in parts]
-        return jnp.concatenate(outs).astype(query.dtype)
-
-    if not parts:
+    all_tokens = _split_tokens(query, view, metadata)
+    options = _checked_options(view.metadata, softmax_scale, sliding_window, logits_soft_cap)
+    if sinks is not None:
+        sinks = _checked_sinks(sinks, query.shape[1])
+    if not all_tokens:
         return jnp.zeros_like(query)
-    pools = view.key_pages, view.value_pages
-    if any(isinstance(pool, ImplicitArray) and not isinstance(pool, QuantizedArray) for pool in pools):
-        return use_implicit_args(lambda keys, values: run(keys, values, parts, sinks))(*pools)
-    placed = [explicit_sharding(leaf) for leaf in jax.tree_util.tree_leaves(pools)]
-    if any(sharding is None for sharding in placed):
-        return run(pools[0], pools[1], parts, sinks)
-    over_heads = PartitionSpec(None, placed[0].spec[0], None)  # as the pools' heads are
-    return automatic(run, placed[0].update(spec=over_heads))(pools[0], pools[1], parts, sinks)
+    keys, values = view.key_pages, view.value_pages
+    attend = functools.partial(_attend_all, backend, options, query.dtype)
+    sharding = pools.explicit_sharding_of(keys, values)
+    if pools.needs_implicit_args(keys, values):
+        attend = use_implicit_args(attend)
+    elif sharding is not None:
+        over_heads = PartitionSpec(None, sharding.spec[0], None)  # as the pools' heads are
+        attend = with_auto_axes(attend, sharding.update(spec=over_heads))
+    return attend(keys, values, all_tokens, sinks)
 
 
-def _on(backend: str, tokens: QueryTokens, keys: Any, values: Any, sinks: Any, options: Options) -> jax.Array:
-    """Attention on the backend of that name and no other."""
-    entry = BACKENDS[backend]
-    reason = _backends.reason(entry, [(tokens, keys, values)])
-    if reason is not None:
-        raise ValueError(
-            f"backend must be one that takes the call, but {backend!r} declines: it {reason}. "
-            f"Leave it None for the first that does, or see qpaged.attention_backends."
-        )
-    return entry.attend(tokens, keys, values, sinks, options)
+def _attend_all(
+    backend: str | None,
+    options: Options,
+    dtype: DTypeLike,
+    keys: Pages,  # [kv_heads, pages, page_size, head_dim]
+    values: Pages,  # [kv_heads, pages, page_size, head_dim]
+    all_tokens: list[QueryTokens],
+    sinks: jax.Array | None,  # [q_heads]
+) -> jax.Array:
+    """Return the attention of the prefill's tokens and of the decode's rows, one after the other."""
+    outs = [_attend(backend, options, keys, values, tokens, sinks) for tokens in all_tokens]
+    return jnp.concatenate(outs).astype(dtype)
 
 
-def _attend(attend, tokens: QueryTokens, keys: Any, values: Any, sinks: Any, options: Options) -> jax.Array:
-    """One backend on one kind of tokens, over what the pages hold."""
+def _attend(
+    backend: str | None,
+    options: Options,
+    keys: Pages,
+    values: Pages,
+    tokens: QueryTokens,
+    sinks: jax.Array | None,
+) -> jax.Array:
+    """Return the float32 attention of tokens of one kind, on the backend asked for."""
     if not tokens.query.size or not tokens.table.shape[-1]:
         return jnp.zeros(tokens.query.shape, jnp.float32)
-    tokens, keys, values, restored = _stored(tokens, keys, values)
-    return restored(attend(tokens, keys, values, sinks, options))
+    call = _untransformed_call(tokens, keys, values)
+    if backend is None:
+        out = _backends.attend(call, sinks, options)
+    else:
+        out = _backends.attend_by_name(backend, call, sinks, options)
+    return invert_output(out, values)
 
 
-def _stored(tokens: QueryTokens, keys: Any, values: Any) -> tuple[QueryTokens, Any, Any, Any]:
-    """The call that a backend gets, and what makes its output the caller's: formats that transform channels
-    have the query and the output transformed, never the cache."""
-    query, keys = contracted(tokens.query, keys)
-    values, restored = weighed(values)
-    return dataclasses.replace(tokens, query=query), keys, values, restored
+def _untransformed_call(tokens: QueryTokens, keys: Pages, values: Pages) -> AttentionCall:
+    """Return the call that a backend gets: a format's transform is applied to the query, never to the cache."""
+    query = transform_query(tokens.query, keys)
+    return AttentionCall(dataclasses.replace(tokens, query=query), untransformed(keys), untransformed(values))
 
 
-def _tokens(
+def _split_tokens(
     query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata
 ) -> list[QueryTokens]:
-    """The prefill's tokens and the decode's rows, whichever there are, with their queries."""
+    """Return the prefill's tokens and the decode's rows, whichever there are, with their queries."""
     config = view.metadata
-    parts = [part for part in (metadata.prefill_tokens(), metadata.decodes_tokens()) if part is not None]
-    _check_query(query, sum(len(position) for position, _ in parts) if parts else None, config)
-    tokens, start = [], 0
-    for position, table in parts:
+    steps = [step for step in (metadata.prefill_tokens(), metadata.decodes_tokens()) if step is not None]
+    count = sum(len(position) for position, _ in steps) if steps else None
+    _check_query(query, count, config)
+    all_tokens, start = [], 0
+    for position, table in steps:
         table = table[..., : LARGEST_INDEX // config.page_size]  # no int32 position lies further
         position = jnp.where(position < table.shape[-1] * config.page_size, position, -1)
-        tokens.append(QueryTokens(query[start : start + len(position)], position, table))
-        start += len(position)
-    return tokens
+        end = start + len(position)
+        all_tokens.append(QueryTokens(query[start:end], position, table))
+        start = end
+    return all_tokens
 
 
-def _check_query(query: jax.Array, rows: int | None, config: Any) -> None:
+def _check_query(query: jax.Array, count: int | None, config: PagedAttentionCacheMetaData) -> None:
+    """Raise unless the query has ``count`` tokens, any number if None, of the cache's head size."""
     float_dtype("query", query.dtype)
-    heads, head_dim = config.num_kv_heads, config.kv_head_dim_size
-    right = query.ndim == 3 and query.shape[2] == head_dim and query.shape[1] and query.shape[1] % heads == 0
-    if not right or rows not in (None, len(query)):
+    kv_heads, head_dim = config.num_kv_heads, config.kv_head_dim_size
+    fits = query.ndim == 3 and query.shape[2] == head_dim and count in (None, len(query))
+    if not fits or query.shape[1] == 0 or query.shape[1] % kv_heads:
         raise ValueError(
-            f"query must have shape (tokens, q_heads, head_dim) with {'any' if rows is None else rows} "
-            f"tokens, as the metadata says, q_heads a multiple of the {heads} KV heads, and head_dim "
+            f"query must have shape (tokens, q_heads, head_dim) with {'any' if count is None else count} "
+            f"tokens, as the metadata says, q_heads a multiple of the {kv_heads} KV heads, and head_dim "
             f"{head_dim}, but came with shape {query.shape}."
         )
 
 
-def _options(view: PagedAttentionCacheView, scale: Any, window: Any, cap: Any) -> Options:
-    config = view.metadata
+def _checked_options(
+    config: PagedAttentionCacheMetaData, scale: float | None, window: int | None, cap: float | None
+) -> Options:
+    """Return the options of a call, or raise what is wrong with one."""
     scale = 1 / math.sqrt(config.kv_head_dim_size) if scale is None else float(scale)
     if window is not None:
         window = operator.index(window)
@@ -177,15 +194,18 @@ def _options(view: PagedAttentionCacheView, scale: Any, window: Any, cap: Any) -
             raise ValueError(
                 f"sliding_window must be at least 1, or None for no window, but came as {window}."
             )
-        window = None if window >= LARGEST_INDEX else window
-    if cap is not None and not 0 < cap < math.inf:
-        raise ValueError(
-            f"logits_soft_cap must be positive and finite, or None for no cap, but came as {cap}."
-        )
-    return Options(scale, window, cap if cap is None else float(cap), config.num_pages_per_layer)
+        if window >= LARGEST_INDEX:  # which no position reaches
+            window = None
+    if cap is not None:
+        if not 0 < cap < math.inf:
+            raise ValueError(
+                f"logits_soft_cap must be positive and finite, or None for no cap, but came as {cap}."
+            )
+        cap = float(cap)
+    return Options(scale, window, cap, config.num_pages_per_layer)
 
 
-def _sinks(sinks: Any, q_heads: int) -> jax.Array:
+def _checked_sinks(sinks: ArrayLike, q_heads: int) -> jax.Array:
     sinks = jnp.asarray(sinks)
     if sinks.shape != (q_heads,):
         raise ValueError(

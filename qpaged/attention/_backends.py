@@ -1,15 +1,20 @@
-"""The backends of attention, and what each says to a call."""
+"""The backends of attention, and what each says to a call.
+
+A new backend is a file with ``attend`` and, where it does not take every call, ``refusal`` and ``call_refusal``,
+and a line in :data:`IMPLEMENTATIONS`.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import jax
 
 from qpaged._platforms import by_platform
 from qpaged.attention import _gpu, _reference, _tpu, _xla
 from qpaged.attention._options import Options, QueryTokens
+from qpaged.pools import Pages
 
 
 @dataclass(frozen=True)
@@ -32,62 +37,115 @@ class AttentionBackend:
         return self.reason is None
 
 
-Attend = Callable[[QueryTokens, Any, Any, jax.Array | None, Options], jax.Array]
-Refusal = Callable[[QueryTokens, Any, Any], str | None]
+class AttentionCall(NamedTuple):
+    """The arrays of one call, whose keys and values have no transform left.
+
+    Attributes:
+        tokens: the queries.
+        keys: (kv_heads, pages, page_size, head_dim).
+        values: likewise.
+    """
+
+    tokens: QueryTokens
+    keys: Pages
+    values: Pages
+
+
+def takes_any_call(tokens: QueryTokens, keys: Pages, values: Pages) -> None:
+    """Return None: there is no call that a backend of plain JAX declines."""
+
+
+def is_always_there() -> None:
+    """Return None: a backend of plain JAX needs nothing that may be missing."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A backend's name, the platform it is for, its attention, and what it says to a call, or to any.
+class Implementation:
+    """What a backend is made of.
 
-    One that is ``by_name`` is taken only when it is asked for."""
+    Attributes:
+        name: what ``backend=`` takes.
+        platform: the one platform that it is compiled for; None for any.
+        attend: attention of query tokens over pages, (tokens, q_heads, head_dim) float32.
+        call_refusal: returns why it does not take a call; None if it does.
+        refusal: returns why it takes no call at all; None if it does.
+        by_name_only: True if it is taken only when it is asked for.
+    """
 
     name: str
     platform: str | None
-    attend: Attend
-    call_refusal: Refusal = lambda *_: None
-    refusal: Callable[[], str | None] = lambda: None
-    by_name: bool = False
+    attend: Callable[[QueryTokens, Pages, Pages, jax.Array | None, Options], jax.Array]
+    call_refusal: Callable[[QueryTokens, Pages, Pages], str | None] = takes_any_call
+    refusal: Callable[[], str | None] = is_always_there
+    by_name_only: bool = False
 
 
-BACKENDS = {
-    entry.name: entry
-    for entry in (
-        Entry("tpu", "tpu", _tpu.attend, _tpu.call_refusal, _tpu.refusal),
-        Entry("gpu", "cuda", _gpu.attend, _gpu.call_refusal, _gpu.refusal, by_name=True),
-        Entry("xla", None, _xla.attend),
-        Entry("reference", None, _reference.attend),
-    )
-}
-"""In the order in which they are chosen: the first that is for the platform and takes the call. The ``gpu``
-kernel has not run on a chip yet, so that it is nobody's default."""
+# In the order in which they are chosen: the first that is for the platform and takes the call. The gpu kernel has
+# not run on a chip yet, so that it is nobody's default.
+IMPLEMENTATIONS = (
+    Implementation("tpu", "tpu", _tpu.attend, _tpu.call_refusal, _tpu.refusal),
+    Implementation("gpu", "cuda", _gpu.attend, _gpu.call_refusal, _gpu.refusal, by_name_only=True),
+    Implementation("xla", None, _xla.attend),
+    Implementation("reference", None, _reference.attend),
+)
+BACKENDS = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 
 
-def listed(calls: Sequence[tuple[QueryTokens, Any, Any]]) -> tuple[AttentionBackend, ...]:
-    """Every backend, with why it declines some of the ``calls``, or all."""
-    return tuple(AttentionBackend(e.name, e.platform, reason(e, calls)) for e in BACKENDS.values())
+def list_backends(calls: Sequence[AttentionCall]) -> tuple[AttentionBackend, ...]:
+    """Return every backend, with why it declines some of the ``calls``, or all."""
+    backends = []
+    for implementation in IMPLEMENTATIONS:
+        reason = decline_reason(implementation, calls)
+        backends.append(AttentionBackend(implementation.name, implementation.platform, reason))
+    return tuple(backends)
 
 
-def reason(entry: Entry, calls: Sequence[tuple[QueryTokens, Any, Any]]) -> str | None:
-    """Why a backend declines some of the ``calls``, or all; None if it takes them."""
-    said = entry.refusal()
-    return said or next(filter(None, (entry.call_refusal(*call) for call in calls)), None)
+def decline_reason(implementation: Implementation, calls: Sequence[AttentionCall]) -> str | None:
+    """Return why a backend declines some of the ``calls``, or all; None if it takes them."""
+    reason = implementation.refusal()
+    if reason is not None:
+        return reason
+    for call in calls:
+        reason = implementation.call_refusal(*call)
+        if reason is not None:
+            return reason
+    return None
 
 
-def attend(
-    tokens: QueryTokens, keys: Any, values: Any, sinks: jax.Array | None, options: Options
-) -> jax.Array:
-    """Attention on the first backend that is for the platform that the program is lowered for."""
-    entries = [entry for entry in BACKENDS.values() if not entry.by_name]
-    taken = [entry for entry in entries if reason(entry, [(tokens, keys, values)]) is None]
-    anywhere = next(entry for entry in taken if entry.platform is None)
-    somewhere = {e.platform: _with(e, options) for e in taken if e.platform is not None}
-    if not somewhere:
-        return anywhere.attend(tokens, keys, values, sinks, options)
-    return by_platform(tokens, keys, values, sinks, default=_with(anywhere, options), **somewhere)
+def attend(call: AttentionCall, sinks: jax.Array | None, options: Options) -> jax.Array:
+    """Return attention on the first backend that is for the platform that the program is lowered for."""
+    default: Implementation | None = None
+    kernels = {}
+    for implementation in IMPLEMENTATIONS:
+        if implementation.by_name_only or decline_reason(implementation, [call]) is not None:
+            continue
+        if implementation.platform is not None:
+            kernels[implementation.platform] = _with_options(implementation, options)
+        elif default is None:
+            default = implementation
+    assert default is not None  # xla takes every call
+    if not kernels:
+        return default.attend(*call, sinks, options)
+    return by_platform(*call, sinks, default=_with_options(default, options), **kernels)
+
+
+def attend_by_name(name: str, call: AttentionCall, sinks: jax.Array | None, options: Options) -> jax.Array:
+    """Return attention on the backend of that name and no other.
+
+    Raises:
+        ValueError: the backend declines the call.
+    """
+    implementation = BACKENDS[name]
+    reason = decline_reason(implementation, [call])
+    if reason is not None:
+        raise ValueError(
+            f"backend must be one that takes the call, but {name!r} declines: it {reason}. "
+            f"Leave it None for the first that does, or see qpaged.attention_backends."
+        )
+    return implementation.attend(*call, sinks, options)
 
 
 @functools.lru_cache(maxsize=256)
-def _with(entry: Entry, options: Options) -> Callable[..., jax.Array]:
-    """The same function for the same options, so that it is traced once."""
-    return lambda tokens, keys, values, sinks: entry.attend(tokens, keys, values, sinks, options)
+def _with_options(implementation: Implementation, options: Options) -> Callable[..., jax.Array]:
+    """Return the same function object for the same options, so that JAX traces it once."""
+    return functools.partial(implementation.attend, options=options)

@@ -15,7 +15,8 @@ from qpaged.attention._layout import (
     stored_scales,
     visible_range,
 )
-from qpaged.attention._options import Options, PagePool, QueryTokens
+from qpaged.attention._options import Options, QueryTokens
+from qpaged.pools import Pages
 
 OLDEST_JAX = (0, 11)  # the first with a public interpreter of Mosaic GPU kernels, which the tests need
 HEAD_DIMS = (64, 128, 256)
@@ -38,7 +39,7 @@ def refusal() -> str | None:
     return None
 
 
-def call_refusal(tokens: QueryTokens, keys: PagePool, values: PagePool) -> str | None:
+def call_refusal(tokens: QueryTokens, keys: Pages, values: Pages) -> str | None:
     """Return why the backend does not take a call, or None."""
     kv_heads, _, page_size, head_dim = keys.shape
     if head_dim not in HEAD_DIMS:
@@ -58,7 +59,7 @@ def call_refusal(tokens: QueryTokens, keys: PagePool, values: PagePool) -> str |
     return None
 
 
-def _pool_refusal(pool: PagePool) -> str | None:
+def _pool_refusal(pool: Pages) -> str | None:
     reason = pool_refusal(pool, jnp.bfloat16)
     if reason is not None:
         return reason
@@ -69,7 +70,7 @@ def _pool_refusal(pool: PagePool) -> str | None:
 
 
 def attend(
-    tokens: QueryTokens, keys: PagePool, values: PagePool, sinks: jax.Array | None, options: Options
+    tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None, options: Options
 ) -> jax.Array:
     """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
     from qpaged.attention import _gpu_kernel, _gpu_refs
@@ -151,7 +152,7 @@ def _split_channels(
     return jnp.moveaxis(query, -1, -3)
 
 
-def _kernel_scales(pool: PagePool) -> jax.Array | None:
+def _kernel_scales(pool: Pages) -> jax.Array | None:
     """Return a pool's scales, [kv_heads, pages] or [kv_heads, pages, page_size]; None if it has none."""
     scales = stored_scales(pool)
     if scales is None:

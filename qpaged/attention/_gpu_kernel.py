@@ -330,7 +330,7 @@ def _load_slot_scales(
         scales = _load(side.stages.scales.at[stage], PER_SLOT)
     quantizer = side.layout.quantizer
     multiplier = quantizer.multiplier(scales)
-    offset = quantizer.shift(scales) if side.layout.has_offset else None
+    offset = quantizer.offset.offset(scales) if side.layout.has_offset else None
     return SlotScales(multiplier, offset)
 
 

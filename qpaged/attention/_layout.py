@@ -9,14 +9,12 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
 
-from qpaged.arrays import QuantizedArray, refused
-from qpaged.attention._options import PagePool
+from qpaged.arrays import extract_codes, not_elementwise
+from qpaged.pools import Pages, as_quantized
 
 BYTE_BITS = 8
-WORD_BITS = 32  # kernels calculate with 32-bit integers only
 
 
 @dataclass(frozen=True)
@@ -46,23 +44,25 @@ class Layout:
     has_offset: bool = False
 
     @classmethod
-    def of(cls, pool: PagePool) -> Self:
+    def of(cls, pool: Pages) -> Self:
         """Return the layout of a plain or quantized pool."""
         _, _, page_size, head_dim = pool.shape
-        if not isinstance(pool, QuantizedArray):
+        quantized = as_quantized(pool)
+        if quantized is None:
             return cls(None, pool.dtype, page_size, head_dim, head_dim * pool.dtype.itemsize)
+        quantizer, scales = quantized.quantizer, quantized.scales
         scale_groups, scales_per_slot, has_offset = 0, False, False
-        if pool.scales is not None:
-            scale_groups = pool.scales.shape[3]
-            scales_per_slot = pool.scales.shape[2] > 1
-            has_offset = jax.eval_shape(pool.quantizer.shift, pool.scales) is not None
+        if scales is not None:
+            scale_groups = scales.shape[3]
+            scales_per_slot = scales.shape[2] > 1
+            has_offset = quantizer.offset is not None
         return cls(
-            quantizer=pool.quantizer,
+            quantizer=quantizer,
             dtype=pool.dtype,
             page_size=page_size,
             head_dim=head_dim,
-            slot_bytes=head_dim // pool.packing * pool.folded.dtype.itemsize,
-            codes_per_byte=pool.packing,
+            slot_bytes=head_dim // quantized.codes_per_byte * quantized.stored.dtype.itemsize,
+            codes_per_byte=quantized.codes_per_byte,
             scale_groups=scale_groups,
             scales_per_slot=scales_per_slot,
             has_offset=has_offset,
@@ -78,60 +78,51 @@ class Layout:
         if self.codes_per_byte == 1:
             return stored
         code_dtype = self.quantizer.code_dtype(self.dtype)
-        return extract_codes(stored, BYTE_BITS // self.codes_per_byte, byte_index, code_dtype)
+        return extract_codes(
+            stored.astype(jnp.int32), BYTE_BITS // self.codes_per_byte, byte_index, code_dtype
+        )
 
 
-def stored_codes(pool: PagePool) -> jax.Array:
+def stored_codes(pool: Pages) -> jax.Array:
     """Return a pool's codes [kv_heads, pages, page_size, slot_width], or the pages of a plain pool."""
-    if isinstance(pool, QuantizedArray):
-        return pool.codes
-    return pool
+    quantized = as_quantized(pool)
+    return pool if quantized is None else quantized.codes
 
 
-def stored_rows(pool: PagePool) -> jax.Array:
+def stored_rows(pool: Pages) -> jax.Array:
     """Return :func:`stored_codes` as they lie in memory, where several short slots may share a row."""
-    if isinstance(pool, QuantizedArray):
-        return pool.folded
-    return pool
+    quantized = as_quantized(pool)
+    return pool if quantized is None else quantized.stored
 
 
-def stored_scales(pool: PagePool) -> jax.Array | None:
+def stored_scales(pool: Pages) -> jax.Array | None:
     """Return the scales of a pool, [kv_heads, pages, page_size or 1, scale_groups]; None if it has none."""
-    if isinstance(pool, QuantizedArray):
-        return pool.scales
-    return None
+    quantized = as_quantized(pool)
+    return None if quantized is None else quantized.scales
 
 
-def extract_codes(stored: jax.Array, bits: int, byte_index: int, code_dtype: DTypeLike) -> jax.Array:
-    """Return code number ``byte_index`` of each stored byte (0 is in the lowest bits), with its sign."""
-    signed = jnp.issubdtype(code_dtype, jnp.signedinteger)
-    shift_right = lax.shift_right_arithmetic if signed else lax.shift_right_logical
-    # The code moves to the top of the word and back down, which extends its sign or clears the bits above.
-    top = lax.shift_left(stored.astype(jnp.int32), jnp.int32(WORD_BITS - bits * (byte_index + 1)))
-    return shift_right(top, jnp.int32(WORD_BITS - bits)).astype(code_dtype)
-
-
-def pool_refusal(pool: PagePool, decode_dtype: DTypeLike) -> str | None:
+def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:
     """Return why no kernel takes the format of a pool whose codes decode to ``decode_dtype``, or None."""
-    if not isinstance(pool, QuantizedArray):
+    quantized = as_quantized(pool)
+    if quantized is None:
         return None
-    quantizer, layout = pool.quantizer, Layout.of(pool)
-    if pool.outer is not None or pool.offsets is not None:
+    quantizer, layout = quantized.quantizer, Layout.of(pool)
+    if quantized.global_scale is not None or quantized.offset is not None:
         return f"{quantizer} has scales of two levels"
-    if not quantizer.tiled:
-        return f"{quantizer} is declared not to be made of tile functions"
+    if not quantizer.elementwise:
+        return f"{quantizer} is declared not to be elementwise"
 
     def decode(codes: jax.Array) -> jax.Array:
         return quantizer.decode(codes, decode_dtype)
 
     methods: dict[str, tuple[Callable[[Any], Any], DTypeLike]] = {}
     methods["decode"] = decode, quantizer.code_dtype(pool.dtype)
-    if layout.scale_groups:
-        methods["multiplier"] = quantizer.multiplier, pool.scales.dtype
-    if layout.has_offset:
-        methods["shift"] = quantizer.shift, pool.scales.dtype
+    if quantized.scales is not None:
+        methods["multiplier"] = quantizer.multiplier, quantized.scales.dtype
+        if quantizer.offset is not None:
+            methods["offset"] = quantizer.offset.offset, quantized.scales.dtype
     for name, (method, argument_dtype) in methods.items():
-        reason = refused(method, argument_dtype)
+        reason = not_elementwise(method, argument_dtype)
         if reason is not None:
             return f"{name} of {quantizer} {reason}"
     return None

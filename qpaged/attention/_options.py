@@ -5,13 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from qpaged.arrays import QuantizedArray
-
 # The score of a masked slot: below every real score, but finite, so that differences of scores are no NaN.
 MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
-
-PagePool = jax.Array | QuantizedArray
-"""The keys or the values of one layer, [kv_heads, pages, page_size, head_dim]."""
 
 
 @dataclass(frozen=True)

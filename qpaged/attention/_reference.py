@@ -3,18 +3,18 @@
 import jax
 import jax.numpy as jnp
 
-from qpaged.arrays import QuantizedArray, as_slots, keep_slots, take_pages
+from qpaged.arrays import mask_slots, to_float32
 from qpaged.attention._options import (
     Options,
-    PagePool,
     QueryTokens,
     group_query_heads,
     ungroup_query_heads,
 )
+from qpaged.pools import Pages, gather_slots
 
 
 def attend(
-    tokens: QueryTokens, keys: PagePool, values: PagePool, sinks: jax.Array | None, options: Options
+    tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None, options: Options
 ) -> jax.Array:
     """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
     if tokens.is_prefill:
@@ -30,8 +30,8 @@ def _attend_sequence(
     query: jax.Array,  # [tokens, q_heads, head_dim]
     position: jax.Array,  # [tokens]
     table: jax.Array,  # [pages]
-    keys: PagePool,  # [kv_heads, num_pages, page_size, head_dim]
-    values: PagePool,
+    keys: Pages,  # [kv_heads, num_pages, page_size, head_dim]
+    values: Pages,
     sinks: jax.Array | None,  # [q_heads]
     options: Options,
 ) -> jax.Array:
@@ -42,8 +42,8 @@ def _attend_sequence(
     mask = options.attention_mask(position, table, slot, page_size)  # [tokens, slots]
 
     table = options.visible_pages(table, mask)
-    k = _dequantize(as_slots(take_pages(keys, table)))  # [kv_heads, slots, head_dim]
-    v = _dequantize(keep_slots(as_slots(take_pages(values, table)), mask.any(axis=0)))
+    k = to_float32(gather_slots(keys, table))  # [kv_heads, slots, head_dim]
+    v = to_float32(mask_slots(gather_slots(values, table), mask.any(axis=0)))
     q = group_query_heads(query, kv_heads).astype(jnp.float32)  # [kv_heads, q_rows, head_dim]
     scores = options.scale_and_cap(jnp.einsum("hqd,hsd->hqs", q, k, precision="highest"))
     mask = jnp.repeat(mask, q_heads_per_kv, axis=0)  # [q_rows, slots]
@@ -73,9 +73,3 @@ def _softmax(
     weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sink[..., None] - highest)
     return weights / jnp.where(total > 0, total, 1)
-
-
-def _dequantize(slots: PagePool) -> jax.Array:
-    if isinstance(slots, QuantizedArray):
-        return slots.dequantize()
-    return slots.astype(jnp.float32)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged._compat import partitioned, version_tuple
-from qpaged.arrays import common_dtype, compute_dtype
-from qpaged.arrays._folds import LANES
+from qpaged.arrays import LANES, common_dtype, compute_dtype
 from qpaged.attention._layout import pad_to_multiple, pool_refusal, stored_scales, visible_range
-from qpaged.attention._options import Options, PagePool, QueryTokens
+from qpaged.attention._options import Options, QueryTokens
 from qpaged.attention._tpu_layout import TPULayout
+from qpaged.pools import Pages
 
 OLDEST_JAX = (0, 10)
 HEAD_DIMS = (64, 128, 256)
@@ -33,7 +33,7 @@ def refusal() -> str | None:
     return None
 
 
-def call_refusal(tokens: QueryTokens, keys: PagePool, values: PagePool) -> str | None:
+def call_refusal(tokens: QueryTokens, keys: Pages, values: Pages) -> str | None:
     """Return why the backend does not take a call, or None."""
     kv_heads, _, page_size, head_dim = keys.shape
     if head_dim not in HEAD_DIMS:
@@ -49,7 +49,7 @@ def call_refusal(tokens: QueryTokens, keys: PagePool, values: PagePool) -> str |
     return None
 
 
-def _pool_refusal(pool: PagePool) -> str | None:
+def _pool_refusal(pool: Pages) -> str | None:
     layout = TPULayout.of(pool)
     if layout.quantizer is None:
         if isinstance(pool, jax.Array) and pool.dtype in (jnp.bfloat16, jnp.float32):
@@ -61,7 +61,7 @@ def _pool_refusal(pool: PagePool) -> str | None:
 
 
 def attend(
-    tokens: QueryTokens, keys: PagePool, values: PagePool, sinks: jax.Array | None, options: Options
+    tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None, options: Options
 ) -> jax.Array:
     """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
     dtype = common_dtype(compute_dtype(tokens.query, keys), compute_dtype(tokens.query, values))
@@ -85,7 +85,7 @@ def attend(
     return out.reshape(-1, *out.shape[2:])[:rows]
 
 
-def _scale_bytes(pool: PagePool, pages: int) -> int:
+def _scale_bytes(pool: Pages, pages: int) -> int:
     """Return the bytes of the scales of so many pages."""
     scales = stored_scales(pool)
     if scales is None:
@@ -94,7 +94,7 @@ def _scale_bytes(pool: PagePool, pages: int) -> int:
 
 
 def _call_kernel(
-    tokens: QueryTokens, keys: PagePool, values: PagePool, sinks: jax.Array | None, options: Options
+    tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None, options: Options
 ) -> jax.Array:
     """Return the attention of tokens whose page table and scales one call of the kernel holds."""
     from qpaged.attention import _tpu_kernel, _tpu_refs

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from qpaged.arrays._folds import LANES
-from qpaged.arrays._tpu_scales import Order
+from qpaged.arrays import LANES
+from qpaged.arrays._tpu_scales import ScaleOrder
 from qpaged.attention._layout import Layout, stored_rows, stored_scales
-from qpaged.attention._options import PagePool
+from qpaged.pools import Pages
 
 NN = (((1,), (0,)), ((), ()))  # [m, k] . [k, n]
 NT = (((1,), (1,)), ((), ()))  # [m, k] . [n, k]
@@ -45,7 +45,7 @@ class TPULayout(Layout):
 
     # Outside the kernel.
 
-    def page_rows_of(self, pool: PagePool) -> jax.Array:
+    def page_rows_of(self, pool: Pages) -> jax.Array:
         """Return what a pool stores, [kv_heads, pages, page_rows, row_width]; no copy of a cache's pool."""
         stored = stored_rows(pool)
         return stored.reshape(*stored.shape[:2], self.page_rows, self.row_width)
@@ -62,7 +62,7 @@ class TPULayout(Layout):
 
     def gather_scales(
         self,
-        pool: PagePool,
+        pool: Pages,
         table: jax.Array,  # [sequences, table_pages]
         pages_per_tile: int,
     ) -> jax.Array | None:
@@ -93,9 +93,9 @@ class TPULayout(Layout):
         slot = jnp.arange(pages_per_tile * page_rows, dtype=jnp.int32) % page_rows * slots_per_row
         slot = slot + jnp.arange(slots_per_row, dtype=jnp.int32)[:, None, None]
         group = jnp.arange(groups, dtype=jnp.int32)[:, None]
-        order = Order.of(scales)
-        index = order.at(kv_head[..., None, None], page, slot, group)
-        gathered = order.flat(scales).at[index].get(mode="promise_in_bounds")
+        order = ScaleOrder.of(scales)
+        index = order.flat_index(kv_head[..., None, None], page, slot, group)
+        gathered = order.flatten(scales).at[index].get(mode="promise_in_bounds")
         if groups == 1:
             return gathered.reshape(*gathered.shape[:3], -1)
         return gathered.reshape(*gathered.shape[:3], slots_per_row * groups, -1)
@@ -150,7 +150,7 @@ class TPULayout(Layout):
 
     def offsets(self, scales: jax.Array) -> jax.Array:
         """Return the offsets that stored scales carry, float32; zeros likewise."""
-        return _zero_if_not_finite(self.quantizer.shift(scales))
+        return _zero_if_not_finite(self.quantizer.offset.offset(scales))
 
     def lane_offsets(
         self,

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged._compat import varying_as
-from qpaged.arrays import as_slots, compute_dtype, dot, keep_slots, take_pages
+from qpaged.arrays import compute_dtype, dot, mask_slots
 from qpaged.attention._layout import pad_to_multiple
 from qpaged.attention._options import (
     MASK_VALUE,
     Options,
-    PagePool,
     QueryTokens,
     group_query_heads,
     ungroup_query_heads,
 )
+from qpaged.pools import Pages, gather_slots
 
 KV_TILE = 256  # slots read at once; a tile's scores and decoded slots then fit in a CPU core's cache
 Q_TILE = 128  # queries of a prefill that share what is read
@@ -33,8 +33,8 @@ PV = (((2,), (1,)), ((0,), (0,)))  # [heads, rows, slots] . [heads, slots, dim]
 class XLACall(NamedTuple):
     """The arguments that all query tiles of a call share."""
 
-    keys: PagePool  # [kv_heads, num_pages, page_size, head_dim]
-    values: PagePool
+    keys: Pages  # [kv_heads, num_pages, page_size, head_dim]
+    values: Pages
     sinks: jax.Array | None  # [q_heads]
     options: Options
     pages_per_tile: int
@@ -54,7 +54,7 @@ class SoftmaxState(NamedTuple):
 
 
 def attend(
-    tokens: QueryTokens, keys: PagePool, values: PagePool, sinks: jax.Array | None, options: Options
+    tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None, options: Options
 ) -> jax.Array:
     """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
     pages_per_tile = max(1, min(KV_TILE // keys.shape[2], tokens.table.shape[-1]))
@@ -125,15 +125,15 @@ def _read_kv_tile(
     position: jax.Array,  # [tokens]
     table: jax.Array,  # [pages]
     tile_index: jax.Array,
-) -> tuple[PagePool, PagePool, jax.Array]:
+) -> tuple[Pages, Pages, jax.Array]:
     """Return a tile's keys and values [kv_heads, slots, head_dim] and its mask [tokens, slots]."""
     pages = lax.dynamic_slice_in_dim(table, tile_index * call.pages_per_tile, call.pages_per_tile)
     slot = tile_index * call.kv_tile + jnp.arange(call.kv_tile, dtype=jnp.int32)
     mask = call.options.attention_mask(position, table, slot, call.keys.shape[2])
     pages = call.options.visible_pages(pages, mask)
-    k = as_slots(take_pages(call.keys, pages))
+    k = gather_slots(call.keys, pages)
     # A masked value may be NaN, and its weight of zero would not hide that.
-    v = keep_slots(as_slots(take_pages(call.values, pages)), mask.any(axis=0))
+    v = mask_slots(gather_slots(call.values, pages), mask.any(axis=0))
     return k, v, mask
 
 

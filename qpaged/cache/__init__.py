@@ -4,8 +4,8 @@ from qpaged.cache._allocator import AllocationError, PageAllocator
 from qpaged.cache._budget import HostMemoryWarning
 from qpaged.cache._cache import PagedAttentionCache
 from qpaged.cache._config import PagedAttentionCacheMetaData
-from qpaged.cache._metadata import PagedAttentionMetadata
 from qpaged.cache._fresh import NarrowFloatPoolWarning
+from qpaged.cache._metadata import PagedAttentionMetadata
 from qpaged.cache._sharding import PartitionManager
 from qpaged.cache._view import PagedAttentionCacheView
 

@@ -3,6 +3,7 @@
 import os
 import warnings
 from fractions import Fraction
+
 import jax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike

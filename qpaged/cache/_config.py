@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh

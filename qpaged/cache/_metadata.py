@@ -45,9 +45,7 @@ class PagedAttentionMetadata(Serializable):
                 object.__setattr__(self, field.name, clip_to_int32(value))
 
     @classmethod
-    def prefill(
-        cls, *, position: ArrayLike, page_table: ArrayLike, length: ArrayLike | None = None
-    ) -> Self:
+    def prefill(cls, *, position: ArrayLike, page_table: ArrayLike, length: ArrayLike | None = None) -> Self:
         """Return the metadata of a prefill of one sequence, or of a chunk of it.
 
         Args:

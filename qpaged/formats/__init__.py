@@ -3,8 +3,8 @@
 from qpaged.arrays import GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.formats._cache_format import CacheFormat
 from qpaged.formats._contract import Quantizer
-from qpaged.formats._power_of_two import PowerOfTwoQuantizer
 from qpaged.formats._growth import FitAgain
+from qpaged.formats._power_of_two import PowerOfTwoQuantizer
 from qpaged.formats._registry import (
     RegistryError,
     available_formats,
