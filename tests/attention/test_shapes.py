@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import normal
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from oracle import attention
-from sequences import PAGES, PER_SEQUENCE, poisoned, tables
 from shapes import SHAPES, Shape
+from support.arrays import normal
+from support.attention_oracle import attention
+from support.filled_pages import PAGES, PER_SEQUENCE, poisoned, tables
 
 import qpaged
 from qpaged.attention import _tpu, _xla

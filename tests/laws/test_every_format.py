@@ -1,6 +1,6 @@
 """Every law, for every registered format at every granularity, and in its wrappers."""
 
-from formats import LAWFUL
+from support.formats import LAWFUL
 
 from qpaged.testing import QuantizerConformance
 

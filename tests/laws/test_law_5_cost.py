@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import FORMATS
+from support.formats import FORMATS
 
 import qpaged
 from qpaged.attention import _xla

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from formats import leaves_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.arrays import leaves_equal
 
 import qpaged
 from qpaged.testing import Subject
