@@ -1,8 +1,8 @@
 """Prints what `lanes.json` says of CI's lanes, for `.ci/run` and for CONTRIBUTING.md.
 
-    python .ci/lanes.py names      every lane, in the order in which they are run
-    python .ci/lanes.py light      the lanes that run beside the others, since one core is enough for them
-    python .ci/lanes.py table      the Markdown table of CONTRIBUTING.md
+python .ci/lanes.py names      every lane, in the order in which they are run
+python .ci/lanes.py light      the lanes that run beside the others, since one core is enough for them
+python .ci/lanes.py table      the Markdown table of CONTRIBUTING.md
 """
 
 import json
@@ -13,13 +13,13 @@ LANES = json.loads(Path(__file__).with_name("lanes.json").read_text(encoding="ut
 
 
 def names() -> str:
-    """Return all lanes, one to a line."""
-    return "\n".join(lane["lane"] for lane in LANES)
+    """Return all lanes, separated by spaces."""
+    return " ".join(lane["lane"] for lane in LANES)
 
 
 def light() -> str:
-    """Return the light lanes, one to a line."""
-    return "\n".join(lane["lane"] for lane in LANES if lane["light"])
+    """Return the light lanes, separated by spaces."""
+    return " ".join(lane["lane"] for lane in LANES if lane["light"])
 
 
 def table() -> str:
