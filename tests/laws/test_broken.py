@@ -1,4 +1,4 @@
-"""The kit catches what it is for: a format that breaks a law, by that law's test, whose sound twin passes."""
+"""A format that breaks a law fails that law's test of the kit, and its sound twin passes."""
 
 import pytest
 from support import broken_formats

@@ -1,4 +1,4 @@
-"""Every law, for every registered format at every granularity, and in its wrappers."""
+"""Every law for every registered format, at every granularity and in every set of wrappers."""
 
 from support.formats import LAWFUL
 

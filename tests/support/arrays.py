@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qpaged
-from qpaged.testing._programs import factors as multipliers  # noqa: F401 - each element's scale
+from qpaged.testing._programs import element_scales as multipliers  # noqa: F401 - for tests of arrays
 
 
 def normal(*shape, seed=0, scale=1.0):
