@@ -1,7 +1,6 @@
 """The laws by number: their names, and what relies on each."""
 
 from collections.abc import Callable
-from typing import Any
 
 LAWS = {
     1: ("error", "formats are chosen by how far a value read back may be from what was written"),
@@ -18,15 +17,18 @@ LAWS = {
     9: ("reuse", "pages go from one sequence to the next, which may see nothing of the one before"),
 }
 
+Check = Callable[[object, str], None]
+"""``check(condition, failure)`` raises AssertionError with ``failure`` unless the condition is true."""
 
-def law(number: int, subject: Any) -> Callable[[Any, str], None]:
-    """``keeps(holds, what)``: AssertionError unless it ``holds``, naming the law, the format and what for."""
+
+def law(number: int, subject: object) -> Check:
+    """Return a check whose errors name the law, the format and what relies on the law."""
     name, reason = LAWS[number]
 
-    def keeps(holds: Any, what: str) -> None:
-        if not holds:
+    def check(condition: object, failure: str) -> None:
+        if not condition:
             raise AssertionError(
-                f"law {number}, {name}: {subject} breaks it: {what}. What it is for: {reason}."
+                f"law {number}, {name}: {subject} breaks it: {failure}. What it is for: {reason}."
             )
 
-    return keeps
+    return check

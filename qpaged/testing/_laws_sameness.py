@@ -1,108 +1,132 @@
 """Law 7: code that takes a cache cannot tell plain pages from quantized ones, but by their precision."""
 
-from typing import Any
-
 import jax
 import numpy as np
 
 import qpaged
 from qpaged.implicit import ImplicitArray
 from qpaged.testing._law import law
-from qpaged.testing._pool import (
-    ELSEWHERE,
+from qpaged.testing._pools import (
     GROUP,
     HEADS,
+    LARGE_DTYPES,
+    LARGE_TABLE,
     PAGES,
     QUERIES,
+    SMALL_DTYPES,
     TABLE,
     TOKENS,
+    Pages,
+    View,
     configuration,
-    moved,
+    move_pages,
     pools,
+    same_structure,
 )
-from qpaged.testing._subject import LARGE, Subject, narrowed
+from qpaged.testing._subject import Subject, clip_to_dtype
 
 POSITION = np.array([TOKENS - 1, 9, -1], np.int32)  # of the queries; the last row is inactive
-TABLES = np.stack([ELSEWHERE] * QUERIES)
+TABLES = np.stack([LARGE_TABLE] * QUERIES)
 TOLERANCE = 2e-5  # of the largest value: float32 sums in another order
 
 
 def looks(subject: Subject, rows: np.ndarray) -> None:
-    """Law 7: pages have the shapes and dtypes of plain ones, and come through transformations."""
-    keeps, config = law(7, subject), configuration(subject.quantizer)
-    for stage, view in (("fresh", subject.fresh()), ("written", subject.prefilled(rows))):
-        keeps(view.metadata == config, f"{stage} pages have other metadata than they were made for")
-        for (name, pages), dtype in zip(pools(view), (np.float32, np.float16), strict=True):
-            plain = np.empty(config.pool_shape, dtype)
-            for asked in ("shape", "dtype", "ndim", "size"):
-                given, wanted = getattr(pages, asked), getattr(plain, asked)
-                keeps(
-                    given == wanted, f"{asked} of {stage} {name} is {given} where a plain pool's is {wanted}"
-                )
-            own = isinstance(pages, qpaged.QuantizedArray) and pages.quantizer == subject.quantizer
-            keeps(own and isinstance(pages, ImplicitArray), f"{stage} {name} are no arrays of the format")
-            keeps(mapped(pages), f"{name} do not come through vmap over their heads as what they are")
+    """Law 7: pages have the shapes and dtypes of plain ones, and survive transformations as pages."""
+    looks_plain(subject, subject.fresh(), "fresh")
+    looks_plain(subject, subject.prefilled(rows), "written")
 
 
-def mapped(pages: Any) -> bool:
-    """Whether vmap over the heads sees pages without their heads, and gives back pages."""
-    seen = []
+def looks_plain(subject: Subject, view: View, stage: str) -> None:
+    """Check the attributes of a view's pages against those of plain pools."""
+    check = law(7, subject)
+    config = configuration(subject.quantizer)
+    check(view.metadata == config, f"{stage} pages have other metadata than they were made for")
+    for (name, pages), dtype in zip(pools(view), SMALL_DTYPES, strict=True):
+        plain = np.empty(config.pool_shape, dtype)
+        for attribute in ("shape", "dtype", "ndim", "size"):
+            value = getattr(pages, attribute)
+            expected = getattr(plain, attribute)
+            check(
+                value == expected,
+                f"{attribute} of {stage} {name} is {value} where a plain pool's is {expected}",
+            )
+        of_format = isinstance(pages, qpaged.QuantizedArray) and pages.quantizer == subject.quantizer
+        check(of_format and isinstance(pages, ImplicitArray), f"{stage} {name} are no arrays of the format")
+        check(survives_vmap(pages), f"{name} do not come through vmap over their heads as what they are")
 
-    def one(head):
-        seen.append((head.shape, head.block) == (pages.shape[1:], pages.block[1:]))
+
+def survives_vmap(pages: Pages) -> bool:
+    """Return True if vmap over the heads sees pages without their heads axis, and returns pages."""
+    shapes_agree = []
+
+    def identity(head: Pages) -> Pages:
+        shapes_agree.append((head.shape, head.block) == (pages.shape[1:], pages.block[1:]))
         return head
 
-    kinds: list[Any] = [
-        jax.tree_util.tree_structure(tree) for tree in (pages, jax.eval_shape(jax.vmap(one), pages))
-    ]
-    return all(seen) and bool(kinds[0] == kinds[1])
+    mapped = jax.eval_shape(jax.vmap(identity), pages)
+    return all(shapes_agree) and same_structure(mapped, pages)
 
 
 def attention(subject: Subject, rows: np.ndarray, query: np.ndarray) -> None:
     """Law 7: attention over pages is attention over the values they hold, on every backend."""
-    keeps, rows = law(7, subject), narrowed(rows, LARGE[1])
-    batch = np.stack([rows, rows], axis=1)
-    position = np.stack([np.full(TOKENS, -1, np.int32), np.arange(TOKENS, dtype=np.int32)], axis=1)
-    view = subject.decode(subject.enlarged(subject.fresh()), batch, position, TABLES[:2])
-    kept = all(isinstance(pages, qpaged.QuantizedArray) for _, pages in pools(view))
-    keeps(kept, "pages that a scan carries come out as something else")
+    check = law(7, subject)
+    rows = clip_to_dtype(rows, LARGE_DTYPES[1])
+    view = decoded_sequence(subject, rows)
+    still_pages = all(isinstance(pages, qpaged.QuantizedArray) for _, pages in pools(view))
+    check(still_pages, "pages that a scan carries come out as something else")
 
-    keys, values = (found["values"] for found in subject.read(moved(view, ELSEWHERE, TABLE, PAGES), rows))
-    wanted, tolerance = attended(query, keys, values, POSITION), TOLERANCE * np.abs(values).max()
+    keys, values = subject.read(move_pages(view, LARGE_TABLE, TABLE, PAGES), rows)
+    expected = float64_attention(query, keys["values"], values["values"], POSITION)
+    tolerance = TOLERANCE * np.abs(values["values"]).max()
     for backend, out in subject.attend(view, query, POSITION, TABLES).items():
-        same = (out.shape, out.dtype) == (query.shape, query.dtype)
-        keeps(same, f"attention by {backend} gives {out.dtype} of shape {out.shape}")
-        off = np.abs(np.asarray(out) - wanted).max()
-        keeps(
+        same_type = out.shape == query.shape and out.dtype == query.dtype
+        check(same_type, f"attention by {backend} gives {out.dtype} of shape {out.shape}")
+        off = np.abs(np.asarray(out) - expected).max()
+        check(
             off <= tolerance,
             f"attention by {backend} is off by {off:.3g} from attention over the values read back (is "
             f"decode elementwise, and exact in every dtype? is transform linear, and inverse its inverse?)",
         )
 
 
+def decoded_sequence(subject: Subject, rows: np.ndarray) -> View:
+    """Return a large view to which decode steps wrote ``rows``, beside an inactive row."""
+    batch = np.stack([rows, rows], axis=1)
+    position = np.stack([np.full(TOKENS, -1, np.int32), np.arange(TOKENS, dtype=np.int32)], axis=1)
+    return subject.decode(subject.enlarged(subject.fresh()), batch, position, TABLES[:2])
+
+
 def exact_in_bfloat16(subject: Subject, rows: np.ndarray, case: str = "rows") -> None:
     """Law 7: codes are exact in the dtype of a dot, so that bfloat16 attention sees what float32 would."""
     view = subject.prefilled(rows)
-    for (name, _), found in zip(pools(view), subject.read(view, rows), strict=True):
-        exact = not found["inexact"].any()
+    for (name, _), reading in zip(pools(view), subject.read(view, rows), strict=True):
         law(7, subject)(
-            exact, f"{name} of {case}, in units of their scales, are not exact in bfloat16, as dots ask"
+            not reading["inexact"].any(),
+            f"{name} of {case}, in units of their scales, are not exact in bfloat16, as dots ask",
         )
 
 
-def attended(query: np.ndarray, keys: np.ndarray, values: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Attention of (batch, q_heads, head_dim) at ``position`` over slots (tokens, heads, head_dim)."""
+def float64_attention(
+    query: np.ndarray,  # [queries, q_heads, head_dim]
+    keys: np.ndarray,  # [tokens, heads, head_dim]
+    values: np.ndarray,
+    position: np.ndarray,  # [queries]
+) -> np.ndarray:
+    """Return the attention of each query to the tokens up to its position; zeros for inactive rows."""
     out = np.zeros(query.shape)
     for row, last in enumerate(position):
+        if last < 0:
+            continue
         for head in range(query.shape[1]):
-            k, v = (slots[: last + 1, head // GROUP].astype(np.float64) for slots in (keys, values))
-            scores = k @ query[row, head].astype(np.float64) / np.sqrt(query.shape[-1])
-            weights = np.exp(scores - scores.max(initial=-np.inf)) if last >= 0 else scores
-            out[row, head] = weights @ v / max(weights.sum(), 1)
+            visible_keys = keys[: last + 1, head // GROUP].astype(np.float64)
+            visible_values = values[: last + 1, head // GROUP].astype(np.float64)
+            scores = visible_keys @ query[row, head].astype(np.float64) / np.sqrt(query.shape[-1])
+            weights = np.exp(scores - scores.max())
+            out[row, head] = weights @ visible_values / weights.sum()
     return out
 
 
 def queries(shape: tuple[int, int, int]) -> np.ndarray:
-    """(batch, q_heads, head_dim) float32 for rows (tokens, heads, head_dim)."""
+    """Return Gaussian queries [queries, q_heads, head_dim] for rows of a shape, float32."""
     rng = np.random.default_rng(0)
     return rng.normal(size=(QUERIES, HEADS * GROUP, shape[-1])).astype(np.float32)

@@ -2,108 +2,120 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 import qpaged
 from qpaged.quantizer import quantizer_from_config
 from qpaged.testing._law import law
-from qpaged.testing._pool import PAGES, TABLE, different, parts, pools
+from qpaged.testing._pools import PAGES, TABLE, View, differences, parts, pools, same_structure
 from qpaged.testing._subject import Subject
 
-FREE = np.array([0, 3, 2], np.int32)  # pages that the sequence does not lie on
+FREE = np.array([0, 3, 2], np.int32)  # pages that the sequence does not use
+
+Record = dict[str, Any]
+"""JSON, as ``to_json`` and ``config`` write it."""
+T = TypeVar("T")
 
 
 def copies(subject: Subject, rows: np.ndarray) -> None:
     """Law 8: every part of a page is that page's own, and a copied page has the bits of its original."""
-    keeps, view = law(8, subject), subject.prefilled(rows)
+    check = law(8, subject)
+    view = subject.prefilled(rows)
     for name, pages in pools(view):
         for part, stored in parts(pages).items():
-            own = stored.ndim == len(pages.shape) and stored.shape[1] == PAGES
-            keeps(
-                own,
+            by_page = stored.ndim == len(pages.shape) and stored.shape[1] == PAGES
+            check(
+                by_page,
                 f"{part} {stored.shape} of {name} are not page by page, so that no page can be moved alone",
             )
     after, _ = subject.copied(view, TABLE, FREE)
     for (name, old), (_, new) in zip(pools(view), pools(after), strict=True):
-        kept = isinstance(new, qpaged.QuantizedArray) and new.quantizer == subject.quantizer
-        keeps(kept, f"copying pages makes the {name} something else")
+        of_format = isinstance(new, qpaged.QuantizedArray) and new.quantizer == subject.quantizer
+        check(of_format, f"copying pages makes the {name} something else")
+        old_parts = parts(old)
         for part, stored in parts(new).items():
-            wanted = parts(old)[part].copy()
-            wanted[:, FREE] = wanted[:, TABLE]
-            same = stored.tobytes() == wanted.tobytes()
-            keeps(same, f"a copied page has other {part} than the page of {name} that it was copied from")
+            expected = old_parts[part].copy()
+            expected[:, FREE] = expected[:, TABLE]
+            same = stored.tobytes() == expected.tobytes()
+            check(same, f"a copied page has other {part} than the page of {name} that it was copied from")
 
 
 def identity(subject: Subject) -> None:
     """Law 8: the configuration is plain JSON and makes this very format again; so does the spelling."""
-    keeps, quantizer = law(8, subject), subject.quantizer
+    check = law(8, subject)
+    quantizer = subject.quantizer
     config = quantizer.config
-    read = attempt(lambda: json.loads(json.dumps(config)))
-    keeps(read == config, f"its config {config} comes back from JSON as {read!r}")
-    again = attempt(lambda: rebuilt(quantizer, read))
-    same = again == quantizer and hash(again) == hash(quantizer)
-    keeps(same, f"its config {read} makes {again!r}, which is not {quantizer!r}")
+    from_json: Any = result_or_error(lambda: json.loads(json.dumps(config)))
+    check(from_json == config, f"its config {config} comes back from JSON as {from_json!r}")
+    rebuilt = result_or_error(lambda: quantizer_like(quantizer, from_json))
+    same = rebuilt == quantizer and hash(rebuilt) == hash(quantizer)
+    check(same, f"its config {from_json} makes {rebuilt!r}, which is not {quantizer!r}")
     if registered(quantizer):
-        spelled = attempt(lambda: qpaged.get_quantizer(str(quantizer)))
-        keeps(spelled == quantizer, f"its spelling {quantizer} makes {spelled!r}, which is not {quantizer!r}")
+        spelled = result_or_error(lambda: qpaged.get_quantizer(str(quantizer)))
+        check(spelled == quantizer, f"its spelling {quantizer} makes {spelled!r}, which is not {quantizer!r}")
 
 
-def attempt(made: Callable[[], Any]) -> Any:
-    """What is made, or the error that comes instead."""
+def result_or_error(function: Callable[[], T]) -> T | TypeError | ValueError:
+    """Return what the function returns, or the error that it raises."""
     try:
-        return made()
-    except (TypeError, ValueError) as failure:
-        return failure
+        return function()
+    except (TypeError, ValueError) as error:
+        return error
 
 
 def records(subject: Subject, rows: np.ndarray) -> None:
     """Law 8: a view read from JSON is the one that was written, and one of another format is refused."""
-    keeps, view = law(8, subject), subject.prefilled(rows)
+    check = law(8, subject)
+    view = subject.prefilled(rows)
     text = view.to_json()
-    again = type(view).from_json(text)
-    kinds: list[Any] = [jax.tree_util.tree_structure(tree) for tree in (view, again)]
-    keeps(kinds[0] == kinds[1], "a view comes back from JSON as another kind of thing")
-    found = different(view, again)
-    keeps(not found, f"a view comes back from JSON with other bits in {', '.join(found)}")
-    for what, spoilt in spoiled(json.loads(text)).items():
-        refused = isinstance(attempt(lambda: type(view).from_dict(spoilt)), ValueError)  # noqa: B023
-        keeps(refused, f"a record {what} was read as if it were whole")
+    loaded = View.from_json(text)
+    check(same_structure(loaded, view), "a view comes back from JSON as another kind of thing")
+    changed = differences(view, loaded)
+    check(not changed, f"a view comes back from JSON with other bits in {', '.join(changed)}")
+    for defect, record in defective_records(json.loads(text)).items():
+        check(is_refused(record), f"a record {defect} was read as if it were whole")
 
 
-def spoiled(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Records that must be refused, by what is wrong with them."""
+def is_refused(record: Record) -> bool:
+    """Return True if no view can be read from the record."""
+    return isinstance(result_or_error(lambda: View.from_dict(record)), ValueError)
+
+
+def defective_records(record: Record) -> dict[str, Record]:
+    """Return records that must be refused, by what is wrong with them."""
     pages = record["key_pages"]
-    config, codes = pages["quantizer"], pages["codes"]
+    config = pages["quantizer"]
+    codes = pages["codes"]
+    wrong_scales = None if pages["scales"] else codes
 
-    def with_pages(**changes: Any) -> dict[str, Any]:
+    def with_pages(**changes: Any) -> Record:
         return record | {"key_pages": pages | changes}
 
     return {
         "of an unknown format": with_pages(quantizer=config | {"name": "no-such-format"}),
         "of a format with an unknown option": with_pages(quantizer=config | {"no-such-option": 1}),
-        "without scales or with some too many": with_pages(scales=None if pages["scales"] else codes),
+        "without scales or with some too many": with_pages(scales=wrong_scales),
         "whose codes are cut off": with_pages(codes=codes | {"data": codes["data"][:8]}),
         "of another version": record | {"version": 0},
     }
 
 
 def registered(quantizer: qpaged.Quantizer) -> bool:
-    """Whether the names that a format is made of are installed."""
+    """Return True if the format and all its wrappers have entry points."""
     inner = getattr(quantizer, "inner", None)
     if inner is None:
         return quantizer.name in qpaged.available_quantizers()
     return f"+{quantizer.name}" in qpaged.available_wrappers() and registered(inner)
 
 
-def rebuilt(quantizer: qpaged.Quantizer, config: dict[str, Any]) -> qpaged.Quantizer:
-    """The format that a configuration describes: by name if that is installed, by the same classes if not."""
+def quantizer_like(quantizer: qpaged.Quantizer, config: Record) -> qpaged.Quantizer:
+    """Build a format from its configuration: by name if it is registered, by the same classes if not."""
     if registered(quantizer):
         return quantizer_from_config(config)
     options = {name: value for name, value in config.items() if name != "name"}
     inner = getattr(quantizer, "inner", None)
     if inner is not None:
-        options["inner"] = rebuilt(inner, options["inner"])
+        options["inner"] = quantizer_like(inner, options["inner"])
     return type(quantizer)(**options)

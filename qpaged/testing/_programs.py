@@ -1,61 +1,73 @@
 """The programs that the laws run, each compiled once for a format."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 import qpaged
 from qpaged.implicit import use_implicit_args
-from qpaged.testing._pool import (
+from qpaged.testing._pools import (
     BATCH,
     GROUP,
     HEADS,
+    LARGE_DTYPES,
     MANY_PAGES,
     PAGES,
     QUERIES,
+    SMALL_DTYPES,
     TABLE,
     TOKENS,
+    Pages,
+    View,
     fresh,
     head_dim,
 )
 
-KEPT = 16  # formats whose programs are kept
-SMALL = (jnp.float32, jnp.float16)  # the dtypes of keys and of values
-LARGE = (jnp.float32, jnp.bfloat16)
+KEPT = 16  # formats whose programs are cached; tests of one format run one after another
 
-ROW = jax.ShapeDtypeStruct((TOKENS,), jnp.int32)
-PAGE_ROW = jax.ShapeDtypeStruct(TABLE.shape, jnp.int32)
+Pytree = Any
+Jaxpr = Any  # jax.extend.core.ClosedJaxpr, whose home differs between the versions of JAX
+
+POSITIONS = jax.ShapeDtypeStruct((TOKENS,), jnp.int32)
+PAGE_TABLE = jax.ShapeDtypeStruct(TABLE.shape, jnp.int32)
 
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program, and what it was compiled from."""
+    """A compiled program and its jaxpr."""
 
-    run: Any
-    jaxpr: Any
+    run: jax.stages.Compiled
+    jaxpr: Jaxpr
 
 
-def compiled(function: Any, *args: Any, donate: tuple[int, ...] = (), quickly: bool = True) -> Program:
-    """``function`` compiled ahead for arguments like these; ``quickly``, the compiler optimizes little."""
-    traced = jax.jit(function, donate_argnums=donate).trace(*args)
-    options = {"xla_backend_optimization_level": 0} if quickly else None
+def compile_program(
+    function: Callable[..., Any], *arguments: Pytree, donate: tuple[int, ...] = (), optimize: bool = False
+) -> Program:
+    """Compile ``function`` ahead of time for arguments of these shapes.
+
+    Most of a test's time is compilation, so the compiler optimizes little unless ``optimize`` is set.
+    """
+    traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
+    options = None if optimize else {"xla_backend_optimization_level": 0}
     return Program(traced.lower().compile(compiler_options=options), traced.jaxpr)
 
 
 @dataclass(frozen=True)
 class PagePrograms:
-    """What is done to the pages of a small pool, keys in float32 and values in float16."""
+    """Programs over the pages of a small pool, with keys in float32 and values in float16."""
 
     quantizer: qpaged.Quantizer
 
     @cached_property
-    def fresh(self) -> Any:
+    def fresh(self) -> View:
         """A view in which nothing was written."""
-        return fresh(self.quantizer, SMALL)
+        return fresh(self.quantizer, SMALL_DTYPES)
 
     @cached_property
     def write(self) -> Program:
@@ -65,117 +77,139 @@ class PagePrograms:
             metadata = qpaged.PagedAttentionMetadata.prefill(position=position, page_table=table)
             return view.write_prefill_to_cache(keys, values, metadata)
 
-        return compiled(prefill, self.fresh, rows(self.quantizer), rows(self.quantizer), ROW, PAGE_ROW)
+        keys = values = row_shape(self.quantizer)
+        return compile_program(prefill, self.fresh, keys, values, POSITIONS, PAGE_TABLE)
 
     @cached_property
     def reset(self) -> Program:
         """(view, pages) -> view."""
-        return compiled(qpaged.PagedAttentionCacheView.reset_pages, self.fresh, PAGE_ROW)
+        return compile_program(View.reset_pages, self.fresh, PAGE_TABLE)
 
     @cached_property
     def copy(self) -> Program:
-        """Pages copied by code for plain ones, and pages past the end as it reads them."""
-        return compiled(_copy, self.fresh, PAGE_ROW, PAGE_ROW)
+        """(view, source, target) -> (view, pages past the end), by code that is written for plain pools."""
+        return compile_program(_copy_pages, self.fresh, PAGE_TABLE, PAGE_TABLE)
 
     @cached_property
     def read_small(self) -> Program:
-        """:func:`_reads` of the small pool."""
-        return _reads(self.quantizer, SMALL)
+        """:func:`_read_program` of the small pool."""
+        return _read_program(self.quantizer, SMALL_DTYPES)
 
     @cached_property
     def read_large(self) -> Program:
-        """:func:`_reads` of pages that were moved out of a large pool."""
-        return _reads(self.quantizer, LARGE)
+        """:func:`_read_program` of pages that were moved out of a large pool."""
+        return _read_program(self.quantizer, LARGE_DTYPES)
 
 
 @dataclass(frozen=True)
 class StepPrograms:
-    """The steps of a model, on a large pool of which nothing is allocated here, values in bfloat16."""
+    """Steps of a model over a large pool with values in bfloat16; compiling them allocates nothing."""
 
-    subject: Any
+    subject: Any  # a Subject, whose module imports this one
 
     @property
-    def view(self) -> Any:
+    def view(self) -> View:
         """An abstract view of many pages."""
-        return jax.eval_shape(lambda: fresh(self.subject.quantizer, LARGE, MANY_PAGES))
+        return jax.eval_shape(lambda: fresh(self.subject.quantizer, LARGE_DTYPES, MANY_PAGES))
 
     @cached_property
     def decode(self) -> Program:
-        """Decode steps, the view their carry: (view, rows, position, table) -> view, in place."""
+        """Decode steps as a scan that carries the view: (view, rows, position, table) -> view, in place."""
 
         def steps(view, rows, position, table):
-            def step(view, now):
-                return self.subject.decode_step(view, *now, table), None
+            def step(view, inputs):
+                step_rows, step_position = inputs
+                return self.subject.decode_step(view, step_rows, step_position, table), None
 
             return jax.lax.scan(step, view, (rows, position))[0]
 
-        batch = jax.ShapeDtypeStruct((TOKENS, BATCH, *self.subject.shape[1:]), jnp.float32)
-        shapes = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((TOKENS, BATCH), (BATCH, len(TABLE)))]
-        # As models are compiled, so that prefills need not be: equal bits of both tell more this way.
-        return compiled(steps, self.view, batch, *shapes, donate=(0,), quickly=False)
+        rows = jax.ShapeDtypeStruct((TOKENS, BATCH, *self.subject.shape[1:]), jnp.float32)
+        position = jax.ShapeDtypeStruct((TOKENS, BATCH), jnp.int32)
+        table = jax.ShapeDtypeStruct((BATCH, len(TABLE)), jnp.int32)
+        # Optimized as models are, while prefills are not: equal bits of both then also show that the
+        # compiler's optimizations change none.
+        return compile_program(steps, self.view, rows, position, table, donate=(0,), optimize=True)
 
     @cached_property
     def attend(self) -> Program:
-        """Decode attention: (view, query, position, table) -> by backend."""
+        """Decode attention: (view, query, position, table) -> outputs by backend."""
         query = jax.ShapeDtypeStruct((QUERIES, GROUP * HEADS, self.subject.shape[-1]), jnp.float32)
-        shapes = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((QUERIES,), (QUERIES, len(TABLE)))]
-        return compiled(self.subject.attend_step, self.view, query, *shapes)
+        position = jax.ShapeDtypeStruct((QUERIES,), jnp.int32)
+        table = jax.ShapeDtypeStruct((QUERIES, len(TABLE)), jnp.int32)
+        return compile_program(self.subject.attend_step, self.view, query, position, table)
 
 
-of_pages = functools.lru_cache(KEPT)(PagePrograms)
-of_steps = functools.lru_cache(KEPT)(StepPrograms)
+@functools.lru_cache(KEPT)
+def page_programs(quantizer: qpaged.Quantizer) -> PagePrograms:
+    """Return the programs over a format's small pool."""
+    return PagePrograms(quantizer)
 
 
-def rows(quantizer: qpaged.Quantizer) -> jax.ShapeDtypeStruct:
-    """The shape of a sequence's keys, or of its values."""
+@functools.lru_cache(KEPT)
+def step_programs(subject: Any) -> StepPrograms:
+    """Return the programs over a subject's large pool."""
+    return StepPrograms(subject)
+
+
+def row_shape(quantizer: qpaged.Quantizer) -> jax.ShapeDtypeStruct:
+    """Return the shape of a sequence's keys: [tokens, heads, head_dim]."""
     return jax.ShapeDtypeStruct((TOKENS, HEADS, head_dim(quantizer)), jnp.float32)
 
 
-def _copy(view: Any, source: Any, target: Any) -> tuple[Any, Any]:
+def _copy_pages(view: View, source: ArrayLike, target: ArrayLike) -> tuple[View, list[jax.Array]]:
     @use_implicit_args
-    def copy(keys, values):
-        past = jnp.array([PAGES])
-        pools = [pool.at[:, target].set(pool[:, source]) for pool in (keys, values)]
-        return pools, [jnp.take(pool, past, axis=1, mode="fill") for pool in (keys, values)]
+    def copy(pool):
+        past_end = jnp.take(pool, jnp.array([PAGES]), axis=1, mode="fill")
+        return pool.at[:, target].set(pool[:, source]), past_end
 
-    (keys, values), past = copy(view.key_pages, view.value_pages)
-    plain = [pages.materialize() if isinstance(pages, qpaged.QuantizedArray) else pages for pages in past]
-    return view.replace(key_pages=keys, value_pages=values), plain
+    keys, keys_past_end = copy(view.key_pages)
+    values, values_past_end = copy(view.value_pages)
+    past_end = [_materialized(keys_past_end), _materialized(values_past_end)]
+    return view.replace(key_pages=keys, value_pages=values), past_end
 
 
-def _reads(quantizer: qpaged.Quantizer, dtypes: tuple[Any, Any]) -> Program:
-    """What the slots of a sequence hold: (view, table, keys, values) -> (of keys, of values)."""
+def _materialized(pages: Pages) -> jax.Array:
+    return pages.materialize() if isinstance(pages, qpaged.QuantizedArray) else pages
 
-    def both(view, table, keys, values):
-        wanted = (view.key_pages, keys), (view.value_pages, values)
-        return [_read(pages, table, want) for pages, want in wanted]
+
+def _read_program(quantizer: qpaged.Quantizer, dtypes: tuple[DTypeLike, DTypeLike]) -> Program:
+    """Compile the reading of a sequence: (view, table, keys, values) -> :func:`_read_pool` of both pools."""
+
+    def read(view, table, keys, values):
+        return [_read_pool(view.key_pages, table, keys), _read_pool(view.value_pages, table, values)]
 
     view = jax.eval_shape(lambda: fresh(quantizer, dtypes))
-    return compiled(both, view, PAGE_ROW, rows(quantizer), rows(quantizer))
+    keys = values = row_shape(quantizer)
+    return compile_program(read, view, PAGE_TABLE, keys, values)
 
 
-def _read(pages: Any, table: Any, want: Any) -> dict[str, Any]:
-    def slots(pool):
-        """(tokens, heads, head_dim)"""
-        taken = jnp.moveaxis(jnp.take(pool, table, axis=1), 0, 2)
-        return taken.reshape(-1, *taken.shape[2:])[: len(want)]
+def _read_pool(pages: Pages, table: jax.Array, want: jax.Array) -> dict[str, jax.Array]:
+    """Return what the slots of a sequence hold, and the error that is allowed where ``want`` was written."""
+
+    def slots(pool: jax.Array) -> jax.Array:
+        """Return the sequence's slots in order, [tokens, heads, head_dim]."""
+        sequence = jnp.moveaxis(jnp.take(pool, table, axis=1), 0, 2)
+        return sequence.reshape(-1, *sequence.shape[2:])[: len(want)]
 
     units = pages.values(jnp.float32)
-    narrow = pages.values(jnp.bfloat16).astype(jnp.float32)
+    if pages.scales is None:
+        inexact = jnp.zeros(want.shape, bool)
+    else:
+        inexact = slots(units != pages.values(jnp.bfloat16).astype(jnp.float32))
     return {
         "values": slots(pages.dequantize()),
         "materialized": slots(pages.materialize()),
-        "bound": pages.quantizer.error_bound(want, slots(factors(pages))),
+        "bound": pages.quantizer.error_bound(want, slots(element_scales(pages))),
         "units": slots(units),
-        "inexact": slots(units != narrow) if pages.scales is not None else jnp.zeros(want.shape, bool),
+        "inexact": inexact,
     }
 
 
-def factors(pages: Any) -> jax.Array:
-    """Each element's scale, float32; zeros for a format without scales."""
+def element_scales(pages: Pages) -> jax.Array:
+    """Return each element's scale, float32; zeros for a format without scales."""
     if pages.scales is None:
         return jnp.zeros(pages.shape, jnp.float32)
-    factors = pages.multipliers()
+    scales = pages.multipliers()
     for axis, extent in enumerate(pages.block):
-        factors = jnp.repeat(factors, extent, axis=axis)
-    return factors
+        scales = jnp.repeat(scales, extent, axis=axis)
+    return scales

@@ -2,120 +2,153 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 import qpaged
-from qpaged.testing._pool import ELSEWHERE, HEADS, MANY_PAGES, TABLE, TOKENS, fresh, head_dim, moved
-from qpaged.testing._programs import LARGE, SMALL, of_pages, of_steps
+from qpaged.testing._inputs import Chunks
+from qpaged.testing._pools import (
+    HEADS,
+    LARGE_DTYPES,
+    LARGE_TABLE,
+    MANY_PAGES,
+    SMALL_DTYPES,
+    TABLE,
+    TOKENS,
+    View,
+    fresh,
+    head_dim,
+    move_pages,
+)
+from qpaged.testing._programs import page_programs, step_programs
+
+Reading = dict[str, np.ndarray]
+"""What a pool holds of a sequence, as float32 [tokens, heads, head_dim].
+
+``want`` is what should read back, ``values`` what does, ``materialized`` the same in the pool's dtype,
+``bound`` the error that the format allows, ``units`` the values over their scales, and ``inexact`` is True
+where those are not exact in bfloat16.
+"""
 
 
 @dataclass(frozen=True)
 class Subject:
     """A format under test. A subclass may override a method, to write in another way or to break a law.
 
-    Pages are of a small pool, keys in float32 and values in float16; decodes and attention run on a pool of
-    32,768 pages, values in bfloat16. Values are the keys' negatives.
+    Prefills, resets and copies run on a small pool, with keys in float32 and values in float16; decodes and
+    attention run on a pool of 32,768 pages, with values in bfloat16. Values are the keys' negatives.
 
     Attributes:
         format: a spelling or a quantizer.
     """
 
-    format: Any
+    format: str | qpaged.Quantizer
 
     @functools.cached_property
     def quantizer(self) -> qpaged.Quantizer:
+        """The quantizer that ``format`` spells."""
         return qpaged.get_quantizer(self.format)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the rows of a sequence: (tokens, heads, head_dim)."""
+        """The shape of a sequence's rows: [tokens, heads, head_dim]."""
         return TOKENS, HEADS, head_dim(self.quantizer)
 
     def __str__(self) -> str:
-        return (
-            self.format if isinstance(self.format, str) else f"{self.format} ({type(self.format).__name__})"
-        )
+        if isinstance(self.format, str):
+            return self.format
+        return f"{self.format} ({type(self.format).__name__})"
 
-    def fresh(self) -> Any:
-        """A view in which nothing was written."""
-        return of_pages(self.quantizer).fresh
+    def fresh(self) -> View:
+        """Return a view in which nothing was written."""
+        return page_programs(self.quantizer).fresh
 
-    def write(self, view: Any, rows: np.ndarray, position: np.ndarray, table: np.ndarray = TABLE) -> Any:
-        """The view after a prefill of ``rows`` (tokens, heads, head_dim)."""
-        return of_pages(self.quantizer).write.run(view, rows, -narrowed(rows, SMALL[1]), position, table)
+    def write(self, view: View, rows: np.ndarray, position: np.ndarray, table: np.ndarray = TABLE) -> View:
+        """Return the view after a prefill of ``rows`` [tokens, heads, head_dim]."""
+        values = -clip_to_dtype(rows, SMALL_DTYPES[1])
+        return page_programs(self.quantizer).write.run(view, rows, values, position, table)
 
-    def reset(self, view: Any, pages: np.ndarray) -> Any:
-        """The view with these three pages reset."""
-        return of_pages(self.quantizer).reset.run(view, pages)
+    def reset(self, view: View, pages: np.ndarray) -> View:
+        """Return the view after a reset of three pages."""
+        return page_programs(self.quantizer).reset.run(view, pages)
 
-    def copied(self, view: Any, source: np.ndarray, target: np.ndarray) -> Any:
-        """The view with three pages copied; and pages past the end, as a program reads them."""
-        return of_pages(self.quantizer).copy.run(view, source, target)
+    def copied(self, view: View, source: np.ndarray, target: np.ndarray) -> tuple[View, list[jax.Array]]:
+        """Return the view after a copy of three pages, and what a program reads from pages past the end."""
+        return page_programs(self.quantizer).copy.run(view, source, target)
 
-    def decode_step(self, view: Any, rows: Any, position: Any, table: Any) -> Any:
-        """The view after one decode step; traced into :meth:`decode`."""
+    def decode_step(self, view: View, rows: jax.Array, position: jax.Array, table: jax.Array) -> View:
+        """Return the view after one decode step; :meth:`decode` traces it."""
         metadata = qpaged.PagedAttentionMetadata.decode(position=position, page_table=table)
         return view.write_decodes_to_cache(rows, -rows, metadata)
 
-    def decode(self, view: Any, rows: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
-        """The large view, which is given away, after steps of ``rows`` (steps, batch, heads, head_dim)."""
-        return of_steps(self).decode.run(view, rows, position, table)
+    def decode(self, view: View, rows: np.ndarray, position: np.ndarray, table: np.ndarray) -> View:
+        """Donate a large view to decode steps of ``rows`` [steps, batch, heads, head_dim]; return it."""
+        return step_programs(self).decode.run(view, rows, position, table)
 
-    def attend_step(self, view: Any, query: Any, position: Any, table: Any) -> dict[str, Any]:
-        """Decode attention by the name of the backend; traced into :meth:`attend`."""
+    def attend_step(
+        self, view: View, query: jax.Array, position: jax.Array, table: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Return decode attention by every backend that runs everywhere; :meth:`attend` traces it."""
         metadata = qpaged.PagedAttentionMetadata.decode(position=position, page_table=table)
-        attention = functools.partial(qpaged.paged_attention, query, view, metadata)
-        names = [backend.name for backend in qpaged.attention_backends() if backend.platform is None]
-        return {name: attention(backend=name) for name in names}
+        outputs = {}
+        for backend in qpaged.attention_backends():
+            if backend.platform is None:
+                outputs[backend.name] = qpaged.paged_attention(query, view, metadata, backend=backend.name)
+        return outputs
 
-    def attend(self, view: Any, query: np.ndarray, position: np.ndarray, table: np.ndarray) -> Any:
-        """What :meth:`attend_step` gives over the large view."""
-        return of_steps(self).attend.run(view, query, position, table)
+    def attend(
+        self, view: View, query: np.ndarray, position: np.ndarray, table: np.ndarray
+    ) -> dict[str, jax.Array]:
+        """Return :meth:`attend_step` over a large view."""
+        return step_programs(self).attend.run(view, query, position, table)
 
-    def read(self, view: Any, rows: np.ndarray) -> list[dict[str, np.ndarray]]:
-        """What the slots of keys and of values hold where ``rows`` were written, and what is allowed."""
-        wanted = wants(view, rows)
-        programs = of_pages(self.quantizer)
-        program = programs.read_small if view.value_pages.dtype == SMALL[1] else programs.read_large
-        return [
-            {"want": want} | {name: np.asarray(array) for name, array in pool.items()}
-            for want, pool in zip(wanted, program.run(view, TABLE, *wanted), strict=True)
-        ]
+    def read(self, view: View, rows: np.ndarray) -> list[Reading]:
+        """Return what keys and values hold where ``rows`` were written."""
+        programs = page_programs(self.quantizer)
+        in_small_dtype = view.value_pages.dtype == SMALL_DTYPES[1]
+        program = programs.read_small if in_small_dtype else programs.read_large
+        keys = stored_as(rows, view.key_pages.dtype)
+        values = stored_as(-rows, view.value_pages.dtype)
+        readings = []
+        for want, pool in zip((keys, values), program.run(view, TABLE, keys, values), strict=True):
+            reading = {name: np.asarray(array) for name, array in pool.items()}
+            readings.append(reading | {"want": want})
+        return readings
 
-    def prefilled(self, rows: np.ndarray) -> Any:
-        """A fresh view after one prefill."""
+    def prefilled(self, rows: np.ndarray) -> View:
+        """Return a fresh view after one prefill of ``rows``."""
         return self.write(self.fresh(), rows, np.arange(TOKENS, dtype=np.int32))
 
-    def in_chunks(self, view: Any, rows: np.ndarray, chunks: list[np.ndarray]) -> Any:
-        """The view after ``rows`` were written chunk by chunk; each chunk is an array of tokens."""
+    def in_chunks(self, view: View, rows: np.ndarray, chunks: Chunks) -> View:
+        """Return the view after one prefill for each chunk of the tokens of ``rows``."""
         for chunk in chunks:
-            position, order = np.full(TOKENS, -1, np.int32), np.zeros(TOKENS, np.int32)
-            position[: len(chunk)] = order[: len(chunk)] = chunk
+            # Shorter chunks are padded with rows out of range, so that one program serves all.
+            position = np.full(TOKENS, -1, np.int32)
+            order = np.zeros(TOKENS, np.int32)
+            position[: len(chunk)] = chunk
+            order[: len(chunk)] = chunk
             view = self.write(view, rows[order], position)
         return view
 
-    def enlarged(self, view: Any) -> Any:
-        """A large view that holds the pages of a small one elsewhere, values in another dtype and fresh."""
-        values = moved(fresh(self.quantizer, LARGE), TABLE, ELSEWHERE, MANY_PAGES)
-        return values.replace(key_pages=moved(view, TABLE, ELSEWHERE, MANY_PAGES).key_pages)
+    def enlarged(self, view: View) -> View:
+        """Return a large view with the keys of a small one at ``LARGE_TABLE``, and with fresh values."""
+        values = move_pages(fresh(self.quantizer, LARGE_DTYPES), TABLE, LARGE_TABLE, MANY_PAGES)
+        keys = move_pages(view, TABLE, LARGE_TABLE, MANY_PAGES)
+        return values.replace(key_pages=keys.key_pages)
 
 
-def narrowed(rows: np.ndarray, dtype: Any) -> np.ndarray:
-    """``rows``, float32, as ``dtype`` holds them: the largest finite number where they are beyond it."""
+def clip_to_dtype(rows: ArrayLike, dtype: DTypeLike) -> np.ndarray:
+    """Round float32 to ``dtype`` and back; finite values beyond its range become its largest number."""
+    rows = np.asarray(rows)
     largest = float(jnp.finfo(dtype).max)
-    kept = np.where(np.isfinite(rows), np.clip(rows, -largest, largest), rows)
-    return kept.astype(dtype).astype(np.float32)
+    clipped = np.where(np.isfinite(rows), np.clip(rows, -largest, largest), rows)
+    return clipped.astype(dtype).astype(np.float32)
 
 
-def wants(view: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What keys and values should read back as: 0 for NaN, the largest finite number for an infinity."""
-    wanted = [(rows, view.key_pages.dtype)]
-    wanted.append((-narrowed(rows, view.value_pages.dtype), view.value_pages.dtype))
-    largest = [float(jnp.finfo(dtype).max) for _, dtype in wanted]
-    keys, values = (
-        np.nan_to_num(x, nan=0.0, posinf=m, neginf=-m) for (x, _), m in zip(wanted, largest, strict=True)
-    )
-    return keys, values
+def stored_as(rows: np.ndarray, dtype: DTypeLike) -> np.ndarray:
+    """Return what ``rows`` should read back as: 0 for NaN, the largest finite number for an infinity."""
+    largest = float(jnp.finfo(dtype).max)
+    return np.nan_to_num(clip_to_dtype(rows, dtype), nan=0.0, posinf=largest, neginf=-largest)

@@ -4,9 +4,9 @@ import importlib
 
 import jax
 import pytest
-from frameworks import needed
+from support.packages import require_packages
 
-needed("flax", "transformers", "penzai")
+require_packages("flax", "transformers", "penzai")
 
 from adopted._measure import measure
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from programs import LENGTH, Program, inputs
+from support.cache_programs import LENGTH, Program, inputs
 
 from qpaged import adopt
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import normal
-from frameworks import needed
+from support.arrays import normal
+from support.packages import require_packages
 
-needed("flax")
+require_packages("flax")
 
 from flax import linen, nnx
 

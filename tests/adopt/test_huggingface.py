@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from frameworks import needed
+from support.packages import require_packages
 
-needed("flax", "transformers")
+require_packages("flax", "transformers")
 
 import transformers
 from adopted import huggingface as cases

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from programs import BATCH, LENGTH, Program, each, every, inputs
+from support.cache_programs import BATCH, LENGTH, Program, each, every, inputs
 
 import qpaged
 from qpaged import adopt

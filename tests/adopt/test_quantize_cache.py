@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import normal
 from jax import lax
+from support.arrays import normal
 from test_find_cache import CACHE, X, attend, step, written
 
 import qpaged

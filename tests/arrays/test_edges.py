@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import FEW, multipliers, normal, quantized
 from jax import lax
+from support.arrays import multipliers, normal, quantized
+from support.formats import FEW
 
 import qpaged
 from qpaged.implicit import use_implicit_args

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import FORMATS, normal, quantized
 from jax import lax
+from support.arrays import normal, quantized
+from support.formats import FORMATS
 
 import qpaged
 from qpaged.arrays._repeated import Repeated

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import FEW, FORMATS, leaves_equal, multipliers, normal, quantized
 from jax import lax
+from support.arrays import leaves_equal, multipliers, normal, quantized
+from support.formats import FEW, FORMATS
 
 import qpaged
 from qpaged.implicit import use_implicit_args

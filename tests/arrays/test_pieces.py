@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import FEW, normal
+from support.arrays import normal
+from support.formats import FEW
 
 import qpaged
 from qpaged.implicit import use_implicit_args

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import normal, quantized
+from support.arrays import normal, quantized
 
 import qpaged
 from qpaged.arrays._repeated import Repeated

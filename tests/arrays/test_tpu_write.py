@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import leaves_equal, normal
+from support.arrays import leaves_equal, normal
 
 import qpaged
 from qpaged.arrays import _tpu_write, _writes, fill_rows

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import normal
+from support.arrays import normal
 
 import qpaged
 from qpaged.arrays import _whole, as_slots, dot, take_pages

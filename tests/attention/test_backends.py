@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import CACHES, normal
-from oracle import attention
-from sequences import LENGTHS, PAGES, decode, filled, prefill
+from support.arrays import normal
+from support.attention_oracle import attention
+from support.filled_pages import LENGTHS, PAGES, decode, filled, prefill
+from support.formats import CACHES
 
 import qpaged
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import normal
-from sequences import decode, filled, prefill
+from support.arrays import normal
+from support.filled_pages import decode, filled, prefill
 
 import qpaged
 from qpaged.attention import _gpu

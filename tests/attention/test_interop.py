@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import normal
+from support.arrays import normal
 
 import qpaged
 from qpaged import interop

@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from formats import FORMATS, normal
+from support.arrays import normal
+from support.formats import FORMATS
 
 import qpaged
 from qpaged.implicit import provider

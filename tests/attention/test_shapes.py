@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import normal
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from oracle import attention
-from sequences import PAGES, PER_SEQUENCE, poisoned, tables
 from shapes import SHAPES, Shape
+from support.arrays import normal
+from support.attention_oracle import attention
+from support.filled_pages import PAGES, PER_SEQUENCE, poisoned, tables
 
 import qpaged
 from qpaged.attention import _tpu, _xla
-from qpaged.testing._pool import head_dim as smallest_head_dim
+from qpaged.testing._pools import head_dim as smallest_head_dim
 
 SCALE = 64  # what lengths are divided by, and with them the slots that backends read at once
 AT_MOST = 8  # sequences; there is one for every 16 where there are more

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import normal
 from jax.sharding import NamedSharding, PartitionSpec
-from sequences import PAGES, decode, filled, prefill
+from support.arrays import normal
+from support.filled_pages import PAGES, decode, filled, prefill
 
 import qpaged
 from qpaged.attention import _tpu

@@ -1,4 +1,4 @@
-"""The benchmark of decode attention on GPUs, as far as it goes without one."""
+"""The benchmark of decode attention on GPUs, as far as it runs without one."""
 
 import functools
 import importlib.util
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gpu_attention
 import gpu_peers
+import gpu_subjects
 import pytest
 from shapes import Shape
 
@@ -15,46 +16,47 @@ ROUNDING = 2.0**-7  # of bfloat16 weights and outputs, over the largest output
 
 
 @pytest.fixture(scope="module")
-def numbers():
-    return gpu_attention.Numbers.of(Shape("small", (40, 32), 4, 2, 16, 8))
+def inputs():
+    return gpu_subjects.Inputs.random(Shape("small", (40, 32), 4, 2, 16, 8))
 
 
-def measured(numbers, candidates, monkeypatch):
-    monkeypatch.setattr(gpu_attention, "CALLS", 1)
-    return gpu_attention.measured(numbers, candidates, 1, 1e9)
+def measure(inputs, candidates, monkeypatch):
+    """Measure candidates in one round of one step."""
+    monkeypatch.setattr(gpu_subjects, "CALLS", 1)
+    return gpu_attention.measure(inputs, candidates, 1, 1e9)
 
 
-def test_needs_a_gpu(monkeypatch, capsys):
+def test_the_benchmark_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["gpu_attention"])
     with pytest.raises(SystemExit, match="1"):
         gpu_attention.main()
     assert "gpu_attention needs a GPU, but JAX finds only cpu" in capsys.readouterr().err
 
 
-def test_what_fails_has_a_row_that_says_why(numbers, monkeypatch):
+def test_a_candidate_that_fails_has_a_row_that_says_why(inputs, monkeypatch):
     def fails():
         raise ImportError("no such library")
 
-    candidates = [*gpu_attention.ours(numbers, ["int8:token"], ("xla",)), ("a peer", fails)]
-    ours, peer = measured(numbers, iter(candidates), monkeypatch)
+    candidates = [*gpu_attention.our_candidates(inputs, ["int8:token"], ("xla",)), ("a peer", fails)]
+    ours, peer = measure(inputs, iter(candidates), monkeypatch)
     assert ours["name"] == "qpaged xla int8:token" and ours["error"] < 0.1 and ours["milliseconds"] > 0
     live = 2 * 72 * 2  # rows of keys and values
     assert ours["bytes"] == live * (16 + 4)  # codes, and a float32 scale
     assert peer == {"name": "a peer", "refused": "ImportError: no such library"}
 
 
-def test_jax_peer(numbers, monkeypatch):
+def test_the_jax_peer_attends_to_the_same_inputs(inputs, monkeypatch):
     options = {"interpret": True, "k_splits": 1, "pages_per_compute_block": 1}
-    make = functools.partial(gpu_peers.of_jax, numbers, "int8", **options)
-    (row,) = measured(numbers, iter([("jax", make)]), monkeypatch)
+    build = functools.partial(gpu_peers.jax_subject, inputs, "int8", **options)
+    (row,) = measure(inputs, iter([("jax", build)]), monkeypatch)
     assert row["error"] < 0.03, row
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs torch")
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_torch_peers_attend_to_the_same(numbers, monkeypatch):
-    torch = [(name, make) for name, make in gpu_peers.candidates(numbers) if name.startswith("torch")]
-    rows = {row["name"]: row for row in measured(numbers, iter(torch), monkeypatch)}
+def test_torch_peers_attend_to_the_same_inputs(inputs, monkeypatch):
+    peers = [(name, build) for name, build in gpu_peers.candidates(inputs) if name.startswith("torch")]
+    rows = {row["name"]: row for row in measure(inputs, iter(peers), monkeypatch)}
     assert "lengths differ" in rows["torch SDPA bfloat16, contiguous"]["refused"]
     for page_size in (8, 128):
         assert rows[f"torch FlexAttention bfloat16, pages of {page_size}"]["error"] < ROUNDING
@@ -67,7 +69,7 @@ def run(name, milliseconds, of_bandwidth, bits=8):
     }  # fmt: skip
 
 
-def test_targets_and_table():
+def test_targets_are_judged_and_shown_in_the_table():
     shapes = {
         "64x8k": [
             run("qpaged gpu int8", 0.3, 0.86),
@@ -76,13 +78,13 @@ def test_targets_and_table():
         ],
         "1x128k": [run("qpaged gpu int8", 0.2, 0.5)],
     }
-    aims = gpu_attention.targets(shapes)
-    assert [aim["met"] for aim in aims] == [True, False, True]
-    assert aims[2]["found"] == 2 and "(a peer bfloat16)" in aims[2]["what"]
-    assert not any(aim["met"] for aim in gpu_attention.targets({}))
+    targets = gpu_attention.judge_targets(shapes)
+    assert [target["met"] for target in targets] == [True, False, True]
+    assert targets[2]["found"] == 2 and "(a peer bfloat16)" in targets[2]["what"]
+    assert not any(target["met"] for target in gpu_attention.judge_targets({}))
     results = {
         "date": "2026-01-01", "device": "a GPU", "versions": {"jax": "0.11"}, "rounds": 9,
-        "bytes_per_second": 4.3e12, "shapes": shapes, "targets": aims,
+        "bytes_per_second": 4.3e12, "shapes": shapes, "targets": targets,
     }  # fmt: skip
     table = runpy.run_path(str(RESULTS))["gpu_table"](results)
     assert "| qpaged gpu int8 | 0.300 (86%) | 0.200 (50%) | 1.0e-02 |" in table

@@ -5,10 +5,10 @@ import operator
 
 import numpy as np
 import pytest
-from caches_for_tests import config
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from support.caches import config
 
 import qpaged
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from caches_for_tests import (
+from support.caches import (
     HEAD_DIM,
     PAGES,
     SOME,
@@ -26,7 +26,7 @@ from caches_for_tests import (
     write_decodes,
     write_prefill,
 )
-from formats import FEW
+from support.formats import FEW
 
 import qpaged
 from qpaged.implicit import ImplicitArray, use_implicit_args

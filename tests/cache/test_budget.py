@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from caches_for_tests import CACHES, SOME, make_mesh, narrow_floats_allowed
 from jax.sharding import Mesh, PartitionSpec
+from support.caches import CACHES, SOME, make_mesh, narrow_floats_allowed
 
 import qpaged
 import qpaged.cache._budget as budget

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from caches_for_tests import PAGES, bits, decode, make_view, prefill, tokens
 from jax.sharding import Mesh, PartitionSpec
+from support.caches import PAGES, bits, decode, make_view, prefill, tokens
 
 import qpaged
 from qpaged.arrays import fill_rows, take_pages, write_rows

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from caches_for_tests import (
+from jax import lax
+from support.caches import (
     CACHES,
     PAGES,
     SOME,
@@ -30,7 +31,6 @@ from caches_for_tests import (
     write_decodes,
     write_prefill,
 )
-from jax import lax
 
 import qpaged
 from qpaged.implicit import ImplicitArray, aux_field, primitive_handler

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from caches_for_tests import (
+from support.caches import (
     CACHES,
     bits,
     config,

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from formats import EVERY_FORMAT
+from support.formats import EVERY_FORMAT
 
 import qpaged
 

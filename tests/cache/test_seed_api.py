@@ -6,7 +6,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 import pytest
-from caches_for_tests import config, decode, fresh, fresh_cache, prefill, tokens
+from support.caches import config, decode, fresh, fresh_cache, prefill, tokens
 
 import qpaged
 

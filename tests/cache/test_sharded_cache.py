@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from caches_for_tests import (
+from jax.sharding import NamedSharding, PartitionSpec
+from support.caches import (
     SOME,
     bits,
     config,
@@ -18,7 +19,6 @@ from caches_for_tests import (
     write_decodes,
     write_prefill,
 )
-from jax.sharding import NamedSharding, PartitionSpec
 
 import qpaged
 

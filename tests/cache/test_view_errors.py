@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from caches_for_tests import config, decode, fresh, fresh_cache, make_mesh, make_view, prefill, tokens
 from jax.sharding import PartitionSpec
+from support.caches import config, decode, fresh, fresh_cache, make_mesh, make_view, prefill, tokens
 
 import qpaged
 

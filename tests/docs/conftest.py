@@ -3,7 +3,7 @@
 import tomllib
 
 import pytest
-from scripts import PLUGIN
+from support.doc_scripts import PLUGIN
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import normal
-from scripts import PLUGIN, ROOT, script
+from support.arrays import normal
+from support.doc_scripts import PLUGIN, ROOT, script
 
 import qpaged
 from qpaged.models import load_tiny

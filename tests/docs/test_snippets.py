@@ -5,7 +5,7 @@ import re
 
 import jax
 import pytest
-from scripts import ROOT, script
+from support.doc_scripts import ROOT, script
 
 from qpaged.cli import main
 

@@ -4,7 +4,13 @@ A file that exists is never written again: pages that were saved must be read fo
 format, and a format whose bytes change needs another name.
 """
 
-from frozen_pages import built_in_formats, make
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.formats import BUILT_IN
+from support.frozen_pages import make
 
 if __name__ == "__main__":
-    make(built_in_formats())
+    make(BUILT_IN)

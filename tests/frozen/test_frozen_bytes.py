@@ -3,15 +3,15 @@
 import base64
 import json
 
-import frozen_pages
 import jax
 import numpy as np
 import pytest
-from formats import FORMATS, LAWFUL, leaves_equal
-from frozen_pages import (
+from support import frozen_pages
+from support.arrays import leaves_equal
+from support.formats import BUILT_IN, FORMATS, LAWFUL
+from support.frozen_pages import (
     FOLDER,
     VALUES,
-    built_in_formats,
     head_dim_of,
     make,
     path_of,
@@ -33,7 +33,7 @@ def read(path):
     return record, qpaged.PagedAttentionCacheView.from_json(json.dumps(record["view"]))
 
 
-@pytest.mark.parametrize("spelling", built_in_formats())
+@pytest.mark.parametrize("spelling", BUILT_IN)
 def test_every_format_has_a_file(spelling):
     path = path_of(spelling)
     assert path in FILES, f"there is no {path.name}; python tests/frozen/make.py makes it"
@@ -52,7 +52,7 @@ def test_saved_pages_read_as_they_did(path):
         np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
 
 
-@pytest.mark.parametrize("path", [path_of(spelling) for spelling in LAWFUL if spelling in built_in_formats()])
+@pytest.mark.parametrize("path", [path_of(spelling) for spelling in LAWFUL if spelling in BUILT_IN])
 def test_the_same_rows_leave_the_same_bytes(path):
     record, view = read(path)
     today = view_of(record["format"], written_slots(view.value_pages))
@@ -67,7 +67,7 @@ def test_the_rows_are_those_of_the_formula(path):
     np.testing.assert_array_equal(written_slots(view.value_pages), rows_of(head_dim_of(record["format"])))
 
 
-@pytest.mark.parametrize("spelling", [spelling for spelling in FORMATS if spelling in built_in_formats()])
+@pytest.mark.parametrize("spelling", [spelling for spelling in FORMATS if spelling in BUILT_IN])
 def test_saved_pages_can_be_written_to(spelling):
     _, view = read(path_of(spelling))
     fresh = view_of(spelling, rows_of(head_dim_of(spelling)))

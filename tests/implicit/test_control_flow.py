@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays_for_tests import KINDS, dense, example, ours
 from jax.ad_checkpoint import checkpoint_name
+from support.implicit_arrays import KINDS, dense, example, ours
 
 import qpaged.implicit as qi
 from qpaged._platforms import by_platform

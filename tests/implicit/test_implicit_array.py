@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays_for_tests import Derived, Scaled, dense, example, ours
+from support.implicit_arrays import Derived, Scaled, dense, example, ours
 
 import qpaged.implicit as qi
 

@@ -6,7 +6,7 @@ import sys
 
 import jax
 import pytest
-from arrays_for_tests import ours
+from support.implicit_arrays import ours
 
 import qpaged.implicit as qi
 from qpaged.implicit import _provider

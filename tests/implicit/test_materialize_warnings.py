@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from arrays_for_tests import ours
+from support.implicit_arrays import ours
 
 import qpaged.implicit as qi
 

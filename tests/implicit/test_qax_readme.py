@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays_for_tests import ours
+from support.implicit_arrays import ours
 
 import qpaged.implicit as qax
 

@@ -1,6 +1,6 @@
-"""Every law, for every registered format at every granularity, and in its wrappers."""
+"""Every law for every registered format, at every granularity and in every set of wrappers."""
 
-from formats import LAWFUL
+from support.formats import LAWFUL
 
 from qpaged.testing import QuantizerConformance
 

@@ -1,10 +1,10 @@
-"""Law 5: a write costs its rows, attention its lengths; nothing the size of the pool is ever made."""
+"""Law 5: a write costs its rows, attention its lengths; no step makes a float of the pool's size."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import FORMATS
+from support.formats import FORMATS
 
 import qpaged
 from qpaged.attention import _xla
@@ -21,7 +21,7 @@ PREFILL = qpaged.PagedAttentionMetadata.prefill(
 
 
 def abstract_view(format, pages, dtype=jnp.bfloat16):
-    """A view of so many pages, none of them allocated."""
+    """Return a view of ``pages`` pages without allocating them."""
     config = qpaged.PagedAttentionCacheMetaData(
         BATCH, 1, pages, PAGES_PER_SEQUENCE, PAGES_PER_SEQUENCE * PAGE_SIZE, PAGE_SIZE, HEADS, HEAD_DIM, 0.5
     )
@@ -29,6 +29,7 @@ def abstract_view(format, pages, dtype=jnp.bfloat16):
 
 
 def rows(count, heads=HEADS):
+    """Return the shape of keys or queries."""
     return jax.ShapeDtypeStruct((count, heads, HEAD_DIM), jnp.bfloat16)
 
 
@@ -49,32 +50,33 @@ STEPS = {
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("format", FORMATS)
-def test_no_float_of_the_pools_size(format, name):
+def test_no_step_makes_a_float_of_the_pools_size(format, name):
     step, arguments = STEPS[name]
     pages = 4096
-    made = list(arrays_in(jax.make_jaxpr(step)(abstract_view(format, pages), *arguments).jaxpr))
-    assert len(made) > 5
+    arrays = list(arrays_in(jax.make_jaxpr(step)(abstract_view(format, pages), *arguments).jaxpr))
+    assert len(arrays) > 5
     pool = HEADS * pages * PAGE_SIZE * HEAD_DIM
     large = [
         (primitive, aval.str_short())
-        for primitive, aval in made
+        for primitive, aval in arrays
         if jnp.issubdtype(aval.dtype, jnp.floating) and aval.size >= pool // 4
     ]
     assert not large
 
 
-def test_the_walk_sees_a_float_of_the_pools_size():
+def test_arrays_inside_loops_and_jits_are_found():
     def program(view):
-        """The pool's values, made inside a loop inside a jit."""
+        """Materialize the pool inside a jit inside a loop."""
         body = jax.jit(lambda i, total: total + view.key_pages.materialize().astype(jnp.float32).sum())
         return jax.lax.fori_loop(0, 2, body, jnp.float32(0))
 
-    made = arrays_in(jax.make_jaxpr(program)(abstract_view("int8", 4096)).jaxpr)
+    arrays = arrays_in(jax.make_jaxpr(program)(abstract_view("int8", 4096)).jaxpr)
     pool = HEADS * 4096 * PAGE_SIZE * HEAD_DIM
-    assert any(aval.size == pool and aval.dtype == jnp.float32 for _, aval in made)
+    assert any(aval.size == pool and aval.dtype == jnp.float32 for _, aval in arrays)
 
 
 def temporaries(format, name, pages):
+    """Return the bytes of temporaries that a step takes, its view donated if it returns one."""
     step, arguments = STEPS[name]
     compiled = jax.jit(step, donate_argnums=0 if "write" in name or name == "reset" else ())
     analysis = compiled.lower(abstract_view(format, pages), *arguments).compile().memory_analysis()
@@ -88,7 +90,7 @@ def test_temporaries_do_not_grow_with_the_pool(format, name):
 
 
 def blocks_read(monkeypatch, lengths, **options):
-    """How often a decode over sequences of these lengths reads a block of keys, as it runs."""
+    """Return how many blocks of keys a decode over sequences of these lengths reads."""
     reads = []
 
     def counted(pool, pages):

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import FEW, leaves_equal, normal
+from support.arrays import leaves_equal, normal
+from support.formats import FEW
 
 import qpaged
 from qpaged.implicit import use_implicit_args
@@ -16,7 +17,7 @@ POSITION = np.array([17, 9, -1], np.int32)
 
 
 def serve(format, dtype=jnp.float32):
-    """A prefill and a decode, and what attention gives."""
+    """Return the attention after two prefills and a decode."""
     cache = qpaged.PagedAttentionCache.init_cache(None, dtype, CONFIG, None, format)
 
     @jax.jit
@@ -37,30 +38,31 @@ def serve(format, dtype=jnp.float32):
     return step(cache.views[0])
 
 
-def test_raw_pages_give_what_plain_ones_give():
+def test_attention_over_raw_pages_has_the_bits_of_plain_ones():
     assert leaves_equal(serve("raw"), serve(None))
 
 
 def plain_attention(query, keys, values, table, position):
-    """Decode attention as one writes it for plain pools, knowing nothing of formats."""
+    """Return decode attention by code that is written for plain pools."""
     heads, _, page_size, head_dim = keys.shape
     slot = jnp.arange(table.shape[1] * page_size)
-    k, v = (jnp.take(pool, table, axis=1, mode="fill", fill_value=0) for pool in (keys, values))
-    k, v = (x.reshape(heads, len(table), -1, head_dim) for x in (k, v))
+    k = jnp.take(keys, table, axis=1, mode="fill", fill_value=0).reshape(heads, len(table), -1, head_dim)
+    v = jnp.take(values, table, axis=1, mode="fill", fill_value=0).reshape(heads, len(table), -1, head_dim)
     q = query.reshape(len(query), heads, -1, head_dim)
     scores = jnp.einsum("bhgd,hbsd->bhgs", q, k) / head_dim**0.5
-    seen = slot <= position[:, None, None, None]
-    weights = jnp.where(seen, jax.nn.softmax(jnp.where(seen, scores, -1e30)), 0)
+    visible = slot <= position[:, None, None, None]
+    weights = jnp.where(visible, jax.nn.softmax(jnp.where(visible, scores, -1e30)), 0)
     return jnp.einsum("bhgs,hbsd->bhgd", weights, v).reshape(query.shape)
 
 
 @pytest.mark.parametrize("format", FEW)
-def test_an_attention_written_for_plain_arrays_takes_the_pages(format):
-    keys, values = (
-        qpaged.get_quantizer(format).quantize(normal(*CONFIG.pool_shape, seed=seed)) for seed in (1, 2)
-    )
-    query, decode = normal(3, 4, HEAD_DIM, seed=10), qpaged.PagedAttentionMetadata.decode
+def test_attention_that_is_written_for_plain_arrays_accepts_pages(format):
+    quantizer = qpaged.get_quantizer(format)
+    keys = quantizer.quantize(normal(*CONFIG.pool_shape, seed=1))
+    values = quantizer.quantize(normal(*CONFIG.pool_shape, seed=2))
+    query = normal(3, 4, HEAD_DIM, seed=10)
     view = qpaged.PagedAttentionCacheView(CONFIG, 0, keys, values)
-    out = jax.jit(qpaged.paged_attention)(query, view, decode(position=POSITION, page_table=TABLE))
+    metadata = qpaged.PagedAttentionMetadata.decode(position=POSITION, page_table=TABLE)
+    out = jax.jit(qpaged.paged_attention)(query, view, metadata)
     lazy = jax.jit(use_implicit_args(plain_attention))(query, keys, values, TABLE, POSITION)
     np.testing.assert_allclose(lazy, out, rtol=2e-6, atol=2e-6)

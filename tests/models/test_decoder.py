@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dense_attention import dense_attention
+from support.dense_attention import dense_attention
 
 from qpaged.models import (
     DecoderConfig,

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from frameworks import needed
+from support.packages import require_packages
 
-needed("torch", "transformers")
+require_packages("torch", "transformers")
 
 import torch
 import transformers
-from dense_attention import dense_attention
+from support.dense_attention import dense_attention
 
 from qpaged import PagedAttentionCache, PagedAttentionCacheMetaData, PagedAttentionMetadata, paged_attention
 from qpaged.models import LinearScaling, Rope, forward, load_checkpoint

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from built_in import BUILT_IN
+from support.formats import BUILT_IN
 
 import qpaged
 import quantizers

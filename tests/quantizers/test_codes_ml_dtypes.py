@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from built_in import array_of, from_nibbles, two_to_a_byte
+from support.stored_codes import array_of, from_nibbles, two_to_a_byte
 
 import qpaged
 

@@ -4,7 +4,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from built_in import array_of, from_nibbles, two_to_a_byte
+from support.stored_codes import array_of, from_nibbles, two_to_a_byte
 
 import qpaged
 from qpaged.arrays import quantize as quantize_blocks

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from built_in import two_to_a_byte
-from formats import leaves_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.arrays import leaves_equal
+from support.stored_codes import two_to_a_byte
 
 import qpaged
 

@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from built_in import from_nibbles
+from support.stored_codes import from_nibbles
 
 import qpaged
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from formats import leaves_equal
+from support.arrays import leaves_equal
 
 import qpaged
 

@@ -1,32 +1,19 @@
 """A decoder small enough to sweep in seconds, untrained, and a text for it."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.small_sweep import SAMPLE, SIZES
 
 import qpaged.sweep
 from qpaged.cli import main
-from qpaged.models import DecoderConfig, init_params, save_checkpoint
+from qpaged.models import init_params, save_checkpoint
 from qpaged.sweep import Decoder
 from qpaged.sweep._model import Prefilled
-
-SAMPLE = Path(__file__).parent / "sample_results.json"
-
-SIZES = DecoderConfig(
-    vocab_size=256,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-)
 
 
 @pytest.fixture(scope="session")

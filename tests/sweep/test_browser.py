@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import SAMPLE
+from support.small_sweep import SAMPLE
 
 from qpaged.sweep._reading import closest_first
 from qpaged.sweep._report import write_report

@@ -4,7 +4,7 @@ import sys
 
 import jax
 import pytest
-from conftest import SIZES
+from support.small_sweep import SIZES
 
 import qpaged.sweep._run as run_module
 from qpaged.cli import main

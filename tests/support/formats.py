@@ -2,16 +2,30 @@
 
 import os
 import re
+from importlib.metadata import entry_points
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 import qpaged
-from qpaged.testing._programs import factors as multipliers  # noqa: F401 - each element's scale
 
 EVERY_FORMAT = qpaged.available_formats(wrapped=True)
 """Every format at every granularity in every set of wrappers."""
+
+BUILT_IN_NAMES = {
+    point.name
+    for point in entry_points(group="qpaged.quantizers")
+    if point.dist is not None and point.dist.name == "qpaged"
+}
+
+
+def is_built_in(spelling):
+    """Return True if the format and all its wrappers are of this distribution."""
+    name, *wrappers = spelling.split("+")
+    return {name.split(":")[0], *(f"+{wrapper}" for wrapper in wrappers)} <= BUILT_IN_NAMES
+
+
+BUILT_IN = tuple(spelling for spelling in EVERY_FORMAT if is_built_in(spelling))
+"""The formats of this distribution, likewise."""
 
 
 def features(spelling):
@@ -53,19 +67,3 @@ LAWFUL = {
 """What the laws are tested for: FEW, or what EVERY_FORMAT in the environment asks for."""
 CACHES = (None, *FORMATS)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-
-def normal(*shape, seed=0, scale=1.0):
-    """Gaussian float32 values."""
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, jnp.float32)
-
-
-def quantized(spelling, shape=(2, 6, 16, 32), dtype=jnp.float32):
-    """A filled array of a format."""
-    return qpaged.get_quantizer(spelling).quantize(normal(*shape).astype(dtype))
-
-
-def leaves_equal(a, b):
-    """Whether two trees hold the same bits."""
-    pairs = zip(jax.tree_util.tree_leaves(a), jax.tree_util.tree_leaves(b), strict=True)
-    return all(x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)

@@ -1,4 +1,4 @@
-"""Formats that break a law each, and how they are written when they break it by accident."""
+"""Formats, and ways to write them, that each break one law."""
 
 from typing import Any
 
@@ -10,25 +10,25 @@ from quantizers import Fp8E4M3, Int8Floor, Int8Token
 
 
 class Overconfident(Int8Token):
-    """Law 1: the bound of a rounding, halved."""
+    """Law 1: states half the bound of its rounding."""
 
     bound = 0.25
 
 
 class Vague(Int8Token):
-    """Law 1: a bound that no error reaches, and that says nothing."""
+    """Law 1: states a bound so large that it excludes nothing."""
 
     bound = 1e6
 
 
 class Undeclared(Fp8E4M3):
-    """Law 2: subnormals are rounded again as scales grow, and nothing is said of it."""
+    """Law 2: rounds subnormals again as scales grow, but declares no ``order_bound``."""
 
     order_bound = 0.0
 
 
 class RoundsAgain(Int8Floor):
-    """Law 2: codes to the nearest under a shared scale; whoever grows it rounds twice."""
+    """Law 2: rounds to the nearest code under a shared scale, and again whenever the scale grows."""
 
     def encode(self, units):
         return jnp.clip(jnp.round(units), -127, 127).astype(jnp.int8)
@@ -41,27 +41,27 @@ class RoundsAgain(Int8Floor):
 
 
 class AcrossHeads(Int8Token):
-    """Law 3: one scale for all heads of a token."""
+    """Law 3: shares one scale among all heads of a token."""
 
     def block(self, shape):
         return (*shape[:-3], 1, 1, shape[-1]) if len(shape) < 4 else (shape[0], 1, 1, shape[-1])
 
 
 class AcrossPages(Int8Floor):
-    """Laws 3 and 8: one scale for two pages, which go to different sequences."""
+    """Laws 3 and 8: shares one scale between two pages, which may go to different sequences."""
 
     def block(self, shape):
         return (1, 2, *shape[-2:])
 
 
 class ZerosPastTheEnd(Int8Floor):
-    """Law 4: what is read past the end looks like an empty page."""
+    """Law 4: reads past the end as an empty page."""
 
     past_end = 0
 
 
 class WideCodes(Int8Token):
-    """Law 6: codes of 16 bits that are said to be of 8."""
+    """Law 6: stores codes in 16 bits and states 8."""
 
     def code_dtype(self, dtype):
         return jnp.int16
@@ -71,7 +71,7 @@ class WideCodes(Int8Token):
 
 
 class SpareScales(Int8Token):
-    """Law 6: fresh pages of more scales than written ones have, as if there were a spare for each channel."""
+    """Law 6: makes fresh pages with a scale for each channel, more than written pages have."""
 
     def empty(self, shape, dtype):
         pages = super().empty(shape, dtype)
@@ -79,7 +79,7 @@ class SpareScales(Int8Token):
 
 
 class Thirds(Int8Floor):
-    """Law 7: read back as (c + 1/3) s, which bfloat16 does not hold."""
+    """Law 7: reads back (c + 1/3) s, which is not exact in bfloat16."""
 
     bound = 2 / 3
 
@@ -88,7 +88,7 @@ class Thirds(Int8Floor):
 
 
 class Forgetful(Int8Floor):
-    """Law 8: a configuration without its options."""
+    """Law 8: leaves its options out of its configuration."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -96,14 +96,14 @@ class Forgetful(Int8Floor):
 
 
 class NeverEmpty(Int8Floor):
-    """Law 9: an empty block's scale counts as one."""
+    """Law 9: treats the scale of an empty block as one."""
 
     def multiplier(self, scales):
         return jnp.where(scales == 0, 1, super().multiplier(scales))
 
 
 class WholePool(Subject):
-    """Law 5: every decode reads all pages and writes them anew; a format by itself has no say in that."""
+    """Law 5: quantizes the whole pool anew at every decode; no format alone can do that."""
 
     def decode_step(self, view, rows, position, table):
         view = super().decode_step(view, rows, position, table)
@@ -112,7 +112,7 @@ class WholePool(Subject):
 
 
 class WholePoolRead(Subject):
-    """Law 5: attention dequantizes the pool first."""
+    """Law 5: dequantizes the whole pool before attention."""
 
     def attend_step(self, view, query, position, table):
         plain = view.replace(key_pages=view.key_pages.dequantize(), value_pages=view.value_pages.dequantize())
@@ -120,9 +120,9 @@ class WholePoolRead(Subject):
 
 
 class LateScales(Subject):
-    """Law 8: a copy that takes the codes along and leaves the scales."""
+    """Law 8: copies codes without their scales."""
 
     def copied(self, view, source, target):
-        after, past = super().copied(view, source, target)
+        after, past_end = super().copied(view, source, target)
         keys = after.key_pages.like(after.key_pages.codes, view.key_pages.scales)
-        return after.replace(key_pages=keys), past
+        return after.replace(key_pages=keys), past_end

@@ -6,7 +6,7 @@ import os
 import pytest
 
 
-def needed(*names):
+def require_packages(*names):
     """Skip a module's tests where a package is not installed, unless the environment asks for every model."""
     for name in names:
         if os.environ.get("EVERY_MODEL"):

@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from formats import normal
 
 import qpaged
+from support.arrays import normal
 
 PAGES, PAGE_SIZE = 24, 8
 LENGTHS = (0, 1, PAGE_SIZE - 1, PAGE_SIZE, 39, 40)  # 0 is an inactive row

@@ -1,18 +1,18 @@
-"""What the laws are tried on: values of every magnitude, ways to write them, and places out of range."""
+"""The inputs that the laws are checked on: values of every magnitude, write orders, indices out of range."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-from qpaged.testing._pool import LARGEST_INDEX, PAGES, TOKENS
+from qpaged.testing._pools import LARGEST_INDEX, PAGES, TOKENS
 
 GAUSSIAN = "gaussian"
 KINDS = (
     GAUSSIAN,
-    "growing",  # each token larger than the one before, so that shared scales grow
+    "growing",  # each token is larger than the one before, so that shared scales grow
     "outliers",
     "shifted",  # far from zero, and all of one sign
-    "wild",  # every magnitude that float32 has
+    "wild",  # every magnitude of float32
     "tiny",  # subnormals among them
     "huge",  # up to the largest finite number
     "constant",
@@ -22,9 +22,12 @@ KINDS = (
 CONSTANTS = (1.0, -1.0, 127.0, 128.0, 1e-3, 448.0)
 NOT_FINITE = (np.nan, np.inf, -np.inf)
 
+Chunks = list[np.ndarray]
+"""Token indices, in the order in which they are written; each array is one prefill."""
+
 
 def rows(kind: str, seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Finite float32 values (tokens, heads, head_dim) of a kind; every other seed has tokens of zeros."""
+    """Return finite float32 values [tokens, heads, head_dim] of a kind; odd seeds have tokens of zeros."""
     rng = np.random.default_rng([KINDS.index(kind), seed])
     values = rng.normal(size=shape)
     if kind == "growing":
@@ -43,21 +46,22 @@ def rows(kind: str, seed: int, shape: tuple[int, ...]) -> np.ndarray:
         values = np.full(shape, rng.choice(CONSTANTS))
     elif kind == "powers":
         values = np.sign(values) * 2.0 ** rng.integers(-140, 127, size=shape)
-    dropped = rng.random((len(values), 1, 1)) < (seed % 2) * rng.random()
-    return np.where(dropped | (kind == "zeros"), 0, values).astype(np.float32)
+    zeroed = rng.random((len(values), 1, 1)) < (seed % 2) * rng.random()
+    return np.where(zeroed | (kind == "zeros"), 0, values).astype(np.float32)
 
 
 def every_kind(shape: tuple[int, ...], seeds: int = 2) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, rows) of every kind, for some seeds each."""
+    """Yield (name, rows) of every kind, for some seeds each."""
     for seed in range(seeds):
         for kind in KINDS:
             yield f"{kind} values (seed {seed})", rows(kind, seed, shape)
 
 
-def ways(seed: int) -> dict[str, list[np.ndarray]]:
-    """By name, the ways to write a sequence other than in one prefill: tokens, chunk by chunk."""
+def write_orders(seed: int) -> dict[str, Chunks]:
+    """Return ways to write a sequence other than in one prefill, by name."""
     rng = np.random.default_rng(seed)
-    tokens, shuffled = np.arange(TOKENS), rng.permutation(TOKENS)
+    tokens = np.arange(TOKENS)
+    shuffled = rng.permutation(TOKENS)
     cuts = np.sort(rng.choice(np.arange(1, TOKENS), size=3, replace=False))
     return {
         "in chunks": np.split(tokens, cuts),
@@ -68,18 +72,18 @@ def ways(seed: int) -> dict[str, list[np.ndarray]]:
     }
 
 
-def a_way(turn: int) -> tuple[str, list[np.ndarray]]:
-    """(name, chunks) of one of the ways, another each turn."""
-    every = list(ways(turn).items())
-    return every[turn % len(every)]
+def write_order(turn: int) -> tuple[str, Chunks]:
+    """Return (name, chunks) of one of the write orders, another each turn."""
+    orders = list(write_orders(turn).items())
+    return orders[turn % len(orders)]
 
 
-def places(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(positions, table): no slot twice, and some of each out of range in every way."""
+def indices_out_of_range(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return positions and a table without duplicate slots, some of each out of range in every way."""
     rng = np.random.default_rng(seed)
     position = rng.permutation(np.arange(-6, 40))[:TOKENS].astype(np.int32)
-    beyond = [-1, -LARGEST_INDEX - 1, LARGEST_INDEX, 24, 1000]
-    position[rng.choice(TOKENS, 3, replace=False)] = rng.choice(beyond, 3)
+    invalid_positions = [-1, -LARGEST_INDEX - 1, LARGEST_INDEX, 24, 1000]
+    position[rng.choice(TOKENS, 3, replace=False)] = rng.choice(invalid_positions, 3)
     table = rng.permutation(PAGES)[:3].astype(np.int32)
     table[rng.integers(3)] = rng.choice([PAGES, PAGES + 1, -1, -PAGES, LARGEST_INDEX, table[0]])
     return position, table

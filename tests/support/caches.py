@@ -7,10 +7,10 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-from formats import CACHES  # noqa: F401 - for the tests of the cache
 
 import qpaged
 from qpaged.implicit import ImplicitArray
+from support.formats import CACHES  # noqa: F401 - for the tests of the cache
 
 HEADS, PAGES, PAGE_SIZE, HEAD_DIM = 2, 16, 4, 32
 BATCH, SEQUENCE_PAGES = 2, 4

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from formats import normal
 from jax import lax
+
+from support.arrays import normal
 
 BATCH, LENGTH, KV_HEADS, HEAD_DIM = 2, 64, 2, 32
 GROUP = 2

@@ -1,26 +1,9 @@
-"""The formats of this distribution, and arrays made of their parts."""
-
-from importlib.metadata import entry_points
+"""Quantized arrays made of stored parts, and codes of four bits packed by hand."""
 
 import jax.numpy as jnp
 import numpy as np
 
 import qpaged
-
-NAMES = {
-    point.name
-    for point in entry_points(group="qpaged.quantizers")
-    if point.dist is not None and point.dist.name == "qpaged"
-}
-
-
-def is_built_in(spelling):
-    """Whether the format and all its wrappers are of this distribution."""
-    name, *wrappers = spelling.split("+")
-    return {name.split(":")[0], *(f"+{wrapper}" for wrapper in wrappers)} <= NAMES
-
-
-BUILT_IN = tuple(spelling for spelling in qpaged.available_formats(wrapped=True) if is_built_in(spelling))
 
 
 def array_of(spelling, codes, scales, outer=None, dtype=jnp.float32):

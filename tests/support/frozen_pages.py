@@ -6,7 +6,6 @@ A file is a saved view whose keys are in the format and whose values are plain: 
 import base64
 import json
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 
 import qpaged
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "frozen"
 PAGES, SLOTS = 2, 4
 TABLE = np.array([1, 0], np.int32)
 POSITIONS = np.array([0, 5, 1, 2, 4, 3], np.int32)  # two slots stay empty
@@ -71,18 +70,6 @@ def record_of(spelling):
     values = written_slots(VALUES(view.key_pages)).astype("<f4")
     data = base64.b64encode(values.tobytes()).decode("ascii")
     return {"format": spelling, "values": data, "view": json.loads(view.to_json())}
-
-
-def built_in_formats():
-    """Spellings of the formats of this distribution, in every set of wrappers."""
-    points = entry_points(group="qpaged.quantizers")
-    names = {point.name for point in points if point.dist is not None and point.dist.name == "qpaged"}
-
-    def is_built_in(spelling):
-        name, *wrappers = spelling.split("+")
-        return {name.split(":")[0], *(f"+{wrapper}" for wrapper in wrappers)} <= names
-
-    return tuple(filter(is_built_in, qpaged.available_formats(wrapped=True)))
 
 
 def make(spellings):

@@ -1,4 +1,4 @@
-"""A checkpoint over a contiguous cache: a step as people have it, for ``--step contiguous:make_step``."""
+"""A checkpoint over a contiguous cache, for ``--step support.contiguous_step:make_step``."""
 
 import os
 
