@@ -146,7 +146,8 @@ def bits(subject: Subject) -> None:
             measured == stated,
             f"codes of {name} take {measured:g} bits an element where bits says {stated}",
         )
-        for part, dtype in (("scales", quantizer.scale_dtype), ("outer", quantizer.outer_dtype)):
+        global_dtype = None if quantizer.global_scale is None else quantizer.global_scale.dtype
+        for part, dtype in (("scales", quantizer.scale_dtype), ("global_scale", global_dtype)):
             stored_dtype = stored[part].dtype if part in stored else None
             stated_dtype = None if dtype is None else jnp.dtype(dtype)
             check(

@@ -62,7 +62,7 @@ def worth_stating(subject: Subject) -> None:
         total = np.sqrt(np.mean(want**2))
         check(lost < total, f"of gaussian values, {lost:.3g} of {total:.3g} is lost, root mean squared")
         limit = np.abs(want).max()
-        if subject.quantizer.transforms:
+        if subject.quantizer.transform is not None:
             limit *= np.sqrt(want.shape[-1])
         stated = reading["bound"].max()
         check(

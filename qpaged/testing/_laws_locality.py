@@ -56,7 +56,7 @@ def same_outside_token(
     page = TABLE[token // PAGE_SIZE]
     slot = token % PAGE_SIZE
     # A transform, and second-level scales, spread a change over all channels of the token.
-    spreads = subject.quantizer.transforms or subject.quantizer.outer_dtype
+    spreads = subject.quantizer.transform is not None or subject.quantizer.global_scale is not None
     for (name, old), (_, new) in zip(pools(before), pools(after), strict=True):
         heads, _, _, channels = old.shape
         box = [(0, heads), (page, page + 1), block_span(slot, old.block[2]), (0, channels)]
@@ -147,7 +147,7 @@ def copies_out_of_range(subject: Subject, view: View) -> None:
     changed = differences(copied, view)
     check(not changed, f"copying to pages {target.tolist()} of {PAGES} changed {', '.join(changed)}")
     all_nan = all(np.isnan(np.asarray(pages, np.float32)).all() for pages in past_end)
-    check(all_nan, "a read past the end is not NaN, as it is of a plain pool; Quantizer.past_end says how")
+    check(all_nan, "a read past the end is not NaN, as it is of a plain pool; Quantizer.nan_scale says how")
 
 
 def decodes_out_of_range(subject: Subject, view: View, rows: np.ndarray) -> None:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 import qpaged
-from qpaged.quantizer import quantizer_from_config
+from qpaged.formats import quantizer_from_config
 from qpaged.testing._law import law
 from qpaged.testing._pools import PAGES, TABLE, View, differences, parts, pools, same_structure
 from qpaged.testing._subject import Subject

@@ -24,7 +24,7 @@ LARGE_DTYPES = (jnp.float32, jnp.bfloat16)
 LARGEST_INDEX = 2**31 - 1
 SMALLEST = 2.0**-125  # values below 2^-126 count as zero, and so may bounds
 HEAD_DIMS = (16, 32, 64, 128, 256)  # tried in this order, since groups must divide head_dim
-PARTS = ("codes", "scales", "outer", "offsets")
+PARTS = ("codes", "scales", "global_scale", "offset")
 
 View = qpaged.PagedAttentionCacheView
 Pages = Any

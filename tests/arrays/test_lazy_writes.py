@@ -52,8 +52,8 @@ def written_lazily(name, array):
     if name == "in a scan":
         return qpaged.implicit.provider().name != "qax"
     quantizer = array.quantizer
-    blocks_grow = array.scales is None or (quantizer.shareable and array.outer is None)
-    return name not in PARTIAL or (blocks_grow and not quantizer.transforms and quantizer.bits == 8)
+    blocks_grow = array.scales is None or (quantizer.growth is not None and array.global_scale is None)
+    return name not in PARTIAL or (blocks_grow and not quantizer.transform is not None and quantizer.bits == 8)
 
 
 @pytest.mark.parametrize("format", FORMATS)

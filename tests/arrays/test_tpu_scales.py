@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpaged.arrays._tpu_scales import Order
-from qpaged.arrays._tpu_write import put_slots
+from qpaged.arrays._tpu_scales import ScaleOrder
+from qpaged.arrays._tpu_write import scatter_slot_scales
 
 SHAPES = [(2, 256, 16, 1), (2, 128, 16, 4), (1, 256, 16, 8), (3, 128, 4, 16), (2, 96, 16, 1), (2, 7, 16, 4)]
 
@@ -14,18 +14,18 @@ SHAPES = [(2, 256, 16, 1), (2, 128, 16, 4), (1, 256, 16, 8), (3, 128, 4, 16), (2
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_scale_is_found(shape, dtype):
     scales = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape), dtype)
-    order = Order.of(scales)
-    flat = order.flat(scales)
+    order = ScaleOrder.of(scales)
+    flat = order.flatten(scales)
     places = np.ogrid[tuple(slice(n) for n in shape)]
-    at = order.at(*(jnp.asarray(place, jnp.int32) for place in places))
+    at = order.flat_index(*(jnp.asarray(place, jnp.int32) for place in places))
     np.testing.assert_array_equal(np.sort(at.ravel()), np.arange(scales.size))
     np.testing.assert_array_equal(flat[at], scales)
-    np.testing.assert_array_equal(order.back(flat), scales)
+    np.testing.assert_array_equal(order.unflatten(flat), scales)
 
 
 def test_pages_fill_lanes_and_narrow_scales_share_tiles():
     rows = {
-        (groups, dtype): Order.of(jnp.zeros((2, 256, 16, groups), dtype)).rows
+        (groups, dtype): ScaleOrder.of(jnp.zeros((2, 256, 16, groups), dtype)).tile_rows
         for groups in (1, 4, 16)
         for dtype in (jnp.uint16, jnp.float32)
     }
@@ -45,4 +45,5 @@ def test_scales_are_put_where_they_belong(shape):
     want = scales.copy()
     for (page, slot), put in zip(places[:3], new, strict=False):  # the others are out of range
         want[:, page, slot] = put
-    np.testing.assert_array_equal(put_slots(jnp.asarray(scales), jnp.asarray(places, jnp.int32), new), want)
+    written = scatter_slot_scales(jnp.asarray(scales), jnp.asarray(places, jnp.int32), new)
+    np.testing.assert_array_equal(written, want)

@@ -7,7 +7,7 @@ import pytest
 from support.arrays import leaves_equal, normal
 
 import qpaged
-from qpaged.arrays import _tpu_write, _writes, fill_rows
+from qpaged.arrays import _tpu_write, _writes, fill_lane_rows
 
 TPU = qpaged.attention_backends()[0]
 PAGES, PAGE_SIZE, HEADS = 12, 16, 2
@@ -48,7 +48,7 @@ PLACES = np.array(
 def test_the_same_bits(format, head_dim, monkeypatch):
     from jax.experimental.pallas import tpu as pltpu
 
-    pool = fill_rows(qpaged.get_quantizer(format).empty((HEADS, PAGES, PAGE_SIZE, head_dim), jnp.float32))
+    pool = fill_lane_rows(qpaged.get_quantizer(format).empty((HEADS, PAGES, PAGE_SIZE, head_dim), jnp.float32))
     first, second = (normal(len(PLACES), HEADS, head_dim, seed=seed, scale=seed) for seed in (1, 9))
     other = PLACES[::-1] * np.array([[1, -1]], np.int32) + np.array([[0, 15]], np.int32)
 
@@ -67,7 +67,7 @@ def test_the_same_scales_of_slots():
     scales = normal(HEADS, PAGES, PAGE_SIZE, 2)
     places = np.unique(PLACES, axis=0)
     slots = normal(len(places), HEADS, 2, seed=3)
-    written = [put(scales, places, slots) for put in (_tpu_write.put_slots, _writes._scatter_blocks)]
+    written = [put(scales, places, slots) for put in (_tpu_write.scatter_slot_scales, _writes._scatter_scales)]
     assert leaves_equal(*written) and not leaves_equal(written[0], scales)
 
 
@@ -100,7 +100,7 @@ def test_scales_have_gradients():
     index, rows = jnp.array([1]), jnp.ones((1, 2, 8))
 
     def total(scales):
-        ones = pool.like(pool.codes + jnp.int8(1), scales)
+        ones = pool.like(pool.codes + jnp.int8(1), pool.parts._replace(scales=scales))
         return qpaged.arrays.write_rows(ones, (1, 2), (index, index), rows).dequantize().sum()
 
     gradient = jax.jit(jax.grad(total))(pool.scales)

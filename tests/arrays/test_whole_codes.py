@@ -9,16 +9,16 @@ import pytest
 from support.arrays import normal
 
 import qpaged
-from qpaged.arrays import _whole, as_slots, dot, take_pages
+from qpaged.arrays import _integer_dot, as_slots, dot, gather_pages
 
 HEADS, SLOTS, DIM = 2, 32, 64
 QK, PV = (((2,), (2,)), ((0,), (0,))), (((2,), (1,)), ((0,), (0,)))
-ROW = 0.5 / _whole.LARGEST  # the most that an integer is away from its element, over the row's largest
+ROW = 0.5 / _integer_dot.LARGEST  # the most that an integer is away from its element, over the row's largest
 CODES = np.random.default_rng(0).integers(-128, 128, (HEADS, SLOTS, DIM)).astype(np.int8)
 
 
 def dots(numbers):
-    return jax.jit(functools.partial(_whole.dot, numbers=numbers))
+    return jax.jit(functools.partial(_integer_dot.dot, numbers=numbers))
 
 
 def rows(width):
@@ -45,7 +45,7 @@ def test_rows_of_any_size_keep_their_precision(largest):
 
 
 def test_other_devices_multiply_floats():
-    lowered = jax.jit(functools.partial(_whole.dot, numbers=QK)).trace(rows(DIM), CODES)
+    lowered = jax.jit(functools.partial(_integer_dot.dot, numbers=QK)).trace(rows(DIM), CODES)
     text = {platform: lowered.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu")}
     assert "tensor<2x2x3x64xi8>, tensor<2x32x64xi8>" in text["cpu"]
     assert "tensor<2x3x64xbf16>, tensor<2x32x64xbf16>" in text["tpu"]
@@ -53,14 +53,14 @@ def test_other_devices_multiply_floats():
 
 def test_derivatives_are_those_of_the_exact_dot():
     other, step = rows(DIM), rows(DIM) * 2
-    _, along = jax.jvp(lambda x: _whole.dot(x, CODES, QK), (other,), (step,))
+    _, along = jax.jvp(lambda x: _integer_dot.dot(x, CODES, QK), (other,), (step,))
     assert np.allclose(along, np.einsum("hrd,hsd->hrs", np.float64(step), np.float64(CODES)), rtol=1e-5)
-    back = jax.grad(lambda x: _whole.dot(x, CODES, QK).sum())(other)
+    back = jax.grad(lambda x: _integer_dot.dot(x, CODES, QK).sum())(other)
     assert np.allclose(np.float64(back[:, 0]), np.float64(CODES).sum(axis=1), rtol=2.0**-8)
 
 
 def test_a_row_of_zeros_stays_zero():
-    assert not np.any(_whole.dot(jnp.zeros((HEADS, 3, DIM), jnp.bfloat16), CODES, QK))
+    assert not np.any(_integer_dot.dot(jnp.zeros((HEADS, 3, DIM), jnp.bfloat16), CODES, QK))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_row_of_zeros_stays_zero():
 )
 def test_what_a_format_adds_to_its_codes(format, added):
     quantizer = qpaged.get_quantizer(format)
-    assert _whole._added(quantizer, jnp.dtype(quantizer.code_dtype(jnp.bfloat16))) == added
+    assert _integer_dot._added(quantizer, jnp.dtype(quantizer.code_dtype(jnp.bfloat16))) == added
 
 
 @pytest.mark.parametrize("format", ["int8+offset", "int4:page+offset"])
@@ -86,7 +86,7 @@ def test_unsigned_codes_are_multiplied_as_integers_too(format):
     query = jnp.asarray(normal(2, 3, 32, seed=5), jnp.bfloat16)
 
     def scores(query, pool):
-        return dot(query, as_slots(take_pages(pool, jnp.arange(1, 2))), QK)
+        return dot(query, as_slots(gather_pages(pool, jnp.arange(1, 2))), QK)
 
     assert "xi8>" in jax.jit(scores).lower(query, pool).as_text().split("dot_general", 1)[1].splitlines()[0]
     exact = np.einsum("hrd,hsd->hrs", np.float64(query), np.float64(pool.materialize()[:, 1]))
@@ -97,6 +97,6 @@ def test_unsigned_codes_are_multiplied_as_integers_too(format):
 
 
 def test_a_sum_too_long_for_int32_is_of_floats():
-    codes = np.full((1, 1, _whole.LONGEST + 1), -128, np.int8)
-    other = jnp.ones((1, 1, _whole.LONGEST + 1), jnp.bfloat16)
-    assert _whole.dot(other, codes, QK)[0, 0, 0] == pytest.approx(-128 * (_whole.LONGEST + 1), rel=1e-6)
+    codes = np.full((1, 1, _integer_dot.LONGEST + 1), -128, np.int8)
+    other = jnp.ones((1, 1, _integer_dot.LONGEST + 1), jnp.bfloat16)
+    assert _integer_dot.dot(other, codes, QK)[0, 0, 0] == pytest.approx(-128 * (_integer_dot.LONGEST + 1), rel=1e-6)

@@ -280,7 +280,7 @@ def test_sharded_pages_stay_where_they_are():
     by_head = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("heads"))
     with jax.set_mesh(mesh):
         view = qpaged.PagedAttentionCacheView.fresh(None, jnp.bfloat16, config, 0, None, "int8:token")
-        assert view.key_pages.folds == 2
+        assert view.key_pages.slots_per_row == 2
         view = jax.tree_util.tree_map(lambda leaf: jax.device_put(leaf, by_head), view)
         for made in (interop.quantized_tensors(view), interop.scaled_pages(view)):
             for leaf in jax.tree_util.tree_leaves(made):

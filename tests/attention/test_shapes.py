@@ -93,7 +93,7 @@ def filled(shape, formats, dtype, pages, table):
         )
         pool = quantize(format, dtype, normal(*view.key_pages.shape, seed=seed))
         if format is not None:
-            pool = view.key_pages.like(pool.codes, pool.scales, pool.offsets, pool.outer)
+            pool = view.key_pages.like(pool.codes, pool.parts)
         pools.append(poisoned(pool, table, shape.page_size, shape.lengths))
     return view.replace(key_pages=pools[0], value_pages=pools[1])
 

@@ -115,7 +115,7 @@ class Looked(type(qpaged.get_quantizer("int8:token"))):
 class Kept(Looked):
     """A format whose author says so."""
 
-    tiled = False
+    elementwise = False
 
 
 @takes

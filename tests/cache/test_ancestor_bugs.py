@@ -287,5 +287,5 @@ def test_scales_are_counted(format):
     assert cache.nbytes <= 50 * PAGE_BYTES < cache.nbytes + page
     pool = cache.views[0].key_pages
     assert isinstance(pool, ImplicitArray)
-    scales = sum(part.nbytes for part in (pool.scales, pool.outer) if part is not None)
+    scales = sum(part.nbytes for part in (pool.scales, pool.global_scale) if part is not None)
     assert cache.nbytes == 4 * (pool.codes.nbytes + scales)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from support.caches import PAGES, bits, decode, make_view, prefill, tokens
 
 import qpaged
-from qpaged.arrays import fill_rows, take_pages, write_rows
+from qpaged.arrays import fill_lane_rows, gather_pages, write_rows
 from qpaged.implicit import use_implicit_args
 
 SIZES = {"page_size": 8, "kv_head_dim_size": 64}
@@ -38,7 +38,7 @@ def structure(tree):
 
 def unfolded(pool):
     """The pool as one that no cache made."""
-    return pool.like(pool.codes, *pool.parts, folds=1)
+    return pool.like(pool.codes, pool.parts, slots_per_row=1)
 
 
 @pytest.mark.parametrize(("format", "folds"), FORMATS.items())
@@ -117,13 +117,13 @@ def test_an_overwrite_leaves_a_pool_stored_as_it_was():
 @pytest.mark.parametrize("format", FORMATS)
 def test_reads_take_pages_as_they_lie(format):
     pool, pages = filled(format).key_pages, jnp.array([1, PAGES, 3])
-    want = take_pages(unfolded(pool), pages)
+    want = gather_pages(unfolded(pool), pages)
     for read in (
-        take_pages,
+        gather_pages,
         use_implicit_args(lambda pool, pages: pool.at[:, pages].get(mode="fill", fill_value=0)),
     ):
         assert bits(read(pool, pages)) == bits(want)
-    jaxpr = jax.make_jaxpr(take_pages)(pool, pages)
+    jaxpr = jax.make_jaxpr(gather_pages)(pool, pages)
     gathered = [eqn.invars[0].aval.shape for eqn in jaxpr.eqns if eqn.primitive.name == "gather"]
     assert gathered[0] == jax.tree_util.tree_leaves(pool)[0].shape
 
@@ -141,7 +141,7 @@ def test_a_callables_pages_are_stored_likewise():
     format = qpaged.get_quantizer("int8")
     view = make_view(lambda zeros: format.quantize(zeros), **SIZES)
     assert structure(view.key_pages) == structure(fresh("int8").key_pages)
-    assert bits(view.key_pages) == bits(fill_rows(format.empty(view.key_pages.shape, jnp.float32)))
+    assert bits(view.key_pages) == bits(fill_lane_rows(format.empty(view.key_pages.shape, jnp.float32)))
 
 
 @pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="needs jax.shard_map")

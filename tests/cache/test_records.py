@@ -365,7 +365,7 @@ class Point:
 
 @pytest.fixture
 def wide(monkeypatch):
-    registry = sys.modules["qpaged.quantizer._registry"]
+    registry = sys.modules["qpaged.formats._registry"]
     found = registry.entry_points
     monkeypatch.setattr(registry, "entry_points", lambda group: [*found(group=group), Point()])
     return qpaged.get_quantizer("wide")

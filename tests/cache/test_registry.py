@@ -14,7 +14,7 @@ from support.formats import EVERY_FORMAT
 
 import qpaged
 
-registry = sys.modules["qpaged.quantizer._registry"]
+registry = sys.modules["qpaged.formats._registry"]
 NAMES = ("fp8_e4m3", "fp8_e5m2", "int2", "int4", "int8", "mxfp4", "mxfp8", "nvfp4", "raw")
 
 
@@ -85,7 +85,7 @@ def test_spellings_come_back(spelling):
     assert again == quantizer
     assert hash(again) == hash(quantizer)
     assert json.loads(json.dumps(quantizer.config)) == quantizer.config
-    assert qpaged.quantizer.quantizer_from_config(quantizer.config) == quantizer
+    assert qpaged.formats.quantizer_from_config(quantizer.config) == quantizer
     for copied in (copy.copy(quantizer), copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
         assert copied == quantizer
     name, _, wrappers = spelling.partition("+")

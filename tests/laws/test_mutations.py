@@ -22,7 +22,7 @@ def on_keys(view, change):
 
 def with_scales(pages, change):
     """Return the pages with their scales changed."""
-    return pages.like(pages.codes, change(pages.scales))
+    return pages.like(pages.codes, pages.parts._replace(scales=change(pages.scales)))
 
 
 class SwappedScales(Subject):
@@ -72,7 +72,7 @@ class Leaking(Subject):
 
     def write(self, view, rows, position, table=TABLE):
         view = super().write(view, rows, position, table)
-        return on_keys(view, lambda pages: pages.like(pages.codes.at[0, 0, 0, 0].add(1), pages.scales))
+        return on_keys(view, lambda pages: pages.like(pages.codes.at[0, 0, 0, 0].add(1), pages.parts))
 
 
 class ForgetfulReset(Subject):

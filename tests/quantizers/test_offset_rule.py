@@ -299,7 +299,7 @@ def test_whatever_is_drawn_keeps_the_rule_in_any_order(spelling, x, seed):
     got = whole.key_pages
     np.testing.assert_array_equal(np.asarray(got.scales)[0], scales)
     np.testing.assert_array_equal(
-        np.asarray(got.codes)[0], codes if got.packing == 1 else two_to_a_byte(codes)
+        np.asarray(got.codes)[0], codes if got.codes_per_byte == 1 else two_to_a_byte(codes)
     )
     assert_same(x, one_at_a_time(spelling)(x, orders(seed)), whole, "shuffled")
 

@@ -25,7 +25,7 @@ def hadamard(n):
 def turned(head_dim):
     """The transform and the inverse as matrices, by what they make of unit vectors."""
     unit = np.eye(head_dim, dtype=np.float32)
-    both = jax.jit(lambda x: (TRANSFORM.transform(x, -1), TRANSFORM.inverse(x, -1)))
+    both = jax.jit(lambda x: (TRANSFORM.transform.forward(x, -1), TRANSFORM.transform.inverse(x, -1)))
     return tuple(np.asarray(part).astype(np.float64) for part in both(unit))
 
 
@@ -43,7 +43,7 @@ def test_runs_of_a_power_of_two_are_rotated_each_by_itself(head_dim):
 @pytest.mark.parametrize("head_dim", [48, 80, 96, 128])
 def test_energy_is_kept_up_to_the_factor(head_dim):
     x = np.random.default_rng(0).normal(size=(50, head_dim)).astype(np.float32)
-    y = np.asarray(jax.jit(lambda x: TRANSFORM.transform(x, -1))(x)).astype(np.float64)
+    y = np.asarray(jax.jit(lambda x: TRANSFORM.transform.forward(x, -1))(x)).astype(np.float64)
     energy = (x.astype(np.float64) ** 2).sum(axis=1)
     np.testing.assert_allclose((y**2).sum(axis=1) * HEAD_DIMS[head_dim], energy, rtol=4e-5)
 
@@ -64,7 +64,7 @@ def test_sums_are_exact_of_values_rounded_to_a_common_power_of_two(head_dim):
     step = np.ldexp(1.0, np.frexp(largest)[1] - 24) * n
     assert (step <= largest * n * 2.0**-23).all()
     want = (np.rint(runs / step) @ hadamard(n)) / n * step
-    got = jax.jit(lambda x: TRANSFORM.transform(x, -1))(x)
+    got = jax.jit(lambda x: TRANSFORM.transform.forward(x, -1))(x)
     np.testing.assert_array_equal(got, want.reshape(x.shape))
 
 
@@ -72,7 +72,7 @@ def test_sums_are_exact_of_values_rounded_to_a_common_power_of_two(head_dim):
 def test_channels_may_lie_on_any_axis(axis):
     x = np.random.default_rng(1).normal(size=(48, 48, 48)).astype(np.float32)
     there = jax.jit(
-        lambda x: (TRANSFORM.transform(x, axis), TRANSFORM.inverse(TRANSFORM.transform(x, axis), axis))
+        lambda x: (TRANSFORM.transform.forward(x, axis), TRANSFORM.transform.inverse(TRANSFORM.transform.forward(x, axis), axis))
     )
     got, back = there(x)
     want = np.moveaxis(np.moveaxis(x.astype(np.float64), axis, -1) @ turned(48)[0], -1, axis)
@@ -83,7 +83,7 @@ def test_channels_may_lie_on_any_axis(axis):
 def test_integers_come_back_exactly():
     """Sums of small integers are exact, so that only the format could lose them."""
     x = np.random.default_rng(2).integers(-100, 100, (20, 128)).astype(np.float32)
-    back = jax.jit(lambda x: TRANSFORM.inverse(TRANSFORM.transform(x, -1), -1))(x)
+    back = jax.jit(lambda x: TRANSFORM.transform.inverse(TRANSFORM.transform.forward(x, -1), -1))(x)
     np.testing.assert_array_equal(back, x)
 
 

@@ -53,8 +53,8 @@ def agree(tokens):
     tokens = tokens.astype(np.float32)
     array = quantize(tokens)
     codes, scales, g = oracle(np.where(np.abs(tokens) < 2.0**-126, 0, tokens))
-    outer = np.asarray(array.outer)[:, 0]
-    np.testing.assert_array_equal(np.asarray(NVFP4.outer_multiplier(array.outer))[:, 0], g)
+    outer = np.asarray(array.global_scale)[:, 0]
+    np.testing.assert_array_equal(np.asarray(NVFP4.global_scale.multiplier(array.global_scale))[:, 0], g)
     np.testing.assert_array_equal(outer == 0, g == 0)
     np.testing.assert_array_equal(np.asarray(array.scales), scales)
     got = from_nibbles(array.codes)
@@ -88,7 +88,7 @@ def test_every_scale_and_the_ties_between_them():
     tokens[:, 16] = largest
     tokens[:, 17] = -largest / 7
     array = agree(tokens)
-    np.testing.assert_array_equal(np.asarray(array.outer), 127)  # g is 1
+    np.testing.assert_array_equal(np.asarray(array.global_scale), 127)  # g is 1
     exact = nearest(np.clip(largest.astype(np.float64) / 6, 2.0**-9, 448), SCALES)
     got = np.asarray(array.scales)[:, 1].astype(int)
     assert (np.abs(got - exact) <= 1).all()
@@ -118,7 +118,7 @@ def test_at_and_beside_the_largest_that_a_power_of_two_takes(exponent):
     beside = np.float32([np.nextafter(at, np.float32(0)), at, np.nextafter(at, np.float32(np.inf))])
     tokens = np.zeros((3, 16), np.float32)
     tokens[:, 3] = beside
-    got = np.asarray(NVFP4.outer_multiplier(quantize(tokens).outer))[:, 0]
+    got = np.asarray(NVFP4.global_scale.multiplier(quantize(tokens).global_scale))[:, 0]
     np.testing.assert_array_equal(got, 2.0**exponent * np.array([1, 2, 2]))
 
 
@@ -137,7 +137,7 @@ def test_zeros_tiny_and_huge():
     array = agree(tokens)
     read = np.asarray(values(array))
     assert np.isfinite(read).all()
-    assert not read[0].any() and not np.asarray(array.outer)[0].any()
+    assert not read[0].any() and not np.asarray(array.global_scale)[0].any()
 
 
 def relative_error(x):
@@ -160,7 +160,7 @@ def test_a_power_of_two_changes_nothing():
     one, other = quantize(x), quantize(x * np.float32(2.0**-40))
     np.testing.assert_array_equal(one.codes, other.codes)
     np.testing.assert_array_equal(one.scales, other.scales)
-    np.testing.assert_array_equal(np.asarray(one.outer) - 40, other.outer)
+    np.testing.assert_array_equal(np.asarray(one.global_scale) - 40, other.global_scale)
 
 
 @pytest.mark.parametrize("ratio", [2.0**-5, 2.0**-10, 2.0**-13])
@@ -184,5 +184,5 @@ def test_blocks_far_below_the_largest_are_within_the_stated_bound():
     assert (error <= bound).all() and (error <= 3 * scale).all()
     assert (error <= np.maximum(np.abs(x) / 4, scale / 4) + np.maximum(0, np.abs(x) - 6 * scale)).all()
     saturated = np.abs(x) > 6 * scale
-    normal = scale >= 2.0**-6 * np.asarray(NVFP4.outer_multiplier(array.outer))
+    normal = scale >= 2.0**-6 * np.asarray(NVFP4.global_scale.multiplier(array.global_scale))
     assert (np.abs(x) - 6 * scale <= 2.0**-4 * np.abs(x))[saturated & normal].all()

@@ -36,8 +36,9 @@ class RoundsAgain(Int8Floor):
     def decode(self, codes, dtype):
         return codes.astype(dtype)
 
-    def grow(self, codes, old, new):
-        return qpaged.Quantizer.grow(self, codes, old, new)
+    @property
+    def growth(self):
+        return qpaged.FitAgain(self)
 
 
 class AcrossHeads(Int8Token):
@@ -57,7 +58,7 @@ class AcrossPages(Int8Floor):
 class ZerosPastTheEnd(Int8Floor):
     """Law 4: reads past the end as an empty page."""
 
-    past_end = 0
+    nan_scale = 0
 
 
 class WideCodes(Int8Token):
@@ -75,7 +76,7 @@ class SpareScales(Int8Token):
 
     def empty(self, shape, dtype):
         pages = super().empty(shape, dtype)
-        return pages.like(pages.codes, jnp.broadcast_to(pages.scales, pages.shape))
+        return pages.like(pages.codes, pages.parts._replace(scales=jnp.broadcast_to(pages.scales, pages.shape)))
 
 
 class Thirds(Int8Floor):
@@ -124,5 +125,5 @@ class LateScales(Subject):
 
     def copied(self, view, source, target):
         after, past_end = super().copied(view, source, target)
-        keys = after.key_pages.like(after.key_pages.codes, view.key_pages.scales)
+        keys = after.key_pages.like(after.key_pages.codes, view.key_pages.parts)
         return after.replace(key_pages=keys), past_end

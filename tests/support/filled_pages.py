@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import qpaged
+from qpaged.arrays import BlockParts
 from support.arrays import normal
 
 PAGES, PAGE_SIZE = 24, 8
@@ -40,11 +41,11 @@ def poisoned(pool, table, page_size, lengths):
     if not isinstance(pool, qpaged.QuantizedArray):
         return spoil(pool, np.nan)
     if pool.scales is None:
-        return pool.like(spoil(pool.codes, np.asarray(np.nan, pool.dtype).view(pool.codes.dtype)), None)
+        return pool.like(spoil(pool.codes, np.asarray(np.nan, pool.dtype).view(pool.codes.dtype)), pool.parts)
     code = 0x7F  # a NaN of both fp8 formats, and the largest int8
-    outer = None if pool.outer is None else spoil(pool.outer, 254)
-    scales = spoil(pool.scales, pool.quantizer.past_end)
-    return pool.like(spoil(pool.codes, code), scales, None, outer)
+    global_scale = None if pool.global_scale is None else spoil(pool.global_scale, 254)
+    scales = spoil(pool.scales, pool.quantizer.nan_scale)
+    return pool.like(spoil(pool.codes, code), BlockParts(scales, global_scale))
 
 
 @functools.cache

@@ -35,9 +35,9 @@ def features(spelling):
     return {
         ("granularity", granularity),
         ("bits", quantizer.bits, granularity in ("page", "channel")),
-        ("scales", str(quantizer.scale_dtype), quantizer.outer_dtype is None),
-        ("shifts", quantizer.shareable, "+offset" in spelling),
-        ("transforms", quantizer.bits < 8, quantizer.transforms),
+        ("scales", str(quantizer.scale_dtype), quantizer.global_scale is None),
+        ("shifts", quantizer.growth is not None, "+offset" in spelling),
+        ("transforms", quantizer.bits < 8, quantizer.transform is not None),
     }
 
 

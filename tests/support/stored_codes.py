@@ -6,11 +6,14 @@ import numpy as np
 import qpaged
 
 
-def array_of(spelling, codes, scales, outer=None, dtype=jnp.float32):
-    """A quantized array of these parts."""
-    parts = [None if part is None else jnp.asarray(part) for part in (codes, scales, outer)]
+def array_of(spelling, codes, scales, global_scale=None, dtype=jnp.float32):
+    """Return a quantized array of these parts."""
     return qpaged.QuantizedArray(
-        *parts[:2], None, parts[2], quantizer=qpaged.get_quantizer(spelling), dtype=jnp.dtype(dtype)
+        stored=jnp.asarray(codes),
+        scales=None if scales is None else jnp.asarray(scales),
+        global_scale=None if global_scale is None else jnp.asarray(global_scale),
+        quantizer=qpaged.get_quantizer(spelling),
+        dtype=jnp.dtype(dtype),
     )
 
 
