@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from qpaged._compat import Operand, Pytree
+from qpaged._compat import DType, Operand, Pytree
 from qpaged.implicit._fields import is_stored, read_or_none
 from qpaged.implicit._value import ImplicitValue, is_implicit
 
@@ -44,6 +44,7 @@ def unflatten_one_layer(structure: LayerStructure, children: Sequence[Any]) -> P
 
 
 def _flatten_children(value: Operand) -> tuple[list[Any], Any]:
+    # JAX asks about the root, too, which must not be a leaf of itself.
     def is_leaf(node: Pytree) -> bool:
         return is_implicit(node) and node is not value
 
@@ -55,7 +56,7 @@ def flatten_fully(tree: Pytree) -> tuple[list[Any], Any]:
     return jax.tree_util.tree_flatten(tree)
 
 
-def with_logical_type(value: ImplicitValue, shape: tuple[int, ...], dtype: Any) -> ImplicitValue:
+def with_logical_type(value: ImplicitValue, shape: tuple[int, ...], dtype: DType) -> ImplicitValue:
     """Return an implicit array whose stored shape and dtype are those it has where it is used.
 
     A transformation changes the children of an implicit array (vmap and scan take an axis away, shard_map
@@ -67,7 +68,7 @@ def with_logical_type(value: ImplicitValue, shape: tuple[int, ...], dtype: Any) 
             stale[name] = current
     if not stale:
         return value
-    value = copy.copy(value)
+    value = copy.copy(value)  # the original belongs to the caller
     for name, current in stale.items():
         object.__setattr__(value, name, current)  # the class may be a frozen dataclass
     return value
