@@ -23,7 +23,7 @@ from qpaged.implicit._reports import Materialization, MaterializeWarning
 # Either none of the names is qax's or all are: the two implementations do not know each other's classes.
 _qax = _provider.choose(jax.__version__)
 
-# Type checkers see our own classes on both, because qax has no annotations.
+# Type checkers always see our own classes.
 if TYPE_CHECKING or _qax is None:
     from qpaged.implicit import _freeze as utils  # qax keeps freeze_keys in a module of this name
     from qpaged.implicit._array import ImplicitArray

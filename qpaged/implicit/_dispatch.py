@@ -97,7 +97,7 @@ class HandlerRegistry:
         Raises:
             TypeError: two handlers fit equally well.
         """
-        # Everything that is not implicit counts as jax.Array, so that handlers need not know of tracers or literals.
+        # Everything else counts as jax.Array, so that handlers need not know of tracers and literals.
         classes = [type(operand) if is_implicit(operand) else jax.Array for operand in operands]
         arity = len(classes)
         fitting = [h for h in self._handlers.get(primitive, ()) if h.accepts(classes)]
@@ -178,9 +178,7 @@ def call_handler(handler: Handler, primitive: Primitive, operands: Sequence[Oper
 def _handler(function: Function, precedence: int) -> Handler:
     """Read the signature of a function that is registered as a handler."""
     parameters = list(inspect.signature(function).parameters.values())
-    annotations = typing.get_type_hints(
-        function
-    )  # resolves the strings of `from __future__ import annotations`
+    annotations = typing.get_type_hints(function)  # unlike __annotations__, never strings
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     if not positional:
         raise TypeError(
@@ -221,9 +219,7 @@ def _classes(function: Function, argument: str, annotation: object) -> Classes:
         for alternative in typing.get_args(annotation):
             alternatives += _classes(function, argument, alternative)
         return alternatives
-    if (
-        isinstance(annotation, type) and origin is None
-    ):  # list[int] is a type, too, but no class to check with
+    if isinstance(annotation, type) and origin is None:
         return (annotation,)
     raise TypeError(
         f"primitive_handler: argument {argument!r} of {function!r} is annotated with {annotation!r}. "
