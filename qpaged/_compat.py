@@ -18,6 +18,7 @@ import jax.extend.core as jex
 import jax.extend.source_info_util as source_info_util
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 # ------------------------------------------------------------------------------------------------
 # Types
@@ -34,6 +35,7 @@ Params: TypeAlias = dict[str, Any]
 Aval: TypeAlias = Any  # a ShapedArray, a ShapeDtypeStruct, or the abstract value of a reference
 Operand: TypeAlias = Any  # an array, traced or not, an implicit array, a literal, or a reference
 Pytree: TypeAlias = Any
+DType: TypeAlias = Any  # a NumPy dtype, or an extended dtype of JAX, as random keys have
 
 
 class Location(NamedTuple):
@@ -239,7 +241,7 @@ def vary_like(tree: Pytree, operands: Pytree) -> Pytree:
     return jax.tree_util.tree_map(lambda array: make_varying(array, axes), tree)
 
 
-def kernel_output(shape: Sequence[int], dtype: Any, operands: Pytree) -> jax.ShapeDtypeStruct:
+def kernel_output(shape: Sequence[int], dtype: DTypeLike, operands: Pytree) -> jax.ShapeDtypeStruct:
     """Return the type of a kernel's output, varying along the axes that any of its operands varies along."""
     varying = jax.sharding.ManualAxisType(varying=_union_of_varying_axes(operands))
     return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=varying)
@@ -264,7 +266,7 @@ def shard_map(body: Callable[..., Any], params: Params, in_specs: Pytree, out_sp
     )
 
 
-def spec_axes(entry: Any) -> tuple[str, ...]:
+def spec_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Return the mesh axes that one entry of a PartitionSpec names."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:
         return ()

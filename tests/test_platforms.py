@@ -1,4 +1,4 @@
-"""One computation with a kernel for TPUs: which of them a program has, and what stands in for the kernel."""
+"""by_platform: which programs have the kernel, and which have the default."""
 
 import functools
 
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from qpaged._compat import has_explicit_meshes
 from qpaged._platforms import by_platform
 
-MODERN = hasattr(jax, "shard_map")
-meshes = pytest.mark.skipif(not MODERN, reason="needs jax.shard_map and axis types")
+needs_meshes = pytest.mark.skipif(not has_explicit_meshes(), reason="needs jax.shard_map and axis types")
 X, Y = np.arange(6, dtype=np.float32), np.float32(2)
 
 
@@ -28,19 +28,19 @@ def computed(x, by=Y):
 
 
 def has_kernel(function, *arguments, platforms=("tpu",)):
-    """Whether the program has the kernel, and whether it has the default."""
+    """Return whether the lowered program has the kernel, and whether it has the default."""
     text = jax.jit(function).trace(*arguments).lower(lowering_platforms=platforms).as_text()
     return "stablehlo.cosine" in text, "stablehlo.sine" in text
 
 
-def test_the_platform_decides():
+def test_the_platform_of_the_lowering_chooses_the_kernel():
     assert has_kernel(computed, X) == (True, False)
     assert has_kernel(computed, X, platforms=("cpu",)) == (False, True)
     assert has_kernel(computed, X, platforms=("cpu", "tpu")) == (True, True)
     assert has_kernel(lambda x: jax.lax.scan(lambda x, _: (computed(x)["out"], None), x, length=2), X)[0]
 
 
-def test_eagerly_it_is_traced_once():
+def test_an_eager_call_traces_the_default_once():
     traced = []
 
     def counted(x, by):
@@ -61,13 +61,13 @@ def test_derivatives_and_batches_are_those_of_the_default():
     batch = jax.vmap(computed, in_axes=(0, None))(np.stack([X, -X]), Y)
     np.testing.assert_array_equal(batch["out"], [out, -out])
     assert batch["count"].shape == (2,)
-    # A product with what is not differentiated keeps its kernel.
+    # by_platform of an operand that is not differentiated keeps its kernel.
     assert has_kernel(lambda x, by: jax.jvp(lambda by: computed(x)["out"] * by, (by,), (by,)), X, Y)[0]
 
 
-@meshes
-def test_programs_on_several_devices():
-    """The compiler divides no kernel; within shard_map there is nothing to divide."""
+@needs_meshes
+def test_partitioned_programs_use_the_default():
+    """The compiler cannot partition a kernel; within shard_map it has nothing to partition."""
     auto = jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((2,), ("a",), axis_types=(auto,))
     two = jax.make_mesh((2, 2), ("a", "b"), axis_types=(auto, auto))

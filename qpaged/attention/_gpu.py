@@ -5,7 +5,7 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from qpaged._compat import partitioned, version_tuple
+from qpaged._compat import MOSAIC_GPU_JAX, compiler_partitions_mesh, newer_jax_needed
 from qpaged.arrays import compute_dtype
 from qpaged.attention._layout import (
     Layout,
@@ -18,7 +18,6 @@ from qpaged.attention._layout import (
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.pools import Pages
 
-OLDEST_JAX = (0, 11)  # the first with a public interpreter of Mosaic GPU kernels, which the tests need
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
 KV_TILE = 64  # slots of a tile of keys and values: the rows of a tensor core's operand
@@ -30,11 +29,12 @@ PROGRAMS = 264  # that a chip of 132 multiprocessors runs at once, two on each
 
 def refusal() -> str | None:
     """Return why the backend takes no call at all, or None."""
-    if version_tuple(jax.__version__) < OLDEST_JAX:
-        return f"needs JAX {'.'.join(map(str, OLDEST_JAX))} or newer, but this is {jax.__version__}"
+    too_old = newer_jax_needed(MOSAIC_GPU_JAX)
+    if too_old is not None:
+        return too_old
     if importlib.util.find_spec("absl") is None:
         return "needs absl-py, which JAX's Mosaic GPU imports; pip install absl-py"
-    if partitioned():
+    if compiler_partitions_mesh():
         return "is not partitioned by the compiler, as the mesh's Auto axes ask; call it within jax.shard_map"
     return None
 

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import partitioned, version_tuple
+from qpaged._compat import PALLAS_TPU_JAX, compiler_partitions_mesh, newer_jax_needed
 from qpaged.arrays import LANES, common_dtype, compute_dtype
 from qpaged.attention._layout import pad_to_multiple, pool_refusal, stored_scales, visible_range
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.attention._tpu_layout import TPULayout
 from qpaged.pools import Pages
 
-OLDEST_JAX = (0, 10)
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
 KV_TILE = 512  # slots of a tile of keys and values, if the buffers hold them
@@ -26,9 +25,10 @@ TABLE_ENTRIES = 2**16  # of the page table in scalar memory, likewise
 
 def refusal() -> str | None:
     """Return why the backend takes no call at all, or None."""
-    if version_tuple(jax.__version__) < OLDEST_JAX:
-        return f"needs JAX {'.'.join(map(str, OLDEST_JAX))} or newer, but this is {jax.__version__}"
-    if partitioned():
+    too_old = newer_jax_needed(PALLAS_TPU_JAX)
+    if too_old is not None:
+        return too_old
+    if compiler_partitions_mesh():
         return "is not partitioned by the compiler, as the mesh's Auto axes ask; call it within jax.shard_map"
     return None
 

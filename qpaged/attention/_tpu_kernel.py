@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qpaged._compat import shaped_as
+from qpaged._compat import kernel_output
 from qpaged.attention._options import MASK_VALUE
 from qpaged.attention._tpu_copies import (
     copied_rows,
@@ -57,7 +57,7 @@ def attend(
             out_specs=_per_q_tile(out_shape),
             scratch_shapes=(buffers, State.specs(call, kv_heads)),
         ),
-        out_shape=shaped_as(out_shape, jnp.float32, (visible_range, position, table, inputs)),
+        out_shape=kernel_output(out_shape, jnp.float32, (visible_range, position, table, inputs)),
         name="paged_attention",
     )(visible_range, position, table, *inputs)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import varying_as
+from qpaged._compat import vary_like
 from qpaged.arrays import compute_dtype, dot, mask_slots
 from qpaged.attention._layout import pad_to_multiple
 from qpaged.attention._options import (
@@ -114,7 +114,7 @@ def _attend_q_tile(
 
     state = _initial_state(call, q, tokens)
     # Inside shard_map the carry must vary along the mesh axes that the operands vary along.
-    state = varying_as(state, (query, position, table, call.keys, call.values, state))
+    state = vary_like(state, (query, position, table, call.keys, call.values, state))
     first, end = _visible_kv_tiles(position, call.kv_tile, call.options.sliding_window)
     _, row_sum, acc = lax.fori_loop(first, end, attend_kv_tile, state)
     return ungroup_query_heads(acc / jnp.where(row_sum > 0, row_sum, 1)[..., None], tokens)

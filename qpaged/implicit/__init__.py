@@ -20,8 +20,10 @@ from qpaged.implicit import _provider
 from qpaged.implicit._provider import Provider, provider
 from qpaged.implicit._reports import Materialization, MaterializeWarning
 
+# Either none of the names is qax's or all are: the two implementations do not know each other's classes.
 _qax = _provider.choose(jax.__version__)
 
+# Type checkers always see our own classes.
 if TYPE_CHECKING or _qax is None:
     from qpaged.implicit import _freeze as utils  # qax keeps freeze_keys in a module of this name
     from qpaged.implicit._array import ImplicitArray

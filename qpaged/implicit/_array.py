@@ -18,7 +18,7 @@ from qpaged.implicit._interpreter import logical_struct, materialize_and_bind
 from qpaged.implicit._value import ImplicitValue
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False)  # a generated __eq__ would compare arrays, and remove __hash__
 class ImplicitArray(ImplicitValue):
     """An array of some shape and dtype that is not stored as a dense array.
 

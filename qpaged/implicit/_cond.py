@@ -20,6 +20,7 @@ def cond(ctx: RuleContext, operands: list[Operand]) -> Outputs:
     """Evaluate a cond. An output stays implicit only if all branches return it in the same layout."""
     index, operands = ctx.to_dense(operands[0]), operands[1:]
     branches = [_branch(ctx, jaxpr) for jaxpr in ctx.params["branches"]]
+    # The branches are traced twice: first to see which outputs agree, then with the others dense.
     with _reports.no_reports():
         outs_of_branches = [jax.eval_shape(branch, *operands) for branch in branches]
     same_in_all = [_have_same_layout(outs) for outs in zip(*outs_of_branches, strict=True)]

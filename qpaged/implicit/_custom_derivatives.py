@@ -54,6 +54,7 @@ def custom_vjp(ctx: RuleContext, operands: list[Operand]) -> Outputs:
 
 
 def _value(ctx: RuleContext, operands: list[Operand]) -> list[Operand]:
+    # JAX requires outputs and tangents to have the same tree, and the tangents are dense.
     return [ctx.to_dense(out) for out in ctx.evaluate(ctx.params["call_jaxpr"], operands)]
 
 

@@ -97,7 +97,7 @@ class HandlerRegistry:
         Raises:
             TypeError: two handlers fit equally well.
         """
-        # Whatever is not implicit counts as jax.Array, so that handlers need not know of tracers or literals.
+        # Everything else counts as jax.Array, so that handlers need not know of tracers and literals.
         classes = [type(operand) if is_implicit(operand) else jax.Array for operand in operands]
         arity = len(classes)
         fitting = [h for h in self._handlers.get(primitive, ()) if h.accepts(classes)]
@@ -124,7 +124,7 @@ def _ambiguous(primitive: Primitive, classes: Sequence[type], handlers: Sequence
     )
 
 
-registry = HandlerRegistry()
+registry = HandlerRegistry()  # of the process, as JAX's rules for primitives are
 
 
 def primitive_handler(
@@ -178,7 +178,7 @@ def call_handler(handler: Handler, primitive: Primitive, operands: Sequence[Oper
 def _handler(function: Function, precedence: int) -> Handler:
     """Read the signature of a function that is registered as a handler."""
     parameters = list(inspect.signature(function).parameters.values())
-    annotations = typing.get_type_hints(function)
+    annotations = typing.get_type_hints(function)  # unlike __annotations__, never strings
     positional = [p for p in parameters if p.kind in _POSITIONAL]
     if not positional:
         raise TypeError(
@@ -207,7 +207,7 @@ def _handler(function: Function, precedence: int) -> Handler:
     )
 
 
-def _classes(function: Function, argument: str, annotation: Any) -> Classes:
+def _classes(function: Function, argument: str, annotation: object) -> Classes:
     """Return the classes that an annotation stands for."""
     if annotation is Any:
         return _ANY_CLASS

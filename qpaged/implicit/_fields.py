@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qpaged._compat import DType
+
 _AUX_KEY = "qpaged.implicit.aux"
 
 
@@ -40,9 +42,9 @@ class LogicalAttribute:
 
     def __init__(self, name: str):
         self.name = name
-        self._key = f"_declared_{name}"
+        self._key = f"_declared_{name}"  # another key, because `name` itself is the descriptor's
 
-    def __get__(self, instance: Any, owner: type) -> Any:
+    def __get__(self, instance: object, owner: type) -> Any:
         if instance is None:
             return None  # dataclasses read the default of a field from the class
         value = self.read_or_none(instance)
@@ -50,10 +52,10 @@ class LogicalAttribute:
             raise UninitializedAval(type(instance), self.name)
         return value
 
-    def __set__(self, instance: Any, value: Any) -> None:
+    def __set__(self, instance: object, value: Any) -> None:
         instance.__dict__[self._key] = _normalised(self.name, value)
 
-    def read_or_none(self, instance: Any) -> Any:
+    def read_or_none(self, instance: object) -> Any:
         return instance.__dict__.get(self._key)
 
 
@@ -66,7 +68,7 @@ def _normalised(name: str, value: Any) -> Any:
     return normalised_dtype(value)
 
 
-def normalised_dtype(dtype: Any) -> Any:
+def normalised_dtype(dtype: DType) -> DType:
     """Return a dtype as NumPy's class, or as it is if it is an extended dtype of JAX, as of random keys."""
     try:
         return np.dtype(dtype)
@@ -80,7 +82,7 @@ def is_stored(cls: type, name: str) -> bool:
     return isinstance(attribute, LogicalAttribute) or not hasattr(attribute, "__get__")
 
 
-def read_or_none(instance: Any, name: str) -> Any:
+def read_or_none(instance: object, name: str) -> Any:
     """Return the value of a field, or None if it is a stored shape or dtype that is not set yet."""
     attribute = _class_attribute(type(instance), name)
     if isinstance(attribute, LogicalAttribute):

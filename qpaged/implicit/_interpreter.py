@@ -110,6 +110,7 @@ def _interpret(f: Callable[..., Any], args: Sequence[Pytree], kwargs: dict[str, 
         return f(*args, **kwargs)
     outputs = _Outputs()
 
+    # The other arguments are closed over, so the function sees Python values and concrete arrays as they are.
     def f_of_implicit_leaves(*dense: Tracer) -> list[Tracer]:
         inner_leaves = list(leaves)
         for index, value in zip(implicit_indices, dense, strict=True):
@@ -179,12 +180,14 @@ def _why_materialized(value: ImplicitValue, children: list[Any]) -> str:
 
 def _evaluate(closed: Jaxpr, args: Sequence[Operand]) -> list[Operand]:
     """Evaluate a jaxpr on values any of which may be implicit."""
+    # As jax.core.eval_jaxpr does, except that equations with implicit operands are not bound.
     jaxpr, consts = _compat.jaxpr_and_consts(closed)
     values: dict[Any, Operand] = dict(zip(jaxpr.constvars, consts, strict=True))
     for var, arg in zip(jaxpr.invars, args, strict=True):
         values[var] = _with_type_of(arg, var.aval)
     for eqn, dead in zip(jaxpr.eqns, _dead_after_each_equation(jaxpr), strict=True):
         operands = [atom.val if _compat.is_literal(atom) else values[atom] for atom in eqn.invars]
+        # Names of scopes and lines of code survive, so profiles and errors look as without implicit arrays.
         with _compat.equation_context(eqn):
             outs = _evaluate_equation(eqn, operands)
         values.update(zip(eqn.outvars, outs, strict=True))
@@ -213,7 +216,7 @@ def _with_type_of(value: Operand, aval: Aval) -> Operand:
 
 
 def _evaluate_equation(eqn: Equation, operands: list[Operand]) -> Sequence[Operand]:
-    """Evaluate an equation by the first of: no implicit operand, a handler, a rule, materialization."""
+    """Evaluate an equation. If operands are implicit: by a handler, else by a rule, else materialized."""
     primitive, params = eqn.primitive, eqn.params
     first_implicit = next((operand for operand in operands if is_implicit(operand)), None)
     if first_implicit is None:
@@ -222,7 +225,7 @@ def _evaluate_equation(eqn: Equation, operands: list[Operand]) -> Sequence[Opera
     outs = _call_handler(primitive, first_implicit, operands, params)
     if outs is not NotImplemented:
         return checked_results(_as_sequence(primitive, outs), eqn)
-    if primitive.name in RULES:
+    if primitive.name in RULES:  # after the handlers, so that programs can handle these primitives themselves
         return _apply_rule(eqn, operands)
     _report_operands(eqn, operands)
     outs = type(first_implicit).default_handler(primitive, *operands, params=params)
@@ -241,7 +244,7 @@ def _call_handler(
     """Return what the handler for these operands returns; NotImplemented if there is none."""
     commutes = first_implicit.commute_ops and primitive.name in COMMUTATIVE
     if commutes and len(operands) == 2 and not is_implicit(operands[0]):
-        operands = operands[::-1]
+        operands = operands[::-1]  # one handler, for (implicit, other), serves both orders
     handler = registry.find(primitive, operands)
     if handler is None:
         return NotImplemented

@@ -64,7 +64,8 @@ def jit(ctx: RuleContext, operands: list[Operand]) -> Outputs:
 def _with_constraints(values: list[Operand], shardings: tuple[Any, ...]) -> list[Operand]:
     """Constrain plain values to the shardings that an inner jit names; implicit ones stay as they are."""
     values = list(values)
-    for index, sharding in enumerate(shardings):  # an unspecified one is no Sharding
+    for index, sharding in enumerate(shardings):
+        # What is unspecified is no Sharding. One of an implicit array does not fit its leaves.
         if isinstance(sharding, Sharding) and not is_implicit(values[index]):
             values[index] = jax.lax.with_sharding_constraint(values[index], sharding)
     return values

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend
 
-from qpaged._compat import Location
+from qpaged._compat import DType, Location
 from qpaged.implicit._fields import normalised_dtype
 from qpaged.implicit._value import ImplicitValue
 
@@ -47,7 +47,7 @@ class Materialization:
     primitive: str
     array_type: str
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: DType
     file: str
     line: int
 
@@ -69,14 +69,19 @@ class Report(NamedTuple):
     warn: bool
 
 
+# Context variables rather than globals, because threads and asynchronous tasks trace at the same time.
 # What has been reported in the outermost call that is running; None outside of any call.
-_reported: ContextVar[set[Any] | None] = ContextVar("reported", default=None)
+_reported: ContextVar[set[Hashable] | None] = ContextVar("reported", default=None)
+# True while a function is traced for its shapes only.
 _silenced: ContextVar[bool] = ContextVar("silenced", default=False)
+# The line of user code around the equation that a rule evaluates.
 _fallback: ContextVar[Location | None] = ContextVar("fallback", default=None)
+# The lists of the open contexts of `collect_reports` and `record_materializations`.
 _collections: ContextVar[tuple[list[Report], ...]] = ContextVar("collections", default=())
 _recordings: ContextVar[tuple[list[Materialization], ...]] = ContextVar("recordings", default=())
 # What Python's "default" filter keeps of the warnings it has shown; Python clears it when filters change.
 _warning_registry: dict[Any, Any] = {}
+# Code in these folders is never the user's.
 _LIBRARY_FOLDERS = tuple(
     f"{Path(module.__file__).parent}{os.sep}" for module in (jax, sys.modules[__package__]) if module.__file__
 )
@@ -173,7 +178,7 @@ def _emit(new: Report) -> None:
         _warn(record)
 
 
-def _first_time(key: Any) -> bool:
+def _first_time(key: Hashable) -> bool:
     reported = _reported.get()
     if reported is None:
         return True
@@ -189,6 +194,7 @@ def _warn(record: Materialization) -> None:
         f"Register one with primitive_handler({record.primitive!r}), or declare the class with "
         f"warn_on_materialize=False."
     )
+    # Not warnings.warn: the line is where the program was traced, which may no longer be on the stack.
     warnings.warn_explicit(message, MaterializeWarning, record.file, record.line, registry=_warning_registry)
 
 

@@ -30,7 +30,7 @@ def shard_map(ctx: RuleContext, operands: list[Operand]) -> Outputs:
     for local_out, spec, aval in zip(local_outs, ctx.params["out_specs"], ctx.out_avals, strict=True):
         leaf_specs = _leaf_specs_of_output(ctx, local_out, spec, aval)
         leaf_specs_of_outs.append(leaf_specs)
-        final_specs.append(spec if leaf_specs is None else leaf_specs)
+        final_specs.append(spec if leaf_specs is None else leaf_specs)  # shard_map takes trees of specs
 
     def body(*inner: Operand) -> list[Operand]:
         outs = ctx.evaluate(jaxpr, inner)
@@ -42,7 +42,7 @@ def shard_map(ctx: RuleContext, operands: list[Operand]) -> Outputs:
     return _compat.shard_map(body, ctx.params, in_specs, final_specs)(*operands)
 
 
-# Operands
+# Operands: whether their leaves can be divided.
 
 
 def _operands_and_specs(
@@ -76,12 +76,12 @@ def _divides_leafwise(ctx: RuleContext, value: ImplicitValue, spec: PartitionSpe
     for leaf, leaf_spec in zip(leaves, tree.flatten_up_to(_leaf_specs(value, spec)), strict=True):
         axes = _axes(ctx, leaf, leaf_spec)
         if any(axis.size % axis.shards for axis in axes):
-            return False
+            return False  # JAX refuses to divide an axis unevenly
         local_leaves.append(jax.ShapeDtypeStruct([axis.size // axis.shards for axis in axes], leaf.dtype))
     return ctx.materializes_to(tree.unflatten(local_leaves), local_aval)
 
 
-# Outputs
+# Outputs: whether their leaves can be put together.
 
 
 def _local_outputs(

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
+from jax.tree_util import PyTreeDef
 
-from qpaged._compat import Operand, Pytree
+from qpaged._compat import DType, Operand, Pytree
 from qpaged.implicit._fields import is_stored, read_or_none
 from qpaged.implicit._value import ImplicitValue, is_implicit
 
-LayerStructure: TypeAlias = tuple[Any, list[Any]]  # of the tree, and of every value in it
+LayerStructure: TypeAlias = tuple[PyTreeDef, list[PyTreeDef]]  # of the tree, and of every value in it
 
 
-def flatten(tree: Pytree) -> tuple[list[Any], Any]:
+def flatten(tree: Pytree) -> tuple[list[Any], PyTreeDef]:
     """Flatten a tree with its implicit arrays as leaves."""
     return jax.tree_util.tree_flatten(tree, is_leaf=is_implicit)
 
@@ -43,19 +44,20 @@ def unflatten_one_layer(structure: LayerStructure, children: Sequence[Any]) -> P
     return tree_structure.unflatten(values)
 
 
-def _flatten_children(value: Operand) -> tuple[list[Any], Any]:
+def _flatten_children(value: Operand) -> tuple[list[Any], PyTreeDef]:
+    # JAX asks about the root, too, which must not be a leaf of itself.
     def is_leaf(node: Pytree) -> bool:
         return is_implicit(node) and node is not value
 
     return jax.tree_util.tree_flatten(value, is_leaf=is_leaf)
 
 
-def flatten_fully(tree: Pytree) -> tuple[list[Any], Any]:
+def flatten_fully(tree: Pytree) -> tuple[list[Any], PyTreeDef]:
     """Flatten a tree down to its arrays."""
     return jax.tree_util.tree_flatten(tree)
 
 
-def with_logical_type(value: ImplicitValue, shape: tuple[int, ...], dtype: Any) -> ImplicitValue:
+def with_logical_type(value: ImplicitValue, shape: tuple[int, ...], dtype: DType) -> ImplicitValue:
     """Return an implicit array whose stored shape and dtype are those it has where it is used.
 
     A transformation changes the children of an implicit array (vmap and scan take an axis away, shard_map
@@ -67,7 +69,7 @@ def with_logical_type(value: ImplicitValue, shape: tuple[int, ...], dtype: Any) 
             stale[name] = current
     if not stale:
         return value
-    value = copy.copy(value)
+    value = copy.copy(value)  # the original belongs to the caller
     for name, current in stale.items():
         object.__setattr__(value, name, current)  # the class may be a frozen dataclass
     return value

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
-from support.implicit_arrays import KINDS, dense, example, ours
+from support.implicit_arrays import KINDS, dense, example, needs_own_implementation
 
 import qpaged.implicit as qi
 from qpaged._platforms import by_platform
 
-pytestmark = [pytest.mark.parametrize("kind", KINDS), ours]
+pytestmark = [pytest.mark.parametrize("kind", KINDS), needs_own_implementation]
 
 
 @pytest.fixture(params=["eager", "jit"])
@@ -26,7 +26,7 @@ def run(request):
     return call
 
 
-def test_scan_carry(kind, run):
+def test_a_scan_carry_stays_implicit(kind, run):
     def f(w, xs):
         return jax.lax.scan(lambda w, x: (w * x, jnp.float32(0)), w, xs)[0]
 
@@ -35,7 +35,7 @@ def test_scan_carry(kind, run):
     np.testing.assert_array_equal(dense(out), 4 * dense(example(kind)))
 
 
-def test_scan_carry_that_the_body_writes_into(kind, run):
+def test_a_scan_carry_that_the_body_writes_into_stays_implicit(kind, run):
     def f(w, rows):
         def body(w, row):
             return jax.lax.dynamic_update_slice(w, row[None], (2, 0)), None
@@ -47,7 +47,7 @@ def test_scan_carry_that_the_body_writes_into(kind, run):
     np.testing.assert_array_equal(out.codes[2], [3, 4, 5])
 
 
-def test_scan_xs_and_ys(kind, run):
+def test_scan_slices_implicit_xs_and_stacks_implicit_ys(kind, run):
     shapes = []
 
     def f(stack):
@@ -67,7 +67,7 @@ def test_scan_xs_and_ys(kind, run):
     np.testing.assert_array_equal(dense(out), 2 * dense(stack))
 
 
-def test_scan_closes_over(kind, run):
+def test_a_scan_body_closes_over_an_implicit_array(kind, run):
     def f(w, xs):
         return jax.lax.scan(lambda c, x: (c + jnp.sum((w * x) + 0.0), None), jnp.float32(0), xs)[0]
 
@@ -76,7 +76,7 @@ def test_scan_closes_over(kind, run):
     np.testing.assert_allclose(out, 3 * dense(example(kind)).sum())
 
 
-def test_scan_reverse_and_unroll(kind, run):
+def test_scan_keeps_reverse_and_unroll(kind, run):
     def f(w, xs):
         def body(w, x):
             return w * x, x
@@ -88,7 +88,7 @@ def test_scan_reverse_and_unroll(kind, run):
     np.testing.assert_array_equal(ys, [2.0, 0.5, 4.0])
 
 
-def test_scan_carry_that_changes_form_is_materialized(kind, run):
+def test_a_scan_carry_that_changes_layout_is_materialized(kind, run):
     def f(w, v, xs):
         return jax.lax.scan(lambda c, x: ((c[0] + 1.0, c[1] * x), None), (w, v), xs)[0]
 
@@ -129,14 +129,14 @@ class Transposed(qi.ImplicitArray):
 
 
 @pytest.mark.parametrize("square", [lambda x: Product(x, x + 1), Transposed], ids=["product", "transposed"])
-def test_xs_that_are_square_by_chance(kind, run, square):
+def test_square_xs_whose_slices_only_have_the_right_shape_are_materialized(kind, run, square):
     w = square(jnp.arange(9.0).reshape(3, 3))
     with pytest.warns(qi.MaterializeWarning, match="scan"):
         _, rows = run(lambda w: jax.lax.scan(lambda c, row: (c, row + 0.0), 0.0, w), w)
     np.testing.assert_array_equal(rows, w.materialize())
 
 
-def test_while_carry_and_constants(kind, run):
+def test_while_takes_implicit_carries_and_constants(kind, run):
     def f(w, v, limit):
         def cond(c):
             return jnp.logical_and(c[0] < 3, jnp.sum(limit * 1.0) < 1e6)
@@ -154,23 +154,23 @@ def test_while_carry_and_constants(kind, run):
     np.testing.assert_allclose(total, 3 * jnp.cos(dense(example(kind))).sum(), rtol=1e-6)
 
 
-def test_fori_loop(kind, run):
+def test_a_fori_loop_carry_stays_implicit(kind, run):
     out = run(lambda w: jax.lax.fori_loop(0, 3, lambda i, w: w * 2.0, w), example(kind))
     assert isinstance(out, kind)
     np.testing.assert_array_equal(dense(out), 8 * dense(example(kind)))
 
 
-@pytest.mark.parametrize("taken", [False, True])
-def test_cond_whose_branches_agree(kind, run, taken):
+@pytest.mark.parametrize("predicate", [False, True])
+def test_an_output_on_which_branches_agree_stays_implicit(kind, run, predicate):
     out = run(
-        lambda p, w: jax.lax.cond(p, lambda w: w * 2.0, lambda w: -w, w), jnp.array(taken), example(kind)
+        lambda p, w: jax.lax.cond(p, lambda w: w * 2.0, lambda w: -w, w), jnp.array(predicate), example(kind)
     )
     assert isinstance(out, kind)
-    np.testing.assert_array_equal(dense(out), dense(example(kind)) * (2 if taken else -1))
+    np.testing.assert_array_equal(dense(out), dense(example(kind)) * (2 if predicate else -1))
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_switch_whose_branches_differ(kind, run, index):
+def test_an_output_on_which_branches_differ_is_dense(kind, run, index):
     def f(i, w):
         branches = [lambda w: (w, w * 2.0), lambda w: (jnp.cos(w), -w), lambda w: (jnp.zeros(w.shape), w)]
         return jax.lax.switch(i, branches, w)
@@ -185,7 +185,7 @@ def test_switch_whose_branches_differ(kind, run, index):
     np.testing.assert_array_equal(dense(agreeing), dense(w) * [2, -1, 1][index])
 
 
-def test_platform_dependent(kind, run):
+def test_platform_dependent_takes_the_branch_of_the_platform(kind, run):
     def f(w):
         return jax.lax.platform_dependent(w, cpu=lambda w: w * 2.0, default=lambda w: -w)
 
@@ -194,7 +194,7 @@ def test_platform_dependent(kind, run):
     np.testing.assert_array_equal(dense(out), 2 * dense(example(kind)))
 
 
-def test_kernels_for_some_platforms(kind, run):
+def test_by_platform_uses_the_default_for_implicit_operands(kind, run):
     def f(w):
         return by_platform(w, default=lambda w: w * 2.0, tpu=lambda w: -w)
 
@@ -203,7 +203,7 @@ def test_kernels_for_some_platforms(kind, run):
     np.testing.assert_array_equal(dense(out), 2 * dense(example(kind)))
 
 
-def test_loop_in_a_branch_in_a_loop(kind, run):
+def test_a_loop_in_a_branch_in_a_loop_keeps_its_carry_implicit(kind, run):
     def f(w, flags):
         def body(w, flag):
             def loop(w):
@@ -218,7 +218,7 @@ def test_loop_in_a_branch_in_a_loop(kind, run):
     np.testing.assert_array_equal(dense(out), -16 * dense(example(kind)))
 
 
-def test_barrier_and_name_pass_through(kind, run):
+def test_barriers_and_names_return_implicit_arrays(kind, run):
     def f(w):
         w = checkpoint_name(w, "cache")
         w, _ = jax.lax.optimization_barrier((w, jnp.float32(1)))

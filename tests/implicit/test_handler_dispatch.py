@@ -1,4 +1,4 @@
-"""Which handler is called, with what, and what it may return."""
+"""Dispatch to handlers: which one is called, with what, and what it may return."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.implicit_arrays import ours
+from support.implicit_arrays import needs_own_implementation
 
 import qpaged.implicit as qi
 
@@ -30,7 +30,7 @@ class Fixed(Parent, commute_ops=False, warn_on_materialize=False):
 
 @pytest.fixture
 def fresh():
-    """Two classes that no other test has registered handlers for."""
+    """Return a class and a subclass of it that no other test has registered handlers for."""
 
     class A(Parent, warn_on_materialize=False):
         pass
@@ -48,7 +48,7 @@ def call(primitive, *args):
 ones = jnp.ones(2)
 
 
-def test_the_most_specific_class_wins(fresh):
+def test_the_handler_of_the_most_specific_class_is_called(fresh):
     A, B = fresh
 
     @qi.primitive_handler("sin")
@@ -63,7 +63,7 @@ def test_the_most_specific_class_wins(fresh):
     assert call(jax.lax.sin, B(ones))[0] == 2
 
 
-def test_precedence_decides_between_equals(fresh):
+def test_precedence_decides_between_equally_specific_handlers(fresh):
     A, B = fresh
 
     @qi.primitive_handler("atan2", precedence=1)
@@ -77,8 +77,8 @@ def test_precedence_decides_between_equals(fresh):
     assert call(jax.lax.atan2, B(ones), B(ones))[0] == 1
 
 
-@ours
-def test_ambiguity_names_both(fresh):
+@needs_own_implementation
+def test_an_ambiguity_names_both_handlers(fresh):
     A, B = fresh
 
     @qi.primitive_handler("atan2")
@@ -93,7 +93,7 @@ def test_ambiguity_names_both(fresh):
         call(jax.lax.atan2, B(ones), B(ones))
 
 
-def test_not_implemented_falls_through(fresh):
+def test_not_implemented_materializes_the_operand(fresh):
     A, _ = fresh
 
     @qi.primitive_handler("cos")
@@ -103,7 +103,7 @@ def test_not_implemented_falls_through(fresh):
     np.testing.assert_array_equal(call(jax.lax.cos, A(ones)), jnp.cos(ones))
 
 
-@ours
+@needs_own_implementation
 @pytest.mark.parametrize(
     "annotation", [jax.Array, qi.ArrayValue, Any, jax.Array | qi.ArrayValue, Annotated[jax.Array, "dense"]]
 )
@@ -118,8 +118,8 @@ def test_annotations_fit_traced_values(fresh, annotation, wrap):
     assert isinstance(wrap(qi.use_implicit_args(jax.lax.sub))(ones, A(ones)), A)
 
 
-@ours
-def test_annotation_that_does_not_fit(fresh):
+@needs_own_implementation
+def test_a_handler_whose_annotation_does_not_fit_is_not_called(fresh):
     A, B = fresh
 
     @qi.primitive_handler("sub")
@@ -129,7 +129,7 @@ def test_annotation_that_does_not_fit(fresh):
     np.testing.assert_array_equal(call(jax.lax.sub, A(ones), B(ones)), jnp.zeros(2))
 
 
-def test_any_number_of_operands(fresh):
+def test_a_handler_may_take_any_number_of_operands(fresh):
     A, _ = fresh
 
     @qi.primitive_handler("clamp")
@@ -140,7 +140,7 @@ def test_any_number_of_operands(fresh):
     assert isinstance(call(lambda a, b: jax.lax.clamp(a, b, a), A(ones), ones), A)
 
 
-def test_several_primitives_by_name_and_by_object(fresh):
+def test_one_handler_may_serve_several_primitives_by_name_or_object(fresh):
     A, _ = fresh
 
     @qi.primitive_handler(["exp", jax.lax.log_p])
@@ -152,7 +152,7 @@ def test_several_primitives_by_name_and_by_object(fresh):
 
 
 @pytest.mark.parametrize("operation", ["add", "mul", "max", "min"])
-def test_commutative_operands_trade_places(fresh, operation):
+def test_commutative_operands_are_swapped_to_put_the_implicit_one_first(fresh, operation):
     A, _ = fresh
 
     @qi.primitive_handler(operation)
@@ -162,7 +162,7 @@ def test_commutative_operands_trade_places(fresh, operation):
     assert isinstance(call(getattr(jax.lax, operation), ones, A(ones)), A)
 
 
-def test_commute_ops_off():
+def test_operands_are_not_swapped_with_commute_ops_off():
     seen = []
 
     @qi.primitive_handler("mul")
@@ -175,8 +175,8 @@ def test_commute_ops_off():
     assert not issubclass(seen[0], Fixed)
 
 
-@ours
-def test_operands_of_handlers_are_jax_arrays(fresh):
+@needs_own_implementation
+def test_handlers_get_constants_as_jax_arrays(fresh):
     A, _ = fresh
     seen = []
 
@@ -192,7 +192,7 @@ def test_operands_of_handlers_are_jax_arrays(fresh):
     assert seen[-1] == (True, jnp.float32)
 
 
-def test_registered_again_replaces(fresh):
+def test_registering_a_signature_again_replaces_the_handler(fresh):
     A, _ = fresh
     for answer in (1.0, 2.0):
 
@@ -203,14 +203,14 @@ def test_registered_again_replaces(fresh):
     assert call(jax.lax.tanh, A(ones))[0] == 2
 
 
-@ours
-def test_unknown_name():
+@needs_own_implementation
+def test_an_unknown_primitive_is_refused_by_name():
     with pytest.raises(ValueError, match=r"'addd'.*jax\.lax without the trailing '_p'"):
         qi.primitive_handler("addd")
 
 
-@ours
-def test_annotation_that_is_not_a_class():
+@needs_own_implementation
+def test_an_annotation_that_is_not_a_class_is_refused():
     with pytest.raises(TypeError, match=r"argument 'x' of .* is annotated with list\[int\]"):
 
         @qi.primitive_handler("sin")
@@ -218,8 +218,8 @@ def test_annotation_that_is_not_a_class():
             pass
 
 
-@ours
-def test_a_handler_needs_the_primitive():
+@needs_own_implementation
+def test_a_handler_without_positional_arguments_is_refused():
     with pytest.raises(TypeError, match="takes no positional arguments"):
 
         @qi.primitive_handler("sin")
@@ -227,8 +227,8 @@ def test_a_handler_needs_the_primitive():
             pass
 
 
-@ours
-def test_a_parameter_the_handler_does_not_take(fresh):
+@needs_own_implementation
+def test_a_parameter_that_the_handler_does_not_take_is_named(fresh):
     A, _ = fresh
 
     @qi.primitive_handler("reduce_sum")
@@ -239,8 +239,8 @@ def test_a_parameter_the_handler_does_not_take(fresh):
         call(jnp.sum, A(ones))
 
 
-@ours
-def test_wrong_shape_from_a_handler(fresh):
+@needs_own_implementation
+def test_a_handler_that_returns_a_wrong_shape_is_refused(fresh):
     A, _ = fresh
 
     @qi.primitive_handler("sin")
@@ -251,8 +251,8 @@ def test_wrong_shape_from_a_handler(fresh):
         call(jax.lax.sin, A(ones))
 
 
-@ours
-def test_one_result_instead_of_a_list(fresh):
+@needs_own_implementation
+def test_a_handler_that_returns_one_result_instead_of_a_list_is_refused(fresh):
     A, _ = fresh
 
     @qi.primitive_handler("sort")
@@ -263,8 +263,8 @@ def test_one_result_instead_of_a_list(fresh):
         call(jnp.sort, A(ones))
 
 
-@ours
-def test_wrong_number_of_results_from_a_handler(fresh):
+@needs_own_implementation
+def test_a_handler_that_returns_a_wrong_number_of_results_is_refused(fresh):
     A, _ = fresh
 
     @qi.primitive_handler("sort")

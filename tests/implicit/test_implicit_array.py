@@ -1,4 +1,4 @@
-"""ImplicitArray itself: where shape and dtype come from, its pytree, and what goes stale."""
+"""ImplicitArray itself: where shape and dtype come from, its pytree, and stored shapes that go stale."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.implicit_arrays import Derived, Scaled, dense, example, ours
+from support.implicit_arrays import Derived, Scaled, dense, example, needs_own_implementation
 
 import qpaged.implicit as qi
 
@@ -30,17 +30,17 @@ class Tagged(qi.ImplicitArray):
         return self.x
 
 
-def test_shape_and_dtype_from_arguments():
+def test_shape_and_dtype_come_from_arguments():
     filled = Filled(jnp.float32(2), shape=(2, 3), dtype=jnp.float32)
     assert (filled.shape, filled.dtype) == ((2, 3), jnp.dtype("float32"))
 
 
-def test_shape_and_dtype_from_materialize():
+def test_shape_and_dtype_come_from_materialize():
     tagged = Tagged(jnp.zeros((2, 3), jnp.bfloat16))
     assert (tagged.shape, tagged.dtype) == ((2, 3), jnp.bfloat16)
 
 
-def test_shape_and_dtype_from_class_variables():
+def test_shape_and_dtype_come_from_class_variables():
     class Three(Filled):
         default_shape = (3,)
         default_dtype = jnp.float32
@@ -49,7 +49,7 @@ def test_shape_and_dtype_from_class_variables():
     assert Three(jnp.float32(1), shape=(4,)).shape == (4,)
 
 
-def test_shape_and_dtype_from_methods():
+def test_shape_and_dtype_come_from_methods():
     @dataclass
     class Computed(qi.ImplicitArray):
         value: Any
@@ -69,17 +69,17 @@ def test_shape_and_dtype_from_methods():
 
 
 @pytest.mark.parametrize(("given", "missing"), [({}, "shape"), ({"shape": (2,)}, "dtype")])
-def test_what_nobody_said(given, missing):
+def test_a_shape_or_dtype_that_nothing_gives_is_named(given, missing):
     with pytest.raises(qi.UninitializedAval, match=missing):
         Filled(jnp.float32(1), **given)
 
 
-def test_disagreement_is_warned_about():
+def test_a_declared_shape_that_materialize_contradicts_is_warned_about():
     with pytest.warns(UserWarning, match=r"\(3,\).*\(2,\)"):
         Tagged(jnp.zeros(2), shape=(3,))
 
 
-def test_materialize_is_required():
+def test_a_class_without_materialize_cannot_be_instantiated():
     class Nothing(qi.ImplicitArray):
         pass
 
@@ -87,28 +87,28 @@ def test_materialize_is_required():
         Nothing(shape=(2,), dtype=jnp.float32)
 
 
-def test_aux_field_is_structure_and_keeps_metadata():
+def test_aux_fields_are_tree_structure_and_keep_their_metadata():
     a, b = Tagged(jnp.zeros(2), tag="a"), Tagged(jnp.zeros(2), tag="b")
     assert jax.tree_util.tree_structure(a) != jax.tree_util.tree_structure(b)
     assert len(jax.tree_util.tree_leaves(a)) == 1
     assert Tagged.__dataclass_fields__["tag"].metadata["note"] == "static"
 
 
-@ours
-def test_equal_structures_whatever_the_spelling_of_the_dtype():
+@needs_own_implementation
+def test_all_spellings_of_a_dtype_give_equal_tree_structures():
     spellings = (jnp.float32, "float32", np.dtype("float32"))
     trees = [jax.tree_util.tree_structure(Filled(0.0, shape=[2], dtype=d)) for d in spellings]
     assert len(set(trees)) == 1
 
 
-def test_tree_has_keys():
+def test_paths_in_the_tree_are_field_names():
     paths = [
         jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(Tagged(jnp.zeros(2)))
     ]
     assert paths == [".x"]
 
 
-def test_unflatten_takes_anything_and_does_not_initialise():
+def test_unflatten_takes_any_children_and_does_not_run_post_init():
     leaves, tree = jax.tree_util.tree_flatten(Tagged(jnp.zeros(2)))
     array = tree.unflatten(["not an array"])
     assert array.x == "not an array"
@@ -117,8 +117,8 @@ def test_unflatten_takes_anything_and_does_not_initialise():
     assert len(leaves) == 1
 
 
-@ours
-def test_aval_ndim_size():
+@needs_own_implementation
+def test_aval_ndim_and_size_are_the_logical_ones():
     array = example(Scaled)
     assert (array.aval.shape, array.aval.dtype) == ((4, 3), jnp.float32)
     assert (array.ndim, array.size) == (2, 12)
@@ -130,8 +130,8 @@ def test_overridden_flattening_is_used():
     assert tree.unflatten(leaves).shape == (4, 3)
 
 
-@ours
-def test_inheritance():
+@needs_own_implementation
+def test_a_subclass_adds_children_to_those_of_its_parent():
     @dataclass
     class Child(Tagged):
         more: Any = field(default_factory=lambda: jnp.ones(2))
@@ -140,9 +140,9 @@ def test_inheritance():
     assert len(jax.tree_util.tree_leaves(child)) == 2
 
 
-@ours
+@needs_own_implementation
 @pytest.mark.parametrize("how", ["vmap", "tree_map"])
-def test_a_stored_shape_that_went_stale_is_brought_up_to_date(how):
+def test_a_stale_stored_shape_is_brought_up_to_date(how):
     batch = Scaled(jnp.arange(24, dtype=jnp.int8).reshape(2, 4, 3), jnp.full((2, 1, 1), 0.5))
     assert batch.shape == (2, 4, 3)
     seen = []
@@ -157,19 +157,19 @@ def test_a_stored_shape_that_went_stale_is_brought_up_to_date(how):
         np.testing.assert_array_equal(dense(out), 2 * dense(batch))
     else:
         first = jax.tree_util.tree_map(lambda leaf: leaf[0], batch)
-        assert first.shape == (2, 4, 3)  # nobody could tell it
+        assert first.shape == (2, 4, 3)  # tree_map does not know of the stored shape
         assert f(first).shape == (4, 3)
     assert seen == [(4, 3)]
 
 
-@ours
-def test_a_stale_shape_does_not_hide_behind_a_materialize_that_reads_it():
+@needs_own_implementation
+def test_a_stored_shape_survives_tree_map_if_materialize_reads_it():
     array = jax.tree_util.tree_map(lambda leaf: leaf, Filled(jnp.float32(2), shape=(2, 3), dtype=jnp.float32))
     assert qi.use_implicit_args(lambda x: x.shape)(array) == (2, 3)
 
 
-@ours
-def test_children_that_do_not_go_together_any_more():
+@needs_own_implementation
+def test_children_that_no_longer_fit_together_are_explained_in_the_error():
     @dataclass
     class Product(qi.ImplicitArray):
         a: Any
@@ -187,8 +187,8 @@ def test_children_that_do_not_go_together_any_more():
     assert jax.vmap(qi.use_implicit_args(lambda x: jnp.zeros(x.shape)))(stacked).shape == (4, 3, 5)
 
 
-@ours
-def test_a_class_keeps_its_own_fall_back():
+@needs_own_implementation
+def test_a_class_may_override_default_handler():
     calls = []
 
     class Own(Tagged):
@@ -203,7 +203,7 @@ def test_a_class_keeps_its_own_fall_back():
     np.testing.assert_array_equal(out, jnp.zeros(2))
 
 
-def test_materialize_nested_one_layer_or_all():
+def test_materialize_nested_materializes_one_layer_or_all():
     @dataclass
     class Wrapped(qi.ImplicitArray):
         inner: Any

@@ -1,4 +1,4 @@
-"""Whose names these are, and what is said where there are none."""
+"""The choice between qax and our own implementation, and the errors if neither works."""
 
 import importlib.metadata
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import jax
 import pytest
-from support.implicit_arrays import ours
+from support.implicit_arrays import needs_own_implementation
 
 import qpaged.implicit as qi
 from qpaged.implicit import _provider
@@ -27,25 +27,25 @@ with_qax = pytest.mark.skipif(qi.provider().name != "qax", reason="needs qax and
 
 @with_qax
 @pytest.mark.parametrize("name", PROTOCOL)
-def test_names_are_qaxs_own(name):
+def test_names_are_the_objects_of_qax(name):
     import qax
 
     assert getattr(qi, name) is getattr(qax, name)
     assert str(qi.provider()) == "qax 0.4.1"
 
 
-def test_all_names_are_there():
+def test_every_public_name_exists():
     for name in (*PROTOCOL, *qi.__all__):
         assert getattr(qi, name) is not None
 
 
-def test_import_warns_of_nothing():
+def test_importing_does_not_warn():
     code = "import qpaged.implicit"
     assert subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True).returncode == 0
 
 
-@ours
-def test_ours_without_qax(monkeypatch):
+@needs_own_implementation
+def test_the_provider_is_qpaged_without_qax(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -53,8 +53,8 @@ def test_ours_without_qax(monkeypatch):
     assert str(qi.provider()) == "qpaged: qax is not installed"
 
 
-@ours
-def test_ours_beside_a_broken_qax(monkeypatch, tmp_path):
+@needs_own_implementation
+def test_the_provider_says_why_a_broken_qax_is_not_used(monkeypatch, tmp_path):
     (tmp_path / "qax.py").write_text("raise AttributeError('jax.core.new_main is gone')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.1")
@@ -64,8 +64,8 @@ def test_ours_beside_a_broken_qax(monkeypatch, tmp_path):
     )
 
 
-@ours
-def test_ours_beside_a_qax_that_works(monkeypatch, tmp_path):
+@needs_own_implementation
+def test_the_provider_says_why_a_working_qax_is_not_used(monkeypatch, tmp_path):
     (tmp_path / "qax.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5")
@@ -74,12 +74,12 @@ def test_ours_beside_a_qax_that_works(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("version", ["0.10.2", "0.12.0.1", "0.13.0.dev20270101+cpu", "1.0"])
-def test_new_jax_needs_no_qax(version):
+def test_a_new_jax_needs_no_qax(version):
     assert _provider.choose(version) is None
 
 
 @pytest.mark.parametrize("version", ["0.4.34", "0.4.36", "0.9.2", "0.10.1"])
-def test_jax_in_between(version):
+def test_versions_of_jax_between_the_two_are_refused(version):
     with pytest.raises(ImportError) as error:
         _provider.choose(version)
     text = str(error.value)
@@ -89,8 +89,8 @@ def test_jax_in_between(version):
     assert "tested with JAX 0.10.2 and later, and with JAX 0.4.35 through qax 0.4.1" in text
 
 
-@ours
-def test_the_jax_of_qax_without_qax(monkeypatch, tmp_path):
+@needs_own_implementation
+def test_the_jax_of_qax_with_a_broken_qax_is_refused(monkeypatch, tmp_path):
     (tmp_path / "qax.py").write_text("raise ImportError('plum has moved')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match="importing it fails with ImportError: plum has moved"):

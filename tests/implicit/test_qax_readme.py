@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.implicit_arrays import ours
+from support.implicit_arrays import needs_own_implementation
 
 import qpaged.implicit as qax
 
@@ -33,7 +33,7 @@ def make_zeros():
     return Zeros
 
 
-def test_zeros():
+def test_the_zeros_example():
     Zeros = make_zeros()
     z = Zeros(shape=(2, 3))
 
@@ -90,8 +90,8 @@ def test_zeros():
     np.testing.assert_array_equal(output, model(inputs, params))
 
 
-@ours
-def test_handler_written_before_a_parameter_existed():
+@needs_own_implementation
+def test_a_handler_written_before_a_parameter_existed_is_called_without_it():
     Zeros = make_zeros()
 
     @qax.primitive_handler("broadcast_in_dim")
@@ -174,7 +174,7 @@ def to_lora(w, key, lora_dim=8):
     return LoraMatrix(w, a, b)
 
 
-def test_lora_forward():
+def test_lora_computes_what_dense_weights_do():
     inputs = jnp.linspace(-1, 1, 12).reshape(2, 6)
     output = qax.use_implicit_args(mlp)(mlp_params(to_lora), inputs)  # a warning would be an error
     np.testing.assert_allclose(output, mlp(mlp_params(), inputs), rtol=1e-6)
@@ -205,7 +205,7 @@ def train(optimizer_update, params, state, steps=20):
 
 
 class Sgd(NamedTuple):
-    """What optax's optimizers are to freeze_keys."""
+    """A named pair, as optax's optimizers are."""
 
     init: Any
     update: Any
@@ -218,15 +218,15 @@ def sgd(rate=0.1):
     return Sgd(lambda params: (), update)
 
 
-def test_lora_training():
+def test_lora_matrices_can_be_trained():
     losses, params = train(sgd().update, mlp_params(to_lora), ())
     assert losses[-1] < losses[0] / 2
     assert isinstance(params["up"], LoraMatrix)
 
 
-@ours
+@needs_own_implementation
 @pytest.mark.parametrize("use_scalar_zeros", [False, True])
-def test_lora_training_with_frozen_weights(use_scalar_zeros):
+def test_frozen_weights_of_lora_matrices_are_not_updated(use_scalar_zeros):
     before = mlp_params(to_lora)
     optimizer = qax.utils.freeze_keys(sgd(), LoraMatrix, ["w"], use_scalar_zeros=use_scalar_zeros)
     losses, after = train(optimizer.update, before, ())
@@ -236,7 +236,7 @@ def test_lora_training_with_frozen_weights(use_scalar_zeros):
         assert (before[name].b != after[name].b).any()
 
 
-def test_nesting():
+def test_zeros_inside_a_lora_matrix():
     Zeros = make_zeros()
 
     @qax.use_implicit_args

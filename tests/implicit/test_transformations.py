@@ -1,10 +1,10 @@
-"""Implicit arrays under jit, grad and vmap, inside the function and around it, and as children of others."""
+"""Implicit arrays under jit, grad and vmap, inside of use_implicit_args and around it."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.implicit_arrays import KINDS, Derived, Scaled, dense, example, ours
+from support.implicit_arrays import KINDS, Derived, Scaled, dense, example, needs_own_implementation
 
 import qpaged.implicit as qi
 
@@ -18,11 +18,11 @@ def double(x):
     return x * 2.0
 
 
-@pytest.mark.parametrize("place", ["eager", "jit outside", "jit inside", "jit both"])
-def test_jit(kind, place):
-    f = jax.jit(double) if "inside" in place or "both" in place else double
+@pytest.mark.parametrize("jit_position", ["eager", "jit outside", "jit inside", "jit both"])
+def test_an_array_stays_implicit_through_jit(kind, jit_position):
+    f = jax.jit(double) if "inside" in jit_position or "both" in jit_position else double
     f = qi.use_implicit_args(f)
-    f = jax.jit(f) if "outside" in place or "both" in place else f
+    f = jax.jit(f) if "outside" in jit_position or "both" in jit_position else f
     out = f(example(kind))
     assert isinstance(out, kind)
     assert out.shape == (4, 3)
@@ -30,8 +30,8 @@ def test_jit(kind, place):
     np.testing.assert_array_equal(out.codes, example(kind).codes)
 
 
-@ours
-def test_inner_jit_stays_a_function(kind):
+@needs_own_implementation
+def test_an_inner_jit_stays_a_jit_of_the_same_name(kind):
     def named_by_its_author(x):
         return x * 2.0
 
@@ -39,8 +39,8 @@ def test_inner_jit_stays_a_function(kind):
     assert [eqn.params["name"] for eqn in jaxpr.eqns] == ["named_by_its_author"]
 
 
-@ours
-def test_inner_jit_is_traced_once(kind):
+@needs_own_implementation
+def test_an_inner_jit_is_traced_once(kind):
     runs = []
 
     @qi.primitive_handler("tan")
@@ -54,8 +54,8 @@ def test_inner_jit_is_traced_once(kind):
     assert len(runs) == 1
 
 
-@ours
-def test_inner_jit_keeps_sharding_constraints(kind):
+@needs_own_implementation
+def test_an_inner_jit_keeps_sharding_constraints(kind):
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.NamedSharding(mesh, jax.P("d"))
     inner = jax.jit(lambda x, y: (x * 2.0, y + 1.0), in_shardings=(None, sharding), out_shardings=None)
@@ -126,8 +126,8 @@ def test_arguments_that_are_not_implicit_are_passed_as_they_are(kind):
     assert name == "a name"
 
 
-@ours
-def test_nested_children(kind):
+@needs_own_implementation
+def test_implicit_children_of_implicit_arrays_are_handled(kind):
     inner = example(Derived if kind is Scaled else Scaled, (1, 1))
     outer = Scaled(jnp.arange(12, dtype=jnp.int8).reshape(4, 3), inner)
     f = qi.use_implicit_args(lambda x: x * 2.0)
@@ -155,7 +155,7 @@ def test_donation_updates_in_place(kind, inner):
     assert (out.codes[1] == 1).all()
 
 
-@ours
+@needs_own_implementation
 def test_references_are_not_converted(kind):
     ref = jax.new_ref(jnp.zeros((4, 3)))
 

@@ -1,4 +1,4 @@
-"""An implicit array whose pytree has no leaves goes through everything that others go through."""
+"""Implicit arrays whose pytree has no leaves, in every transformation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.implicit_arrays import ours
+from support.implicit_arrays import needs_own_implementation
 
 import qpaged.implicit as qi
 
-pytestmark = ours
+pytestmark = needs_own_implementation
 
 
 class Zeros(qi.ImplicitArray, warn_on_materialize=False):
@@ -44,7 +44,7 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_it_stays_what_it_is(program, wrap):
+def test_an_array_without_children_stays_implicit(program, wrap):
     out = wrap(qi.use_implicit_args(PROGRAMS[program]))(Zeros(shape=(4, 3)))
     assert isinstance(out, Zeros)
     assert (out.shape, out.dtype) == ((4, 3), jnp.float32)

@@ -1,5 +1,6 @@
-"""Implicit arrays that the tests use: one with children, one that derives its shape, one without handlers."""
+"""Two implicit arrays of codes and a scale: one stores its shape, the other derives it from the codes."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +10,14 @@ import pytest
 
 import qpaged.implicit as qi
 
-ours = pytest.mark.skipif(
-    qi.provider().name == "qax", reason="qax has no rule for this; it is our implementation's"
+needs_own_implementation = pytest.mark.skipif(
+    qi.provider().name == "qax", reason="qax does not do this; qpaged's own implementation does"
 )
 
 
 @dataclass
 class Scaled(qi.ImplicitArray, warn_on_materialize=False):
-    """codes * scale, with a shape stored beside them as qax's classes do."""
+    """codes * scale, with its shape stored beside them, as in qax's classes."""
 
     codes: Any
     scale: Any
@@ -27,7 +28,7 @@ class Scaled(qi.ImplicitArray, warn_on_materialize=False):
 
 @dataclass
 class Derived(qi.ImplicitArray):
-    """The same, but the shape is that of the codes. Nothing handles `sin` of it."""
+    """codes * scale, with the shape of the codes and the dtype of the scale."""
 
     codes: Any
     scale: Any
@@ -73,7 +74,7 @@ KINDS = (Scaled, Derived)
 
 @qi.primitive_handler("mul")
 def _(primitive, a: Scaled | Derived, b: Any, **params):
-    """By a scalar: the codes stay, the scale changes."""
+    """Multiply the scale by a scalar, and leave the codes."""
     if jnp.shape(b) != () or isinstance(b, qi.ImplicitArray):
         return NotImplemented
     return type(a)(a.codes, a.scale * b)
@@ -91,14 +92,11 @@ def _(primitive, a: Scaled | Derived, update: Any, *starts: Any, **params):
 
 
 def example(kind: type, shape: tuple[int, ...] = (4, 3)) -> Any:
-    """An instance with small integer codes and scale a half, so that everything is exact."""
-    size = 1
-    for n in shape:
-        size *= n
-    codes = (jnp.arange(size, dtype=jnp.int32).reshape(shape) - 3).astype(jnp.int8)
+    """Return an instance with small integer codes and a scale of a half, so that all arithmetic is exact."""
+    codes = (jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape) - 3).astype(jnp.int8)
     return kind(codes, jnp.full((1,) * len(shape), 0.5, jnp.float32))
 
 
 def dense(array: Any) -> jax.Array:
-    """What it stands for, by NumPy's arithmetic and no handler."""
+    """Return the array that an instance stands for, computed without any handler."""
     return array.codes.astype(jnp.float32) * array.scale
