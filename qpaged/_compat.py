@@ -343,10 +343,3 @@ def mosaic_gpu_store(ref: Any, value: jax.Array) -> None:
         mosaic_gpu.store(ref, value, optimized=False)
     else:
         ref[...] = value
-
-
-# Former names, for the modules that still import them.
-automatic = with_auto_axes
-partitioned = compiler_partitions_mesh
-shaped_as = kernel_output
-varying_as = vary_like

@@ -93,7 +93,7 @@ def test_splits_fill_a_chip(tiles, blocks, splits):
 @pytest.fixture
 def anywhere(monkeypatch):
     """A JAX that is new enough, absl-py, and no mesh."""
-    monkeypatch.setattr(jax, "__version__", ".".join(map(str, _gpu.OLDEST_JAX)))
+    monkeypatch.setattr(jax, "__version__", _compat.dotted(_compat.MOSAIC_GPU_JAX))
     monkeypatch.setattr(_gpu.importlib.util, "find_spec", lambda name: name == "absl")
     monkeypatch.setattr(_gpu, "partitioned", lambda: False)
     return monkeypatch
