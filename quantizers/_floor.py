@@ -43,5 +43,8 @@ class Floor(PowerOfTwoQuantizer):
 
 
 def floor_toward_negative(units: jax.Array) -> jax.Array:
-    """Return floor(units), and -1 for a negative number that underflowed to -0 in a division, as a shift does."""
+    """Return floor(units), and -1 for a negative number that underflowed to -0 in a division.
+
+    So does an arithmetic shift, which is what growth makes of codes.
+    """
     return jnp.where(jnp.signbit(units), jnp.minimum(jnp.floor(units), -1), jnp.floor(units))

@@ -104,8 +104,8 @@ class OffsetFloor(Wrapper):
         """Return the stored exponent below which no window covers both; that one's does, or the next one's.
 
         The inner scale rule stores the exponent of the scale that its argument is less than 2^(bits - 1)
-        times of. Of half the span that is the scale that the span is less than 2^bits times of; and the offset
-        byte reaches 128 granules of 2^(bits - 2).
+        times of. Of half the span that is the scale that the span is less than 2^bits times of; and the
+        offset byte reaches 128 granules of 2^(bits - 2).
         """
         for_span = self.inner.scale(high / 2 - low / 2).astype(jnp.int32)
         for_reach = self.inner.scale(jnp.maximum(-low, high)).astype(jnp.int32) - 7

@@ -83,7 +83,7 @@ def run_length(channels: int) -> int:
 
 
 def hadamard(x: jax.Array, axis: int) -> jax.Array:
-    """Return H x along ``axis``, in runs of the largest power of two; H, of 1 and -1, is its own transpose."""
+    """Return H x along ``axis``, in runs of the largest power of two; H is its own transpose."""
     x = jnp.moveaxis(x, axis, -1)
     n = run_length(x.shape[-1])
     runs = x.reshape(*x.shape[:-1], x.shape[-1] // n, n)

@@ -66,7 +66,7 @@ def _reduce_blocks(
 
 
 def refine(scales: jax.Array, axis: int, factor: int) -> jax.Array:
-    """Return the scales of blocks cut along ``axis`` into ``factor`` equal ones, each with its block's scale."""
+    """Return the scales of blocks cut into ``factor`` along ``axis``; the pieces keep their scale."""
     if factor == 1:
         return scales
     return jnp.repeat(scales, factor, axis=axis)

@@ -1,8 +1,8 @@
 """dot_general on quantized operands, a piece of the array at a time.
 
-The scaling itself is in :mod:`qpaged.arrays._scaled_dot`. Here transforms are moved to the other operand or to
-the result, the array is cut into pieces so that it is never decoded whole, and packed codes are contracted one
-byte index at a time, so that they need not be interleaved.
+The scaling itself is in :mod:`qpaged.arrays._scaled_dot`. Here transforms are moved to the other operand or
+to the result, the array is cut into pieces so that it is never decoded whole, and packed codes are contracted
+one byte index at a time, so that they need not be interleaved.
 """
 
 import functools

@@ -71,7 +71,7 @@ def _gather_codes(
         # Gathered in the rows that they are stored in, pages are all that a TPU moves.
         extents = [*sizes[:-2], *array.stored.shape[-2:]]
         rows = lax.gather(array.stored, index, numbers, extents, mode=mode, fill_value=fill)
-        return from_lane_rows(rows, array.slots_per_row)  # type: ignore[return-value]
+        return from_lane_rows(rows, array.slots_per_row)
     extents = codes_shape(array, sizes)
     return lax.gather(array.codes, index, numbers, extents, mode=mode, fill_value=fill)
 

@@ -63,11 +63,11 @@ def grow_blocks(
     values; those that do not are fitted again, and their codes requantized. That is a loop over chunks, since
     most writes grow few blocks and a fresh page grows none.
     """
-    old = gather_rows(array.scales, axes, blocks)
+    old = gather_rows(array.block_scales, axes, blocks)
     in_use = old != 0
     grows = in_use & ~growth_rule(array).covers(old, new.low, new.high)
     growing = _growing_blocks(grows)
-    past_end = jnp.array([array.scales.shape[axis] for axis in axes], jnp.int32)
+    past_end = jnp.array([array.block_scales.shape[axis] for axis in axes], jnp.int32)
 
     def requantize_chunk(step: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         codes, scales = state
@@ -129,7 +129,7 @@ def _grow_window(
     """
     quantizer, rule = array.quantizer, growth_rule(array)
     codes = unpack(window, quantizer.bits, array.channel_axis, quantizer.code_dtype(array.dtype))
-    grid = tuple(1 if axis in axes else count for axis, count in enumerate(array.scales.shape))
+    grid = tuple(1 if axis in axes else count for axis, count in enumerate(array.block_scales.shape))
     old, grows = old.reshape(grid), grows.reshape(grid)
     fitted = rule.grown_scale(old, block_max(codes, grid), low.reshape(grid), high.reshape(grid))
     scales = jnp.where(grows, fitted, old)
@@ -147,7 +147,7 @@ def grow_page_scales(
     old: jax.Array,  # [rows, kv_heads, channels or 1]
     new: NewExtremes,
 ) -> jax.Array:
-    """Return what :func:`grow_blocks` makes the ``old`` scales of ``pages``; a kernel requantizes the codes."""
+    """Return the scales that :func:`grow_blocks` would; a kernel requantizes the codes."""
     in_use = old != 0
     grows = in_use & ~growth_rule(array).covers(old, new.low, new.high)
     growing = _growing_blocks(grows)

@@ -1,10 +1,10 @@
 """Dots of codes that are integers, as the integers they are.
 
-XLA on CPU widens narrow integers before a bfloat16 dot, one by one, which takes longer than the dot; for a dot
-of 8-bit integers it uses the processor's own instructions. So the other operand is written as integers, too: in
-units of 1 / 16319 of each row's largest element, as 128 high + low, both of 8 bits. That is closer to it than
-bfloat16 is to what was rounded to it: the error of an element is at most half a unit. An infinity makes its
-row NaN.
+XLA on CPU widens narrow integers before a bfloat16 dot, one by one, which takes longer than the dot; for a
+dot of 8-bit integers it uses the processor's own instructions. So the other operand is written as integers,
+too: in units of 1 / 16319 of each row's largest element, as 128 high + low, both of 8 bits. That is closer to
+it than bfloat16 is to what was rounded to it: the error of an element is at most half a unit. An infinity
+makes its row NaN.
 """
 
 import functools
@@ -36,7 +36,7 @@ def as_integers(array: QuantizedArray) -> QuantizedArray:
         return array
     offset = array.offset
     if added:
-        of_codes = array.scales * added
+        of_codes = array.block_scales * jnp.float32(added)
         offset = of_codes if offset is None else offset + of_codes
     codes = _to_signed(array.codes, _middle_code(array.quantizer))
     return with_integer_codes(array, codes, BlockParts(array.scales, None, offset))

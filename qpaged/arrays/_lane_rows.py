@@ -6,16 +6,17 @@ out as it is written.
 """
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 
 LANES = 128
 
-Codes = jax.Array | jax.ShapeDtypeStruct
+Codes = TypeVar("Codes", jax.Array, jax.ShapeDtypeStruct)
 
 
 def count_slots_per_row(shape: Sequence[int]) -> int:
-    """Return how many slots of codes (..., slots, width) fill a row of lanes; 1 where they do not fill one."""
+    """Return how many slots of codes (..., slots, width) fill a row of lanes; 1 if they fill none."""
     slots, width = shape[-2:]
     if not 0 < width < LANES or LANES % width:
         return 1

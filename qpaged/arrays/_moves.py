@@ -1,8 +1,8 @@
 """Moves: reads that carry codes and scales together and decode nothing.
 
 Each function means what the ``lax`` function of its name means, and counts axes from the front. Where a move
-cuts through blocks, these are first refined: cut into smaller ones that repeat their scale. A function returns
-None where the move cannot be made without decoding.
+cuts through blocks, these are first refined: cut into smaller ones that repeat their scale. A function
+returns None where the move cannot be made without decoding.
 """
 
 import math
@@ -27,7 +27,8 @@ def moved(
     """Return the array whose codes have become ``codes``, and whose block parts go through ``move_part``.
 
     Args:
-        channels: the axis of ``codes`` that the channels are on now; the same from the end as before, if None.
+        channels: the axis of ``codes`` that the channels are on now; the same from the end as before, if
+            None.
     """
     parts = array.parts.map(lambda part: move_part(part, block_shape(array.shape, part.shape)))
     channel_axis = array.channel_axis

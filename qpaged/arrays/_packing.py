@@ -10,7 +10,7 @@ BYTE = 8
 
 
 def pack(codes: jax.Array, bits: int, axis: int) -> jax.Array:
-    """Return codes, one an element, as uint8 with 8 / ``bits`` of them in each; ``axis`` shrinks by as much."""
+    """Return codes, one an element, packed into uint8 with 8 / ``bits`` in each, along ``axis``."""
     if bits == BYTE:
         return codes
     axis %= codes.ndim
@@ -56,7 +56,7 @@ def extract_codes(packed: jax.Array, bits: int, byte_index: int, dtype: Any) -> 
 
 
 def insert_codes(packed: jax.Array, codes: jax.Array, byte_index: jax.Array, bits: int) -> jax.Array:
-    """Return bytes ``packed`` with the code at ``byte_index`` (0 is the lowest) of each replaced by ``codes``."""
+    """Return ``packed`` with the code at ``byte_index`` (0 is the lowest) of each byte replaced."""
     position = byte_index.astype(jnp.uint8) * jnp.uint8(bits)
     mask = jnp.uint8((1 << bits) - 1)
     return (packed & ~(mask << position)) | ((codes.astype(jnp.uint8) & mask) << position)

@@ -1,4 +1,4 @@
-"""What arrays ask of a format: the protocol that every quantizer keeps, and that read-only formats keep in part.
+"""The protocol that arrays ask of a format; a quantizer keeps it whole, a read-only format in part.
 
 A format has four optional abilities. Each is an attribute that is None or an object, so that code asks
 ``format.transform is None`` and never what class a format is of.
@@ -14,7 +14,7 @@ class GrowthRule(Protocol):
     """How scales that several tokens share grow as larger values arrive."""
 
     def covers(self, scales: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-        """Return True where a block with this stored scale takes the extremes ``low`` and ``high`` as it is."""
+        """Return True where blocks take the extremes ``low`` and ``high`` under the scales they have."""
 
     def grown_scale(
         self, scales: jax.Array, greatest_code: jax.Array, low: jax.Array, high: jax.Array
@@ -22,7 +22,7 @@ class GrowthRule(Protocol):
         """Return the stored scales of blocks that do not cover new extremes."""
 
     def requantize(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-        """Return ``codes``, made under ``old`` stored scales, as codes under larger ``new`` ones (broadcast)."""
+        """Return ``codes`` under ``old`` stored scales as codes under larger ``new`` ones (broadcast)."""
 
 
 class OffsetRule(Protocol):
@@ -55,7 +55,9 @@ class TransformRule(Protocol):
 
 
 class ArrayFormat(Protocol):
-    """What a :class:`QuantizedArray` asks of its format. Instances are hashable and compare by value."""
+    """What a :class:`QuantizedArray` asks of its format. Instances compare by value."""
+
+    def __hash__(self) -> int: ...
 
     @property
     def bits(self) -> int:

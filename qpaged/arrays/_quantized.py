@@ -45,15 +45,16 @@ class QuantizedArray(ImplicitArray):
         stored: the codes as they lie in memory, ``slots_per_row`` slots to a row; :attr:`codes` has them in
             the logical shape.
         scales: what is stored per block, as many axes as ``codes``; None where a format has none.
-        global_scale: second-level scales, one for all the scales along the channel axis; None for most formats.
+        global_scale: second-level scales, one for all the scales along the channel axis; None for most
+            formats.
         offset: one float32 offset per block, in the shape of ``scales``, in arrays that lazy reads make;
             None where the stored scale says it all.
         quantizer: static; says how codes and scales are read and written.
         channel_axis: static; the axis of the channels (head_dim), counted from the end, so that an axis that
             ``vmap`` adds in front does not move it. It matters to formats that pack codes or transform
             channels, and stays -1 for the others.
-        slots_per_row: static; 1 but for the pools of a cache, whose rows fill the lanes of a TPU. The channels
-            are last there, and the slots before them, with nothing between that ``vmap`` adds.
+        slots_per_row: static; 1 but for the pools of a cache, whose rows fill the lanes of a TPU. The
+            channels are last there, and the slots before them, with nothing between that ``vmap`` adds.
         dtype: static; the logical floating-point dtype.
 
     The logical ``shape`` and the ``block`` shape follow from the children, so they stay right inside vmap,
@@ -91,12 +92,18 @@ class QuantizedArray(ImplicitArray):
     @property
     def codes(self) -> jax.Array:
         """Integers, in the logical shape; those of fewer than 8 bits several to a byte along the channels."""
-        return from_lane_rows(self.stored, self.slots_per_row)  # type: ignore[return-value]
+        return from_lane_rows(self.stored, self.slots_per_row)
 
     @property
     def parts(self) -> BlockParts:
         """All the children but the codes."""
         return BlockParts(self.scales, self.global_scale, self.offset)
+
+    @property
+    def block_scales(self) -> jax.Array:
+        """:attr:`scales`, of a format that has them: for code that runs for such formats alone."""
+        assert self.scales is not None
+        return self.scales
 
     @property
     def channels(self) -> int:
@@ -167,7 +174,7 @@ class QuantizedArray(ImplicitArray):
         return self.dequantize(self.dtype)
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
-        """Return the values as ``dtype``: computed in float32, rounded once, clipped to the finite numbers."""
+        """Return the values as ``dtype``: computed in float32, rounded once, clipped to what is finite."""
         if self.scales is None or self.size == 0:
             return self.values(self.dtype).astype(dtype)
         values = split_blocks(self.values(jnp.float32), self.scales.shape)
@@ -188,7 +195,7 @@ class QuantizedArray(ImplicitArray):
         return jnp.where(finite, jnp.clip(x, -largest, largest), x).astype(dtype)
 
     def values(self, dtype: DTypeLike) -> jax.Array:
-        """Return the codes as numbers in units of their scale; exact in ``dtype`` for codes of up to 8 bits."""
+        """Return the codes as numbers in units of their scale; exact in bfloat16 and wider dtypes."""
         decoded_as = self.dtype if self.scales is None else dtype
         return self.quantizer.decode(self.unpacked(), decoded_as).astype(dtype)
 
@@ -199,13 +206,13 @@ class QuantizedArray(ImplicitArray):
 
     def multipliers(self) -> jax.Array:
         """Return the scales as float32 factors, in the shape of ``scales``."""
-        return multipliers(self.quantizer, self.scales, self.global_scale)
+        return multipliers(self.quantizer, self.block_scales, self.global_scale)
 
     def block_offset(self) -> jax.Array | None:
         """Return what is added to each block, float32 in the shape of ``scales``; None where nothing is."""
         if self.offset is not None or self.quantizer.offset is None:
             return self.offset
-        return self.quantizer.offset.offset(self.scales)
+        return self.quantizer.offset.offset(self.block_scales)
 
 
 def logical_shape(shape: Sequence[int], codes_per_byte: int, channel_axis: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Reshapes of quantized arrays: axes are split and merged, and blocks refined until they tile the new ones."""
+"""Reshapes of quantized arrays, which refine blocks until these tile the new axes."""
 
 import math
 from collections.abc import Sequence

@@ -55,7 +55,7 @@ class DotAxes(NamedTuple):
 
 def scaled_dot(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: Params) -> jax.Array:
     """Return the dot in float32, for an array of float32 scales and, it may be, offsets."""
-    scaled_axes = [axis for axis, count in enumerate(array.scales.shape) if count > 1]
+    scaled_axes = [axis for axis, count in enumerate(array.block_scales.shape) if count > 1]
     contracted = [axis for axis in scaled_axes if axis in axes.contract]
     kept = [axis for axis in scaled_axes if axis in axes.kept(array.ndim)]
     if (contracted and kept) or _codes_are_fewer(other, array, axes, contracted + kept):
@@ -95,7 +95,7 @@ def _dot_codes(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: P
 def _scale_result(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: Params) -> jax.Array:
     """Return the dot with the codes, each element times the scale of its kept and batch axes."""
     order = (*axes.batch, *axes.kept(array.ndim))
-    factors = _refine_along(array.scales, array, order)
+    factors = _refine_along(array.block_scales, array, order)
     factors = lax.transpose(factors, (*order, *axes.contract))
     factors = lax.squeeze(factors, range(len(order), array.ndim))
     batch = len(axes.batch)
@@ -107,7 +107,7 @@ def _scale_result(other: jax.Array, array: QuantizedArray, axes: DotAxes, params
 def _dot_scaled_other(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: Params) -> jax.Array:
     """Return the dot of the codes and the other operand, scaled along the contracted and batch axes."""
     shared = axes.contract + axes.batch
-    factors = _refine_along(array.scales, array, shared)
+    factors = _refine_along(array.block_scales, array, shared)
     factors = lax.squeeze(factors, axes.kept(array.ndim))
     partners = dict(zip(shared, axes.other_contract + axes.other_batch, strict=True))
     other_axes = [partners[axis] for axis in sorted(shared)]
@@ -119,7 +119,9 @@ def _dot_scaled_other(other: jax.Array, array: QuantizedArray, axes: DotAxes, pa
 
 def _dot_scaled_codes(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: Params) -> jax.Array:
     """Return the dot with the codes scaled, and rounded to the dtype of the other operand, before it."""
-    values = split_blocks(array.values(jnp.float32), array.scales.shape) * expand_scales(array.scales)
+    values = split_blocks(array.values(jnp.float32), array.block_scales.shape) * expand_scales(
+        array.block_scales
+    )
     dtype = _scaled_dtype(other)
     values = to_bfloat16(values) if dtype == jnp.bfloat16 else values.astype(dtype)
     return lax.dot_general(

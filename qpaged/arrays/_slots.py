@@ -19,7 +19,7 @@ def gather_pages(
     pool: Slots,  # [kv_heads, pages, page_size, head_dim]
     pages: jax.Array,  # [n] integers
 ) -> Slots:
-    """Return pages (kv_heads, n, page_size, head_dim) in the pool's format; exact zeros where out of range."""
+    """Return pages (kv_heads, n, page_size, head_dim), quantized as the pool; zeros where out of range."""
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(0, 2, 3), collapsed_slice_dims=(1,), start_index_map=(1,)
     )
@@ -33,7 +33,7 @@ def gather_pages(
 
 
 def as_slots(pages: Slots) -> Slots:
-    """Return pages (kv_heads, n, page_size, head_dim) as slots in order, (kv_heads, n * page_size, head_dim)."""
+    """Return pages (kv_heads, n, page_size, head_dim) as slots (kv_heads, n * page_size, head_dim)."""
     heads, n, page_size, head_dim = pages.shape
     shape = (heads, n * page_size, head_dim)
     if not isinstance(pages, QuantizedArray):
@@ -69,7 +69,7 @@ def untransformed(pool: P) -> P:
 
 
 def transform_query(query: jax.Array, keys: Any) -> jax.Array:
-    """Return the query (..., head_dim) that gives with :func:`untransformed` keys its products with ``keys``."""
+    """Return the query (..., head_dim) to multiply with :func:`untransformed` keys."""
     if not isinstance(keys, QuantizedArray) or keys.quantizer.transform is None:
         return query
     return _read_format.transform_adjoint(keys.quantizer.transform, query, keys.channel_axis)

@@ -48,7 +48,7 @@ def takes(array: QuantizedArray, axes: tuple[int, ...], rows: int) -> bool:
 
 
 def grows(array: QuantizedArray) -> bool:
-    """Return True if the kernel requantizes the codes of a pool that it takes, as their pages' scales grow."""
+    """Return True if the kernel requantizes codes, in a pool that it takes, as their scales grow."""
     quantizer = array.quantizer
     if array.scales is None or array.global_scale is not None or quantizer.growth is None:
         return False
@@ -145,7 +145,7 @@ def scatter_pages(part: jax.Array, pages: jax.Array, new: jax.Array) -> jax.Arra
 
 
 def _pages_of_each_head(part: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return a pool's part as (kv_heads * pages, ...), and the index of each head's pages (n, kv_heads) in it.
+    """Return a pool's part as (kv_heads * pages, ...), and the indices (n, kv_heads) of pages in it.
 
     XLA finds slices of one head where they lie; for those of all heads it would bring the whole pool into
     another layout.

@@ -122,7 +122,7 @@ def _quantize_rows(
     rows: jax.Array,  # [rows, *kept extents], as blocks hold them
 ) -> QuantizedArray:
     """Return ``array`` with rows written; those of one block are fitted together, duplicates included."""
-    quantizer, grid = array.quantizer, array.scales.shape
+    quantizer, grid = array.quantizer, array.block_scales.shape
     block_index = index // jnp.array([array.block[axis] for axis in axes], jnp.int32)
     blocks = TargetBlocks(*group_by_block(block_index, tuple(grid[axis] for axis in axes)))
     kept_grid = tuple(count for axis, count in enumerate(grid) if axis not in axes)
@@ -169,7 +169,7 @@ def _grow_and_scatter(
     """Return codes and scales of a pool with rows written to (page, slot), whose pages share scales."""
     codes, scales = grow_blocks(array, PAGE_AND_SLOT, blocks.distinct, new)
     row_codes = _encode_rows(array, rows, blocks.of_row, scales)
-    stored_scales = scatter_rows(array.scales, PAGE_AND_SLOT, blocks.distinct, scales)
+    stored_scales = scatter_rows(array.block_scales, PAGE_AND_SLOT, blocks.distinct, scales)
     return _scatter_codes(array, codes, PAGE_AND_SLOT, index, row_codes), stored_scales
 
 
@@ -179,13 +179,13 @@ def _grow_and_scatter_on_tpu(
     """Return what :func:`_grow_and_scatter` does, by the kernel that writes pages."""
     page, block_in_page = blocks.distinct[:, 0], blocks.distinct[:, 1]
     pages = jnp.where(block_in_page == 0, page, array.shape[1])
-    old = _tpu_write.gather_pages(array.scales, pages)
+    old = _tpu_write.gather_pages(array.block_scales, pages)
     scales = grow_page_scales(array, pages, old[:, :, 0], new)
     row_codes = pack(_encode_rows(array, rows, blocks.of_row, scales), array.quantizer.bits, -1)
     new_scales = jnp.expand_dims(scales, 2)
     regrown = _tpu_write.ScalesOfPages(old, new_scales)
     codes = _tpu_write.write(array, pages, blocks.of_row, index[:, 1], row_codes, regrown)
-    return codes, _tpu_write.scatter_pages(array.scales, pages, new_scales)
+    return codes, _tpu_write.scatter_pages(array.block_scales, pages, new_scales)
 
 
 def _put_codes(array: QuantizedArray, axes: Axes, index: jax.Array, codes: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import operator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +104,7 @@ def paged_attention(
     if not all_tokens:
         return jnp.zeros_like(query)
     keys, values = view.key_pages, view.value_pages
-    attend = functools.partial(_attend_all, backend, options, query.dtype)
+    attend: Callable[..., jax.Array] = functools.partial(_attend_all, backend, options, query.dtype)
     sharding = pools.explicit_sharding_of(keys, values)
     if pools.needs_implicit_args(keys, values):
         attend = use_implicit_args(attend)
@@ -147,7 +148,7 @@ def _attend(
 
 
 def _untransformed_call(tokens: QueryTokens, keys: Pages, values: Pages) -> AttentionCall:
-    """Return the call that a backend gets: a format's transform is applied to the query, never to the cache."""
+    """Return the call that a backend gets, whose query is transformed as the format's keys are."""
     query = transform_query(tokens.query, keys)
     return AttentionCall(dataclasses.replace(tokens, query=query), untransformed(keys), untransformed(values))
 

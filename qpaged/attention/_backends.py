@@ -1,7 +1,7 @@
 """The backends of attention, and what each says to a call.
 
-A new backend is a file with ``attend`` and, where it does not take every call, ``refusal`` and ``call_refusal``,
-and a line in :data:`IMPLEMENTATIONS`.
+A new backend is a file with ``attend`` and, where it does not take every call, ``refusal`` and
+``call_refusal``, and a line in :data:`IMPLEMENTATIONS`.
 """
 
 import functools
@@ -80,8 +80,8 @@ class Implementation:
     by_name_only: bool = False
 
 
-# In the order in which they are chosen: the first that is for the platform and takes the call. The gpu kernel has
-# not run on a chip yet, so that it is nobody's default.
+# In the order in which they are chosen: the first that is for the platform and takes the call. The gpu kernel
+# has not run on a chip yet, so that it is nobody's default.
 IMPLEMENTATIONS = (
     Implementation("tpu", "tpu", _tpu.attend, _tpu.call_refusal, _tpu.refusal),
     Implementation("gpu", "cuda", _gpu.attend, _gpu.call_refusal, _gpu.refusal, by_name_only=True),
@@ -148,4 +148,10 @@ def attend_by_name(name: str, call: AttentionCall, sinks: jax.Array | None, opti
 @functools.lru_cache(maxsize=256)
 def _with_options(implementation: Implementation, options: Options) -> Callable[..., jax.Array]:
     """Return the same function object for the same options, so that JAX traces it once."""
-    return functools.partial(implementation.attend, options=options)
+
+    def attend_with_options(
+        tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None
+    ) -> jax.Array:
+        return implementation.attend(tokens, keys, values, sinks, options)
+
+    return attend_with_options

@@ -106,7 +106,7 @@ def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:
     quantized = as_quantized(pool)
     if quantized is None:
         return None
-    quantizer, layout = quantized.quantizer, Layout.of(pool)
+    quantizer = quantized.quantizer
     if quantized.global_scale is not None or quantized.offset is not None:
         return f"{quantizer} has scales of two levels"
     if not quantizer.elementwise:

@@ -59,8 +59,8 @@ class PageAllocator:
             )
         if missing > len(self._free):
             raise AllocationError(
-                f"sequence {sequence!r} needs {missing} more pages for {length} tokens, but {len(self._free)} "
-                f"are free; free a sequence, or make a cache with more pages."
+                f"sequence {sequence!r} needs {missing} more pages for {length} tokens, but "
+                f"{len(self._free)} are free; free a sequence, or make a cache with more pages."
             )
         added = [self._free.pop() for _ in range(max(missing, 0))]
         self._pages[sequence] = owned + added
@@ -83,8 +83,8 @@ class PageAllocator:
     def page_table(self, sequences: Sequence[Hashable]) -> np.ndarray:
         """Return a page table (len(sequences), num_pages_per_sequence), int32.
 
-        Entries are "no page" (``num_pages_per_layer``) where a sequence has none, and all of them for None, which
-        stands for an inactive row.
+        Entries are "no page" (``num_pages_per_layer``) where a sequence has none, and all of them for None,
+        which stands for an inactive row.
 
         Raises:
             AllocationError: a sequence that holds nothing.

@@ -34,7 +34,7 @@ class PagedAttentionCache(Serializable):
         partition_manager: Resolver | None = None,
         quantizer: AnyQuantizer = None,
     ) -> Self:
-        """Return fresh pools for every layer; the arguments are those of :meth:`PagedAttentionCacheView.init`.
+        """Return fresh pools for every layer; arguments are as for :meth:`PagedAttentionCacheView.init`.
 
         Raises:
             ValueError: the metadata was made for another format or dtype.
@@ -64,7 +64,7 @@ class PagedAttentionCache(Serializable):
         return self.replace(views=[view.reset_pages(pages) for view in self.views])
 
     def copy_pages(self, source: ArrayLike, target: ArrayLike) -> Self:
-        """Return the cache with pages copied in every layer; see :meth:`PagedAttentionCacheView.copy_pages`."""
+        """Copy pages in every layer, as :meth:`PagedAttentionCacheView.copy_pages` does; return the cache."""
         return self.replace(views=[view.copy_pages(source, target) for view in self.views])
 
     @property

@@ -130,9 +130,9 @@ class PagedAttentionCacheMetaData(Serializable):
         pages = round_to_shards(pages, shape, mesh, partition_manager)
         if pages < 1:
             raise ValueError(
-                f"memory: one page of {num_layers} layers takes {int(page_bytes):,} bytes on a device, but the "
-                f"cache may take {max(room, 0):,}; raise memory_bytes or hbm_utilization, choose a smaller "
-                f"page_size or format, or partition the KV heads over more devices."
+                f"memory: one page of {num_layers} layers takes {int(page_bytes):,} bytes on a device, but "
+                f"the cache may take {max(room, 0):,}; raise memory_bytes or hbm_utilization, choose a "
+                f"smaller page_size or format, or partition the KV heads over more devices."
             )
         return cls(
             batch_size=batch_size,

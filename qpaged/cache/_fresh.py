@@ -71,7 +71,7 @@ def pages_spec(shape: Sequence[int], mesh: Mesh | None, manager: Resolver | None
 def pages_shardings(
     quantizer: PoolFormat, shape: Sequence[int], dtype: DTypeLike, mesh: Mesh, spec: PartitionSpec
 ) -> Any:
-    """Return the sharding of every leaf: the codes' partition, where a leaf's own axes are long enough for it."""
+    """Return the sharding of every leaf: the codes' partition, as far as the leaf's axes divide."""
     leaves = jax.eval_shape(lambda: fresh_pages(quantizer, shape, dtype, spec))
     return jax.tree_util.tree_map(lambda leaf: NamedSharding(mesh, leaf_spec(spec, leaf.shape, mesh)), leaves)
 

@@ -100,7 +100,7 @@ class PagedAttentionMetadata(Serializable):
         )
 
     def prefill_tokens(self) -> tuple[jax.Array, jax.Array] | None:
-        """Return (position, page_table) of the prefill, int32, with padding at negative positions; None without one.
+        """Return (position, page_table) of the prefill, int32, padding at negative positions; None if none.
 
         Raises:
             TypeError, ValueError: fields of other kinds or shapes than the class says.

@@ -50,8 +50,8 @@ class Serializable:
             type_name, version = data.get("type"), data.get("version")
         if type_name != cls.__name__ or version != VERSION:
             raise ValueError(
-                f"data must hold a {cls.__name__} of version {VERSION}, but holds type {type_name!r}, version "
-                f"{version!r}; read it with the class and the qpaged that wrote it."
+                f"data must hold a {cls.__name__} of version {VERSION}, but holds type {type_name!r}, "
+                f"version {version!r}; read it with the class and the qpaged that wrote it."
             )
         given = {name: value for name, value in data.items() if name not in ("type", "version")}
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]

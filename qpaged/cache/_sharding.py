@@ -36,7 +36,7 @@ class PartitionManager:
     kv_head_axis: str = "tp"
 
     def resolve(self, axes: Sequence[str], mode: str = MODE, shape: Sequence[int] = ()) -> PartitionSpec:
-        """Return the partition of an array whose axes have these meanings, ``"__KV_HEAD__"`` or ``"_"`` (none)."""
+        """Return the partition of an array with axes of these meanings: ``"__KV_HEAD__"``, or ``"_"``."""
         if self.mesh is None:
             return PartitionSpec(*(None for _ in axes))
         over_heads = PartitionSpec(*(self.kv_head_axis if axis == KV_HEAD else None for axis in axes))

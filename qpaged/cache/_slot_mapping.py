@@ -36,8 +36,8 @@ def slot_mapping(
 ) -> SlotMapping:
     """Return where tokens go: page = page_table[position // page_size], slot = position mod page_size.
 
-    The page is ``num_pages``, one past the last, for a position that is negative or past the table, and for an
-    entry that is not a page.
+    The page is ``num_pages``, one past the last, for a position that is negative or past the table, and for
+    an entry that is not a page.
     """
     logical_page, slot = position // page_size, position % page_size
     pages_per_sequence = page_table.shape[-1]

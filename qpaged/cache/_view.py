@@ -139,7 +139,7 @@ class PagedAttentionCacheView(Serializable):
         return self._write(key, value, position, page_table, "decodes_position")
 
     def reset_pages(self, pages: ArrayLike) -> Self:
-        """Return the view with these pages fresh: codes and scales cleared, in O(pages); out of range is dropped.
+        """Return the view with these pages fresh: codes and scales cleared, in O(pages).
 
         Args:
             pages: (n,) integers. Whoever gives a page to a new sequence resets it; no write ever does.
@@ -153,9 +153,9 @@ class PagedAttentionCacheView(Serializable):
     def copy_pages(self, source: ArrayLike, target: ArrayLike) -> Self:
         """Return the view with pages ``source`` copied to pages ``target``, codes and scales bit for bit.
 
-        O(pages), and in place where the view is donated. All sources are read before any target is written, so
-        pages may be swapped. A pair with a page out of range is dropped; of several pairs with one target the
-        last counts.
+        O(pages), and in place where the view is donated. All sources are read before any target is written,
+        so pages may be swapped. A pair with a page out of range is dropped; of several pairs with one target
+        the last counts.
 
         Args:
             source: (n,) integers.
@@ -233,8 +233,8 @@ def _checked_rows(name: str, rows: ArrayLike, shape: tuple[int, ...], position_n
     rows = jnp.asarray(rows)
     if tuple(rows.shape) != shape:
         raise ValueError(
-            f"{name} must have shape (len({position_name}), kv_heads, head_dim) = {shape}, but came with shape "
-            f"{tuple(rows.shape)}."
+            f"{name} must have shape (len({position_name}), kv_heads, head_dim) = {shape}, but came with "
+            f"shape {tuple(rows.shape)}."
         )
     float_dtype(name, rows.dtype)
     return rows

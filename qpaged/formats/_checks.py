@@ -1,4 +1,4 @@
-"""Slips of a format's author, refused early: where its class is defined, or when an instance is first made."""
+"""Slips of a format's author, refused where its class is defined or when an instance is made."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,8 @@ def check_class(cls: type) -> None:
     bits = defined.get("bits", PACKED_BITS[0])
     if isinstance(bits, int) and bits not in PACKED_BITS:
         raise TypeError(
-            f"{cls.__name__}.bits must be one of {', '.join(map(str, PACKED_BITS))}, which are what codes are "
-            f"packed by, but is {bits}; take the next larger one."
+            f"{cls.__name__}.bits must be one of {', '.join(map(str, PACKED_BITS))}, which are what codes "
+            f"are packed by, but is {bits}; take the next larger one."
         )
 
 

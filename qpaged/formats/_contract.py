@@ -107,8 +107,10 @@ class Quantizer(abc.ABC):
 
     @property
     def growth(self) -> GrowthRule | None:
-        """How scales that tokens share grow as larger values arrive. By default a block is fitted and its codes
-        are rounded again. None for a format whose every write must cover its blocks."""
+        """How scales that tokens share grow; None for a format whose every write must cover its blocks.
+
+        By default a block is fitted to its new extremes, and its codes are rounded again.
+        """
         return FitAgain(self)
 
     @property
@@ -139,7 +141,7 @@ class Quantizer(abc.ABC):
         return True
 
     def code_dtype(self, dtype: DTypeLike) -> Any:
-        """Return the integer dtype of codes, one an element, in an array of logical ``dtype``: encode's own."""
+        """Return the dtype of codes, one an element, in an array of logical ``dtype``: encode's own."""
         return encoded_dtype(self)
 
     def multiplier(self, scales: jax.Array) -> jax.Array:
@@ -165,7 +167,7 @@ class Quantizer(abc.ABC):
         return jnp.broadcast_to(self.bound * jnp.abs(multipliers), x.shape)
 
     def block(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the block on an array (..., slots, head_dim), as a pool (kv_heads, pages, page_size, head_dim).
+        """Return the block on an array (..., slots, head_dim), such as a pool.
 
         Raises:
             ValueError: the array has no such axes, or the group does not divide head_dim.

@@ -43,7 +43,7 @@ def page_block(quantizer: "Quantizer", shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_group(quantizer: "Quantizer", size: int, head_dim: int) -> None:
-    """Raise ValueError unless groups of ``size`` channels divide ``head_dim``, naming granularities that do."""
+    """Raise ValueError unless groups of ``size`` divide ``head_dim``, naming granularities that do."""
     if head_dim % size == 0:
         return
     fitting = []

@@ -21,7 +21,7 @@ class FitAgain:
     quantizer: "Quantizer"
 
     def covers(self, scales: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-        """Return True where a block with this stored scale takes the extremes ``low`` and ``high`` as it is."""
+        """Return True where blocks take the extremes ``low`` and ``high`` under the scales they have."""
         needed = self.quantizer.multiplier(self.quantizer.fit(low, high))
         return jnp.abs(needed) <= jnp.abs(self.quantizer.multiplier(scales))
 

@@ -112,7 +112,7 @@ def _wrap(inner: Quantizer, name: str) -> Quantizer:
 
 
 def _build(name: str, **options: Any) -> Quantizer:
-    """Return what the entry point ``name`` makes of ``options``, or raise RegistryError with what is wrong."""
+    """Return what the entry point ``name`` makes of ``options``; RegistryError says what is wrong."""
     claims = _claims()
     if name not in claims:
         kind = "wrapper" if name.startswith(PLUS) else "format"

@@ -1,9 +1,9 @@
 """Everything that can be done to a pool of pages, whatever its kind.
 
-A pool is (kv_heads, pages, page_size, head_dim): a plain array, a :class:`~qpaged.QuantizedArray`, or an implicit
-array of another class. Code that takes a pool calls these functions and never asks what it is. Each kind is a
-subclass of :class:`Pool`, in a file of its own. A pytree of a new kind subclasses :class:`Pool` itself, and needs
-no entry anywhere.
+A pool is (kv_heads, pages, page_size, head_dim): a plain array, a :class:`~qpaged.QuantizedArray`, or an
+implicit array of another class. Code that takes a pool calls these functions and never asks what it is. Each
+kind is a subclass of :class:`Pool`, in a file of its own. A pytree of a new kind subclasses :class:`Pool`
+itself, and needs no entry anywhere.
 """
 
 from qpaged.pools._kinds import (

@@ -29,8 +29,9 @@ class ImplicitPool(Pool):
 
     def gather_slots(self, pages: jax.Array) -> Slots:
         raise TypeError(
-            f"pages of type {type(self.pages).__name__} must be read under qpaged.implicit.use_implicit_args, "
-            f"but came outside of it; give the function that reads them to it."
+            f"pages of type {type(self.pages).__name__} must be read under "
+            f"qpaged.implicit.use_implicit_args, but came outside of it; give it the function "
+            f"that reads them."
         )
 
     def clear_pages(self, pages: jax.Array) -> ImplicitArray:

@@ -48,7 +48,7 @@ def clear_pages(
     pages: Pages,
     indices: jax.Array,  # [n]
 ) -> Pages:
-    """Return a pool with these pages as before anything was written to them, in O(n); out of range is dropped."""
+    """Return a pool with these pages as before any write to them, in O(n); out of range is dropped."""
     return _pool_of(pages).clear_pages(indices)
 
 

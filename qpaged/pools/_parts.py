@@ -50,7 +50,7 @@ def copy_pages(pool: Any, source: jax.Array, target: jax.Array) -> Any:
 
 
 def _final_targets(source: jax.Array, target: jax.Array, num_pages: int) -> jax.Array:
-    """Return the targets of copies, and "no page" for pairs out of range or written to again by a later one."""
+    """Return the targets of copies; "no page" for a pair out of range, or with a target that comes again."""
     inside = (source >= 0) & (source < num_pages) & (target >= 0) & (target < num_pages)
     target = jnp.where(inside, target, num_pages)
     order = jnp.argsort(target, stable=True)

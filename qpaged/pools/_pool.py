@@ -59,7 +59,7 @@ class Pool(abc.ABC):
 
     @abc.abstractmethod
     def gather_slots(self, pages: jax.Array) -> Slots:
-        """Return the slots (kv_heads, n * page_size, head_dim) of ``pages`` (n,); zeros where out of range."""
+        """Return slots (kv_heads, n * page_size, head_dim) of ``pages`` (n,); zeros where out of range."""
 
     @abc.abstractmethod
     def clear_pages(self, pages: jax.Array) -> Pages:
@@ -78,7 +78,7 @@ class Pool(abc.ABC):
         return self
 
     def as_quantized(self) -> QuantizedArray | None:
-        """Return the quantized array that the pages are, for kernels that read codes; None if they are none."""
+        """Return the quantized array that the pages are, for kernels that read codes; else None."""
         return None
 
     def to_record(self) -> Any:

@@ -159,12 +159,12 @@ def row_shape(quantizer: qpaged.Quantizer) -> jax.ShapeDtypeStruct:
 def _copy_pages(view: View, source: ArrayLike, target: ArrayLike) -> tuple[View, list[jax.Array]]:
     @use_implicit_args
     def copy(pool):
-        nan_scale = jnp.take(pool, jnp.array([PAGES]), axis=1, mode="fill")
+        past_end = jnp.take(pool, jnp.array([PAGES]), axis=1, mode="fill")
         return pool.at[:, target].set(pool[:, source]), past_end
 
     keys, keys_past_end = copy(view.key_pages)
     values, values_past_end = copy(view.value_pages)
-    nan_scale = [_materialized(keys_past_end), _materialized(values_past_end)]
+    past_end = [_materialized(keys_past_end), _materialized(values_past_end)]
     return view.replace(key_pages=keys, value_pages=values), past_end
 
 

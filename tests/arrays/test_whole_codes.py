@@ -97,6 +97,7 @@ def test_unsigned_codes_are_multiplied_as_integers_too(format):
 
 
 def test_a_sum_too_long_for_int32_is_of_floats():
-    codes = np.full((1, 1, _integer_dot.LONGEST + 1), -128, np.int8)
-    other = jnp.ones((1, 1, _integer_dot.LONGEST + 1), jnp.bfloat16)
-    assert _integer_dot.dot(other, codes, QK)[0, 0, 0] == pytest.approx(-128 * (_integer_dot.LONGEST + 1), rel=1e-6)
+    codes = np.full((1, 1, _integer_dot.MAX_CONTRACTED + 1), -128, np.int8)
+    other = jnp.ones((1, 1, _integer_dot.MAX_CONTRACTED + 1), jnp.bfloat16)
+    want = -128 * (_integer_dot.MAX_CONTRACTED + 1)
+    assert _integer_dot.dot(other, codes, QK)[0, 0, 0] == pytest.approx(want, rel=1e-6)

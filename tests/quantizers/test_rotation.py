@@ -72,7 +72,10 @@ def test_sums_are_exact_of_values_rounded_to_a_common_power_of_two(head_dim):
 def test_channels_may_lie_on_any_axis(axis):
     x = np.random.default_rng(1).normal(size=(48, 48, 48)).astype(np.float32)
     there = jax.jit(
-        lambda x: (TRANSFORM.transform.forward(x, axis), TRANSFORM.transform.inverse(TRANSFORM.transform.forward(x, axis), axis))
+        lambda x: (
+            TRANSFORM.transform.forward(x, axis),
+            TRANSFORM.transform.inverse(TRANSFORM.transform.forward(x, axis), axis),
+        )
     )
     got, back = there(x)
     want = np.moveaxis(np.moveaxis(x.astype(np.float64), axis, -1) @ turned(48)[0], -1, axis)

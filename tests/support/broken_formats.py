@@ -76,7 +76,8 @@ class SpareScales(Int8Token):
 
     def empty(self, shape, dtype):
         pages = super().empty(shape, dtype)
-        return pages.like(pages.codes, pages.parts._replace(scales=jnp.broadcast_to(pages.scales, pages.shape)))
+        scales = jnp.broadcast_to(pages.scales, pages.shape)
+        return pages.like(pages.codes, pages.parts._replace(scales=scales))
 
 
 class Thirds(Int8Floor):
