@@ -128,8 +128,8 @@ def attend(
 def _num_splits(programs: int, kv_tiles: int) -> int:
     """Return the splits of a sequence: as few as keep the chip at least nine tenths busy.
 
-    Programs run in turns of ``PROGRAMS``, and a last turn that is not full leaves part of the chip idle. Two or
-    three turns are not taken: if the chip runs more programs at once than that, their last turn weighs much.
+    Programs run in turns of ``PROGRAMS``, and a last turn that is not full leaves part of the chip idle. Two
+    or three turns are not taken: if the chip runs more programs at once than that, the last turn weighs much.
 
     Args:
         programs: of a kernel without splits.

@@ -265,7 +265,10 @@ def _write_decoded_values(
     pages: tuple[jax.Array, ...],
     slot_has_page: jax.Array,  # [KV_TILE]
 ) -> None:
-    """Decode a tile's values, with zeros in slots that no query sees. They may be NaN, as is zero times NaN."""
+    """Decode a tile's values, with zeros in slots that no query sees.
+
+    Such a slot may hold NaN, and a weight of zero times NaN is NaN.
+    """
     first_slot = kv_tile * KV_TILE
     slot = first_slot + _slot_iota()
     slot_visible = (slot >= refs.first_visible) & (slot <= refs.last_visible) & slot_has_page

@@ -1,8 +1,8 @@
 """The copies of pages and scales from HBM to the chip, in the kernel of the ``tpu`` backend.
 
 The pages of a tile are copied one by one, as the page table in scalar memory says, all KV heads of a page at
-once. Two buffers alternate: a tile is copied into one while the tile before is computed with from the other. The
-first tile of the next query tile is copied during the last one of this query tile.
+once. Two buffers alternate: a tile is copied into one while the tile before is computed with from the other.
+The first tile of the next query tile is copied during the last one of this query tile.
 """
 
 import jax

@@ -2,8 +2,8 @@
 
 A slot whose stored elements do not fill 128 lanes shares a *row* with the slots after it. The kernel never
 moves elements from one lane to another: a query is repeated for each slot of a row, and zeros in the lanes of
-the other slots select the slot that it is multiplied with. Codes that share a byte are extracted one at a time:
-the first codes of all bytes make one array of rows, the second codes another.
+the other slots select the slot that it is multiplied with. Codes that share a byte are extracted one at a
+time: the first codes of all bytes make one array of rows, the second codes another.
 """
 
 from dataclasses import dataclass

@@ -85,11 +85,11 @@ class Buffers(NamedTuple):
         scales: [2, ...], the scales of a tile; None if there are none.
         semaphores: [2], for the copies into either buffer.
         multipliers: [kv_heads, slots] float32, the multiplier of each slot in the order of
-            :meth:`TPULayout.gather_scales`, or [kv_heads, rows] if the slots of a page share it; None if there
-            are several along the channels, or no scales.
+            :meth:`TPULayout.gather_scales`, or [kv_heads, rows] if the slots of a page share it; None if
+            there are several along the channels, or no scales.
         offsets: what is added to each slot, in the shape of ``multipliers``; None if there are no offsets.
-        visible: [rows, row_width] float32, 1 where any query of the query tile sees the slot; None if all slots
-            between the first visible one and the last are visible.
+        visible: [rows, row_width] float32, 1 where any query of the query tile sees the slot; None if all
+            slots between the first visible one and the last are visible.
     """
 
     pages: Any
