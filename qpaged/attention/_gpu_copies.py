@@ -12,16 +12,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qpaged.attention._gpu_refs import KV_TILE, GPUCall, KVRefs, Refs
+from qpaged.attention._gpu import KV_TILE
+from qpaged.attention._gpu_refs import GPUCall, KVRefs, Refs
 
 
 class TilePages(NamedTuple):
     """The pages of a tile.
 
     Attributes:
-        pages: the page that each copy of the tile brings, physical, as the page table has it.
-        k_scales: the stored scale of each of them for keys; empty unless a page has one scale.
-        v_scales: likewise for values.
+        pages: the entry of the page table behind each copy of the tile, which may be no page.
+        k_scales: the stored scale of each page of keys; empty unless a page has one scale.
+        v_scales: the stored scale of each page of values, likewise.
     """
 
     pages: tuple[jax.Array, ...]
@@ -30,14 +31,14 @@ class TilePages(NamedTuple):
 
 
 def load_tile_pages(refs: Refs, kv_tile: jax.Array) -> TilePages:
-    """Return the pages of a tile, and their scales; of the split's last tile if there is no such tile."""
+    """Return the pages of a tile and their scales; those of the split's last tile if the tile is past it."""
     pages = _load_pages(refs, jnp.maximum(jnp.minimum(kv_tile, refs.end - 1), 0))
     k_scales = _load_page_scales(refs, refs.keys, pages)
     return TilePages(pages, k_scales, _load_page_scales(refs, refs.values, pages))
 
 
 def _load_pages(refs: Refs, kv_tile: jax.Array) -> tuple[jax.Array, ...]:
-    """Return the physical page of each copy of a tile, as the page table has it."""
+    """Return the entry of the page table behind each copy of a tile."""
     call = refs.call
     pages = []
     for copy_index in range(call.copies_per_tile):

@@ -16,8 +16,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from qpaged.attention._gpu import KV_TILE
 from qpaged.attention._gpu_copies import TilePages, is_page, load_tile_pages, start_copies
-from qpaged.attention._gpu_refs import KV_TILE, GPUCall, KVRefs, Pool, Ref, Refs, Scratch
+from qpaged.attention._gpu_refs import GPUCall, KVRefs, Pool, Ref, Refs, Scratch
 from qpaged.attention._layout import Layout
 from qpaged.attention._options import MASK_VALUE
 
@@ -31,7 +32,7 @@ RegisterLayout = Any
 
 
 class QueryRows(NamedTuple):
-    """What the kernel keeps of each query row in registers.
+    """The query rows of a tile, in registers.
 
     Attributes:
         position: [q_rows] int32.
@@ -195,9 +196,7 @@ def _attend_kv_tile(
     scores = _scores(call, queries, dots, k_scales)
 
     slot_has_page = _slot_has_page(call, tile_pages.pages)
-    slot = kv_tile * KV_TILE + plgpu.broadcasted_iota(jnp.int32, (KV_TILE, call.q_rows), 0, layout=MATRIX)
-    mask = call.options.position_mask(_repeat_rows(queries.position), slot)
-    mask = mask & _repeat_columns(slot_has_page, call.q_rows)
+    mask = _attention_mask(call, queries, kv_tile, slot_has_page)
     m_next = jnp.maximum(m_prev, jnp.where(mask, scores, MASK_VALUE).max(axis=0))
     alpha = jnp.exp(m_prev - m_next)
     weights = jnp.where(mask, jnp.exp(scores - _repeat_rows(m_next)), 0.0)
@@ -256,6 +255,18 @@ def _scores(
         # q . (k + offset) = q . k + sum(q) * offset
         dots = dots + _repeat_rows(queries.channel_sum) * _repeat_columns(scales.offset, call.q_rows)
     return call.options.scale_and_cap(dots)
+
+
+def _attention_mask(
+    call: GPUCall,
+    queries: QueryRows,
+    kv_tile: jax.Array,
+    slot_has_page: jax.Array,  # [KV_TILE]
+) -> jax.Array:
+    """Return [KV_TILE, q_rows], True where a query sees a slot of the tile."""
+    slot = kv_tile * KV_TILE + plgpu.broadcasted_iota(jnp.int32, (KV_TILE, call.q_rows), 0, layout=MATRIX)
+    mask = call.options.position_mask(_repeat_rows(queries.position), slot)
+    return mask & _repeat_columns(slot_has_page, call.q_rows)
 
 
 def _write_decoded_values(
@@ -339,8 +350,8 @@ def _load_slot_scales(
 
 def _slot_has_page(call: GPUCall, pages: tuple[jax.Array, ...]) -> jax.Array:
     """Return [KV_TILE], True where the slot's entry of the page table is a page."""
-    is_page = tuple(is_page(call, page).astype(jnp.int32) for page in pages)
-    return _repeat_for_slots(call, is_page) > 0
+    has_page = tuple(is_page(call, page).astype(jnp.int32) for page in pages)
+    return _repeat_for_slots(call, has_page) > 0
 
 
 def _repeat_for_slots(call: GPUCall, per_copy: tuple[jax.Array, ...]) -> jax.Array:

@@ -1,7 +1,7 @@
 """The Pallas kernel of the ``tpu`` backend: one query tile after another, each over tiles of keys and values.
 
 The softmax is an online one (Milakov and Gimelshein, 2018), kept per KV head. ``_tpu_refs`` names the shapes,
-and ``_tpu_copies`` tells how tiles come to the chip.
+and ``_tpu_copies`` copies the tiles to the chip.
 """
 
 import functools
@@ -99,6 +99,7 @@ def _kernel(
     """Attend one query tile to all tiles of keys and values that it sees."""
     keys = KVRefs(call.keys, pools[0], buffers[0])
     values = KVRefs(call.values, pools[1], buffers[1])
+    kv_heads = query_ref.shape[1]
     q_tile_index = pl.program_id(0)
     refs = Refs(
         call, q_tile_index, visible_range_ref, position_ref, table_ref, query_ref, keys, values, state
@@ -126,7 +127,11 @@ def _kernel(
             first_visible=refs.first_visible(q_tile_index),
             last_visible=refs.last_visible(q_tile_index),
         )
-        lax.fori_loop(0, state.row_max.shape[0], lambda head, _: _attend_head(refs, tile, head), None)
+
+        def attend_head(head: jax.Array, _: None) -> None:
+            _attend_head(refs, tile, head)
+
+        lax.fori_loop(0, kv_heads, attend_head, None)
         state.tiles_done[0] += 1
 
     lax.fori_loop(first, end, attend_kv_tile, None)
@@ -151,9 +156,9 @@ def _initialize_state(refs: Refs, sinks_ref: Ref | None) -> None:
 def _load_positions(refs: Refs, query_index: jax.Array) -> jax.Array:
     """Return the positions of queries of this query tile, in the shape of ``query_index``."""
     q_tile = refs.call.q_tile
-    first = pl.program_id(0) * q_tile
+    first = refs.q_tile_index * q_tile
 
-    # Scalar memory is read one number at a time.
+    # SMEM is read one number at a time.
     def load_position(index: jax.Array, positions: jax.Array) -> jax.Array:
         return jnp.where(query_index == index, refs.position[first + index], positions)
 
