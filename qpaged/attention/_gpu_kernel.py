@@ -21,6 +21,7 @@ from qpaged.attention._gpu_copies import TilePages, is_page, load_tile_pages, st
 from qpaged.attention._gpu_refs import GPUCall, KVRefs, Pool, Ref, Refs, Scratch
 from qpaged.attention._layout import Layout
 from qpaged.attention._options import MASK_VALUE
+from qpaged.quantizer import Quantizer
 
 # How arrays lie in the registers of a warpgroup.
 MATRIX = plgpu.Layout.WGMMA  # [slots, queries], what the tensor cores give
@@ -28,7 +29,7 @@ TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 PER_SLOT = MATRIX.reduce(1)  # [slots]
 PER_QUERY = MATRIX.reduce(0)  # [queries]
 
-RegisterLayout = Any
+RegisterLayout = Any  # any of the above
 
 
 class QueryRows(NamedTuple):
@@ -321,10 +322,13 @@ def _decode_codes(layout: Layout, stored: jax.Array, byte_index: int) -> jax.Arr
     return layout.quantizer.decode(codes, _decode_dtype(layout.quantizer, codes))
 
 
-def _decode_dtype(quantizer: Any, codes: jax.Array) -> DTypeLike:
-    """Return bfloat16, in which decoded values are exact, or float32, the only dtype that fp8 converts to."""
-    code_type = jax.ShapeDtypeStruct(codes.shape, codes.dtype)
-    jaxpr = jax.make_jaxpr(lambda codes: quantizer.decode(codes, jnp.bfloat16))(code_type)
+def _decode_dtype(quantizer: Quantizer, codes: jax.Array) -> DTypeLike:
+    """Return bfloat16, in which decoded values are exact; float32 for fp8, which converts to nothing else."""
+
+    def decode(codes: jax.Array) -> jax.Array:
+        return quantizer.decode(codes, jnp.bfloat16)
+
+    jaxpr = jax.make_jaxpr(decode)(jax.ShapeDtypeStruct(codes.shape, codes.dtype))
     for eqn in jaxpr.eqns:
         for out in eqn.outvars:
             if jnp.issubdtype(out.aval.dtype, jnp.floating) and out.aval.dtype.itemsize == 1:
@@ -344,8 +348,9 @@ def _load_slot_scales(
         scales = _load(side.stages.scales.at[stage], PER_SLOT)
     quantizer = side.layout.quantizer
     multiplier = quantizer.multiplier(scales)
-    offset = quantizer.shift(scales) if side.layout.has_offset else None
-    return SlotScales(multiplier, offset)
+    if not side.layout.has_offset:
+        return SlotScales(multiplier, None)
+    return SlotScales(multiplier, quantizer.shift(scales))
 
 
 def _slot_has_page(call: GPUCall, pages: tuple[jax.Array, ...]) -> jax.Array:

@@ -1,6 +1,6 @@
-"""How a pool's pages are stored, and what else the two kernels share.
+"""How a pool is stored, as the two kernels read it, and what else they share.
 
-These functions are the only ones of the kernels that take a pool apart.
+The kernels take a pool apart only here.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from qpaged.arrays import QuantizedArray, refused
 from qpaged.attention._options import PagePool
 
 BYTE_BITS = 8
-WORD_BITS = 32  # kernels calculate with 32-bit integers only
+WORD_BITS = 32  # of the only integers that kernels calculate with
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Layout:
         has_offset: True if a scale also carries an offset that is added to its block.
     """
 
-    quantizer: Any
+    quantizer: Any  # Quantizer | None; a plain pool's is never called
     dtype: DTypeLike
     page_size: int
     head_dim: int
@@ -50,7 +50,8 @@ class Layout:
         """Return the layout of a plain or quantized pool."""
         _, _, page_size, head_dim = pool.shape
         if not isinstance(pool, QuantizedArray):
-            return cls(None, pool.dtype, page_size, head_dim, head_dim * pool.dtype.itemsize)
+            slot_bytes = head_dim * jnp.dtype(pool.dtype).itemsize
+            return cls(None, pool.dtype, page_size, head_dim, slot_bytes)
         scale_groups, scales_per_slot, has_offset = 0, False, False
         if pool.scales is not None:
             scale_groups = pool.scales.shape[3]
@@ -145,6 +146,27 @@ def pad_to_multiple(array: jax.Array, multiple: int, fill: int, axis: int = 0) -
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, missing)
     return jnp.pad(array, widths, constant_values=fill)
+
+
+def tile_query(
+    query: jax.Array,  # [tokens, q_heads, head_dim], tokens a multiple of q_tile
+    q_tile: int,
+    kv_heads: int,
+) -> jax.Array:
+    """Return a query as [num_q_tiles, kv_heads, q_rows, head_dim], where q_rows = q_tile * q_heads_per_kv."""
+    tokens, q_heads, head_dim = query.shape
+    num_q_tiles, q_heads_per_kv = tokens // q_tile, q_heads // kv_heads
+    query = query.reshape(num_q_tiles, q_tile, kv_heads, q_heads_per_kv, head_dim).swapaxes(1, 2)
+    return query.reshape(num_q_tiles, kv_heads, q_tile * q_heads_per_kv, head_dim)
+
+
+def tile_sinks(
+    sinks: jax.Array,  # [q_heads]
+    q_tile: int,
+    kv_heads: int,
+) -> jax.Array:
+    """Return the sink of every query row of a query tile, [kv_heads, q_rows]."""
+    return jnp.tile(sinks.reshape(kv_heads, -1), (1, q_tile))
 
 
 def visible_range(
