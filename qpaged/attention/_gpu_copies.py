@@ -48,13 +48,13 @@ def _load_pages(refs: Refs, kv_tile: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(pages)
 
 
-def _load_page_scales(refs: Refs, side: KVRefs, pages: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _load_page_scales(refs: Refs, kv: KVRefs, pages: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Return the stored scale of each page; nothing unless a page has one scale."""
-    if not side.has_page_scales:
+    if not kv.has_page_scales:
         return ()
     scales = []
     for page in pages:
-        scale = side.pool.scales[refs.head, _page_or_zero(refs.call, page)]
+        scale = kv.pool.scales[refs.head, _page_or_zero(refs.call, page)]
         if jnp.issubdtype(scale.dtype, jnp.integer):
             scale = scale.astype(jnp.int32)  # the kernel calculates with integers of 32 bits only
         scales.append(scale)
@@ -85,13 +85,13 @@ def _start_copy(refs: Refs, kv_tile: jax.Array, stage: jax.Array, copy_index: in
     source = pl.ds(slot_in_page, call.copy_slots)
     target = pl.ds(copy_index * call.copy_slots, call.copy_slots)
     copied = refs.scratch.tile_copied.at[stage]
-    for side in (refs.keys, refs.values):
+    for kv in (refs.keys, refs.values):
         plgpu.copy_gmem_to_smem(
-            side.pool.pages.at[refs.head, page, source], side.stages.pages.at[stage, target], copied
+            kv.pool.pages.at[refs.head, page, source], kv.stages.pages.at[stage, target], copied
         )
-        if side.stages.scales is not None:
+        if kv.stages.scales is not None:
             plgpu.copy_gmem_to_smem(
-                side.pool.scales.at[refs.head, page, source], side.stages.scales.at[stage, target], copied
+                kv.pool.scales.at[refs.head, page, source], kv.stages.scales.at[stage, target], copied
             )
 
 

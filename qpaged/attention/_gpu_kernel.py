@@ -300,19 +300,19 @@ def _write_decoded_values(
 
 
 def _write_decoded(
-    side: KVRefs,
+    kv: KVRefs,
     stage: jax.Array,
     decoded_ref: Ref,  # [KV_TILE, head_dim]
     slot_mask: jax.Array | None = None,  # [KV_TILE]
 ) -> None:
     """Decode a tile to bfloat16, in units of its scales, with zeros in masked slots."""
-    stored = side.stages.pages[stage]
-    for byte_index in range(side.layout.codes_per_byte):
-        values = _decode_codes(side.layout, stored, byte_index).astype(jnp.bfloat16)
+    stored = kv.stages.pages[stage]
+    for byte_index in range(kv.layout.codes_per_byte):
+        values = _decode_codes(kv.layout, stored, byte_index).astype(jnp.bfloat16)
         if slot_mask is not None:
-            mask = _repeat_columns(slot_mask, side.layout.slot_width)
+            mask = _repeat_columns(slot_mask, kv.layout.slot_width)
             values = jnp.where(mask, values, jnp.zeros((), values.dtype))
-        decoded_ref[:, side.decoded_columns(byte_index)] = values
+        decoded_ref[:, kv.decoded_columns(byte_index)] = values
 
 
 def _decode_codes(layout: Layout, stored: jax.Array, byte_index: int) -> jax.Array:
@@ -337,18 +337,18 @@ def _decode_dtype(quantizer: Quantizer, codes: jax.Array) -> DTypeLike:
 
 
 def _load_slot_scales(
-    call: GPUCall, side: KVRefs, stage: jax.Array, page_scales: tuple[jax.Array, ...]
+    call: GPUCall, kv: KVRefs, stage: jax.Array, page_scales: tuple[jax.Array, ...]
 ) -> SlotScales:
     """Return the multiplier and the offset of each slot of a tile."""
-    if side.pool.scales is None:
+    if kv.pool.scales is None:
         return SlotScales(None, None)
-    if side.has_page_scales:
-        scales = _repeat_for_slots(call, page_scales).astype(side.pool.scales.dtype)
+    if kv.has_page_scales:
+        scales = _repeat_for_slots(call, page_scales).astype(kv.pool.scales.dtype)
     else:
-        scales = _load(side.stages.scales.at[stage], PER_SLOT)
-    quantizer = side.layout.quantizer
+        scales = _load(kv.stages.scales.at[stage], PER_SLOT)
+    quantizer = kv.layout.quantizer
     multiplier = quantizer.multiplier(scales)
-    if not side.layout.has_offset:
+    if not kv.layout.has_offset:
         return SlotScales(multiplier, None)
     return SlotScales(multiplier, quantizer.shift(scales))
 

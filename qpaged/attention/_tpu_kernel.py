@@ -117,9 +117,9 @@ def _kernel(
         buffer_index = lax.rem(state.tiles_done[0], 2)
         start_next_copies(refs, kv_tile_index, end, buffer_index)
         wait_for_copies(refs, kv_tile_index, buffer_index)
-        for side in (keys, values):
-            side.compute_multipliers(call, buffer_index)
-            _mark_visible(refs, side, kv_tile_index)
+        for kv in (keys, values):
+            kv.compute_multipliers(call, buffer_index)
+            _mark_visible(refs, kv, kv_tile_index)
         tile = KVTile(
             index=kv_tile_index,
             buffer_index=buffer_index,
@@ -165,9 +165,9 @@ def _load_positions(refs: Refs, query_index: jax.Array) -> jax.Array:
     return lax.fori_loop(0, q_tile, load_position, jnp.full(query_index.shape, -1, jnp.int32))
 
 
-def _mark_visible(refs: Refs, side: KVRefs, kv_tile_index: jax.Array) -> None:
+def _mark_visible(refs: Refs, kv: KVRefs, kv_tile_index: jax.Array) -> None:
     """Fill the buffer ``visible`` for a tile, if there is one."""
-    visible_ref, layout, call = side.buffers.visible, side.layout, refs.call
+    visible_ref, layout, call = kv.buffers.visible, kv.layout, refs.call
     if visible_ref is None:
         return
     query_index = lax.broadcasted_iota(jnp.int32, (1, call.q_tile), 1)
@@ -182,15 +182,15 @@ def _mark_visible(refs: Refs, side: KVRefs, kv_tile_index: jax.Array) -> None:
     visible_ref[...] = visible
 
 
-def _visible_elements(refs: Refs, side: KVRefs, tile: KVTile) -> jax.Array:
+def _visible_elements(refs: Refs, kv: KVRefs, tile: KVTile) -> jax.Array:
     """Return [rows, row_width], True for the elements of slots that any query of the query tile sees.
 
     The elements of other slots may be NaN, and zero times NaN is NaN.
     """
-    if side.buffers.visible is not None:
-        return side.buffers.visible[...] > 0
-    num_rows = refs.call.kv_tile // side.layout.slots_per_row
-    slot = tile.index * refs.call.kv_tile + side.layout.slot_of_element(num_rows)
+    if kv.buffers.visible is not None:
+        return kv.buffers.visible[...] > 0
+    num_rows = refs.call.kv_tile // kv.layout.slots_per_row
+    slot = tile.index * refs.call.kv_tile + kv.layout.slot_of_element(num_rows)
     return (slot >= tile.first_visible) & (slot <= tile.last_visible)
 
 
