@@ -24,7 +24,9 @@ def interpreter():
     return getattr(mosaic_gpu, "force_gpu_interpret_mode", None)
 
 
-interprets = pytest.mark.skipif(interpreter() is None, reason="this JAX interprets no Mosaic GPU kernels")
+needs_interpreter = pytest.mark.skipif(
+    interpreter() is None, reason="this JAX interprets no Mosaic GPU kernels"
+)
 
 SEQUENCES = (0, 100)
 CASES = {  # head_dim, page_size, options
@@ -41,7 +43,7 @@ def attend(query, view, metadata, sinks=None, **options):
     return qpaged.paged_attention(query, view, metadata, sinks=sinks, **options)
 
 
-@interprets
+@needs_interpreter
 @pytest.mark.parametrize("name", CASES)
 def test_the_interpreted_kernel_agrees_with_the_reference(name, monkeypatch):
     monkeypatch.setattr(_gpu, "PROGRAMS", 4)  # a prefill of 2 KV heads then has two splits
@@ -54,7 +56,7 @@ def test_the_interpreted_kernel_agrees_with_the_reference(name, monkeypatch):
     if spelling is None:
         view = jax.tree_util.tree_map(lambda pool: pool.astype(jnp.bfloat16), view)
     table = table.copy()
-    table[1, 1] = -1  # a hole
+    table[1, 1] = -1  # a missing page in the middle
     metadata = combined_step(table, SEQUENCES)
     query = normal(PADDED_CHUNK + len(SEQUENCES), 6, head_dim, seed=5).astype(jnp.bfloat16)
     expected = attend(query, view, metadata, backend="reference", **options)

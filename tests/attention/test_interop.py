@@ -26,8 +26,8 @@ DECODE = qpaged.PagedAttentionMetadata.decode(position=POSITIONS, page_table=TAB
 PREFILL = qpaged.PagedAttentionMetadata.prefill(position=np.arange(11, 19), page_table=TABLE[2], length=5)
 EMPTY = qpaged.PagedAttentionMetadata.init_empty()
 
-kernels = pytest.mark.skipif(
-    version_tuple(jax.__version__) < (0, 10), reason="older kernels of JAX are not interpreted as its own are"
+needs_interpreter = pytest.mark.skipif(
+    version_tuple(jax.__version__) < (0, 10), reason="the kernels of older JAX cannot be interpreted"
 )
 # float32 sums of some tens of products in other orders, through an exponential; the TPU kernel's reading of
 # scales that are rounded moves a score by 2^-22 of itself, 5e-6 for one of 20.
@@ -133,7 +133,7 @@ def test_ragged_sequences_are_lengths_page_tables_and_queries(metadata, expected
         np.testing.assert_array_equal(array, values)
 
 
-@kernels
+@needs_interpreter
 def test_the_tpu_kernel_of_jax_agrees_with_the_reference():
     from jax.experimental.pallas import tpu as pltpu
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
@@ -146,7 +146,7 @@ def test_the_tpu_kernel_of_jax_agrees_with_the_reference():
     np.testing.assert_allclose(out, expected, **TOLERANCE)
 
 
-@kernels
+@needs_interpreter
 @pytest.mark.filterwarnings("ignore:jax.experimental.pallas.ops.gpu.paged_attention is deprecated")
 def test_the_gpu_kernel_of_jax_agrees_with_the_reference():
     module = pytest.importorskip("jax.experimental.pallas.ops.gpu.paged_attention")
@@ -162,7 +162,7 @@ def test_the_gpu_kernel_of_jax_agrees_with_the_reference():
     np.testing.assert_allclose(out, expected, **TOLERANCE)
 
 
-@kernels
+@needs_interpreter
 @pytest.mark.parametrize(("metadata", "rows"), [(DECODE, slice(1, 3)), (PREFILL, slice(0, 5))])
 def test_the_ragged_reference_of_jax_agrees_with_the_reference(metadata, rows):
     """The interpreter cannot run the ragged kernel, which reads reshaped buffers: its reference stands in."""
@@ -181,7 +181,7 @@ def test_the_ragged_reference_of_jax_agrees_with_the_reference(metadata, rows):
     np.testing.assert_allclose(out[rows], expected[rows], **TOLERANCE)
 
 
-@kernels
+@needs_interpreter
 def test_the_ragged_kernel_of_jax_takes_the_arrays():
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
@@ -268,7 +268,7 @@ class Zeros(ImplicitArray):
         return jnp.zeros(self.shape, self.dtype)
 
 
-def test_importing_it_imports_no_kernels():
+def test_importing_interop_imports_no_kernels():
     code = "import sys, qpaged.interop; sys.exit('jax.experimental.pallas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

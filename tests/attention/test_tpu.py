@@ -16,7 +16,7 @@ from qpaged.attention import _tpu
 
 PAGE_SIZE, SEQUENCES = 64, (0, 1, 64, 300)  # the longest has three tiles of 128 slots
 TPU = qpaged.attention_backends()[0]
-takes = pytest.mark.skipif(not TPU.available, reason=f"the tpu backend {TPU.reason}")
+needs_tpu_backend = pytest.mark.skipif(not TPU.available, reason=f"the tpu backend {TPU.reason}")
 
 # Every way in which codes, scales and offsets lie, of keys and of values; one slot to a row, and several.
 CASES = {  # head_dim, options
@@ -43,7 +43,7 @@ def attend(query, view, metadata, sinks=None, **options):
     return qpaged.paged_attention(query, view, metadata, sinks=sinks, **options)
 
 
-@takes
+@needs_tpu_backend
 @pytest.mark.parametrize("spelling", CASES)
 def test_the_interpreted_kernel_agrees_with_the_reference(spelling, monkeypatch):
     monkeypatch.setattr(_tpu, "KV_TILE", 128)
@@ -54,7 +54,7 @@ def test_the_interpreted_kernel_agrees_with_the_reference(spelling, monkeypatch)
         options["sinks"] = normal(6, seed=7)
     view, table = filled_view(spelling, 2, head_dim, PAGE_SIZE, SEQUENCES)
     table = table.copy()
-    table[3, 1] = -1  # a hole
+    table[3, 1] = -1  # a missing page in the middle
     metadata = combined_step(table, SEQUENCES)
     query = normal(PADDED_CHUNK + len(SEQUENCES), 6, head_dim, seed=5)
     expected = attend(query, view, metadata, backend="reference", **options)
@@ -67,7 +67,7 @@ def test_the_interpreted_kernel_agrees_with_the_reference(spelling, monkeypatch)
     np.testing.assert_array_equal(attend_interpreted(query, permuted, metadata, **options), out)
 
 
-@takes
+@needs_tpu_backend
 def test_nan_between_visible_slots_reaches_no_output(monkeypatch):
     """Positions far apart with a sliding window leave slots between them that no query sees."""
     monkeypatch.setattr(_tpu, "KV_TILE", 128)
@@ -115,7 +115,7 @@ class NotTiled(NotElementwise):
     tiled = False
 
 
-@takes
+@needs_tpu_backend
 def test_formats_of_one_level_of_scales_are_taken():
     spellings = (
         None,
@@ -131,7 +131,7 @@ def test_formats_of_one_level_of_scales_are_taken():
         assert reasons_declined(spelling)["tpu"] is None, spelling
 
 
-@takes
+@needs_tpu_backend
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -172,7 +172,7 @@ def num_kernels(function, *arguments, platform="tpu"):
     return lowered.as_text().count("@tpu_custom_call")
 
 
-@takes
+@needs_tpu_backend
 def test_the_platform_of_the_program_decides():
     view, table = filled_view("int8", 2, 128, PAGE_SIZE, SEQUENCES)
     query = normal(len(SEQUENCES), 4, 128)
@@ -181,7 +181,7 @@ def test_the_platform_of_the_program_decides():
     assert num_kernels(qpaged.paged_attention, *arguments, platform="cpu") == 0
 
 
-@takes
+@needs_tpu_backend
 def test_derivatives_are_those_of_the_xla_backend():
     view, table = filled_view("int8", 2, 128, PAGE_SIZE, SEQUENCES)
     query, metadata = normal(len(SEQUENCES), 4, 128), decode_step(table, SEQUENCES)[0]
@@ -193,7 +193,7 @@ def test_derivatives_are_those_of_the_xla_backend():
         np.testing.assert_array_equal(out, expected)
 
 
-@takes
+@needs_tpu_backend
 def test_only_shard_map_has_the_kernel_on_several_devices():
     """Within shard_map each device attends to its own heads; a partitioned program has no kernel."""
     mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
