@@ -13,6 +13,8 @@ from qpaged.attention._layout import (
     pool_refusal,
     stored_codes,
     stored_scales,
+    tile_query,
+    tile_sinks,
     visible_range,
 )
 from qpaged.attention._options import Options, QueryTokens
@@ -102,9 +104,7 @@ def attend(
     )
     visible = visible_range(position, options.sliding_window)
     position = pad_to_multiple(jnp.repeat(position, q_heads_per_kv, axis=1), q_rows, -1, axis=1)
-    query = query.reshape(num_q_tiles, q_tile, kv_heads, q_heads_per_kv, head_dim).swapaxes(1, 2)
-    query = query.reshape(num_q_tiles, kv_heads, used_rows, head_dim)
-    query = pad_to_multiple(query, q_rows, 0, axis=2)
+    query = pad_to_multiple(tile_query(query, q_tile, kv_heads), q_rows, 0, axis=2)
     acc, row_max, row_sum = _gpu_kernel.attend(
         call,
         visible.reshape(-1),
@@ -116,26 +116,20 @@ def attend(
         _gpu_refs.Pool(stored_codes(values), _kernel_scales(values)),
     )
     if sinks is not None:
-        sinks = jnp.tile(sinks.reshape(kv_heads, q_heads_per_kv), (1, q_tile))
-        sinks = pad_to_multiple(sinks, q_rows, 0, axis=1)
+        sinks = pad_to_multiple(tile_sinks(sinks, q_tile, kv_heads), q_rows, 0, axis=1)
     out = _merge_splits(acc, row_max, row_sum, sinks)[..., :used_rows]
-    out = out.reshape(
-        num_q_tiles, kv_heads, v_layout.codes_per_byte, v_layout.slot_width, q_tile, q_heads_per_kv
-    )
-    out = out.transpose(0, 4, 1, 5, 3, 2)
-    return out.reshape(num_q_tiles * q_tile, q_heads, head_dim)[:num_tokens]
+    return _untile_output(out, v_layout, q_tile)[:num_tokens]
 
 
 def _num_splits(programs: int, kv_tiles: int) -> int:
     """Return the splits of a sequence: as few as keep the chip at least nine tenths busy.
 
     Programs run in turns of ``PROGRAMS``, and a last turn that is not full leaves part of the chip idle. Two
-    or three turns are not taken: if the chip runs more programs at once than that, their last turn weighs
-    much.
+    or three turns are not taken: if the chip runs more programs at once than that, the last turn weighs much.
 
     Args:
-        programs: of a kernel without splits.
-        kv_tiles: of a sequence; there are at most as many splits.
+        programs: the programs of a kernel without splits.
+        kv_tiles: the tiles of a row of the page table; there are at most as many splits.
     """
     for splits in range(1, kv_tiles):
         turns = -(-programs * splits // PROGRAMS)
@@ -151,6 +145,19 @@ def _split_channels(
     """Return a query as [..., codes_per_byte, q_rows, slot_width], as codes of a byte split the channels."""
     query = query.reshape(*query.shape[:-1], layout.slot_width, layout.codes_per_byte)
     return jnp.moveaxis(query, -1, -3)
+
+
+def _untile_output(
+    out: jax.Array,  # [num_q_tiles, kv_heads, head_dim, q_rows], channels as the codes of a byte split them
+    layout: Layout,  # of the values
+    q_tile: int,
+) -> jax.Array:
+    """Return an output as [tokens, q_heads, head_dim]."""
+    num_q_tiles, kv_heads, head_dim, q_rows = out.shape
+    q_heads_per_kv = q_rows // q_tile
+    out = out.reshape(num_q_tiles, kv_heads, layout.codes_per_byte, layout.slot_width, q_tile, q_heads_per_kv)
+    out = out.transpose(0, 4, 1, 5, 3, 2)
+    return out.reshape(num_q_tiles * q_tile, kv_heads * q_heads_per_kv, head_dim)
 
 
 def _kernel_scales(pool: Pages) -> jax.Array | None:

@@ -12,16 +12,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qpaged.attention._gpu_refs import KV_TILE, GPUCall, KVRefs, Refs
+from qpaged.attention._gpu import KV_TILE
+from qpaged.attention._gpu_refs import GPUCall, KVRefs, Refs
 
 
 class TilePages(NamedTuple):
     """The pages of a tile.
 
     Attributes:
-        pages: the page that each copy of the tile brings, physical, as the page table has it.
-        k_scales: the stored scale of each of them for keys; empty unless a page has one scale.
-        v_scales: likewise for values.
+        pages: the entry of the page table behind each copy of the tile, which may be no page.
+        k_scales: the stored scale of each page of keys; empty unless a page has one scale.
+        v_scales: the stored scale of each page of values, likewise.
     """
 
     pages: tuple[jax.Array, ...]
@@ -30,14 +31,14 @@ class TilePages(NamedTuple):
 
 
 def load_tile_pages(refs: Refs, kv_tile: jax.Array) -> TilePages:
-    """Return the pages of a tile, and their scales; of the split's last tile if there is no such tile."""
+    """Return the pages of a tile and their scales; those of the split's last tile if the tile is past it."""
     pages = _load_pages(refs, jnp.maximum(jnp.minimum(kv_tile, refs.end - 1), 0))
     k_scales = _load_page_scales(refs, refs.keys, pages)
     return TilePages(pages, k_scales, _load_page_scales(refs, refs.values, pages))
 
 
 def _load_pages(refs: Refs, kv_tile: jax.Array) -> tuple[jax.Array, ...]:
-    """Return the physical page of each copy of a tile, as the page table has it."""
+    """Return the entry of the page table behind each copy of a tile."""
     call = refs.call
     pages = []
     for copy_index in range(call.copies_per_tile):
@@ -47,13 +48,13 @@ def _load_pages(refs: Refs, kv_tile: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(pages)
 
 
-def _load_page_scales(refs: Refs, side: KVRefs, pages: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _load_page_scales(refs: Refs, kv: KVRefs, pages: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """Return the stored scale of each page; nothing unless a page has one scale."""
-    if not side.has_page_scales:
+    if not kv.has_page_scales:
         return ()
     scales = []
     for page in pages:
-        scale = side.pool.scales[refs.head, _page_or_zero(refs.call, page)]
+        scale = kv.pool.scales[refs.head, _page_or_zero(refs.call, page)]
         if jnp.issubdtype(scale.dtype, jnp.integer):
             scale = scale.astype(jnp.int32)  # the kernel calculates with integers of 32 bits only
         scales.append(scale)
@@ -84,13 +85,13 @@ def _start_copy(refs: Refs, kv_tile: jax.Array, stage: jax.Array, copy_index: in
     source = pl.ds(slot_in_page, call.copy_slots)
     target = pl.ds(copy_index * call.copy_slots, call.copy_slots)
     copied = refs.scratch.tile_copied.at[stage]
-    for side in (refs.keys, refs.values):
+    for kv in (refs.keys, refs.values):
         plgpu.copy_gmem_to_smem(
-            side.pool.pages.at[refs.head, page, source], side.stages.pages.at[stage, target], copied
+            kv.pool.pages.at[refs.head, page, source], kv.stages.pages.at[stage, target], copied
         )
-        if side.stages.scales is not None:
+        if kv.stages.scales is not None:
             plgpu.copy_gmem_to_smem(
-                side.pool.scales.at[refs.head, page, source], side.stages.scales.at[stage, target], copied
+                kv.pool.scales.at[refs.head, page, source], kv.stages.scales.at[stage, target], copied
             )
 
 

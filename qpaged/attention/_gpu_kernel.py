@@ -16,10 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from qpaged.attention._gpu import KV_TILE
 from qpaged.attention._gpu_copies import TilePages, is_page, load_tile_pages, start_copies
-from qpaged.attention._gpu_refs import KV_TILE, GPUCall, KVRefs, Pool, Ref, Refs, Scratch
+from qpaged.attention._gpu_refs import GPUCall, KVRefs, Pool, Ref, Refs, Scratch
 from qpaged.attention._layout import Layout
 from qpaged.attention._options import MASK_VALUE
+from qpaged.quantizer import Quantizer
 
 # How arrays lie in the registers of a warpgroup.
 MATRIX = plgpu.Layout.WGMMA  # [slots, queries], what the tensor cores give
@@ -27,11 +29,11 @@ TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 PER_SLOT = MATRIX.reduce(1)  # [slots]
 PER_QUERY = MATRIX.reduce(0)  # [queries]
 
-RegisterLayout = Any
+RegisterLayout = Any  # any of the above
 
 
 class QueryRows(NamedTuple):
-    """What the kernel keeps of each query row in registers.
+    """The query rows of a tile, in registers.
 
     Attributes:
         position: [q_rows] int32.
@@ -195,9 +197,7 @@ def _attend_kv_tile(
     scores = _scores(call, queries, dots, k_scales)
 
     slot_has_page = _slot_has_page(call, tile_pages.pages)
-    slot = kv_tile * KV_TILE + plgpu.broadcasted_iota(jnp.int32, (KV_TILE, call.q_rows), 0, layout=MATRIX)
-    mask = call.options.position_mask(_repeat_rows(queries.position), slot)
-    mask = mask & _repeat_columns(slot_has_page, call.q_rows)
+    mask = _attention_mask(call, queries, kv_tile, slot_has_page)
     m_next = jnp.maximum(m_prev, jnp.where(mask, scores, MASK_VALUE).max(axis=0))
     alpha = jnp.exp(m_prev - m_next)
     weights = jnp.where(mask, jnp.exp(scores - _repeat_rows(m_next)), 0.0)
@@ -258,6 +258,18 @@ def _scores(
     return call.options.scale_and_cap(dots)
 
 
+def _attention_mask(
+    call: GPUCall,
+    queries: QueryRows,
+    kv_tile: jax.Array,
+    slot_has_page: jax.Array,  # [KV_TILE]
+) -> jax.Array:
+    """Return [KV_TILE, q_rows], True where a query sees a slot of the tile."""
+    slot = kv_tile * KV_TILE + plgpu.broadcasted_iota(jnp.int32, (KV_TILE, call.q_rows), 0, layout=MATRIX)
+    mask = call.options.position_mask(_repeat_rows(queries.position), slot)
+    return mask & _repeat_columns(slot_has_page, call.q_rows)
+
+
 def _write_decoded_values(
     refs: Refs,
     kv_tile: jax.Array,
@@ -265,7 +277,10 @@ def _write_decoded_values(
     pages: tuple[jax.Array, ...],
     slot_has_page: jax.Array,  # [KV_TILE]
 ) -> None:
-    """Decode a tile's values, with zeros in slots that no query sees, which may hold NaN."""
+    """Decode a tile's values, with zeros in slots that no query sees.
+
+    Such a slot may hold NaN, and a weight of zero times NaN is NaN.
+    """
     first_slot = kv_tile * KV_TILE
     slot = first_slot + _slot_iota()
     slot_visible = (slot >= refs.first_visible) & (slot <= refs.last_visible) & slot_has_page
@@ -285,19 +300,19 @@ def _write_decoded_values(
 
 
 def _write_decoded(
-    side: KVRefs,
+    kv: KVRefs,
     stage: jax.Array,
     decoded_ref: Ref,  # [KV_TILE, head_dim]
     slot_mask: jax.Array | None = None,  # [KV_TILE]
 ) -> None:
     """Decode a tile to bfloat16, in units of its scales, with zeros in masked slots."""
-    stored = side.stages.pages[stage]
-    for byte_index in range(side.layout.codes_per_byte):
-        values = _decode_codes(side.layout, stored, byte_index).astype(jnp.bfloat16)
+    stored = kv.stages.pages[stage]
+    for byte_index in range(kv.layout.codes_per_byte):
+        values = _decode_codes(kv.layout, stored, byte_index).astype(jnp.bfloat16)
         if slot_mask is not None:
-            mask = _repeat_columns(slot_mask, side.layout.slot_width)
+            mask = _repeat_columns(slot_mask, kv.layout.slot_width)
             values = jnp.where(mask, values, jnp.zeros((), values.dtype))
-        decoded_ref[:, side.decoded_columns(byte_index)] = values
+        decoded_ref[:, kv.decoded_columns(byte_index)] = values
 
 
 def _decode_codes(layout: Layout, stored: jax.Array, byte_index: int) -> jax.Array:
@@ -307,10 +322,13 @@ def _decode_codes(layout: Layout, stored: jax.Array, byte_index: int) -> jax.Arr
     return layout.quantizer.decode(codes, _decode_dtype(layout.quantizer, codes))
 
 
-def _decode_dtype(quantizer: Any, codes: jax.Array) -> DTypeLike:
-    """Return bfloat16, in which decoded values are exact, or float32, the only dtype that fp8 converts to."""
-    code_type = jax.ShapeDtypeStruct(codes.shape, codes.dtype)
-    jaxpr = jax.make_jaxpr(lambda codes: quantizer.decode(codes, jnp.bfloat16))(code_type)
+def _decode_dtype(quantizer: Quantizer, codes: jax.Array) -> DTypeLike:
+    """Return bfloat16, in which decoded values are exact; float32 for fp8, which converts to nothing else."""
+
+    def decode(codes: jax.Array) -> jax.Array:
+        return quantizer.decode(codes, jnp.bfloat16)
+
+    jaxpr = jax.make_jaxpr(decode)(jax.ShapeDtypeStruct(codes.shape, codes.dtype))
     for eqn in jaxpr.eqns:
         for out in eqn.outvars:
             if jnp.issubdtype(out.aval.dtype, jnp.floating) and out.aval.dtype.itemsize == 1:
@@ -319,25 +337,26 @@ def _decode_dtype(quantizer: Any, codes: jax.Array) -> DTypeLike:
 
 
 def _load_slot_scales(
-    call: GPUCall, side: KVRefs, stage: jax.Array, page_scales: tuple[jax.Array, ...]
+    call: GPUCall, kv: KVRefs, stage: jax.Array, page_scales: tuple[jax.Array, ...]
 ) -> SlotScales:
     """Return the multiplier and the offset of each slot of a tile."""
-    if side.pool.scales is None:
+    if kv.pool.scales is None:
         return SlotScales(None, None)
-    if side.has_page_scales:
-        scales = _repeat_for_slots(call, page_scales).astype(side.pool.scales.dtype)
+    if kv.has_page_scales:
+        scales = _repeat_for_slots(call, page_scales).astype(kv.pool.scales.dtype)
     else:
-        scales = _load(side.stages.scales.at[stage], PER_SLOT)
-    quantizer = side.layout.quantizer
+        scales = _load(kv.stages.scales.at[stage], PER_SLOT)
+    quantizer = kv.layout.quantizer
     multiplier = quantizer.multiplier(scales)
-    offset = quantizer.offset.offset(scales) if side.layout.has_offset else None
-    return SlotScales(multiplier, offset)
+    if not kv.layout.has_offset:
+        return SlotScales(multiplier, None)
+    return SlotScales(multiplier, quantizer.offset.offset(scales))
 
 
 def _slot_has_page(call: GPUCall, pages: tuple[jax.Array, ...]) -> jax.Array:
     """Return [KV_TILE], True where the slot's entry of the page table is a page."""
-    is_page = tuple(is_page(call, page).astype(jnp.int32) for page in pages)
-    return _repeat_for_slots(call, is_page) > 0
+    has_page = tuple(is_page(call, page).astype(jnp.int32) for page in pages)
+    return _repeat_for_slots(call, has_page) > 0
 
 
 def _repeat_for_slots(call: GPUCall, per_copy: tuple[jax.Array, ...]) -> jax.Array:

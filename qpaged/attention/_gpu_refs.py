@@ -9,15 +9,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from qpaged.attention._gpu import KV_TILE
 from qpaged.attention._layout import Layout
 from qpaged.attention._options import Options
 
-KV_TILE = 64  # slots of a tile of keys and values: the rows that the tensor cores take at once
 STAGES_BYTES = 3 * 2**14  # of all stages, if that holds two: three programs then share a multiprocessor
 SWIZZLE_BYTES = 128  # of a row of shared memory, at most
 SWIZZLE_ROWS = 8
 
-Ref = Any  # an array in some memory; the type that Pallas gives it does not say that it can be indexed
+Ref = Any  # an array in some memory; the type that JAX gives it does not say that it can be indexed
 Spec = Any  # a memory space with a shape and a dtype, which becomes a Ref in the kernel
 
 
@@ -71,8 +71,8 @@ class Pool(NamedTuple):
             are none.
     """
 
-    pages: Any
-    scales: Any
+    pages: Ref
+    scales: Ref
 
 
 class Stages(NamedTuple):
@@ -83,8 +83,8 @@ class Stages(NamedTuple):
         scales: [stages, KV_TILE]; None unless every slot has a scale.
     """
 
-    pages: Any
-    scales: Any
+    pages: Ref
+    scales: Ref
 
     @classmethod
     def specs(cls, call: GPUCall, layout: Layout, pool: Pool) -> "Stages":
@@ -110,20 +110,20 @@ class Scratch(NamedTuple):
         tile_copied: [stages], the barriers of the copies to each stage.
     """
 
-    query: Any
-    weights: Any
-    decoded: Any
+    query: Ref
+    weights: Ref
+    decoded: Ref
     keys: Stages
     values: Stages
-    query_copied: Any
-    tile_copied: Any
+    query_copied: Ref
+    tile_copied: Ref
 
     @classmethod
     def specs(cls, call: GPUCall, keys: Pool, values: Pool) -> "Scratch":
         """Return the memory and the barriers that a program takes."""
         k_stages = Stages.specs(call, call.keys, keys)
         v_stages = Stages.specs(call, call.values, values)
-        arrays_copied = len(jax.tree_util.tree_leaves((k_stages, v_stages)))
+        copied_arrays = [array for array in (*k_stages, *v_stages) if array is not None]
         swizzle_width = min(64, call.keys.slot_width, call.values.slot_width)
         query_shape = call.keys.codes_per_byte, call.q_rows, call.keys.slot_width
         return cls(
@@ -134,7 +134,7 @@ class Scratch(NamedTuple):
             values=v_stages,
             query_copied=plgpu.Barrier(num_arrivals=call.keys.codes_per_byte),
             tile_copied=plgpu.Barrier(
-                num_arrivals=arrays_copied * call.copies_per_tile, num_barriers=call.stages
+                num_arrivals=len(copied_arrays) * call.copies_per_tile, num_barriers=call.stages
             ),
         )
 

@@ -1,6 +1,6 @@
-"""How a pool's pages are stored, and what else the two kernels share.
+"""How a pool is stored, as the two kernels read it, and what else they share.
 
-These functions are the only ones of the kernels that take a pool apart.
+The kernels take a pool apart only here.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Layout:
         has_offset: True if a scale also carries an offset that is added to its block.
     """
 
-    quantizer: Any
+    quantizer: Any  # Quantizer | None; a plain pool's is never called
     dtype: DTypeLike
     page_size: int
     head_dim: int
@@ -49,15 +49,15 @@ class Layout:
         _, _, page_size, head_dim = pool.shape
         quantized = as_quantized(pool)
         if quantized is None:
-            return cls(None, pool.dtype, page_size, head_dim, head_dim * pool.dtype.itemsize)
-        quantizer, scales = quantized.quantizer, quantized.scales
+            slot_bytes = head_dim * jnp.dtype(pool.dtype).itemsize
+            return cls(None, pool.dtype, page_size, head_dim, slot_bytes)
         scale_groups, scales_per_slot, has_offset = 0, False, False
-        if scales is not None:
-            scale_groups = scales.shape[3]
-            scales_per_slot = scales.shape[2] > 1
-            has_offset = quantizer.offset is not None
+        if quantized.scales is not None:
+            scale_groups = quantized.scales.shape[3]
+            scales_per_slot = quantized.scales.shape[2] > 1
+            has_offset = quantized.quantizer.offset is not None
         return cls(
-            quantizer=quantizer,
+            quantizer=quantized.quantizer,
             dtype=pool.dtype,
             page_size=page_size,
             head_dim=head_dim,
@@ -78,9 +78,7 @@ class Layout:
         if self.codes_per_byte == 1:
             return stored
         code_dtype = self.quantizer.code_dtype(self.dtype)
-        return extract_codes(
-            stored.astype(jnp.int32), BYTE_BITS // self.codes_per_byte, byte_index, code_dtype
-        )
+        return extract_codes(stored.astype(jnp.int32), BYTE_BITS // self.codes_per_byte, byte_index, code_dtype)
 
 
 def stored_codes(pool: Pages) -> jax.Array:
@@ -136,6 +134,27 @@ def pad_to_multiple(array: jax.Array, multiple: int, fill: int, axis: int = 0) -
     widths = [(0, 0)] * array.ndim
     widths[axis] = (0, missing)
     return jnp.pad(array, widths, constant_values=fill)
+
+
+def tile_query(
+    query: jax.Array,  # [tokens, q_heads, head_dim], tokens a multiple of q_tile
+    q_tile: int,
+    kv_heads: int,
+) -> jax.Array:
+    """Return a query as [num_q_tiles, kv_heads, q_rows, head_dim], where q_rows = q_tile * q_heads_per_kv."""
+    tokens, q_heads, head_dim = query.shape
+    num_q_tiles, q_heads_per_kv = tokens // q_tile, q_heads // kv_heads
+    query = query.reshape(num_q_tiles, q_tile, kv_heads, q_heads_per_kv, head_dim).swapaxes(1, 2)
+    return query.reshape(num_q_tiles, kv_heads, q_tile * q_heads_per_kv, head_dim)
+
+
+def tile_sinks(
+    sinks: jax.Array,  # [q_heads]
+    q_tile: int,
+    kv_heads: int,
+) -> jax.Array:
+    """Return the sink of every query row of a query tile, [kv_heads, q_rows]."""
+    return jnp.tile(sinks.reshape(kv_heads, -1), (1, q_tile))
 
 
 def visible_range(

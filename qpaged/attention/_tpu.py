@@ -8,7 +8,14 @@ from jax import lax
 
 from qpaged._compat import PALLAS_TPU_JAX, compiler_partitions_mesh, newer_jax_needed
 from qpaged.arrays import LANES, common_dtype, compute_dtype
-from qpaged.attention._layout import pad_to_multiple, pool_refusal, stored_scales, visible_range
+from qpaged.attention._layout import (
+    pad_to_multiple,
+    pool_refusal,
+    stored_scales,
+    tile_query,
+    tile_sinks,
+    visible_range,
+)
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.attention._tpu_layout import TPULayout
 from qpaged.pools import Pages
@@ -57,7 +64,7 @@ def _pool_refusal(pool: Pages) -> str | None:
         return f"pages of {pool.dtype} are not taken"
     if layout.has_offset and layout.scales_per_slot and layout.scale_groups > 1:
         return f"{layout.quantizer} has offsets of groups"
-    return pool_refusal(pool, jnp.float32 if layout.scale_groups else layout.dtype)
+    return pool_refusal(pool, layout.decode_dtype)
 
 
 def attend(
@@ -70,23 +77,33 @@ def attend(
     tokens = dataclasses.replace(tokens, query=tokens.query.astype(dtype))
     if tokens.is_prefill:
         return _call_kernel(tokens, keys, values, sinks, options)
-    rows, table_pages = tokens.table.shape
-    scale_bytes = max(1, _scale_bytes(keys, table_pages) + _scale_bytes(values, table_pages))
-    rows_per_call = max(1, min(rows, TABLE_ENTRIES // table_pages, SCALE_BYTES // scale_bytes))
+    rows = len(tokens.query)
+    rows_per_call = _rows_per_call(tokens, keys, values)
     if rows_per_call == rows:
         return _call_kernel(tokens, keys, values, sinks, options)
+
+    def attend_chunk(chunk: QueryTokens) -> jax.Array:
+        return _call_kernel(chunk, keys, values, sinks, options)
+
     padded = QueryTokens(
         pad_to_multiple(tokens.query, rows_per_call, 0),
         pad_to_multiple(tokens.position, rows_per_call, -1),
         pad_to_multiple(tokens.table, rows_per_call, 0),
     )
     chunks = jax.tree_util.tree_map(lambda x: x.reshape(-1, rows_per_call, *x.shape[1:]), padded)
-    out = lax.map(lambda chunk: _call_kernel(chunk, keys, values, sinks, options), chunks)
+    out = lax.map(attend_chunk, chunks)  # [chunks, rows_per_call, q_heads, head_dim]
     return out.reshape(-1, *out.shape[2:])[:rows]
 
 
+def _rows_per_call(tokens: QueryTokens, keys: Pages, values: Pages) -> int:
+    """Return the decode rows whose page tables and scales one call of the kernel holds, at least one."""
+    rows, table_pages = tokens.table.shape
+    scale_bytes = max(1, _scale_bytes(keys, table_pages) + _scale_bytes(values, table_pages))
+    return max(1, min(rows, TABLE_ENTRIES // table_pages, SCALE_BYTES // scale_bytes))
+
+
 def _scale_bytes(pool: Pages, pages: int) -> int:
-    """Return the bytes of the scales of so many pages."""
+    """Return the bytes of the scales of ``pages`` pages."""
     scales = stored_scales(pool)
     if scales is None:
         return 0
@@ -96,7 +113,7 @@ def _scale_bytes(pool: Pages, pages: int) -> int:
 def _call_kernel(
     tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None, options: Options
 ) -> jax.Array:
-    """Return the attention of tokens whose page table and scales one call of the kernel holds."""
+    """Return :func:`attend` in one call of the kernel."""
     from qpaged.attention import _tpu_kernel, _tpu_refs
 
     k_layout, v_layout = TPULayout.of(keys), TPULayout.of(values)
@@ -105,7 +122,9 @@ def _call_kernel(
     q_heads_per_kv = q_heads // kv_heads
     kv_tile = _kv_tile(kv_heads, k_layout, v_layout)
     assert kv_tile is not None  # call_refusal says so
-    q_tile = _q_tile(kv_heads, q_heads_per_kv, k_layout, v_layout) if tokens.is_prefill else 1
+    q_tile = 1
+    if tokens.is_prefill:
+        q_tile = _q_tile(kv_heads, q_heads_per_kv, k_layout, v_layout)
     query = pad_to_multiple(tokens.query, q_tile, 0)
     position = pad_to_multiple(tokens.position, q_tile, -1)
     num_q_tiles = len(position) // q_tile
@@ -122,12 +141,9 @@ def _call_kernel(
         one_sequence=tokens.is_prefill,
     )
     visible = visible_range(position.reshape(num_q_tiles, q_tile), options.sliding_window)
-    query = query.reshape(num_q_tiles, q_tile, kv_heads, q_heads_per_kv, head_dim).swapaxes(1, 2)
-    query = query.reshape(num_q_tiles, kv_heads, call.q_rows, head_dim)
-    query = k_layout.repeat_for_slots(query).swapaxes(2, 3)
+    query = k_layout.repeat_for_slots(tile_query(query, q_tile, kv_heads)).swapaxes(2, 3)
     if sinks is not None:
-        sinks = jnp.tile(sinks.reshape(kv_heads, q_heads_per_kv), q_tile)
-        sinks = sinks.reshape(kv_heads, call.q_rows, 1)
+        sinks = tile_sinks(sinks, q_tile, kv_heads).reshape(kv_heads, call.q_rows, 1)
     k_scales = k_layout.gather_scales(keys, table, call.pages_per_tile)
     v_scales = v_layout.gather_scales(values, table, call.pages_per_tile)
     out = _tpu_kernel.attend(

@@ -38,9 +38,9 @@ def _physical_page(
 def start_copies(refs: Refs, q_tile_index: jax.Array, kv_tile_index: jax.Array, buffer_index: Index) -> None:
     """Start the copies of a tile of keys and values. Values that are not copied become zeros."""
     call, keys, values = refs.call, refs.keys, refs.values
-    for side in (keys, values):
-        if side.pool.scales is not None:
-            side.scale_copy(refs.sequence(q_tile_index), kv_tile_index, buffer_index).start()
+    for kv in (keys, values):
+        if kv.pool.scales is not None:
+            kv.scale_copy(refs.sequence(q_tile_index), kv_tile_index, buffer_index).start()
 
     def start_page(page_index: jax.Array, _: None) -> None:
         logical_page = kv_tile_index * call.pages_per_tile + page_index
@@ -78,9 +78,9 @@ def start_next_copies(refs: Refs, kv_tile_index: jax.Array, end: jax.Array, buff
 def wait_for_copies(refs: Refs, kv_tile_index: jax.Array, buffer_index: jax.Array) -> None:
     """Wait for the copies that :func:`start_copies` started for a tile of this query tile."""
     call, keys, values = refs.call, refs.keys, refs.values
-    for side in (keys, values):
-        if side.pool.scales is not None:
-            side.scale_copy(refs.sequence(refs.q_tile_index), kv_tile_index, buffer_index).wait()
+    for kv in (keys, values):
+        if kv.pool.scales is not None:
+            kv.scale_copy(refs.sequence(refs.q_tile_index), kv_tile_index, buffer_index).wait()
 
     def wait_for_page(page_index: jax.Array, _: None) -> None:
         logical_page = kv_tile_index * call.pages_per_tile + page_index

@@ -1,7 +1,7 @@
 """The Pallas kernel of the ``tpu`` backend: one query tile after another, each over tiles of keys and values.
 
 The softmax is an online one (Milakov and Gimelshein, 2018), kept per KV head. ``_tpu_refs`` names the shapes,
-and ``_tpu_copies`` tells how tiles come to the chip.
+and ``_tpu_copies`` copies the tiles to the chip.
 """
 
 import functools
@@ -99,6 +99,7 @@ def _kernel(
     """Attend one query tile to all tiles of keys and values that it sees."""
     keys = KVRefs(call.keys, pools[0], buffers[0])
     values = KVRefs(call.values, pools[1], buffers[1])
+    kv_heads = query_ref.shape[1]
     q_tile_index = pl.program_id(0)
     refs = Refs(
         call, q_tile_index, visible_range_ref, position_ref, table_ref, query_ref, keys, values, state
@@ -116,9 +117,9 @@ def _kernel(
         buffer_index = lax.rem(state.tiles_done[0], 2)
         start_next_copies(refs, kv_tile_index, end, buffer_index)
         wait_for_copies(refs, kv_tile_index, buffer_index)
-        for side in (keys, values):
-            side.compute_multipliers(call, buffer_index)
-            _mark_visible(refs, side, kv_tile_index)
+        for kv in (keys, values):
+            kv.compute_multipliers(call, buffer_index)
+            _mark_visible(refs, kv, kv_tile_index)
         tile = KVTile(
             index=kv_tile_index,
             buffer_index=buffer_index,
@@ -126,7 +127,11 @@ def _kernel(
             first_visible=refs.first_visible(q_tile_index),
             last_visible=refs.last_visible(q_tile_index),
         )
-        lax.fori_loop(0, state.row_max.shape[0], lambda head, _: _attend_head(refs, tile, head), None)
+
+        def attend_head(head: jax.Array, _: None) -> None:
+            _attend_head(refs, tile, head)
+
+        lax.fori_loop(0, kv_heads, attend_head, None)
         state.tiles_done[0] += 1
 
     lax.fori_loop(first, end, attend_kv_tile, None)
@@ -151,18 +156,18 @@ def _initialize_state(refs: Refs, sinks_ref: Ref | None) -> None:
 def _load_positions(refs: Refs, query_index: jax.Array) -> jax.Array:
     """Return the positions of queries of this query tile, in the shape of ``query_index``."""
     q_tile = refs.call.q_tile
-    first = pl.program_id(0) * q_tile
+    first = refs.q_tile_index * q_tile
 
-    # Scalar memory is read one number at a time.
+    # SMEM is read one number at a time.
     def load_position(index: jax.Array, positions: jax.Array) -> jax.Array:
         return jnp.where(query_index == index, refs.position[first + index], positions)
 
     return lax.fori_loop(0, q_tile, load_position, jnp.full(query_index.shape, -1, jnp.int32))
 
 
-def _mark_visible(refs: Refs, side: KVRefs, kv_tile_index: jax.Array) -> None:
+def _mark_visible(refs: Refs, kv: KVRefs, kv_tile_index: jax.Array) -> None:
     """Fill the buffer ``visible`` for a tile, if there is one."""
-    visible_ref, layout, call = side.buffers.visible, side.layout, refs.call
+    visible_ref, layout, call = kv.buffers.visible, kv.layout, refs.call
     if visible_ref is None:
         return
     query_index = lax.broadcasted_iota(jnp.int32, (1, call.q_tile), 1)
@@ -177,15 +182,15 @@ def _mark_visible(refs: Refs, side: KVRefs, kv_tile_index: jax.Array) -> None:
     visible_ref[...] = visible
 
 
-def _visible_elements(refs: Refs, side: KVRefs, tile: KVTile) -> jax.Array:
+def _visible_elements(refs: Refs, kv: KVRefs, tile: KVTile) -> jax.Array:
     """Return [rows, row_width], True for the elements of slots that any query of the query tile sees.
 
     The elements of other slots may be NaN, and zero times NaN is NaN.
     """
-    if side.buffers.visible is not None:
-        return side.buffers.visible[...] > 0
-    num_rows = refs.call.kv_tile // side.layout.slots_per_row
-    slot = tile.index * refs.call.kv_tile + side.layout.slot_of_element(num_rows)
+    if kv.buffers.visible is not None:
+        return kv.buffers.visible[...] > 0
+    num_rows = refs.call.kv_tile // kv.layout.slots_per_row
+    slot = tile.index * refs.call.kv_tile + kv.layout.slot_of_element(num_rows)
     return (slot >= tile.first_visible) & (slot <= tile.last_visible)
 
 

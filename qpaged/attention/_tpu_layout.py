@@ -43,20 +43,25 @@ class TPULayout(Layout):
         """Rows of a page of one KV head."""
         return self.page_size // self.slots_per_row
 
+    @property
+    def decode_dtype(self) -> DTypeLike:
+        """The dtype that codes decode to: the logical one if there are no scales to multiply with."""
+        return jnp.float32 if self.scale_groups else self.dtype
+
     # Outside the kernel.
 
     def page_rows_of(self, pool: Pages) -> jax.Array:
-        """Return what a pool stores, [kv_heads, pages, page_rows, row_width]; no copy of a cache's pool."""
+        """Return a pool's codes as [kv_heads, pages, page_rows, row_width], as a cache stores them."""
         stored = stored_rows(pool)
         return stored.reshape(*stored.shape[:2], self.page_rows, self.row_width)
 
     def repeat_for_slots(self, query: jax.Array) -> jax.Array:
-        """Return [..., head_dim] as [..., codes_per_byte, row_width], the same for every slot of a row."""
+        """Return a query [..., head_dim] as [..., codes_per_byte, row_width], repeated for a row's slots."""
         query = query.reshape(*query.shape[:-1], self.slot_width, self.codes_per_byte).swapaxes(-1, -2)
         return jnp.tile(query, self.slots_per_row)
 
     def sum_over_slots(self, out: jax.Array) -> jax.Array:
-        """Return [..., codes_per_byte, row_width] as [..., head_dim], summed over the slots of a row."""
+        """Return an output [..., codes_per_byte, row_width] as [..., head_dim], summed over a row's slots."""
         out = out.reshape(*out.shape[:-1], self.slots_per_row, self.slot_width).sum(axis=-2)
         return out.swapaxes(-1, -2).reshape(*out.shape[:-2], self.head_dim)
 
@@ -169,9 +174,8 @@ class TPULayout(Layout):
     def _decode_codes(self, stored: jax.Array, byte_index: int) -> jax.Array:
         if self.quantizer is None:
             return stored.astype(jnp.float32)
-        decode_dtype = jnp.float32 if self.scale_groups else self.dtype
         codes = self.codes(stored, byte_index)
-        return self.quantizer.decode(codes, decode_dtype).astype(jnp.float32)
+        return self.quantizer.decode(codes, self.decode_dtype).astype(jnp.float32)
 
     def _repeat_for_lanes(
         self,

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from qpaged.attention._options import Options
 from qpaged.attention._tpu_layout import NN, TPULayout, dot
 
-Ref = Any  # an array in some memory; the type that Pallas gives it does not say that it can be indexed
+Ref = Any  # an array in some memory; the type that JAX gives it does not say that it can be indexed
 Index = jax.Array | int
 Spec = Any  # a memory space with a shape and a dtype, which becomes a Ref in the kernel
 
@@ -73,8 +73,8 @@ class Pool(NamedTuple):
             none.
     """
 
-    pages: Any
-    scales: Any
+    pages: Ref
+    scales: Ref
 
 
 class Buffers(NamedTuple):
@@ -92,12 +92,12 @@ class Buffers(NamedTuple):
             slots between the first visible one and the last are visible.
     """
 
-    pages: Any
-    scales: Any
-    semaphores: Any
-    multipliers: Any
-    offsets: Any
-    visible: Any
+    pages: Ref
+    scales: Ref
+    semaphores: Ref
+    multipliers: Ref
+    offsets: Ref
+    visible: Ref
 
     @classmethod
     def specs(cls, call: TPUCall, layout: TPULayout, pool: Pool) -> "Buffers":
@@ -128,21 +128,22 @@ class Buffers(NamedTuple):
 
 
 class State(NamedTuple):
-    """The online softmax of a query tile over the slots so far, and what else lasts longer than a tile.
+    """The online softmax of a query tile, over the tiles of keys and values so far.
 
     Attributes:
         row_max: [kv_heads, q_rows, 1] float32, the highest score of each query row.
-        row_sum: [kv_heads, q_rows, 1] float32, the sum of its weights.
-        acc: [kv_heads, codes_per_byte, q_rows, row_width] float32, the sum of its weighted values.
-        position: [q_rows, 1] int32, the position of each query row.
-        tiles_done: [1] int32 in scalar memory, tiles of keys and values since the kernel began.
+        row_sum: [kv_heads, q_rows, 1] float32, the sum of the weights.
+        acc: [kv_heads, codes_per_byte, q_rows, row_width] float32, the sum of the weighted values.
+        position: [q_rows, 1] int32, the position of each query row, which stays the same.
+        tiles_done: [1] int32 in SMEM, the tiles of keys and values of all query tiles so far. Its parity says
+            which buffer is computed with.
     """
 
-    row_max: Any
-    row_sum: Any
-    acc: Any
-    position: Any
-    tiles_done: Any
+    row_max: Ref
+    row_sum: Ref
+    acc: Ref
+    position: Ref
+    tiles_done: Ref
 
     @classmethod
     def specs(cls, call: TPUCall, kv_heads: int) -> "State":
@@ -166,7 +167,7 @@ class KVRefs:
     buffers: Buffers
 
     def page_copy(self, page: jax.Array, buffer_index: Index, page_index: jax.Array) -> Any:
-        """Return the copy of one page, all KV heads of it, to place ``page_index`` of a buffer."""
+        """Return the copy of a page, all KV heads of it, to a buffer as page ``page_index`` of the tile."""
         source = self.pool.pages.at[:, page]
         target = self.buffers.pages.at[buffer_index, page_index]
         return pltpu.make_async_copy(source, target, self.buffers.semaphores.at[buffer_index])
@@ -232,10 +233,10 @@ class Refs:
     Attributes:
         call: the static description of the call.
         q_tile_index: the query tile.
-        visible_range: [2 * num_q_tiles] int32 in scalar memory; the first and the last slot that any query of
+        visible_range: [2 * num_q_tiles] int32 in SMEM; the first and the last slot that any query of
             each query tile sees.
-        position: [num_q_tiles * q_tile] int32 in scalar memory.
-        table: [sequences * table_pages] int32 in scalar memory.
+        position: [num_q_tiles * q_tile] int32 in SMEM.
+        table: [sequences * table_pages] int32 in SMEM.
         query: [1, kv_heads, codes_per_byte, q_rows, row_width].
         keys: the keys.
         values: the values.

@@ -1,4 +1,4 @@
-"""The named shapes are a benchmark's, which is a script."""
+"""Put benchmarks/ on the path: the tests use the named shapes of benchmarks/shapes.py."""
 
 import sys
 from pathlib import Path

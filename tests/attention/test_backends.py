@@ -1,4 +1,4 @@
-"""The reference against a float64 oracle, and every other backend against the reference."""
+"""The reference agrees with a float64 oracle, and every other backend with the reference."""
 
 import functools
 
@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from support.arrays import normal
 from support.attention_oracle import attention
-from support.filled_pages import LENGTHS, PAGES, decode, filled, prefill
+from support.filled_pages import (
+    CHUNK,
+    LENGTHS,
+    PADDED_CHUNK,
+    combined_step,
+    decode_step,
+    filled_view,
+    permute_pages,
+    prefill_step,
+)
 from support.formats import CACHES
 
 import qpaged
@@ -25,8 +34,8 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @functools.partial(jax.jit, static_argnames=("softmax_scale", "sliding_window", "logits_soft_cap"))
-def everything(query, view, metadata, sinks, **options):
-    """All backends' results, and the pools' values."""
+def attend_on_every_backend(query, view, metadata, sinks, **options):
+    """Return the attention of each backend by name, and the dequantized keys and values."""
     outs = {
         name: qpaged.paged_attention(query, view, metadata, sinks=sinks, backend=name, **options)
         for name in ANYWHERE
@@ -38,105 +47,102 @@ def everything(query, view, metadata, sinks, **options):
     return outs, pools
 
 
-def run(case, format, metadata_of, rows, dtype=jnp.float32, head_dim=32):
-    """Results by backend, and the oracle's."""
+def attend_case(case, spelling, step, tokens, dtype=jnp.float32, head_dim=32):
+    """Return the attention of each backend by name, and the oracle's."""
     options = dict(case)
     q_heads, kv_heads = options.pop("heads")
     sinks = normal(q_heads, seed=7) if options.pop("sinks", False) else None
-    view, table = filled(format, kv_heads, head_dim)
-    metadata, position, row_table = metadata_of(table)
-    query = normal(rows, q_heads, head_dim, seed=5).astype(dtype)
-    outs, (keys, values) = everything(query, view, metadata, sinks, **options)
-    want = attention(
-        np.asarray(query, np.float32), np.asarray(keys), np.asarray(values), position, row_table,
+    view, table = filled_view(spelling, kv_heads, head_dim)
+    metadata, position, token_tables = step(table)
+    query = normal(tokens, q_heads, head_dim, seed=5).astype(dtype)
+    outs, (keys, values) = attend_on_every_backend(query, view, metadata, sinks, **options)
+    expected = attention(
+        np.asarray(query, np.float32), np.asarray(keys), np.asarray(values), position, token_tables,
         options.get("softmax_scale", head_dim**-0.5), options.get("sliding_window"),
         options.get("logits_soft_cap"), None if sinks is None else np.asarray(sinks, np.float64),
     )  # fmt: skip
-    return outs, want
+    return outs, expected
 
 
 @pytest.mark.parametrize(
-    ("format", "name"),
-    [(format, name) for format in CACHES for name in CASES if format in (None, "int8") or "sinks" in name],
+    ("spelling", "name"),
+    [
+        (spelling, name)
+        for spelling in CACHES
+        for name in CASES
+        if spelling in (None, "int8") or "sinks" in name
+    ],
 )
-def test_decode(format, name):
-    outs, want = run(CASES[name], format, decode, len(LENGTHS))
-    assert not outs["reference"][0].any()
-    np.testing.assert_allclose(outs["reference"], want, **TOLERANCE)
+def test_a_decode_agrees_with_the_oracle(spelling, name):
+    outs, expected = attend_case(CASES[name], spelling, decode_step, len(LENGTHS))
+    assert not outs["reference"][0].any()  # the inactive row
+    np.testing.assert_allclose(outs["reference"], expected, **TOLERANCE)
     np.testing.assert_allclose(outs["xla"], outs["reference"], **TOLERANCE)
 
 
 @pytest.mark.parametrize(
-    ("format", "name"), [(None, "grouped 4"), *((format, "grouped 1, window") for format in CACHES)]
+    ("spelling", "name"),
+    [(None, "grouped 4"), *((spelling, "grouped 1, window") for spelling in CACHES)],
 )
-def test_prefill(format, name):
-    outs, want = run(CASES[name], format, prefill, 16)
-    assert not outs["reference"][13:].any()
-    np.testing.assert_allclose(outs["reference"], want, **TOLERANCE)
+def test_a_prefill_agrees_with_the_oracle(spelling, name):
+    outs, expected = attend_case(CASES[name], spelling, prefill_step, PADDED_CHUNK)
+    assert not outs["reference"][CHUNK:].any()  # padding
+    np.testing.assert_allclose(outs["reference"], expected, **TOLERANCE)
     np.testing.assert_allclose(outs["xla"], outs["reference"], **TOLERANCE)
 
 
-@pytest.mark.parametrize("format", ["int8", "int8:channel", "raw", None])
-def test_both_modes_in_one_call(format):
-    view, table = filled(format, 2, 32)
-    prefilled = prefill(table)[0]
-    decoded = decode(table)[0]
-    both = prefilled.replace(
-        decodes_position=decoded.decodes_position, decodes_page_table=decoded.decodes_page_table
-    )
-    query = normal(16 + len(LENGTHS), 4, 32, seed=6)
-    together = qpaged.paged_attention(query, view, both)
-    np.testing.assert_allclose(
-        together[:16], qpaged.paged_attention(query[:16], view, prefilled), **TOLERANCE
-    )
-    np.testing.assert_allclose(together[16:], qpaged.paged_attention(query[16:], view, decoded), **TOLERANCE)
+@pytest.mark.parametrize("spelling", ["int8", "int8:channel", "raw", None])
+def test_a_combined_step_gives_what_a_prefill_and_a_decode_give(spelling):
+    view, table = filled_view(spelling, 2, 32)
+    query = normal(PADDED_CHUNK + len(LENGTHS), 4, 32, seed=6)
+    combined = qpaged.paged_attention(query, view, combined_step(table))
+    prefill = qpaged.paged_attention(query[:PADDED_CHUNK], view, prefill_step(table)[0])
+    decode = qpaged.paged_attention(query[PADDED_CHUNK:], view, decode_step(table)[0])
+    np.testing.assert_allclose(combined[:PADDED_CHUNK], prefill, **TOLERANCE)
+    np.testing.assert_allclose(combined[PADDED_CHUNK:], decode, **TOLERANCE)
 
 
-@pytest.mark.parametrize("format", ["int8", "int8:token", "int8:channel", "fp8_e4m3", "raw"])
-def test_bfloat16_queries(format):
-    outs, want = run(CASES["grouped 4"], format, decode, len(LENGTHS), jnp.bfloat16)
+@pytest.mark.parametrize("spelling", ["int8", "int8:token", "int8:channel", "fp8_e4m3", "raw"])
+def test_bfloat16_queries_agree_to_their_rounding(spelling):
+    outs, expected = attend_case(CASES["grouped 4"], spelling, decode_step, len(LENGTHS), jnp.bfloat16)
     assert {out.dtype for out in outs.values()} == {jnp.dtype(jnp.bfloat16)}
-    np.testing.assert_allclose(outs["reference"].astype(np.float32), want, rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(outs["reference"].astype(np.float32), expected, rtol=2**-8, atol=1e-5)
     # xla rounds scaled queries, weights and scaled weights to bfloat16: each 2^-9 of values up to 4
-    np.testing.assert_allclose(outs["xla"].astype(np.float32), want, rtol=2**-7, atol=4 * 3 * 2**-9)
+    np.testing.assert_allclose(outs["xla"].astype(np.float32), expected, rtol=2**-7, atol=4 * 3 * 2**-9)
 
 
-def test_many_blocks_and_tiles(monkeypatch):
+def test_many_tiles_agree_with_the_oracle(monkeypatch):
     from qpaged.attention import _xla
 
     monkeypatch.setattr(_xla, "KV_TILE", 16)
     monkeypatch.setattr(_xla, "Q_TILE", 4)
-    everything.clear_cache()
-    for case in ("grouped 1, window", "grouped 8, soft cap, sinks"):
-        for metadata_of, rows in ((decode, len(LENGTHS)), (prefill, 16)):
-            outs, want = run(CASES[case], "int8", metadata_of, rows)
-            np.testing.assert_allclose(outs["xla"], want, **TOLERANCE)
-    everything.clear_cache()
+    attend_on_every_backend.clear_cache()
+    for name in ("grouped 1, window", "grouped 8, soft cap, sinks"):
+        for step, tokens in ((decode_step, len(LENGTHS)), (prefill_step, PADDED_CHUNK)):
+            outs, expected = attend_case(CASES[name], "int8", step, tokens)
+            np.testing.assert_allclose(outs["xla"], expected, **TOLERANCE)
+    attend_on_every_backend.clear_cache()
 
 
 @pytest.mark.parametrize("backend", ANYWHERE)
 def test_a_permuted_pool_gives_the_same_bits(backend):
-    view, table = filled("int8", 2, 16)
-    order = np.random.default_rng(3).permutation(PAGES)
-    place = np.append(np.argsort(order), PAGES)
-    moved = jax.tree_util.tree_map(lambda leaf: leaf[:, order], view)
+    view, table = filled_view("int8", 2, 16)
+    permuted, permuted_table = permute_pages(view, table)
     query = normal(len(LENGTHS), 4, 16, seed=5)
-    outs = [
-        qpaged.paged_attention(query, v, decode(t)[0], backend=backend)
-        for v, t in ((view, table), (moved, place[table]))
-    ]
-    np.testing.assert_array_equal(*outs)
+    out = qpaged.paged_attention(query, view, decode_step(table)[0], backend=backend)
+    permuted_out = qpaged.paged_attention(query, permuted, decode_step(permuted_table)[0], backend=backend)
+    np.testing.assert_array_equal(out, permuted_out)
 
 
-def test_nothing_to_attend_to():
-    view, _ = filled("int8", 2, 16)
+def test_an_empty_step_gives_zeros():
+    view, _ = filled_view("int8", 2, 16)
     out = qpaged.paged_attention(normal(3, 4, 16), view, qpaged.PagedAttentionMetadata.init_empty())
     assert out.shape == (3, 4, 16) and not out.any()
 
 
-def test_reference_has_a_gradient():
-    view, table = filled("int8", 2, 16)
-    metadata = decode(table)[0]
+def test_the_reference_has_a_gradient():
+    view, table = filled_view("int8", 2, 16)
+    metadata = decode_step(table)[0]
 
     def loss(query, backend):
         return (qpaged.paged_attention(query, view, metadata, backend=backend) ** 2).sum()
@@ -144,11 +150,11 @@ def test_reference_has_a_gradient():
     query = normal(len(LENGTHS), 4, 16, seed=5)
     gradient = jax.jit(jax.grad(loss), static_argnums=1)(query, "reference")
     step = normal(*query.shape, seed=9) * 1e-2
-    slope = (loss(query + step, "reference") - loss(query - step, "reference")) / 2
-    np.testing.assert_allclose((gradient * step).sum(), slope, rtol=2e-2)
+    difference = (loss(query + step, "reference") - loss(query - step, "reference")) / 2
+    np.testing.assert_allclose((gradient * step).sum(), difference, rtol=2e-2)
 
 
-BAD = [
+BAD_ARGUMENTS = [
     ({"backend": "npu"}, ValueError, "one of tpu, gpu, xla, reference, or None, but came as 'npu'"),
     ({"backend": "gpu"}, ValueError, "takes the call, but 'gpu' declines: it "),
     ({"backend": "tpu"}, ValueError, "but 'tpu' declines: it .*"),
@@ -171,13 +177,13 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("change", "error", "message"), BAD)
-def test_bad_arguments(change, error, message):
-    view, table = filled("int8", 2, 16)
+@pytest.mark.parametrize(("change", "error", "message"), BAD_ARGUMENTS)
+def test_bad_arguments_are_refused(change, error, message):
+    view, table = filled_view("int8", 2, 16)
     arguments = {
         "query": np.zeros((6, 4, 16), np.float32),
         "view": view,
-        "metadata": decode(table)[0],
+        "metadata": decode_step(table)[0],
     } | change
     with pytest.raises(error, match=message):
         qpaged.paged_attention(arguments.pop("query"), **arguments)

@@ -1,4 +1,4 @@
-"""Pages handed to JAX's own kernels: the same values, and the same attention."""
+"""Pages handed to JAX's own kernels have the same values, and give the same attention."""
 
 import dataclasses
 import functools
@@ -26,8 +26,8 @@ DECODE = qpaged.PagedAttentionMetadata.decode(position=POSITIONS, page_table=TAB
 PREFILL = qpaged.PagedAttentionMetadata.prefill(position=np.arange(11, 19), page_table=TABLE[2], length=5)
 EMPTY = qpaged.PagedAttentionMetadata.init_empty()
 
-kernels = pytest.mark.skipif(
-    version_tuple(jax.__version__) < (0, 10), reason="older kernels of JAX are not interpreted as its own are"
+needs_interpreter = pytest.mark.skipif(
+    version_tuple(jax.__version__) < (0, 10), reason="the kernels of older JAX cannot be interpreted"
 )
 # float32 sums of some tens of products in other orders, through an exponential; the TPU kernel's reading of
 # scales that are rounded moves a score by 2^-22 of itself, 5e-6 for one of 20.
@@ -36,31 +36,31 @@ promoting = functools.partial(jax.numpy_dtype_promotion, "standard")  # as the k
 
 
 @functools.cache
-def view_of(keys, values, dtype=jnp.float32):
-    """A view whose every slot holds something."""
+def view_of(key_spelling, value_spelling, dtype=jnp.float32):
+    """Return a view of these formats whose every slot holds a token."""
     shape = HEADS, PAGES, PAGE_SIZE, HEAD_DIM
-    pools = (normal(*shape, seed=seed, scale=1.5).astype(dtype) for seed in (1, 2))
-    quantized = (quantize(format)(x) for format, x in zip((keys, values), pools, strict=True))
-    return qpaged.PagedAttentionCacheView(CONFIG, 0, *quantized)
+    keys = quantize(key_spelling, normal(*shape, seed=1, scale=1.5).astype(dtype))
+    values = quantize(value_spelling, normal(*shape, seed=2, scale=1.5).astype(dtype))
+    return qpaged.PagedAttentionCacheView(CONFIG, 0, keys, values)
 
 
-@functools.cache
-def quantize(format):
-    return jax.jit(lambda x: x if format is None else qpaged.get_quantizer(format).quantize(x))
+@functools.partial(jax.jit, static_argnums=0)
+def quantize(spelling, values):
+    return values if spelling is None else qpaged.get_quantizer(spelling).quantize(values)
 
 
-decoded = jax.jit(qpaged.QuantizedArray.dequantize)
+dequantize = jax.jit(qpaged.QuantizedArray.dequantize)
 
 
 def reference(view, metadata=DECODE):
-    """A query, and what the reference gives for it with a softmax_scale of 1."""
+    """Return a query, and its attention on the reference backend with a softmax_scale of 1."""
     query = normal(len(POSITIONS) if metadata is DECODE else 8, 2 * HEADS, HEAD_DIM, seed=5)
     attend = functools.partial(qpaged.paged_attention, backend="reference", softmax_scale=1.0)
     return query, jax.jit(attend)(query, view, metadata)
 
 
 @pytest.mark.parametrize(
-    ("format", "dtype", "kept"),
+    ("spelling", "dtype", "same_bytes"),
     [
         ("int8:token", jnp.int8, True),
         ("fp8_e4m3", jnp.float8_e4m3fn, True),
@@ -68,30 +68,31 @@ def reference(view, metadata=DECODE):
         ("int4:page", jnp.int8, False),
     ],
 )
-def test_scaled_pages_are_the_values(format, dtype, kept):
-    view = view_of(format, "int8:token")
+def test_scaled_pages_times_their_scales_are_the_values(spelling, dtype, same_bytes):
+    view = view_of(spelling, "int8:token")
     pages, values = jax.jit(lambda view: (interop.scaled_pages(view), view.key_pages.dequantize()))(view)
     assert pages.k_pages.dtype == dtype and pages.k_scales_pages.shape == (HEADS, PAGES, PAGE_SIZE)
     read = np.asarray(pages.k_pages.astype(jnp.float32)) * np.asarray(pages.k_scales_pages)[..., None]
     np.testing.assert_array_equal(read, values)
-    assert not kept or np.asarray(pages.k_pages).tobytes() == np.asarray(view.key_pages.codes).tobytes()
+    if same_bytes:
+        assert np.asarray(pages.k_pages).tobytes() == np.asarray(view.key_pages.codes).tobytes()
 
 
 @pytest.mark.parametrize(
-    ("format", "loss"), [("int8:token", 4 * 2.0**-24), ("int4:token", 0), ("int4:page", 0)]
+    ("spelling", "loss"), [("int8:token", 4 * 2.0**-24), ("int4:token", 0), ("int4:page", 0)]
 )
-def test_quantized_tensors_are_the_values(format, loss):
-    view = view_of(format, format)
+def test_quantized_tensors_read_as_the_values(spelling, loss):
+    view = view_of(spelling, spelling)
     for tensor, pool in zip(
         jax.jit(interop.quantized_tensors)(view), (view.key_pages, view.value_pages), strict=True
     ):
         assert tensor.weight.dtype == jnp.int8 and tensor.scales.dtype == jnp.float32
         assert tensor.scales.shape == (HEADS, PAGES, PAGE_SIZE, 1)
         read = np.asarray(tensor.weight, np.float32) * np.asarray(tensor.scales) / np.float32(127.5)
-        np.testing.assert_allclose(read, decoded(pool), rtol=loss, atol=0)
+        np.testing.assert_allclose(read, dequantize(pool), rtol=loss, atol=0)
 
 
-def test_plain_pages_are_handed_over():
+def test_plain_pages_are_passed_on():
     view = view_of(None, "raw", jnp.bfloat16)
     keys, values = interop.quantized_tensors(view)
     pages = interop.scaled_pages(view)
@@ -101,74 +102,74 @@ def test_plain_pages_are_handed_over():
     assert pages.k_scales_pages is None and pages.v_scales_pages is None
 
 
-@pytest.mark.parametrize("format", ["int8", "fp8_e4m3"])
-def test_interleaved_pages_lose_nothing_in_bfloat16(format):
-    view = view_of(format, format, jnp.bfloat16)
+@pytest.mark.parametrize("spelling", ["int8", "fp8_e4m3"])
+def test_interleaved_pages_lose_nothing_in_bfloat16(spelling):
+    view = view_of(spelling, spelling, jnp.bfloat16)
     pages = jax.jit(interop.interleaved_pages)(view)
     assert pages.shape == (PAGES, PAGE_SIZE, 2 * HEADS, HEAD_DIM) and pages.dtype == jnp.bfloat16
     for first, pool in enumerate((view.key_pages, view.value_pages)):
         heads = pages[:, :, first::2].transpose(2, 0, 1, 3).astype(jnp.float32)
-        np.testing.assert_array_equal(heads, decoded(pool))
+        np.testing.assert_array_equal(heads, dequantize(pool))
 
 
-def test_decode_sequences():
+def test_decode_sequences_are_lengths_and_page_tables():
     lengths, pages = jax.jit(interop.decode_sequences)(view_of(None, None), DECODE)
     assert lengths.dtype == pages.dtype == jnp.int32
     np.testing.assert_array_equal(lengths, [0, 5, 21, 0])
     np.testing.assert_array_equal(pages, [[0, 0, 0], [3, 0, 0], [5, 0, 2], [1, 4, 0]])
 
 
-def test_ragged_sequences():
-    made = jax.jit(interop.ragged_sequences)
-    found = made(view_of(None, None), DECODE), made(view_of(None, None), PREFILL)
-    want = (
-        ([1, 5, 21, 1], [[0, 0, 0], [3, 0, 0], [5, 0, 2], [1, 4, 0]], [0, 1, 2, 3, 4], [4]),
-        ([16], [[5, 0, 2]], [0, 5], [1]),
-    )
-    for sequences, expected in zip(found, want, strict=True):
-        assert {array.dtype for array in sequences} == {jnp.dtype(jnp.int32)}
-        for array, values in zip(sequences, expected, strict=True):
-            np.testing.assert_array_equal(array, values)
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        (DECODE, ([1, 5, 21, 1], [[0, 0, 0], [3, 0, 0], [5, 0, 2], [1, 4, 0]], [0, 1, 2, 3, 4], [4])),
+        (PREFILL, ([16], [[5, 0, 2]], [0, 5], [1])),
+    ],
+)
+def test_ragged_sequences_are_lengths_page_tables_and_queries(metadata, expected):
+    sequences = jax.jit(interop.ragged_sequences)(view_of(None, None), metadata)
+    assert {array.dtype for array in sequences} == {jnp.dtype(jnp.int32)}
+    for array, values in zip(sequences, expected, strict=True):
+        np.testing.assert_array_equal(array, values)
 
 
-@kernels
-def test_tpu_kernel():
+@needs_interpreter
+def test_the_tpu_kernel_of_jax_agrees_with_the_reference():
     from jax.experimental.pallas import tpu as pltpu
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
     view = view_of("int8:token", "int4:page")
-    query, want = reference(view)
+    query, expected = reference(view)
     with promoting(), pltpu.force_tpu_interpret_mode():
         pages, sequences = interop.quantized_tensors(view), interop.decode_sequences(view, DECODE)
-        got = paged_attention(query, *pages, *sequences, pages_per_compute_block=1)
-    np.testing.assert_allclose(got, want, **TOLERANCE)
+        out = paged_attention(query, *pages, *sequences, pages_per_compute_block=1)
+    np.testing.assert_allclose(out, expected, **TOLERANCE)
 
 
-@kernels
+@needs_interpreter
 @pytest.mark.filterwarnings("ignore:jax.experimental.pallas.ops.gpu.paged_attention is deprecated")
-def test_gpu_kernel():
+def test_the_gpu_kernel_of_jax_agrees_with_the_reference():
     module = pytest.importorskip("jax.experimental.pallas.ops.gpu.paged_attention")
     view = view_of("fp8_e4m3", "int8:token")
-    query, want = reference(view)
+    query, expected = reference(view)
     lengths, tables = interop.decode_sequences(view, DECODE)
     pages = interop.scaled_pages(view)
     with promoting():
-        got = module.paged_attention(
+        out = module.paged_attention(
             query, block_tables=tables, lengths=lengths, **pages._asdict(),
             pages_per_compute_block=1, k_splits=1, interpret=True,
         )  # fmt: skip
-    np.testing.assert_allclose(got, want, **TOLERANCE)
+    np.testing.assert_allclose(out, expected, **TOLERANCE)
 
 
-@kernels
+@needs_interpreter
 @pytest.mark.parametrize(("metadata", "rows"), [(DECODE, slice(1, 3)), (PREFILL, slice(0, 5))])
-def test_ragged_kernel(metadata, rows):
-    """Its package's own reference in its place: what interprets kernels cannot read the reshaped buffers that
-    the kernel does."""
+def test_the_ragged_reference_of_jax_agrees_with_the_reference(metadata, rows):
+    """The interpreter cannot run the ragged kernel, which reads reshaped buffers: its reference stands in."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
     view = view_of("int8", "int8:token")
-    query, want = reference(view, metadata)
+    query, expected = reference(view, metadata)
     sequences = [np.asarray(array) for array in interop.ragged_sequences(view, metadata)]
 
     @jax.jit
@@ -176,12 +177,12 @@ def test_ragged_kernel(metadata, rows):
         return ref_ragged_paged_attention(query, interop.interleaved_pages(view), *sequences)
 
     with promoting():
-        got = attend(query, view)
-    np.testing.assert_allclose(got[rows], want[rows], **TOLERANCE)
+        out = attend(query, view)
+    np.testing.assert_allclose(out[rows], expected[rows], **TOLERANCE)
 
 
-@kernels
-def test_ragged_kernel_takes_the_arrays():
+@needs_interpreter
+def test_the_ragged_kernel_of_jax_takes_the_arrays():
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     def attend(query):
@@ -197,7 +198,7 @@ def test_ragged_kernel_takes_the_arrays():
         assert jax.eval_shape(attend, query).shape == query.shape
 
 
-SAID = {
+REFUSED = {  # by scaled_pages, with the message
     "int8/int8:token": "view must hold pages whose values are int8 or float8_e4m3fn or float8_e5m2 numbers "
     "times one scale for each slot, but its keys are int8, which reads its codes as numbers of magnitude 0.5 "
     "to 127.5; take interleaved_pages, which decodes them, or qpaged.paged_attention, which takes every "
@@ -206,7 +207,7 @@ SAID = {
     "int8:token/int8:token+offset": "values are int8:token+offset, which adds an offset to each block; take",
     "int8:token+rotate/raw": "its keys are int8:token+rotate, which holds transformed channels; take",
 }
-SAID_FOR_THE_TPU = {
+REFUSED_FOR_TPU = {  # by quantized_tensors
     "fp8_e4m3/raw": "values are int8 numbers times one scale for each slot, but its keys are fp8_e4m3, which",
     "raw/int8:token": "view must hold keys and values that are both plain or both quantized, since the "
     "kernel takes scales for both or for neither, but its keys are plain and its values quantized; give both "
@@ -215,13 +216,13 @@ SAID_FOR_THE_TPU = {
 
 
 @pytest.mark.parametrize(
-    ("adapter", "format", "message"),
-    [(interop.scaled_pages, *said) for said in SAID.items()]
-    + [(interop.quantized_tensors, *said) for said in SAID_FOR_THE_TPU.items()],
+    ("adapter", "spellings", "message"),
+    [(interop.scaled_pages, *refused) for refused in REFUSED.items()]
+    + [(interop.quantized_tensors, *refused) for refused in REFUSED_FOR_TPU.items()],
 )
-def test_formats_that_a_kernel_cannot_read_exactly(adapter, format, message):
+def test_formats_that_a_kernel_cannot_read_exactly_are_refused(adapter, spellings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        adapter(view_of(*format.split("/")))
+        adapter(view_of(*spellings.split("/")))
 
 
 BOTH = PREFILL.replace(decodes_position=POSITIONS, decodes_page_table=TABLE)
@@ -245,12 +246,12 @@ BOTH = PREFILL.replace(decodes_position=POSITIONS, decodes_page_table=TABLE)
         (interop.ragged_sequences, BOTH, "but is of a prefill and a decode; call the kernel once for each"),
     ],
 )
-def test_steps_that_a_kernel_does_not_take(adapter, metadata, message):
+def test_steps_that_a_kernel_does_not_take_are_refused(adapter, metadata, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         adapter(view_of(None, None), metadata)
 
 
-def test_foreign_pages():
+def test_implicit_arrays_of_another_class_are_decoded_or_refused():
     pool = Zeros(shape=CONFIG.pool_shape, dtype=jnp.float32)
     view = qpaged.PagedAttentionCacheView(CONFIG, 0, pool, pool)
     with pytest.raises(
@@ -261,13 +262,13 @@ def test_foreign_pages():
 
 
 class Zeros(ImplicitArray):
-    """Pages of another class."""
+    """An implicit array that is no QuantizedArray."""
 
     def materialize(self):
         return jnp.zeros(self.shape, self.dtype)
 
 
-def test_importing_it_imports_no_kernels():
+def test_importing_interop_imports_no_kernels():
     code = "import sys, qpaged.interop; sys.exit('jax.experimental.pallas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -275,14 +276,14 @@ def test_importing_it_imports_no_kernels():
 @pytest.mark.skipif(not hasattr(jax, "set_mesh"), reason="this JAX has no meshes of Explicit axes")
 def test_sharded_pages_stay_where_they_are():
     mesh = jax.make_mesh((HEADS,), ("heads",), axis_types=(jax.sharding.AxisType.Explicit,))
-    # whose pools hold two slots to a row
+    # The stored rows of these pools hold two slots each.
     config = qpaged.PagedAttentionCacheMetaData(4, 1, PAGES, 3, 48, 16, HEADS, 64, 0.5)
     by_head = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("heads"))
     with jax.set_mesh(mesh):
         view = qpaged.PagedAttentionCacheView.fresh(None, jnp.bfloat16, config, 0, None, "int8:token")
         assert view.key_pages.slots_per_row == 2
         view = jax.tree_util.tree_map(lambda leaf: jax.device_put(leaf, by_head), view)
-        for made in (interop.quantized_tensors(view), interop.scaled_pages(view)):
-            for leaf in jax.tree_util.tree_leaves(made):
+        for pages in (interop.quantized_tensors(view), interop.scaled_pages(view)):
+            for leaf in jax.tree_util.tree_leaves(pages):
                 assert leaf.sharding.spec[0] == "heads"
         assert interop.interleaved_pages(view).sharding.spec[2] == "heads"

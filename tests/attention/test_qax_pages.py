@@ -1,4 +1,4 @@
-"""On the lane of qax, pages are qax's own implicit arrays, and its transform takes them."""
+"""With qax installed, pages are qax's own implicit arrays, and its transform takes them."""
 
 import jax
 import numpy as np
@@ -17,15 +17,15 @@ TABLE = np.array([[2, 0, 3]], np.int32)
 
 
 def decode_attention(query, keys, values):
-    """One query of 17 tokens over plain pages, in plain JAX."""
+    """Return the attention of one query [2, 2, head_dim] to 17 tokens on plain pages, in plain JAX."""
     k, v = (pool[:, TABLE[0]].reshape(2, 24, 32)[:, :17] for pool in (keys, values))
     weights = jax.nn.softmax(jax.numpy.einsum("hgd,hsd->hgs", query, k) / 32**0.5)
     return jax.numpy.einsum("hgs,hsd->hgd", weights, v)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_qax_attends_over_the_pages(format):
-    view = qpaged.PagedAttentionCacheView.init(None, "float32", CONFIG, 0, None, format)
+@pytest.mark.parametrize("spelling", FORMATS)
+def test_qax_attends_over_the_pages(spelling):
+    view = qpaged.PagedAttentionCacheView.init(None, "float32", CONFIG, 0, None, spelling)
     prefill = qpaged.PagedAttentionMetadata.prefill(position=np.arange(17), page_table=TABLE[0])
     view = jax.jit(qpaged.PagedAttentionCacheView.write_prefill_to_cache)(
         view, normal(17, 2, 32), normal(17, 2, 32, seed=1), prefill
@@ -33,8 +33,8 @@ def test_qax_attends_over_the_pages(format):
     assert isinstance(view.key_pages, qax.ImplicitArray)
     query = normal(1, 4, 32, seed=2)
     decode = qpaged.PagedAttentionMetadata.decode(position=np.array([16]), page_table=TABLE)
-    want = jax.jit(qpaged.paged_attention)(query, view, decode)
-    got = jax.jit(qax.use_implicit_args(decode_attention))(
+    expected = jax.jit(qpaged.paged_attention)(query, view, decode)
+    out = jax.jit(qax.use_implicit_args(decode_attention))(
         query[0].reshape(2, 2, 32), view.key_pages, view.value_pages
     )
-    np.testing.assert_allclose(got.reshape(1, 4, 32), want, rtol=2e-6, atol=2e-6)
+    np.testing.assert_allclose(out.reshape(1, 4, 32), expected, rtol=2e-6, atol=2e-6)

@@ -1,32 +1,40 @@
-"""Attention in float64 NumPy, one query at a time: what every backend is held to."""
+"""Attention in float64 NumPy, one query at a time, which every backend is compared with."""
 
 import numpy as np
 
 
-def attention(query, keys, values, position, table, scale, window=None, cap=None, sinks=None):
-    """(n, q_heads, head_dim) for queries (n, q_heads, head_dim) at ``position`` (n,).
-
-    ``keys`` and ``values`` are pools (kv_heads, pages, page_size, head_dim); ``table`` is (n, pages).
-    """
+def attention(
+    query,  # [tokens, q_heads, head_dim]
+    keys,  # [kv_heads, num_pages, page_size, head_dim]
+    values,  # [kv_heads, num_pages, page_size, head_dim]
+    positions,  # [tokens]
+    table,  # [tokens, pages]
+    scale,
+    window=None,
+    cap=None,
+    sinks=None,  # [q_heads]
+):
+    """Return the attention of each query, [tokens, q_heads, head_dim]."""
     out = np.zeros(query.shape)
-    kv_heads, pages, page_size, _ = keys.shape
-    group = query.shape[1] // kv_heads
-    for i, p in enumerate(position):
-        if p < 0 or p >= table.shape[1] * page_size:
+    kv_heads, num_pages, page_size, _ = keys.shape
+    q_heads_per_kv = query.shape[1] // kv_heads
+    for token, position in enumerate(positions):
+        if position < 0 or position >= table.shape[1] * page_size:
             continue
-        lowest = 0 if window is None else max(0, p - window + 1)
-        places = [(table[i, s // page_size], s % page_size) for s in range(lowest, p + 1)]
-        places = [(page, slot) for page, slot in places if 0 <= page < pages]
-        for head in range(query.shape[1]):
-            k = np.array([keys[head // group, page, slot] for page, slot in places], np.float64)
-            v = np.array([values[head // group, page, slot] for page, slot in places], np.float64)
-            scores = scale * k.reshape(len(places), -1) @ query[i, head].astype(np.float64)
+        first = 0 if window is None else max(0, position - window + 1)
+        slots = [(table[token, s // page_size], s % page_size) for s in range(first, position + 1)]
+        slots = [(page, slot) for page, slot in slots if 0 <= page < num_pages]
+        if not slots:
+            continue
+        for q_head in range(query.shape[1]):
+            kv_head = q_head // q_heads_per_kv
+            k = np.array([keys[kv_head, page, slot] for page, slot in slots], np.float64)
+            v = np.array([values[kv_head, page, slot] for page, slot in slots], np.float64)
+            scores = scale * k @ query[token, q_head].astype(np.float64)
             if cap is not None:
                 scores = cap * np.tanh(scores / cap)
-            if not places:
-                continue
-            top = max(scores.max(), -np.inf if sinks is None else sinks[head])
-            weights = np.exp(scores - top)
-            total = weights.sum() + (0 if sinks is None else np.exp(sinks[head] - top))
-            out[i, head] = weights @ v / total
+            sink = -np.inf if sinks is None else sinks[q_head]
+            highest = max(scores.max(), sink)
+            weights = np.exp(scores - highest)
+            out[token, q_head] = weights @ v / (weights.sum() + np.exp(sink - highest))
     return out

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 import qpaged
 from qpaged.cli import main
-from qpaged.quantizer import _registry
+from qpaged.formats import _registry
 from qpaged.sweep import installed_formats
 
 WITHOUT_EXTRAS = """
