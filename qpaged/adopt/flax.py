@@ -144,8 +144,8 @@ def _owner(model: nnx.Module, leaf: CacheLeaf) -> tuple[str, nnx.Module]:
             owners[path] = module
     if not owners:
         raise ValueError(
-            f"model must have a module with __call__ around each variable of its cache, but {leaf.path} is in "
-            f"none; give the module that attends a __call__."
+            f"model must have a module with __call__ around each variable of its cache, but {leaf.path} is "
+            f"in none; give the module that attends a __call__."
         )
     innermost = max(owners, key=len)
     return innermost, owners[innermost]

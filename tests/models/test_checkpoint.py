@@ -22,7 +22,7 @@ from qpaged.models import (
     read_config,
     save_checkpoint,
 )
-from qpaged.models._shards import StoredTensor
+from qpaged.models._safetensors import StoredTensor
 
 CONFIG = DecoderConfig(
     vocab_size=11,
