@@ -10,12 +10,14 @@ from qpaged.adopt._dataflow import NO_AXES, Axes, Read, Write
 def length_candidates(shape: Sequence[int], writes: Sequence[Write], reads: Sequence[Read]) -> Axes:
     """Return the axes that may be the length.
 
-    These are the axes along which every partial write takes a part. No dot batches over the length, and some
-    dot reads more than one index of it.
+    Every partial write is partial along the length. Other axes may be written in part as well, but dots read
+    them in another way.
     """
     partial = [write.partial_axes for write in writes if write.partial_axes]
     always_partial = frozenset.intersection(*partial) if partial else NO_AXES
+    # One sequence may be written at a time, but all of them are read by a dot that batches over them.
     batched = NO_AXES.union(*(read.batch for read in reads))
+    # One layer may be written at a time, but it is then read alone, too.
     selected_axes = [frozenset(axis for axis, _ in read.selected) for read in reads]
     always_selected = frozenset.intersection(*selected_axes)
     return frozenset(axis for axis in always_partial - batched - always_selected if shape[axis] > 1)
@@ -25,7 +27,10 @@ def head_dim_candidates(length: int, keys: Sequence[Read], values: Sequence[Read
     """Return the axes that may be head_dim."""
     per_read = axes_with_head_dim(keys, values)
     shared = frozenset.intersection(*per_read) - {length}
-    return shared or per_read[0] - {length}
+    if shared:
+        return shared
+    # The reads share none. If the first one leaves several, the error lists them.
+    return per_read[0] - {length}
 
 
 def axes_with_head_dim(keys: Sequence[Read], values: Sequence[Read]) -> list[Axes]:

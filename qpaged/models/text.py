@@ -60,7 +60,7 @@ def _library_root() -> Path:
 
 
 def _source_files(root: Path) -> list[Path]:
-    """Return all files that are text of the library, sorted by path; raise FileNotFoundError if there are none."""
+    """Return all source files of the library, sorted by path; raise FileNotFoundError without any."""
     files = sorted(_iterate_source_files(root))
     if not files:
         raise FileNotFoundError(

@@ -25,7 +25,7 @@ def _scatter(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -> Se
     shape = shape_of(eqn.invars[0])
     update_shape = shape_of(eqn.invars[2])
     inserted_axes = numbers.inserted_window_dims
-    batching_axes = getattr(numbers, "operand_batching_dims", ())
+    batching_axes = numbers.operand_batching_dims
     window_axes = [axis for axis in range(len(shape)) if axis not in (*inserted_axes, *batching_axes)]
     # Along an inserted axis each window is one index wide; along a batching axis the windows cover
     # everything.
@@ -55,8 +55,8 @@ def _dot_general(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -
     contracting, batch = eqn.params["dimension_numbers"]
     for views, contracting_axes, batch_axes in zip(operands, contracting, batch, strict=True):
         for view in views:
-            axes = range(len(view.input_axes))
-            free_axes = [axis for axis in axes if axis not in (*contracting_axes, *batch_axes)]
+            ndim = len(view.input_axes)
+            free_axes = set(range(ndim)) - {*contracting_axes, *batch_axes}
             dataflow.add_read(
                 Read(
                     view.input_index,
@@ -67,7 +67,7 @@ def _dot_general(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -
                     selected=view.selected,
                 )
             )
-    return [()]
+    return [()]  # scores and attention's output show nothing of the cache any more
 
 
 ACCESS_RULES: dict[str, Rule] = {

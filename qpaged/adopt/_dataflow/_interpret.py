@@ -40,7 +40,7 @@ def _interpret(dataflow: Dataflow, jaxpr: AnyJaxpr, inputs: Sequence[Views]) -> 
 
     for eqn in opened.eqns:
         operands = [views_of(atom) for atom in eqn.invars]
-        if any(operands):
+        if any(operands):  # the rest of the model computes with nothing of any input
             rule = RULES.get(eqn.primitive.name, _call_or_elementwise)
             outputs = rule(dataflow, eqn, operands)
             views.update(zip(eqn.outvars, outputs, strict=True))
@@ -98,6 +98,7 @@ def _elementwise(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -
 
 
 def _cond(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -> Sequence[Views]:
+    # The first operand is the index of the branch.
     branches = [_interpret(dataflow, branch, operands[1:]) for branch in eqn.params["branches"]]
     outputs = []
     for alternatives in zip(*branches, strict=True):
@@ -109,6 +110,7 @@ def _while(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -> Sequ
     first_body_const = eqn.params["cond_nconsts"]
     first_carry = first_body_const + eqn.params["body_nconsts"]
     consts = operands[first_body_const:first_carry]
+    # The condition is not interpreted: it returns a flag, and writes nothing.
 
     def body(carry: Sequence[Views]) -> list[Views]:
         return _interpret(dataflow, eqn.params["body_jaxpr"], [*consts, *carry])

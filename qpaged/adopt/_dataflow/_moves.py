@@ -100,7 +100,7 @@ def _select_single(view: View, shape: Shape, sizes: Sequence[int], starts: Seque
 @_each_view
 def _gather(eqn: JaxprEqn, view: View) -> View:
     numbers = eqn.params["dimension_numbers"]
-    indexed_axes = {*numbers.collapsed_slice_dims, *getattr(numbers, "operand_batching_dims", ())}
+    indexed_axes = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     window_axes = [axis for axis in range(len(view.input_axes)) if axis not in indexed_axes]
     # Output axes outside of the windows run over the indices, and so along the axes that these index.
     input_axes = [view.input_axes_of(indexed_axes)] * len(shape_of(eqn.outvars[0]))
@@ -138,7 +138,8 @@ def _concatenate(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -
     views = []
     for parts in _parts_by_input(operands):
         view = _join(parts, axis, [part.input_axes for part in parts])
-        # Slices of one input may be put back together; with anything else beside it, the input has grown.
+        # A cache that is cut into slices and put together again is still itself, but one with a new row
+        # concatenated to it has grown.
         slices_of_input = any(part.selected != view.selected for part in parts)
         if len(parts) < len(operands) and not slices_of_input:
             view = view.rebuilt(dataflow.operation(eqn))
@@ -167,7 +168,8 @@ def _parts_by_input(operands: Sequence[Views]) -> list[list[View]]:
 def _join(parts: Sequence[View], axis: int, parts_axes: Sequence[Sequence[frozenset[int]]]) -> View:
     """Return the view of parts of one input side by side along ``axis``.
 
-    An index that is not the same in all parts is no longer selected: ``axis`` runs along its input axis.
+    Layers of a cache are often taken out one by one, as ``cache[0]`` and ``cache[1]``, and stacked again
+    after the step. Their selected indices along the layers' axis differ, so ``axis`` runs along it again.
     """
     common = frozenset.intersection(*(part.selected for part in parts))
     differing = frozenset(input_axis for part in parts for input_axis, _ in part.selected - common)
