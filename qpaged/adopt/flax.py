@@ -114,8 +114,10 @@ def quantize_nnx(
     quantized_step = quantize_cache(
         step, quantizer, example=(state, *example), where=where, axes=axes, page_size=page_size, strict=strict
     )
+    caches = _caches_by_owner(model, quantized_step.found)  # raises before anything of the model changes
     nnx.update(model, quantized_step.init(state))
-    _quantize_calls(model, quantized_step)
+    for owner, found in caches:
+        _quantize_call(owner, quantized_step, found)
     return quantized_step
 
 
@@ -123,16 +125,15 @@ def _call(model: Callable[..., Any], *args: Any) -> Any:
     return model(*args)
 
 
-def _quantize_calls(model: nnx.Module, quantized_step: QuantizedStep) -> None:
-    """Make every module that owns cache variables run its own code on the quantized ones."""
+def _caches_by_owner(model: nnx.Module, found: FoundCache) -> list[tuple[nnx.Module, FoundCache]]:
+    """Return every module that owns cache variables, with its part of the cache."""
     owners: dict[str, nnx.Module] = {}
     leaves: dict[str, list[CacheLeaf]] = {}
-    for leaf in quantized_step.found.leaves:
+    for leaf in found.leaves:
         owner_path, owner = _owner(model, leaf)
         owners[owner_path] = owner
         leaves.setdefault(owner_path, []).append(_relative_to(owner_path, leaf))
-    for owner_path, owner in owners.items():
-        _quantize_call(owner, quantized_step, FoundCache(tuple(leaves[owner_path])))
+    return [(owner, FoundCache(tuple(leaves[owner_path]))) for owner_path, owner in owners.items()]
 
 
 def _owner(model: nnx.Module, leaf: CacheLeaf) -> tuple[str, nnx.Module]:

@@ -167,12 +167,13 @@ def test_variables_must_be_of_a_module_that_can_be_called():
         return jnp.einsum("bts,bsd->btd", weights, model.values[...])
 
     with pytest.raises(
-        ValueError, match=r"with __call__ around each variable .* state/keys is in none; give"
+        ValueError, match=r"with __call__ around each variable .* state/keys/value is in none; give"
     ):
         quantize_nnx(Variables(), "int8", example=(XS[0],), call=attend)
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
 def test_the_old_name_of_the_quantizer_goes_on_working():
     module = linen.MultiHeadDotProductAttention(num_heads=HEADS, decode=True)
     variables = module.init(jax.random.key(0), jnp.zeros(SHAPE))
