@@ -166,10 +166,12 @@ def test_variables_must_be_of_a_module_that_can_be_called():
         weights = jax.nn.softmax(jnp.einsum("btd,bsd->bts", x, model.keys[...]), axis=-1)
         return jnp.einsum("bts,bsd->btd", weights, model.values[...])
 
+    model = Variables()
     with pytest.raises(
         ValueError, match=r"with __call__ around each variable .* state/keys/value is in none; give"
     ):
-        quantize_nnx(Variables(), "int8", example=(XS[0],), call=attend)
+        quantize_nnx(model, "int8", example=(XS[0],), call=attend)
+    assert isinstance(model.keys.get_value(), jax.Array)
 
 
 @pytest.mark.filterwarnings("default::DeprecationWarning")
