@@ -120,7 +120,7 @@ class QuantizedStep:
             out = self._run(*args, **kwargs)
         # Implicit arrays of other kinds among the arguments are none of the cache.
         decoded = [record for record in records if record.array_type == QuantizedArray.__name__]
-        self._report([Materialized(r.primitive, r.shape, r.dtype, r.file, r.line) for r in decoded])
+        self._add_to_report([Materialized(r.primitive, r.shape, r.dtype, r.file, r.line) for r in decoded])
         return self._requantize_outputs(out, Arguments(self._step, args, kwargs))
 
     def restrict(self, step: Callable[..., Any], found: FoundCache) -> QuantizedStep:
@@ -216,12 +216,12 @@ class QuantizedStep:
             if not is_quantized(original) or same_layout(original, value):
                 return value
             file, line = _first_line(self._step)
-            self._report([Materialized("return", value.shape, value.dtype, file, line)])
+            self._add_to_report([Materialized("return", value.shape, value.dtype, file, line)])
             return overwrite(original, value)
 
         return jax.tree_util.tree_map_with_path(requantize, out, is_leaf=is_quantized)
 
-    def _report(self, places: Sequence[Materialized]) -> None:
+    def _add_to_report(self, places: Sequence[Materialized]) -> None:
         """Add places to the report; raise MaterializeError if there are any and the step is strict."""
         self._materialized.update(dict.fromkeys(places))
         if self._strict and places:
