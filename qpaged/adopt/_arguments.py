@@ -38,6 +38,7 @@ class Arguments:
         self._array_positions: list[int] = []  # in _leaves
         for position, (keys, leaf) in enumerate(leaves_with_keys):
             self._leaves.append(leaf)
+            # Python's numbers and flags stay as they are: a step may branch on them.
             if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
                 self._array_positions.append(position)
                 self.paths.append(_argument_path(parameters, keys))

@@ -116,7 +116,7 @@ def classify(candidate: Candidate, axis_names: tuple[str, ...] | None) -> CacheL
 
 
 def _reject_unwritten(candidate: Candidate) -> Rejected | None:
-    """Explain why a cache that is rebuilt as a whole is not adopted; None if it is none: a weight, say."""
+    """Explain why a cache that is rebuilt as a whole is not adopted; return None for other arrays."""
     if not candidate.reads or candidate.rebuilt_by is None:
         return None
     return Rejected(
@@ -126,9 +126,13 @@ def _reject_unwritten(candidate: Candidate) -> Rejected | None:
 
 
 def _classify_cache(candidate: Candidate, axis_names: tuple[str, ...] | None) -> CacheLeaf:
-    """Return the leaf that an array is that is written and read; raise UnclearError if it cannot be told."""
+    """Return the cache leaf for an array that is written and read.
+
+    Raises:
+        UnclearError: the program leaves its axes open, or contradicts the caller's names.
+    """
     length = _length_axis(candidate, axis_names)
-    # Scores are contracted with values along the length; of keys, the length is kept.
+    # query @ keys has a score for each position, so it keeps the length; scores @ values sums over it.
     keys = [read for read in candidate.reads if length in read.free]
     values = [read for read in candidate.reads if length in read.contracting]
     if not keys and not values:
@@ -152,7 +156,7 @@ def _classify_cache(candidate: Candidate, axis_names: tuple[str, ...] | None) ->
 
 
 def _length_axis(candidate: Candidate, axis_names: tuple[str, ...] | None) -> int:
-    """Return the axis that is the length: the one that is named so, or the one that can be."""
+    """Return the axis that the caller names length, or else the only one that may be it."""
     if axis_names is not None:
         return axis_names.index("length")
     axes = length_candidates(candidate.aval.shape, candidate.writes, candidate.reads)
@@ -160,15 +164,17 @@ def _length_axis(candidate: Candidate, axis_names: tuple[str, ...] | None) -> in
         raise UnclearError(f"no axis can be the length; {candidate.writes[0]}")
     if len(axes) > 1:
         raise UnclearError(f"axes {sorted(axes)} may each be the length; {candidate.writes[0]}")
-    return min(axes)
+    (length,) = axes
+    return length
 
 
 def _head_dim_axis(length: int, keys: Sequence[Read], values: Sequence[Read]) -> int:
-    """Return the one axis that can be head_dim."""
+    """Return the only axis that may be head_dim."""
     axes = head_dim_candidates(length, keys, values)
     if len(axes) != 1:
         raise UnclearError(f"axes {sorted(axes)} may each be head_dim")
-    return min(axes)
+    (head_dim,) = axes
+    return head_dim
 
 
 def _check_head_dim(head_dim: int, keys: Sequence[Read], values: Sequence[Read]) -> None:
@@ -189,4 +195,4 @@ def _evidence(candidate: Candidate, keys: Sequence[Read], values: Sequence[Read]
     lines += [f"read as keys by {read.operation}" for read in keys]
     lines += [f"read as values by {read.operation}" for read in values]
     lines.append(f"returned as output {candidate.output}" if candidate.output else "not returned")
-    return tuple(dict.fromkeys(lines))
+    return tuple(dict.fromkeys(lines))  # several equations may come from one line

@@ -98,7 +98,7 @@ def _block(leaf: CacheLeaf, shape: tuple[int, ...], quantizer: Quantizer, page_s
     """Return the shape of the blocks that share a scale, in the axes of the array."""
     length_axis = leaf.axis("length")
     channel_axis = leaf.axis("head_dim")
-    page = _largest_divisor(shape[length_axis], page_size)
+    page = _largest_divisor(shape[length_axis], page_size)  # blocks of a QuantizedArray are all of one size
     block = [1] * len(shape)
     block[length_axis], block[channel_axis] = quantizer.block((page, shape[channel_axis]))
     return tuple(block)

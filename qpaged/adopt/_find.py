@@ -51,12 +51,14 @@ def find_cache(
     arguments = Arguments(step, args, kwargs)
     dataflow, output_paths = _trace(step, arguments)
     is_chosen = path_filter(where)
+    # Tokens and positions are integers, and a cache of integers is quantized already.
     candidates = [
         candidate
         for candidate in _candidates(arguments, dataflow, output_paths)
         if is_chosen(candidate.path) and jnp.issubdtype(candidate.aval.dtype, jnp.floating)
     ]
     leaves, rejected = _classify_all(candidates, axes)
+    # An unclear array may be half of the cache: to leave it as it is would quantize the keys alone, say.
     if not leaves or any(rejection.unclear for rejection in rejected):
         num_chosen = sum(map(is_chosen, arguments.paths))
         raise CacheNotFoundError(_explain(len(leaves), rejected, where, num_chosen))
@@ -72,6 +74,7 @@ def _trace(step: Callable[..., Any], arguments: Arguments) -> tuple[Dataflow, li
         args, kwargs = arguments.with_arrays(arrays)
         return as_arrays(step(*args, **kwargs))
 
+    # Shapes suffice to trace, and the example may have nothing else.
     jaxpr, out = jax.make_jaxpr(program, return_shape=True)(*arguments.avals)
     output_paths = [path_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(out)]
     return trace_dataflow(jaxpr), output_paths

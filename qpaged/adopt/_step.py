@@ -103,6 +103,7 @@ class QuantizedStep:
         self._page_size = page_size
         self._strict = strict
         self._run = use_implicit_args(step)
+        # Parts of a step share its report, so this is one object for all of them.
         self._materialized: dict[Materialized, None] = {}  # as an ordered set
         self._leaves = {leaf.path: leaf for leaf in found.leaves}
         # So that jit and inspect see the step's own name and signature; its attributes are not copied.
@@ -163,7 +164,7 @@ class QuantizedStep:
         return Report(self._materialized)
 
     def _trace_example(self, example: Sequence[Any]) -> None:
-        """Run the step on shapes, to meet what it materializes."""
+        """Run the step on shapes: tracing shows what it materializes, as this does not depend on values."""
         arguments = Arguments(self._step, example, {})
 
         def run(arrays: Sequence[Any]) -> Pytree:

@@ -161,7 +161,7 @@ def _relative_to(owner_path: str, leaf: CacheLeaf) -> CacheLeaf:
 def _quantize_call(module: nnx.Module, quantized_step: QuantizedStep, found: FoundCache) -> None:
     """Change the class of a module to one that runs the module's own code on its quantized variables."""
     own_class: Any = type(module)
-    metaclass: Any = type(own_class)
+    metaclass: Any = type(own_class)  # nnx modules have one of their own
 
     def step(state: Pytree, graphdef: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Pytree]:
         merged = nnx.merge(graphdef, state)

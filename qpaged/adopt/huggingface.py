@@ -54,8 +54,9 @@ def quantize_cache(
             f"model must be a Flax model of transformers with init_cache, generate and weights, but came as "
             f"{type(model).__name__}; for other models take qpaged.adopt.quantize_cache."
         )
-    quantized = copy.copy(model)
+    quantized = copy.copy(model)  # a shallow copy, which shares the weights
     quantized.quantized_step = _quantized_step(model, quantizer, page_size, strict)
+    # A derived class, so that isinstance still holds, and generate, which calls self(...), finds the new call.
     quantized.__class__ = type(type(model).__name__, (_WithQuantizedCache, type(model)), {})
     return quantized
 

@@ -34,7 +34,7 @@ def held_out_windows():
 
 @cache
 def held_out_bits(length):
-    """Return -log2 p of the last `length` bytes of each window, (WINDOWS, length), without earlier context."""
+    """Return -log2 p of the last `length` bytes of each window, (WINDOWS, length), without more context."""
     config, params = load_tiny()
     tokens = held_out_windows()[:, -length - 1 :]
     positions = jnp.tile(jnp.arange(length), WINDOWS)

@@ -97,7 +97,7 @@ class View:
         return View(
             self.input_index,
             tuple(a | b for a, b in zip(self.input_axes, other.input_axes, strict=True)),
-            self.selected & other.selected,
+            self.selected & other.selected,  # certain in both cases
             self.written or other.written,
             self.rebuilt_by or other.rebuilt_by,
         )
@@ -114,5 +114,6 @@ def merge_views(views: Iterable[View]) -> Views:
         earlier = merged.get(view.input_index)
         if earlier is not None and len(earlier.input_axes) == len(view.input_axes):
             view = earlier.merge(view)
+        # Views of different ranks cannot be merged; the last one stands.
         merged[view.input_index] = view
     return tuple(merged.values())
