@@ -103,8 +103,8 @@ class QuantizedStep:
         self._page_size = page_size
         self._strict = strict
         self._run = use_implicit_args(step)
-        # Parts of a step share its report, so this is one object for all of them.
-        self._materialized: dict[Materialized, None] = {}  # as an ordered set
+        # An ordered set, which the parts of a step share with it.
+        self._materialized: dict[Materialized, None] = {}
         self._leaves = {leaf.path: leaf for leaf in found.leaves}
         # So that jit and inspect see the step's own name and signature; its attributes are not copied.
         functools.update_wrapper(self, step, updated=())
@@ -119,7 +119,7 @@ class QuantizedStep:
         """Run the step, and return what it returns, the cache quantized as it was given."""
         with record_materializations() as records:
             out = self._run(*args, **kwargs)
-        # Implicit arrays of other kinds among the arguments are none of the cache.
+        # There may be implicit arrays of other classes among the weights; their decoding is no concern of ours.
         decoded = [record for record in records if record.array_type == QuantizedArray.__name__]
         self._add_to_report([Materialized(r.primitive, r.shape, r.dtype, r.file, r.line) for r in decoded])
         return self._requantize_outputs(out, Arguments(self._step, args, kwargs))

@@ -56,7 +56,7 @@ def quantize_cache(
         )
     quantized = copy.copy(model)  # a shallow copy, which shares the weights
     quantized.quantized_step = _quantized_step(model, quantizer, page_size, strict)
-    # A derived class, so that isinstance still holds, and generate, which calls self(...), finds the new call.
+    # A derived class: isinstance still holds, and generate, which calls self(...), finds the new __call__.
     quantized.__class__ = type(type(model).__name__, (_WithQuantizedCache, type(model)), {})
     return quantized
 
