@@ -119,7 +119,7 @@ class QuantizedStep:
         """Run the step, and return what it returns, the cache quantized as it was given."""
         with record_materializations() as records:
             out = self._run(*args, **kwargs)
-        # There may be implicit arrays of other classes among the weights; their decoding is no concern of ours.
+        # Weights may be implicit arrays of other classes, and may be decoded as they like.
         decoded = [record for record in records if record.array_type == QuantizedArray.__name__]
         self._add_to_report([Materialized(r.primitive, r.shape, r.dtype, r.file, r.line) for r in decoded])
         return self._requantize_outputs(out, Arguments(self._step, args, kwargs))
