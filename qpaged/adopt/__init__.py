@@ -1,7 +1,9 @@
-"""A quantized cache in the model you have: find it, and run the model's own code on QuantizedArrays."""
+"""Find the cache of an existing model, and run the model's own code on a quantized one."""
 
-from qpaged.adopt._found import CacheLeaf, CacheNotFoundError, FoundCache, find_cache
-from qpaged.adopt._step import Materialized, MaterializeError, QuantizedStep, Report, quantize_cache
+from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache
+from qpaged.adopt._find import CacheNotFoundError, find_cache
+from qpaged.adopt._report import Materialized, MaterializeError, Report
+from qpaged.adopt._step import QuantizedStep, quantize_cache
 
 __all__ = [
     "CacheLeaf",

@@ -1,88 +1,101 @@
-"""The arrays among a function's arguments, and what they are called."""
+"""The arrays among a function's arguments, each with a path that names it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from qpaged.arrays import QuantizedArray
 
+Pytree: TypeAlias = Any
+"""Any pytree: JAX has no type for it."""
+
+KeyPath: TypeAlias = Sequence[Any]
+"""Keys of a pytree, as ``jax.tree_util.tree_flatten_with_path`` gives them."""
+
 
 class Arguments:
-    """Arguments taken apart into arrays, each with a path, and the rest, which stays what it is.
+    """Arguments of a function, taken apart into arrays with paths, and the rest, which stays as it is.
 
     A path is the name of an argument, and then the keys that lead to the array, with slashes between. A
     QuantizedArray counts as one array.
+
+    Attributes:
+        paths: of the arrays, in the order of the arguments.
     """
 
-    def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Any):
-        keyed, self._tree = jax.tree_util.tree_flatten_with_path(
-            (tuple(args), dict(kwargs)), is_leaf=_quantized
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]):
+        leaves_with_keys, self._treedef = jax.tree_util.tree_flatten_with_path(
+            (tuple(args), dict(kwargs)), is_leaf=is_quantized
         )
-        self._leaves = [leaf for _, leaf in keyed]
-        self._which = [
-            i for i, leaf in enumerate(self._leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-        ]
-        names = _parameters(function)
-        self.paths = [_argument_path(names, keyed[index][0]) for index in self._which]
+        parameters = _positional_parameters(function)
+        self.paths: list[str] = []
+        self._leaves: list[Any] = []
+        self._array_positions: list[int] = []  # in _leaves
+        for position, (keys, leaf) in enumerate(leaves_with_keys):
+            self._leaves.append(leaf)
+            # Python's numbers and flags stay as they are: a step may branch on them.
+            if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+                self._array_positions.append(position)
+                self.paths.append(_argument_path(parameters, keys))
 
     @property
     def arrays(self) -> list[Any]:
-        return [self._leaves[index] for index in self._which]
+        """The arrays: of JAX, of NumPy, quantized ones, or their shapes alone."""
+        return [self._leaves[position] for position in self._array_positions]
 
     @property
-    def structs(self) -> list[jax.ShapeDtypeStruct]:
+    def avals(self) -> list[jax.ShapeDtypeStruct]:
+        """The logical shapes and dtypes of the arrays."""
         return [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in self.arrays]
 
-    def replaced(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments, positional and by name, with other arrays."""
+    def with_arrays(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments, positional and by name, with other arrays in place of these."""
         leaves = list(self._leaves)
-        for index, array in zip(self._which, arrays, strict=True):
-            leaves[index] = array
-        return jax.tree_util.tree_unflatten(self._tree, leaves)
+        for position, array in zip(self._array_positions, arrays, strict=True):
+            leaves[position] = array
+        return jax.tree_util.tree_unflatten(self._treedef, leaves)
 
 
-def join(path: Sequence[Any]) -> str:
-    """Keys of a pytree's path, with slashes between."""
-    return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+def path_name(keys: KeyPath) -> str:
+    """Return the keys of a pytree's path with slashes between."""
+    return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")
 
 
-def leaves_by_path(tree: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of a tree by path, which begins with ``name``."""
-    keyed = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_quantized)
-    return {beneath(name, path): leaf for path, leaf in keyed}
+def path_under(parent: str, keys: KeyPath) -> str:
+    """Return the path that the keys lead to under a parent's path."""
+    return "/".join(part for part in (parent, path_name(keys)) if part)
 
 
-def beneath(name: str, path: Sequence[Any]) -> str:
-    """The path of what is at ``path`` under ``name``."""
-    return "/".join(filter(None, (name, join(path))))
-
-
-def _quantized(leaf: Any) -> bool:
+def is_quantized(leaf: Any) -> bool:
+    """Return True for a QuantizedArray, which pytree functions would take apart otherwise."""
     return isinstance(leaf, QuantizedArray)
 
 
-def _parameters(function: Callable[..., Any]) -> list[str]:
+def as_arrays(tree: Pytree) -> Pytree:
+    """Return a tree with its numbers and flags as arrays, as the outputs of a traced function must be."""
+    return jax.tree_util.tree_map(jnp.asarray, tree)
+
+
+def _positional_parameters(function: Callable[..., Any]) -> list[str]:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a function that does not say
+    except (TypeError, ValueError):  # builtins and some compiled functions have no signature
         return []
     return [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
 
-def _argument_path(names: Sequence[str], path: Sequence[Any]) -> str:
-    kind, first, *rest = path
-    if kind.idx == 1:
-        name = str(first.key)
+def _argument_path(parameters: Sequence[str], keys: KeyPath) -> str:
+    """Return the path of a leaf of the tree (args, kwargs)."""
+    args_or_kwargs, argument, *inner_keys = keys
+    if args_or_kwargs.idx == 1:
+        name = str(argument.key)
+    elif argument.idx < len(parameters):
+        name = parameters[argument.idx]
     else:
-        name = names[first.idx] if first.idx < len(names) else f"args[{first.idx}]"
-    return beneath(name, rest)
-
-
-def as_arrays(tree: Any) -> Any:
-    """A tree whose numbers and flags are arrays, too."""
-    return jax.tree_util.tree_map(jnp.asarray, tree)
+        name = f"args[{argument.idx}]"
+    return path_under(name, inner_keys)

@@ -1,23 +1,31 @@
-"""A step whose cache is quantized: the unmodified code, run on QuantizedArrays."""
+"""Run a step's unmodified code on a quantized cache."""
 
 from __future__ import annotations
 
 import functools
-import math
 import numbers
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from qpaged.adopt._arguments import Arguments, as_arrays, beneath, join, leaves_by_path
-from qpaged.adopt._found import AxesOption, CacheLeaf, FoundCache, Where, find_cache
+from qpaged._deprecated import renamed_argument, warn_renamed
+from qpaged.adopt._arguments import (
+    Arguments,
+    KeyPath,
+    Pytree,
+    as_arrays,
+    is_quantized,
+    path_name,
+    path_under,
+)
+from qpaged.adopt._cache_leaf import FoundCache
+from qpaged.adopt._encode import check_layers, quantize_leaf, quantizer_for
+from qpaged.adopt._find import find_cache
+from qpaged.adopt._options import AxesOption, Where
+from qpaged.adopt._report import Materialized, MaterializeError, Report
 from qpaged.arrays import QuantizedArray
-from qpaged.arrays._blocks import block_max
-from qpaged.arrays._quantized import empty, quantize
 from qpaged.arrays._writes import overwrite
 from qpaged.implicit import record_materializations, use_implicit_args
 from qpaged.implicit._tree import same_layout
@@ -26,51 +34,10 @@ from qpaged.quantizer import CacheFormat, Quantizer
 PAGE_SIZE = 16
 
 
-class MaterializeError(RuntimeError):
-    """A strict step did something to its quantized cache for which it had to be decoded whole."""
-
-
-@dataclass(frozen=True)
-class Materialized:
-    """One place where a step decoded a quantized array whole.
-
-    Attributes:
-        primitive: what was done with it.
-        shape: of the array there.
-        dtype: of the array there.
-        file: of the code that did it.
-        line: in that file.
-    """
-
-    primitive: str
-    shape: tuple[int, ...]
-    dtype: Any
-    file: str
-    line: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array as it was decoded."""
-        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
-
-    def __str__(self) -> str:
-        shape = ", ".join(map(str, self.shape))
-        dtype = jnp.dtype(self.dtype).name
-        return f"{self.primitive} {dtype}({shape}), {self.nbytes:,} bytes, at {self.file}:{self.line}"
-
-
-class Report(tuple[Materialized, ...]):
-    """The places where a step decoded a quantized array whole, in the order they were met."""
-
-    def __str__(self) -> str:
-        if not self:
-            return "nothing was materialized"
-        return "\n".join([f"{len(self)} places materialized:", *(f"    {place}" for place in self)])
-
-
+@renamed_argument("format", "quantizer")
 def quantize_cache(
     step: Callable[..., Any],
-    format: Any,
+    quantizer: str | Path | Quantizer | CacheFormat | None,
     *,
     example: Sequence[Any],
     where: Where = None,
@@ -78,7 +45,7 @@ def quantize_cache(
     page_size: int = PAGE_SIZE,
     strict: bool = False,
 ) -> QuantizedStep:
-    """A step with the same signature whose cache is quantized; its code is run as it stands.
+    """Return a step with the same signature whose cache is quantized; its code runs as it stands.
 
         step = quantize_cache(decode_step, "int8", example=(params, token, cache))
         cache = step.init(cache)
@@ -86,71 +53,96 @@ def quantize_cache(
 
     Args:
         step: any JAX function that takes a cache, writes to it and returns it.
-        format: of the cache: a spelling as ``"int8"`` or ``"int8:channel/int4:token"``, a quantizer, or a
-            ``CacheFormat``, which may differ by layer.
+        quantizer: the format of the cache: a spelling as ``"int8"`` or ``"int8:channel/int4:token"``, a
+            quantizer, or a ``CacheFormat``, which may differ by layer.
         example: arguments to find the cache with; ``jax.ShapeDtypeStruct`` will do for arrays.
         where: which arrays to look at, as :func:`find_cache` takes it.
-        axes: what the axes are, as :func:`find_cache` takes it.
-        page_size: tokens that share a scale in formats by page and channel; where it does not divide the
-            length, the next smaller number that does.
-        strict: whether to raise where the step must decode the cache whole, instead of warning.
+        axes: the names of the axes, as :func:`find_cache` takes them.
+        page_size: tokens that share a scale in formats by page and channel; if it does not divide the length,
+            the next smaller number that does.
+        strict: whether to raise an error, instead of a warning, where an array of the cache must be decoded
+            as a whole.
 
     Raises:
         CacheNotFoundError: as :func:`find_cache`.
-        MaterializeError: the step is strict, and the example has it decode the cache whole.
+        MaterializeError: the step is strict, and run on the example it decodes an array of the cache as a
+            whole.
         ValueError: the format does not fit the cache, as groups that do not divide head_dim, or layers that
             it does not have.
     """
     if not isinstance(page_size, numbers.Integral) or page_size < 1:
         raise ValueError(f"page_size must be a whole number, at least 1, but is {page_size!r}; 16 is usual.")
-    formats = CacheFormat.of(format)
+    cache_format = CacheFormat.of(quantizer)
     found = find_cache(step, *example, where=where, axes=axes)
-    _check_layers(formats, found)
-    quantized = QuantizedStep(step, formats, found, page_size, strict)
-    quantized._trace_example(example)
-    return quantized
+    check_layers(cache_format, found)
+    quantized_step = QuantizedStep(step, cache_format, found, page_size, strict)
+    quantized_step._trace_example(example)
+    return quantized_step
 
 
 class QuantizedStep:
     """A step whose cache is quantized; :func:`quantize_cache` makes it.
 
     Attributes:
-        found: the cache's arrays, and how they were told.
-        format: their formats.
+        found: the arrays of the cache, with the evidence.
+        quantizer: the quantizers of its keys and values.
     """
 
+    @renamed_argument("format", "quantizer")
     def __init__(
-        self, step: Callable[..., Any], format: CacheFormat, found: FoundCache, page_size: int, strict: bool
-    ):
-        self.found, self.format = found, format
-        self._step, self._page_size, self._strict = step, page_size, strict
+        self,
+        step: Callable[..., Any],
+        quantizer: CacheFormat,
+        found: FoundCache,
+        page_size: int,
+        strict: bool,
+    ) -> None:
+        self.found = found
+        self.quantizer = quantizer
+        self._step = step
+        self._page_size = page_size
+        self._strict = strict
         self._run = use_implicit_args(step)
-        self._places: dict[Materialized, None] = {}
+        # An ordered set, which the parts of a step share with it.
+        self._materialized: dict[Materialized, None] = {}
         self._leaves = {leaf.path: leaf for leaf in found.leaves}
+        # So that jit and inspect see the step's own name and signature; its attributes are not copied.
         functools.update_wrapper(self, step, updated=())
 
+    @property
+    def format(self) -> CacheFormat:
+        """The old name of :attr:`quantizer`."""
+        warn_renamed("format of QuantizedStep", "quantizer")
+        return self.quantizer
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the step returns, the cache quantized as it came."""
+        """Run the step, and return what it returns, the cache quantized as it was given."""
         with record_materializations() as records:
             out = self._run(*args, **kwargs)
+        # Weights may be implicit arrays of other classes, and may be decoded as they like.
         decoded = [record for record in records if record.array_type == QuantizedArray.__name__]
-        self._note([Materialized(r.primitive, r.shape, r.dtype, r.file, r.line) for r in decoded])
-        return self._as_it_came(out, Arguments(self._step, args, kwargs))
+        self._add_to_report([Materialized(r.primitive, r.shape, r.dtype, r.file, r.line) for r in decoded])
+        return self._requantize_outputs(out, Arguments(self._step, args, kwargs))
 
-    def of(self, step: Callable[..., Any], found: FoundCache) -> QuantizedStep:
-        """A part of this step, with a part of its cache: the same format and the same report."""
-        part = QuantizedStep(step, self.format, found, self._page_size, self._strict)
-        part._places = self._places
+    def restrict(self, step: Callable[..., Any], found: FoundCache) -> QuantizedStep:
+        """Return a part of this step with a part of its cache: the same quantizers, and the same report."""
+        part = QuantizedStep(step, self.quantizer, found, self._page_size, self._strict)
+        part._materialized = self._materialized
         return part
 
-    def init(self, *cache: Any) -> Any:
-        """A cache, quantized: the same tree with a QuantizedArray for each of its arrays.
+    def of(self, step: Callable[..., Any], found: FoundCache) -> QuantizedStep:
+        """The old name of :meth:`restrict`."""
+        warn_renamed("of() of QuantizedStep", "restrict()")
+        return self.restrict(step, found)
 
-        Blocks of zeros are taken for unwritten. Arrays given as ``jax.ShapeDtypeStruct`` are made unwritten,
-        so that a float cache never needs to be; what is not of the cache stays as it is given.
+    def init(self, *cache: Pytree) -> Pytree:
+        """Quantize a cache: return the same tree with a QuantizedArray in place of each of its arrays.
+
+        Blocks of zeros count as unwritten. Arrays given as ``jax.ShapeDtypeStruct`` are made unwritten, so
+        that a float cache never has to exist; leaves that are not of the cache stay as they are given.
 
         Args:
-            *cache: the argument that holds the cache, or, where several do, these in their order.
+            *cache: the argument that holds the cache, or, if several do, these in their order.
 
         Raises:
             ValueError: another number of trees than of arguments that hold the cache, or one that lacks some
@@ -159,78 +151,80 @@ class QuantizedStep:
         names = self.found.arguments
         if len(cache) != len(names):
             raise ValueError(f"init must be given {', '.join(names)}, but {len(cache)} arguments came.")
-        made = [self._quantized(name, tree) for name, tree in zip(names, cache, strict=True)]
-        return made[0] if len(made) == 1 else tuple(made)
+        quantized = [self._quantize_argument(name, tree) for name, tree in zip(names, cache, strict=True)]
+        if len(quantized) == 1:
+            return quantized[0]
+        return tuple(quantized)
 
     def report(self) -> Report:
-        """Where the step decoded its cache whole, in all programs traced so far, the example's first."""
-        return Report(self._places)
+        """Return the places where the step decoded an array of its cache as a whole.
+
+        They are of all programs traced so far, the example's first.
+        """
+        return Report(self._materialized)
 
     def _trace_example(self, example: Sequence[Any]) -> None:
-        """Run the step on shapes, to meet what it materializes."""
-        given = Arguments(self._step, example, {})
+        """Run the step on shapes: tracing shows what it materializes, as this does not depend on values."""
+        arguments = Arguments(self._step, example, {})
 
-        def run(arrays: Sequence[Any]) -> Any:
-            made = zip(given.paths, arrays, strict=True)
-            args, kwargs = given.replaced([self._encoded(path, array) for path, array in made])
-            return self(*args, **kwargs)
+        def run(arrays: Sequence[Any]) -> Pytree:
+            quantized = []
+            for path, array in zip(arguments.paths, arrays, strict=True):
+                quantized.append(self._quantize_array(path, array))
+            args, kwargs = arguments.with_arrays(quantized)
+            return as_arrays(self(*args, **kwargs))
 
-        jax.eval_shape(lambda arrays: as_arrays(run(arrays)), given.structs)
+        jax.eval_shape(run, arguments.avals)
 
-    def _quantized(self, name: str, tree: Any) -> Any:
-        """An argument with its cache quantized."""
-        missing = {path for path in self._leaves if path.split("/")[0] == name} - set(
-            leaves_by_path(tree, name)
-        )
+    def _quantize_argument(self, name: str, tree: Pytree) -> Pytree:
+        """Return an argument with the arrays of the cache in it quantized."""
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
+        given = {path_under(name, keys) for keys, _ in leaves}
+        wanted = {leaf.path for leaf in self.found.leaves if leaf.argument == name}
+        missing = sorted(wanted - given)
         if missing:
-            raise ValueError(
-                f"{name} must hold the arrays of the example, but lacks {', '.join(sorted(missing))}."
-            )
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: self._encoded(beneath(name, path), leaf), tree
-        )
+            raise ValueError(f"{name} must hold the arrays of the example, but lacks {', '.join(missing)}.")
 
-    def _encoded(self, path: str, array: Any) -> Any:
-        """An array of the arguments in its format; as it is where it is not of the cache."""
+        def quantize(keys: KeyPath, array: Any) -> Any:
+            return self._quantize_array(path_under(name, keys), array)
+
+        return jax.tree_util.tree_map_with_path(quantize, tree)
+
+    def _quantize_array(self, path: str, array: Any) -> Any:
+        """Return an array of the arguments, quantized if it is one of the cache."""
         leaf = self._leaves.get(path)
-        if leaf is None or (quantizer := _format(self.format, leaf)) is None:
+        if leaf is None:
             return array
-        if not isinstance(array, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"{path} must be an array or a jax.ShapeDtypeStruct, but came as {type(array).__name__}."
-            )
-        shape, length, channels = array.shape, leaf.axis("length"), leaf.axis("head_dim")
-        if len(shape) != len(leaf.axes) or shape[length] == 0:
-            raise ValueError(
-                f"{path} must have the axes {leaf.axes}, with room for a token, but came with shape {shape}."
-            )
-        block = [1] * len(shape)
-        page = _page(shape[length], self._page_size)
-        block[length], block[channels] = quantizer.block((page, shape[channels]))
-        if isinstance(array, jax.ShapeDtypeStruct):
-            return empty(shape, quantizer, block, array.dtype, channels - len(shape))
-        return _fresh(array, quantizer, tuple(block), channels - len(shape))
+        quantizer = quantizer_for(leaf, self.quantizer)
+        if quantizer is None:
+            return array
+        return quantize_leaf(leaf, array, quantizer, self._page_size)
 
-    def _as_it_came(self, out: Any, given: Arguments) -> Any:
-        """What the step returned, with the cache in the format it came in."""
-        came = dict(zip(given.paths, given.arrays, strict=True))
-        wanted = {
-            leaf.output: came.get(path) for path, leaf in self._leaves.items() if leaf.output is not None
-        }
+    def _requantize_outputs(self, out: Pytree, arguments: Arguments) -> Pytree:
+        """Return what the step returned, with the cache in the layout in which it was given.
 
-        def leaf(path: Any, value: Any) -> Any:
-            like = wanted.get(join(path))
-            if not isinstance(like, QuantizedArray) or same_layout(like, value):
+        A loop that carries the cache, and a donated jit, need the same types in and out. The step may have
+        decoded an array, or have moved it to other blocks.
+        """
+        given = dict(zip(arguments.paths, arguments.arrays, strict=True))
+        given_by_output: dict[str, Any] = {}
+        for leaf in self.found.leaves:
+            if leaf.output is not None:
+                given_by_output[leaf.output] = given.get(leaf.path)
+
+        def requantize(keys: KeyPath, value: Any) -> Any:
+            original = given_by_output.get(path_name(keys))
+            if not is_quantized(original) or same_layout(original, value):
                 return value
-            code = self._step.__code__ if hasattr(self._step, "__code__") else None
-            place = (code.co_filename, code.co_firstlineno) if code else ("<unknown>", 0)
-            self._note([Materialized("return", value.shape, value.dtype, *place)])
-            return overwrite(like, value)
+            file, line = _first_line(self._step)
+            self._add_to_report([Materialized("return", value.shape, value.dtype, file, line)])
+            return overwrite(original, value)
 
-        return jax.tree_util.tree_map_with_path(leaf, out, is_leaf=lambda x: isinstance(x, QuantizedArray))
+        return jax.tree_util.tree_map_with_path(requantize, out, is_leaf=is_quantized)
 
-    def _note(self, places: Sequence[Materialized]) -> None:
-        self._places.update(dict.fromkeys(places))
+    def _add_to_report(self, places: Sequence[Materialized]) -> None:
+        """Add places to the report; raise MaterializeError if there are any and the step is strict."""
+        self._materialized.update(dict.fromkeys(places))
         if self._strict and places:
             raise MaterializeError(
                 f"step must not decode its cache, since strict is set, but {Report(places)}\n"
@@ -238,44 +232,9 @@ class QuantizedStep:
             )
 
 
-def _check_layers(format: CacheFormat, found: FoundCache) -> None:
-    """ValueError where a format is given for a layer that is not there."""
-    layers = {leaf.layer for leaf in found.leaves}
-    beyond = [index for index, _ in format.layers if index not in layers]
-    if beyond and None not in layers:
-        raise ValueError(
-            f"format must name layers of the cache's {len(layers)}, counted from 0, but names {beyond}."
-        )
-
-
-def _format(format: CacheFormat, leaf: CacheLeaf) -> Quantizer | None:
-    """The format of one array of the cache."""
-    if leaf.layer is not None:
-        pairs = {format.layer(leaf.layer)}
-    else:
-        pairs = {(format.key, format.value), *dict(format.layers).values()}
-    key, value = pair = next(iter(pairs))
-    for what, differ in (("layers", len(pairs) > 1), ("keys and values", key != value)):
-        if differ and (what == "layers" or leaf.role == "key and value"):
-            raise ValueError(
-                f"format must be the same for all {what} that one array holds, as {leaf.path} does, "
-                f"but came as {format}."
-            )
-    return pair[leaf.role == "value"]
-
-
-def _page(length: int, most: int) -> int:
-    """The greatest divisor of ``length`` up to ``most``."""
-    return next(size for size in range(min(length, most), 0, -1) if length % size == 0)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _fresh(
-    array: jax.Array, quantizer: Quantizer, block: tuple[int, ...], channel_axis: int
-) -> QuantizedArray:
-    """``array`` quantized, blocks of zeros as those in which nothing was written."""
-    made = quantize(array, quantizer, block, array.dtype, channel_axis)
-    if made.scales is None:
-        return made
-    used = block_max(jnp.abs(array), made.scales.shape) > 0
-    return made.like(made.codes, jnp.where(used, made.scales, 0).astype(made.scales.dtype), None, made.outer)
+def _first_line(function: Callable[..., Any]) -> tuple[str, int]:
+    """Return file and line of a function; of callables without code, that they are unknown."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return "<unknown>", 0
+    return code.co_filename, code.co_firstlineno

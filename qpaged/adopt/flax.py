@@ -1,30 +1,38 @@
-"""Flax: nnx modules whose cache variables are quantized in place, and linen modules with quantized ones."""
+"""Flax modules with a quantized cache: nnx modules are changed in place, linen modules get a step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from flax import nnx
 
-from qpaged.adopt._found import AxesOption, FoundCache, Where
-from qpaged.adopt._leaf import CacheLeaf
+from qpaged._deprecated import renamed_argument
+from qpaged.adopt._arguments import Pytree
+from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache
+from qpaged.adopt._options import AxesOption, Where
 from qpaged.adopt._step import PAGE_SIZE, QuantizedStep, quantize_cache
+from qpaged.quantizer import CacheFormat, Quantizer
+
+if TYPE_CHECKING:
+    from flax import linen
 
 
+@renamed_argument("format", "quantizer")
 def quantize_linen(
-    module: Any,
-    format: Any,
+    module: linen.Module,
+    quantizer: str | Path | Quantizer | CacheFormat | None,
     *,
     example: Sequence[Any],
     where: Where = None,
     axes: AxesOption = None,
     page_size: int = PAGE_SIZE,
     strict: bool = False,
-    mutable: Any = ("cache",),
+    mutable: Sequence[str] = ("cache",),
 ) -> QuantizedStep:
-    """A linen module's ``apply`` with the cache among its variables quantized.
+    """Return a linen module's ``apply`` as a step, with the cache among its variables quantized.
 
         step = quantize_linen(module, "int8", example=(variables, token))
         variables = step.init(variables)
@@ -33,29 +41,30 @@ def quantize_linen(
 
     Args:
         module: a linen module that decodes, as ``MultiHeadDotProductAttention(decode=True)``.
-        format: as :func:`qpaged.adopt.quantize_cache` takes it.
+        quantizer: as :func:`qpaged.adopt.quantize_cache` takes it.
         example: variables, cache included, and the inputs of one step.
         where: as :func:`qpaged.adopt.find_cache` takes it.
-        axes: as there.
+        axes: as :func:`qpaged.adopt.find_cache` takes them.
         page_size: as :func:`qpaged.adopt.quantize_cache` takes it.
-        strict: as there.
+        strict: as :func:`qpaged.adopt.quantize_cache` takes it.
         mutable: the collections that ``apply`` returns.
 
     Raises:
         CacheNotFoundError: as :func:`qpaged.adopt.quantize_cache`.
     """
 
-    def step(variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def step(variables: Pytree, *args: Any, **kwargs: Any) -> Any:
         return module.apply(variables, *args, mutable=list(mutable), **kwargs)
 
     return quantize_cache(
-        step, format, example=example, where=where, axes=axes, page_size=page_size, strict=strict
+        step, quantizer, example=example, where=where, axes=axes, page_size=page_size, strict=strict
     )
 
 
+@renamed_argument("format", "quantizer")
 def quantize_nnx(
     model: nnx.Module,
-    format: Any,
+    quantizer: str | Path | Quantizer | CacheFormat | None,
     *,
     example: Sequence[Any],
     call: Callable[..., Any] | None = None,
@@ -64,23 +73,25 @@ def quantize_nnx(
     page_size: int = PAGE_SIZE,
     strict: bool = False,
 ) -> QuantizedStep:
-    """Quantize the cache of an nnx module in place; ``model(...)``, ``nnx.jit`` and ``nnx.scan`` go on.
+    """Quantize the cache of an nnx module in place; ``model(...)``, ``nnx.jit`` and ``nnx.scan`` work as
+    before.
 
         quantize_nnx(model, "int8", example=(token,))
         out = model(token)
 
-    The variables get QuantizedArrays for values, and each module that holds some runs its own ``__call__`` on
-    them: these instances, no other, get a class of the same name derived from their own.
+    The cache variables get QuantizedArrays for values, and each module that owns some runs its own
+    ``__call__`` on
+    them: these instances, and no others, get a class of the same name that is derived from their own.
 
     Args:
         model: with its cache initialized, and layers stacked or not.
-        format: as :func:`qpaged.adopt.quantize_cache` takes it.
+        quantizer: as :func:`qpaged.adopt.quantize_cache` takes it.
         example: the inputs of one step.
-        call: how the model is called, as ``call(model, *example)``; by itself if None.
+        call: how to call the model, as ``call(model, *example)``; ``model(*example)`` if None.
         where: as :func:`qpaged.adopt.find_cache` takes it, of paths that begin with "state/".
-        axes: as there.
+        axes: as :func:`qpaged.adopt.find_cache` takes them.
         page_size: as :func:`qpaged.adopt.quantize_cache` takes it.
-        strict: as there.
+        strict: as :func:`qpaged.adopt.quantize_cache` takes it.
 
     Returns:
         The step, from the module's state and inputs to outputs and state; it has ``found`` and ``report()``.
@@ -93,59 +104,83 @@ def quantize_nnx(
         raise TypeError(
             f"model must be an nnx module, but came as {type(model).__name__}; quantize_linen takes linen's."
         )
-    invoke = call or (lambda module, *args: module(*args))
-    graph, state = nnx.split(model)
+    call_model = call or _call
+    graphdef, state = nnx.split(model)
 
-    def step(state: Any, *args: Any) -> Any:
-        module = nnx.merge(graph, state)
-        return invoke(module, *args), nnx.state(module)
+    def step(state: Pytree, *args: Any) -> tuple[Any, Pytree]:
+        merged = nnx.merge(graphdef, state)
+        return call_model(merged, *args), nnx.state(merged)
 
-    adopted = quantize_cache(
-        step, format, example=(state, *example), where=where, axes=axes, page_size=page_size, strict=strict
+    quantized_step = quantize_cache(
+        step, quantizer, example=(state, *example), where=where, axes=axes, page_size=page_size, strict=strict
     )
-    nnx.update(model, adopted.init(state))
-    owners: dict[int, tuple[Any, list[CacheLeaf]]] = {}
-    for leaf in adopted.found.leaves:
-        path, owner = _owner(model, leaf)
-        name = leaf.path.removeprefix(f"{path}/")
-        mine = replace(leaf, path=f"state/{name}", output=f"1/{name}")  # as the owner's own step has them
-        owners.setdefault(id(owner), (owner, []))[1].append(mine)
-    for owner, leaves in owners.values():
-        _adopt(owner, adopted, FoundCache(tuple(leaves)))
-    return adopted
+    caches = _caches_by_owner(model, quantized_step.found)  # raises before anything of the model changes
+    nnx.update(model, quantized_step.init(state))
+    for owner, found in caches:
+        _quantize_call(owner, quantized_step, found)
+    return quantized_step
+
+
+def _call(model: Callable[..., Any], *args: Any) -> Any:
+    return model(*args)
+
+
+def _caches_by_owner(model: nnx.Module, found: FoundCache) -> list[tuple[nnx.Module, FoundCache]]:
+    """Return every module that owns cache variables, with its part of the cache."""
+    owners: dict[str, nnx.Module] = {}
+    leaves: dict[str, list[CacheLeaf]] = {}
+    for leaf in found.leaves:
+        owner_path, owner = _owner(model, leaf)
+        owners[owner_path] = owner
+        leaves.setdefault(owner_path, []).append(_relative_to(owner_path, leaf))
+    return [(owner, FoundCache(tuple(leaves[owner_path]))) for owner_path, owner in owners.items()]
 
 
 def _owner(model: nnx.Module, leaf: CacheLeaf) -> tuple[str, nnx.Module]:
-    """The innermost module that can be called and has the variable, and its path."""
-    around = {"/".join(("state", *map(str, path))): module for path, module in nnx.iter_modules(model)}
-    callable_ones = [
-        path for path, module in around.items() if leaf.path.startswith(f"{path}/") and callable(module)
-    ]
-    path = max(callable_ones, key=len)
-    return path, around[path]
+    """Return the path and the module of the innermost callable module that has the variable."""
+    owners: dict[str, nnx.Module] = {}
+    for keys, module in nnx.iter_modules(model):
+        path = "/".join(("state", *map(str, keys)))
+        if leaf.path.startswith(f"{path}/") and callable(module):
+            owners[path] = module
+    if not owners:
+        raise ValueError(
+            f"model must have a module with __call__ around each variable of its cache, but {leaf.path} is "
+            f"in none; give the module that attends a __call__."
+        )
+    innermost = max(owners, key=len)
+    return innermost, owners[innermost]
 
 
-def _adopt(module: nnx.Module, adopted: QuantizedStep, found: FoundCache) -> None:
-    """Have a module run its own code on its quantized variables."""
-    own: Any = type(module)
-    metaclass: Any = type(own)
+def _relative_to(owner_path: str, leaf: CacheLeaf) -> CacheLeaf:
+    """Return the leaf with the paths that it has in a step of its owner: step(state, ...) -> (out, state)."""
+    name = leaf.path.removeprefix(f"{owner_path}/")
+    return replace(leaf, path=f"state/{name}", output=f"1/{name}")
 
-    def step(state: Any, graph: Any, args: Any, kwargs: Any) -> Any:
-        merged = nnx.merge(graph, state)
-        return own.__call__(merged, *args, **kwargs), nnx.state(merged)
 
-    # Derived from its own class alone, or Python would not let an instance change to it.
+def _quantize_call(module: nnx.Module, quantized_step: QuantizedStep, found: FoundCache) -> None:
+    """Change the class of a module to one that runs the module's own code on its quantized variables."""
+    own_class: Any = type(module)
+    metaclass: Any = type(own_class)  # nnx modules have one of their own
+
+    def step(state: Pytree, graphdef: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Pytree]:
+        merged = nnx.merge(graphdef, state)
+        return own_class.__call__(merged, *args, **kwargs), nnx.state(merged)
+
     members = {
-        "__module__": own.__module__,
+        "__module__": own_class.__module__,
         "__call__": _call_quantized,
-        "quantized_step": adopted.of(step, found),
+        "quantized_step": quantized_step.restrict(step, found),
     }
-    object.__setattr__(module, "__class__", metaclass(own.__name__, (own,), members))
+    # With a second base class, Python would refuse to assign to the instance's __class__.
+    quantized_class = metaclass(own_class.__name__, (own_class,), members)
+    # nnx's own __setattr__ would take the class for an attribute of the module.
+    object.__setattr__(module, "__class__", quantized_class)
 
 
 def _call_quantized(module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a module whose variables are quantized."""
-    graph, state = nnx.split(module)
-    out, state = module.quantized_step(state, graph, args, kwargs)
+    """Call a module whose variables are quantized, and update them: the ``__call__`` of its class."""
+    graphdef, state = nnx.split(module)
+    out, state = module.quantized_step(state, graphdef, args, kwargs)
     nnx.update(module, state)
     return out

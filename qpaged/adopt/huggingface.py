@@ -1,4 +1,4 @@
-"""Flax models of Hugging Face transformers: ``generate`` with a quantized cache."""
+"""Flax models of Hugging Face transformers with a quantized cache: ``generate`` runs as it is."""
 
 from __future__ import annotations
 
@@ -8,32 +8,42 @@ import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from qpaged._deprecated import renamed_argument
+from qpaged.adopt._arguments import Pytree, is_quantized
 from qpaged.adopt._step import PAGE_SIZE, QuantizedStep
 from qpaged.adopt._step import quantize_cache as quantize_step
-from qpaged.arrays import QuantizedArray
+from qpaged.quantizer import CacheFormat, Quantizer
 
-LENGTH = 2 * PAGE_SIZE  # of the cache that the model is looked at with
+EXAMPLE_LENGTH = 2 * PAGE_SIZE  # of the cache in the example; caches of any other length do as well
 
 
-def quantize_cache(model: Any, format: Any, *, page_size: int = PAGE_SIZE, strict: bool = False) -> Any:
-    """A copy of a Flax model whose caches are quantized; the model itself stays as it is.
+@renamed_argument("format", "quantizer")
+def quantize_cache(
+    model: Any,
+    quantizer: str | Path | Quantizer | CacheFormat | None,
+    *,
+    page_size: int = PAGE_SIZE,
+    strict: bool = False,
+) -> Any:
+    """Return a copy of a Flax model whose caches are quantized; the model itself stays as it is.
 
         model = quantize_cache(FlaxLlamaForCausalLM.from_pretrained(path), "int8")
         tokens = model.generate(prompt, max_length=256).sequences
 
-    The weights are shared. ``model.init_cache`` gives a quantized cache, and calling the model, by itself or
-    through ``generate``, takes one and returns one. ``model.quantized_step`` is the step, with its report.
+    The weights are shared. ``model.init_cache`` returns a quantized cache, and calling the model, by itself
+    or through ``generate``, takes one and returns one. ``model.quantized_step`` is the step, with its report.
 
     Args:
         model: an instance of a Flax model for causal language modeling (transformers 4).
-        format: as :func:`qpaged.adopt.quantize_cache` takes it.
-        page_size: as there.
-        strict: as there.
+        quantizer: as :func:`qpaged.adopt.quantize_cache` takes it.
+        page_size: as :func:`qpaged.adopt.quantize_cache` takes it.
+        strict: as :func:`qpaged.adopt.quantize_cache` takes it.
 
     Raises:
         TypeError: not a Flax model with a cache of its own.
@@ -44,70 +54,100 @@ def quantize_cache(model: Any, format: Any, *, page_size: int = PAGE_SIZE, stric
             f"model must be a Flax model of transformers with init_cache, generate and weights, but came as "
             f"{type(model).__name__}; for other models take qpaged.adopt.quantize_cache."
         )
-    adopted = copy.copy(model)
-    adopted.quantized_step = _step(model, format, page_size, strict)
-    adopted.__class__ = type(type(model).__name__, (_WithQuantizedCache, type(model)), {})
-    return adopted
+    quantized = copy.copy(model)  # a shallow copy, which shares the weights
+    quantized.quantized_step = _quantized_step(model, quantizer, page_size, strict)
+    # A derived class: isinstance still holds, and generate, which calls self(...), finds the new __call__.
+    quantized.__class__ = type(type(model).__name__, (_WithQuantizedCache, type(model)), {})
+    return quantized
 
 
 class _WithQuantizedCache:
-    """What is different in a model whose caches are quantized."""
+    """The methods that differ in a model whose caches are quantized, to be put before the model's own
+    class."""
 
     quantized_step: QuantizedStep
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self.quantized_step(*args, **kwargs)
-        return out.restored() if isinstance(out, _Output) else out
+        if isinstance(out, _Output):
+            return out.restore()
+        return out
 
-    def init_cache(self, *args: Any, **kwargs: Any) -> Any:
-        make = super().init_cache  # type: ignore[misc]
-        made = self.quantized_step.init(jax.eval_shape(lambda: make(*args, **kwargs)))
-        return jax.tree_util.tree_map(_zeros, made, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+    def init_cache(self, *args: Any, **kwargs: Any) -> Pytree:
+        init_float_cache = super().init_cache  # type: ignore[misc]
+        # Shapes alone: the float cache may be too large to exist even for a moment.
+        shapes = jax.eval_shape(lambda: init_float_cache(*args, **kwargs))
+        cache = self.quantized_step.init(shapes)
+        return jax.tree_util.tree_map(_zeros_for_shape, cache, is_leaf=is_quantized)
 
 
-def _zeros(leaf: Any) -> Any:
-    """What a new cache holds beside keys and values."""
-    return jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+def _zeros_for_shape(leaf: Any) -> Any:
+    """Return zeros for the shapes that are left in a new cache beside its keys and values."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return leaf
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["items"], meta_fields=["made_as"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["items"], meta_fields=["output_class"])
 @dataclass
 class _Output:
-    """A model's output as a tree of all its items: its own class leaves the cache out, as no field of it."""
+    """The items of a model's output as a pytree.
+
+    The models add ``past_key_values`` to their output as an item that is no field of its class, and pytree
+    functions would drop it.
+    """
 
     items: dict[str, Any]
-    made_as: Any
+    output_class: type[Any]
 
     @classmethod
-    def of(cls, out: Any) -> Any:
-        return cls(dict(out.items()), type(out)) if isinstance(out, Mapping) else out
+    def wrap(cls, out: Any) -> Any:
+        """Return the output of a model as one of these; outputs that are no mapping stay as they are."""
+        if isinstance(out, Mapping):
+            return cls(dict(out.items()), type(out))
+        return out
 
-    def restored(self) -> Any:
-        fields = {field.name for field in dataclasses.fields(self.made_as)}
-        out = self.made_as(**{name: item for name, item in self.items.items() if name in fields})
-        for name in self.items.keys() - fields:
+    def restore(self) -> Any:
+        """Return the output of the model's own class."""
+        field_names = {field.name for field in dataclasses.fields(self.output_class)}
+        out = self.output_class(**{name: item for name, item in self.items.items() if name in field_names})
+        for name in self.items.keys() - field_names:
             out[name] = self.items[name]
         return out
 
 
-def _step(model: Any, format: Any, page_size: int, strict: bool) -> QuantizedStep:
-    """The model's own call, its cache found by one token."""
-    call = inspect.signature(model.__call__)
-    cache = jax.eval_shape(lambda: model.init_cache(1, LENGTH))
-    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    inputs = {
-        "input_ids": token,
-        "past_key_values": cache,
-        "attention_mask": jax.ShapeDtypeStruct((1, LENGTH), jnp.int32),
-        "position_ids": token,
-        "params": jax.eval_shape(lambda: model.params),
-    }
-    example = call.bind(**{name: value for name, value in inputs.items() if name in call.parameters})
-    example.apply_defaults()
+def _quantized_step(
+    model: Any, quantizer: str | Path | Quantizer | CacheFormat | None, page_size: int, strict: bool
+) -> QuantizedStep:
+    """Return the model's own call as a step with a quantized cache, which is found with one token."""
 
     @functools.wraps(model.__call__)
     def step(*args: Any, **kwargs: Any) -> Any:
-        return _Output.of(model(*args, **kwargs))
+        return _Output.wrap(model(*args, **kwargs))
 
-    where = "^past_key_values/"
-    return quantize_step(step, format, example=example.args, where=where, page_size=page_size, strict=strict)
+    return quantize_step(
+        step,
+        quantizer,
+        example=_example_arguments(model),
+        where="^past_key_values/",
+        page_size=page_size,
+        strict=strict,
+    )
+
+
+def _example_arguments(model: Any) -> tuple[Any, ...]:
+    """Return positional arguments for a call of the model with one token, as shapes."""
+    token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    inputs = {
+        "input_ids": token,
+        "past_key_values": jax.eval_shape(lambda: model.init_cache(1, EXAMPLE_LENGTH)),
+        "attention_mask": jax.ShapeDtypeStruct((1, EXAMPLE_LENGTH), jnp.int32),
+        "position_ids": token,
+        "params": jax.eval_shape(lambda: model.params),
+    }
+    signature = inspect.signature(model.__call__)
+    # Not every model takes all of these: some have no position_ids.
+    accepted = {name: value for name, value in inputs.items() if name in signature.parameters}
+    call = signature.bind(**accepted)
+    call.apply_defaults()
+    return call.args

@@ -58,9 +58,9 @@ __all__ = [
 
 
 def load_tiny() -> tuple[DecoderConfig, Params]:
-    """The bundled byte-level decoder: tokens are bytes 0 to 255, context up to 1024, weights as float32.
+    """Load the bundled byte-level decoder: tokens are bytes 0 to 255, context up to 1024, weights as float32.
 
-    Trained by `benchmarks/train_tiny.py` on the "train" split of `standard_library_text`. Raises
+    It was trained by `benchmarks/train_tiny.py` on the "train" split of `standard_library_text`. Raises
     `ImportError` without safetensors.
     """
     return load_checkpoint(Path(__file__).parent / "tiny", jnp.float32)

@@ -1,15 +1,15 @@
-"""What only some functions need: imported when used, with an error that says how to get it."""
+"""Import optional packages when they are used, with an error that says how to install them."""
 
 import importlib
 from types import ModuleType
 
 
 class MissingExtraError(ImportError):
-    """An optional package is not installed; the message is the cure."""
+    """An optional package is not installed; the message says how to install it."""
 
 
 def need(module: str) -> ModuleType:
-    """Import ``module``.
+    """Import and return ``module``.
 
     Raises:
         MissingExtraError: it is not installed.

@@ -1,4 +1,4 @@
-"""Decoders on disk as Hugging Face stores them: `config.json` beside safetensors."""
+"""Read and write decoders as Hugging Face stores them: `config.json` beside safetensors."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from qpaged.models._extras import need
-from qpaged.models._shards import (
+from qpaged.models._safetensors import (
     DTYPES,
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -26,38 +26,40 @@ from qpaged.models.families import decoder_config, llama_fields
 
 CONFIG_FILE = "config.json"
 
+MODEL_PREFIX = "model."
+OUTPUT_PREFIX = "lm_head."
 LAYOUTS = (
-    ("model.", "lm_head."),
+    (MODEL_PREFIX, OUTPUT_PREFIX),
     ("language_model.model.", "language_model.lm_head."),
-    ("model.language_model.", "lm_head."),
+    ("model.language_model.", OUTPUT_PREFIX),
 )
-"""What names of a decoder's weights and of its output matrix start with: alone, and beside a vision tower."""
+"""Prefixes of the names of a decoder's weights and of its output matrix: alone, and beside a vision tower."""
 
 BUFFERS = ("rotary_emb.inv_freq",)
 """Tensors of a layer that older checkpoints store though they follow from the configuration."""
 
 
 def read_config(path: str | Path) -> DecoderConfig:
-    """The configuration of a checkpoint, from its directory or its `config.json`; no weights are needed.
+    """Read the configuration of a checkpoint, from its directory or its `config.json`; no weights are needed.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a family or feature that is not implemented, or a malformed file.
     """
     path = _config_path(path)
-    found = read_json(path)
+    fields = read_json(path)
     try:
-        return decoder_config(found)
+        return decoder_config(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def load_checkpoint(directory: str | Path, dtype: DTypeLike | None = None) -> tuple[DecoderConfig, Params]:
-    """The configuration and weights of a checkpoint of one file or of shards, weights cast to `dtype`.
+    """Read the configuration and weights of a checkpoint of one file or of shards, weights cast to `dtype`.
 
     Weights keep their stored dtypes if None. They are read one by one: no more than the model and the tensor
-    being read is in memory, and tensors that the decoder does not use are not read. The embedding is the
-    output matrix where the checkpoint has none.
+    being read is in memory, and tensors that the decoder does not use are not read. If the checkpoint has no
+    output matrix, the embedding is used for it.
 
     Raises:
         FileNotFoundError: a missing file.
@@ -73,9 +75,9 @@ def load_checkpoint(directory: str | Path, dtype: DTypeLike | None = None) -> tu
 
 
 def parameter_bytes(path: str | Path) -> int | None:
-    """Bytes of the weights that `load_checkpoint` reads, from the files' headers; None where there are none.
+    """Return the bytes of the weights that `load_checkpoint` reads; None if the checkpoint has no weights.
 
-    `path` is as in `read_config`. Raises as `load_checkpoint`.
+    Only the headers of the files are read. `path` is as in `read_config`. Raises as `load_checkpoint`.
     """
     _, tensors = _used_tensors(_config_path(path))
     if tensors is None:
@@ -84,20 +86,22 @@ def parameter_bytes(path: str | Path) -> int | None:
 
 
 def checkpoint_sha256(directory: str | Path) -> str:
-    """SHA-256 of a checkpoint: of `sha256sum`'s lines for its `config.json` and its weights' files, by name.
+    """Return the SHA-256 of a checkpoint: of what `sha256sum` prints for `config.json` and the weight files.
 
     Raises:
         FileNotFoundError: a missing file.
         ValueError: a malformed index.
     """
     directory = Path(directory)
-    files = [_config_path(directory), *weight_files(directory)]
-    if len(files) == 1:
+    config_path = _config_path(directory)
+    weight_paths = weight_files(directory)
+    if not weight_paths:
         raise _no_weights(directory)
     digest = hashlib.sha256()
-    for path in files:
+    for path in (config_path, *weight_paths):
         with path.open("rb") as file:
-            digest.update(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n".encode())
+            file_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{file_sha256}  {path.name}\n".encode())
     return digest.hexdigest()
 
 
@@ -113,10 +117,13 @@ def save_checkpoint(
         ImportError: safetensors is missing.
     """
     directory = Path(directory)
-    fields = llama_fields(config) | {"torch_dtype": jnp.dtype(dtype).name}
+    dtype = jnp.dtype(dtype)
+    fields = llama_fields(config) | {"torch_dtype": dtype.name}
+    given_shapes = {name: weight.shape for name, weight in params.items()}
+    weights: dict[str, np.ndarray] = {}
     for name, shape in param_shapes(config).items():
-        _check_weight(name, shape, {key: value.shape for key, value in params.items()}, "params")
-    weights = {name: np.asarray(params[name]).astype(jnp.dtype(dtype)) for name in param_shapes(config)}
+        _check_weight(name, shape, given_shapes, "params")
+        weights[name] = np.asarray(params[name]).astype(dtype)
     # Transformers refuses a file that does not say which framework's layout it follows.
     data = need("safetensors.numpy").save(weights, metadata={"format": "pt"})
     directory.mkdir(parents=True, exist_ok=True)
@@ -132,16 +139,19 @@ def _replace_file(path: Path, data: bytes) -> None:
 
 
 def _config_path(path: str | Path) -> Path:
+    """Return the path of a checkpoint's configuration, given the directory or the file itself."""
     path = Path(path)
-    path = path / CONFIG_FILE if path.is_dir() or path.suffix != ".json" else path
-    if path.is_file():
-        return path
-    raise FileNotFoundError(
-        f"There is no {path}. Give the directory of a checkpoint, with its {CONFIG_FILE}."
-    )
+    if path.is_dir() or path.suffix != ".json":
+        path = path / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {path}. Give the directory of a checkpoint, with its {CONFIG_FILE}."
+        )
+    return path
 
 
 def _no_weights(directory: Path) -> Exception:
+    """Return the error for a directory without safetensors."""
     pickled = sorted(directory.glob("pytorch_model*.bin"))
     if pickled:
         return ValueError(
@@ -153,47 +163,68 @@ def _no_weights(directory: Path) -> Exception:
     )
 
 
-def _used_tensors(path: Path) -> tuple[DecoderConfig, dict[str, StoredTensor] | None]:
-    """A configuration, and the tensors beside it that its decoder uses, by their name in `param_shapes`."""
-    config, stored = read_config(path), _canonical(stored_tensors(path.parent))
+def _used_tensors(config_path: Path) -> tuple[DecoderConfig, dict[str, StoredTensor] | None]:
+    """Return a configuration, and the tensors beside it that its decoder uses, by their name in
+    `param_shapes`.
+
+    The tensors are None if there are no weights.
+    """
+    directory = config_path.parent
+    config = read_config(config_path)
+    stored = _with_plain_names(stored_tensors(directory))
     if not stored:
         return config, None
     shapes = param_shapes(config)
-    found = {name: tensor.shape for name, tensor in stored.items()}
+    stored_shapes = {name: tensor.shape for name, tensor in stored.items()}
     for name, shape in shapes.items():
-        _check_weight(name, shape, found, str(path.parent))
-    _check_understood(config, stored)
+        _check_weight(name, shape, stored_shapes, str(directory))
+    _check_all_used(config, stored)
     return config, {name: stored[name] for name in shapes}
 
 
-def _canonical(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Tensors by the name that they have in a checkpoint of text alone."""
-    model, output = next((layout for layout in LAYOUTS if layout[0] + "norm.weight" in stored), LAYOUTS[0])
-    new = {output: "lm_head.", model: "model."}
-    prefixes = {name: next((prefix for prefix in new if name.startswith(prefix)), None) for name in stored}
-    return {new[p] + name.removeprefix(p): stored[name] for name, p in prefixes.items() if p is not None}
+def _with_plain_names(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return a decoder's tensors by the names that they have in a checkpoint of text alone."""
+    model_prefix, output_prefix = _find_layout(stored)
+    plain: dict[str, StoredTensor] = {}
+    for name, tensor in stored.items():
+        if name.startswith(output_prefix):
+            plain[OUTPUT_PREFIX + name.removeprefix(output_prefix)] = tensor
+        elif name.startswith(model_prefix):
+            plain[MODEL_PREFIX + name.removeprefix(model_prefix)] = tensor
+    return plain
+
+
+def _find_layout(stored: Mapping[str, StoredTensor]) -> tuple[str, str]:
+    """Return the prefixes that a checkpoint uses: those with which it has a final norm."""
+    for model_prefix, output_prefix in LAYOUTS:
+        if f"{model_prefix}norm.weight" in stored:
+            return model_prefix, output_prefix
+    return LAYOUTS[0]
 
 
 def _check_weight(
-    name: str, shape: tuple[int, ...], found: Mapping[str, tuple[int, ...]], where: str
+    name: str, shape: tuple[int, ...], given_shapes: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    if name not in found:
+    """Raise ValueError unless a weight is given in the shape that the configuration calls for."""
+    if name not in given_shapes:
         raise ValueError(
-            f"{where} has no tensor {name!r}, which the configuration calls for. "
+            f"{source} has no tensor {name!r}, which the configuration calls for. "
             "Copy all files of the checkpoint again."
         )
-    if found[name] != shape:
+    if given_shapes[name] != shape:
         raise ValueError(
-            f"{where} has {name!r} of shape {found[name]}, but the configuration calls for {shape}. "
+            f"{source} has {name!r} of shape {given_shapes[name]}, but the configuration calls for {shape}. "
             "Use the configuration and the weights of one checkpoint."
         )
 
 
-def _check_understood(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -> None:
-    """Every tensor of the decoder is used: a bias, norm or scale left out would change what it computes."""
+def _check_all_used(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -> None:
+    """Raise ValueError if a tensor of the decoder would be left out: a bias or a norm changes the results."""
     shapes = param_shapes(config)
     for name, tensor in stored.items():
-        if not (name in shapes or name == OUTPUT or name.endswith(BUFFERS)):
+        # A tied output matrix may be stored beside the embedding; it is the same matrix.
+        is_known = name in shapes or name == OUTPUT or name.endswith(BUFFERS)
+        if not is_known:
             raise ValueError(
                 f"{tensor.path} has the tensor {tensor.name!r}, for which the configuration's decoder has no "
                 "use. Choose a checkpoint without it."

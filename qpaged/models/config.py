@@ -1,4 +1,4 @@
-"""What a decoder computes, as data: sizes, and the features in which the families differ."""
+"""The configuration of a decoder: its sizes, and the features in which the families differ."""
 
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -7,6 +7,9 @@ from qpaged.models.rope import LongRopeScaling, Rope
 
 LayerType = Literal["full_attention", "sliding_attention"]
 Activation = Literal["silu", "gelu_pytorch_tanh"]
+
+FULL: LayerType = "full_attention"
+SLIDING: LayerType = "sliding_attention"
 
 SIZES = (
     "vocab_size",
@@ -22,12 +25,12 @@ SIZES = (
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """How one layer attends: the keyword arguments of :func:`qpaged.paged_attention`.
+    """The attention of one layer: keyword arguments of :func:`qpaged.paged_attention`.
 
     Attributes:
-        softmax_scale: factor of the dot products.
-        sliding_window: the last so many positions, the query's own included; all if None.
-        logits_soft_cap: scores become cap · tanh(score / cap); untouched if None.
+        softmax_scale: factor of the dot products of queries and keys.
+        sliding_window: number of positions that a query attends to, its own included; all if None.
+        logits_soft_cap: scores become cap · tanh(score / cap); not capped if None.
     """
 
     softmax_scale: float
@@ -37,27 +40,29 @@ class AttentionOptions:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and features of a decoder, under Hugging Face's names where it has some, by default a Llama's.
+    """Sizes and features of a decoder, under Hugging Face's names where there are any; the defaults are a
+    Llama's.
 
     Attributes:
         head_dim: channels of a head.
         tie_word_embeddings: the embedding is the output matrix too.
         max_position_embeddings: the longest sequence that the model is made for, in tokens.
         rope: rotary positions.
-        sliding_rope: those of the layers with a sliding window, where they have their own.
-        layer_types: "full_attention" or "sliding_attention" for each layer; none has a window where empty.
+        sliding_rope: rotary positions of the layers with a sliding window; as ``rope`` if None.
+        layer_types: "full_attention" or "sliding_attention" for each layer; all full if empty.
         sliding_window: tokens that a "sliding_attention" layer attends to, the query's own included.
-        attention_bias: query, key and value are projected with a bias.
-        output_bias: attention's output, too.
-        mlp_bias: the linear maps of the MLP, too.
-        query_key_norm: each head's query and key are normed before they turn (Qwen 3, Gemma 3).
+        attention_bias: the projections to query, key and value have a bias.
+        output_bias: attention's output projection has a bias.
+        mlp_bias: the projections of the MLP have a bias.
+        query_key_norm: each head's query and key are normed before they are rotated (Qwen 3, Gemma 3).
         fused_projections: query, key and value are one matrix, gate and up another (Phi-3).
-        sandwich_norms: attention and MLP are normed after as well as before (Gemma 2).
+        sandwich_norms: the outputs of attention and MLP are normed as well as their inputs (Gemma 2).
         unit_offset: norms multiply by 1 + w rather than w (Gemma).
         scale_embeddings: embeddings are multiplied by sqrt(hidden_size) (Gemma).
-        hidden_act: what the MLP's gate goes through.
-        query_pre_attn_scalar: attention's scores are scaled by its -1/2 power; by head_dim's if None.
-        attn_logit_softcapping, final_logit_softcapping: the cap of attention's scores and of the logits.
+        hidden_act: the activation of the MLP's gate.
+        query_pre_attn_scalar: attention's scores are divided by its square root; by that of head_dim if None.
+        attn_logit_softcapping: the cap of attention's scores; not capped if None.
+        final_logit_softcapping: the cap of the logits; not capped if None.
         model_type: the family that it was read as.
 
     Raises:
@@ -100,23 +105,26 @@ class DecoderConfig:
                 "num_attention_heads must be a multiple of num_key_value_heads, so that every KV head "
                 f"serves as many query heads; got {self.num_attention_heads} and {self.num_key_value_heads}."
             )
-        for rope in {self.rope, self.sliding_rope or self.rope}:
-            self._check_rope(rope)
+        self._check_rope(self.rope)
+        if self.sliding_rope is not None:
+            self._check_rope(self.sliding_rope)
         self._check_layer_types()
 
     def _check_rope(self, rope: Rope) -> None:
-        dim = rope.rotary_dim(self.head_dim)
-        if dim % 2 or not 0 < dim <= self.head_dim:
+        rotary_dim = rope.rotary_dim(self.head_dim)
+        if rotary_dim % 2 or not 0 < rotary_dim <= self.head_dim:
             raise ValueError(
                 "the channels of a head that turn, in pairs, must be even in number, from 2 to head_dim; "
-                f"got {dim} of head_dim {self.head_dim}."
+                f"got {rotary_dim} of head_dim {self.head_dim}."
             )
         if isinstance(rope.scaling, LongRopeScaling):
-            found = len(rope.scaling.short_factor), len(rope.scaling.long_factor)
-            if found != (dim // 2, dim // 2):
+            num_pairs = rotary_dim // 2
+            num_short = len(rope.scaling.short_factor)
+            num_long = len(rope.scaling.long_factor)
+            if num_short != num_pairs or num_long != num_pairs:
                 raise ValueError(
-                    f"short_factor and long_factor must have one number for each of the {dim // 2} pairs "
-                    f"that turn, but have {found[0]} and {found[1]}."
+                    f"short_factor and long_factor must have one number for each of the {num_pairs} pairs "
+                    f"that turn, but have {num_short} and {num_long}."
                 )
 
     def _check_layer_types(self) -> None:
@@ -125,45 +133,49 @@ class DecoderConfig:
                 f"layer_types must have one for each of the {self.num_hidden_layers} layers, "
                 f"but has {len(self.layer_types)}."
             )
-        if "sliding_attention" in self.layer_types:
+        if SLIDING in self.layer_types:
             check_size("sliding_window", self.sliding_window)
 
     def attention(self, layer: int) -> AttentionOptions:
-        """How a layer attends."""
+        """Return the attention options of a layer."""
         return AttentionOptions(
             softmax_scale=(self.query_pre_attn_scalar or self.head_dim) ** -0.5,
-            sliding_window=self.sliding_window if self._slides(layer) else None,
+            sliding_window=self.sliding_window if self._has_sliding_window(layer) else None,
             logits_soft_cap=self.attn_logit_softcapping,
         )
 
     def layer_rope(self, layer: int) -> Rope:
-        """The rotary positions of a layer."""
-        return self.sliding_rope if self.sliding_rope and self._slides(layer) else self.rope
+        """Return the rotary positions of a layer."""
+        if self.sliding_rope is not None and self._has_sliding_window(layer):
+            return self.sliding_rope
+        return self.rope
 
-    def _slides(self, layer: int) -> bool:
-        return bool(self.layer_types) and self.layer_types[layer] == "sliding_attention"
+    def _has_sliding_window(self, layer: int) -> bool:
+        return bool(self.layer_types) and self.layer_types[layer] == SLIDING
 
     def for_context(self, length: int) -> "DecoderConfig":
-        """The same model for sequences that grow to ``length`` tokens.
+        """Return the configuration of the same model for sequences that grow to ``length`` tokens.
 
-        Differs only with longrope (Phi-3), whose long sequences turn at other speeds from their first token
-        on: as read, such a model is that of its original context, which is its max_position_embeddings.
+        It differs only with longrope (Phi-3), which rotates long sequences at other speeds from their first
+        token on: as read from a file, such a model is that of its original context, which is its
+        max_position_embeddings.
 
         Raises:
             ValueError: the model is not made for sequences so long.
         """
         scaling = self.rope.scaling
-        extended = scaling if isinstance(scaling, LongRopeScaling) else None
-        longest = extended.max_position_embeddings if extended else self.max_position_embeddings
+        longest = self.max_position_embeddings
+        if isinstance(scaling, LongRopeScaling):
+            longest = scaling.max_position_embeddings
         if not 1 <= length <= longest:
             raise ValueError(
                 f"length must be from 1 to {longest:,}, the longest that the model is made for, "
                 f"but came as {length:,}."
             )
-        if extended is None or length <= self.max_position_embeddings:
+        if not isinstance(scaling, LongRopeScaling) or length <= self.max_position_embeddings:
             return self
-        rope = replace(self.rope, scaling=replace(extended, long=True))
-        return replace(self, rope=rope, max_position_embeddings=longest)
+        long_rope = replace(self.rope, scaling=replace(scaling, long=True))
+        return replace(self, rope=long_rope, max_position_embeddings=longest)
 
 
 def check_size(name: str, value: object) -> None:

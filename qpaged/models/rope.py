@@ -1,4 +1,4 @@
-"""Rotary positions: how fast each pair of channels turns, and the turning (Su et al. 2021)."""
+"""Rotary position embeddings: the frequency of each pair of channels, and the rotation (Su et al. 2021)."""
 
 import math
 from dataclasses import dataclass
@@ -11,8 +11,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """Positions divided by ``factor`` (Chen et al. 2023, "Extending Context Window ... via Positional
-    Interpolation")."""
+    """Divides all frequencies, and so positions, by ``factor``.
+
+    Chen et al. 2023, "Extending Context Window of Large Language Models via Positional Interpolation".
+    """
 
     factor: float
     amplitude = 1.0
@@ -23,10 +25,10 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Slow turns divided by ``factor``, fast ones kept, those between blended (Llama 3.1).
+    """Divides low frequencies by ``factor``, keeps high ones, and blends those between (Llama 3.1).
 
-    A turn is slow where it takes more than original / low_freq_factor tokens, fast where fewer than
-    original / high_freq_factor; the blend is linear in its turns within the original context.
+    A frequency is low if a turn takes more than original / low_freq_factor tokens, high if it takes fewer
+    than original / high_freq_factor; the blend is linear in the number of turns within the original context.
     """
 
     factor: float
@@ -44,25 +46,25 @@ class Llama3Scaling:
 
     def __call__(self, frequencies: np.ndarray) -> np.ndarray:
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = np.clip(kept, 0, 1)
-        return frequencies * (kept + (1 - kept) / self.factor)
+        blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        blend = np.clip(blend, 0, 1)  # 1 for frequencies that are kept
+        return frequencies * (blend + (1 - blend) / self.factor)
 
 
 @dataclass(frozen=True)
 class LongRopeScaling:
-    """Each turn divided by its own factor, queries and keys longer by ``amplitude`` (Ding et al. 2024).
+    """Divides each frequency by a factor of its own (Ding et al. 2024).
 
-    There is one list of factors for sequences within the original context, and one for longer ones: a
-    sequence is turned by one list from its first token to its last.
+    There is one list of factors for sequences within the original context, and one for longer ones. A
+    sequence is rotated by one of them from its first token to its last.
 
     Attributes:
-        short_factor: (rotary_dim / 2,) within the original context.
-        long_factor: likewise, beyond it.
-        amplitude: factor of the turned queries and keys.
-        original_max_position_embeddings: the longest sequence with the short factors.
-        max_position_embeddings: that with the long ones.
-        long: which of the two lists is in use.
+        short_factor: (rotary_dim / 2,) factors for sequences within the original context.
+        long_factor: (rotary_dim / 2,) factors for longer sequences.
+        amplitude: factor of the rotated queries and keys.
+        original_max_position_embeddings: length of the longest sequence with the short factors.
+        max_position_embeddings: length of the longest sequence with the long factors.
+        long: True if the long factors are in use.
     """
 
     short_factor: tuple[float, ...]
@@ -73,7 +75,8 @@ class LongRopeScaling:
     long: bool = False
 
     def __call__(self, frequencies: np.ndarray) -> np.ndarray:
-        return frequencies / np.asarray(self.long_factor if self.long else self.short_factor)
+        factors = self.long_factor if self.long else self.short_factor
+        return frequencies / np.asarray(factors)
 
 
 Scaling = LinearScaling | Llama3Scaling | LongRopeScaling
@@ -81,12 +84,12 @@ Scaling = LinearScaling | Llama3Scaling | LongRopeScaling
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions of one kind of layer.
+    """Rotary positions of one type of layer.
 
     Attributes:
         theta: base of the frequencies theta^(-2i / rotary_dim).
-        partial_rotary_factor: the share of a head's channels, its first ones, that turn.
-        scaling: what is done to the frequencies for longer contexts.
+        partial_rotary_factor: the share of a head's channels, its first ones, that are rotated.
+        scaling: the change of the frequencies for longer contexts; none if None.
     """
 
     theta: float = 10000.0
@@ -94,39 +97,54 @@ class Rope:
     scaling: Scaling | None = None
 
     def rotary_dim(self, head_dim: int) -> int:
-        """Channels of a head that turn."""
+        """Return the number of channels of a head that are rotated."""
         return int(head_dim * self.partial_rotary_factor)
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """(rotary_dim / 2,) float32: radians that each pair turns per token."""
+        """Return the radians by which each pair of channels turns per token, (rotary_dim / 2,) float32."""
         dim = self.rotary_dim(head_dim)
+        # Computed in float64 and rounded once, as positions multiply the error.
         frequencies = self.theta ** -(np.arange(0, dim, 2) / dim)
-        return (self.scaling(frequencies) if self.scaling else frequencies).astype(np.float32)
+        if self.scaling is not None:
+            frequencies = self.scaling(frequencies)
+        return frequencies.astype(np.float32)
 
 
 Rotation = tuple[jax.Array, jax.Array]
 """Cosine and sine of each token's angles, each (n, 1, rotary_dim / 2) float32."""
 
 
-def rotary_angles(rope: Rope, head_dim: int, positions: jax.Array) -> Rotation:
-    """The rotation of tokens at positions (n,) int32."""
-    amplitude = rope.scaling.amplitude if rope.scaling else 1.0
+def rotary_angles(
+    rope: Rope,
+    head_dim: int,
+    positions: jax.Array,  # [n] int32
+) -> Rotation:
+    """Return the rotation of tokens at positions (n,) int32."""
+    amplitude = 1.0 if rope.scaling is None else rope.scaling.amplitude
     return _angles(jnp.asarray(rope.frequencies(head_dim)), jnp.float32(amplitude), positions)
 
 
+# Frequencies are an argument, not a constant, so that ropes of the same size share a compilation.
 @partial(jax.jit, inline=True)
-def _angles(frequencies: jax.Array, amplitude: jax.Array, positions: jax.Array) -> Rotation:
-    angles = positions.astype(jnp.float32)[:, None, None] * frequencies
+def _angles(
+    frequencies: jax.Array,  # [rotary_dim / 2] float32
+    amplitude: jax.Array,  # [] float32
+    positions: jax.Array,  # [n] int32
+) -> Rotation:
+    angles = positions.astype(jnp.float32)[:, None, None] * frequencies  # [n, 1, rotary_dim / 2]
     return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles)
 
 
-def rotate(heads: jax.Array, rotation: Rotation) -> jax.Array:
-    """Turn the pairs (x[i], x[i + rotary_dim / 2]) of (n, heads, head_dim) by their position's angle.
+def rotate(
+    heads: jax.Array,  # [n, heads, head_dim]
+    rotation: Rotation,
+) -> jax.Array:  # [n, heads, head_dim]
+    """Rotate the pairs (x[i], x[i + rotary_dim / 2]) of (n, heads, head_dim) by their position's angle.
 
-    The half-split order in which Hugging Face stores weights; channels from rotary_dim on stay.
+    This is the half-split order in which Hugging Face stores weights. Channels from rotary_dim on are kept.
     """
     cos, sin = rotation
     half = cos.shape[-1]
-    first, second, rest = jnp.split(heads.astype(jnp.float32), [half, 2 * half], axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(turned, axis=-1).astype(heads.dtype)
+    first, second, unrotated = jnp.split(heads.astype(jnp.float32), [half, 2 * half], axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin, unrotated]
+    return jnp.concatenate(rotated, axis=-1).astype(heads.dtype)

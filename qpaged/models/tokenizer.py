@@ -1,14 +1,19 @@
-"""Text as tokens, with the byte at which each one ends."""
+"""Encode text as tokens, with the byte at which each one ends."""
+
+from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from qpaged.models._extras import need
+
+if TYPE_CHECKING:
+    import tokenizers
 
 BYTES = "bytes"
 TOKENIZER_FILE = "tokenizer.json"
@@ -16,7 +21,7 @@ PIECE = 65_536
 """Characters that are encoded at once, so that memory is bounded."""
 
 OVERLAP = 2_048
-"""Characters that a piece and the next one share, in which the one is left for the other."""
+"""Characters that a piece shares with the next one, so that their tokens can be spliced there."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Tokens:
     Attributes:
         ids: (n,) int32.
         ends: (n,) int64; the byte of the text at which each token ends, never falling, the last at the text's
-            end. Of tokens that share a character, all end where it does.
+            end. Tokens that share a character all end where the character does.
     """
 
     ids: np.ndarray
@@ -34,7 +39,7 @@ class Tokens:
 
 
 class Tokenizer(Protocol):
-    """Text to tokens and back."""
+    """Encodes text as tokens and decodes it again."""
 
     @property
     def name(self) -> str:
@@ -42,30 +47,31 @@ class Tokenizer(Protocol):
 
     @property
     def sha256(self) -> str | None:
-        """Of the tokenizer's file; None for bytes."""
+        """The SHA-256 of the tokenizer's file; None for bytes."""
 
     @property
     def vocab_size(self) -> int:
-        """All ids of a text and of the prefix are below it."""
+        """A number that all ids of a text and of the prefix are below."""
 
     @property
     def prefix(self) -> tuple[int, ...]:
         """Ids that the model expects before a text, as a token for its beginning."""
 
     def encode(self, data: bytes) -> Tokens:
-        """The text alone, without the prefix; what reads like a special token is text.
+        """Return the tokens of a text, without the prefix; text that looks like a special token is plain
+        text.
 
         Raises:
             ValueError: the tokenizer needs UTF-8, and the text is not.
         """
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of ids; what is not UTF-8 is replaced."""
+        """Return the text of ids; bytes that are not UTF-8 are replaced."""
 
 
 @dataclass(frozen=True)
 class ByteTokenizer:
-    """Every byte is a token of its own."""
+    """A tokenizer for which every byte is a token of its own."""
 
     name: str = BYTES
     sha256: None = None
@@ -74,10 +80,11 @@ class ByteTokenizer:
 
     def encode(self, data: bytes) -> Tokens:
         ids = np.frombuffer(data, np.uint8).astype(np.int32)
-        return Tokens(ids, np.arange(1, len(ids) + 1, dtype=np.int64))
+        ends = np.arange(1, len(ids) + 1, dtype=np.int64)
+        return Tokens(ids, ends)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return bytes(map(int, ids)).decode(errors="replace")
+        return bytes(int(token) for token in ids).decode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -88,84 +95,128 @@ class FileTokenizer:
     sha256: str
     vocab_size: int
     prefix: tuple[int, ...]
-    library: Any
+    library: tokenizers.Tokenizer
 
     def encode(self, data: bytes) -> Tokens:
-        text, ids, ends = _utf8(data), [np.empty(0, np.int32)], [np.empty(0, np.int64)]
-        chars = done = 0
-        for part in self._parts(text):
-            ids.append(part.ids)
-            offsets = np.concatenate([[0], np.cumsum(_byte_lengths(text[chars : part.ends[-1]]))])
-            ends.append(done + offsets[np.maximum(part.ends - chars, 0)])
-            chars, done = part.ends[-1], done + offsets[-1]
-        every_end = np.concatenate(ends)
-        np.maximum.accumulate(every_end, out=every_end)
-        every_end[-1:] = len(data)  # the last one's, if the tokenizer drops what follows it
-        return Tokens(np.concatenate(ids), every_end)
+        text = _decode_utf8(data)
+        ids = [np.empty(0, np.int32)]
+        ends = [np.empty(0, np.int64)]
+        num_chars = num_bytes = 0  # of the text up to here
+        for piece in self._spliced_pieces(text):
+            piece_chars = text[num_chars : piece.ends[-1]]
+            # Byte at which each character of these begins, counted from the first; and where the last one
+            # ends.
+            byte_offsets = np.concatenate([[0], np.cumsum(_utf8_lengths(piece_chars))])
+            # A token may end before the piece does begin: the piece before it went further.
+            char_ends = np.maximum(piece.ends - num_chars, 0)
+            ids.append(piece.ids)
+            ends.append(num_bytes + byte_offsets[char_ends])
+            num_chars += len(piece_chars)
+            num_bytes += byte_offsets[-1]
+        all_ends = np.concatenate(ends)
+        np.maximum.accumulate(all_ends, out=all_ends)
+        # A tokenizer may drop what follows the last token, as spaces; the last token is to end with the text.
+        all_ends[-1:] = len(data)
+        return Tokens(np.concatenate(ids), all_ends)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        return self.library.decode([int(one) for one in ids], skip_special_tokens=False)
+        return self.library.decode([int(token) for token in ids], skip_special_tokens=False)
 
-    def _parts(self, text: str) -> Iterator["_Spans"]:
-        """The tokens of a text in parts, as if it were encoded at once.
+    def _spliced_pieces(self, text: str) -> Iterator[_EncodedPiece]:
+        """Yield the tokens of a text piece by piece, the same as if the whole text were encoded at once.
 
-        Each piece but the last is followed up to a token in the middle of what it shares with the next one,
-        which both of them have; they are as one from there, as a token depends on the text nearby.
+        Each piece is encoded together with the beginning of the next one. In the middle of what they share,
+        both have the same tokens, as a token depends on the text nearby; at one of these the first piece is
+        left for the next.
         """
-        left, skipped, size = self._spans(text, 0, PIECE), 0, PIECE
-        while left.stop < len(text):
-            right = self._spans(text, left.stop - OVERLAP, PIECE)
-            joint = _joint(left, right)
-            if joint is None:  # as within a long run of one character, whose tokens start where it does
+        piece = self._encode_piece(text, 0, PIECE)
+        num_skipped = 0  # tokens of the piece that the piece before it has yielded
+        size = PIECE
+        while piece.text_stop < len(text):
+            next_piece = self._encode_piece(text, piece.text_stop - OVERLAP, PIECE)
+            splice = _find_splice(piece, next_piece)
+            if splice is None:
+                # Within a long run of one character, tokens depend on where the piece starts: encode more at
+                # once.
                 size *= 2
-                left = self._spans(text, left.start, size)
+                piece = self._encode_piece(text, piece.text_start, size)
                 continue
-            yield left.part(skipped, joint[0])
-            left, skipped, size = right, joint[1], PIECE
-        if len(left.ids) > skipped:
-            yield left.part(skipped, len(left.ids))
+            num_tokens, num_next_skipped = splice
+            yield piece.tokens(num_skipped, num_tokens)
+            piece = next_piece
+            num_skipped = num_next_skipped
+            size = PIECE
+        if len(piece.ids) > num_skipped:
+            yield piece.tokens(num_skipped, len(piece.ids))
 
-    def _spans(self, text: str, start: int, size: int) -> "_Spans":
+    def _encode_piece(self, text: str, start: int, size: int) -> _EncodedPiece:
         stop = min(start + size, len(text))
         encoding = self.library.encode(text[start:stop], add_special_tokens=False)
-        spans = start + np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        return _Spans(start, stop, np.array(encoding.ids, np.int32), spans[:, 0], spans[:, 1])
+        spans = start + np.array(encoding.offsets, np.int64).reshape(-1, 2)  # [n, 2], also for n = 0
+        ids = np.array(encoding.ids, np.int32)
+        return _EncodedPiece(start, stop, ids, starts=spans[:, 0], ends=spans[:, 1])
 
 
 @dataclass(frozen=True)
-class _Spans:
-    """The tokens of text[start:stop], and the characters from which and to which each one goes."""
+class _EncodedPiece:
+    """The tokens of text[text_start:text_stop].
 
-    start: int
-    stop: int
+    Attributes:
+        ids: (n,) int32.
+        starts: (n,) int64; the character of the whole text at which each token starts.
+        ends: (n,) int64; the character at which it ends.
+    """
+
+    text_start: int
+    text_stop: int
     ids: np.ndarray
-    begins: np.ndarray
+    starts: np.ndarray
     ends: np.ndarray
 
-    def part(self, first: int, last: int) -> "_Spans":
-        chosen = slice(first, last)
-        return _Spans(self.start, self.stop, self.ids[chosen], self.begins[chosen], self.ends[chosen])
+    def tokens(self, first: int, stop: int) -> _EncodedPiece:
+        """Return the tokens from ``first`` up to ``stop``."""
+        chosen = slice(first, stop)
+        return _EncodedPiece(
+            self.text_start, self.text_stop, self.ids[chosen], self.starts[chosen], self.ends[chosen]
+        )
 
-    def within(self, start: int, stop: int) -> dict[tuple[int, int, int], int]:
-        """Index of the tokens between two characters that share none with the next one."""
+    def tokens_ending_in(self, start: int, stop: int) -> dict[tuple[int, int, int], int]:
+        """Return the index of each token (start, end, id) that ends within a span of characters.
+
+        Tokens that share a character with the next one are left out: the text cannot be split behind them.
+        """
         first, last = np.searchsorted(self.ends, [start, stop])
-        return {
-            (int(self.begins[i]), int(self.ends[i]), int(self.ids[i])): i
-            for i in range(first, min(last, len(self.ids) - 1))
-            if self.begins[i + 1] >= self.ends[i]
-        }
+        indices = {}
+        for index in range(first, min(last, len(self.ids) - 1)):
+            if self.starts[index + 1] >= self.ends[index]:
+                token = (int(self.starts[index]), int(self.ends[index]), int(self.ids[index]))
+                indices[token] = index
+        return indices
 
 
-def _joint(left: _Spans, right: _Spans) -> tuple[int, int] | None:
-    """How many tokens of each there are up to the one that both have nearest to the middle of the overlap."""
-    middle = (right.start + left.stop) / 2
-    ours, theirs = left.within(right.start, left.stop), right.within(right.start, left.stop)
-    shared = min(ours.keys() & theirs.keys(), key=lambda token: abs(token[1] - middle), default=None)
-    return None if shared is None else (ours[shared] + 1, theirs[shared] + 1)
+def _find_splice(piece: _EncodedPiece, next_piece: _EncodedPiece) -> tuple[int, int] | None:
+    """Return how many tokens to take of a piece and how many to skip of the next; None if they share none.
+
+    They are spliced behind the token that both have and that ends nearest to the middle of the overlap.
+    """
+    overlap = (next_piece.text_start, piece.text_stop)
+    middle = sum(overlap) / 2
+    indices = piece.tokens_ending_in(*overlap)
+    next_indices = next_piece.tokens_ending_in(*overlap)
+    shared = indices.keys() & next_indices.keys()
+    if not shared:
+        return None
+
+    def distance_to_middle(token: tuple[int, int, int]) -> float:
+        _, end, _ = token
+        return abs(end - middle)
+
+    nearest = min(shared, key=distance_to_middle)
+    return indices[nearest] + 1, next_indices[nearest] + 1
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a directory's `tokenizer.json`; bytes as tokens for "bytes".
+    """Return the tokenizer of a directory's `tokenizer.json`; one with bytes as tokens for "bytes".
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -174,21 +225,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     if path == BYTES:
         return ByteTokenizer()
-    file = Path(path) / TOKENIZER_FILE if Path(path).suffix != ".json" else Path(path)
+    file = Path(path)
+    if file.suffix != ".json":
+        file = file / TOKENIZER_FILE
     if not file.is_file():
         raise FileNotFoundError(
             f"There is no {file}. Give a directory with one, which save_pretrained of transformers' "
             f'AutoTokenizer writes, or "{BYTES}" for a model of bytes.'
         )
     library = _open(file)
-    prefix = _prefix(library)
-    library.post_processor = None  # it would add the prefix, and take spaces out of what tokens span
-    library.encode_special_tokens = True  # as text
+    prefix = _read_prefix(library)
+    # The post-processor would add the prefix to every piece, and take spaces out of what tokens span.
+    library.post_processor = None
+    library.encode_special_tokens = True  # a text that holds "<s>" means these three characters
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return FileTokenizer(file.resolve().parent.name, digest, _vocab_size(library, prefix), prefix, library)
 
 
-def _open(file: Path) -> Any:
+def _open(file: Path) -> tokenizers.Tokenizer:
+    """Return the library's tokenizer of a file, which is neither to truncate nor to pad."""
     tokenizers = need("tokenizers")
     try:
         library = tokenizers.Tokenizer.from_file(str(file))
@@ -199,21 +254,30 @@ def _open(file: Path) -> Any:
     return library
 
 
-def _prefix(library: Any) -> tuple[int, ...]:
-    """The special tokens before a text; there may be others after it."""
+def _read_prefix(library: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """Return the special tokens that the tokenizer puts before a text; there may be others after it."""
     encoding = library.encode("a")
-    special = encoding.special_tokens_mask
-    return tuple(encoding.ids[: special.index(0) if 0 in special else 0])
+    prefix: list[int] = []
+    for token, is_special in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
+        if not is_special:
+            return tuple(prefix)
+        prefix.append(token)
+    return ()  # nothing but special tokens: there is no text that they come before
 
 
-def _vocab_size(library: Any, prefix: tuple[int, ...]) -> int:
-    """One past the largest id that a text can have: models have no room for some special tokens (Gemma 3)."""
-    added = library.get_added_tokens_decoder().items()
-    plain = library.get_vocab(with_added_tokens=False).values()
-    return 1 + max([-1, *plain, *prefix, *(id for id, token in added if not token.special)])
+def _vocab_size(library: tokenizers.Tokenizer, prefix: tuple[int, ...]) -> int:
+    """Return one more than the largest id that a text can have.
+
+    Special tokens that no text has are left out, as models have no room for some (Gemma 3).
+    """
+    ids = [*prefix, *library.get_vocab(with_added_tokens=False).values()]
+    for token_id, token in library.get_added_tokens_decoder().items():
+        if not token.special:
+            ids.append(token_id)
+    return 1 + max(ids, default=-1)
 
 
-def _utf8(data: bytes) -> str:
+def _decode_utf8(data: bytes) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -223,7 +287,10 @@ def _utf8(data: bytes) -> str:
         ) from error
 
 
-def _byte_lengths(text: str) -> np.ndarray:
-    """Bytes of each character in UTF-8."""
-    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-    return 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+def _utf8_lengths(text: str) -> np.ndarray:
+    """Return the number of bytes of each character in UTF-8, int64."""
+    code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    lengths = np.ones(len(code_points), np.int64)
+    for first_longer in (0x80, 0x800, 0x10000):
+        lengths += code_points >= first_longer
+    return lengths

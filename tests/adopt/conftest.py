@@ -1,4 +1,4 @@
-"""The models of the benchmarks are tested, too."""
+"""Makes the models of the benchmarks importable."""
 
 import sys
 from pathlib import Path
@@ -11,6 +11,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 @pytest.fixture
 def standard_promotion():
-    """The promotion of dtypes that other packages count on."""
+    """Run a test with the dtype promotion that other packages count on."""
     with jax.numpy_dtype_promotion("standard"):
         yield

@@ -1,4 +1,4 @@
-"""Wrong arguments are refused in words that say what to do."""
+"""Wrong arguments raise errors that say what to do."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ AXES = ("batch", "length", "heads", "head_dim")
 
 
 def attend(x, position, keys, values):
-    keys, values = (lax.dynamic_update_slice(array, x, (0, position, 0, 0)) for array in (keys, values))
+    keys = lax.dynamic_update_slice(keys, x, (0, position, 0, 0))
+    values = lax.dynamic_update_slice(values, x, (0, position, 0, 0))
     scores = jnp.einsum("bthd,bshd->bhts", x, keys)
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), values), keys, values
 
@@ -24,8 +25,8 @@ def step(x, position, cache):
     return out, tuple(cache)
 
 
-def adopted(**options):
-    return quantize_cache(step, options.pop("format", "int8"), example=(X, jnp.int32(0), CACHE), **options)
+def adopted(quantizer="int8", **options):
+    return quantize_cache(step, quantizer, example=(X, jnp.int32(0), CACHE), **options)
 
 
 @pytest.mark.parametrize(
@@ -36,39 +37,41 @@ def adopted(**options):
         (jnp.zeros(SHAPE[1:]), ValueError, "cache/0 must have the axes"),
     ],
 )
-def test_init_takes_arrays(array, error, message):
+def test_init_takes_arrays_of_the_examples_axes(array, error, message):
     with pytest.raises(error, match=message):
         adopted().init((array, CACHE[1]))
 
 
 @pytest.mark.parametrize("page_size", [0, 2.5, None, "16"])
-def test_pages_are_of_whole_tokens(page_size):
+def test_page_size_must_be_a_positive_integer(page_size):
     with pytest.raises(ValueError, match="page_size must be a whole number, at least 1, but is"):
         adopted(page_size=page_size)
 
 
 @pytest.mark.parametrize("where", ["(", 3, ["cache"]])
-def test_where_is_a_pattern(where):
+def test_where_must_be_a_pattern_or_a_function(where):
     with pytest.raises(ValueError, match="where must be a regular expression or a function of the path"):
         adopted(where=where)
 
 
-def test_axes_are_names_of_each():
+def test_axes_must_name_each_axis():
     with pytest.raises(ValueError, match=r"axes must name each of the 4 axes .* came as \('length',\)"):
         adopted(axes="length")
 
 
-def test_axes_agree_with_the_program():
+def test_axes_must_agree_with_the_program():
     with pytest.raises(CacheNotFoundError, match="no dot_general contracts axis 2, its head_dim"):
         adopted(axes=("batch", "length", "head_dim", "heads"))
 
 
-def test_formats_are_of_layers_that_are_there():
-    with pytest.raises(ValueError, match=r"layers of the cache's 1, counted from 0, but names \[5\]"):
-        adopted(format=qpaged.CacheFormat.of("int8").with_layers({5: "int4"}))
+def test_formats_by_layer_must_be_of_layers_of_the_cache():
+    with pytest.raises(
+        ValueError, match=r"quantizer must name layers of the cache's 1, counted from 0, but names \[5\]"
+    ):
+        adopted(qpaged.CacheFormat.of("int8").with_layers({5: "int4"}))
 
 
-def test_each_array_has_a_path_of_its_own():
+def test_each_array_must_have_a_path_of_its_own():
     def slashed(x, position, cache):
         out, keys, values = attend(x, position, cache["a/b"], cache["a"]["b"])
         return out, {"a/b": keys, "a": {"b": values}}

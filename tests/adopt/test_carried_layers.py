@@ -1,4 +1,4 @@
-"""Caches of all layers in one array, which a loop carries and writes to."""
+"""A loop over layers carries the caches of all of them in one array and writes to it."""
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,16 @@ def step(x, position, cache):
     def layer(carry, index):
         x, cache = carry
         start = (index, 0, position, 0, 0)
-        keys, values = cache = tuple(lax.dynamic_update_slice(array, x[None], start) for array in cache)
+        keys = lax.dynamic_update_slice(cache[0], x[None], start)
+        values = lax.dynamic_update_slice(cache[1], x[None], start)
         scores = jnp.einsum("bthd,bshd->bhts", x, keys[index])
-        return (jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), values[index]), cache), None
+        out = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), values[index])
+        return (out, (keys, values)), None
 
     return lax.scan(layer, (x, cache), jnp.arange(3))[0]
 
 
-def test_a_layer_written_with_a_position_is_no_length():
+def test_the_layer_axis_of_a_write_is_not_taken_for_the_length():
     run = quantize_cache(step, "int8", example=(X, jnp.int32(0), CACHE), strict=True)
     assert {leaf.axes for leaf in run.found.leaves} == {AXES}
     out, cache = jax.jit(run)(X, jnp.int32(3), run.init(CACHE))

@@ -1,4 +1,4 @@
-"""What is promised of every adopted model, seen on those that the benchmarks measure."""
+"""The promises about adopted models hold for those that the benchmarks measure."""
 
 import importlib
 
@@ -21,7 +21,7 @@ with jax.numpy_dtype_promotion("standard"):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_an_adopted_model(case):
+def test_an_adopted_model_keeps_the_promises(case):
     (result,) = measure(case, ["int8"], rounds=0)
     assert result.full_size_floats == 0
     assert result.materialized == 0

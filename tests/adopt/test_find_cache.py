@@ -1,4 +1,4 @@
-"""find_cache: what it tells of a step, and what it says where it cannot tell."""
+"""find_cache describes the cache of a step, or says what it cannot tell."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def find(step, *args, **options):
     return adopt.find_cache(step, X, jnp.int32(0), *(args or (CACHE,)), **options)
 
 
-def test_the_evidence_is_shown():
+def test_the_evidence_is_printed():
     text = str(find(step))
     head, *lines = text.splitlines()
     assert head == "2 arrays in cache: 1 key, 1 value"
@@ -40,7 +40,7 @@ def test_the_evidence_is_shown():
     assert lines[3] == "    returned as output 1/k"
 
 
-def test_shapes_will_do_and_nothing_is_run():
+def test_shapes_suffice_and_nothing_is_run():
     def costly(x, position, cache):
         jax.debug.callback(pytest.fail)
         return step(x, position, cache)
@@ -50,7 +50,7 @@ def test_shapes_will_do_and_nothing_is_run():
     assert len(find(costly, shapes).leaves) == 2
 
 
-def test_python_values_stay_what_they_are():
+def test_python_values_are_passed_as_they_are():
     def flagged(x, position, cache, *, masked=False, scale=1.0, nothing=None):
         assert isinstance(masked, bool) and scale == 2.0 and nothing is None
         return step(x * scale, position, cache)
@@ -58,7 +58,7 @@ def test_python_values_stay_what_they_are():
     assert len(adopt.find_cache(flagged, X, jnp.int32(0), CACHE, masked=True, scale=2.0).leaves) == 2
 
 
-def test_caches_in_arguments_of_their_own():
+def test_keys_and_values_may_be_arguments_of_their_own():
     def apart(x, position, keys, values):
         out, cache = step(x, position, {"k": keys, "v": values})
         return out, cache["k"], cache["v"]
@@ -73,7 +73,7 @@ def test_caches_in_arguments_of_their_own():
 
 
 def test_layers_are_numbered_as_the_program_reads_them():
-    """Whatever their names sort as."""
+    """The order of their names does not matter."""
     names = [f"layer{index}" for index in (10, 9, 2)]
 
     def deep(x, position, cache):
@@ -88,7 +88,7 @@ def test_layers_are_numbered_as_the_program_reads_them():
     }
 
 
-def test_loops_and_branches_are_followed():
+def test_loops_branches_and_calls_are_followed():
     def looped(x, position, cache):
         def body(index, state):
             return step(state[0], position + index, state[1])
@@ -102,14 +102,14 @@ def test_loops_and_branches_are_followed():
         assert [leaf.role for leaf in find(program).leaves] == ["key", "value"]
 
 
-def test_no_cache_at_all():
+def test_a_step_without_a_cache_is_refused():
     with pytest.raises(
         adopt.CacheNotFoundError, match=r"step must take a cache.* none of its 2 arrays is one"
     ):
         adopt.find_cache(lambda a, b: a @ b, jnp.ones((2, 2)), jnp.ones((2, 2)))
 
 
-def test_what_is_written_and_not_read_is_a_near_miss():
+def test_an_array_that_is_written_but_not_read_is_a_near_miss():
     def writing(x, position, cache):
         return x, {name: written(array, x, position) for name, array in cache.items()}
 
@@ -131,7 +131,7 @@ def test_a_cache_that_grows_is_a_near_miss():
 
 
 def points(x, position, cache):
-    """A write that names a place along two axes, neither of which a dot batches over."""
+    """Write at an index along two axes, neither of which a dot batches over."""
     cache = {name: array.at[position, position].set(x[0, 0]) for name, array in cache.items()}
     flat = {name: array.reshape(-1, 2, 16) for name, array in cache.items()}
     weights = jax.nn.softmax(jnp.einsum("thd,shd->hts", x[0], flat["k"]), axis=-1)
@@ -149,7 +149,7 @@ def test_ambiguous_axes_are_named_by_the_caller():
 @pytest.mark.parametrize(
     "axes", [("batch", "length"), ("batch", "length", "heads", "depth"), ("batch", "heads", "layers", "pair")]
 )
-def test_names_that_are_none(axes):
+def test_unknown_axis_names_are_refused(axes):
     with pytest.raises(ValueError, match="axes must name each of the 4 axes of cache/k float32"):
         find(step, axes=axes)
 
@@ -161,9 +161,7 @@ def test_where_chooses_by_path():
         find(step, where="layers")
 
 
-def test_an_unclear_array_beside_clear_ones():
-    """It is named, and where= leaves it out."""
-
+def test_an_unclear_array_beside_clear_ones_is_named():
     def two(x, position, cache, other):
         out, cache = step(x, position, cache)
         return out, cache, points(x, position, other)
@@ -173,10 +171,9 @@ def test_an_unclear_array_beside_clear_ones():
     assert len(find(two, CACHE, CACHE, where="^cache/").leaves) == 2
 
 
-def test_a_prompt_shows_as_much_as_a_token():
+def test_a_prompt_and_a_token_show_the_same_cache():
     program = Program()
-    prompt, token = (
-        adopt.find_cache(program.step, inputs(count), jnp.int32(0), program.cache()) for count in (7, 1)
-    )
+    prompt = adopt.find_cache(program.step, inputs(7), jnp.int32(0), program.cache())
+    token = adopt.find_cache(program.step, inputs(1), jnp.int32(0), program.cache())
     assert prompt == token
     assert prompt.leaves[0].shape[1] == LENGTH

@@ -1,4 +1,4 @@
-"""flax's attention with a quantized cache: nnx called as ever, linen through its variables."""
+"""Flax attention with a quantized cache: nnx modules are called as before, linen through its variables."""
 
 import jax
 import jax.numpy as jnp
@@ -48,16 +48,16 @@ def is_close(got, want, tolerance=0.05):
     return float(jnp.abs(got - want).max()) < tolerance * float(jnp.abs(want).max())
 
 
-@pytest.mark.parametrize("format", ["int8", "int8:token", "fp8_e4m3", "int8:channel+offset/int4:token"])
-def test_nnx_modules_are_called_as_ever(format):
+@pytest.mark.parametrize("spelling", ["int8", "int8:token", "fp8_e4m3", "int8:channel+offset/int4:token"])
+def test_nnx_modules_are_called_as_before(spelling):
     plain, model = Decoder(), Decoder()
-    step = quantize_nnx(model, format, example=(XS[0],), strict=True)
+    step = quantize_nnx(model, spelling, example=(XS[0],), strict=True)
     assert [leaf.role for leaf in step.found.leaves] == ["key", "value"] * LAYERS
     first = model.layers[0].cached_key.get_value()
     assert isinstance(first, qpaged.QuantizedArray) and first.shape == (*SHAPE[:2], HEADS, WIDTH // HEADS)
     want = run(lambda model, x: model(x), plain)
     got = run(nnx.jit(lambda model, x: model(x)), model)
-    assert is_close(got, want, 0.05 if "int4" not in format else 0.3)
+    assert is_close(got, want, 0.05 if "int4" not in spelling else 0.3)
     assert type(model.layers[0]).__name__ == "MultiHeadAttention"
     assert isinstance(model.layers[0], nnx.MultiHeadAttention)
     assert int(model.layers[0].cache_index[...]) == len(XS)
@@ -81,10 +81,11 @@ def test_other_modules_of_the_class_stay_as_they_are():
 
 
 class Clipping(nnx.Module):
-    """Attention that leaves its keys decoded."""
+    """Attention that returns its keys decoded."""
 
     def __init__(self):
-        self.keys, self.values = (nnx.Cache(jnp.zeros((BATCH, LENGTH, WIDTH))) for _ in range(2))
+        self.keys = nnx.Cache(jnp.zeros((BATCH, LENGTH, WIDTH)))
+        self.values = nnx.Cache(jnp.zeros((BATCH, LENGTH, WIDTH)))
 
     def __call__(self, x):
         for variable in (self.keys, self.values):
@@ -128,7 +129,7 @@ def test_stacked_layers_are_scanned():
     assert model.cached_key.get_value().shape[0] == LAYERS
 
 
-def test_linen_variables():
+def test_linen_variables_are_quantized_by_a_step():
     module = linen.MultiHeadDotProductAttention(num_heads=HEADS, decode=True)
     variables = module.init(jax.random.key(0), jnp.zeros(SHAPE))
     step = quantize_linen(module, "int8", example=(variables, XS[0]), strict=True)
@@ -148,3 +149,39 @@ def test_errors_name_what_came():
     no_cache = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0))
     with pytest.raises(adopt.CacheNotFoundError, match="none of its 3 arrays is one"):
         quantize_nnx(no_cache, "int8", example=(XS[0],))
+
+
+class Variables(nnx.Module):
+    """Keys and values for a function to attend with: the module cannot be called."""
+
+    def __init__(self):
+        self.keys = nnx.Cache(jnp.zeros((BATCH, LENGTH, WIDTH)))
+        self.values = nnx.Cache(jnp.zeros((BATCH, LENGTH, WIDTH)))
+
+
+def test_variables_must_be_of_a_module_that_can_be_called():
+    def attend(model, x):
+        for variable in (model.keys, model.values):
+            variable[...] = jax.lax.dynamic_update_slice_in_dim(variable[...], x, 3, 1)
+        weights = jax.nn.softmax(jnp.einsum("btd,bsd->bts", x, model.keys[...]), axis=-1)
+        return jnp.einsum("bts,bsd->btd", weights, model.values[...])
+
+    model = Variables()
+    with pytest.raises(
+        ValueError, match=r"with __call__ around each variable .* state/keys/value is in none; give"
+    ):
+        quantize_nnx(model, "int8", example=(XS[0],), call=attend)
+    assert isinstance(model.keys.get_value(), jax.Array)
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
+def test_the_old_name_of_the_quantizer_goes_on_working():
+    module = linen.MultiHeadDotProductAttention(num_heads=HEADS, decode=True)
+    variables = module.init(jax.random.key(0), jnp.zeros(SHAPE))
+    with pytest.warns(DeprecationWarning, match="format= of quantize_linen is now quantizer="):
+        quantize_linen(module, format="int8", example=(variables, XS[0]))
+    model = Clipping()
+    with pytest.warns(DeprecationWarning, match="format= of quantize_nnx is now quantizer="):
+        quantize_nnx(model, format="int8", example=(XS[0],))
+    assert isinstance(model.keys.get_value(), qpaged.QuantizedArray)

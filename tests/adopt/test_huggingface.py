@@ -1,4 +1,4 @@
-"""generate of transformers' Flax models, their cache quantized."""
+"""generate of transformers' Flax models runs on a quantized cache."""
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ def test_generate_runs_on_a_quantized_cache(name):
 
 
 def test_the_loop_of_generate_makes_no_float_of_the_cache():
-    """At a length where the model's own masks do not outgrow the cache."""
+    """The length is one at which the model's own masks do not outgrow the cache."""
     model = quantize_cache(cases.model("Llama"), "int8", strict=True)
     settings = GREEDY | {"max_length": 1040}
     jaxpr = jax.make_jaxpr(lambda prompt: model.generate(prompt, **settings).sequences)(PROMPT)
@@ -45,8 +45,8 @@ def test_the_loop_of_generate_makes_no_float_of_the_cache():
     assert array.shape in {aval.shape for _, aval in arrays_in(jaxpr.jaxpr) if str(aval.dtype) == "int8"}
 
 
-def test_padded_rows_stay_right():
-    """A row whose prompt begins with padding gives what it gives with a float cache."""
+def test_padded_rows_give_the_logits_of_a_float_cache():
+    """A row whose prompt begins with padding gives the same logits as with a float cache."""
     model = cases.model("Llama")
     mask = np.ones_like(PROMPT)
     mask[1, :10] = 0
@@ -76,14 +76,15 @@ def test_finished_rows_do_not_disturb_the_others():
     assert (tokens[0, 19:] == 0).all()
 
 
-def test_trained_weights():
+def test_the_kl_of_trained_weights_is_small():
     case = cases.trained()
     prompt = jax.numpy.asarray(case.prompt[None, 4000:4064], jax.numpy.int32)
     example = (case.params, prompt, jax.numpy.int32(0), case.cache(1, 128))
     step = qpaged.adopt.quantize_cache(case.step, "int8", example=example, strict=True)
     want, _ = case.step(*example)
     got, _ = step(*example[:3], step.init(case.cache(1, 128)))
-    p, q = (jax.nn.log_softmax(x, axis=-1) for x in (want, got))
+    p = jax.nn.log_softmax(want, axis=-1)
+    q = jax.nn.log_softmax(got, axis=-1)
     assert float((jax.numpy.exp(p) * (p - q)).sum(-1).mean()) < 1e-3
 
 
@@ -92,3 +93,9 @@ def test_errors_name_what_came():
         quantize_cache(transformers.LlamaConfig(), "int8")
     with pytest.raises(qpaged.RegistryError, match="int9"):
         quantize_cache(cases.model("Llama"), "int9")
+
+
+def test_the_old_name_of_the_quantizer_goes_on_working():
+    with pytest.warns(DeprecationWarning, match="format= of quantize_cache is now quantizer="):
+        quantized = quantize_cache(cases.model("Llama"), format="int8")
+    assert quantized.quantized_step.found.leaves

@@ -1,4 +1,4 @@
-"""Axes that the caller names, for a cache among arguments of other shapes."""
+"""The caller names the axes of a cache, among arguments of other shapes."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ def step(weights, x, position, cache):
     """Attention over keys and values in one array."""
     new = jnp.einsum("btc,chd->bthd", x, weights)
     start = (0, position, 0, 0)
-    keys, values = (lax.dynamic_update_slice(cache[:, index], new, start) for index in (0, 1))
+    keys = lax.dynamic_update_slice(cache[:, 0], new, start)
+    values = lax.dynamic_update_slice(cache[:, 1], new, start)
     seen = jnp.arange(LENGTH) <= position + jnp.arange(x.shape[1])[:, None]
     scores = jnp.where(seen, jnp.einsum("bthd,bshd->bhts", new, keys) / 16, -jnp.inf)
     out = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), values)
@@ -23,32 +24,30 @@ def step(weights, x, position, cache):
 
 
 def arguments(count):
-    """A prompt of ``count`` tokens at the beginning of a cache."""
-    weights, x = (
-        jax.random.normal(jax.random.key(seed), shape)
-        for seed, shape in ((0, (8, 2, 16)), (1, (2, count, 8)))
-    )
+    """Return the arguments of a step with a prompt of ``count`` tokens at the beginning of a cache."""
+    weights = jax.random.normal(jax.random.key(0), (8, 2, 16))
+    x = jax.random.normal(jax.random.key(1), (2, count, 8))
     return weights, x, jnp.int32(0), jnp.zeros((2, 2, LENGTH, 2, 16))
 
 
-def test_axes_settle_a_cache_that_the_example_fills():
+def test_named_axes_settle_a_cache_that_the_example_fills():
     with pytest.raises(CacheNotFoundError, match=r"written whole .* name the axes with axes="):
         find_cache(step, *arguments(LENGTH))
     (leaf,) = find_cache(step, *arguments(LENGTH), axes=AXES).leaves
     assert (leaf.path, leaf.role, leaf.axes) == ("cache", "key and value", AXES)
 
 
-def test_axes_are_of_what_is_written_and_read_alone():
+def test_names_are_for_arrays_that_are_written_and_read():
     (named,) = find_cache(step, *arguments(1), axes=AXES).leaves
-    (told,) = find_cache(step, *arguments(1)).leaves
-    assert named == told
+    (inferred,) = find_cache(step, *arguments(1)).leaves
+    assert named == inferred
     with pytest.raises(ValueError, match="each of the 5 axes of cache"):
         find_cache(step, *arguments(1), axes=AXES[1:])
 
 
-@pytest.mark.parametrize("format", ["int8", "int8:token"])
-def test_a_prompt_may_fill_the_cache(format):
-    run = quantize_cache(step, format, example=arguments(1), strict=True)
+@pytest.mark.parametrize("spelling", ["int8", "int8:token"])
+def test_a_prompt_may_fill_the_cache(spelling):
+    run = quantize_cache(step, spelling, example=arguments(1), strict=True)
     weights, x, position, cache = arguments(LENGTH)
     out, cache = jax.jit(run)(weights, x, position, run.init(cache))
     expected, written = jax.jit(step)(*arguments(LENGTH))

@@ -1,4 +1,4 @@
-"""Steps whose cache cannot be adopted, and what the error shows of it."""
+"""The error shows why the cache of a step cannot be adopted."""
 
 import inspect
 
@@ -14,17 +14,18 @@ X, CACHE = jnp.ones((2, 1, 16)), (jnp.zeros(SHAPE), jnp.zeros(SHAPE))
 
 
 def attend(update):
-    """A step with keys and values that ``update`` writes."""
+    """Return a step whose keys and values are written by ``update``."""
 
     def step(x, position, cache):
-        keys, values = (update(array, x, position) for array in cache)
+        keys = update(cache[0], x, position)
+        values = update(cache[1], x, position)
         scores = jnp.einsum("btd,bsd->bts", x, keys)
         return jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores), values), (keys, values)
 
     return step
 
 
-def chosen(array, x, position):
+def selected(array, x, position):
     return jnp.where((jnp.arange(32) == position)[:, None], x, array)
 
 
@@ -48,14 +49,14 @@ def shifted(array, x, position):
 @pytest.mark.parametrize(
     ("update", "primitive"),
     [
-        (chosen, "select_n"),
+        (selected, "select_n"),
         (blended, "mul"),
         (added, "scatter-add"),
         (joined, "concatenate"),
         (shifted, "concatenate"),
     ],
 )
-def test_caches_that_are_made_anew_are_near_misses(update, primitive):
+def test_caches_that_are_rebuilt_are_near_misses(update, primitive):
     with pytest.raises(CacheNotFoundError) as error:
         find_cache(attend(update), X, jnp.int32(3), CACHE)
     line = inspect.getsourcelines(update)[1] + len(inspect.getsourcelines(update)[0]) - 1
@@ -66,7 +67,7 @@ def test_caches_that_are_made_anew_are_near_misses(update, primitive):
     assert "by lax.dynamic_update_slice or .at[...].set" in str(error.value)
 
 
-def test_weights_that_dots_read_are_none():
+def test_weights_are_no_near_misses():
     def step(weights, x):
         return jnp.einsum("btd,de->bte", x, weights * 2), weights
 
@@ -75,7 +76,7 @@ def test_weights_that_dots_read_are_none():
     assert "weights" not in str(error.value)
 
 
-def test_lines_are_those_of_the_model():
+def test_the_evidence_names_lines_of_the_model():
     def update(array, x, position):
         return lax.dynamic_update_slice_in_dim(array, x, position, 1)
 

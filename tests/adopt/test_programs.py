@@ -1,4 +1,4 @@
-"""Programs of many kinds, adopted: their cache is found, and they compute what they do on its values."""
+"""Programs of many kinds are adopted: their cache is found, and results are those of its decoded values."""
 
 import hypothesis.strategies as st
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from support.cache_programs import BATCH, LENGTH, Program, each, every, inputs
+from support.cache_programs import BATCH, LENGTH, Program, all_programs, inputs, programs_with_each_choice
 
 import qpaged
 from qpaged import adopt
@@ -14,17 +14,23 @@ from qpaged import adopt
 FORMATS = ("int8", "int8:token", "fp8_e4m3", "int4:channel", "int8:channel+offset", "int4:token+rotate")
 
 
-def adopted(program, format="int8", **options):
+def adopted(program, quantizer="int8", **options):
     example = (inputs(1), jnp.int32(0), program.cache())
-    return adopt.quantize_cache(program.step, format, example=example, **options)
+    return adopt.quantize_cache(program.step, quantizer, example=example, **options)
+
+
+def is_quantized(leaf):
+    return isinstance(leaf, qpaged.QuantizedArray)
 
 
 def decoded(cache):
-    is_array = lambda leaf: isinstance(leaf, qpaged.QuantizedArray)  # noqa: E731
-    return jax.tree_util.tree_map(lambda a: a.dequantize() if is_array(a) else a, cache, is_leaf=is_array)
+    """Return a cache with the values of its quantized arrays."""
+    return jax.tree_util.tree_map(
+        lambda leaf: leaf.dequantize() if is_quantized(leaf) else leaf, cache, is_leaf=is_quantized
+    )
 
 
-@pytest.mark.parametrize("program", each(), ids=str)
+@pytest.mark.parametrize("program", programs_with_each_choice(), ids=str)
 def test_the_cache_is_found(program):
     found = adopt.find_cache(program.step, inputs(1), jnp.int32(0), program.cache())
     leaves = jax.tree_util.tree_leaves(program.cache())
@@ -39,7 +45,7 @@ def test_the_cache_is_found(program):
     assert layers == ([0, 0, 1, 1] if program.stacking == "apart" else [None] * len(leaves))
 
 
-@pytest.mark.parametrize("program", each(), ids=str)
+@pytest.mark.parametrize("program", programs_with_each_choice(), ids=str)
 def test_nothing_is_materialized_and_the_cache_comes_back(program):
     step = adopted(program, strict=True)
     assert not step.report()
@@ -53,21 +59,21 @@ def test_nothing_is_materialized_and_the_cache_comes_back(program):
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
-@given(st.sampled_from(every(layers=1)), st.sampled_from(FORMATS), st.integers(0, 40))
-def test_what_is_computed_is_that_of_the_decoded_values(program, format, position):
-    """One layer gives what it reads of the values that it leaves: nothing but what is stored is rounded."""
-    step = jax.jit(adopted(program, format))
-    _, cache = step(inputs(5, seed=1), jnp.int32(0), adopted(program, format).init(program.cache()))
+@given(st.sampled_from(all_programs(layers=1)), st.sampled_from(FORMATS), st.integers(0, 40))
+def test_the_result_is_that_of_the_decoded_values(program, spelling, position):
+    """A layer's result is that of attention to the values that it stores: nothing else is rounded."""
+    step = jax.jit(adopted(program, spelling))
+    _, cache = step(inputs(5, seed=1), jnp.int32(0), adopted(program, spelling).init(program.cache()))
     x = inputs(5, seed=2)
     got, after = step(x, jnp.int32(position), cache)
-    want = program.read(x, *program.of_layer(decoded(after), 0), position)
+    want = program.read(x, *program.layer_of(decoded(after), 0), position)
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("format", ["int8", "int4:token+rotate"])
-def test_a_step_may_be_vmapped(format):
+@pytest.mark.parametrize("spelling", ["int8", "int4:token+rotate"])
+def test_a_step_may_be_vmapped(spelling):
     program = Program(layers=1)
-    step = adopted(program, format)
+    step = adopted(program, spelling)
     xs = jnp.stack([inputs(2, seed=seed) for seed in (1, 2, 3)])
     caches = jax.tree_util.tree_map(lambda part: jnp.stack([part] * 3), step.init(program.cache()))
     got, _ = jax.jit(jax.vmap(step, in_axes=(0, None, 0)))(xs, jnp.int32(3), caches)
@@ -76,10 +82,10 @@ def test_a_step_may_be_vmapped(format):
         np.testing.assert_allclose(out, want, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("format", ["int8", "int8:channel+offset", "int4:token+rotate"])
-def test_gradients_of_queries_are_those_of_the_decoded_values(format):
+@pytest.mark.parametrize("spelling", ["int8", "int8:channel+offset", "int4:token+rotate"])
+def test_gradients_of_queries_are_those_of_the_decoded_values(spelling):
     program = Program(layers=1)
-    step = adopted(program, format)
+    step = adopted(program, spelling)
     _, (cache,) = jax.jit(step)(inputs(7, seed=1), jnp.int32(0), step.init(program.cache()))
     position = jnp.int32(6)
     x = inputs(1, seed=3)
@@ -93,9 +99,10 @@ def test_gradients_of_queries_are_those_of_the_decoded_values(format):
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
-def test_prompts_begin_anywhere(page_size):
-    """Many tokens at once, unaligned, and then one by one, leave what one by one leaves."""
-    program, start = Program(layers=1), 13
+def test_a_prompt_may_begin_at_any_position(page_size):
+    """A prompt written at once from an unaligned position leaves the codes that token by token leaves."""
+    program = Program(layers=1)
+    start = 13
     step = adopted(program, page_size=page_size)
     x = inputs(9, seed=4)
     run = jax.jit(step)

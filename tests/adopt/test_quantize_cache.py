@@ -1,4 +1,4 @@
-"""quantize_cache: the step that it makes, the cache that it begins with, and what it reports."""
+"""quantize_cache returns a step, which quantizes a cache, runs on it and reports what it decodes."""
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ from qpaged.implicit import MaterializeWarning
 EXAMPLE = (X, jnp.int32(0), CACHE)
 
 
-def adopted(format="int8", step=step, example=EXAMPLE, **options):
-    return adopt.quantize_cache(step, format, example=example, **options)
+def adopted(quantizer="int8", step=step, example=EXAMPLE, **options):
+    return adopt.quantize_cache(step, quantizer, example=example, **options)
 
 
 def centered(x, position, cache):
-    """Does to its keys what cannot be done lazily."""
+    """Subtract the mean of the keys, for which they must be decoded."""
     cache = {name: written(array, x, position) for name, array in cache.items()}
     keys = cache["k"] - cache["k"].mean(axis=1, keepdims=True)
     return attend(x, keys, cache["v"]), cache
@@ -57,21 +57,21 @@ def test_the_step_sees_floats_of_its_own_dtype():
     assert nbytes <= 0.52 * sum(array.nbytes for array in halves.values())
 
 
-@pytest.mark.parametrize("format", ["int8", "int8:token+offset", "nvfp4", "mxfp8", "raw", "plain"])
-def test_zeros_begin_unwritten(format):
+@pytest.mark.parametrize("spelling", ["int8", "int8:token+offset", "nvfp4", "mxfp8", "raw", "plain"])
+def test_zeros_count_as_unwritten(spelling):
     cache = {name: jnp.zeros((2, 32, 2, 32)) for name in "kv"}
-    run = adopted(format, example=(normal(2, 1, 2, 32), jnp.int32(0), cache))
+    run = adopted(spelling, example=(normal(2, 1, 2, 32), jnp.int32(0), cache))
     for made in (run.init(cache), jax.jit(run.init)(cache), run.init(jax.eval_shape(lambda: cache))):
         for array in quantized(made):
             assert not np.any(array.dequantize())
             assert array.scales is None or not np.any(array.scales)
-    assert len(quantized(run.init(cache))) == (0 if format == "plain" else 2)
+    assert len(quantized(run.init(cache))) == (0 if spelling == "plain" else 2)
 
 
-@pytest.mark.parametrize("format", ["int8", "int8:token", "int8:channel+offset"])
-def test_a_cache_that_is_in_use_may_be_quantized(format):
+@pytest.mark.parametrize("spelling", ["int8", "int8:token", "int8:channel+offset"])
+def test_a_cache_that_is_in_use_may_be_quantized(spelling):
     values = normal(2, 32, 2, 16).at[:, 20:].set(0)
-    array = adopted(format).init({"k": values, "v": values})["k"]
+    array = adopted(spelling).init({"k": values, "v": values})["k"]
     error = jnp.abs(array.dequantize() - values)[:, :20]
     assert float(error.max()) <= 0.51 * float(array.multipliers().max())
     if array.block[1] == 16:
@@ -89,7 +89,7 @@ def test_pages_divide_the_length(length, page):
     np.testing.assert_allclose(after["k"].dequantize()[:, -1], X[:, 0], atol=0.02)
 
 
-def test_layers_may_differ():
+def test_formats_may_differ_by_layer():
     def deep(x, position, cache):
         layers = []
         for layer in cache:
@@ -97,13 +97,13 @@ def test_layers_may_differ():
             layers.append(layer)
         return x, layers
 
-    format = qpaged.CacheFormat.of("int8").with_layers({0: "plain", 2: "int8/int4:token"})
-    cache = adopted(format, deep, (X, jnp.int32(0), [CACHE] * 3)).init([CACHE] * 3)
+    by_layer = qpaged.CacheFormat.of("int8").with_layers({0: "plain", 2: "int8/int4:token"})
+    cache = adopted(by_layer, deep, (X, jnp.int32(0), [CACHE] * 3)).init([CACHE] * 3)
     formats = [[str(a.quantizer) if is_quantized(a) else "plain" for a in layer.values()] for layer in cache]
     assert formats == [["plain", "plain"], ["int8", "int8"], ["int8", "int4:token"]]
 
 
-def test_one_array_has_one_format():
+def test_one_array_must_have_one_format():
     def fused(x, position, cache):
         pair = {"k": cache[:, 0], "v": cache[:, 1]}
         out, pair = step(x, position, pair)
@@ -111,7 +111,10 @@ def test_one_array_has_one_format():
 
     example = (X, jnp.int32(0), jnp.zeros((2, 2, 32, 2, 16)))
     assert is_quantized(adopted("int8", fused, example).init(example[2]))
-    with pytest.raises(ValueError, match="same for all keys and values that one array holds, as cache does"):
+    with pytest.raises(
+        ValueError,
+        match="quantizer must be the same for all keys and values that one array holds, as cache does",
+    ):
         adopted("int8/int8:token", fused, example)
 
     def stacked(x, position, cache):
@@ -119,7 +122,9 @@ def test_one_array_has_one_format():
 
     layers = jax.tree_util.tree_map(lambda array: jnp.stack([array] * 3), CACHE)
     by_layer = qpaged.CacheFormat.of("int8").with_layers({1: "int8:token"})
-    with pytest.raises(ValueError, match="same for all layers that one array holds, as cache/k does"):
+    with pytest.raises(
+        ValueError, match="quantizer must be the same for all layers that one array holds, as cache/k does"
+    ):
         adopted(by_layer, stacked, (X, jnp.int32(0), layers))
 
 
@@ -134,7 +139,7 @@ def test_one_program_serves_all_steps_in_place():
     assert jitted._cache_size() == 1
 
 
-def test_a_loop_carries_the_cache():
+def test_a_loop_may_carry_the_cache():
     run = adopted(strict=True)
 
     @jax.jit
@@ -208,3 +213,22 @@ def test_errors_name_the_argument():
         adopted("int4")
     with pytest.raises(qpaged.RegistryError, match="int9"):
         adopted("int9")
+
+
+def test_old_names_go_on_working():
+    with pytest.warns(DeprecationWarning, match="format= of quantize_cache is now quantizer="):
+        run = adopt.quantize_cache(step, format="int8:token", example=EXAMPLE)
+    with pytest.warns(DeprecationWarning, match="format of QuantizedStep is now quantizer"):
+        assert run.format is run.quantizer
+    assert run.quantizer == qpaged.CacheFormat.of("int8:token")
+    with pytest.warns(DeprecationWarning, match=r"of\(\) of QuantizedStep is now restrict\(\)"):
+        part = run.of(step, run.found)
+    assert part.quantizer == run.quantizer
+
+
+def test_a_quantized_cache_is_left_as_it_is_by_init():
+    run = adopted()
+    cache = run.init(CACHE)
+    again = run.init(cache)
+    for name in CACHE:
+        np.testing.assert_array_equal(again[name].codes, cache[name].codes)

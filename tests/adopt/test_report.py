@@ -1,4 +1,4 @@
-"""Where a step decodes its cache: the report names the lines of the model."""
+"""The report names the lines of the model that decode its cache."""
 
 import inspect
 
@@ -14,7 +14,8 @@ CACHE = (jnp.zeros((2, LENGTH, 16)), jnp.zeros((2, LENGTH, 16)))
 
 
 def step(x, position, cache):
-    keys, values = (lax.dynamic_update_slice(array, x, (0, position, 0)) for array in cache)
+    keys = lax.dynamic_update_slice(cache[0], x, (0, position, 0))
+    values = lax.dynamic_update_slice(cache[1], x, (0, position, 0))
     seen = jnp.arange(LENGTH)[:, None] <= position
     zeroed = jnp.where(seen, values, 0)
     scores = jax.nn.softmax(jnp.einsum("btd,bsd->bts", x, keys))
@@ -22,9 +23,9 @@ def step(x, position, cache):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_functions_of_jax_decode_is_reported_at_their_call():
+def test_decoding_inside_a_function_of_jax_is_reported_at_its_call():
     run = quantize_cache(step, "int8", example=(jnp.ones((2, 1, 16)), jnp.int32(0), CACHE))
     (place,) = run.report()
-    lines, first = inspect.getsourcelines(step)
-    called = first + next(at for at, line in enumerate(lines) if "jnp.where" in line)
-    assert (place.primitive, place.file, place.line) == ("select_n", __file__, called)
+    lines, first_line = inspect.getsourcelines(step)
+    (where_line,) = [first_line + offset for offset, line in enumerate(lines) if "jnp.where" in line]
+    assert (place.primitive, place.file, place.line) == ("select_n", __file__, where_line)

@@ -1,4 +1,4 @@
-"""Checkpoints survive a round trip, and each damaged one says what is wrong with it."""
+"""Checkpoints survive a round trip, and the error for a damaged one says what is wrong with it."""
 
 import dataclasses
 import hashlib
@@ -22,7 +22,7 @@ from qpaged.models import (
     read_config,
     save_checkpoint,
 )
-from qpaged.models._shards import StoredTensor
+from qpaged.models._safetensors import StoredTensor
 
 CONFIG = DecoderConfig(
     vocab_size=11,
@@ -56,7 +56,8 @@ def directory(tmp_path, params):
 @pytest.fixture
 def sharded(directory):
     """The same checkpoint in two files with an index."""
-    weights, names = load_file(directory / "model.safetensors"), list(SHAPES)
+    weights = load_file(directory / "model.safetensors")
+    names = list(SHAPES)
     shards = {SHARDS[0]: names[:7], SHARDS[1]: names[7:]}
     for shard, part in shards.items():
         save_file({name: weights[name] for name in part}, directory / shard)
@@ -116,12 +117,12 @@ def test_files_are_in_hugging_face_layout(directory):
         assert file.get_tensor(Q_PROJ).shape == (24, 12)
 
 
-def test_saving_replaces_and_leaves_nothing_beside(directory, params):
+def test_saving_replaces_a_checkpoint_and_leaves_no_other_file(directory, params):
     save_checkpoint(directory, CONFIG, params)
     assert sorted(path.name for path in directory.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_a_llama_alone_can_be_saved(tmp_path, params):
+def test_only_a_plain_llama_can_be_saved(tmp_path, params):
     for other in ({"query_key_norm": True}, {"rope": Rope(5000.0, scaling=LinearScaling(2.0))}):
         with pytest.raises(
             ValueError, match=r"config must be a plain Llama's to be saved.* but came as Deco"
@@ -130,7 +131,7 @@ def test_a_llama_alone_can_be_saved(tmp_path, params):
     assert not list(tmp_path.iterdir())
 
 
-def test_shards_are_as_one_file(sharded, params):
+def test_shards_load_like_one_file(sharded, params):
     config, loaded = load_checkpoint(sharded)
     assert config == CONFIG and loaded.keys() == params.keys()
     for name, weight in params.items():
@@ -154,7 +155,7 @@ def test_a_tied_output_matrix_is_not_read(directory):
     ("model", "output"),
     [("language_model.model.", "language_model.lm_head."), ("model.language_model.", "lm_head.")],
 )
-def test_beside_a_vision_tower(directory, params, model, output):
+def test_a_decoder_beside_a_vision_tower_is_loaded(directory, params, model, output):
     def edit(weights):
         named = {
             name.replace("model.", model, 1).replace("lm_head.", output): w for name, w in weights.items()
@@ -168,7 +169,7 @@ def test_beside_a_vision_tower(directory, params, model, output):
     np.testing.assert_array_equal(loaded[Q_PROJ], params[Q_PROJ])
 
 
-def test_bytes_are_those_of_what_is_loaded(sharded):
+def test_parameter_bytes_are_those_of_the_loaded_weights(sharded):
     _, loaded = load_checkpoint(sharded)
     assert parameter_bytes(sharded) == sum(weight.nbytes for weight in loaded.values())
     shard = sharded / SHARDS[0]
@@ -179,14 +180,14 @@ def test_bytes_are_those_of_what_is_loaded(sharded):
     assert parameter_bytes(sharded / "config.json") < sum(weight.nbytes for weight in narrower.values())
 
 
-def test_no_bytes_without_weights(directory):
+def test_there_are_no_parameter_bytes_without_weights(directory):
     (directory / "model.safetensors").unlink()
     assert parameter_bytes(directory) is None
     assert read_config(directory) == CONFIG
 
 
 def test_sha256_is_of_every_file_that_is_read(sharded):
-    """As `sha256sum config.json model*.safetensors | sha256sum` has it."""
+    """It is the output of `sha256sum config.json model*.safetensors | sha256sum`."""
     names = ["config.json", *SHARDS]
     sums = [(hashlib.sha256((sharded / name).read_bytes()).hexdigest(), name) for name in names]
     lines = "".join(f"{digest}  {name}\n" for digest, name in sums)
@@ -199,7 +200,7 @@ def test_sha256_is_of_every_file_that_is_read(sharded):
 
 
 def test_unused_tensors_are_not_read(directory, monkeypatch):
-    """Buffers that follow from the configuration, whatever is not of the decoder."""
+    """They are buffers that follow from the configuration, and tensors outside of the decoder."""
     names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "classifier.weight"]
     edit_weights(directory, lambda w: w.update({name: np.ones(3, np.float32) for name in names}))
     read, original = [], StoredTensor.read
@@ -215,30 +216,30 @@ def test_unused_tensors_are_not_read(directory, monkeypatch):
     [
         "model.layers.1.self_attn.q_proj.bias",
         "model.layers.0.mlp.experts.3.up.weight",
-        "model.layers.2.input_layernorm.weight",  # one layer more
+        "model.layers.2.input_layernorm.weight",  # of a layer that the configuration does not have
         "lm_head.bias",
     ],
 )
-def test_a_decoder_with_more_than_the_configuration_says(directory, name):
+def test_a_tensor_that_the_configuration_has_no_use_for_is_refused(directory, name):
     edit_weights(directory, lambda weights: weights.update({name: np.ones(3, np.float32)}))
     with pytest.raises(ValueError, match=f"has the tensor '{name}', for which .* no use"):
         load_checkpoint(directory)
 
 
-def test_weights_of_another_dtype(directory):
+def test_weights_of_another_dtype_are_refused(directory):
     edit_weights(directory, lambda weights: weights.update({Q_PROJ: np.ones(SHAPES[Q_PROJ], np.int8)}))
     with pytest.raises(ValueError, match=f"stores '{Q_PROJ}' as I8, but only BF16, F16, F32 can be loaded"):
         load_checkpoint(directory)
 
 
-def test_missing_shard(sharded):
+def test_a_missing_shard_is_named(sharded):
     (sharded / SHARDS[1]).unlink()
     for read in (load_checkpoint, parameter_bytes, checkpoint_sha256):
         with pytest.raises(FileNotFoundError, match=f"lacks {SHARDS[1]}, which {INDEX} names. Copy the miss"):
             read(sharded)
 
 
-def test_half_written_shard(sharded):
+def test_a_half_written_shard_is_named(sharded):
     path = sharded / SHARDS[1]
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{SHARDS[1]} is cut short or damaged .* Copy the file again"):
@@ -246,7 +247,7 @@ def test_half_written_shard(sharded):
 
 
 @pytest.mark.parametrize("name", [Q_PROJ, "model.layers.1.nowhere"])
-def test_index_that_names_a_tensor_where_it_is_not(sharded, name):
+def test_an_index_must_name_the_shard_of_each_tensor(sharded, name):
     write_index(sharded, read_index(sharded) | {name: SHARDS[0]})
     with pytest.raises(
         ValueError, match=f"{INDEX} says that {SHARDS[0]} has the tensor '{name}', but it has"
@@ -254,7 +255,7 @@ def test_index_that_names_a_tensor_where_it_is_not(sharded, name):
         load_checkpoint(sharded)
 
 
-def test_tensor_that_no_shard_has(sharded):
+def test_a_tensor_that_no_shard_has_is_named(sharded):
     weights = load_file(sharded / SHARDS[1])
     del weights[Q_PROJ]
     save_file(weights, sharded / SHARDS[1])
@@ -264,7 +265,7 @@ def test_tensor_that_no_shard_has(sharded):
 
 
 @pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
-def test_malformed_index(sharded, index):
+def test_a_malformed_index_is_refused(sharded, index):
     (sharded / INDEX).write_text(index)
     with pytest.raises(
         ValueError, match=f"{INDEX} has no weight_map of tensors to shards. Copy the file again"
@@ -272,13 +273,13 @@ def test_malformed_index(sharded, index):
         load_checkpoint(sharded)
 
 
-def test_truncated_index(sharded):
+def test_a_truncated_index_is_refused(sharded):
     (sharded / INDEX).write_text('{"weight_map": {')
     with pytest.raises(ValueError, match=rf"{INDEX} is not valid JSON \(.*\). Copy the file again"):
         load_checkpoint(sharded)
 
 
-def test_weights_that_are_pickled(directory):
+def test_pickled_weights_are_refused(directory):
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"in pytorch_model.bin, but only safetensors .* save_pretrained"):
         load_checkpoint(directory)
@@ -286,25 +287,25 @@ def test_weights_that_are_pickled(directory):
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("read", [load_checkpoint, checkpoint_sha256])
-def test_missing_file(directory, name, read):
+def test_a_missing_file_is_named(directory, name, read):
     (directory / name).unlink()
     with pytest.raises(FileNotFoundError, match=f"There is no .*{name}.* Give "):
         read(directory)
 
 
-def test_missing_tensor(directory):
+def test_a_missing_tensor_is_named(directory):
     edit_weights(directory, lambda weights: weights.pop(Q_PROJ))
     with pytest.raises(ValueError, match=f"has no tensor '{Q_PROJ}'"):
         load_checkpoint(directory)
 
 
-def test_wrong_shape(directory):
+def test_a_tensor_of_another_shape_is_refused(directory):
     edit_weights(directory, lambda weights: weights.update({Q_PROJ: np.ones((12, 24), np.float32)}))
     with pytest.raises(ValueError, match=rf"{Q_PROJ}' of shape \(12, 24\), .* calls for \(24, 12\)"):
         load_checkpoint(directory)
 
 
-def test_saving_weights_that_do_not_fit(tmp_path, params):
+def test_weights_that_do_not_fit_are_not_saved(tmp_path, params):
     with pytest.raises(ValueError, match=f"params has no tensor '{Q_PROJ}'"):
         save_checkpoint(tmp_path, CONFIG, {name: w for name, w in params.items() if name != Q_PROJ})
     with pytest.raises(ValueError, match=rf"params has '{Q_PROJ}' of shape \(3,\)"):
@@ -312,14 +313,14 @@ def test_saving_weights_that_do_not_fit(tmp_path, params):
 
 
 @pytest.mark.parametrize("kept", [0, 5, 200, -4])
-def test_truncated_weights(directory, kept):
+def test_truncated_weights_are_refused(directory, kept):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=r"model.safetensors is cut short or damaged .*Copy the file again"):
         load_checkpoint(directory)
 
 
-def test_without_safetensors(directory, params, monkeypatch):
+def test_the_error_without_safetensors_says_what_to_install(directory, params, monkeypatch):
     for name in ("safetensors", "safetensors.numpy"):
         monkeypatch.setitem(sys.modules, name, None)
     for call in (lambda: load_checkpoint(directory), lambda: save_checkpoint(directory, CONFIG, params)):

@@ -1,4 +1,4 @@
-"""The decoder against an independent NumPy one in float64, and what its callback may rely on."""
+"""The decoder agrees with an independent one in NumPy and float64, and keeps its promises to the callback."""
 
 import dataclasses
 import math
@@ -37,7 +37,7 @@ CASES = {
     "multi-query": dataclasses.replace(CONFIG, num_key_value_heads=1),
     "multi-head": dataclasses.replace(CONFIG, num_key_value_heads=4),
     "tied": dataclasses.replace(CONFIG, tie_word_embeddings=True),
-    "biases, fused, turning in part": dataclasses.replace(
+    "biases, fused, partial rotation": dataclasses.replace(
         CONFIG,
         attention_bias=True,
         output_bias=True,
@@ -66,7 +66,7 @@ CASES = {
 
 
 def random_params(config):
-    """Weights in which nothing is at its neutral value, norms and biases included."""
+    """Return weights of which none has its neutral value, norms and biases included."""
     rng, params = np.random.default_rng(1), {}
     for name, shape in param_shapes(config).items():
         weight = rng.normal(size=shape) * (0.3 if len(shape) == 1 else shape[1] ** -0.5)
@@ -80,12 +80,12 @@ def tokens_and_positions(length=11, first=0):
 
 
 def dense(config):
-    """Plain attention over one sequence, as the configuration has it."""
+    """Return attention without a cache, with the options of the configuration."""
     return lambda layer, *heads: dense_attention(config.attention(layer), *heads)
 
 
 class NumpyLayer:
-    """One layer in float64, token by token and head by head, straight from the definitions."""
+    """One layer in float64, computed token by token and head by head from the definitions."""
 
     def __init__(self, params, config, layer):
         self.params, self.config, self.options = params, config, config.attention(layer)
@@ -98,42 +98,49 @@ class NumpyLayer:
     def norm(self, name, x):
         return numpy_norm(self.config, x, self.params[f"{self.prefix}{name}.weight"])
 
+    def project(self, name, x):
+        return self.linear(f"self_attn.{name}_proj", x).reshape(-1, self.config.head_dim)
+
     def heads(self, x):
-        """Query, key and value, each (its heads, head_dim)."""
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        """Return query, key and value, each (its heads, head_dim)."""
+        heads = self.config.num_attention_heads
+        kv_heads = self.config.num_key_value_heads
         if self.config.fused_projections:
-            whole = self.linear("self_attn.qkv_proj", x).reshape(-1, self.config.head_dim)
-            query, key, value = np.split(whole, [heads, heads + kv_heads])
+            fused = self.project("qkv", x)
+            query, key, value = np.split(fused, [heads, heads + kv_heads])
         else:
-            parts = [self.linear(f"self_attn.{name}_proj", x) for name in "qkv"]
-            query, key, value = (part.reshape(-1, self.config.head_dim) for part in parts)
+            query, key, value = self.project("q", x), self.project("k", x), self.project("v", x)
         if self.config.query_key_norm:
             query, key = self.norm("self_attn.q_norm", query), self.norm("self_attn.k_norm", key)
         return query, key, value
 
     def rotate(self, vector, position):
-        """Each pair (i, i + d/2) is a complex number, turned by exp(i position theta^(-2i/d) / factor)."""
+        """Rotate each pair (i, i + d/2), as a complex number, by exp(i position theta^(-2i/d) / factor)."""
         dim = int(len(vector) * self.rope.partial_rotary_factor)
         factor = self.rope.scaling.factor if self.rope.scaling else 1.0
-        turn = np.exp(1j * position * self.rope.theta ** (-np.arange(0, dim, 2) / dim) / factor)
-        turned = (vector[: dim // 2] + 1j * vector[dim // 2 : dim]) * turn
-        return np.concatenate([turned.real, turned.imag, vector[dim:]])
+        rotation = np.exp(1j * position * self.rope.theta ** (-np.arange(0, dim, 2) / dim) / factor)
+        rotated = (vector[: dim // 2] + 1j * vector[dim // 2 : dim]) * rotation
+        return np.concatenate([rotated.real, rotated.imag, vector[dim:]])
 
     def score(self, query, key):
-        score, cap = query @ key * self.options.softmax_scale, self.options.logits_soft_cap
+        score = query @ key * self.options.softmax_scale
+        cap = self.options.logits_soft_cap
         return score if cap is None else cap * math.tanh(score / cap)
 
     def attention(self, normed, positions):
-        seen, outputs = [], []
+        cache = []
+        outputs = []
         for x, position in zip(normed, positions, strict=True):
             query, key, value = self.heads(x)
-            seen.append(([self.rotate(k, position) for k in key], value))
-            window, mixed = seen[-(self.options.sliding_window or len(seen)) :], []
+            cache.append(([self.rotate(k, position) for k in key], value))
+            window = cache[-(self.options.sliding_window or len(cache)) :]
+            attended = []
             for head, vector in enumerate(query):
-                kv_head, turned = head * len(key) // len(query), self.rotate(vector, position)
-                exps = np.exp([self.score(turned, keys[kv_head]) for keys, _ in window])
-                mixed.append(exps @ [values[kv_head] for _, values in window] / exps.sum())
-            outputs.append(self.linear("self_attn.o_proj", np.concatenate(mixed)))
+                kv_head = head * len(key) // len(query)
+                rotated = self.rotate(vector, position)
+                exps = np.exp([self.score(rotated, keys[kv_head]) for keys, _ in window])
+                attended.append(exps @ [values[kv_head] for _, values in window] / exps.sum())
+            outputs.append(self.linear("self_attn.o_proj", np.concatenate(attended)))
         return outputs
 
     def mlp(self, x):
@@ -148,11 +155,11 @@ class NumpyLayer:
         return self.linear("mlp.down_proj", gate * up)
 
     def __call__(self, hidden, positions):
-        mixed = self.attention([self.norm("input_layernorm", x) for x in hidden], positions)
+        attended = self.attention([self.norm("input_layernorm", x) for x in hidden], positions)
         if not self.config.sandwich_norms:
-            hidden = [x + y for x, y in zip(hidden, mixed, strict=True)]
+            hidden = [x + y for x, y in zip(hidden, attended, strict=True)]
             return [x + self.mlp(self.norm("post_attention_layernorm", x)) for x in hidden]
-        hidden = [x + self.norm("post_attention_layernorm", y) for x, y in zip(hidden, mixed, strict=True)]
+        hidden = [x + self.norm("post_attention_layernorm", y) for x, y in zip(hidden, attended, strict=True)]
         inner = [self.mlp(self.norm("pre_feedforward_layernorm", x)) for x in hidden]
         return [x + self.norm("post_feedforward_layernorm", y) for x, y in zip(hidden, inner, strict=True)]
 
@@ -201,7 +208,7 @@ def test_positions_matter():
 def test_decoding_through_a_cache_matches_one_pass():
     params = random_params(CONFIG)
     tokens, positions = tokens_and_positions(length=4)
-    whole = forward(params, CONFIG, tokens, positions, dense(CONFIG))
+    at_once = forward(params, CONFIG, tokens, positions, dense(CONFIG))
     cache = {layer: ([], []) for layer in range(CONFIG.num_hidden_layers)}
 
     def attend(layer, query, key, value):
@@ -213,22 +220,29 @@ def test_decoding_through_a_cache_matches_one_pass():
     steps = [
         forward(params, CONFIG, tokens[i : i + 1], positions[i : i + 1], attend) for i in range(len(tokens))
     ]
-    np.testing.assert_allclose(jnp.concatenate(steps), whole, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(jnp.concatenate(steps), at_once, rtol=1e-4, atol=1e-4)
 
 
 def test_layers_share_a_compilation(monkeypatch):
-    """What is traced once for each of them turns a query and a key."""
-    config, turned = dataclasses.replace(CASES["norms, caps, windows"], rms_norm_eps=2e-4), []
+    """Tracing a layer rotates a query and a key; three layers, run twice, are traced once."""
+    config = dataclasses.replace(CASES["norms, caps, windows"], rms_norm_eps=2e-4)  # not compiled yet
     rotate = decoder.rotate
-    monkeypatch.setattr(decoder, "rotate", lambda *args: turned.append(1) or rotate(*args))
+    calls = []
+
+    def counted_rotate(*args):
+        calls.append(args)
+        return rotate(*args)
+
+    monkeypatch.setattr(decoder, "rotate", counted_rotate)
     for _ in range(2):
         forward(random_params(config), config, *tokens_and_positions(), dense(config))
-    assert len(turned) == 2
+    assert len(calls) == 2
 
 
-def test_under_a_transformation_nothing_is_a_call_of_its_own():
-    """A program that trains or compiles the whole model sees all of its operations."""
-    params, arguments = random_params(CONFIG), tokens_and_positions()
+def test_layers_are_inlined_under_a_transformation():
+    """A program that trains or compiles the whole model contains all operations, and no calls of layers."""
+    params = random_params(CONFIG)
+    arguments = tokens_and_positions()
 
     def loss(params):
         return forward(params, CONFIG, *arguments, lambda layer, query, key, value: query).sum()
@@ -271,7 +285,7 @@ def test_init_params_has_the_declared_shapes(config):
     assert {weight.dtype for weight in params.values()} == {jnp.dtype(jnp.float32)}
 
 
-def test_tied_model_has_no_output_matrix():
+def test_a_tied_model_has_no_output_matrix():
     assert "lm_head.weight" in param_shapes(CONFIG)
     assert "lm_head.weight" not in param_shapes(CASES["tied"])
 
@@ -281,6 +295,6 @@ def test_heads_that_do_not_divide_are_refused():
         dataclasses.replace(CONFIG, num_key_value_heads=3)
 
 
-def test_odd_head_dim_is_refused():
+def test_an_odd_head_dim_is_refused():
     with pytest.raises(ValueError, match=r"must be even.* got 7 of head_dim 7"):
         dataclasses.replace(CONFIG, head_dim=7)

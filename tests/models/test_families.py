@@ -1,4 +1,4 @@
-"""What each family's config.json comes to, and what is refused by name."""
+"""Each family's config.json is read as the decoder that it describes; the rest is refused by name."""
 
 import dataclasses
 import json
@@ -44,18 +44,20 @@ def config(model_type, **fields):
 
 
 def changed(model_type, **fields):
-    """The fields of `DecoderConfig` in which a model differs from a Llama of the same sizes."""
-    found, plain = dataclasses.asdict(config(model_type, **fields)), dataclasses.asdict(config("llama"))
-    assert found.pop("model_type") == model_type
-    return {name: value for name, value in found.items() if value != plain[name]}
+    """Return the fields of `DecoderConfig` in which a model differs from a Llama of the same sizes."""
+    model = dataclasses.asdict(config(model_type, **fields))
+    llama = dataclasses.asdict(config("llama"))
+    assert model.pop("model_type") == model_type
+    return {name: value for name, value in model.items() if value != llama[name]}
 
 
 def windows(model_type, **fields):
-    found = config(model_type, **fields)
-    return [found.attention(layer).sliding_window for layer in range(found.num_hidden_layers)]
+    """Return the sliding window of each layer."""
+    model = config(model_type, **fields)
+    return [model.attention(layer).sliding_window for layer in range(model.num_hidden_layers)]
 
 
-def test_a_llama_that_says_only_its_sizes():
+def test_a_llama_needs_only_its_sizes():
     assert config("llama") == DecoderConfig(**SIZES, rms_norm_eps=1e-6)
 
 
@@ -99,7 +101,7 @@ GEMMA = {
         ),
     ],
 )
-def test_what_a_family_adds(model_type, fields, expected):
+def test_a_family_has_its_own_defaults_and_features(model_type, fields, expected):
     assert changed(model_type, **fields) == expected
 
 
@@ -129,36 +131,36 @@ def test_what_a_family_adds(model_type, fields, expected):
         ("gemma3_text", {"sliding_window": 5, "layer_types": [FULL] * 6}, [None] * 6),
     ],
 )
-def test_windows(model_type, fields, expected):
+def test_layers_have_the_windows_of_their_family(model_type, fields, expected):
     assert windows(model_type, **fields) == expected
 
 
-def test_how_layers_attend():
+def test_attention_options_follow_from_the_layers_type():
     gemma = config("gemma2", query_pre_attn_scalar=64, attn_logit_softcapping=20.0, sliding_window=5)
     assert gemma.attention(0) == AttentionOptions(1 / 8, 5, 20.0)
     assert gemma.attention(1) == AttentionOptions(1 / 8, None, 20.0)
     assert config("llama").attention(0) == AttentionOptions(8**-0.5)
 
 
-def test_null_is_not_silence():
-    """A cap that is null is none, though there is one where the file does not say."""
-    found = config("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
-    assert (found.attn_logit_softcapping, found.final_logit_softcapping) == (None, None)
+def test_null_is_not_the_default():
+    """A cap that is null is no cap, though the default is a cap."""
+    model = config("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None)
+    assert (model.attn_logit_softcapping, model.final_logit_softcapping) == (None, None)
 
 
-def test_sizes_that_follow_from_others():
+def test_missing_sizes_follow_from_others():
     fields = {name: size for name, size in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
-    found = decoder_config(fields | {"model_type": "llama", "head_dim": None})
-    assert (found.num_key_value_heads, found.head_dim) == (4, 8)
+    model = decoder_config(fields | {"model_type": "llama", "head_dim": None})
+    assert (model.num_key_value_heads, model.head_dim) == (4, 8)
 
 
-def test_gemma3_of_text_and_images():
-    """Real files leave much of the text's sizes to the family."""
+def test_a_gemma3_of_text_and_images_is_read_as_its_text_part():
+    """Real files leave out many of the text part's sizes."""
     text = {name: SIZES[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}
-    found = decoder_config({"model_type": "gemma3", "text_config": text | {"sliding_window": 5}})
-    sizes = (found.vocab_size, found.num_attention_heads, found.num_key_value_heads, found.head_dim)
+    model = decoder_config({"model_type": "gemma3", "text_config": text | {"sliding_window": 5}})
+    sizes = (model.vocab_size, model.num_attention_heads, model.num_key_value_heads, model.head_dim)
     assert sizes == (262208, 8, 4, 256)
-    assert found.attention(0).sliding_window == 5
+    assert model.attention(0).sliding_window == 5
 
 
 @pytest.mark.parametrize(
@@ -187,14 +189,14 @@ def test_gemma3_of_text_and_images():
         ("gemma2", {"rope_theta": 7e4}, {FULL: {"rope_theta": 7e4}, SLIDING: {"rope_theta": 7e4}}),
     ],
 )
-def test_older_and_newer_files_say_the_same(model_type, older, newer):
+def test_older_and_newer_files_describe_the_same_model(model_type, older, newer):
     kept = {name: value for name, value in older.items() if not name.startswith(("rope", "partial"))}
-    found = config(model_type, **older)
-    assert found == config(model_type, **kept, rope_parameters=newer)
-    assert found.rope != config(model_type).rope  # that it says something
+    model = config(model_type, **older)
+    assert model == config(model_type, **kept, rope_parameters=newer)
+    assert model.rope != config(model_type).rope  # the fields change something
 
 
-def test_turns_of_scaled_positions():
+def test_frequencies_follow_base_scaling_and_rotary_dim():
     plain = Rope(theta=100.0)
     np.testing.assert_allclose(plain.frequencies(8), [1, 100**-0.25, 0.1, 100**-0.75], rtol=1e-6)
     linear = dataclasses.replace(plain, scaling=LinearScaling(4.0))
@@ -203,37 +205,40 @@ def test_turns_of_scaled_positions():
     np.testing.assert_allclose(partial.frequencies(16), plain.frequencies(8), rtol=1e-6)
 
 
-def test_llama3_keeps_fast_turns_and_stretches_slow_ones():
-    """Of 64 tokens: from 16 to 64 tokens a turn is between."""
+def test_llama3_keeps_high_frequencies_and_divides_low_ones():
+    """With an original context of 64 tokens, turns of 16 to 64 tokens are blended."""
     scaling = Llama3Scaling(8.0, 1.0, 4.0, 64)
-    tokens = np.array([1, 15.9, 16.1, 32, 63.9, 64.1, 1000])
-    found = scaling(2 * np.pi / tokens) / (2 * np.pi / tokens)
-    between = (64 / 32 - 1) / (4 - 1)
-    expected = [1, 1, 1, between + (1 - between) / 8, 1 / 8, 1 / 8, 1 / 8]
-    np.testing.assert_allclose(found, expected, atol=0.03)
-    np.testing.assert_allclose(found[[0, 1, 3, 5, 6]], np.array(expected)[[0, 1, 3, 5, 6]], rtol=1e-12)
+    tokens_per_turn = np.array([1, 15.9, 16.1, 32, 63.9, 64.1, 1000])
+    frequencies = 2 * np.pi / tokens_per_turn
+    factors = scaling(frequencies) / frequencies
+    blend = (64 / 32 - 1) / (4 - 1)
+    expected = np.array([1, 1, 1, blend + (1 - blend) / 8, 1 / 8, 1 / 8, 1 / 8])
+    np.testing.assert_allclose(factors, expected, atol=0.03)
+    exact = [0, 1, 3, 5, 6]  # the others are near the ends of the blend
+    np.testing.assert_allclose(factors[exact], expected[exact], rtol=1e-12)
 
 
-def test_longrope_is_of_one_length_or_the_other():
+def test_longrope_has_the_factors_of_one_context_at_a_time():
     short = config("phi3", **PHI3_LONG, rope_scaling=LONGROPE)
     assert short.max_position_embeddings == 100
     assert short.for_context(100) is short
-    long, turns = short.for_context(101), Rope().frequencies(8)
+    long = short.for_context(101)
+    frequencies = Rope().frequencies(8)
     assert long.max_position_embeddings == 400
-    np.testing.assert_allclose(short.rope.frequencies(8), turns / [1, 1.5, 2, 3], rtol=1e-6)
-    np.testing.assert_allclose(long.rope.frequencies(8), turns / [2, 4, 8, 16], rtol=1e-6)
+    np.testing.assert_allclose(short.rope.frequencies(8), frequencies / [1, 1.5, 2, 3], rtol=1e-6)
+    np.testing.assert_allclose(long.rope.frequencies(8), frequencies / [2, 4, 8, 16], rtol=1e-6)
     amplitude = (1 + np.log(4) / np.log(100)) ** 0.5
     assert short.rope.scaling.amplitude == long.rope.scaling.amplitude == pytest.approx(amplitude)
     with pytest.raises(ValueError, match=r"length must be from 1 to 400, .* came as 401"):
         short.for_context(401)
 
 
-def test_longrope_says_its_own_amplitude():
-    found = config("phi3", **PHI3_LONG, rope_scaling=LONGROPE | {"attention_factor": 1.25})
-    assert isinstance(found.rope.scaling, LongRopeScaling) and found.rope.scaling.amplitude == 1.25
+def test_longrope_may_have_an_amplitude_of_its_own():
+    model = config("phi3", **PHI3_LONG, rope_scaling=LONGROPE | {"attention_factor": 1.25})
+    assert isinstance(model.rope.scaling, LongRopeScaling) and model.rope.scaling.amplitude == 1.25
 
 
-def test_other_models_are_as_they_are_at_every_length():
+def test_other_models_are_the_same_for_every_context():
     llama = config("llama")
     assert llama.for_context(2048) is llama
     with pytest.raises(ValueError, match=r"length must be from 1 to 2,048"):
@@ -244,7 +249,7 @@ def test_a_configuration_is_hashable():
     assert len({config("gemma2"), config("gemma2"), config("phi3", rope_scaling=LONGROPE)}) == 2
 
 
-def test_unknown_family():
+def test_an_unknown_family_is_refused():
     known = ", ".join(sorted([*FAMILIES, "gemma3"]))
     for model_type in ("mamba", None, ["llama"]):
         with pytest.raises(ValueError, match=re.escape(f"model_type {model_type!r}, but only {known} can")):
@@ -282,7 +287,7 @@ def test_unknown_family():
         ),
     ],
 )
-def test_what_is_not_implemented(model_type, fields, message):
+def test_features_that_are_not_implemented_are_refused(model_type, fields, message):
     with pytest.raises(ValueError, match=message):
         config(model_type, **fields)
 
@@ -338,13 +343,13 @@ def test_what_is_not_implemented(model_type, fields, message):
         ),
     ],
 )
-def test_malformed_fields(model_type, fields, message):
+def test_malformed_fields_are_refused(model_type, fields, message):
     with pytest.raises(ValueError, match=message):
         config(model_type, **fields)
 
 
 @pytest.mark.parametrize("missing", ["vocab_size", "num_attention_heads", "num_hidden_layers"])
-def test_missing_size(missing):
+def test_a_missing_size_is_named(missing):
     fields = {name: size for name, size in SIZES.items() if name != missing}
     with pytest.raises(ValueError, match=f"it lacks {missing}. Copy the file again"):
         decoder_config(fields | {"model_type": "llama"})
@@ -367,13 +372,13 @@ def test_a_file_is_read_from_its_directory_or_by_its_name(tmp_path):
         ('{"model_type": "llama"}', "config.json: it lacks vocab_size, hidden_size"),
     ],
 )
-def test_malformed_file(tmp_path, content, message):
+def test_a_malformed_file_is_refused(tmp_path, content, message):
     (tmp_path / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         read_config(tmp_path)
 
 
-def test_no_file(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match=r"There is no .*config.json. Give the directory of a"):
             read_config(path)

@@ -1,4 +1,4 @@
-"""The two splits share nothing, and are the same wherever they are drawn."""
+"""The two splits share no file, and are the same on every machine."""
 
 import sysconfig
 from pathlib import Path
@@ -13,7 +13,7 @@ ROOT = Path(sysconfig.get_path("stdlib"))
 
 @pytest.fixture
 def library(tmp_path, monkeypatch):
-    """An empty standard library in which a test can put files."""
+    """Return the directory of a standard library without files, in which a test can put some."""
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     return tmp_path
 
@@ -32,12 +32,12 @@ def test_about_one_file_in_sixteen_is_held_out():
 
 
 def test_split_of_a_file_never_changes():
-    """The bundled model was trained on one side: these must stay where they are."""
+    """The bundled model was trained on one split, so no file may change sides."""
     assert {"argparse.py", "asyncio/events.py", "typing.py"} <= relative_names("train")
     assert {"copy.py", "random.py", "traceback.py"} <= relative_names("held_out")
 
 
-def test_split_does_not_depend_on_where_the_library_is(library):
+def test_splits_do_not_depend_on_the_librarys_directory(library):
     for name in ("argparse.py", "asyncio/events.py"):
         path = library / name
         path.parent.mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ def test_split_does_not_depend_on_where_the_library_is(library):
     assert standard_library_files("train") == [library / "argparse.py", library / "asyncio" / "events.py"]
 
 
-def test_what_is_left_out():
+def test_tests_encodings_and_packages_are_left_out():
     for split in ("train", "held_out"):
         for name in relative_names(split):
             parts = name.split("/")
@@ -65,7 +65,8 @@ def test_shorter_text_is_a_prefix():
 
 
 def test_seed_changes_the_order_only():
-    first, second = (standard_library_text("held_out", seed=seed) for seed in (0, 1))
+    first = standard_library_text("held_out", seed=0)
+    second = standard_library_text("held_out", seed=1)
     assert first != second
     assert sorted(first) == sorted(second)
 
@@ -78,17 +79,17 @@ def test_no_file_dominates(library):
     assert text.count(b"\n") == 1
 
 
-def test_interpreter_without_sources(library):
+def test_an_interpreter_without_sources_is_named(library):
     with pytest.raises(FileNotFoundError, match=r"holds no .py sources .* give a text of your own"):
         standard_library_text("train", 100)
 
 
-def test_unknown_split():
+def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match='split must be "train" or "held_out"; got \'test\''):
         standard_library_files("test")
 
 
 @pytest.mark.parametrize("max_bytes", [0, -1])
-def test_no_bytes(max_bytes):
+def test_max_bytes_must_be_positive(max_bytes):
     with pytest.raises(ValueError, match=f"max_bytes must be at least 1.* got {max_bytes}"):
         standard_library_text("train", max_bytes)

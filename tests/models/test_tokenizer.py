@@ -1,4 +1,4 @@
-"""Tokens cover the text, byte for byte, however long it is and wherever it is cut."""
+"""Tokens cover the text byte for byte, also when it is encoded in pieces."""
 
 import hashlib
 import sys
@@ -14,7 +14,7 @@ TEXT = SEEN + "ж 語語 🚀 ends"  # with characters that no tokenizer has bee
 
 
 def byte_level():
-    """Byte-level BPE across words, that begins and ends texts, with an id that no text has."""
+    """Return byte-level BPE that merges across words, marks both ends of a text, and has an unused id."""
     library = Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.decoder = decoders.ByteLevel()
@@ -30,7 +30,7 @@ def byte_level():
 
 
 def byte_fallback():
-    """BPE over a whole text with its spaces as "▁", characters it lacks as bytes, as Llama 2's."""
+    """Return BPE without pre-tokenizer, with spaces as "▁" and unknown characters as bytes, as Llama 2's."""
     library = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     library.decoder = decoders.Sequence(
@@ -47,7 +47,7 @@ def byte_fallback():
 
 
 def metaspace():
-    """Unigrams of words that begin with "▁", as SentencePiece's."""
+    """Return a unigram model of words that begin with "▁", as SentencePiece's."""
     library = Tokenizer(models.Unigram())
     library.pre_tokenizer = pre_tokenizers.Metaspace()
     library.decoder = decoders.Metaspace()
@@ -60,17 +60,17 @@ def train(library, trainer, **options):
 
 
 KINDS = {"byte-level": byte_level, "byte fallback": byte_fallback, "metaspace": metaspace}
-EXACT = ("byte-level", "byte fallback")  # which give back the text; unigrams lose what they have not seen
+EXACT = ("byte-level", "byte fallback")  # these decode to the text; the unigram model loses unseen characters
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    """The directory of each kind of tokenizer."""
-    made = {}
+    """Return the directory of each kind of tokenizer."""
+    paths = {}
     for name, make in KINDS.items():
-        made[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
-        make().save(str(made[name] / "tokenizer.json"))
-    return made
+        paths[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        make().save(str(paths[name] / "tokenizer.json"))
+    return paths
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -83,89 +83,93 @@ def test_ends_cover_the_text(directories, name):
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_each_token_ends_where_what_it_decodes_to_does(directories, name):
-    """At every token that ends a character: of several that share one, all end where it does."""
-    found, data = load_tokenizer(directories[name]), TEXT.encode()
-    tokens = found.encode(data)
-    assert found.decode(tokens.ids) == TEXT
+def test_each_token_ends_where_its_text_ends(directories, name):
+    """This is checked at every token that ends a character: tokens that share one all end where it does."""
+    loaded = load_tokenizer(directories[name])
+    data = TEXT.encode()
+    tokens = loaded.encode(data)
+    assert loaded.decode(tokens.ids) == TEXT
     last = np.flatnonzero(np.diff(tokens.ends, append=np.inf))
     assert len(last) < len(tokens.ids)  # some characters are several tokens
     for index in last:
-        assert found.decode(tokens.ids[: index + 1]) == data[: tokens.ends[index]].decode()
+        assert loaded.decode(tokens.ids[: index + 1]) == data[: tokens.ends[index]].decode()
 
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("size", [40, 64])
-def test_pieces_are_as_the_whole(directories, name, size, monkeypatch):
-    """A run of one character, longer than a piece, among them."""
-    found = load_tokenizer(directories[name])
+def test_a_text_in_pieces_has_the_tokens_of_the_whole_text(directories, name, size, monkeypatch):
+    """The text has a run of one character that is longer than a piece."""
+    loaded = load_tokenizer(directories[name])
     data = (TEXT + " " * 150 + TEXT[::-1]).encode()
-    whole = found.encode(data)
+    at_once = loaded.encode(data)
     monkeypatch.setattr(tokenizer, "PIECE", size)
     monkeypatch.setattr(tokenizer, "OVERLAP", 18)
-    pieces = found.encode(data)
-    np.testing.assert_array_equal(pieces.ids, whole.ids)
-    np.testing.assert_array_equal(pieces.ends, whole.ends)
+    pieces = loaded.encode(data)
+    np.testing.assert_array_equal(pieces.ids, at_once.ids)
+    np.testing.assert_array_equal(pieces.ends, at_once.ends)
 
 
-def test_prefix_is_what_comes_before_a_text(directories):
+def test_the_prefix_is_of_the_special_tokens_before_a_text(directories):
     assert load_tokenizer(directories["byte-level"]).prefix == (0,)
     assert load_tokenizer(directories["metaspace"]).prefix == ()
 
 
-def test_what_reads_like_a_special_token_is_text(directories):
-    found = load_tokenizer(directories["byte-level"])
-    tokens = found.encode(b"<s><image>")
-    assert found.decode(tokens.ids) == "<s><image>"
-    assert tokens.ids.min() > 1 and tokens.ids.max() < found.vocab_size
+def test_text_that_looks_like_a_special_token_is_plain_text(directories):
+    loaded = load_tokenizer(directories["byte-level"])
+    tokens = loaded.encode(b"<s><image>")
+    assert loaded.decode(tokens.ids) == "<s><image>"
+    assert tokens.ids.min() > 1 and tokens.ids.max() < loaded.vocab_size
 
 
-def test_vocabulary_has_no_room_for_what_no_text_has(directories):
+def test_the_vocabulary_ends_before_special_tokens_that_no_text_has(directories):
     library = load_tokenizer(directories["byte-level"]).library
     assert load_tokenizer(directories["byte-level"]).vocab_size == library.token_to_id("<image>")
 
 
-def test_identity(directories):
-    found, file = load_tokenizer(directories["metaspace"]), directories["metaspace"] / "tokenizer.json"
-    assert found.name == directories["metaspace"].name
-    assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert load_tokenizer(str(file)).sha256 == found.sha256
+def test_a_tokenizer_has_its_directorys_name_and_its_files_hash(directories):
+    directory = directories["metaspace"]
+    file = directory / "tokenizer.json"
+    loaded = load_tokenizer(directory)
+    assert loaded.name == directory.name
+    assert loaded.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert load_tokenizer(str(file)).sha256 == loaded.sha256
 
 
 @pytest.mark.parametrize("name", [*KINDS, "bytes"])
-def test_empty_text(directories, name):
+def test_an_empty_text_has_no_tokens(directories, name):
     tokens = load_tokenizer(directories.get(name, "bytes")).encode(b"")
     assert tokens.ids.shape == tokens.ends.shape == (0,)
 
 
 def test_bytes_are_their_own_ids():
-    found, data = load_tokenizer("bytes"), bytes(range(256))
-    tokens = found.encode(data)
-    assert (found.name, found.sha256, found.vocab_size, found.prefix) == ("bytes", None, 256, ())
+    loaded = load_tokenizer("bytes")
+    tokens = loaded.encode(bytes(range(256)))
+    assert (loaded.name, loaded.sha256, loaded.vocab_size, loaded.prefix) == ("bytes", None, 256, ())
     np.testing.assert_array_equal(tokens.ids, np.arange(256))
     np.testing.assert_array_equal(tokens.ends, np.arange(1, 257))
     assert (tokens.ids.dtype, tokens.ends.dtype) == (np.int32, np.int64)
-    assert found.decode(load_tokenizer("bytes").encode("né".encode()).ids[:2]) == "n\N{REPLACEMENT CHARACTER}"
+    half_character = loaded.encode("né".encode()).ids[:2]
+    assert loaded.decode(half_character) == "n\N{REPLACEMENT CHARACTER}"
 
 
-def test_text_that_is_not_utf8(directories):
+def test_text_that_is_not_utf8_is_refused(directories):
     with pytest.raises(ValueError, match=r"not at byte 3 \(0xff\); .* with --tokenizer bytes"):
         load_tokenizer(directories["metaspace"]).encode(b"abc\xffdef")
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r'There is no .*tokenizer.json. Give .* or "bytes"'):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "\xff"])
-def test_damaged_file(tmp_path, content):
+def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer .* Copy the file again"):
         load_tokenizer(tmp_path)
 
 
-def test_without_the_library(tmp_path, monkeypatch):
+def test_the_error_without_the_library_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r'tokenizers is needed here: pip install "qpaged\[sweep\]"'):

@@ -1,4 +1,4 @@
-"""Every family against transformers' own in torch: random checkpoints with all of its features on."""
+"""Every family agrees with transformers' own model in torch, on random checkpoints with all features on."""
 
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -37,13 +37,13 @@ GEMMA = {
     "final_logit_softcapping": 8.0,
 }
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-PAIRS = [1.0, 2.0, 3.0, 4.0]  # of heads of 8 channels
+PAIRS = [1.0, 2.0, 3.0, 4.0]  # factors of the 4 pairs of a head of 8 channels
 TOKENS = np.random.default_rng(0).integers(1, SIZES["vocab_size"], LENGTH).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model of transformers, and for each of its features what turns it off in our configuration."""
+    """A model of transformers, and for each feature the fields of our configuration that turn it off."""
 
     name: str
     fields: dict
@@ -166,7 +166,7 @@ for extent, original in {"short": LENGTH, "long": LENGTH - 1}.items():
 
 
 def randomize(model):
-    """Weights so large that each feature matters, with nothing at its neutral value."""
+    """Draw weights so large that each feature matters, and none of them neutral."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -177,11 +177,12 @@ def randomize(model):
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """``loaded(name)``: a case's configuration and weights through a checkpoint, and its logits in torch."""
+    """Return loaded(name): configuration and weights of a case from its checkpoint, and logits from torch."""
 
     @cache
     def load(name):
-        case, directory = CASES[name], tmp_path_factory.mktemp("checkpoint")
+        case = CASES[name]
+        directory = tmp_path_factory.mktemp("checkpoint")
         model = case.model().eval()
         randomize(model)
         model.save_pretrained(directory, max_shard_size=case.shard)
@@ -200,21 +201,21 @@ def logits(config, params):
     return forward(params, config, jnp.asarray(TOKENS), jnp.arange(LENGTH), attend)
 
 
-def relative_error(found, expected):
-    return np.abs(np.asarray(found) - expected).max() / np.abs(expected).max()
+def relative_error(actual, expected):
+    return np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits(loaded, name):
+def test_logits_agree(loaded, name):
     config, params, expected = loaded(name)
     assert relative_error(logits(config, params), expected) < 1e-4
 
 
 @pytest.mark.parametrize(("name", "feature"), [(name, f) for name in CASES for f in CASES[name].without])
-def test_without_a_feature_the_logits_are_others(loaded, name, feature):
+def test_logits_differ_without_a_feature(loaded, name, feature):
     config, params, expected = loaded(name)
     without = replace(config, **CASES[name].without[feature])
-    with jax.disable_jit():  # nothing to compile anew
+    with jax.disable_jit():  # each configuration would be compiled
         assert relative_error(logits(without, params), expected) > 1e-2
 
 
@@ -243,7 +244,7 @@ def make_views(config):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_through_a_paged_cache_in_chunks(loaded, name):
+def test_logits_agree_through_a_paged_cache_in_chunks(loaded, name):
     config, params, expected = loaded(name)
     views = make_views(config)
     for start in range(0, LENGTH, LENGTH // 2):
@@ -259,5 +260,5 @@ def test_logits_through_a_paged_cache_in_chunks(loaded, name):
             )
             return out
 
-        found = forward(params, config, jnp.asarray(TOKENS[chunk]), jnp.asarray(positions), attend)
-        assert relative_error(found, expected[chunk]) < 1e-4
+        chunk_logits = forward(params, config, jnp.asarray(TOKENS[chunk]), jnp.asarray(positions), attend)
+        assert relative_error(chunk_logits, expected[chunk]) < 1e-4

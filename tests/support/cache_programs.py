@@ -1,4 +1,4 @@
-"""Attention programs of many kinds, written for plain arrays, in two halves: what writes and what reads."""
+"""Attention programs of many kinds for plain arrays, in two halves: writing the cache and reading it."""
 
 import dataclasses
 import itertools
@@ -27,10 +27,10 @@ class Program:
 
     Attributes:
         layout: the order of a cache array's axes.
-        update: how new rows come into it.
-        grouping: how query heads share key heads.
-        stacking: how the layers are held together.
-        layers: of them.
+        update: the way in which new rows are written.
+        grouping: the way in which query heads share key heads.
+        stacking: the way in which the layers' arrays are put together.
+        layers: the number of layers.
     """
 
     layout: str = "bskd"
@@ -40,6 +40,7 @@ class Program:
     layers: int = 2
 
     def cache(self):
+        """Return an empty cache."""
         shape = tuple(SIZES[axis] for axis in self.layout)
         if self.stacking == "apart":
             return [{"k": jnp.zeros(shape), "v": jnp.zeros(shape)} for _ in range(self.layers)]
@@ -48,36 +49,47 @@ class Program:
         return {"k": jnp.zeros((self.layers, *shape)), "v": jnp.zeros((self.layers, *shape))}
 
     def step(self, x, position, cache):
-        """One step of all layers: (outputs, cache). ``x`` is (batch, tokens, heads, head_dim)."""
+        """Run all layers: (outputs, cache). ``x`` is (batch, tokens, heads, head_dim)."""
         if self.stacking == "scanned":
-
-            def layer(x, kv):
-                k, v = (self.write(kv[name], x, position) for name in "kv")
-                return self.read(x, k, v, position), {"k": k, "v": v}
-
-            return lax.scan(layer, x, cache)
+            return self.scan_layers(x, position, cache)
         if self.stacking == "indexed":
-            for index in range(self.layers):
-                k, v = (self.write(cache[name][index], x, position) for name in "kv")
-                cache = {"k": cache["k"].at[index].set(k), "v": cache["v"].at[index].set(v)}
-                x = self.read(x, k, v, position)
-            return x, cache
+            return self.update_layers_in_place(x, position, cache)
         layers = []
         for index in range(self.layers):
-            k, v = self.of_layer(cache, index)
-            k, v = self.write(k, x, position), self.write(v, x, position)
+            k, v = self.layer_of(cache, index)
+            x, k, v = self.layer_step(x, position, k, v)
             layers.append((k, v))
-            x = self.read(x, k, v, position)
-        return x, self.together(layers)
+        return x, self.stack_layers(layers)
 
-    def of_layer(self, cache, index):
+    def scan_layers(self, x, position, cache):
+        def layer(x, kv):
+            x, k, v = self.layer_step(x, position, kv["k"], kv["v"])
+            return x, {"k": k, "v": v}
+
+        return lax.scan(layer, x, cache)
+
+    def update_layers_in_place(self, x, position, cache):
+        for index in range(self.layers):
+            x, k, v = self.layer_step(x, position, cache["k"][index], cache["v"][index])
+            cache = {"k": cache["k"].at[index].set(k), "v": cache["v"].at[index].set(v)}
+        return x, cache
+
+    def layer_step(self, x, position, k, v):
+        """Write to one layer's arrays and attend to them: (outputs, keys, values)."""
+        k = self.write(k, x, position)
+        v = self.write(v, x, position)
+        return self.read(x, k, v, position), k, v
+
+    def layer_of(self, cache, index):
+        """Return keys and values of one layer."""
         if self.stacking == "apart":
             return cache[index]["k"], cache[index]["v"]
         if self.stacking == "pair":
             return cache[index, 0], cache[index, 1]
         return cache["k"][index], cache["v"][index]
 
-    def together(self, layers):
+    def stack_layers(self, layers):
+        """Return the cache whose layers these are."""
         if self.stacking == "apart":
             return [{"k": k, "v": v} for k, v in layers]
         if self.stacking == "pair":
@@ -85,25 +97,28 @@ class Program:
         return {name: jnp.stack(parts) for name, parts in zip("kv", zip(*layers, strict=True), strict=True)}
 
     def write(self, array, x, position):
-        """The first KV heads of ``x`` (batch, tokens, heads, head_dim) written at ``position``."""
+        """Write the first KV heads of ``x`` (batch, tokens, heads, head_dim) at ``position``."""
         rows = jnp.einsum(f"bskd->{self.layout}", x[:, :, :KV_HEADS])
-        length, batch = self.layout.index("s"), self.layout.index("b")
+        length_axis = self.layout.index("s")
+        batch_axis = self.layout.index("b")
         if self.update == "slice":
-            return lax.dynamic_update_slice_in_dim(array, rows, position, length)
+            return lax.dynamic_update_slice_in_dim(array, rows, position, length_axis)
         if self.update == "vmapped slice":
-            inside = length - (batch < length)
-            update = jax.vmap(
-                lambda a, r, at: lax.dynamic_update_slice_in_dim(a, r, at, inside), (batch, batch, 0), batch
-            )
-            return update(array, rows, jnp.full(BATCH, position))
-        places = position + jnp.arange(x.shape[1])
+            length_axis_in_vmap = length_axis - (batch_axis < length_axis)
+
+            def update(array, rows, position):
+                return lax.dynamic_update_slice_in_dim(array, rows, position, length_axis_in_vmap)
+
+            vmapped = jax.vmap(update, (batch_axis, batch_axis, 0), batch_axis)
+            return vmapped(array, rows, jnp.full(BATCH, position))
+        positions = position + jnp.arange(x.shape[1])
         if self.update == "masked rows":  # rows past the end are dropped
-            places = jnp.where(places < LENGTH, places, LENGTH)
-        index = tuple(places if axis == length else slice(None) for axis in range(array.ndim))
+            positions = jnp.where(positions < LENGTH, positions, LENGTH)
+        index = tuple(positions if axis == length_axis else slice(None) for axis in range(array.ndim))
         return array.at[index].set(rows)
 
     def read(self, x, k, v, position):
-        """Attention of ``x`` to what was written up to its own positions."""
+        """Return the attention of ``x`` to the rows up to its own positions."""
         q = x.reshape(*x.shape[:2], KV_HEADS, GROUP, HEAD_DIM)
         kv, heads = self.layout, "kg"
         if self.grouping == "repeated":
@@ -116,33 +131,31 @@ class Program:
         return jnp.einsum(f"b{heads}ts,{kv}->bt{heads}d", weights, v).reshape(x.shape)
 
     def axes(self):
-        """The names that its arrays' axes are to be given."""
-        names = tuple(NAMES[axis] for axis in self.layout)
-        names = tuple(self.order(names))
+        """Return the names that the axes of its arrays are expected to get."""
         front = {"apart": (), "pair": ("layers", "pair")}.get(self.stacking, ("layers",))
+        # Batch and heads are told apart by their order alone: the first of the two is called batch.
+        names = [NAMES[axis] for axis in self.layout]
+        first, second = sorted([names.index("batch"), names.index("heads")])
+        names[first] = "batch"
+        names[second] = "heads"
         return (*front, *names)
-
-    @staticmethod
-    def order(names):
-        """Batch and heads are told by their order alone."""
-        rest = iter(("batch", "heads"))
-        return (next(rest) if name in ("batch", "heads") else name for name in names)
 
 
 def inputs(tokens, seed=0):
+    """Return inputs of a step, (batch, tokens, heads, head_dim)."""
     return normal(BATCH, tokens, KV_HEADS * GROUP, HEAD_DIM, seed=seed)
 
 
-def every(layers):
-    """All programs."""
+def all_programs(layers):
+    """Return programs with every combination of choices."""
     return [Program(*choice, layers) for choice in itertools.product(LAYOUTS, UPDATES, GROUPINGS, STACKINGS)]
 
 
-def each():
-    """Programs in which each choice is made at least once."""
+def programs_with_each_choice():
+    """Return programs in which each choice is made at least once."""
     plain = Program()
-    fields = {"layout": LAYOUTS, "update": UPDATES, "grouping": GROUPINGS, "stacking": STACKINGS}
-    changed = [
-        dataclasses.replace(plain, **{name: choice}) for name, choices in fields.items() for choice in choices
-    ]
-    return list(dict.fromkeys(changed))
+    options = {"layout": LAYOUTS, "update": UPDATES, "grouping": GROUPINGS, "stacking": STACKINGS}
+    programs = []
+    for name, choices in options.items():
+        programs += [dataclasses.replace(plain, **{name: choice}) for choice in choices]
+    return list(dict.fromkeys(programs))

@@ -1,0 +1,130 @@
+"""Quantize the arrays of a cache: which quantizer an array gets, and how large its blocks are."""
+
+from __future__ import annotations
+
+import functools
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache
+from qpaged.arrays import QuantizedArray
+from qpaged.arrays._blocks import block_max
+from qpaged.arrays._quantized import empty, quantize
+from qpaged.quantizer import CacheFormat, Quantizer
+
+PlainArray: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+
+
+def check_layers(quantizer: CacheFormat, found: FoundCache) -> None:
+    """Raise ValueError if a layer is given a format of its own that the cache does not have."""
+    layers = {leaf.layer for leaf in found.leaves}
+    if None in layers:  # an array of several layers does not say how many
+        return
+    unknown = [index for index, _ in quantizer.layers if index not in layers]
+    if unknown:
+        raise ValueError(
+            f"quantizer must name layers of the cache's {len(layers)}, counted from 0, but names {unknown}."
+        )
+
+
+def quantizer_for(leaf: CacheLeaf, quantizer: CacheFormat) -> Quantizer | None:
+    """Return the quantizer of one array of the cache; None if the array stays plain.
+
+    Raises:
+        ValueError: keys, values or layers that share the array have different quantizers.
+    """
+    key, value = _key_and_value_quantizers(leaf, quantizer)
+    if leaf.role == "key and value" and key != value:
+        raise _must_be_the_same("keys and values", leaf, quantizer)
+    return value if leaf.role == "value" else key
+
+
+def _key_and_value_quantizers(
+    leaf: CacheLeaf, quantizer: CacheFormat
+) -> tuple[Quantizer | None, Quantizer | None]:
+    """Return the quantizers of keys and of values in the layer or layers that an array holds."""
+    if leaf.layer is not None:
+        return quantizer.layer(leaf.layer)
+    common = (quantizer.key, quantizer.value)
+    if any(pair != common for _, pair in quantizer.layers):
+        raise _must_be_the_same("layers", leaf, quantizer)
+    return common
+
+
+def _must_be_the_same(kind: str, leaf: CacheLeaf, quantizer: CacheFormat) -> ValueError:
+    return ValueError(
+        f"quantizer must be the same for all {kind} that one array holds, as {leaf.path} does, "
+        f"but came as {quantizer}."
+    )
+
+
+def quantize_leaf(leaf: CacheLeaf, array: PlainArray, quantizer: Quantizer, page_size: int) -> QuantizedArray:
+    """Return an array of the cache, quantized; blocks of zeros count as unwritten.
+
+    Args:
+        leaf: the description of the array.
+        array: its values, or shape and dtype of an array to make unwritten.
+        quantizer: its quantizer.
+        page_size: tokens of a block along the length, at most.
+
+    Raises:
+        TypeError: it is no array.
+        ValueError: it has other axes than the array of the example.
+    """
+    _check_array(leaf, array)
+    block = _block(leaf, array.shape, quantizer, page_size)
+    channel_axis = leaf.axis("head_dim") - len(array.shape)  # counted from the end
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return empty(array.shape, quantizer, block, array.dtype, channel_axis)
+    return _quantize_written(array, quantizer, block, channel_axis)
+
+
+def _check_array(leaf: CacheLeaf, array: PlainArray) -> None:
+    if not isinstance(array, PlainArray):
+        raise TypeError(
+            f"{leaf.path} must be an array or a jax.ShapeDtypeStruct, but came as {type(array).__name__}."
+        )
+    if len(array.shape) != len(leaf.axes) or array.shape[leaf.axis("length")] == 0:
+        raise ValueError(
+            f"{leaf.path} must have the axes {leaf.axes}, with room for a token, "
+            f"but came with shape {array.shape}."
+        )
+
+
+def _block(leaf: CacheLeaf, shape: tuple[int, ...], quantizer: Quantizer, page_size: int) -> tuple[int, ...]:
+    """Return the shape of the blocks that share a scale, in the axes of the array."""
+    length_axis = leaf.axis("length")
+    channel_axis = leaf.axis("head_dim")
+    page = _largest_divisor(shape[length_axis], page_size)  # blocks of a QuantizedArray are all of one size
+    block = [1] * len(shape)
+    block[length_axis], block[channel_axis] = quantizer.block((page, shape[channel_axis]))
+    return tuple(block)
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """Return the largest divisor of a number that is at most ``limit``."""
+    for divisor in range(min(number, limit), 1, -1):
+        if number % divisor == 0:
+            return divisor
+    return 1
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize_written(
+    array: jax.Array | np.ndarray, quantizer: Quantizer, block: tuple[int, ...], channel_axis: int
+) -> QuantizedArray:
+    """Return an array quantized, with scale 0 for blocks of zeros.
+
+    Scale 0 is what a block has into which nothing was written yet, and it reads as exact zeros. Any other
+    scale
+    would not: codes of formats such as `int8` stand for odd multiples of half the scale.
+    """
+    quantized = quantize(array, quantizer, block, array.dtype, channel_axis)
+    if quantized.scales is None:
+        return quantized
+    is_written = block_max(jnp.abs(array), quantized.scales.shape) > 0
+    scales = jnp.where(is_written, quantized.scales, 0).astype(quantized.scales.dtype)
+    return quantized.like(quantized.codes, scales, quantized.offsets, quantized.outer)

@@ -1,0 +1,170 @@
+"""Find the cache among a step's arguments, by reading the step's program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from qpaged.adopt._arguments import Arguments, Pytree, as_arrays, path_name
+from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache, Role
+from qpaged.adopt._classify import Candidate, Rejected, classify
+from qpaged.adopt._dataflow import Dataflow, trace_dataflow
+from qpaged.adopt._options import AxesOption, Where, axis_names_for, path_filter
+
+NEAR_MISSES = 8  # shown in an error, at most
+
+
+class CacheNotFoundError(ValueError):
+    """A step has no cache that can be told from its program alone, or more than one reading of it."""
+
+
+def find_cache(
+    step: Callable[..., Any], *args: Any, where: Where = None, axes: AxesOption = None, **kwargs: Any
+) -> FoundCache:
+    """Find the cache among the arguments of a step, by reading the step's program.
+
+    The arrays of a cache are those that the step overwrites in part, along one axis (the length), and that
+    dots then read: as keys if the dot keeps the length, as values if it contracts it. Nothing is run.
+
+    Args:
+        step: any JAX function that takes a cache; a decode step, or a prefill.
+        *args: example arguments; ``jax.ShapeDtypeStruct`` will do for arrays.
+        where: which arrays to look at: a regular expression that is searched for in their paths, or a
+            function of the path; all if None.
+        axes: the names of the axes, if the program leaves them open: one name for each axis, as
+            ``("batch", "length", "heads", "head_dim")``, for all the arrays or by regular expression of path.
+        **kwargs: further example arguments, passed by name.
+
+    Returns:
+        The arrays, in the order of the arguments.
+
+    Raises:
+        CacheNotFoundError: no array is one of a cache, or the program leaves open what the axes of one are;
+            the message shows the near misses and the argument that settles it.
+        ValueError: ``axes`` has other names, or another number of them than an array has axes; ``where`` is
+            no pattern; two arrays of the cache have the same path.
+    """
+    arguments = Arguments(step, args, kwargs)
+    dataflow, output_paths = _trace(step, arguments)
+    is_chosen = path_filter(where)
+    # Tokens and positions are integers, and a cache of integers is quantized already.
+    candidates = [
+        candidate
+        for candidate in _candidates(arguments, dataflow, output_paths)
+        if is_chosen(candidate.path) and jnp.issubdtype(candidate.aval.dtype, jnp.floating)
+    ]
+    leaves, rejected = _classify_all(candidates, axes)
+    # An unclear array may be half of the cache: to leave it as it is would quantize the keys alone, say.
+    if not leaves or any(rejection.unclear for rejection in rejected):
+        num_chosen = sum(map(is_chosen, arguments.paths))
+        raise CacheNotFoundError(_explain(len(leaves), rejected, where, num_chosen))
+    _check_unique("arguments", arguments.paths, [leaf.path for leaf in leaves])
+    _check_unique("outputs", output_paths, [leaf.output for leaf in leaves])
+    return FoundCache(_number_layers(leaves, dataflow, arguments.paths))
+
+
+def _trace(step: Callable[..., Any], arguments: Arguments) -> tuple[Dataflow, list[str]]:
+    """Return the dataflow of a step's program, and the paths of its outputs."""
+
+    def program(*arrays: Any) -> Pytree:
+        args, kwargs = arguments.with_arrays(arrays)
+        return as_arrays(step(*args, **kwargs))
+
+    # Shapes suffice to trace, and the example may have nothing else.
+    jaxpr, out = jax.make_jaxpr(program, return_shape=True)(*arguments.avals)
+    output_paths = [path_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(out)]
+    return trace_dataflow(jaxpr), output_paths
+
+
+def _candidates(arguments: Arguments, dataflow: Dataflow, output_paths: Sequence[str]) -> Iterable[Candidate]:
+    """Yield every array of the arguments with what the program does with it."""
+    outputs = _outputs_by_input(dataflow, output_paths)
+    for input_index, (path, aval) in enumerate(zip(arguments.paths, arguments.avals, strict=True)):
+        yield Candidate.from_dataflow(dataflow, input_index, path, aval, outputs.get(input_index))
+
+
+def _outputs_by_input(dataflow: Dataflow, output_paths: Sequence[str]) -> dict[int, str]:
+    """Return for each input the first output that returns it after a write, in the same axes."""
+    outputs: dict[int, str] = {}
+    for views, path in zip(dataflow.outputs, output_paths, strict=True):
+        for view in views:
+            if view.written and view.covers_input:
+                outputs.setdefault(view.input_index, path)
+    return outputs
+
+
+def _classify_all(
+    candidates: Iterable[Candidate], axes: AxesOption
+) -> tuple[list[CacheLeaf], list[Rejected]]:
+    leaves: list[CacheLeaf] = []
+    rejected: list[Rejected] = []
+    for candidate in candidates:
+        axis_names = None
+        # The caller names the axes of the cache, not those of weights and inputs beside it.
+        if candidate.writes and candidate.reads:
+            axis_names = axis_names_for(axes, candidate.path, candidate.aval)
+        decision = classify(candidate, axis_names)
+        if isinstance(decision, CacheLeaf):
+            leaves.append(decision)
+        elif decision is not None:
+            rejected.append(decision)
+    return leaves, rejected
+
+
+def _check_unique(kind: str, all_paths: Sequence[str], cache_paths: Iterable[str | None]) -> None:
+    """Raise ValueError if a path of the cache leads to several arrays: keys with slashes can do that."""
+    ambiguous = sorted(path for path in cache_paths if path is not None and all_paths.count(path) > 1)
+    if ambiguous:
+        raise ValueError(
+            f"step must have a path of its own for each array of its {kind}, but {ambiguous[0]} is that of "
+            f"{all_paths.count(ambiguous[0])}; leave slashes out of the keys."
+        )
+
+
+def _number_layers(
+    leaves: Sequence[CacheLeaf], dataflow: Dataflow, paths: Sequence[str]
+) -> tuple[CacheLeaf, ...]:
+    """Return the leaves with their layers: the order in which dots read the arrays of each role."""
+    first_read: dict[str, int] = {}
+    for position, read in enumerate(dataflow.reads):
+        first_read.setdefault(paths[read.input_index], position)
+    layers: dict[str, int] = {}
+    for role in get_args(Role):
+        single = [leaf.path for leaf in leaves if leaf.role == role and leaf.layer is not None]
+        for layer, path in enumerate(sorted(single, key=first_read.__getitem__)):
+            layers[path] = layer
+    return tuple(replace(leaf, layer=layers.get(leaf.path)) for leaf in leaves)
+
+
+# The message where no cache is found
+
+
+def _explain(num_leaves: int, rejected: Sequence[Rejected], where: Where, num_chosen: int) -> str:
+    """Return the message of a CacheNotFoundError: the near misses, and the argument that settles it."""
+    if num_chosen == 0:
+        return f"where must choose arrays among the arguments, but {where!r} fits none of their paths."
+    near_misses = _list_near_misses(rejected)
+    if num_leaves:
+        return (
+            f"step must make clear what each array of its cache is; {num_leaves} are, but not{near_misses}\n"
+            f"Leave out what is no cache with where=, a pattern of the paths to look at."
+        )
+    advice = f"Nearest to one:{near_misses}" if rejected else "Give the step that decodes, cache included."
+    return (
+        f"step must take a cache, write into it in part (dynamic_update_slice or scatter) and read it with "
+        f"dot_general, but none of its {num_chosen} arrays is one. {advice}"
+    )
+
+
+def _list_near_misses(rejected: Sequence[Rejected]) -> str:
+    """Return a line for each rejected array, the unclear ones first."""
+    unclear = [rejection for rejection in rejected if rejection.unclear]
+    others = [rejection for rejection in rejected if not rejection.unclear]
+    lines = [f"\n    {rejection.message}" for rejection in (unclear + others)[:NEAR_MISSES]]
+    if len(rejected) > NEAR_MISSES:
+        lines.append(f"\n    and {len(rejected) - NEAR_MISSES} more")
+    return "".join(lines)
