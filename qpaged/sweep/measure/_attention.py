@@ -1,7 +1,7 @@
-"""What a format does to the attention of each layer, by itself.
+"""Measures what a format does to the attention of each layer by itself.
 
-A plain run goes ahead; what each layer's attention is given there, the measured cache is given, too. So a
-layer's error is its own, and not what earlier layers handed on.
+A plain run goes ahead. Each layer's queries, keys and values of that run are also given to the measured cache,
+so that a layer's error is its own and does not include the errors of earlier layers.
 """
 
 import functools
@@ -15,20 +15,25 @@ from jax import lax
 
 from qpaged.arrays import QuantizedArray, as_slots, contracted, take_pages, weighed
 from qpaged.cache import PagedAttentionCacheView
-from qpaged.sweep._metrics import divergence, jackknife
+from qpaged.models import AttentionOptions
+from qpaged.sweep.measure._statistics import Statistic, divergence, jackknife
 
 SUMS = ("output", "error", "error_keys", "error_values", "kl", "rows")
+"""What :func:`compare_attention` sums: squared outputs, squared errors, KL, and rows that attend at all."""
+
+LayerEstimates = tuple[list[float], list[float | None]]
 
 
 @dataclass(frozen=True)
 class AttentionProfile:
-    """Of each layer; each list is followed by its standard errors.
+    """Errors of attention for each layer; each list is followed by its standard errors.
 
     Attributes:
         error: ||out - plain out|| / ||plain out||, over all tokens, heads and channels.
-        error_keys: likewise, if the keys alone are stored in the format.
-        error_values: if the values alone are.
-        kl: sum p log(p / q) over the positions attended to, nats, mean over tokens and heads: of the keys.
+        error_keys: the same error if only the keys are stored in the format.
+        error_values: the same error if only the values are stored in the format.
+        kl: sum of p log(p / q) over the positions attended to, nats, mean over tokens and heads. It depends
+            on the keys alone.
     """
 
     error: list[float]
@@ -42,26 +47,18 @@ class AttentionProfile:
 
     @classmethod
     def of(cls, sums: np.ndarray) -> "AttentionProfile":
-        """From sums (layers, units, :data:`SUMS`).
+        """Compute the errors from sums [layers, units, :data:`SUMS`].
 
         Raises:
-            ValueError: sums that are not finite.
+            ValueError: the sums are not finite.
         """
         if not np.isfinite(sums).all():
             raise ValueError("the errors of attention are not finite; its keys or values may be too large")
-
-        def estimates(name: str) -> tuple[list[float], list[float | None]]:
-            part, whole = SUMS.index(name), SUMS.index("rows" if name == "kl" else "output")
-
-            def statistic(total: np.ndarray) -> float:
-                ratio = total[part] / total[whole] if total[whole] else 0.0
-                return ratio if name == "kl" else np.sqrt(ratio)
-
-            found = [jackknife(units, statistic) for units in sums]
-            return [mean for mean, _ in found], [se for _, se in found]
-
         return cls(
-            *estimates("error"), *estimates("error_keys"), *estimates("error_values"), *estimates("kl")
+            *_relative_errors(sums, "error"),
+            *_relative_errors(sums, "error_keys"),
+            *_relative_errors(sums, "error_values"),
+            *_mean_kl(sums),
         )
 
 
@@ -69,71 +66,127 @@ class AttentionProfile:
 def compare_attention(
     plain: PagedAttentionCacheView,
     view: PagedAttentionCacheView,
-    query: jax.Array,
-    position: jax.Array,
-    table: jax.Array,
-    options: Any,
-) -> jax.Array:
-    """:data:`SUMS` (6,) float32 over a prefill's tokens, one KV head after another.
+    query: jax.Array,  # [tokens, q_heads, head_dim]
+    position: jax.Array,  # [tokens] int32, negative for padding
+    table: jax.Array,  # [pages] int32, the sequence's pages
+    options: AttentionOptions,
+) -> jax.Array:  # [6] float32
+    """Return :data:`SUMS` over a prefill's tokens; both views hold the prefill of one layer already."""
+    kv_heads = plain.metadata.num_kv_heads
+    group = query.shape[1] // kv_heads
+    attended = _attended(position, len(table) * plain.metadata.page_size, options.sliding_window)
+    attended = jnp.repeat(attended, group, axis=0)  # [tokens * group, slots]
 
-    Args:
-        plain: the layer's plain pages, to which the prefill was written.
-        view: its measured ones, likewise.
-        query: (tokens, q_heads, head_dim).
-        position: (tokens,) int32; negative for padding.
-        table: (pages,) int32, of the sequence.
-        options: softmax_scale, sliding_window and logits_soft_cap, as :func:`qpaged.paged_attention` has
-            them.
-    """
-    heads = plain.metadata.num_kv_heads
-    slot = jnp.arange(len(table) * plain.metadata.page_size)
-    seen = (slot <= position[:, None]) & (position[:, None] >= 0)
-    if options.sliding_window is not None:
-        seen &= slot > position[:, None] - options.sliding_window
-    seen = jnp.repeat(seen, query.shape[1] // heads, axis=0)
+    # Codes are compared as attention reads them: a format may change the query instead of the keys, and the
+    # output instead of the values (as +rotate does).
+    measured_query, key_pool = contracted(query.astype(jnp.float32), view.key_pages)
+    value_pool, restore_output = weighed(view.value_pages)
+    operands = (
+        _by_kv_head(query.astype(jnp.float32), kv_heads),
+        _slots(plain.key_pages, table),
+        _slots(plain.value_pages, table),
+        _by_kv_head(measured_query, kv_heads),
+        _slots(key_pool, table),
+        _slots(value_pool, table),
+    )
 
-    measured, keys = contracted(query.astype(jnp.float32), view.key_pages)
-    values, restored = weighed(view.value_pages)
-    given = (
-        _by_head(query.astype(jnp.float32), heads), _slots(plain.key_pages, table),
-        _slots(plain.value_pages, table), _by_head(measured, heads), _slots(keys, table),
-        _slots(values, table),
-    )  # fmt: skip
-
-    def head(given):
-        q, k, v, measured, k_stored, v_stored = given
-        log_p, log_q = _log_weights(q, k, seen, options), _log_weights(measured, k_stored, seen, options)
+    def sums_of_head(operands: tuple[jax.Array, ...]) -> jax.Array:
+        query, key, value, measured_query, measured_key, measured_value = operands
+        log_p = _log_weights(query, key, attended, options)
+        log_q = _log_weights(measured_query, measured_key, attended, options)
         p, q = jnp.exp(log_p), jnp.exp(log_q)
-        out = _mix(p, v)
-        errors = restored(_mix(q, v_stored)) - out, _mix(q, v) - out, restored(_mix(p, v_stored)) - out
-        attends = seen.any(axis=-1)
+        output = _mix(p, value)
+        error = restore_output(_mix(q, measured_value)) - output
+        error_keys = _mix(q, value) - output
+        error_values = restore_output(_mix(p, measured_value)) - output
+        attends = attended.any(axis=-1)  # padding attends to nothing
         kl = jnp.where(attends, divergence(log_p, log_q), 0)
         return jnp.stack(
-            [*(jnp.square(x).sum() for x in (out, *errors)), kl.sum(), attends.sum(dtype=jnp.float32)]
+            [
+                jnp.square(output).sum(),
+                jnp.square(error).sum(),
+                jnp.square(error_keys).sum(),
+                jnp.square(error_values).sum(),
+                kl.sum(),
+                attends.sum(dtype=jnp.float32),
+            ]
         )
 
-    return lax.map(head, given).sum(axis=0)
+    # One head at a time, since the weights of all heads would be large.
+    return lax.map(sums_of_head, operands).sum(axis=0)
 
 
-def _by_head(query: jax.Array, kv_heads: int) -> jax.Array:
-    """(tokens, q_heads, head_dim) as (kv_heads, tokens * group, head_dim)."""
+def _relative_errors(sums: np.ndarray, name: str) -> LayerEstimates:
+    """Return the relative error of each layer, the root of a ratio of squares."""
+    squares, reference = SUMS.index(name), SUMS.index("output")
+
+    def statistic(total: np.ndarray) -> float:
+        return np.sqrt(_ratio(total[squares], total[reference]))
+
+    return _by_layer(sums, statistic)
+
+
+def _mean_kl(sums: np.ndarray) -> LayerEstimates:
+    """Return the KL of each layer's attention weights, a mean over rows."""
+    kl, rows = SUMS.index("kl"), SUMS.index("rows")
+
+    def statistic(total: np.ndarray) -> float:
+        return _ratio(total[kl], total[rows])
+
+    return _by_layer(sums, statistic)
+
+
+def _by_layer(sums: np.ndarray, statistic: Statistic) -> LayerEstimates:
+    values: list[float] = []
+    errors: list[float | None] = []
+    for units in sums:
+        value, error = jackknife(units, statistic)
+        assert value is not None
+        values.append(value)
+        errors.append(error)
+    return values, errors
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    """Return the quotient, or 0 where there is nothing to divide by."""
+    if not denominator:
+        return 0.0
+    return numerator / denominator
+
+
+def _attended(position: jax.Array, slots: int, sliding_window: int | None) -> jax.Array:
+    """Return the mask [tokens, slots] of the slots that each token attends to."""
+    slot = jnp.arange(slots)
+    attended = (slot <= position[:, None]) & (position[:, None] >= 0)
+    if sliding_window is not None:
+        attended &= slot > position[:, None] - sliding_window
+    return attended
+
+
+def _by_kv_head(query: jax.Array, kv_heads: int) -> jax.Array:
+    """Reshape [tokens, q_heads, head_dim] to [kv_heads, tokens * group, head_dim]."""
     tokens, _, head_dim = query.shape
     return query.reshape(tokens, kv_heads, -1, head_dim).swapaxes(0, 1).reshape(kv_heads, -1, head_dim)
 
 
 def _slots(pool: Any, table: jax.Array) -> jax.Array:
-    """(kv_heads, slots, head_dim) float32 of a sequence's pages."""
+    """Return a sequence's pages as float32 [kv_heads, slots, head_dim]."""
     slots = as_slots(take_pages(pool, table))
     return slots.dequantize() if isinstance(slots, QuantizedArray) else slots.astype(jnp.float32)
 
 
-def _log_weights(query: jax.Array, key: jax.Array, seen: jax.Array, options: Any) -> jax.Array:
-    """log softmax (queries, slots) of the scores; -inf where nothing is seen."""
+def _log_weights(
+    query: jax.Array,  # [queries, head_dim]
+    key: jax.Array,  # [slots, head_dim]
+    attended: jax.Array,  # [queries, slots]
+    options: AttentionOptions,
+) -> jax.Array:  # [queries, slots]
+    """Return the log softmax of the scores, -inf where nothing is attended to."""
     scores = options.softmax_scale * jnp.matmul(query, key.T, precision="highest")
     if options.logits_soft_cap is not None:
         scores = options.logits_soft_cap * jnp.tanh(scores / options.logits_soft_cap)
-    log_p = jax.nn.log_softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
-    return jnp.where(seen, log_p, -jnp.inf)
+    log_p = jax.nn.log_softmax(jnp.where(attended, scores, -jnp.inf), axis=-1)
+    return jnp.where(attended, log_p, -jnp.inf)  # a row without any slot is NaN after the softmax
 
 
 def _mix(weights: jax.Array, value: jax.Array) -> jax.Array:

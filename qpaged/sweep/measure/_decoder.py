@@ -1,27 +1,18 @@
-"""A checkpoint's decoder over the paged cache."""
+"""A checkpoint's decoder as a model that can be swept."""
 
-import functools
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 import qpaged.models
-from qpaged.attention import paged_attention
-from qpaged.cache import (
-    NarrowFloatPoolWarning,
-    PageAllocator,
-    PagedAttentionCache,
-    PagedAttentionCacheMetaData,
-    PagedAttentionCacheView,
-    PagedAttentionMetadata,
-)
+from qpaged.cache import NarrowFloatPoolWarning, PagedAttentionCache, PagedAttentionCacheMetaData
 from qpaged.models import (
+    Attend,
     DecoderConfig,
     Params,
     Tokenizer,
@@ -32,12 +23,13 @@ from qpaged.models import (
     output_logits,
 )
 from qpaged.quantizer import CacheFormat
-from qpaged.sweep._attention import SUMS, AttentionProfile, compare_attention
-from qpaged.sweep._model import Prefilled
-from qpaged.sweep._settings import Settings
+from qpaged.sweep.measure._attention import SUMS, AttentionProfile, compare_attention
+from qpaged.sweep.measure._decoder_stream import Chunk, DecoderStream, chunks
+from qpaged.sweep.measure._run import PLAIN
+from qpaged.sweep.measure._settings import Settings
 
-PLAIN = CacheFormat()
-COMPUTE_DTYPE = "float32"  # what models are computed in, and what plain caches hold
+COMPUTE_DTYPE = "float32"
+"""The dtype that models compute in, and that plain caches hold."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +76,18 @@ class Decoder:
     def vocabulary(self) -> int:
         return self.config.vocab_size
 
-    def stream(self, format: CacheFormat, settings: Settings, sequences: int) -> "DecoderStream":
-        return DecoderStream(
-            self, self.cache(format, settings, sequences), settings, _dtype(format, settings)
-        )
+    def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> DecoderStream:
+        """Return a stream whose fresh cache holds ``sequences`` at once."""
+        cache = self.cache(quantizer, settings, sequences)
+        return DecoderStream(self.config, self.hidden, cache, settings, _cache_dtype(quantizer, settings))
 
     def logits(self, outputs: jax.Array) -> jax.Array:
+        """Return the logits [..., vocabulary] of hidden states [..., hidden_size]."""
         logits = output_logits(self.params, self.config, outputs.reshape(-1, outputs.shape[-1]))
         return logits.reshape(*outputs.shape[:-1], -1)
 
-    def cache(self, format: CacheFormat, settings: Settings, sequences: int) -> PagedAttentionCache:
-        """A fresh cache that holds exactly ``sequences`` sequences."""
+    def cache(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> PagedAttentionCache:
+        """Return a fresh cache that holds exactly ``sequences`` sequences."""
         pages = settings.pages_per_sequence
         metadata = PagedAttentionCacheMetaData(
             batch_size=sequences,
@@ -107,169 +100,100 @@ class Decoder:
             kv_head_dim_size=self.head_dim,
             hbm_utilization=0.9,
         )
-        with warnings.catch_warnings():  # whoever sweeps a plain pool asks for its accuracy, not its speed
+        dtype = _cache_dtype(quantizer, settings)
+        with warnings.catch_warnings():
+            # A narrow plain pool is slow on CPU, but a sweep asks for its accuracy.
             warnings.simplefilter("ignore", NarrowFloatPoolWarning)
-            return PagedAttentionCache.init_cache(None, _dtype(format, settings), metadata, quantizer=format)
+            return PagedAttentionCache.init_cache(None, dtype, metadata, quantizer=quantizer)
 
-    def hidden(self, tokens: Any, position: Any, attend: Any) -> jax.Array:
-        """The last hidden states (n, hidden_size) float32 of tokens (n,) at their positions."""
+    def hidden(
+        self,
+        tokens: ArrayLike,  # [n] int32
+        position: ArrayLike,  # [n] int32
+        attend: Attend,
+    ) -> jax.Array:  # [n, hidden_size] float32
+        """Return the last hidden states of tokens at their positions."""
         return final_hidden(
             self.params, self.config, jnp.asarray(tokens), position, attend, dtype=COMPUTE_DTYPE
         )
 
     def attention_profile(
-        self, format: CacheFormat, tokens: np.ndarray, settings: Settings
+        self,
+        quantizer: CacheFormat,
+        tokens: np.ndarray,  # [sequences, context] int32
+        settings: Settings,
     ) -> AttentionProfile:
-        probed = tokens[: settings.probed]
-        if format == PLAIN:  # beside itself
+        """Return each layer's attention error, from :attr:`Settings.probed` sequences."""
+        if quantizer == PLAIN:  # The reference has no error beside itself.
             return AttentionProfile.of(np.zeros((self.layers, 2, len(SUMS))))
-        plain, measured = (self.stream(each, settings, 1) for each in (PLAIN, format))
+        plain = self.stream(PLAIN, settings, 1)
+        measured = self.stream(quantizer, settings, 1)
         sums = []
-        for sequence in probed:
+        for sequence in tokens[: settings.probed]:
             plain.begin(1)
             measured.begin(1)
             for chunk in chunks(sequence, settings.chunk):
                 sums.append(self._chunk_sums(plain, measured, chunk))
         return AttentionProfile.of(np.swapaxes(np.array(sums, np.float64), 0, 1))
 
-    def _chunk_sums(self, plain: "DecoderStream", measured: "DecoderStream", chunk: "Chunk") -> list[Any]:
-        """Of each layer, :data:`SUMS` (6,) of one chunk."""
-        table, sums = plain.table[0], []
+    def _chunk_sums(self, plain: DecoderStream, measured: DecoderStream, chunk: Chunk) -> list[np.ndarray]:
+        """Return :data:`SUMS` of one chunk for each layer."""
+        table = plain.table[0]
         metadata = chunk.metadata(table)
-        position = np.where(np.arange(len(chunk.tokens)) < chunk.length, metadata.prefill_position, -1)
+        positions = metadata.prefill_position
+        is_padding = np.arange(len(chunk.tokens)) >= chunk.length
+        measured_positions = np.where(is_padding, -1, positions)
+        sums: list[jax.Array] = []
 
-        def attend(layer, query, key, value):
+        def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             out = plain.attend(layer, query, key, value, metadata)
             measured.attend(layer, query, key, value, metadata)
-            views = (stream.views[layer].replace(layer_index=0) for stream in (plain, measured))
-            sums.append(compare_attention(*views, query, position, table, self.config.attention(layer)))
+            options = self.config.attention(layer)
+            plain_view = plain.views[layer].replace(layer_index=0)
+            measured_view = measured.views[layer].replace(layer_index=0)
+            sums.append(
+                compare_attention(plain_view, measured_view, query, measured_positions, table, options)
+            )
             return out
 
-        self.hidden(chunk.tokens, metadata.prefill_position, attend)
+        self.hidden(chunk.tokens, positions, attend)
         return jax.device_get(sums)
-
-
-def _dtype(format: CacheFormat, settings: Settings) -> str:
-    """The logical dtype of a cache."""
-    return COMPUTE_DTYPE if format == PLAIN else settings.dtype
 
 
 def load_model(
     path: str | Path | None = None, tokenizer: str | None = None, context: int | None = None
 ) -> Decoder:
-    """The checkpoint in directory ``path``; the bundled tiny model without one.
+    """Load the checkpoint in directory ``path``, or the bundled tiny model without one.
 
     Args:
         tokenizer: a directory with a ``tokenizer.json``, or ``"bytes"``; the checkpoint's own if None.
-        context: tokens of the sequences, for models that compute otherwise where these are long.
+        context: tokens of the sequences, for models that compute differently on long ones.
 
     Raises:
-        OSError, ValueError: it cannot be read.
+        OSError, ValueError: the checkpoint cannot be read.
         ImportError: safetensors or tokenizers is missing.
     """
-    directory = Path(qpaged.models.__file__).parent / "tiny" if path is None else Path(path)
-    name = "bundled tiny model" if path is None else directory.resolve().name
+    if path is None:
+        directory = Path(qpaged.models.__file__).parent / "tiny"
+        name, tokenizer_source = "bundled tiny model", "bytes"
+    else:
+        directory = Path(path)
+        name, tokenizer_source = directory.resolve().name, tokenizer or str(directory)
     config, params = load_checkpoint(directory)  # weights as they are stored
     if context is not None:
         config = config.for_context(context)
-    tokens = load_tokenizer("bytes" if path is None else tokenizer or directory)
     return Decoder(
-        name, config, params, tokens, checkpoint_sha256(directory), None if path is None else str(path)
+        name=name,
+        config=config,
+        params=params,
+        tokenizer=load_tokenizer(tokenizer_source),
+        sha256=checkpoint_sha256(directory),
+        path=None if path is None else str(path),
     )
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens of one sequence that are prefilled at once: all chunks of a sequence are padded to one size."""
-
-    start: int
-    length: int
-    tokens: np.ndarray
-
-    def metadata(self, table: np.ndarray) -> PagedAttentionMetadata:
-        """Of its prefill into the pages of ``table``."""
-        position = self.start + np.arange(len(self.tokens), dtype=np.int32)
-        return PagedAttentionMetadata.prefill(
-            position=position, page_table=table, length=np.int32(self.length)
-        )
-
-
-def chunks(tokens: np.ndarray, size: int) -> Iterator[Chunk]:
-    """The chunks of ``tokens``."""
-    size = min(size, len(tokens))
-    for start in range(0, len(tokens), size):
-        part = tokens[start : start + size]
-        yield Chunk(start, len(part), np.pad(part, (0, size - len(part))))
-
-
-class DecoderStream:
-    """A decoder and its paged cache; see :class:`Stream`."""
-
-    def __init__(self, model: Decoder, cache: PagedAttentionCache, settings: Settings, dtype: str):
-        self.views, self.dtype = list(cache.views), dtype
-        self._model, self._settings = model, settings
-        metadata = cache.views[0].metadata
-        self.bytes_per_token = cache.nbytes / (metadata.num_pages_per_layer * metadata.page_size)
-        self._batch = metadata.batch_size
-        self._allocator = PageAllocator(metadata)
-        self._sequences = 0
-
-    def begin(self, sequences: int) -> None:
-        for row in range(self._sequences):
-            self._allocator.free(row)
-        self._sequences = sequences
-        given = [
-            page for row in range(sequences) for page in self._allocator.allocate(row, self._settings.context)
-        ]
-        self.views = [_reset_view(view, given) for view in self.views]
-        self.table = self._allocator.page_table([*range(sequences), *[None] * (self._batch - sequences)])
-
-    def prefill(self, tokens: np.ndarray) -> Iterator[Prefilled]:
-        for row, sequence in enumerate(tokens):
-            for chunk in chunks(sequence, self._settings.chunk):
-                metadata = chunk.metadata(self.table[row])
-                hidden = self._forward(chunk.tokens, metadata.prefill_position, metadata)[: chunk.length]
-                columns = slice(chunk.start, chunk.start + chunk.length)
-                yield Prefilled(slice(row, row + 1), columns, hidden[None])
-
-    def decode(self, tokens: np.ndarray, position: int) -> jax.Array:
-        rows, batch = len(tokens), self._batch
-        positions = np.where(np.arange(batch) < rows, position, -1).astype(np.int32)
-        metadata = PagedAttentionMetadata.decode(position=positions, page_table=self.table)
-        padded = np.pad(tokens, (0, batch - rows))
-        return self._forward(padded, metadata.decodes_position, metadata)[:rows]
-
-    def attend(self, layer: int, query: Any, key: Any, value: Any, metadata: PagedAttentionMetadata) -> Any:
-        """Write keys and values of a layer, and attend to what is written."""
-        view = self.views[layer].replace(layer_index=0)
-        options = self._model.config.attention(layer)
-        written, out = _write_and_attend(view, query, key, value, metadata, options)
-        self.views[layer] = written.replace(layer_index=layer)
-        return out
-
-    def _forward(self, tokens: Any, position: Any, metadata: PagedAttentionMetadata) -> jax.Array:
-        attend = functools.partial(self.attend, metadata=metadata)
-        return self._model.hidden(tokens, position, attend)
-
-
-# The layer's index is static: at 0 for all, layers of one format share one compilation.
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="options")
-def _write_and_attend(view: PagedAttentionCacheView, query, key, value, metadata, options):
-    write = view.write_decodes_to_cache if metadata.is_decode_mode() else view.write_prefill_to_cache
-    view = write(key, value, metadata)
-    return view, paged_attention(query, view, metadata, **vars(options))
-
-
-def _reset_view(view: PagedAttentionCacheView, pages: list[int]) -> PagedAttentionCacheView:
-    """The view with these pages fresh; donates it."""
-    count = view.metadata.num_pages_per_layer
-    padded = np.full(count, count, np.int32)  # "no page", so that every batch has the same shapes
-    padded[: len(pages)] = pages
-    return _reset(view.replace(layer_index=0), padded).replace(layer_index=view.layer_index)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _reset(view: PagedAttentionCacheView, pages: jax.Array) -> PagedAttentionCacheView:
-    return view.reset_pages(pages)
+def _cache_dtype(quantizer: CacheFormat, settings: Settings) -> str:
+    """Return the logical dtype of a cache: the reference keeps what the model computes."""
+    if quantizer == PLAIN:
+        return COMPUTE_DTYPE
+    return settings.dtype

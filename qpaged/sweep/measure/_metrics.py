@@ -1,160 +1,395 @@
-"""What a cache does to a model's predictions."""
+"""The metrics of a sweep: how each is computed from a run, and how tables, reports and docs show it.
+
+To add a metric, write its function and add one entry to :data:`METRICS`. The table in the terminal,
+``report.html``, ``results.json`` and the documentation's tables all read it from there.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-UNITS = 8
-"""Standard errors are taken over sequences, or over at least so many stretches where these are fewer."""
+from qpaged.sweep._numbers import TIMES, NumberFormat, fixed, percent, scientific_excess, small
+from qpaged.sweep.measure._attention import AttentionProfile
+from qpaged.sweep.measure._statistics import Estimate, divergence, jackknife, token_estimate
 
-PERCENTILES = {"kl_median": 50, "kl_p90": 90, "kl_p99": 99, "kl_p999": 99.9, "kl_max": 100}
-
-KL_EDGES = np.arange(-12, 2.01, 0.25)
-"""Edges of the histogram of KL, as log10 of nats."""
+BF16_BYTES = 2
 
 
 class Predictions(NamedTuple):
-    """How a token was predicted beside how the reference predicted it; arrays of one shape.
+    """Every predicted token in a format beside the reference's prediction; arrays [sequences, tokens].
 
     Attributes:
-        kl: sum over the vocabulary of p log(p / q), nats; p is the reference's.
-        log_p: of the token that came, by the reference.
-        log_q: of the token that came.
-        same_top: whether both held the same token for the likeliest.
+        kl: KL divergence from the reference's distribution p to this one q, sum of p log(p / q), in nats.
+        log_p: log probability of the true token in the reference.
+        log_q: log probability of the true token in this format.
+        same_top: 1 where both give the same token the highest probability, else 0.
     """
 
-    kl: Any
-    log_p: Any
-    log_q: Any
-    same_top: Any
+    kl: np.ndarray
+    log_p: np.ndarray
+    log_q: np.ndarray
+    same_top: np.ndarray
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Predictions of a run beside those of the reference.
+class Measurement:
+    """Everything that was measured of one format, from which its metrics are computed.
 
-    KL in nats a token; ``kl_parts`` are the means of the parts of the text, most often sequences, over which
-    standard errors are taken by the jackknife. Each mean is followed by its own.
+    Attributes:
+        predictions: float64 arrays [sequences, tokens].
+        token_bytes: [sequences, tokens], bytes of text that each predicted token stands for.
+        continuations: [prompts, tokens], greedy continuations through the format's cache.
+        reference_continuations: [prompts, tokens], those through the reference cache.
+        attention: None for models whose layers cannot be inspected.
+        bytes_per_token: of the allocated cache, keys and values of all layers, scales included.
+        elements_per_token: elements of keys and values of all layers.
+        decode_seconds_per_step: median; None if nothing was decoded.
+        prefill_seconds_per_token: median; None if nothing was prefilled.
     """
 
-    bits_per_byte: float
-    bits_per_byte_se: float | None
-    perplexity: float
-    perplexity_se: float | None
-    perplexity_ratio: float
-    perplexity_ratio_se: float | None
-    kl_mean: float
-    kl_mean_se: float | None
-    kl_median: float
-    kl_p90: float
-    kl_p99: float
-    kl_p999: float
-    kl_max: float
-    kl_parts: list[float]
-    probability_change_rms: float
-    probability_change_rms_se: float | None
-    same_top: float
-    same_top_se: float | None
-    kl_histogram: dict[str, Any]
+    predictions: Predictions
+    token_bytes: np.ndarray
+    continuations: np.ndarray
+    reference_continuations: np.ndarray
+    attention: AttentionProfile | None
+    bytes_per_token: float
+    elements_per_token: int
+    decode_seconds_per_step: float | None
+    prefill_seconds_per_token: float | None
 
 
-class Sums(NamedTuple):
-    """Sums over tokens: of ones, bytes, KL, -log q, log p - log q, squared changes of p, agreements."""
+@dataclass(frozen=True)
+class TableColumn:
+    """How tables of text show a metric: those of the terminal and of the documentation.
 
-    tokens: float
-    bytes: float
-    kl: float
-    nats: float
-    excess: float
-    change: float
-    same_top: float
+    Attributes:
+        heading: of the column, in two lines.
+        number: writes the value and its standard error.
+        min_width: the terminal must have this many columns to show it; None for the documentation only.
+        with_error: True if the standard error is shown too, where the terminal is wide.
+        in_docs: True if the documentation's tables of results have the column.
+    """
+
+    heading: str
+    number: NumberFormat
+    min_width: int | None = 0
+    with_error: bool = False
+    in_docs: bool = False
+
+
+# Widths from which on a terminal has room for more columns.
+NARROW, WIDE = 72, 118
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of every run.
+
+    Attributes:
+        key: its name in ``results.json``.
+        meaning: one line for the report and the documentation.
+        compute: computes it from a measurement.
+        better: which values are better.
+        has_error: True if ``results.json`` has its standard error too, under ``<key>_se``.
+        label: the heading of its column in the report; the report leaves it out if empty.
+        number: writes the value and its standard error in the report.
+        on_card: True if the card of a dot in the report's chart shows it.
+        table: its column in tables of text; None if it has none.
+    """
+
+    key: str
+    meaning: str
+    compute: Callable[[Measurement], Estimate]
+    better: Literal["lower", "higher", ""] = "lower"
+    has_error: bool = False
+    label: str = ""
+    number: NumberFormat = small
+    on_card: bool = False
+    table: TableColumn | None = None
 
 
 @jax.jit
-def compare(reference: jax.Array, logits: jax.Array, truth: jax.Array) -> Predictions:
-    """Each prediction beside the reference's, in float32.
-
-    With d = log p - log q, KL is summed as p (d + exp(-d) - 1): the same sum, since p and q both sum to 1,
-    but of terms that are never negative, so that nearly equal predictions are not lost to cancellation.
-
-    Args:
-        reference: (..., vocabulary).
-        logits: (..., vocabulary).
-        truth: (...) integers, what came next.
-    """
-    log_p, log_q = (jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) for x in (reference, logits))
-    p_true, q_true = (jnp.take_along_axis(x, truth[..., None], axis=-1)[..., 0] for x in (log_p, log_q))
-    same = reference.argmax(axis=-1) == logits.argmax(axis=-1)
-    return Predictions(divergence(log_p, log_q), p_true, q_true, same)
-
-
-def divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """sum p (d + exp(-d) - 1) with d = log p - log q over the last axis; where p is 0, q."""
-    p, q, seen = jnp.exp(log_p), jnp.exp(log_q), log_p > -jnp.inf
-    d = jnp.where(seen, log_p - log_q, 0)
-    near = p * (d + jnp.expm1(-jnp.maximum(d, -1)))
-    return jnp.where(d > -1, jnp.where(seen, near, q), p * (d - 1) + q).sum(axis=-1)  # exp(-d) would overflow
+def compare(
+    reference: jax.Array,  # [..., vocabulary]
+    logits: jax.Array,  # [..., vocabulary]
+    truth: jax.Array,  # [...] integers: the tokens that came next
+) -> Predictions:
+    """Compare predictions with the reference's token by token, in float32."""
+    log_p = jax.nn.log_softmax(reference.astype(jnp.float32), axis=-1)
+    log_q = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    return Predictions(
+        kl=divergence(log_p, log_q),
+        log_p=_of_true_token(log_p, truth),
+        log_q=_of_true_token(log_q, truth),
+        same_top=reference.argmax(axis=-1) == logits.argmax(axis=-1),
+    )
 
 
-def measure_accuracy(found: Predictions, widths: np.ndarray) -> Accuracy:
-    """The summary of all predictions, each (sequences, tokens).
-
-    Args:
-        widths: (sequences, tokens): bytes that each predicted token stands for.
+def compute_metrics(measurement: Measurement) -> dict[str, float | None]:
+    """Compute every metric, and the standard error of each that has one under ``<key>_se``.
 
     Raises:
-        ValueError: predictions that are not finite.
+        ValueError: the predictions are not finite.
     """
-    kl, log_p, log_q = (np.asarray(x, np.float64) for x in found[:3])
-    if not (np.isfinite(kl).all() and np.isfinite(log_q).all()):
+    predictions = measurement.predictions
+    if not (np.isfinite(predictions.kl).all() and np.isfinite(predictions.log_q).all()):
         raise ValueError("the model's logits are not finite")
-    change = np.square(np.exp(log_q) - np.exp(log_p))
-    units = stretches(np.ones_like(kl), widths, kl, -log_q, log_p - log_q, change, found.same_top)
-
-    averages: dict[str, Callable[[Sums], float]] = {
-        "bits_per_byte": lambda s: s.nats / s.bytes / np.log(2),
-        "perplexity": lambda s: np.exp(s.nats / s.tokens),
-        "perplexity_ratio": lambda s: np.exp(s.excess / s.tokens),
-        "kl_mean": lambda s: s.kl / s.tokens,
-        "probability_change_rms": lambda s: np.sqrt(s.change / s.tokens),
-        "same_top": lambda s: s.same_top / s.tokens,
-    }
-    values: dict[str, Any] = dict(
-        zip(PERCENTILES, np.percentile(kl, list(PERCENTILES.values())).tolist(), strict=True)
-    )
-    for name, statistic in averages.items():
-        values[name], values[f"{name}_se"] = jackknife(units, lambda total, of=statistic: of(Sums(*total)))  # type: ignore[misc]
-    parts = [kl / tokens for tokens, kl in units[:, [0, 2]].tolist()]
-    return Accuracy(**values, kl_parts=parts, kl_histogram=histogram(kl))
+    values: dict[str, float | None] = {}
+    for metric in METRICS:
+        estimate = metric.compute(measurement)
+        values[metric.key] = estimate.value
+        if metric.has_error:
+            values[f"{metric.key}_se"] = estimate.error
+    return values
 
 
-def histogram(kl: np.ndarray) -> dict[str, Any]:
-    """How many values lie between the edges, log10 of nats, or ``below`` them; the last bin is open."""
-    below = int((kl < 10.0 ** KL_EDGES[0]).sum())
-    counts, _ = np.histogram(np.log10(kl[kl >= 10.0 ** KL_EDGES[0]]).clip(max=KL_EDGES[-1]), KL_EDGES)
-    return {"log10_edges": KL_EDGES.tolist(), "counts": counts.tolist(), "below": below}
+def _of_true_token(log_probabilities: jax.Array, truth: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(log_probabilities, truth[..., None], axis=-1)[..., 0]
 
 
-def stretches(*values: np.ndarray) -> np.ndarray:
-    """(units, values): sums over each sequence of arrays (sequences, tokens), or over stretches of it."""
-    parts = min(-(-UNITS // len(values[0])), values[0].shape[1])
-    cut = np.array_split(np.stack(values, axis=-1).astype(np.float64), parts, axis=1)
-    return np.concatenate([part.sum(axis=1) for part in cut])
+def _mean(values: np.ndarray) -> Estimate:
+    """Estimate the mean of per-token values [sequences, tokens]."""
+
+    def statistic(sums: np.ndarray) -> float:
+        total, count = sums
+        return total / count
+
+    return token_estimate(statistic, values, np.ones_like(values))
 
 
-def jackknife(sums: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float | None]:
-    """A smooth statistic of the total of ``sums`` (units, values), and its standard error (Tukey, 1958).
+def _prompt_mean(values: np.ndarray) -> Estimate:
+    """Estimate the mean of values [prompts]; its standard error is over prompts."""
 
-    None where that cannot be told: of a single unit, or where one holds all there is.
-    """
-    total, units = sums.sum(axis=0), len(sums)
-    if units < 2:
-        return float(statistic(total)), None
-    with np.errstate(all="ignore"):  # a part may hold all there is of something
-        rest = np.array([statistic(total - part) for part in sums])
-    error = np.sqrt((units - 1) * rest.var()) if np.isfinite(rest).all() else None
-    return float(statistic(total)), error if error is None else float(error)
+    def statistic(sums: np.ndarray) -> float:
+        total, count = sums
+        return total / count
+
+    return jackknife(np.stack([values, np.ones(len(values))], axis=1).astype(np.float64), statistic)
+
+
+def _bits_per_byte(measurement: Measurement) -> Estimate:
+    def statistic(sums: np.ndarray) -> float:
+        nats, size = sums
+        return nats / size / np.log(2)
+
+    return token_estimate(statistic, -measurement.predictions.log_q, measurement.token_bytes)
+
+
+def _perplexity(measurement: Measurement) -> Estimate:
+    def statistic(sums: np.ndarray) -> float:
+        nats, count = sums
+        return np.exp(nats / count)
+
+    log_q = measurement.predictions.log_q
+    return token_estimate(statistic, -log_q, np.ones_like(log_q))
+
+
+def _perplexity_ratio(measurement: Measurement) -> Estimate:
+    def statistic(sums: np.ndarray) -> float:
+        excess, count = sums
+        return np.exp(excess / count)
+
+    excess = measurement.predictions.log_p - measurement.predictions.log_q
+    return token_estimate(statistic, excess, np.ones_like(excess))
+
+
+def _probability_change_rms(measurement: Measurement) -> Estimate:
+    def statistic(sums: np.ndarray) -> float:
+        squares, count = sums
+        return np.sqrt(squares / count)
+
+    change = np.exp(measurement.predictions.log_q) - np.exp(measurement.predictions.log_p)
+    return token_estimate(statistic, np.square(change), np.ones_like(change))
+
+
+def _kl_mean(measurement: Measurement) -> Estimate:
+    return _mean(measurement.predictions.kl)
+
+
+def _kl_percentile(percentile: float) -> Callable[[Measurement], Estimate]:
+    def compute(measurement: Measurement) -> Estimate:
+        return Estimate(float(np.percentile(measurement.predictions.kl, percentile)))
+
+    return compute
+
+
+def _same_top(measurement: Measurement) -> Estimate:
+    return _mean(measurement.predictions.same_top)
+
+
+def _greedy_first_difference(measurement: Measurement) -> Estimate:
+    differs = measurement.continuations != measurement.reference_continuations
+    # A column of differences past the end makes argmax the whole length where none differs.
+    end = np.ones((len(differs), 1), bool)
+    return _prompt_mean(np.concatenate([differs, end], axis=1).argmax(axis=1))
+
+
+def _greedy_same(measurement: Measurement) -> Estimate:
+    return _prompt_mean((measurement.continuations == measurement.reference_continuations).all(axis=1))
+
+
+def _attention_error(measurement: Measurement) -> Estimate:
+    if measurement.attention is None:
+        return Estimate(None)
+    return Estimate(max(measurement.attention.error))
+
+
+def _bytes_per_token(measurement: Measurement) -> Estimate:
+    return Estimate(measurement.bytes_per_token)
+
+
+def _bf16_ratio(measurement: Measurement) -> Estimate:
+    return Estimate(BF16_BYTES * measurement.elements_per_token / measurement.bytes_per_token)
+
+
+def _bits_per_element(measurement: Measurement) -> Estimate:
+    return Estimate(8 * measurement.bytes_per_token / measurement.elements_per_token)
+
+
+def _decode_seconds(measurement: Measurement) -> Estimate:
+    return Estimate(measurement.decode_seconds_per_step)
+
+
+def _prefill_seconds(measurement: Measurement) -> Estimate:
+    return Estimate(measurement.prefill_seconds_per_token)
+
+
+METRICS = (
+    Metric(
+        "bytes_per_token",
+        "allocated, keys and values of all layers, scales and padding included",
+        _bytes_per_token,
+        label="bytes per token",
+        number=fixed(0),
+        on_card=True,
+        table=TableColumn("bytes/\ntoken", fixed(0), NARROW, in_docs=True),
+    ),
+    Metric(
+        "ratio",
+        "bytes of the same cache in bfloat16 over these",
+        _bf16_ratio,
+        better="higher",
+        label="smaller than bf16",
+        number=fixed(2, unit=TIMES),
+        on_card=True,
+        table=TableColumn("ratio", fixed(2)),
+    ),
+    Metric(
+        "bits_per_element",
+        "of the keys and values, scales included",
+        _bits_per_element,
+        label="bits per element",
+        number=fixed(2),
+        on_card=True,
+        table=TableColumn("bits/\nelement", fixed(2), None, in_docs=True),
+    ),
+    Metric(
+        "kl_mean",
+        "divergence from the reference's next-token distribution, nats, mean of tokens",
+        _kl_mean,
+        has_error=True,
+        label="KL mean",
+        on_card=True,
+        table=TableColumn("KL\nmean", small, with_error=True, in_docs=True),
+    ),
+    Metric(
+        "kl_p999",
+        "one token in 1,000 has more",
+        _kl_percentile(99.9),
+        label="KL 99.9\N{NO-BREAK SPACE}%",
+        on_card=True,
+        table=TableColumn("KL\n99.9 %", small, NARROW, in_docs=True),
+    ),
+    Metric(
+        "same_top",
+        "share of tokens whose likeliest next token is the reference's",
+        _same_top,
+        better="higher",
+        has_error=True,
+        label="same top token",
+        number=percent,
+        on_card=True,
+        table=TableColumn("same\ntop-1", fixed(2, 100, "%"), in_docs=True),
+    ),
+    Metric(
+        "perplexity_ratio",
+        "perplexity over the reference's on the same tokens",
+        _perplexity_ratio,
+        has_error=True,
+        label="perplexity ratio",
+        number=fixed(4),
+        on_card=True,
+        table=TableColumn(
+            "perplexity\nratio - 1", scientific_excess, NARROW, with_error=True, in_docs=True
+        ),
+    ),
+    Metric(
+        "attention_error",
+        "relative, when one layer alone is quantized; the worst layer's",
+        _attention_error,
+        label="attention error",
+        number=fixed(2, 100, " %"),
+        on_card=True,
+        table=TableColumn("attn\nerror", fixed(1, 100, "%"), NARROW, in_docs=True),
+    ),
+    Metric(
+        "greedy_same",
+        "share of prompts whose greedy continuation is the reference's to its end",
+        _greedy_same,
+        better="higher",
+        has_error=True,
+        label="same greedy text",
+        number=fixed(0, 100, " %"),
+        on_card=True,
+    ),
+    Metric("kl_median", "half of the tokens have less", _kl_percentile(50), label="KL median"),
+    Metric("kl_p90", "one token in 10 has more", _kl_percentile(90)),
+    Metric("kl_p99", "one token in 100 has more", _kl_percentile(99), label="KL 99\N{NO-BREAK SPACE}%"),
+    Metric("kl_max", "of the worst token", _kl_percentile(100), label="KL max"),
+    Metric("perplexity", "of the text, under the model", _perplexity, has_error=True),
+    Metric(
+        "bits_per_byte",
+        "of the text, under the model; the error is the text's, and shared by all formats",
+        _bits_per_byte,
+        has_error=True,
+        label="bits per byte",
+        number=fixed(4),
+    ),
+    Metric(
+        "probability_change_rms",
+        "root mean square change of the true token's probability",
+        _probability_change_rms,
+        has_error=True,
+        label="\N{GREEK CAPITAL LETTER DELTA}p rms",
+        table=TableColumn("RMS\n\N{GREEK CAPITAL LETTER DELTA}p", small, WIDE),
+    ),
+    Metric(
+        "greedy_first_difference",
+        "mean index of the first greedy token that differs; the text's length if none does",
+        _greedy_first_difference,
+        better="higher",
+        has_error=True,
+        label="first difference",
+        number=fixed(1),
+        table=TableColumn("greedy\ntokens", fixed(1), NARROW),
+    ),
+    Metric(
+        "decode_seconds_per_step",
+        "wall-clock of one decode step of the whole batch on this device",
+        _decode_seconds,
+        label="decode ms per step",
+        number=fixed(2, 1e3),
+        table=TableColumn("ms/\nstep", fixed(1, 1e3), WIDE),
+    ),
+    Metric(
+        "prefill_seconds_per_token",
+        "wall-clock of prefill on this device",
+        _prefill_seconds,
+        label="prefill \N{MICRO SIGN}s per token",
+        number=fixed(0, 1e6),
+    ),
+)

@@ -1,4 +1,4 @@
-"""What is measured: a model, and the stream of tokens that goes through it and its cache."""
+"""Protocols of what is measured: a model, and the stream of tokens through it and its cache."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -8,20 +8,20 @@ import numpy as np
 
 from qpaged.models import Tokenizer
 from qpaged.quantizer import CacheFormat
-from qpaged.sweep._attention import AttentionProfile
-from qpaged.sweep._settings import Settings
+from qpaged.sweep.measure._attention import AttentionProfile
+from qpaged.sweep.measure._settings import Settings
 
 
 class Prefilled(NamedTuple):
-    """What the model made of a chunk: of so many ``rows`` and ``columns`` of the tokens."""
+    """The model's outputs for one chunk, which covers ``rows`` and ``columns`` of the tokens."""
 
     rows: slice
     columns: slice
-    outputs: jax.Array
+    outputs: jax.Array  # [rows, columns, features]
 
 
 class Stream(Protocol):
-    """A model and its cache, as a server holds them: it takes a batch of sequences after another.
+    """A model and its cache, as a server holds them: it processes one batch of sequences after another.
 
     Attributes:
         bytes_per_token: of the allocated cache, keys and values of all layers, scales included.
@@ -32,30 +32,30 @@ class Stream(Protocol):
     dtype: str
 
     def begin(self, sequences: int) -> None:
-        """Forget what is held, for so many fresh sequences, at most ``batch`` of the settings."""
+        """Clear the cache for a batch of ``sequences``, at most ``batch`` of the settings."""
 
     def prefill(self, tokens: np.ndarray) -> Iterator[Prefilled]:
-        """Feed the beginning (sequences, n) int32, in chunks; outputs (rows, columns, features)."""
+        """Feed the beginning of each sequence, [sequences, n] int32, and yield the outputs chunk by chunk."""
 
     def decode(self, tokens: np.ndarray, position: int) -> jax.Array:
-        """Feed one token to each sequence, (sequences,) int32; outputs (sequences, features)."""
+        """Feed one token to each sequence, [sequences] int32, and return outputs [sequences, features]."""
 
 
 class Model(Protocol):
     """A model that can be swept.
 
     Attributes:
-        name: for people.
-        architecture: its kind, as its configuration has it.
-        path: where it came from, as it was asked for; None for the bundled one.
-        sha256: of all that its predictions hang on.
-        parameters: weights.
-        elements_per_token: elements that a token has in the cache: keys and values of all layers.
-        head_dim, kv_heads, layers: of the cache; layers is None where they share an array.
+        name: the name that reports show.
+        architecture: the model's type, as its configuration names it.
+        path: where it was loaded from, as the user typed it; None for the bundled model.
+        sha256: a hash of everything that its predictions depend on.
+        parameters: number of weights.
+        elements_per_token: cache elements of one token: keys and values of all layers.
+        head_dim, kv_heads, layers: sizes of the cache; layers is None where layers share an array.
         longest: tokens that a sequence may have.
         vocabulary: token ids are below it.
-        tokenizer: as :func:`qpaged.models.load_tokenizer` gives it.
-        reference: in words, what is taken for exact.
+        tokenizer: as :func:`qpaged.models.load_tokenizer` returns it.
+        reference: a description of the cache that is taken as exact.
     """
 
     @property
@@ -85,13 +85,16 @@ class Model(Protocol):
     @property
     def vocabulary(self) -> int: ...
 
-    def stream(self, format: CacheFormat, settings: Settings, sequences: int) -> Stream:
-        """With a fresh cache for so many sequences at once. Plain caches are as the reference has them."""
+    def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> Stream:
+        """Return a stream whose fresh cache holds ``sequences`` at once; plain caches are the reference's."""
 
     def logits(self, outputs: jax.Array) -> jax.Array:
-        """(..., vocabulary) float32 of a stream's outputs (..., features)."""
+        """Return float32 logits [..., vocabulary] of a stream's outputs [..., features]."""
 
     def attention_profile(
-        self, format: CacheFormat, tokens: np.ndarray, settings: Settings
+        self,
+        quantizer: CacheFormat,
+        tokens: np.ndarray,  # [sequences, context] int32
+        settings: Settings,
     ) -> AttentionProfile | None:
-        """On sequences (sequences, context); None for a model whose layers cannot be seen into."""
+        """Return each layer's attention error; None for a model whose layers cannot be inspected."""

@@ -1,4 +1,4 @@
-"""Predictions of a model through its cache: teacher-forced the way a server does it, and greedy."""
+"""Predicts every token of a text through a model's cache, teacher-forced the way a server runs."""
 
 import math
 import statistics
@@ -12,105 +12,65 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qpaged.sweep._metrics import Predictions, compare
-from qpaged.sweep._model import Model, Stream
-from qpaged.sweep._settings import Settings
+from qpaged.sweep.measure._metrics import Predictions, compare
+from qpaged.sweep.measure._model import Model, Stream
+from qpaged.sweep.measure._settings import Settings
 
-IN_MEMORY = 2**30
+MAX_IN_MEMORY = 2**30
 """Bytes of the reference's outputs from which on they are kept in a temporary file."""
 
 Advance = Callable[[int], None]
-"""Called with the number of tokens that were done since the last call."""
+"""advance(tokens) is called with the number of tokens that were predicted since the last call."""
 
 
 class Part(NamedTuple):
     """Predictions of some rows and columns of the tokens.
 
     Attributes:
-        outputs: (rows, columns, features), what logits are made of.
-        logits: (rows, columns, vocabulary).
-        seconds: wall-clock, from the tokens to the logits.
-        decoded: whether it is one step of a decode.
+        outputs: the model's outputs, from which logits are computed.
+        seconds: wall-clock time, from the tokens to the logits.
+        decoded: True for one step of a decode, False for a chunk of a prefill.
     """
 
     rows: slice
     columns: slice
-    outputs: jax.Array
-    logits: jax.Array
+    outputs: jax.Array  # [rows, columns, features]
+    logits: jax.Array  # [rows, columns, vocabulary]
     seconds: float
     decoded: bool
 
 
 @dataclass
 class Timing:
-    """Medians, so that compilations do not count."""
+    """Seconds of each decode step, and of each prefilled token.
+
+    Their medians are reported, so that compilations, which slow a few calls down, do not count.
+    """
 
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
 
     def add(self, part: Part) -> None:
-        """Note a part's seconds: of a decode step, or of one token of a prefill."""
-        tokens = part.logits.shape[0] * part.logits.shape[1]
-        (self.decode if part.decoded else self.prefill).append(part.seconds / (1 if part.decoded else tokens))
+        """Note the seconds of a part."""
+        if part.decoded:
+            self.decode.append(part.seconds)
+        else:
+            rows, columns, _ = part.logits.shape
+            self.prefill.append(part.seconds / (rows * columns))
 
     @property
     def per_decode_step(self) -> float | None:
-        return statistics.median(self.decode) if self.decode else None
+        return _median(self.decode)
 
     @property
     def per_prefilled_token(self) -> float | None:
-        return statistics.median(self.prefill) if self.prefill else None
-
-
-def teacher_forced(model: Model, stream: Stream, tokens: np.ndarray, settings: Settings) -> Iterator[Part]:
-    """Predictions of all ``tokens`` (sequences, context), batch by batch.
-
-    Each sequence is prefilled in chunks, then all of a batch decode their last tokens together. What a token
-    attends to has always been through the cache.
-    """
-    for first in range(0, len(tokens), settings.batch):
-        held = tokens[first : first + settings.batch]
-        stream.begin(len(held))
-        prefill, began = stream.prefill(held[:, : settings.prefilled]), time.perf_counter()
-        for rows, columns, outputs in prefill:
-            rows = slice(first + rows.start, first + rows.stop)
-            yield _part(model, rows, columns, outputs, began, False)
-            began = time.perf_counter()
-        for index in range(settings.prefilled, settings.context):
-            began = time.perf_counter()
-            outputs = stream.decode(held[:, index], index)[:, None]
-            yield _part(model, slice(first, first + len(held)), slice(index, index + 1), outputs, began, True)
-
-
-def _part(model: Model, rows: slice, columns: slice, outputs: jax.Array, began: float, decoded: bool) -> Part:
-    logits = jax.block_until_ready(model.logits(outputs))
-    return Part(rows, columns, outputs, logits, time.perf_counter() - began, decoded)
-
-
-def greedy(model: Model, stream: Stream, prompts: np.ndarray, settings: Settings) -> np.ndarray:
-    """The likeliest continuations (sequences, :attr:`Settings.continued`) of prompts (sequences, tokens)."""
-    found = np.empty((len(prompts), settings.continued), np.int32)
-    for first in range(0, len(prompts), settings.batch):
-        held = prompts[first : first + settings.batch]
-        stream.begin(len(held))
-        chosen = np.empty(len(held), np.int32)
-        for rows, _, outputs in stream.prefill(held):  # the last chunk's choice stays
-            chosen[rows] = _likeliest(model.logits(outputs[:, -1]))
-        for index in range(settings.continued):
-            found[first : first + len(held), index] = chosen
-            if index + 1 < settings.continued:
-                chosen = _likeliest(model.logits(stream.decode(chosen, held.shape[1] + index)))
-    return found
-
-
-def _likeliest(logits: jax.Array) -> np.ndarray:
-    return np.asarray(jnp.argmax(logits, axis=-1), np.int32)
+        return _median(self.prefill)
 
 
 class Reference:
-    """What the plain cache predicted: its outputs, from which logits are made again part by part.
+    """The plain cache's outputs, from which its logits are computed again part by part.
 
-    A decoder's outputs are its last hidden states, so that a vocabulary's worth of logits is never kept.
+    A decoder's outputs are its last hidden states, so that logits over the whole vocabulary are never stored.
     """
 
     def __init__(self, model: Model, shape: tuple[int, int]):
@@ -118,47 +78,96 @@ class Reference:
         self._outputs: np.ndarray | None = None
 
     def add(self, part: Part) -> None:
-        """Keep a part's outputs."""
+        """Store a part's outputs."""
         if self._outputs is None:
-            self._outputs = _room((*self._shape, part.outputs.shape[-1]))
+            self._outputs = _allocate((*self._shape, part.outputs.shape[-1]))
         self._outputs[part.rows, part.columns] = np.asarray(part.outputs, np.float32)
 
     def logits(self, part: Part) -> jax.Array:
-        """Of the same tokens as the part's."""
+        """Return the reference's logits for the tokens of a part."""
         assert self._outputs is not None
         return self._model.logits(jnp.asarray(self._outputs[part.rows, part.columns]))
 
 
-def _room(shape: tuple[int, ...]) -> np.ndarray:
-    """An array of float32, in a temporary file where it is large."""
-    if 4 * math.prod(shape) < IN_MEMORY:
-        return np.empty(shape, np.float32)
-    return np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape)
-
-
-def predictions(
+def predict(
     model: Model,
     stream: Stream,
-    tokens: np.ndarray,
+    tokens: np.ndarray,  # [sequences, context + 1] int32
     settings: Settings,
     reference: Reference | None,
     advance: Advance,
 ) -> tuple[Predictions, Timing, Reference]:
-    """All predictions of ``tokens`` (sequences, context + 1), beside those of the ``reference``.
+    """Predict all tokens and compare them with the reference's predictions.
 
-    Without a reference they are their own, and are returned as one.
+    Without a reference, they are compared with themselves and returned as the reference.
     """
-    fed, truth = tokens[:, :-1], tokens[:, 1:]
-    kept = reference or Reference(model, fed.shape)
-    found = Predictions(*(np.empty(truth.shape, dtype) for dtype in (float, float, float, bool)))
+    inputs, truth = tokens[:, :-1], tokens[:, 1:]
+    is_reference = reference is None
+    if reference is None:
+        reference = Reference(model, inputs.shape)
+    arrays = {name: np.empty(truth.shape) for name in Predictions._fields}  # float64
     timing = Timing()
-    for part in teacher_forced(model, stream, fed, settings):
-        if reference is None:
-            kept.add(part)
-        place = part.rows, part.columns
-        plain = part.logits if reference is None else kept.logits(part)
-        for whole, piece in zip(found, compare(plain, part.logits, truth[place]), strict=True):
-            whole[place] = piece
+    for part in teacher_forced(model, stream, inputs, settings):
+        if is_reference:
+            reference.add(part)
+            expected = part.logits
+        else:
+            expected = reference.logits(part)
+        index = part.rows, part.columns
+        compared = compare(expected, part.logits, truth[index])
+        for name, values in compared._asdict().items():
+            arrays[name][index] = values
         timing.add(part)
-        advance(truth[place].size)
-    return found, timing, kept
+        advance(truth[index].size)
+    return Predictions(**arrays), timing, reference
+
+
+def teacher_forced(
+    model: Model,
+    stream: Stream,
+    tokens: np.ndarray,  # [sequences, context] int32
+    settings: Settings,
+) -> Iterator[Part]:
+    """Yield predictions for all tokens, batch by batch.
+
+    Each sequence is prefilled in chunks, then all sequences of a batch decode their last tokens together.
+    Every key and value is written to the cache and read back before it is used.
+    """
+    for first in range(0, len(tokens), settings.batch):
+        batch = tokens[first : first + settings.batch]
+        stream.begin(len(batch))
+        yield from _prefill(model, stream, batch[:, : settings.prefilled], first)
+        rows = slice(first, first + len(batch))
+        for index in range(settings.prefilled, settings.context):
+            start = time.perf_counter()
+            outputs = stream.decode(batch[:, index], index)[:, None]
+            yield _part(model, rows, slice(index, index + 1), outputs, start, decoded=True)
+
+
+def _prefill(model: Model, stream: Stream, batch: np.ndarray, first: int) -> Iterator[Part]:
+    """Yield the predictions of a batch whose first sequence is row ``first`` of all."""
+    start = time.perf_counter()
+    for chunk in stream.prefill(batch):
+        rows = slice(first + chunk.rows.start, first + chunk.rows.stop)
+        yield _part(model, rows, chunk.columns, chunk.outputs, start, decoded=False)
+        start = time.perf_counter()
+
+
+def _part(
+    model: Model, rows: slice, columns: slice, outputs: jax.Array, start: float, decoded: bool
+) -> Part:
+    logits = jax.block_until_ready(model.logits(outputs))
+    return Part(rows, columns, outputs, logits, time.perf_counter() - start, decoded)
+
+
+def _allocate(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an uninitialized float32 array, in a temporary file if it is large."""
+    if 4 * math.prod(shape) < MAX_IN_MEMORY:
+        return np.empty(shape, np.float32)
+    return np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape)
+
+
+def _median(seconds: list[float]) -> float | None:
+    if not seconds:
+        return None
+    return statistics.median(seconds)

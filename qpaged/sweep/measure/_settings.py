@@ -1,4 +1,4 @@
-"""How much is measured, and in what pieces it goes through the cache."""
+"""Settings of a sweep: how much is measured, and in what pieces it goes through the cache."""
 
 from dataclasses import dataclass
 
@@ -7,20 +7,20 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a sweep measures.
+    """How much a sweep measures.
 
     Attributes:
         tokens: predicted tokens, at most; rounded down to whole sequences.
         context: tokens of a sequence.
         page_size: tokens of a page.
-        dtype: the logical dtype of the caches that are measured; the reference is float32 always.
+        dtype: the logical dtype of the caches that are measured; the reference is always float32.
         chunk: tokens of a prefill chunk; not a multiple of usual page sizes, so that chunks end inside pages.
-        decode: tokens at each sequence's end that are decoded one by one, at most half of them.
-        batch: sequences in the cache at once; its pages are reset and reused for the next ones.
-        probed: sequences that the error of each layer's attention is measured on, at most.
+        decode: tokens at each sequence's end that are decoded one by one, at most half of the sequence.
+        batch: sequences in the cache at once; their pages are reset and reused for the next batch.
+        probed: sequences on which each layer's attention error is measured, at most.
         prompts: sequences whose beginning is continued greedily, at most.
-        generated: tokens of such a continuation, at most half of a sequence.
-        seed: which sequences of the text are taken: spread evenly if None, else drawn.
+        generated: tokens of a greedy continuation, at most half of a sequence.
+        seed: draws the sequences of the text; they are spread evenly over it if None.
 
     Raises:
         ValueError: a count that is too small, or another dtype.
@@ -42,10 +42,8 @@ class Settings:
         least = {"context": 2, "tokens": self.context, "decode": 0, "seed": 0}
         for name, value in vars(self).items():
             if isinstance(value, int) and value < least.get(name, 1):
-                raise ValueError(
-                    f"{name} must be at least {least.get(name, 1)}, but came as {value}"
-                    + ("; a sweep needs one whole context of tokens." if name == "tokens" else ".")
-                )
+                remedy = "; a sweep needs one whole context of tokens." if name == "tokens" else "."
+                raise ValueError(f"{name} must be at least {least.get(name, 1)}, but came as {value}{remedy}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, but came as {self.dtype!r}.")
 
@@ -66,9 +64,10 @@ class Settings:
 
     @property
     def prompt(self) -> int:
-        """Tokens of each prompt: one chunk of them, where that leaves room to continue it."""
+        """Tokens of each prompt: one chunk, or less where a chunk leaves no room for the continuation."""
         return min(self.chunk, self.context - self.continued)
 
     @property
     def pages_per_sequence(self) -> int:
+        """Pages that one sequence fills, the last one perhaps in part."""
         return -(-self.context // self.page_size)

@@ -1,183 +1,153 @@
-"""The figures of a sweep: divergence against bytes with the Pareto front, and attention's error by layer."""
+"""The figure of mean KL against bytes per token, with the Pareto front."""
 
-import itertools
 import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qpaged.sweep._extras import need
-from qpaged.sweep._labels import Box, around, place_names
-from qpaged.sweep._reading import Run, check, closest_first, floor_of, pareto_front, title
+from qpaged.sweep._numbers import TIMES
+from qpaged.sweep.report._labels import Box, box_around, boxes_of_steps, place_names
+from qpaged.sweep.report._palette import ACCENT, MUTED
+from qpaged.sweep.results import Results, RunRecord, log_floor, pareto_front, title
 
-RATIOS = (16, 8, 4, 2, 1, 0.5)
-FRONT, REST = "#1f4e8c", "#7a7a7a"
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FIELDS = ("format", "bytes_per_token", "ratio", "kl_mean", "tokens")
+TICK_RATIOS = (16, 8, 4, 2, 1, 0.5)  # to bfloat16
 FRONT_LABEL = "Pareto front: none is both smaller and closer"
-TIMES = "\N{MULTIPLICATION SIGN}"
-MOST_NAMES = 16  # where there are more dots, those on the front are named
-FONT = 9  # points
-WIDE = 0.68  # of the font's size: a character of a bold name, about
-MOST_NUMBERS = 24  # layers that have room for a number in each cell
-FRONTIER_FIELDS = ("format", "bytes_per_token", "ratio", "kl_mean", "tokens")
-LAYERS_FIELDS = ("format", "bytes_per_token", "kl_mean", "attention_error_by_layer")
+MAX_NAMED = 16  # where there are more dots, only those on the front are named
+FONT_SIZE = 9  # points
+CHARACTER_WIDTH = 0.68  # of the font's size, for a bold name, about
+
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A run's place in the figure; what is exact stands on the floor."""
+    """A run's point in the figure; exact runs stand on the floor."""
 
-    run: Run
+    run: RunRecord
     x: float
     y: float
     on_front: bool
 
 
-def write_figures(results: dict[str, Any], directory: Path) -> list[Path]:
-    """Write ``frontier`` and, where the layers' errors are known, ``layers``: a PNG and an SVG of each.
-
-    Args:
-        results: results.json.
-
-    Raises:
-        ValueError: results of another version.
-        MissingExtraError: matplotlib is not installed.
-    """
-    check(results, (*FRONTIER_FIELDS, *LAYERS_FIELDS))
-    drawn = {"frontier": frontier_figure(results)}
-    if any(run["attention_error_by_layer"] for run in results["runs"][1:]):
-        drawn["layers"] = layers_figure(results)
-    return [_save(figure, directory / name) for stem, figure in drawn.items() for name in _names(stem)]
-
-
-def frontier_figure(results: dict[str, Any]) -> Any:
-    """Mean KL over bytes per token, both logarithmic; KL 0 is drawn at the bottom."""
+def frontier_figure(results: Results) -> "Figure":
+    """Draw mean KL over bytes per token, both logarithmic; a KL of 0 is drawn at the bottom."""
     dots = _dots(results["runs"])
     figure = need("matplotlib.figure").Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     _scale_axes(axes, dots)
     _draw_front(axes, dots)
     for dot in dots:
-        color, fill = (FRONT, FRONT) if dot.on_front else (REST, "white")
+        color = ACCENT if dot.on_front else MUTED
+        fill = ACCENT if dot.on_front else "white"
         axes.plot(dot.x, dot.y, "o", color=color, mfc=fill, ms=7, zorder=3 + dot.on_front)
     axes.set_title(textwrap.fill(title(results), 90), fontsize=10, parse_math=False)
-    figure.draw_without_rendering()  # so that places are known in points
-    _name(axes, dots)
+    figure.draw_without_rendering()  # The layout must be known before names are placed in points.
+    _name_dots(axes, dots)
     return figure
 
 
-def layers_figure(results: dict[str, Any]) -> Any:
-    """The error of each layer's attention by itself, a row for each format, the closest first."""
-    runs = [run for run in closest_first(results["runs"])[1:] if run["attention_error_by_layer"]]
-    errors = [run["attention_error_by_layer"] for run in runs]
-    layers, floor = len(errors[0]), floor_of(error for row in errors for error in row)
-    size = 3 + max(3.5, 0.45 * min(layers, MOST_NUMBERS)), 1.2 + 0.24 * len(runs)
-    figure = need("matplotlib.figure").Figure(figsize=size, layout="constrained")
-    axes = figure.subplots()
-    scale = need("matplotlib.colors").LogNorm()
-    image = axes.imshow([[max(x, floor) for x in row] for row in errors], "Blues", aspect="auto", norm=scale)
-    axes.set_xlabel("layer")
-    axes.set_xticks(range(0, layers, math.ceil(layers / MOST_NUMBERS)))
-    axes.set_yticks(range(len(runs)), [run["format"] for run in runs], fontsize=FONT, parse_math=False)
-    axes.set_title(f"relative error of attention\n{results['model']['name']}", fontsize=10, parse_math=False)
-    if layers <= MOST_NUMBERS:
-        _write_numbers(axes, errors, scale)
-    figure.colorbar(image, ax=axes, shrink=min(1.0, 3 / size[1]), format=lambda x, _: f"{100 * x:g} %")
-    return figure
+def bf16_words(ratio: float) -> str:
+    """Describe a size beside bfloat16, from bfloat16's bytes over its own."""
+    if ratio == 1:
+        return "as bfloat16"
+    if ratio > 1:
+        return f"{ratio:g}{TIMES} smaller"
+    return f"{1 / ratio:g}{TIMES} larger"
 
 
-def _names(stem: str) -> list[str]:
-    return [f"{stem}.png", f"{stem}.svg"]
-
-
-def _save(figure: Any, path: Path) -> Path:
-    """Write it, text in SVG as text, the same bytes each time."""
-    with need("matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return path
-
-
-def _dots(runs: Sequence[Run]) -> list[Dot]:
-    floor, front = floor_of(run["kl_mean"] for run in runs), pareto_front(runs)
+def _dots(runs: Sequence[RunRecord]) -> list[Dot]:
+    floor = log_floor(run["kl_mean"] for run in runs)
+    front = pareto_front(runs)
     return [Dot(run, run["bytes_per_token"], run["kl_mean"] or floor, run in front) for run in runs]
 
 
-def _scale_axes(axes: Any, dots: list[Dot]) -> None:
-    """Logarithmic axes; ticks where the ratio to bfloat16 is round, and at every decade and the floor."""
-    small, large = min(dot.x for dot in dots), max(dot.x for dot in dots)
-    bf16 = dots[0].x * dots[0].run["ratio"]
-    floor, top = floor_of(dot.run["kl_mean"] for dot in dots), max(dot.y for dot in dots)
-    axes.set(xscale="log", yscale="log", xlim=(small / 2, large * 1.3), ylim=(floor / 2, top * 3))
-    axes.set_xticks(ticks := [bf16 / ratio for ratio in RATIOS if small / 1.4 <= bf16 / ratio <= large * 1.1])
-    axes.set_xticklabels([f"{tick:,.0f}\n{beside_bf16(bf16 / tick)}" for tick in ticks])
-    decades = range(round(math.log10(floor)) + 1, math.ceil(math.log10(top * 3)))
-    axes.set_yticks([floor, *(10.0**decade for decade in decades)])
-    axes.set_yticklabels(["exact: 0", *(f"$10^{{{decade}}}$" for decade in decades)])
+def _scale_axes(axes: "Axes", dots: list[Dot]) -> None:
+    """Make the axes logarithmic, with ticks at round ratios to bfloat16, at decades and at the floor."""
+    smallest = min(dot.x for dot in dots)
+    largest = max(dot.x for dot in dots)
+    floor = log_floor(dot.run["kl_mean"] for dot in dots)
+    top = 3 * max(dot.y for dot in dots)
+    axes.set(xscale="log", yscale="log", xlim=(smallest / 2, largest * 1.3), ylim=(floor / 2, top))
+
+    bf16_bytes = dots[0].x * dots[0].run["ratio"]
+    ticks = [bf16_bytes / ratio for ratio in TICK_RATIOS]
+    ticks = [tick for tick in ticks if smallest / 1.4 <= tick <= largest * 1.1]
+    axes.set_xticks(ticks, [f"{tick:,.0f}\n{bf16_words(bf16_bytes / tick)}" for tick in ticks])
+    decades = range(round(math.log10(floor)) + 1, math.ceil(math.log10(top)))
+    heights = [floor, *(10.0**decade for decade in decades)]
+    axes.set_yticks(heights, ["exact: 0", *(f"$10^{{{decade}}}$" for decade in decades)])
     axes.minorticks_off()
-    axes.axhline(floor, color=REST, lw=0.8, ls=":")
+    axes.axhline(floor, color=MUTED, lw=0.8, ls=":")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("bytes per token in the cache, all layers, scales included (against bfloat16)")
     axes.set_ylabel("mean KL to the float32 cache (nats per token)")
 
 
-def beside_bf16(ratio: float) -> str:
-    """A size in words, from bfloat16 bytes over its own."""
-    if ratio == 1:
-        return "as bfloat16"
-    return f"{ratio:g}{TIMES} smaller" if ratio > 1 else f"{1 / ratio:g}{TIMES} larger"
-
-
-def _draw_front(axes: Any, dots: list[Dot]) -> None:
+def _draw_front(axes: "Axes", dots: list[Dot]) -> None:
     front = sorted((dot for dot in dots if dot.on_front), key=lambda dot: dot.x)
-    steps = [dot.x for dot in front], [dot.y for dot in front]
-    axes.step(*steps, where="post", color=FRONT, lw=1.5, label=FRONT_LABEL)
+    xs = [dot.x for dot in front]
+    ys = [dot.y for dot in front]
+    axes.step(xs, ys, where="post", color=ACCENT, lw=1.5, label=FRONT_LABEL)
     axes.legend(loc="upper right", frameon=False)
 
 
-def _name(axes: Any, dots: list[Dot]) -> None:
-    """Names where there is room, with a line to the dot where they are moved away from it."""
-    scale = 72 / axes.figure.dpi  # pixels to points
-    place = {id(dot): axes.transData.transform((dot.x, dot.y)) * (scale, -scale) for dot in dots}
-    (left, bottom), (right, top) = axes.transAxes.transform([(0, 0), (1, 1)]) * (scale, -scale)
-    named = sorted((dot for dot in dots if dot.on_front or len(dots) <= MOST_NAMES), key=lambda dot: dot.x)
-    asked = [(*place[id(dot)], WIDE * FONT * len(dot.run["format"]), dot.on_front) for dot in named]
-    obstacles = [around(x, y, 5) for x, y in place.values()]
-    front = [place[id(dot)] for dot in named if dot.on_front]
-    boxes = place_names(asked, [*obstacles, *steps(front)], Box(left, top, right, bottom), 1.3 * FONT)
-    for dot, box in zip(named, boxes, strict=True):
+def _name_dots(axes: "Axes", dots: list[Dot]) -> None:
+    """Write names where there is room, with a line to the dot where they are moved away from it."""
+    points = [_in_points(axes, dot) for dot in dots]
+    obstacles = [box_around(x, y, 5) for x, y in points]
+    pairs = sorted(zip(dots, points, strict=True), key=lambda pair: pair[0].x)
+    named = [pair for pair in pairs if pair[0].on_front or len(dots) <= MAX_NAMED]
+    obstacles += boxes_of_steps([point for dot, point in named if dot.on_front])
+    requests = []
+    for dot, (x, y) in named:
+        width = CHARACTER_WIDTH * FONT_SIZE * len(dot.run["format"])
+        requests.append((x, y, width, dot.on_front))
+    boxes = place_names(requests, obstacles, _frame(axes), 1.3 * FONT_SIZE)
+    for (dot, point), box in zip(named, boxes, strict=True):
         if box is not None:
-            _write_name(axes, dot, box, place[id(dot)])
+            _write_name(axes, dot, box, point)
 
 
-def _write_name(axes: Any, dot: Dot, box: Box, place: tuple[float, float]) -> None:
-    x, y = place
-    height, from_left = (box.top + box.bottom) / 2, (x - box.left) / (box.right - box.left)
-    nearest = min(max(from_left, 0), 1), 1 if dot.on_front else 0
-    line = {"arrowstyle": "-", "lw": 0.6, "color": REST, "shrinkA": 0, "shrinkB": 4, "relpos": nearest}
+def _in_points(axes: "Axes", dot: Dot) -> Point:
+    """Return a dot's place in points; y grows downwards."""
+    points_per_pixel = 72 / axes.figure.dpi
+    x, y = axes.transData.transform((dot.x, dot.y))
+    return x * points_per_pixel, -y * points_per_pixel
+
+
+def _frame(axes: "Axes") -> Box:
+    """Return the box of the axes in points."""
+    points_per_pixel = 72 / axes.figure.dpi
+    left, bottom = axes.transAxes.transform((0, 0)) * points_per_pixel
+    right, top = axes.transAxes.transform((1, 1)) * points_per_pixel
+    return Box(left, -top, right, -bottom)
+
+
+def _write_name(axes: "Axes", dot: Dot, box: Box, point: Point) -> None:
+    """Write a dot's name into a box; names on the front end at its right edge, others start at its left."""
+    x, y = point
+    middle = (box.top + box.bottom) / 2
+    if dot.on_front:
+        anchor, alignment, weight, edge = box.right, "right", "bold", 1
+    else:
+        anchor, alignment, weight, edge = box.left, "left", "normal", 0
+    line = None
+    if abs(middle - y) > FONT_SIZE:
+        nearest = min(max((x - box.left) / (box.right - box.left), 0), 1)
+        line = {
+            "arrowstyle": "-", "lw": 0.6, "color": MUTED, "shrinkA": 0, "shrinkB": 4, "relpos": (nearest, edge)
+        }  # fmt: skip
     axes.annotate(
-        dot.run["format"], (dot.x, dot.y), ((box.right if dot.on_front else box.left) - x, y - height),
-        textcoords="offset points", fontsize=FONT, fontweight="bold" if dot.on_front else "normal",
-        va="center", ha="right" if dot.on_front else "left", parse_math=False,
-        arrowprops=line if abs(height - y) > FONT else None,
+        dot.run["format"], (dot.x, dot.y), (anchor - x, y - middle),
+        textcoords="offset points", fontsize=FONT_SIZE, fontweight=weight, va="center", ha=alignment,
+        parse_math=False, arrowprops=line,
         bbox={"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none", "alpha": 0.85},
     )  # fmt: skip
-
-
-def steps(front: Sequence[tuple[float, float]]) -> list[Box]:
-    """The line of a front, as boxes that names keep clear of; from places ascending in x."""
-    boxes = []
-    for (x, y), (next_x, next_y) in itertools.pairwise(front):
-        boxes += [Box(x, y - 1, next_x, y + 1), Box(next_x - 1, y, next_x + 1, next_y)]
-    return boxes
-
-
-def _write_numbers(axes: Any, errors: Sequence[Sequence[float]], scale: Any) -> None:
-    for row, layers in enumerate(errors):
-        for layer, error in enumerate(layers):
-            dark = error > 0 and scale(error) > 0.6
-            axes.text(
-                layer, row, f"{100 * error:.2g}", ha="center", va="center", fontsize=7,
-                color="white" if dark else "black",
-            )  # fmt: skip

@@ -1,5 +1,6 @@
-"""Names beside the dots of a figure, where they touch nothing."""
+"""Places names beside the dots of a chart, so that they touch neither dots, lines nor each other."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,50 +19,59 @@ class Box:
     bottom: float
 
     def touches(self, other: "Box") -> bool:
-        return (
-            self.left < other.right
-            and other.left < self.right
-            and self.top < other.bottom
-            and other.top < self.bottom
-        )
+        """Return True if the rectangles overlap."""
+        overlaps_in_x = self.left < other.right and other.left < self.right
+        overlaps_in_y = self.top < other.bottom and other.top < self.bottom
+        return overlaps_in_x and overlaps_in_y
 
 
-def around(x: float, y: float, half: float) -> Box:
-    """The square about a point."""
+def box_around(x: float, y: float, half: float) -> Box:
+    """Return the square with sides 2 * half around a point."""
     return Box(x - half, y - half, x + half, y + half)
+
+
+def boxes_of_steps(front: Sequence[tuple[float, float]]) -> list[Box]:
+    """Return the stepped line of a front as thin boxes, from points that ascend in x."""
+    boxes = []
+    for (x, y), (next_x, next_y) in itertools.pairwise(front):
+        boxes.append(Box(x, y - 1, next_x, y + 1))
+        boxes.append(Box(next_x - 1, y, next_x + 1, next_y))
+    return boxes
 
 
 def place_names(
     dots: Sequence[tuple[float, float, float, bool]], obstacles: Iterable[Box], frame: Box, height: float
 ) -> list[Box | None]:
-    """A box for each dot's name; None where there is no room.
+    """Return a box for the name of each dot; None where there is no room.
 
-    Nothing lies left of and below a Pareto front, so that names of its dots stand there, right-aligned, and
-    those of the others right of and above theirs. Each is moved away from its dot until it touches nothing,
-    by :data:`REACH` at most.
+    Nothing lies left of and below a Pareto front, so the names of its dots are placed there, right-aligned,
+    and those of the other dots right of and above theirs. Each is moved away from its dot until it touches
+    nothing, by :data:`REACH` at most.
 
     Args:
-        dots: (x, y, width of the name, whether on the front), in the order in which places are given out.
-        obstacles: what names must not touch: dots and lines.
-        frame: what they must stay in.
+        dots: (x, y, width of the name, on the front), in the order in which names are placed.
+        obstacles: dots and lines that names must not touch.
+        frame: the box that names must stay in.
         height: of a name.
     """
-    taken, places = list(obstacles), []
-    for x, y, width, below in dots:
-        left = x - GAP - width if below else x + GAP
+    occupied = list(obstacles)
+    boxes = []
+    for x, y, width, on_front in dots:
+        left = x - GAP - width if on_front else x + GAP
         left = min(max(left, frame.left), frame.right - width)
-        place = _first_free(left, y - height / 2, width, height, STEP if below else -STEP, taken, frame)
-        places.append(place)
-        taken += [place] if place else []
-    return places
+        step = STEP if on_front else -STEP
+        box = _first_free(Box(left, y - height / 2, left + width, y + height / 2), step, occupied, frame)
+        boxes.append(box)
+        if box is not None:
+            occupied.append(box)
+    return boxes
 
 
-def _first_free(
-    left: float, top: float, width: float, height: float, step: float, taken: Sequence[Box], frame: Box
-) -> Box | None:
+def _first_free(box: Box, step: float, occupied: Sequence[Box], frame: Box) -> Box | None:
+    """Move a box by ``step`` until it touches nothing; return None if it never is inside the frame."""
     for i in range(int(REACH / abs(step))):
-        box = Box(left, top + i * step, left + width, top + i * step + height)
-        inside = box.left >= frame.left and box.top >= frame.top and box.bottom <= frame.bottom
-        if inside and not any(box.touches(other) for other in taken):
-            return box
+        moved = Box(box.left, box.top + i * step, box.right, box.bottom + i * step)
+        is_inside = moved.left >= frame.left and moved.top >= frame.top and moved.bottom <= frame.bottom
+        if is_inside and not any(moved.touches(other) for other in occupied):
+            return moved
     return None

@@ -1,16 +1,17 @@
-"""What a sweep found, in words."""
+"""Says in words what the results of a sweep show."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from qpaged.sweep._number import percent, small
-from qpaged.sweep._reading import SURE, Run, check, pareto_front, tied
+from qpaged.sweep._numbers import percent, small
+from qpaged.sweep.results import CONFIDENT_ERRORS, Results, RunRecord, check, pareto_front, tied
 
-HALF = 1.9
-"""Bytes of bfloat16 over a format's own, from where on it halves the cache; scales take the rest."""
+HALVES = 1.9
+"""Bytes of bfloat16 over a format's, from which on it halves the cache; its scales take the rest."""
+
 NEARLY_EXACT = 0.01
-"""Nats a token: a mean KL that is taken for good enough when nothing else is said."""
-NAMES = 3  # formats that a tie names before it counts
+"""Nats a token: the mean KL that is assumed to be good enough."""
+
+MAX_NAMES = 3  # formats that a sentence names before it counts the others
 FIELDS = (
     "format",
     "bytes_per_token",
@@ -23,20 +24,17 @@ FIELDS = (
 )
 
 
-def verdict(results: dict[str, Any]) -> str:
-    """One to four sentences on what the formats cost, for a terminal; see :func:`sentences`."""
+def verdict(results: Results) -> str:
+    """Return one to four sentences on what the formats cost; see :func:`sentences`."""
     return " ".join(sentences(results))
 
 
-def sentences(results: dict[str, Any]) -> list[str]:
-    """What the formats cost, sentence by sentence.
+def sentences(results: Results) -> list[str]:
+    """Return what the formats cost, sentence by sentence.
 
-    What is missing comes first; then the closest format that halves the cache; the smallest below
-    :data:`NEARLY_EXACT`, and what the next smaller ones cost; last the choice by layer, where there is one.
+    Failures and interrupts come first; then the closest format that halves the cache; the smallest format
+    below :data:`NEARLY_EXACT`, and what the next smaller ones cost; last the choice by layer, if there is one.
     Formats whose difference is within the error bars are called tied.
-
-    Args:
-        results: results.json.
 
     Raises:
         ValueError: results of another version.
@@ -44,79 +42,102 @@ def sentences(results: dict[str, Any]) -> list[str]:
     check(results, FIELDS)
     reference, *runs = results["runs"]
     smaller = [run for run in runs if run["ratio"] > 1]
-    said = [_missing(results)]
-    if not smaller:
-        said.append(f"No format smaller than bfloat16 was measured beside {reference['format']}.")
+    halving = [run for run in smaller if run["ratio"] >= HALVES]
+    parts = [_incomplete(results)]
+    if smaller:
+        parts += [_closest(halving or smaller), _smallest(smaller)]
     else:
-        half = [run for run in smaller if run["ratio"] >= HALF]
-        said += [_closest(half or smaller), _smallest(smaller)]
-    said.append((results.get("tune") or {}).get("verdict", ""))
-    return [sentence for sentence in said if sentence]
+        parts.append(f"No format smaller than bfloat16 was measured beside {reference['format']}.")
+    tune = results.get("tune") or {}
+    parts.append(tune.get("verdict", ""))
+    return [sentence for sentence in parts if sentence]
 
 
-def _missing(results: dict[str, Any]) -> str:
-    failed = [failure["format"] for failure in results["failures"]]
+def _incomplete(results: Results) -> str:
+    """Return a sentence on formats that were not measured; empty if all were."""
     count = len(results["runs"])
-    parts = [] if results["complete"] else [f"the sweep stopped after {count} format{'s' * (count > 1)}"]
-    parts += [f"{_names(failed)} failed"] if failed else []
-    return f"Incomplete: {', and '.join(parts)}." if parts else ""
+    parts = []
+    if not results["complete"]:
+        formats = "format" if count == 1 else "formats"
+        parts.append(f"the sweep stopped after {count} {formats}")
+    if results["failures"]:
+        failed = [failure["format"] for failure in results["failures"]]
+        parts.append(f"{_listed(failed)} failed")
+    if not parts:
+        return ""
+    return f"Incomplete: {', and '.join(parts)}."
 
 
-def _closest(runs: Sequence[Run]) -> str:
-    """On the run with the least KL, or the plainest of those as good."""
+def _closest(runs: Sequence[RunRecord]) -> str:
+    """Return a sentence on the run with the least KL, or the plainest of those that are as good."""
     best, *ties = _best(runs)
-    halves = abs(best["ratio"] / 2 - 1) <= 1 - HALF / 2
-    smaller = "halves the cache" if halves else f"makes the cache {best['ratio']:.2g} times smaller"
+    nearly_half = abs(best["ratio"] / 2 - 1) <= 1 - HALVES / 2
+    smaller = "halves the cache" if nearly_half else f"makes the cache {best['ratio']:.2g} times smaller"
     return (
         f"{best['format']} {smaller} for a mean KL of {_kl(best)} nats a token, "
-        f"and leaves the likeliest token as it was {percent(best['same_top'])} of the time{_tied_with(ties)}."
+        f"and leaves the likeliest token as it was {percent(best['same_top'])} of the time"
+        f"{_tied_with(ties, '; ')}."
     )
 
 
-def _smallest(runs: Sequence[Run]) -> str:
-    """On the smallest run that is surely nearly exact, and what comes below it."""
+def _smallest(runs: Sequence[RunRecord]) -> str:
+    """Return a sentence on the smallest run that is surely nearly exact, and on smaller ones."""
     front = pareto_front(runs)
-    good = [run for run in runs if run["kl_mean"] + SURE * (run["kl_mean_se"] or 0.0) <= NEARLY_EXACT]
+    good = [run for run in runs if _upper_bound(run) <= NEARLY_EXACT]
     if not good:
         closest = front[-1]
         return f"None is surely under {NEARLY_EXACT:g}: the closest, {closest['format']}, has {_kl(closest)}."
     size = min(run["bytes_per_token"] for run in good)
     best, *ties = _best([run for run in good if run["bytes_per_token"] == size])
-    below = [run for run in front if run["bytes_per_token"] < size][:-3:-1]
-    return (
+    sentence = (
         f"{best['format']} is the smallest that is surely under {NEARLY_EXACT:g} "
         f"({best['bits_per_element']:.3g} bits, KL {_kl(best)}{_tied_with(ties, ', ')})"
-        + (f"; below that, {' and '.join(map(_cost, below))}." if below else ".")
     )
+    smaller = [run for run in front if run["bytes_per_token"] < size]
+    if smaller:
+        next_smaller = smaller[:-3:-1]  # two, the larger first
+        sentence += f"; below that, {' and '.join(_cost(run) for run in next_smaller)}"
+    return f"{sentence}."
 
 
-def _best(runs: Sequence[Run]) -> list[Run]:
-    """The run to name, and those that tie with the least KL.
+def _best(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return the run to name, and those that tie with the least KL.
 
-    The smallest and then plainest within one standard error of the least (Breiman et al., Classification and
-    Regression Trees, 1984, section 3.4.3: the 1 SE rule).
+    The run to name is the smallest and then plainest within one standard error of the least (Breiman et al.,
+    Classification and Regression Trees, 1984, section 3.4.3: the 1 SE rule).
     """
-    least = min(runs, key=lambda run: run["kl_mean"])
+    least = min(runs, key=lambda run: run["kl_mean"])["kl_parts"]
     plainest = sorted(runs, key=lambda run: (run["bytes_per_token"], len(run["format"]), run["kl_mean"]))
-    best = next(run for run in plainest if tied(run, least, errors=1))
-    return [best, *(run for run in plainest if run is not best and tied(run, least))]
+    best = next(run for run in plainest if tied(run["kl_parts"], least, errors=1))
+    ties = [run for run in plainest if run is not best and tied(run["kl_parts"], least)]
+    return [best, *ties]
 
 
-def _cost(run: Run) -> str:
+def _upper_bound(run: RunRecord) -> float:
+    """Return the mean KL that a run surely does not exceed."""
+    return run["kl_mean"] + CONFIDENT_ERRORS * (run["kl_mean_se"] or 0.0)
+
+
+def _cost(run: RunRecord) -> str:
     return f"{run['format']} ({run['bits_per_element']:.3g} bits) costs {_kl(run)}"
 
 
-def _kl(run: Run) -> str:
+def _kl(run: RunRecord) -> str:
     return small(run["kl_mean"], run["kl_mean_se"])
 
 
-def _tied_with(ties: Sequence[Run], comma: str = "; ") -> str:
-    return f"{comma}tied with {_names([run['format'] for run in ties])}" if ties else ""
+def _tied_with(ties: Sequence[RunRecord], separator: str) -> str:
+    if not ties:
+        return ""
+    return f"{separator}tied with {_listed([run['format'] for run in ties])}"
 
 
-def _names(names: Sequence[str]) -> str:
-    """'a, b and c'; 'a, b, c and 4 more'."""
-    shown, rest = list(names[:NAMES]), len(names) - NAMES
-    if rest > 0:
-        shown.append(f"{rest} more")
-    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+def _listed(names: Sequence[str]) -> str:
+    """Join names as 'a, b and c', or 'a, b, c and 4 more'."""
+    shown = list(names[:MAX_NAMES])
+    more = len(names) - MAX_NAMES
+    if more > 0:
+        shown.append(f"{more} more")
+    if len(shown) == 1:
+        return shown[0]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}"

@@ -1,33 +1,30 @@
-"""What a sweep found, and its JSON form."""
+"""The result of a sweep, and its form as JSON."""
 
 import dataclasses
 import json
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import jax
 
 import qpaged
-from qpaged.sweep._attention import AttentionProfile
-from qpaged.sweep._metrics import Accuracy
-from qpaged.sweep._model import Model
-from qpaged.sweep._run import Failure, Greedy, Run, Sweep
+from qpaged.sweep.measure import METRICS, AttentionProfile, Failure, Model, Run, Sweep
 
 VERSION = 2
-RESULTS = "results.json"
-LAST = ("decode_seconds_per_step", "prefill_seconds_per_token", "tokens", "seconds")  # in a run's record
+
+Record = dict[str, Any]
+"""A JSON object."""
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The runs of a sweep, and all that is needed to do it again.
+    """The runs of a sweep, and everything that is needed to repeat it.
 
     Attributes:
+        complete: False after an interrupt.
         tune: the record of a :class:`Tuned`; None for a sweep.
     """
 
@@ -35,11 +32,11 @@ class SweepResult:
     runs: tuple[Run, ...]
     failures: tuple[Failure, ...] = ()
     complete: bool = True
-    tune: dict[str, Any] | None = None
+    tune: Record | None = None
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; see :func:`run_record` for those of a run."""
+    def to_dict(self) -> Record:
+        """Return plain JSON values; see :func:`run_record` for those of a run."""
         record = {
             "version": VERSION,
             "complete": self.complete,
@@ -47,121 +44,117 @@ class SweepResult:
             "runs": [run_record(run) for run in self.runs],
             "failures": [dataclasses.asdict(failure) for failure in self.failures],
         }
-        record["environment"] |= {"date": self.date}
-        if self.runs:  # a search measures on a part of them
+        record["environment"]["date"] = self.date
+        if self.runs:
+            # A search measures its runs on some of the sequences only.
             record["settings"]["sequences"] = self.runs[0].tokens // self.sweep.settings.context
-        return record if self.tune is None else record | {"tune": self.tune}
+        if self.tune is not None:
+            record["tune"] = self.tune
+        return record
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
-def conditions(sweep: Sweep) -> dict[str, Any]:
-    """What the numbers of a run hang on, but for its format."""
-    text, settings = sweep.text, sweep.settings
+def conditions(sweep: Sweep) -> Record:
+    """Return everything but the format that the numbers of a run depend on."""
+    text, settings, tokenizer = sweep.text, sweep.settings, sweep.model.tokenizer
     return {
         "model": _model_record(sweep.model),
         "text": {
             "source": text.source,
             "bytes": len(text.data),
             "sha256": text.sha256,
-            "tokenizer": sweep.model.tokenizer.name,
-            "tokenizer_sha256": sweep.model.tokenizer.sha256,
+            "tokenizer": tokenizer.name,
+            "tokenizer_sha256": tokenizer.sha256,
         },
         "reference": sweep.model.reference,
-        "settings": dataclasses.asdict(settings)
-        | {
+        "settings": {
+            **dataclasses.asdict(settings),
             "decode": settings.decoded,
             "prefill": settings.prefilled,
             "generated": settings.continued,
             "prompt": settings.prompt,
             "sequences": len(sweep.sequences.tokens),
         },
-        "environment": _environment(),
+        "environment": _environment_record(),
     }
 
 
-def run_record(run: Run) -> dict[str, Any]:
-    """A run as JSON: its fields, those of its parts among them; attention's errors by layer and the worst."""
-    record = dataclasses.asdict(run)
-    accuracy, greedy, attention = (record.pop(name) for name in ("accuracy", "greedy", "attention"))
-    rest = {name: record.pop(name) for name in LAST}
-    return (
-        record
-        | accuracy
-        | {f"greedy_{name}": value for name, value in greedy.items()}
-        | {"attention_error": run.worst_attention_error}
-        | {_by_layer(each.name): (attention or {}).get(each.name, []) for each in fields(AttentionProfile)}
-        | rest
-    )
+def same_conditions(record: Mapping[str, Any]) -> list[Any]:
+    """Return the part of the conditions that must be equal for results to be resumed.
+
+    That is hashes, settings and versions; names and dates may differ.
+    """
+    environment = {name: value for name, value in record["environment"].items() if name != "date"}
+    hashes = [record["model"]["sha256"], record["text"]["sha256"], record["text"]["tokenizer_sha256"]]
+    parts = [hashes, record["reference"], record["settings"], environment]
+    return json.loads(json.dumps(parts))  # so that values compare equal to those read from a file
 
 
-def run_of(record: Mapping[str, Any]) -> Run:
-    """The inverse of :func:`run_record`.
+def run_record(run: Run) -> Record:
+    """Return a run as JSON: its fields, its metrics, and the attention errors by layer."""
+    record: Record = {}
+    for attribute in fields(Run):
+        if attribute.name == "metrics":
+            record |= run.metrics
+        elif attribute.name == "attention":
+            record |= _attention_record(run.attention)
+        else:
+            record[attribute.name] = getattr(run, attribute.name)
+    return record
+
+
+def run_from_record(record: Mapping[str, Any]) -> Run:
+    """Return the run that :func:`run_record` recorded.
 
     Raises:
-        KeyError: a number is missing.
+        KeyError: a field or a metric is missing.
     """
-
-    def part(kind: Any, name: Any) -> Any:
-        return kind(**{each.name: record[name(each.name)] for each in fields(kind)})
-
-    attention = None if record["attention_error"] is None else part(AttentionProfile, _by_layer)
-    parts = {
-        "accuracy": part(Accuracy, str),
-        "greedy": part(Greedy, "greedy_{}".format),
-        "attention": attention,
-    }
-    names = {each.name for each in fields(Run)} - parts.keys()
-    return Run(**{name: record[name] for name in names}, **parts)
+    values: Record = {}
+    for attribute in fields(Run):
+        if attribute.name == "metrics":
+            values["metrics"] = _recorded_metrics(record)
+        elif attribute.name == "attention":
+            values["attention"] = _recorded_attention(record)
+        else:
+            values[attribute.name] = record[attribute.name]
+    return Run(**values)
 
 
-def known_runs(sweep: Sweep, directory: Path) -> tuple[Run, ...]:
-    """The runs that an earlier sweep left in ``directory`` and that this one would repeat.
-
-    None of them where the file there is of another version, model, text, tokenizer, settings or environment,
-    or no results at all: a sweep may always be started anew.
-    """
-    try:
-        record = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
-        if record["version"] != VERSION or same_conditions(record) != same_conditions(conditions(sweep)):
-            return ()
-        return tuple(run_of(run) for run in record["runs"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return ()
+def _recorded_metrics(record: Mapping[str, Any]) -> dict[str, float | None]:
+    metrics = {}
+    for metric in METRICS:
+        metrics[metric.key] = record[metric.key]
+        if metric.has_error:
+            metrics[f"{metric.key}_se"] = record[f"{metric.key}_se"]
+    return metrics
 
 
-def same_conditions(record: Mapping[str, Any]) -> Any:
-    """What must be the same for results to be taken up again: hashes, settings and versions, but no names."""
-    environment = {name: value for name, value in record["environment"].items() if name != "date"}
-    hashes = record["model"]["sha256"], record["text"]["sha256"], record["text"]["tokenizer_sha256"]
-    return json.loads(json.dumps([hashes, record["reference"], record["settings"], environment]))
+def _attention_record(attention: AttentionProfile | None) -> Record:
+    """Return the attention errors by layer; empty lists where layers cannot be inspected."""
+    names = [attribute.name for attribute in fields(AttentionProfile)]
+    if attention is None:
+        return {_layer_key(name): [] for name in names}
+    return {_layer_key(name): getattr(attention, name) for name in names}
 
 
-def set_aside(directory: Path) -> Path | None:
-    """Rename the results that lie in ``directory``, so that those of another sweep do not replace them."""
-    path = directory / RESULTS
-    if not path.exists():
+def _recorded_attention(record: Mapping[str, Any]) -> AttentionProfile | None:
+    names = [attribute.name for attribute in fields(AttentionProfile)]
+    lists = {name: record[_layer_key(name)] for name in names}
+    if not lists["error"]:
         return None
-    return path.replace(directory / "results.old.json")
+    return AttentionProfile(**lists)
 
 
-def write_json(result: SweepResult, directory: Path) -> Path:
-    """Write ``results.json``, whole or not at all."""
-    path = directory / RESULTS
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(result.to_json(), encoding="utf-8")
-    partial.replace(path)
-    return path
+def _layer_key(name: str) -> str:
+    """Return the JSON key of a field of AttentionProfile, as ``attention_error_by_layer_se`` of error_se."""
+    if name.endswith("_se"):
+        return f"attention_{name.removesuffix('_se')}_by_layer_se"
+    return f"attention_{name}_by_layer"
 
 
-def _by_layer(name: str) -> str:
-    """``error_se`` as ``attention_error_by_layer_se``."""
-    stem, se = (name[:-3], "_se") if name.endswith("_se") else (name, "")
-    return f"attention_{stem}_by_layer{se}"
-
-
-def _model_record(model: Model) -> dict[str, Any]:
+def _model_record(model: Model) -> Record:
     return {
         "name": model.name,
         "path": model.path or "bundled tiny model",
@@ -175,7 +168,7 @@ def _model_record(model: Model) -> dict[str, Any]:
     }
 
 
-def _environment() -> dict[str, str]:
+def _environment_record() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "jax": jax.__version__,

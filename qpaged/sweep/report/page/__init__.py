@@ -1,5 +1,5 @@
-"""report.html: what a sweep found, on one page that needs no network."""
+"""Writes ``report.html``: a sweep's results on one page that needs no network."""
 
-from qpaged.sweep._report._page import write_report
+from qpaged.sweep.report.page._page import write_report
 
 __all__ = ["write_report"]

@@ -1,4 +1,4 @@
-"""Logarithmic axes of the report's charts, in pixels."""
+"""Logarithmic axes and sizes of the report's charts, in pixels."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ MINUS = "\N{MINUS SIGN}"
 
 @dataclass(frozen=True)
 class LogAxis:
-    """``low`` stands at pixel ``start`` and ``high`` at ``stop``; what is beyond is drawn at the ends."""
+    """An axis from ``low`` at pixel ``start`` to ``high`` at ``stop``; values beyond are drawn at the ends."""
 
     low: float
     high: float
@@ -20,14 +20,22 @@ class LogAxis:
         return round(self.start + min(share, 1.0) * (self.stop - self.start), 1)
 
     def decades(self) -> list[int]:
-        """Powers of ten from end to end."""
-        low, high = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-        return list(range(low, high + 1))
+        """Return the exponents of the powers of ten on the axis."""
+        first = math.ceil(math.log10(self.low) - 1e-9)
+        last = math.floor(math.log10(self.high) + 1e-9)
+        return list(range(first, last + 1))
 
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis and what stands there: with a second line, or a power in superscript."""
+    """A tick of an axis.
+
+    Attributes:
+        at: its pixel.
+        text: its label.
+        power: an exponent in superscript after the label.
+        below: a second line.
+    """
 
     at: float
     text: str
@@ -36,13 +44,13 @@ class Tick:
 
 
 def power_ticks(axis: LogAxis, powers: list[int]) -> list[Tick]:
-    """A tick at each of these powers of ten."""
+    """Return a tick at each of these powers of ten."""
     return [Tick(axis(10.0**power), "10", f"{power}".replace("-", MINUS)) for power in powers]
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a chart, in pixels, and of its margins; text is as large on a phone as on a desk."""
+    """The size of a chart and of its margins; each chart has a wide and a narrow size for phones."""
 
     name: str
     width: int

@@ -1,22 +1,29 @@
-"""The chart of how many tokens have a KL above each value."""
+"""The chart of the share of tokens that have a KL above each value."""
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qpaged.sweep._reading import Run, pareto_front
-from qpaged.sweep._report._axis import LogAxis, Size, Tick, power_ticks
+from qpaged.sweep.report._palette import CURVES
+from qpaged.sweep.report.page._axis import LogAxis, Size, Tick, power_ticks
+from qpaged.sweep.results import RunRecord, pareto_front
 
 SIZES = (Size("wide", 1120, 420, bottom=70), Size("narrow", 358, 380, left=62, right=8, bottom=70))
-SHOWN = 5  # curves at first
-MOSTLY = 0.98  # of the tokens: the axis begins where any format has so many of them above
+FIRST_SHOWN = 5  # curves that are shown before the reader chooses
+MOST_TOKENS = 0.98  # The axis begins where some format still has this share of its tokens above.
 GAP = 17.0  # pixels between the numbers of two curves
-COLORS, DASHES = 6, 4  # report.css has so many
+DASHES = 4  # kinds of dashes in report.css
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The share of tokens whose KL is at least x, at one size; its number stands at (x, y)."""
+    """The share of tokens whose KL is at least x, at one size.
+
+    Attributes:
+        path: of the curve, as SVG.
+        x, y: the pixel where the curve ends, at the worst token.
+        at: the x of the curve's number, which a line leads to.
+    """
 
     path: str
     x: float
@@ -36,66 +43,77 @@ class Chart:
 
 @dataclass(frozen=True)
 class Choice:
-    """A format that can be shown: its number, and whether it is at first."""
+    """A format that the reader can show or hide: its number, and whether it is shown at first."""
 
-    run: Run
+    run: RunRecord
     number: int
     shown: bool
 
     @property
     def style(self) -> str:
-        """Classes of its color and its dashes."""
-        return f"c{(self.number - 1) % COLORS} d{(self.number - 1) % DASHES}"
+        """The CSS classes of its color and its dashes."""
+        return f"c{(self.number - 1) % CURVES} d{(self.number - 1) % DASHES}"
 
 
-def choices(runs: Sequence[Run]) -> list[Choice]:
-    """The front's formats, largest first; :data:`SHOWN` of them, evenly spaced, are shown at first."""
-    front = [run for run in pareto_front(runs)[::-1] if run["kl_max"] > 0]
+def choices(runs: Sequence[RunRecord]) -> list[Choice]:
+    """Return the formats of the Pareto front, largest first; some, evenly spaced, are shown at first."""
+    front = [run for run in reversed(pareto_front(runs)) if run["kl_max"] > 0]
     last = len(front) - 1
-    shown = {round(i * last / (SHOWN - 1)) for i in range(SHOWN)}
+    shown = {round(i * last / (FIRST_SHOWN - 1)) for i in range(FIRST_SHOWN)}
     return [Choice(run, number, number - 1 in shown) for number, run in enumerate(front, 1)]
 
 
-def distribution_chart(runs: Sequence[Run], size: Size) -> Chart:
-    """Of the formats of :func:`choices`, in their order."""
+def distribution_chart(runs: Sequence[RunRecord], size: Size) -> Chart:
+    """Return the chart of the runs of :func:`choices`, in their order."""
     shares = [_shares(run) for run in runs]
-    least = min(1 / run["tokens"] for run in runs)
-    low = min(max((kl for kl, share in curve if share >= MOSTLY), default=curve[0][0]) for curve in shares)
-    x = LogAxis(low, max(run["kl_max"] for run in runs) * 1.6, size.left, size.x_end)
-    y = LogAxis(least, 1.0, size.y_end, size.top)
-    ends = _spread([x(run["kl_max"]) for run in runs], size)
-    curves = [
-        Curve(_path(curve, x, y), x(run["kl_max"]), y(1 / run["tokens"]), end)
-        for run, curve, end in zip(runs, shares, ends, strict=True)
-    ]
-    ticks = [Tick(y(10.0**power), f"{100 * 10.0**power:g} %") for power in y.decades()]
-    return Chart(size, power_ticks(x, x.decades()), ticks, curves)
+    least_share = min(1 / run["tokens"] for run in runs)
+    x = LogAxis(
+        min(_axis_start(curve) for curve in shares),
+        max(run["kl_max"] for run in runs) * 1.6,
+        size.left,
+        size.x_end,
+    )
+    y = LogAxis(least_share, 1.0, size.y_end, size.top)
+    number_places = _spread([x(run["kl_max"]) for run in runs], size)
+    curves = []
+    for run, curve, at in zip(runs, shares, number_places, strict=True):
+        curves.append(Curve(_path(curve, x, y), x(run["kl_max"]), y(1 / run["tokens"]), at))
+    y_ticks = [Tick(y(10.0**power), f"{100 * 10.0**power:g} %") for power in y.decades()]
+    return Chart(size, power_ticks(x, x.decades()), y_ticks, curves)
 
 
-def _shares(run: Run) -> list[tuple[float, float]]:
-    """(KL, share of the tokens with at least that), down to the one token with the most."""
+def _axis_start(curve: Sequence[tuple[float, float]]) -> float:
+    """Return the largest KL that :data:`MOST_TOKENS` of the tokens have."""
+    return max((kl for kl, share in curve if share >= MOST_TOKENS), default=curve[0][0])
+
+
+def _shares(run: RunRecord) -> list[tuple[float, float]]:
+    """Return (KL, share of the tokens with at least that KL), down to the single worst token."""
     histogram, tokens = run["kl_histogram"], run["tokens"]
     edges, counts = histogram["log10_edges"], histogram["counts"]
     above = list(itertools.accumulate(reversed(counts)))[::-1]
-    points = [(10.0**edge, count / tokens) for edge, count in zip(edges, above, strict=False) if count]
-    inside = [point for point in points if point[0] < run["kl_max"]]
-    return [*inside, (run["kl_max"], 1 / tokens)]
+    points = []
+    for edge, count in zip(edges[:-1], above, strict=True):
+        if count and 10.0**edge < run["kl_max"]:
+            points.append((10.0**edge, count / tokens))
+    points.append((run["kl_max"], 1 / tokens))
+    return points
 
 
 def _path(points: Sequence[tuple[float, float]], x: LogAxis, y: LogAxis) -> str:
-    visible = [point for point in points if point[0] >= x.low]
-    return "M" + "L".join(f"{x(kl):.0f} {y(share):.0f}" for kl, share in visible)
+    """Return an SVG path through the points that the axis shows."""
+    return "M" + "L".join(f"{x(kl):.0f} {y(share):.0f}" for kl, share in points if kl >= x.low)
 
 
 def _spread(places: Sequence[float], size: Size) -> list[float]:
-    """Where the numbers stand: in the order of the curves' ends, :data:`GAP` apart, inside the chart."""
-    order = sorted(range(len(places)), key=lambda i: places[i])
-    found, limit = list(places), float(size.left)
+    """Move places apart until they are :data:`GAP` apart, in the same order and inside the chart."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    spread, limit = list(places), float(size.left)
     for i in order:
-        found[i] = max(places[i], limit)
-        limit = found[i] + GAP
+        spread[i] = max(places[i], limit)
+        limit = spread[i] + GAP
     limit = size.x_end - GAP / 2
     for i in reversed(order):
-        found[i] = min(found[i], limit)
-        limit = found[i] - GAP
-    return [round(place, 1) for place in found]
+        spread[i] = min(spread[i], limit)
+        limit = spread[i] - GAP
+    return [round(place, 1) for place in spread]

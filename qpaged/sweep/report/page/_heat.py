@@ -3,15 +3,21 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from qpaged.sweep._number import PLUS_MINUS, small
-from qpaged.sweep._reading import Run
+from qpaged.sweep._numbers import PLUS_MINUS, small
+from qpaged.sweep.results import Results, RunRecord
 
 
 @dataclass(frozen=True)
 class HeatCell:
-    """Its text, the strength of its color in percent, a longer text, and whether it is marked as chosen."""
+    """One number of a map.
+
+    Attributes:
+        text: the number.
+        heat: the strength of its color in percent.
+        long: the number with its standard error; empty if that is unknown.
+        chosen: True if the cell is framed.
+    """
 
     text: str
     heat: int
@@ -31,52 +37,74 @@ class HeatMap:
     most: str
 
 
+@dataclass(frozen=True)
+class Row:
+    """The numbers of a map's row: one for each layer, with standard errors where they are known."""
+
+    name: str
+    values: Sequence[float]
+    errors: Sequence[float | None] | None = None
+
+
 def _percent(value: float) -> str:
-    """A relative error in percent, of two digits."""
+    """Return a relative error in percent, with two digits."""
     value *= 100
     if not value:
         return "0"
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
+    if value >= 9.95:
+        return f"{value:.0f}"
+    if value >= 0.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}"
 
 
 def _short(value: float) -> str:
-    """A KL in the least room."""
-    return small(value) if value >= 1e-3 or not value else f"{value:.0e}".replace("e-0", "e-")
+    """Return a KL in as few characters as possible."""
+    if value >= 1e-3 or not value:
+        return small(value)
+    return f"{value:.0e}".replace("e-0", "e-")
 
 
-ERROR = "Relative error of a layer's attention output, in percent, when only that layer's {} quantized"
-METRICS = (
-    ("attention_error", "error, keys and values", ERROR.format("keys and values are"), _percent),
-    ("attention_error_keys", "error, keys alone", ERROR.format("keys are"), _percent),
-    ("attention_error_values", "error, values alone", ERROR.format("values are"), _percent),
-    (
-        "attention_kl",
-        "attention KL",
-        "KL of a layer's attention weights, in nats, when only that layer is quantized",
-        _short,
-    ),
+ERROR_MEANING = "Relative error of a layer's attention output, in percent, when only that layer's {} quantized"
+KL_MEANING = "KL of a layer's attention weights, in nats, when only that layer is quantized"
+
+# (name of the field, without _by_layer; label; meaning; number format)
+LAYER_METRICS = (
+    ("attention_error", "error, keys and values", ERROR_MEANING.format("keys and values are"), _percent),
+    ("attention_error_keys", "error, keys alone", ERROR_MEANING.format("keys are"), _percent),
+    ("attention_error_values", "error, values alone", ERROR_MEANING.format("values are"), _percent),
+    ("attention_kl", "attention KL", KL_MEANING, _short),
 )
 
 
-def layer_maps(runs: Sequence[Run]) -> list[HeatMap]:
-    """A map for each metric that the layers of the model have; the reference, which is exact, is left out."""
+def layer_fields() -> list[str]:
+    """Return the fields of a run that the maps read."""
+    fields = []
+    for field, *_ in LAYER_METRICS:
+        fields += [f"{field}_by_layer", f"{field}_by_layer_se"]
+    return fields
+
+
+def layer_maps(runs: Sequence[RunRecord]) -> list[HeatMap]:
+    """Return a map for each metric that the results have by layer; the reference, which is exact, is left out."""
     maps = []
-    for field, label, meaning, write in METRICS:
-        seen = [run for run in runs[1:] if run[f"{field}_by_layer"]]
-        rows = [
-            (run["format"], run[f"{field}_by_layer"], run[f"{field}_by_layer_se"] or None) for run in seen
-        ]
+    for field, label, meaning, number in LAYER_METRICS:
+        rows = []
+        for run in runs[1:]:
+            values = run[f"{field}_by_layer"]
+            if values:
+                rows.append(Row(run["format"], values, run[f"{field}_by_layer_se"] or None))
         if rows:
-            maps.append(_map(field.replace("_", "-"), label, meaning, rows, write))
+            maps.append(_map(field.replace("_", "-"), label, meaning, rows, number))
     return maps
 
 
-def sensitivity_maps(tune: dict[str, Any]) -> list[HeatMap]:
-    """What each candidate costs in one layer's keys, and in its values; the chosen ones are marked."""
+def sensitivity_maps(tune: Results) -> list[HeatMap]:
+    """Return maps of what each candidate costs in one layer's keys, and in its values; chosen ones are framed."""
     maps = []
     for side, part in enumerate(("keys", "values")):
         layers = tune["sensitivity"][part]
-        rows = [(name, [layer[i] for layer in layers], None) for i, name in enumerate(tune["candidates"])]
+        rows = [Row(name, [layer[i] for layer in layers]) for i, name in enumerate(tune["candidates"])]
         meaning = f"Mean KL, in nats, when one layer's {part} alone have this format; framed: the chosen one"
         chosen = [layer[side] for layer in tune["layers"]]
         maps.append(_map(f"sensitivity-{part}", part, meaning, rows, _short, chosen))
@@ -84,24 +112,35 @@ def sensitivity_maps(tune: dict[str, Any]) -> list[HeatMap]:
 
 
 def _map(
-    id: str,
+    map_id: str,
     label: str,
     meaning: str,
-    rows: Sequence[tuple[str, Sequence[float], Sequence[float] | None]],
-    write: Callable[[float], str],
+    rows: Sequence[Row],
+    number: Callable[[float], str],
     chosen: Sequence[str] | None = None,
 ) -> HeatMap:
-    values = [value for _, row, _ in rows for value in row]
-    least, most = min((value for value in values if value > 0), default=1.0), max(values) or 1.0
+    """Return a map; ``chosen`` names the row of each layer's framed cell."""
+    values = [value for row in rows for value in row.values]
+    least = min((value for value in values if value > 0), default=1.0)
+    most = max(values) or 1.0
+
+    def cell(row: Row, layer: int) -> HeatCell:
+        value = row.values[layer]
+        long = ""
+        if row.errors is not None:
+            error = row.errors[layer]
+            if error:
+                long = f"{number(value)} {PLUS_MINUS} {number(error)}"
+        is_chosen = chosen is not None and chosen[layer] == row.name
+        return HeatCell(number(value), _heat(value, least, most), long, is_chosen)
+
+    cells = [(row.name, [cell(row, layer) for layer in range(len(row.values))]) for row in rows]
+    return HeatMap(map_id, label, meaning, cells, number(least), number(most))
+
+
+def _heat(value: float, least: float, most: float) -> int:
+    """Return the strength of a value's color in percent, by its logarithm."""
+    if value <= 0:
+        return 0
     span = math.log(most / least) or 1.0
-
-    def cell(name: str, layer: int, value: float, error: float | None) -> HeatCell:
-        heat = round(100 * math.log(value / least) / span) if value > 0 else 0
-        long = f"{write(value)} {PLUS_MINUS} {write(error)}" if error else ""
-        return HeatCell(write(value), heat, long, chosen is not None and chosen[layer] == name)
-
-    cells = [
-        (name, [cell(name, i, value, errors[i] if errors else None) for i, value in enumerate(row)])
-        for name, row, errors in rows
-    ]
-    return HeatMap(id, label, meaning, cells, write(least), write(most))
+    return round(100 * math.log(value / least) / span)

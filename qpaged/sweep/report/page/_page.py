@@ -1,36 +1,49 @@
-"""report.html, from results.json alone."""
+"""Renders ``report.html`` from ``results.json`` alone."""
 
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qpaged.sweep._extras import need
-from qpaged.sweep._number import small
-from qpaged.sweep._reading import SURE, Run, check, closest_first, pareto_front
-from qpaged.sweep._report import _distribution, _frontier
-from qpaged.sweep._report._columns import COLUMNS
-from qpaged.sweep._report._heat import METRICS, layer_maps, sensitivity_maps
-from qpaged.sweep._verdict import FIELDS, sentences
+from qpaged.sweep._numbers import PLUS_MINUS, small
+from qpaged.sweep.measure import METRICS, Metric
+from qpaged.sweep.report import _verdict
+from qpaged.sweep.report._palette import DARK, LIGHT, css_variables
+from qpaged.sweep.report.page import _distribution, _frontier
+from qpaged.sweep.report.page._heat import layer_fields, layer_maps, sensitivity_maps
+from qpaged.sweep.results import CONFIDENT_ERRORS, Results, RunRecord, check, closest_first, pareto_front
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 DIRECTORY = Path(__file__).parent
+COLUMNS = [metric for metric in METRICS if metric.label]
 RUN_FIELDS = (
-    *FIELDS,
-    *(column.field for column in COLUMNS),
-    *(f"{metric[0]}_by_layer{suffix}" for metric in METRICS for suffix in ("", "_se")),
+    *_verdict.FIELDS,
+    *(metric.key for metric in COLUMNS),
+    *layer_fields(),
     "key", "value", "dtype", "kl_histogram", "tokens",
 )  # fmt: skip
+UNKNOWN = "\N{EN DASH}"
 
 
-def write_report(results: dict[str, Any], directory: Path) -> Path:
-    """Write ``report.html``: verdict, Pareto front, table, layers, distribution, tuning, how it was measured.
+@dataclass(frozen=True)
+class Cell:
+    """A number of the table: its value for sorting, its text, and the text of its standard error."""
 
-    One file that needs no network; it reads and prints without JavaScript, which adds cards, sorting and the
-    choice of curves.
+    value: float | None
+    text: str
+    error: str = ""
 
-    Args:
-        results: results.json.
+
+def write_report(results: Results, directory: Path) -> Path:
+    """Write ``report.html``: verdict, Pareto front, table, layers, distribution, tuning, and conditions.
+
+    The page is one file that needs no network. It reads and prints without JavaScript, which adds cards,
+    sorting and the choice of curves.
 
     Raises:
         ValueError: results of another version, or without some of its fields.
@@ -42,7 +55,7 @@ def write_report(results: dict[str, Any], directory: Path) -> Path:
     return path
 
 
-def _render(results: dict[str, Any]) -> str:
+def _render(results: Results) -> str:
     jinja2 = need("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(DIRECTORY),
@@ -51,55 +64,76 @@ def _render(results: dict[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"small": small, "breakable": _breakable}
+    environment.filters |= {"small": small, "breakable": _breakable, "meaning": _meaning}
     runs = closest_first(results["runs"])
-    picked = _distribution.choices(runs)
+    choices = _distribution.choices(runs)
+    distributions = []
+    if choices:
+        chosen_runs = [choice.run for choice in choices]
+        distributions = [_distribution.distribution_chart(chosen_runs, size) for size in _distribution.SIZES]
     return environment.get_template("report.html").render(
         results=results,
         runs=runs,
-        sentences=sentences(results),
+        sentences=_verdict.sentences(results),
         front=pareto_front(runs),
         columns=COLUMNS,
-        sure=SURE,
+        cell=_cell,
+        sure=CONFIDENT_ERRORS,
         frontiers=[_frontier.frontier_chart(runs, size) for size in _frontier.SIZES],
         layer_maps=layer_maps(runs),
-        choices=picked,
-        distributions=_distributions([choice.run for choice in picked]),
+        choices=choices,
+        distributions=distributions,
         tune=_tune(results),
+        light=css_variables(LIGHT),
+        dark=css_variables(DARK),
         css=(DIRECTORY / "report.css").read_text(encoding="utf-8"),
         js=(DIRECTORY / "report.js").read_text(encoding="utf-8"),
     )
 
 
-def _breakable(spelling: str) -> Any:
-    """Escaped, with places where a line may break."""
+def _cell(metric: Metric, run: RunRecord) -> Cell:
+    """Return a metric of a run as a cell of the table."""
+    value = run[metric.key]
+    if value is None:
+        return Cell(None, UNKNOWN)
+    error = run[f"{metric.key}_se"] if metric.has_error else None
+    text, _, error_text = metric.number(value, error or None).partition(f" {PLUS_MINUS} ")
+    return Cell(value, text, error_text)
+
+
+def _meaning(metric: Metric) -> str:
+    """Return a metric's meaning, and which values are better."""
+    if not metric.better:
+        return metric.meaning
+    return f"{metric.meaning}; {metric.better} is better"
+
+
+def _breakable(spelling: str) -> "Markup":
+    """Escape a spelling, and mark where a line may break."""
     return need("markupsafe").Markup("<wbr>").join(re.split(r"(?<=[:+/])", spelling))
 
 
-def _distributions(runs: Sequence[Run]) -> list[_distribution.Chart]:
-    return [_distribution.distribution_chart(runs, size) for size in _distribution.SIZES] if runs else []
-
-
-def _tune(results: dict[str, Any]) -> dict[str, Any] | None:
-    """What the template says of the choice by layer; None where nothing was tuned."""
+def _tune(results: Results) -> dict[str, Any] | None:
+    """Return what the template shows of the choice by layer; None if nothing was tuned."""
     tune = results.get("tune")
     if not tune:
         return None
-    named = {run["format"]: run for run in results["runs"]}
-    keys, values = zip(*tune["layers"], strict=True)
-    return tune | {
-        "maps": sensitivity_maps(tune),
-        "compared": [named[name] for name in (tune["choice"], tune["best_uniform"]) if name in named],
-        "parts": {"keys": _layers_by_format(keys), "values": _layers_by_format(values)},
+    runs = {run["format"]: run for run in results["runs"]}
+    compared = [runs[name] for name in (tune["choice"], tune["best_uniform"]) if name in runs]
+    parts = {
+        "keys": _layers_by_format([key for key, _ in tune["layers"]]),
+        "values": _layers_by_format([value for _, value in tune["layers"]]),
     }
+    return {**tune, "maps": sensitivity_maps(tune), "compared": compared, "parts": parts}
 
 
 def _layers_by_format(formats: Sequence[str]) -> dict[str, str]:
-    """{'int8': '0-2, 5'}: the layers of each format, runs of them joined."""
-    layers: dict[str, list[str]] = {}
+    """Return the layers of each format, with consecutive layers joined, such as {'int8': '0-2, 5'}."""
+    spans: dict[str, list[str]] = {}
     first = 0
     for name, group in itertools.groupby(formats):
         last = first + len(list(group)) - 1
-        layers.setdefault(name, []).append(f"{first}" if first == last else f"{first}\N{EN DASH}{last}")
+        span = f"{first}" if first == last else f"{first}\N{EN DASH}{last}"
+        spans.setdefault(name, []).append(span)
         first = last + 1
-    return {name: ", ".join(spans) for name, spans in layers.items()}
+    return {name: ", ".join(parts) for name, parts in spans.items()}
