@@ -1,7 +1,7 @@
 """Accuracy against memory: measures every format of the cache on a model and a text.
 
-``measure`` runs models and computes metrics, ``results`` keeps them as JSON, ``tune`` searches for a format of
-each layer, and ``report`` shows results.
+``measure`` runs models and computes metrics, ``results`` keeps them as JSON, ``tune`` searches for a format
+of each layer, and ``report`` shows results.
 """
 
 from qpaged.sweep._extras import MissingExtraError, need_sweep_extra

@@ -1,30 +1,27 @@
-"""``qpaged formats``."""
+"""``qpaged formats``: lists the installed formats."""
 
 import argparse
 
 import qpaged
 from qpaged import sweep
-from qpaged.cli._common import FAILED, FINE, say
+from qpaged.cli._output import FAILED, FINE, Subparsers, print_columns, say
 
 
-def add(commands) -> None:
+def add(subparsers: Subparsers) -> None:
     summary = "list the installed formats, their bits per element and what they do"
-    parser = commands.add_parser("formats", help=summary, description=f"{summary}.".capitalize())
+    parser = subparsers.add_parser("formats", help=summary, description=f"{summary}.".capitalize())
     parser.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
     infos, broken = sweep.installed_formats()
-    rows = [(info.spelling, info.granularity, f"{info.bits_per_element:.3f}", info.summary) for info in infos]
     head = ("format", "scales per", "bits", "what it does")
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    for name, granularity, bits, summary in (head, *rows):
-        print(f"{name:{widths[0]}}  {granularity:{widths[1]}}  {bits:>{widths[2]}}  {summary}".rstrip())
+    rows = [(info.spelling, info.granularity, f"{info.bits_per_element:.3f}", info.summary) for info in infos]
+    print_columns(head, rows, "<<><")
     print("\nbits: per element, scales included, for pages of 16 tokens, head_dim 128, logical bfloat16.")
     print("Keys and values apart: KEYS/VALUES, as int8:channel/int8:token. Without quantization: plain.")
-    print(
-        f"Wrappers, after any format that they go with: {', '.join(qpaged.available_wrappers()) or 'none'}."
-    )
+    wrappers = ", ".join(qpaged.available_wrappers()) or "none"
+    print(f"Wrappers, after any format that they go with: {wrappers}.")
     for name, error in broken.items():
         say(args, f"{name}: {error}")
     return FAILED if broken else FINE

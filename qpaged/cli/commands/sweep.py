@@ -1,28 +1,22 @@
-"""``qpaged sweep``."""
+"""``qpaged sweep``: measures formats on a model and a text."""
 
 import argparse
+import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import qpaged
 from qpaged import sweep
-from qpaged.cli._common import (
-    FAILED,
-    FINE,
-    INTERRUPTED,
-    add_job,
-    load_job,
-    make_writable,
-    say,
-    say_if_short,
-    split_formats,
-)
+from qpaged.cli._job import add_job, load_job, publish, say_job, split_formats
+from qpaged.cli._output import INTERRUPTED, Subparsers, make_writable, say
+from qpaged.sweep._numbers import rough_duration
 
 EVERYTHING = "all"
 
 
-def add(commands) -> None:
-    parser = commands.add_parser(
+def add(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
         "sweep",
         help="measure formats on a model and a text: accuracy against memory",
         description="Run a model over a text with a plain cache and with each format; print a table, and "
@@ -40,27 +34,31 @@ def add(commands) -> None:
     parser.set_defaults(run=_run)
 
 
+@dataclass
+class _Formats:
+    """The formats to measure, plugins that are broken, and formats that do not fit the model."""
+
+    spellings: list[str]
+    failures: list[sweep.Failure] = field(default_factory=list)
+    unfit: list[str] = field(default_factory=list)
+
+
 def _run(args: argparse.Namespace) -> int:
     sweep.need_sweep_extra()
-    asked = None if args.formats in (None, EVERYTHING) else split_formats(args.formats)
-    if asked is not None:
-        sweep.sweep_order(asked)
+    lists_installed = args.formats in (None, EVERYTHING)
+    if not lists_installed:
+        # Raise for bad spellings now, before the model is loaded.
+        sweep.sweep_order(split_formats(args.formats))
     make_writable(args.out, "--out")
     model, text, settings = load_job(args)
-    failures: list[sweep.Failure] = []
-    unfit: list[str] = []
-    if asked is None:
-        asked, failures, unfit = _installed(args.formats == EVERYTHING, model.head_dim)
-    job = sweep.Sweep(model, text, tuple(asked), settings)
-    say_if_short(args, job)
-    if unfit:
-        say(args, f"left out, since they do not go with head_dim {model.head_dim}: {', '.join(unfit)}.")
-    known = () if args.fresh else sweep.known_runs(job, args.out)
-    if known:
-        say(args, f"{args.out / sweep.RESULTS} has runs of {', '.join(run.format for run in known)} already.")
-    elif not args.fresh and (kept := sweep.set_aside(args.out)) is not None:
-        say(args, f"{args.out / sweep.RESULTS} was of another sweep, and is kept as {kept.name}.")
-    result = _measure(job, known, failures, args.out)
+    if lists_installed:
+        formats = _installed(args.formats == EVERYTHING, model.head_dim)
+    else:
+        formats = _Formats(split_formats(args.formats))
+    job = sweep.Sweep(model, text, tuple(formats.spellings), settings)
+    known = _known_runs(args, job)
+    _say_plan(args, job, known, formats)
+    result = _measure(job, known, formats.failures, args.out)
     if not result.runs:
         raise KeyboardInterrupt
     try:
@@ -70,52 +68,69 @@ def _run(args: argparse.Namespace) -> int:
         return INTERRUPTED
 
 
-def _installed(wrapped: bool, head_dim: int) -> tuple[list[str], list[sweep.Failure], list[str]]:
-    """The installed formats that go with the model, those that are broken, and those that do not go."""
+def _installed(wrapped: bool, head_dim: int) -> _Formats:
+    """Return the installed formats, with every wrapper too if ``wrapped``."""
     infos, broken = sweep.installed_formats()
-    formats = list(qpaged.available_formats(wrapped=True)) if wrapped else [info.spelling for info in infos]
-    fit, unfit = sweep.fitting(formats, head_dim)
-    return fit, [sweep.Failure(name, error) for name, error in broken.items()], list(unfit)
+    spellings = [info.spelling for info in infos]
+    if wrapped:
+        spellings = list(qpaged.available_formats(wrapped=True))
+    fit, unfit = sweep.fitting(spellings, head_dim)
+    failures = [sweep.Failure(name, error) for name, error in broken.items()]
+    return _Formats(fit, failures, list(unfit))
+
+
+def _known_runs(args: argparse.Namespace, job: sweep.Sweep) -> Sequence[sweep.Run]:
+    """Return the runs in --out that need not be repeated."""
+    if args.fresh:
+        return ()
+    return sweep.known_runs(job, args.out)
+
+
+def _say_plan(
+    args: argparse.Namespace, job: sweep.Sweep, known: Sequence[sweep.Run], formats: _Formats
+) -> None:
+    """Say what runs, how long that takes if it is known, and where files go; then what is left out."""
+    pending = job.pending(known)
+    count = f"{len(pending)} format" if len(pending) == 1 else f"{len(pending)} formats"
+    say_job(args, job, count, str(args.out.resolve()))
+    results = args.out / sweep.RESULTS
+    if known:
+        names = ", ".join(run.format for run in known)
+        say(args, f"{results} has runs of {names} already.")
+        if pending:
+            seconds = len(pending) * statistics.median(run.seconds for run in known)
+            say(args, f"about {rough_duration(seconds)}, by the time that those took.")
+    elif not args.fresh:
+        kept = sweep.set_aside(args.out)
+        if kept is not None:
+            say(args, f"{results} was of another sweep, and is kept as {kept.name}.")
+    if formats.unfit:
+        head_dim, unfit = job.model.head_dim, ", ".join(formats.unfit)
+        say(args, f"left out, since they do not go with head_dim {head_dim}: {unfit}.")
 
 
 def _measure(
-    job: sweep.Sweep, known: Sequence[sweep.Run], failures: list[sweep.Failure], out: Path
+    job: sweep.Sweep, known: Sequence[sweep.Run], failures: list[sweep.Failure], directory: Path
 ) -> sweep.SweepResult:
-    """Everything, or what was finished when the user interrupted; results.json holds it after each format."""
+    """Measure everything, or what is finished when the user interrupts; write results after each format."""
+    failures = list(failures)
     runs: list[sweep.Run] = []
 
     def result(complete: bool) -> sweep.SweepResult:
-        done = {run.identity for run in runs}
-        rest = [run for run in known if run.identity not in done]  # lest a rerun lose them
-        return sweep.SweepResult(job, (*runs, *rest), tuple(failures), complete)
+        identities = {run.identity for run in runs}
+        # Runs that this sweep was not asked for, or did not come to yet, stay in the file.
+        kept = [run for run in known if run.identity not in identities]
+        return sweep.SweepResult(job, (*runs, *kept), tuple(failures), complete)
 
+    total = job.tokens * len(job.pending(known))
     try:
-        with sweep.progress_bar(job.tokens * len(job.pending(known)), "sweep") as report:
-            for outcome in job.run(report, known):
+        with sweep.progress_bar(total, "sweep") as progress:
+            for outcome in job.run(progress, known):
                 if isinstance(outcome, sweep.Run):
                     runs.append(outcome)
                 else:
                     failures.append(outcome)
-                sweep.write_json(result(complete=False), out)
+                sweep.write_json(result(complete=False), directory)
     except KeyboardInterrupt:
         return result(complete=False)
     return result(complete=True)
-
-
-def publish(args: argparse.Namespace, result: sweep.SweepResult, out: Path) -> int:
-    """Write the files, and print."""
-    sweep.write_json(result, out)
-    results = result.to_dict()
-    sweep.write_figures(results, out)
-    report = sweep.write_report(results, out)
-    if args.json:
-        print(result.to_json(), end="")
-    else:
-        sweep.print_table(results)
-        print(f"The report: {report}")
-    for failure in result.failures:
-        say(args, f"{failure.format} failed: {failure.error}")
-    if not result.complete:
-        say(args, f"interrupted; finished: {', '.join(run.format for run in result.runs)}.")
-        return INTERRUPTED
-    return FAILED if result.failures else FINE

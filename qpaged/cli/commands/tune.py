@@ -1,25 +1,15 @@
-"""``qpaged tune``."""
+"""``qpaged tune``: finds a format for each layer."""
 
 import argparse
 from pathlib import Path
 
 from qpaged import sweep
-from qpaged.cli._common import (
-    FAILED,
-    FINE,
-    INTERRUPTED,
-    add_job,
-    load_job,
-    make_writable,
-    say,
-    say_if_short,
-    split_formats,
-)
-from qpaged.cli._sweep import publish
+from qpaged.cli._job import add_job, load_job, publish, say_job, split_formats
+from qpaged.cli._output import FAILED, FINE, INTERRUPTED, Subparsers, make_writable, say
 
 
-def add(commands) -> None:
-    parser = commands.add_parser(
+def add(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
         "tune",
         help="find a format for each layer, keys and values apart, within a budget of bits or of KL",
         description="Measure what each format does to the keys and to the values of each layer, choose the "
@@ -52,30 +42,27 @@ def add(commands) -> None:
 def _run(args: argparse.Namespace) -> int:
     sweep.need_sweep_extra()
     budget = sweep.Budget(args.bits, args.max_kl)
-    if args.out.suffix != ".json":
-        raise ValueError(f"--out must be a file that ends in .json, but came as {args.out}.")
-    if args.out.is_dir():
-        raise ValueError(f"--out must be a file, but {args.out} is a directory.")
-    directory = args.out.with_suffix("") if args.report is None else args.report
-    make_writable(args.out.parent, "--out")
-    make_writable(directory, "--report")
+    directory = _output_directory(args)
     if args.formats is not None:
+        # Raise for bad spellings now, before the model is loaded.
         sweep.sweep_order(split_formats(args.formats))
     model, text, settings = load_job(args)
-    formats = (
-        sweep.default_candidates(model.head_dim) if args.formats is None else split_formats(args.formats)
-    )
+    if args.formats is None:
+        formats = sweep.default_candidates(model.head_dim)
+    else:
+        formats = split_formats(args.formats)
     job = sweep.Sweep(model, text, tuple(formats), settings)
-    say_if_short(args, job)
     tune = sweep.Tune(job, budget, args.out.name)
+    candidates = f"{len(tune.candidates)} candidates for keys and values of {tune.layers} layers"
+    say_job(args, job, candidates, f"{args.out.resolve()} and {directory.resolve()}")
     journal = sweep.Journal(
         args.out.with_name(f"{args.out.name}.partial"),
         sweep.same_conditions(sweep.conditions(job)),
         args.fresh,
     )
     try:
-        with sweep.progress_bar(tune.tokens, "tune") as report:
-            tuned = tune.run(journal, report)
+        with sweep.progress_bar(tune.tokens, "tune") as progress:
+            tuned = tune.run(journal, progress)
     except sweep.UnattainableError as error:
         say(args, str(error))
         return FAILED
@@ -89,3 +76,21 @@ def _run(args: argparse.Namespace) -> int:
         print(f"The format: {args.out}")
     journal.path.unlink(missing_ok=True)
     return status if tuned.failures else FINE
+
+
+def _output_directory(args: argparse.Namespace) -> Path:
+    """Check --out and --report, and return the directory of the report.
+
+    Raises:
+        ValueError: --out is no JSON file, or nothing can be written there.
+    """
+    if args.out.suffix != ".json":
+        raise ValueError(f"--out must be a file that ends in .json, but came as {args.out}.")
+    if args.out.is_dir():
+        raise ValueError(f"--out must be a file, but {args.out} is a directory.")
+    directory = args.report
+    if directory is None:
+        directory = args.out.with_suffix("")
+    make_writable(args.out.parent, "--out")
+    make_writable(directory, "--report")
+    return directory

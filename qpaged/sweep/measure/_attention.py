@@ -1,7 +1,7 @@
 """Measures what a format does to the attention of each layer by itself.
 
-A plain run goes ahead. Each layer's queries, keys and values of that run are also given to the measured cache,
-so that a layer's error is its own and does not include the errors of earlier layers.
+A plain run goes ahead. Each layer's queries, keys and values of that run are also given to the measured
+cache, so that a layer's error is its own and does not include the errors of earlier layers.
 """
 
 import functools

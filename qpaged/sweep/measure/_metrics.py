@@ -323,9 +323,7 @@ METRICS = (
         label="perplexity ratio",
         number=fixed(4),
         on_card=True,
-        table=TableColumn(
-            "perplexity\nratio - 1", scientific_excess, NARROW, with_error=True, in_docs=True
-        ),
+        table=TableColumn("perplexity\nratio - 1", scientific_excess, NARROW, with_error=True, in_docs=True),
     ),
     Metric(
         "attention_error",

@@ -153,9 +153,7 @@ def _prefill(model: Model, stream: Stream, batch: np.ndarray, first: int) -> Ite
         start = time.perf_counter()
 
 
-def _part(
-    model: Model, rows: slice, columns: slice, outputs: jax.Array, start: float, decoded: bool
-) -> Part:
+def _part(model: Model, rows: slice, columns: slice, outputs: jax.Array, start: float, decoded: bool) -> Part:
     logits = jax.block_until_ready(model.logits(outputs))
     return Part(rows, columns, outputs, logits, time.perf_counter() - start, decoded)
 

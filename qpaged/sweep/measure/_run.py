@@ -79,7 +79,9 @@ class Run:
         """Deprecated; :attr:`metrics` has these numbers under ``greedy_...``."""
         _warn_moved("greedy")
         prefix = "greedy_"
-        named = [(key.removeprefix(prefix), value) for key, value in self.metrics.items() if key.startswith(prefix)]
+        named = [
+            (key.removeprefix(prefix), value) for key, value in self.metrics.items() if key.startswith(prefix)
+        ]
         return Greedy(**dict(named))
 
     def _number(self, key: str) -> float:

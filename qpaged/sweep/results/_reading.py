@@ -67,7 +67,9 @@ def closest_first(runs: Sequence[RunRecord]) -> list[RunRecord]:
     return [runs[0], *sorted(runs[1:], key=lambda run: (run["kl_mean"], run["bytes_per_token"]))]
 
 
-def tied(kl_parts: Sequence[float], other_kl_parts: Sequence[float], errors: float = CONFIDENT_ERRORS) -> bool:
+def tied(
+    kl_parts: Sequence[float], other_kl_parts: Sequence[float], errors: float = CONFIDENT_ERRORS
+) -> bool:
     """Return True if two mean KLs differ by at most so many standard errors of their difference.
 
     The difference is taken part by part of the text, since both formats saw the same text.

@@ -65,7 +65,9 @@ def _short(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-")
 
 
-ERROR_MEANING = "Relative error of a layer's attention output, in percent, when only that layer's {} quantized"
+ERROR_MEANING = (
+    "Relative error of a layer's attention output, in percent, when only that layer's {} quantized"
+)
 KL_MEANING = "KL of a layer's attention weights, in nats, when only that layer is quantized"
 
 # (name of the field, without _by_layer; label; meaning; number format)
