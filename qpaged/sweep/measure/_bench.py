@@ -25,7 +25,7 @@ Progress = Callable[[str, int], None]
 class _Predicted:
     """Predictions in a format, the stream that they went through, and the time they took."""
 
-    predictions: Predictions
+    predictions: Predictions[np.ndarray]
     stream: Stream
     timing: Timing
     seconds: float

@@ -114,7 +114,12 @@ class Decoder:
     ) -> jax.Array:  # [n, hidden_size] float32
         """Return the last hidden states of tokens at their positions."""
         return final_hidden(
-            self.params, self.config, jnp.asarray(tokens), position, attend, dtype=COMPUTE_DTYPE
+            self.params,
+            self.config,
+            jnp.asarray(tokens),
+            jnp.asarray(position),
+            attend,
+            dtype=COMPUTE_DTYPE,
         )
 
     def attention_profile(

@@ -6,7 +6,7 @@ To add a metric, write its function and add one entry to :data:`METRICS`. The ta
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,10 @@ from qpaged.sweep.measure._statistics import Estimate, divergence, jackknife, to
 BF16_BYTES = 2
 
 
-class Predictions(NamedTuple):
+Array = TypeVar("Array", jax.Array, np.ndarray)
+
+
+class Predictions(NamedTuple, Generic[Array]):
     """Every predicted token in a format beside the reference's prediction; arrays [sequences, tokens].
 
     Attributes:
@@ -29,10 +32,10 @@ class Predictions(NamedTuple):
         same_top: 1 where both give the same token the highest probability, else 0.
     """
 
-    kl: np.ndarray
-    log_p: np.ndarray
-    log_q: np.ndarray
-    same_top: np.ndarray
+    kl: Array
+    log_p: Array
+    log_q: Array
+    same_top: Array
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Measurement:
         prefill_seconds_per_token: median; None if nothing was prefilled.
     """
 
-    predictions: Predictions
+    predictions: Predictions[np.ndarray]
     token_bytes: np.ndarray
     continuations: np.ndarray
     reference_continuations: np.ndarray
@@ -79,6 +82,10 @@ class TableColumn:
     min_width: int | None = 0
     with_error: bool = False
     in_docs: bool = False
+
+    @property
+    def one_line_heading(self) -> str:
+        return self.heading.replace("/\n", "/").replace("\n", " ")
 
 
 # Widths from which on a terminal has room for more columns.
@@ -117,7 +124,7 @@ def compare(
     reference: jax.Array,  # [..., vocabulary]
     logits: jax.Array,  # [..., vocabulary]
     truth: jax.Array,  # [...] integers: the tokens that came next
-) -> Predictions:
+) -> Predictions[jax.Array]:
     """Compare predictions with the reference's token by token, in float32."""
     log_p = jax.nn.log_softmax(reference.astype(jnp.float32), axis=-1)
     log_q = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)

@@ -96,7 +96,7 @@ def predict(
     settings: Settings,
     reference: Reference | None,
     advance: Advance,
-) -> tuple[Predictions, Timing, Reference]:
+) -> tuple[Predictions[np.ndarray], Timing, Reference]:
     """Predict all tokens and compare them with the reference's predictions.
 
     Without a reference, they are compared with themselves and returned as the reference.

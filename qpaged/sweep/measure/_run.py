@@ -79,10 +79,8 @@ class Run:
         """Deprecated; :attr:`metrics` has these numbers under ``greedy_...``."""
         _warn_moved("greedy")
         prefix = "greedy_"
-        named = [
-            (key.removeprefix(prefix), value) for key, value in self.metrics.items() if key.startswith(prefix)
-        ]
-        return Greedy(**dict(named))
+        keys = [key for key in self.metrics if key.startswith(prefix)]
+        return Greedy(**{key.removeprefix(prefix): self.metrics[key] for key in keys})
 
     def _number(self, key: str) -> float:
         """Return a metric that every run has."""

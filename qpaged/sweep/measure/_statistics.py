@@ -38,7 +38,7 @@ def token_estimate(statistic: Statistic, *values: np.ndarray) -> Estimate:
 
 
 def stretches(*values: np.ndarray) -> np.ndarray:
-    """Return sums [units, values] of per-token values [sequences, tokens], over each sequence or part of it."""
+    """Sum per-token values [sequences, tokens] over each sequence, or part of one, to [units, values]."""
     sequences, tokens = values[0].shape
     parts = min(-(-MIN_UNITS // sequences), tokens)
     stacked = np.stack(values, axis=-1).astype(np.float64)

@@ -88,7 +88,8 @@ class StepStream:
 
     def _split(self, leaves: list[Pytree]) -> tuple[list[Pytree], list[Pytree]]:
         """Return the leaves of the cache, and the others."""
-        cache, rest = [], []
+        cache: list[Pytree] = []
+        rest: list[Pytree] = []
         for leaf, in_cache in zip(leaves, self._in_cache, strict=True):
             (cache if in_cache else rest).append(leaf)
         return cache, rest

@@ -139,12 +139,11 @@ def _write_name(axes: "Axes", dot: Dot, box: Box, point: Point) -> None:
         anchor, alignment, weight, edge = box.right, "right", "bold", 1
     else:
         anchor, alignment, weight, edge = box.left, "left", "normal", 0
-    line = None
+    line: dict[str, object] | None = None
     if abs(middle - y) > FONT_SIZE:
         nearest = min(max((x - box.left) / (box.right - box.left), 0), 1)
-        line = {
-            "arrowstyle": "-", "lw": 0.6, "color": MUTED, "shrinkA": 0, "shrinkB": 4, "relpos": (nearest, edge)
-        }  # fmt: skip
+        line = {"arrowstyle": "-", "lw": 0.6, "color": MUTED, "shrinkA": 0, "shrinkB": 4}
+        line["relpos"] = (nearest, edge)  # the point of the name's box that the line starts from
     axes.annotate(
         dot.run["format"], (dot.x, dot.y), (anchor - x, y - middle),
         textcoords="offset points", fontsize=FONT_SIZE, fontweight=weight, va="center", ha=alignment,

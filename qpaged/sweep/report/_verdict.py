@@ -33,7 +33,8 @@ def sentences(results: Results) -> list[str]:
     """Return what the formats cost, sentence by sentence.
 
     Failures and interrupts come first; then the closest format that halves the cache; the smallest format
-    below :data:`NEARLY_EXACT`, and what the next smaller ones cost; last the choice by layer, if there is one.
+    below :data:`NEARLY_EXACT`, and what the next smaller ones cost; last the choice by layer, if any.
+
     Formats whose difference is within the error bars are called tied.
 
     Raises:

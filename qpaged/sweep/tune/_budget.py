@@ -44,7 +44,7 @@ class Budget:
         return run.bits_per_element <= self.bits_or_inf and run.kl_mean <= self.max_kl_or_inf
 
     def rank(self, run: Run) -> tuple[float, float]:
-        """Return a key that sorts runs, best first: by KL within bounded bits, by bits within a bounded KL."""
+        """Return a key that sorts the best runs first: by bits where KL is bounded, else by KL."""
         if self.max_kl is None:
             return run.kl_mean, run.bits_per_element
         return run.bits_per_element, run.kl_mean

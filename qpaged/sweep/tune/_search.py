@@ -20,7 +20,7 @@ from qpaged.sweep.tune._tuned import SIDES, Tuned
 from qpaged.sweep.tune._verifier import Verifier
 
 MAX_ROUNDS = 4
-"""Choices that are verified, at most: one that misses the bound on KL is followed by one for a tighter bound."""
+"""Choices that are verified, at most: after one that misses the bound on KL, the bound is tightened."""
 
 PAIRS = 3
 """Uniform formats with keys and values apart that a choice is compared with."""
@@ -221,7 +221,5 @@ class Tune:
 def _one_side(layer: int, side: int, candidate: CacheFormat) -> CacheFormat:
     """Return the plain format with only the keys (0) or the values (1) of one layer in a candidate."""
     if SIDES[side] == "keys":
-        pair = CacheFormat(key=candidate.key)
-    else:
-        pair = CacheFormat(value=candidate.value)
-    return PLAIN.with_layers({layer: pair})
+        return PLAIN.with_layers({layer: CacheFormat(key=candidate.key)})
+    return PLAIN.with_layers({layer: CacheFormat(value=candidate.value)})

@@ -1,7 +1,7 @@
 """Solves for the best choice of formats by dynamic programming over bits.
 
-It is a knapsack problem: each layer's keys and each layer's values are an item that takes one of the candidates,
-which costs bits and adds its sensitivity to the predicted KL.
+It is a knapsack problem: each layer's keys and each layer's values are an item that takes one of the
+candidates, which costs bits and adds its sensitivity to the predicted KL.
 """
 
 import math

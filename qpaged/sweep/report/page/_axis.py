@@ -8,7 +8,7 @@ MINUS = "\N{MINUS SIGN}"
 
 @dataclass(frozen=True)
 class LogAxis:
-    """An axis from ``low`` at pixel ``start`` to ``high`` at ``stop``; values beyond are drawn at the ends."""
+    """An axis from ``low`` at pixel ``start`` to ``high`` at ``stop``; values beyond it stand at its ends."""
 
     low: float
     high: float

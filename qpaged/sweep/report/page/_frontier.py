@@ -125,7 +125,7 @@ def _named(dots: list[Dot], front: Sequence[tuple[float, float]], size: Size) ->
 
 
 def _with_name(dot: Dot, box: Box | None) -> Dot:
-    """Return a dot with its name in a box; names on the front end at its right edge, others start at its left."""
+    """Return a dot with its name in a box: right-aligned for a dot on the front, else left-aligned."""
     if box is None:
         return dot
     middle = (box.top + box.bottom) / 2

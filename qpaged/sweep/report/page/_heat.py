@@ -88,7 +88,7 @@ def layer_fields() -> list[str]:
 
 
 def layer_maps(runs: Sequence[RunRecord]) -> list[HeatMap]:
-    """Return a map for each metric that the results have by layer; the reference, which is exact, is left out."""
+    """Return a map for each metric that the results have by layer, without the reference, which is exact."""
     maps = []
     for field, label, meaning, number in LAYER_METRICS:
         rows = []
@@ -102,7 +102,7 @@ def layer_maps(runs: Sequence[RunRecord]) -> list[HeatMap]:
 
 
 def sensitivity_maps(tune: Results) -> list[HeatMap]:
-    """Return maps of what each candidate costs in one layer's keys, and in its values; chosen ones are framed."""
+    """Return maps of each candidate's cost in one layer's keys, and values; the chosen ones are framed."""
     maps = []
     for side, part in enumerate(("keys", "values")):
         layers = tune["sensitivity"][part]
