@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 import qpaged
 from qpaged.cli import main
-from qpaged.cli._plan import size
+from qpaged.cli.commands.plan import size
 from qpaged.models import DecoderConfig
 from qpaged.plan import plan
 

@@ -13,7 +13,7 @@ import qpaged.sweep
 from qpaged.cli import main
 from qpaged.models import DecoderConfig, init_params, save_checkpoint
 from qpaged.sweep import Decoder
-from qpaged.sweep._model import Prefilled
+from qpaged.sweep.measure import Prefilled
 
 SAMPLE = Path(__file__).parent / "sample_results.json"
 

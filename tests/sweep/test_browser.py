@@ -8,8 +8,8 @@ import subprocess
 import pytest
 from conftest import SAMPLE
 
-from qpaged.sweep._reading import closest_first
-from qpaged.sweep._report import write_report
+from qpaged.sweep import write_report
+from qpaged.sweep.results import closest_first
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

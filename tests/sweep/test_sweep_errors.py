@@ -6,9 +6,9 @@ import jax
 import pytest
 from conftest import SIZES
 
-import qpaged.sweep._run as run_module
 from qpaged.cli import main
 from qpaged.models import DecoderConfig, init_params, save_checkpoint
+from qpaged.sweep import Sweep
 
 
 def one_line(found):
@@ -96,7 +96,7 @@ def test_wrong_usage(arguments, capsys):
 
 
 def test_a_text_shorter_than_asked_for_is_told(sweep, monkeypatch):
-    monkeypatch.setattr(run_module.Sweep, "run", lambda self, report, known: iter(()))
+    monkeypatch.setattr(Sweep, "run", lambda self, progress, known: iter(()))
     found = sweep("--tokens", 6400, "--formats", "int8")
     assert "is enough for 960 tokens only" in found.err
 

@@ -7,12 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qpaged.sweep._extras import MissingExtraError
-from qpaged.sweep._figure import write_figures
-from qpaged.sweep._labels import Box, around, place_names
-from qpaged.sweep._reading import closest_first, pareto_front
-from qpaged.sweep._report import write_report
-from qpaged.sweep._report._distribution import SIZES
+from qpaged.sweep import MissingExtraError, write_figures, write_report
+from qpaged.sweep.report._labels import Box, box_around, place_names
+from qpaged.sweep.report.page._distribution import SIZES
+from qpaged.sweep.results import closest_first, pareto_front
 
 pytest.importorskip("jinja2", reason="jinja2 comes with qpaged[sweep]")
 
@@ -213,7 +211,7 @@ FRAME = Box(0, 0, 400, 300)
 
 def test_names_touch_neither_each_other_nor_dots():
     dots = [(200.0, 100.0, 80.0, True), (205.0, 104.0, 80.0, True), (210.0, 96.0, 80.0, False)]
-    obstacles = [around(x, y, 5) for x, y, _, _ in dots]
+    obstacles = [box_around(x, y, 5) for x, y, _, _ in dots]
     places = place_names(dots, obstacles, FRAME, 12)
     assert None not in places
     taken = [*places, *obstacles]

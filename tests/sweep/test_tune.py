@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import qpaged
-import qpaged.sweep._tune as tune_module
-from qpaged.sweep._tune import Journal, UnattainableError, choose
+from qpaged.sweep import Journal, Tune, UnattainableError
+from qpaged.sweep.tune._solver import choose
 
 SMALL = ("--tokens", 400, "--context", 48, "--page-size", 8)
 BITS = np.array([8.25, 4.5, 4.25, 2.5])
@@ -161,7 +161,7 @@ def test_bad_usage_is_told(tune, quick, arguments, said):
 
 
 def test_a_uniform_format_that_keeps_the_budget_is_a_choice(tune, quick, monkeypatch):
-    monkeypatch.setattr(tune_module.Tune, "_sensitivity", lambda self, names, *_: np.ones((2, 2, len(names))))
+    monkeypatch.setattr(Tune, "_sensitivity", lambda self, names, *_: np.ones((2, 2, len(names))))
     results = json.loads(tune("--max-kl", 0.1, "--formats", "int8:token,int4:token", "--json").out)
     assert results["tune"]["layers"] == [["int4:token"] * 2] * 2 and results["tune"]["predicted_kl"] is None
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from qpaged.sweep._number import percent, small
-from qpaged.sweep._verdict import verdict
+from qpaged.sweep import verdict
+from qpaged.sweep._numbers import percent, small
 
 ORDER: dict[str, int] = {}
 

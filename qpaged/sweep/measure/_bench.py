@@ -14,7 +14,7 @@ from qpaged.sweep.measure._model import Model, Stream
 from qpaged.sweep.measure._predictions import Reference, Timing, predict
 from qpaged.sweep.measure._run import PLAIN, Run, identity, layer_spellings
 from qpaged.sweep.measure._settings import Settings
-from qpaged.sweep.measure._statistics import kl_histogram, stretches
+from qpaged.sweep.measure._statistics import kl_histogram, part_means
 from qpaged.sweep.measure._text import Sequences
 
 Progress = Callable[[str, int], None]
@@ -94,7 +94,7 @@ class Bench:
             layers=layers,
             dtype=predicted.stream.dtype,
             metrics=compute_metrics(measurement),
-            kl_parts=_kl_parts(predicted.predictions.kl),
+            kl_parts=part_means(predicted.predictions.kl),
             kl_histogram=kl_histogram(predicted.predictions.kl),
             attention=attention,
             tokens=self._sequences.bytes.size,
@@ -122,9 +122,3 @@ class Bench:
     def _continue(self, stream: Stream) -> np.ndarray:
         prompts = self._sequences.tokens[: self._settings.prompts, : self._settings.prompt]
         return greedy_continuations(self._model, stream, prompts, self._settings)
-
-
-def _kl_parts(kl: np.ndarray) -> list[float]:
-    """Return the mean KL of each part of the text over which standard errors are taken."""
-    sums = stretches(kl, np.ones_like(kl))
-    return (sums[:, 0] / sums[:, 1]).tolist()

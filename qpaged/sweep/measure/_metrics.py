@@ -18,7 +18,6 @@ from qpaged.sweep.measure._statistics import Estimate, divergence, jackknife, to
 
 BF16_BYTES = 2
 
-
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
 

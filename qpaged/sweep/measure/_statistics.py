@@ -45,6 +45,12 @@ def stretches(*values: np.ndarray) -> np.ndarray:
     return np.concatenate([part.sum(axis=1) for part in np.array_split(stacked, parts, axis=1)])
 
 
+def part_means(values: np.ndarray) -> list[float]:
+    """Return the mean of per-token values over each part that :func:`stretches` cuts."""
+    sums = stretches(values, np.ones_like(values))
+    return (sums[:, 0] / sums[:, 1]).tolist()
+
+
 def jackknife(sums: np.ndarray, statistic: Statistic) -> Estimate:
     """Estimate a smooth statistic of the total of ``sums`` [units, values] (Tukey, 1958).
 
