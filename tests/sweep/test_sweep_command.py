@@ -6,7 +6,7 @@ import pytest
 
 import qpaged
 from qpaged.cli import main
-from qpaged.sweep import DTYPES
+from qpaged.sweep import DTYPES, METRICS
 
 SMALL = ("--tokens", 200, "--context", 48, "--page-size", 8)
 FORMATS = "raw,int8:token/int8"
@@ -69,7 +69,9 @@ def test_every_run_has_every_number(finished):
     _, results = finished
     for run in results["runs"]:
         names = {"format", "identity", "key", "value", "layers", "dtype", "kl_parts", "kl_histogram"}
-        assert run.keys() == NUMBERS | BY_LAYER | names
+        assert run.keys() >= NUMBERS | BY_LAYER | names  # what version 2 has had from its beginning
+        metrics = {metric.key for metric in METRICS} | {f"{m.key}_se" for m in METRICS if m.has_error}
+        assert run.keys() == metrics | BY_LAYER | names | {"tokens", "seconds"}
         assert all(isinstance(run[name], int | float) for name in NUMBERS)
         assert run["tokens"] == 192 == sum(run["kl_histogram"]["counts"]) + run["kl_histogram"]["below"]
         assert all(len(run[name]) == 2 for name in BY_LAYER)

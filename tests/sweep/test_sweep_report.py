@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qpaged.sweep import MissingExtraError, write_figures, write_report
+from qpaged.sweep import METRICS, MissingExtraError, write_figures, write_report
 from qpaged.sweep.report._labels import Box, box_around, place_names
 from qpaged.sweep.report.page._distribution import SIZES
 from qpaged.sweep.results import closest_first, pareto_front
@@ -175,6 +175,15 @@ def test_results_of_another_version_are_refused(sample, tmp_path):
         with pytest.raises(ValueError, match=expected if write is write_report else "came as version 1;"):
             write(sample | {"version": 1}, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_metric_that_older_results_lack_is_unknown(sample, report):
+    for run in sample["runs"]:
+        del run["perplexity_ratio"], run["greedy_same"]
+    page = report(sample)
+    columns = [metric.key for metric in METRICS if metric.label]
+    numbers = [found["data-v"] for found in page.of("td") if "data-v" in found]
+    assert numbers[columns.index("perplexity_ratio") :: len(columns)] == [""] * len(sample["runs"])
 
 
 def test_results_without_a_run_are_refused(sample, tmp_path):

@@ -71,7 +71,7 @@ def shown_metrics(width: int) -> list[Metric]:
 def cell_text(metric: Metric, run: RunRecord, with_error: bool) -> str:
     """Return a metric of a run as tables of text show it; empty if it was not measured."""
     assert metric.table is not None
-    value = run[metric.key]
+    value = run.get(metric.key)
     if value is None:
         return ""
     error = None

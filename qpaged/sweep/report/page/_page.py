@@ -23,10 +23,11 @@ DIRECTORY = Path(__file__).parent
 COLUMNS = [metric for metric in METRICS if metric.label]
 RUN_FIELDS = (
     *_verdict.FIELDS,
-    *(metric.key for metric in COLUMNS),
     *layer_fields(),
-    "key", "value", "dtype", "kl_histogram", "tokens",
+    "key", "value", "dtype", "kl_median", "kl_p99", "kl_max", "kl_histogram", "tokens",
 )  # fmt: skip
+"""Fields that results must have; any other metric may be missing, as in results from before it existed."""
+
 UNKNOWN = "\N{EN DASH}"
 
 
@@ -93,7 +94,7 @@ def _render(results: Results) -> str:
 
 def _cell(metric: Metric, run: RunRecord) -> Cell:
     """Return a metric of a run as a cell of the table."""
-    value = run[metric.key]
+    value = run.get(metric.key)
     if value is None:
         return Cell(None, UNKNOWN)
     error = run[f"{metric.key}_se"] if metric.has_error else None
