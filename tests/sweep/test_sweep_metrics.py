@@ -95,7 +95,7 @@ def compared():
 
 def test_metrics_are_those_of_their_formulas(compared):
     predictions, token_bytes = compared
-    kl, log_p, log_q, same_top = predictions
+    kl, log_p, log_q = predictions.kl, predictions.log_p, predictions.log_q
     found = metrics(predictions, token_bytes)
     ordered = np.sort(kl, axis=None)
     assert found.kl_mean == pytest.approx(kl.mean())
@@ -110,7 +110,7 @@ def test_metrics_are_those_of_their_formulas(compared):
     assert found.probability_change_rms == pytest.approx(
         math.sqrt(((np.exp(log_q) - np.exp(log_p)) ** 2).mean())
     )
-    assert found.same_top == pytest.approx(same_top.mean()) != 1
+    assert found.same_top == pytest.approx(predictions.same_top.mean()) != 1
     assert (found.ratio, found.bits_per_element) == (2, 8)
     assert (found.greedy_first_difference, found.greedy_same, found.attention_error) == (4, 1, None)
 

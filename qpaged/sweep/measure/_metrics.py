@@ -64,6 +64,10 @@ class Measurement:
     prefill_seconds_per_token: float | None
 
 
+# Widths of a terminal from which on it has room for more columns.
+ALWAYS, NARROW, WIDE = 0, 72, 118
+
+
 @dataclass(frozen=True)
 class TableColumn:
     """How tables of text show a metric: those of the terminal and of the documentation.
@@ -78,17 +82,13 @@ class TableColumn:
 
     heading: str
     number: NumberFormat
-    min_width: int | None = 0
+    min_width: int | None = WIDE
     with_error: bool = False
     in_docs: bool = False
 
     @property
     def one_line_heading(self) -> str:
         return self.heading.replace("/\n", "/").replace("\n", " ")
-
-
-# Widths from which on a terminal has room for more columns.
-NARROW, WIDE = 72, 118
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ METRICS = (
         label="smaller than bf16",
         number=fixed(2, unit=TIMES),
         on_card=True,
-        table=TableColumn("ratio", fixed(2)),
+        table=TableColumn("ratio", fixed(2), ALWAYS),
     ),
     Metric(
         "bits_per_element",
@@ -300,7 +300,7 @@ METRICS = (
         has_error=True,
         label="KL mean",
         on_card=True,
-        table=TableColumn("KL\nmean", small, with_error=True, in_docs=True),
+        table=TableColumn("KL\nmean", small, ALWAYS, with_error=True, in_docs=True),
     ),
     Metric(
         "kl_p999",
@@ -319,7 +319,7 @@ METRICS = (
         label="same top token",
         number=percent,
         on_card=True,
-        table=TableColumn("same\ntop-1", fixed(2, 100, "%"), in_docs=True),
+        table=TableColumn("same\ntop-1", fixed(2, 100, "%"), ALWAYS, in_docs=True),
     ),
     Metric(
         "perplexity_ratio",
@@ -369,7 +369,7 @@ METRICS = (
         _probability_change_rms,
         has_error=True,
         label="\N{GREEK CAPITAL LETTER DELTA}p rms",
-        table=TableColumn("RMS\n\N{GREEK CAPITAL LETTER DELTA}p", small, WIDE),
+        table=TableColumn("RMS\n\N{GREEK CAPITAL LETTER DELTA}p", small),
     ),
     Metric(
         "greedy_first_difference",
@@ -387,7 +387,7 @@ METRICS = (
         _decode_seconds,
         label="decode ms per step",
         number=fixed(2, 1e3),
-        table=TableColumn("ms/\nstep", fixed(1, 1e3), WIDE),
+        table=TableColumn("ms/\nstep", fixed(1, 1e3)),
     ),
     Metric(
         "prefill_seconds_per_token",
