@@ -1,4 +1,4 @@
-"""The metrics of a sweep, against their formulas in float64, term by term."""
+"""Tests of the metrics of a sweep against their formulas in float64, term by term."""
 
 import math
 from types import SimpleNamespace
@@ -71,7 +71,7 @@ def in_float64(predictions):
 
 
 def metrics(predictions, token_bytes):
-    """The metrics of some predictions, as attributes; all else in the measurement is of no account."""
+    """Compute the metrics of some predictions, as attributes; the rest of the measurement does not matter."""
     measurement = Measurement(
         predictions=predictions,
         token_bytes=token_bytes,
@@ -88,7 +88,7 @@ def metrics(predictions, token_bytes):
 
 @pytest.fixture(scope="module")
 def compared():
-    """Predictions a little apart, and the bytes that each token stands for."""
+    """Return predictions that differ a little, and the bytes that each token stands for."""
     predictions = in_float64(compare(logits(0), logits(0) + logits(1, 0.1), truth()))
     return predictions, np.random.default_rng(3).integers(1, 6, (SEQUENCES, TOKENS))
 
@@ -122,7 +122,7 @@ def test_the_standard_error_of_a_mean_is_that_of_independent_units():
     assert jackknife(units[:1], lambda total: total[1] / total[0]) == (2, None)
 
 
-def test_standard_errors_cover_the_truth_as_often_as_they_say():
+def test_standard_errors_cover_the_truth_in_68_percent_of_cases():
     rng, covered = np.random.default_rng(0), []
     for _ in range(400):  # the perplexity of tokens that cost an exponentially distributed number of nats
         units = np.stack([np.full(20, 50.0), rng.exponential(1.0, (20, 50)).sum(axis=1)], axis=1)

@@ -1,4 +1,4 @@
-"""report.html and the figures, as functions of results.json."""
+"""Tests of report.html and the figures, as functions of results.json."""
 
 import copy
 import re
@@ -46,9 +46,9 @@ class Page(HTMLParser):
         return " ".join(shown.replace("\N{NO-BREAK SPACE}", " ").split())
 
     def of(self, tag, **attributes):
-        """Attributes of the elements of a tag that have these."""
-        found = [found for name, found in self.attributes if name == tag]
-        return [each for each in found if attributes.items() <= each.items()]
+        """Return the attributes of each element of a tag that has these."""
+        elements = [element for name, element in self.attributes if name == tag]
+        return [element for element in elements if attributes.items() <= element.items()]
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_the_page_needs_nothing_else(sample, report):
     assert not [found for _, found in page.attributes if "src" in found or found.get("href", "#")[0] != "#"]
 
 
-def test_every_number_stands_in_the_table_as_it_came(sample, report):
+def test_every_number_is_in_the_table(sample, report):
     page = report(sample)
     numbers = [found["data-v"] for found in page.of("td") if "data-v" in found]
     runs = closest_first(sample["runs"])
@@ -106,7 +106,7 @@ def test_names_and_errors_are_escaped(sample, report):
     assert page.text.count("<script>") >= 10
 
 
-def test_the_choice_by_layer_is_said_in_runs_of_layers(sample, report):
+def test_the_choice_by_layer_joins_consecutive_layers(sample, report):
     sample["tune"]["layers"] = [["int8", "int4"], ["int8", "int2"], ["int2", "int4"], ["int8", "int4"]]
     text = report(sample).text
     assert "keys int8 layers 0\N{EN DASH}1, 3 keys int2 layer 2" in text
@@ -123,7 +123,7 @@ def test_layers_have_a_map_for_each_metric_that_is_there(sample, report):
     ]  # fmt: skip
 
 
-def test_a_model_whose_layers_cannot_be_seen_into(sample, report):
+def test_a_model_whose_layers_cannot_be_inspected(sample, report):
     for run in sample["runs"]:
         run |= {name: [] for name in run if "_by_layer" in name}
         run["attention_error"] = None
