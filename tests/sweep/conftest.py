@@ -49,7 +49,7 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture
 def command(checkpoint, text_file, tmp_path, capsys):
-    """Return ``run(name, *arguments)``: it runs a command on the small model, and returns status and output."""
+    """Return ``run(name, *arguments)``, which runs a command on the small model."""
 
     def run(name, *arguments, model=checkpoint, text=text_file, out="out"):
         given = [model] if model else []
@@ -102,7 +102,7 @@ class NoStream:
 def quick(monkeypatch):
     """Make sweeps run without a model.
 
-    ``quick.before[format]()`` is called before a batch of a format; ``quick.ran`` lists the formats of batches.
+    ``quick.before[format]()`` is called before each batch; ``quick.ran`` lists the formats of the batches.
     """
     hooks, load = SimpleNamespace(before={}, ran=[]), qpaged.sweep.load_model
     monkeypatch.setattr(NoModel, "hooks", hooks, raising=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from qpaged.sweep._extras import need
 from qpaged.sweep._numbers import TIMES
 from qpaged.sweep.report._labels import Box, box_around, boxes_of_steps, place_names
-from qpaged.sweep.report._palette import ACCENT, MUTED
+from qpaged.sweep.report.palette import ACCENT, MUTED
 from qpaged.sweep.results import Results, RunRecord, log_floor, pareto_front, title
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qpaged.sweep._extras import need
-from qpaged.sweep.report._palette import HEAT_MAP
+from qpaged.sweep.report.palette import HEAT_MAP
 from qpaged.sweep.results import Results, closest_first, log_floor
 
 if TYPE_CHECKING:

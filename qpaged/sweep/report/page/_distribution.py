@@ -4,8 +4,8 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qpaged.sweep.report._palette import CURVES
 from qpaged.sweep.report.page._axis import LogAxis, Size, Tick, power_ticks
+from qpaged.sweep.report.palette import CURVES
 from qpaged.sweep.results import RunRecord, pareto_front
 
 SIZES = (Size("wide", 1120, 420, bottom=70), Size("narrow", 358, 380, left=62, right=8, bottom=70))

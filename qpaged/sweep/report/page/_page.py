@@ -11,9 +11,9 @@ from qpaged.sweep._extras import need
 from qpaged.sweep._numbers import PLUS_MINUS, small
 from qpaged.sweep.measure import METRICS, Metric
 from qpaged.sweep.report import _verdict
-from qpaged.sweep.report._palette import DARK, LIGHT, css_variables
 from qpaged.sweep.report.page import _distribution, _frontier
 from qpaged.sweep.report.page._heat import layer_fields, layer_maps, sensitivity_maps
+from qpaged.sweep.report.palette import DARK, LIGHT, css_variables
 from qpaged.sweep.results import CONFIDENT_ERRORS, Results, RunRecord, check, closest_first, pareto_front
 
 if TYPE_CHECKING:

@@ -1,16 +1,16 @@
-"""The colors of the figures and of the report."""
+"""The colors of figures, of the report, and of the documentation's charts."""
 
 ACCENT = "#1f4e8c"
-"""The Pareto front."""
+"""The Pareto front, and whatever else a chart is about."""
 
 MUTED = "#7a7a7a"
 """Formats that are not on the front, and lines that explain."""
 
 HEAT_MAP = "Blues"
-"""Matplotlib's color map for errors by layer; in the report a map runs from paper to ``heat``."""
+"""Matplotlib's color map for errors by layer."""
 
 CURVES = 6
-"""Colors of curves, ``c0`` to ``c5``."""
+"""Number of colors for curves, ``c0`` to ``c5``."""
 
 LIGHT = {
     "paper": "#fff", "ink": "#1c2128", "soft": "#59636e", "line": "#d5dae0", "wash": "#f4f6f8",
@@ -24,7 +24,7 @@ DARK = {
     "accent": "#82b4f2", "heat": "#2c5f9f", "warn": "#f0b860", "warn-wash": "#2b2210",
     "c0": "#82b4f2", "c1": "#f29a5f", "c2": "#4fc7a8", "c3": "#d894d2", "c4": "#d3bb55", "c5": "#f08a98",
 }  # fmt: skip
-"""The report's colors on a dark screen."""
+"""The report's colors on a dark screen: the same names, lighter where paper is dark."""
 
 
 def css_variables(colors: dict[str, str]) -> str:
