@@ -99,6 +99,7 @@ class DecoderStream:
     def decode(self, tokens: np.ndarray, position: int) -> jax.Array:
         """Feed one token to each sequence, all at the same position."""
         rows, batch = len(tokens), self._batch
+        # Rows without a sequence are inactive, so that every step has the same shapes and compiles once.
         positions = np.where(np.arange(batch) < rows, position, -1).astype(np.int32)
         metadata = PagedAttentionMetadata.decode(position=positions, page_table=self.table)
         padded = np.pad(tokens, (0, batch - rows))

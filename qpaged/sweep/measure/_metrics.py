@@ -199,6 +199,7 @@ def _perplexity_ratio(measurement: Measurement) -> Estimate:
         excess, count = sums
         return np.exp(excess / count)
 
+    # From the difference of each token, so that the error common to both perplexities cancels.
     excess = measurement.predictions.log_p - measurement.predictions.log_q
     return token_estimate(statistic, excess, np.ones_like(excess))
 

@@ -61,7 +61,7 @@ class StepStream:
         self._run = jax.jit(run, donate_argnums=0)
 
     def begin(self, sequences: int) -> None:
-        """Start over with a copy of the fresh cache."""
+        """Start over with a copy of the fresh cache, because each step donates the cache that it is given."""
         cache, self._rest = self._split(self._fresh)
         self._cache = jax.tree_util.tree_map(jnp.copy, cache)
 

@@ -58,6 +58,7 @@ def place_names(
     boxes = []
     for x, y, width, on_front in dots:
         left = x - GAP - width if on_front else x + GAP
+        # A name that would leave the frame sideways is pushed back in; its line still leads to the dot.
         left = min(max(left, frame.left), frame.right - width)
         step = STEP if on_front else -STEP
         box = _first_free(Box(left, y - height / 2, left + width, y + height / 2), step, occupied, frame)

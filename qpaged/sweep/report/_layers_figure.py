@@ -24,6 +24,7 @@ def layers_figure(results: Results) -> "Figure":
     errors = [run["attention_error_by_layer"] for run in runs]
     layers = len(errors[0])
     floor = log_floor(error for row in errors for error in row)
+    # A logarithmic color scale has no place for 0: exact layers take the color of the floor.
     positive = [[max(error, floor) for error in row] for row in errors]
     width = 3 + max(3.5, 0.45 * min(layers, MAX_NUMBERED))
     height = 1.2 + 0.24 * len(runs)

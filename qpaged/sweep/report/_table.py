@@ -11,6 +11,7 @@ from qpaged.sweep.results import Results, RunRecord, pareto_front, title
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 ROOMY = 90  # width from which on two spaces stand between columns
 PIPE_WIDTH = 132  # width where there is no terminal
@@ -27,23 +28,30 @@ def print_table(results: Results, console: "Console | None" = None) -> None:
     """Print one row per format, in the order of the results, and the verdict below them."""
     if console is None:
         console = _stdout_console()
-    escape = need("rich.markup").escape
+    console.print(_table(results, console.width), highlight=False)
+    console.print(f"{verdict(results)}\n", highlight=False, markup=False)
+
+
+def _table(results: Results, width: int) -> "Table":
+    escape = need("rich.markup").escape  # Names may hold brackets, which are markup to rich.
     runs = results["runs"]
-    is_wide = console.width >= WIDE
+    is_wide = width >= WIDE
     caption = LEGEND.format(
         plain=escape(runs[0]["format"]),
         reference=results["reference"],
         generated=results["settings"]["generated"],
     )
+    if is_wide:
+        caption += ERRORS_LEGEND
     table = need("rich.table").Table(
         title=escape(title(results)),
-        caption=caption + ERRORS_LEGEND if is_wide else caption,
+        caption=caption,
         box=need("rich.box").SIMPLE_HEAD,
-        padding=(0, 1 if console.width >= ROOMY else 0, 0, 0),
+        padding=(0, 1 if width >= ROOMY else 0, 0, 0),
         caption_justify="left",
         title_justify="left",
     )
-    metrics = shown_metrics(console.width)
+    metrics = shown_metrics(width)
     table.add_column("format", overflow="fold", vertical="bottom")
     for metric in metrics:
         assert metric.table is not None
@@ -54,8 +62,7 @@ def print_table(results: Results, console: "Console | None" = None) -> None:
         name = escape(run["format"]) + (" *" if on_front else "")
         cells = [cell_text(metric, run, with_error=is_wide) for metric in metrics]
         table.add_row(name, *cells, style="bold" if on_front else None)
-    console.print(table, highlight=False)
-    console.print(f"{verdict(results)}\n", highlight=False, markup=False)
+    return table
 
 
 def shown_metrics(width: int) -> list[Metric]:

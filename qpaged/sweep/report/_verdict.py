@@ -72,6 +72,7 @@ def _incomplete(results: Results) -> str:
 def _closest(runs: Sequence[RunRecord]) -> str:
     """Return a sentence on the run with the least KL, or the plainest of those that are as good."""
     best, *ties = _best(runs)
+    # Within 5 % of a half: scales make an 8-bit format a little more than half.
     nearly_half = abs(best["ratio"] / 2 - 1) <= 1 - HALVES / 2
     smaller = "halves the cache" if nearly_half else f"makes the cache {best['ratio']:.2g} times smaller"
     return (

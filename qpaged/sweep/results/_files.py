@@ -30,7 +30,7 @@ def known_runs(sweep: Sweep, directory: Path) -> tuple[Run, ...]:
             return ()
         return tuple(run_from_record(run) for run in record["runs"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return ()
+        return ()  # The file is missing, is no JSON, or has another structure.
 
 
 def set_aside(directory: Path) -> Path | None:
@@ -44,6 +44,7 @@ def set_aside(directory: Path) -> Path | None:
 def write_json(result: SweepResult, directory: Path) -> Path:
     """Write ``results.json``; an interrupt leaves the previous file."""
     path = directory / RESULTS
+    # The process's number keeps two sweeps in one directory from writing the same partial file.
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(result.to_json(), encoding="utf-8")
     partial.replace(path)

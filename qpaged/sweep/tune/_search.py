@@ -102,8 +102,7 @@ class Tune:
             UnattainableError: no choice keeps the budget.
         """
         verifier = Verifier(self.sweep, self.parts[1], journal, progress)
-        plain_spelling, plain = self.sweep.order[0]
-        verifier.verify(plain_spelling, plain)
+        verifier.verify(*self.sweep.order[0])  # the reference
         failures = self._verify_candidates(verifier)
         names = tuple(spelling for spelling in self.candidates if spelling in verifier.runs)
         if not names:
@@ -116,17 +115,8 @@ class Tune:
         for key, value in self._promising_pairs(bits, sensitivity):
             pair = CacheFormat(self.candidates[names[key]].key, self.candidates[names[value]].key)
             verifier.verify(f"{names[key]}/{names[value]}", pair)
-        _, *uniform_runs = verifier.runs.values()
-        within_budget = [run for run in uniform_runs if self.budget.kept_by(run)]
-        best_uniform = min(within_budget, key=self.budget.rank, default=None)
-        predicted: float | None
-        try:
-            choice, predicted = self._search(names, bits, sensitivity, verifier)
-        except UnattainableError:
-            if best_uniform is None:
-                raise
-            choice, predicted = verifier.formats[best_uniform.format], None
-            verifier.verify(self.name, choice)
+        best_uniform = self._best_uniform(verifier)
+        choice, predicted = self._choice(names, bits, sensitivity, verifier, best_uniform)
         better = best_uniform is None or self._beats(verifier.runs[self.name], best_uniform)
         return Tuned(
             format=choice,
@@ -179,6 +169,33 @@ class Tune:
             return sorted(affordable, key=predicted.__getitem__)[:PAIRS]
         affordable = [pair for pair in pairs if predicted[pair] <= self.budget.max_kl_or_inf]
         return sorted(affordable, key=pair_bits.__getitem__)[:PAIRS]
+
+    def _best_uniform(self, verifier: Verifier) -> Run | None:
+        """Return the best of the runs so far that keep the budget, without the reference."""
+        _, *uniform_runs = verifier.runs.values()
+        within_budget = [run for run in uniform_runs if self.budget.kept_by(run)]
+        return min(within_budget, key=self.budget.rank, default=None)
+
+    def _choice(
+        self,
+        names: Sequence[str],
+        bits: np.ndarray,
+        sensitivity: np.ndarray,
+        verifier: Verifier,
+        best_uniform: Run | None,
+    ) -> tuple[CacheFormat, float | None]:
+        """Return the choice, verified, and its predicted KL.
+
+        If no sum of sensitivities promises to keep the budget, the choice is the best uniform format.
+        """
+        try:
+            return self._search(names, bits, sensitivity, verifier)
+        except UnattainableError:
+            if best_uniform is None:
+                raise
+            cache_format = verifier.formats[best_uniform.format]
+            verifier.verify(self.name, cache_format)
+            return cache_format, None
 
     def _search(
         self, names: Sequence[str], bits: np.ndarray, sensitivity: np.ndarray, verifier: Verifier

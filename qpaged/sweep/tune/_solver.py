@@ -41,6 +41,7 @@ def choose(
     extra = cost - cost.min()  # what a candidate costs beyond the cheapest one
     room = len(items) * extra.max()
     if max_bits < math.inf:
+        # The small term keeps a budget of exactly the candidates' bits from being rounded down.
         allowed = math.floor(max_bits * grid * len(items) + 1e-6)
         room = min(room, allowed - len(items) * cost.min())
     if room < 0:
@@ -77,6 +78,7 @@ def _least_sums(
     room: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # [room + 1], [items, room + 1]
     """Return the least sum within each extra cost, and the candidate that each item takes there."""
+    # least[c] is the least sum of the items so far within c parts beyond the cheapest candidates.
     least = np.zeros(room + 1)
     picks = np.empty((len(items), room + 1), np.int16)
     for item, kl in enumerate(items):

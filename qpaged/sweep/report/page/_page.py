@@ -60,7 +60,7 @@ def _render(results: Results) -> str:
     jinja2 = need("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(DIRECTORY),
-        autoescape=True,
+        autoescape=True,  # Names of models, formats and texts are the user's.
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
