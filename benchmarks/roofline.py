@@ -14,11 +14,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from qpaged.sweep.report.palette import ACCENT
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_attention.json"
 PICTURE = ROOT / "docs" / "assets" / "roofline_cpu.png"
 SHOWN = ("8x4k", "8x4k ragged")
-OURS, PEERS, ROOF = "#1f4e8c", "#c08a5a", "#111111"
+PEERS, ROOF = "#c08a5a", "#111111"
 
 
 def draw(results: dict[str, Any]) -> Figure:
@@ -31,7 +33,7 @@ def draw(results: dict[str, Any]) -> Figure:
 
 def draw_shape(axes: Axes, name: str, runs: list[dict[str, Any]], bandwidth: float) -> None:
     runs = sorted(runs, key=lambda run: -run["milliseconds"])
-    colours = [OURS if run["name"].startswith("qpaged") else PEERS for run in runs]
+    colours = [ACCENT if run["name"].startswith("qpaged") else PEERS for run in runs]
     places = range(len(runs))
     axes.barh(places, [run["milliseconds"] for run in runs], color=colours, height=0.62)
     roofs = [1e3 * run["bytes"] / bandwidth for run in runs]

@@ -15,11 +15,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from qpaged.sweep.report.palette import ACCENT, MUTED
+
 ROOT = Path(__file__).parents[1]
 RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "stress.json", ROOT / "docs" / "assets" / "stress.png"
 SHOWN = ("gaussian", "bias_slow", "bias_fast")
 MOST_BITS, LABEL_BITS = 10, 2.4  # where the axis ends, and how much of it a label takes
-FRONT, REST = "#1f4e8c", "#7a7a7a"
 GAP = 11  # points (1/72 inch) from one label to the next
 
 
@@ -79,9 +80,9 @@ def draw(results: dict[str, Any]) -> Figure:
 def draw_case(axes: Any, dots: list[Dot]) -> None:
     front = front_of(dots)
     steps = [dot.bits for dot in front], [dot.kl for dot in front]
-    axes.plot([dot.bits for dot in dots], [dot.kl for dot in dots], "o", color=REST, mfc="white", ms=5)
-    axes.step(*steps, where="post", color=FRONT, lw=1.5)
-    axes.plot(*steps, "o", color=FRONT, ms=6)
+    axes.plot([dot.bits for dot in dots], [dot.kl for dot in dots], "o", color=MUTED, mfc="white", ms=5)
+    axes.step(*steps, where="post", color=ACCENT, lw=1.5)
+    axes.plot(*steps, "o", color=ACCENT, ms=6)
     bottom, top = math.floor(math.log10(front[-1].kl)), math.ceil(math.log10(max(dot.kl for dot in dots)))
     axes.set(yscale="log", ylim=(10.0 ** (bottom - 0.5), 2 * 10.0**top), ylabel="attention KL (nats)")
     axes.minorticks_off()
@@ -92,7 +93,7 @@ def draw_case(axes: Any, dots: list[Dot]) -> None:
 def label(axes: Any, front: list[Dot]) -> None:
     """Names left of and below the front, where nothing lies; each below the one before."""
     scale, height = 72 / axes.figure.dpi, math.inf
-    line = {"arrowstyle": "-", "lw": 0.6, "color": REST, "shrinkA": 0, "shrinkB": 3, "relpos": (1, 0.5)}
+    line = {"arrowstyle": "-", "lw": 0.6, "color": MUTED, "shrinkA": 0, "shrinkB": 3, "relpos": (1, 0.5)}
     for dot in front:
         y = axes.transData.transform((dot.bits, dot.kl))[1] * scale
         height = min(y - GAP / 2, height - GAP)

@@ -1,11 +1,13 @@
-"""How many tokens fit: the pages of each format in a device's memory, as allocating them would have it."""
+"""Plans memory: how many pages and tokens of each format fit beside a model's weights."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import DTypeLike
 
+from qpaged._deprecated import renamed_argument
 from qpaged.arrays import QuantizedArray
 from qpaged.cache import PagedAttentionCache, PagedAttentionCacheMetaData
 from qpaged.models import DecoderConfig
@@ -17,14 +19,14 @@ class Plan:
     """The cache of one format on one device; bytes are those of that device.
 
     Attributes:
-        format: its name.
-        metadata: what :meth:`PagedAttentionCacheMetaData.create` makes there; its KV heads are those of one
-            device.
-        memory: of the device.
-        weights: the model's, on one device.
-        reserve: what is left to everything else: activations, programs, fragmentation.
-        key_codes, key_scales, value_codes, value_scales: the pools of all layers; scales with all that goes
-            with them, as offsets.
+        format: the name of the format.
+        metadata: as :meth:`PagedAttentionCacheMetaData.create` returns it for this memory; its KV heads are
+            those of one device.
+        memory: bytes of the device.
+        weights: bytes of the model's weights on one device.
+        reserve: bytes that are left to everything else: activations, programs, fragmentation.
+        key_codes, key_scales, value_codes, value_scales: bytes in the pools of all layers; scales include
+            everything else that goes with codes, such as offsets.
         context: tokens of a sequence.
         shards: devices that the KV heads are divided over.
     """
@@ -48,7 +50,7 @@ class Plan:
 
     @property
     def unused(self) -> int:
-        """Bytes that are no whole page."""
+        """Bytes that are too few for one more page."""
         return self.memory - self.weights - self.reserve - self.cache
 
     @property
@@ -68,32 +70,33 @@ class Plan:
 
     @property
     def bytes_per_token(self) -> float:
-        """On one device."""
+        """Bytes of the cache on one device for each token."""
         return self.cache / self.tokens
 
 
+@renamed_argument("format", "quantizer")
 def plan(
     config: DecoderConfig,
-    format: Any,
+    quantizer: Any,
     *,
     memory_bytes: int,
     context: int,
     weights_bytes: int = 0,
-    dtype: Any = "bfloat16",
+    dtype: DTypeLike = "bfloat16",
     page_size: int = 16,
     mesh_size: int = 1,
     hbm_utilization: float = 0.9,
     name: str | None = None,
 ) -> Plan:
-    """The largest cache that fits beside a model's weights.
+    """Return the largest cache that fits beside a model's weights.
 
     ``hbm_utilization`` of what the weights leave of each device's memory goes to the cache. On a mesh,
-    weights are divided over all devices; KV heads too where their number allows it, and else each device
-    holds all of them.
+    weights are divided over all devices. KV heads are divided too if their number allows it; if not, each
+    device holds all of them.
 
     Args:
         config: of the model.
-        format: as :meth:`qpaged.CacheFormat.of` takes it.
+        quantizer: as :meth:`qpaged.CacheFormat.of` takes it.
         memory_bytes: the memory of one device.
         context: tokens of the longest sequence.
         weights_bytes: of the whole model.
@@ -101,10 +104,10 @@ def plan(
         page_size: tokens of a page.
         mesh_size: devices.
         hbm_utilization: between 0 and 1.
-        name: what to call the format; its spelling if None.
+        name: the name of the format in the plan; its spelling if None.
 
     Raises:
-        ValueError: the weights do not fit, or not one page does, or a format that does not go with the model.
+        ValueError: the weights or a single page do not fit, or the format does not go with the model.
     """
     weights = -(-weights_bytes // mesh_size)
     free = memory_bytes - weights
@@ -114,7 +117,7 @@ def plan(
             f"{memory_bytes:,}; give larger devices, or more of them."
         )
     shards = mesh_size if config.num_key_value_heads % mesh_size == 0 else 1
-    formats = CacheFormat.of(format)
+    cache_format = CacheFormat.of(quantizer)
     metadata = PagedAttentionCacheMetaData.create(
         mesh=None,
         batch_size=1,
@@ -125,14 +128,18 @@ def plan(
         kv_head_dim_size=config.head_dim,
         hbm_utilization=hbm_utilization,
         dtype=dtype,
-        quantizer=formats,
+        quantizer=cache_format,
         memory_bytes=free,
     )
-    cache = jax.eval_shape(lambda: PagedAttentionCache.init_cache(None, dtype, metadata, quantizer=formats))
-    keys = [_parts(view.key_pages) for view in cache.views]
-    values = [_parts(view.value_pages) for view in cache.views]
+
+    def init_cache() -> PagedAttentionCache:
+        return PagedAttentionCache.init_cache(None, dtype, metadata, quantizer=cache_format)
+
+    cache = jax.eval_shape(init_cache)  # shapes alone: nothing is allocated
+    keys = [_codes_and_scales(view.key_pages) for view in cache.views]
+    values = [_codes_and_scales(view.value_pages) for view in cache.views]
     return Plan(
-        format=name or str(formats),
+        format=name or str(cache_format),
         metadata=metadata,
         memory=memory_bytes,
         weights=weights,
@@ -147,14 +154,16 @@ def plan(
 
 
 def device_memory() -> int | None:
-    """Bytes of the default device's memory; None where it does not tell."""
+    """Return the bytes of the default device's memory; None if the device does not report them."""
     stats = jax.devices()[0].memory_stats() or {}
     limit = stats.get("bytes_reservable_limit", stats.get("bytes_limit"))
-    return None if limit is None else int(limit)
+    if limit is None:
+        return None
+    return int(limit)
 
 
-def _parts(pool: Any) -> tuple[int, int]:
-    """Bytes of a pool's codes, and of all that goes with them."""
+def _codes_and_scales(pool: Any) -> tuple[int, int]:
+    """Return the bytes of a pool's codes, and of everything that goes with them."""
     codes = _nbytes(pool.folded if isinstance(pool, QuantizedArray) else pool)
     return codes, _nbytes(pool) - codes
 

@@ -4,9 +4,9 @@ import json
 from functools import partial
 from pathlib import Path
 
-from qpaged.sweep import verdict
-from qpaged.sweep._number import small
-from qpaged.sweep._reading import pareto_front
+from qpaged.sweep import METRICS, verdict
+from qpaged.sweep.report import cell_text
+from qpaged.sweep.results import pareto_front
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
@@ -17,8 +17,16 @@ LOSSES = {
 }
 
 
+def metrics():
+    """Return the metrics of ``results.json`` as a Markdown table."""
+    lines = ["| field | better | meaning |", "|---|---|---|"]
+    for metric in METRICS:
+        lines.append(f"| `{metric.key}` | {metric.better} | {metric.meaning} |")
+    return "\n".join(lines) + "\n"
+
+
 def sweep():
-    """What ``qpaged sweep --out benchmarks/results/sweep`` left, as a Markdown table and its figure."""
+    """Return ``qpaged sweep --out benchmarks/results/sweep`` as a Markdown table with its figure."""
     results = _swept("sweep")
     lines = [
         f"`qpaged sweep` of {len(results['runs'])} formats and pairs of them: {_conditions(results)}",
@@ -30,7 +38,7 @@ def sweep():
 
 
 def sweep_front():
-    """Its Pareto front, and its verdict."""
+    """Return the verdict and the Pareto front of the same sweep."""
     results = _swept("sweep")
     front = pareto_front(results["runs"])
     lines = [f"> {verdict(results)}", "", *_runs(front), ""]
@@ -42,23 +50,24 @@ def sweep_front():
 
 
 def tune():
-    """What ``qpaged tune --report benchmarks/results/tune_...`` left: what was chosen, beside what."""
+    """Return each choice in ``benchmarks/results/tune_...`` as a Markdown table, beside the best others."""
     lines = []
     for name in ("tune_5", "tune_6"):
         results = _swept(name)
-        found = results["tune"]
-        near = [run for run in results["runs"][1:-1] if run["bits_per_element"] <= found["bits"]]
-        near = sorted(near, key=lambda run: run["kl_mean"])[:4]
+        search = results["tune"]
+        _, *uniform_runs, choice = results["runs"]
+        affordable = [run for run in uniform_runs if run["bits_per_element"] <= search["bits"]]
+        closest = sorted(affordable, key=lambda run: run["kl_mean"])[:4]
         lines += [
-            f"`qpaged tune --bits {found['bits']:g}` on the bundled model:",
+            f"`qpaged tune --bits {search['bits']:g}` on the bundled model:",
             "",
-            f"> {found['verdict']}",
+            f"> {search['verdict']}",
             "",
             "| layer | keys | values |",
             "|--:|---|---|",
-            *(f"| {i} | `{key}` | `{value}` |" for i, (key, value) in enumerate(found["layers"])),
+            *(f"| {i} | `{key}` | `{value}` |" for i, (key, value) in enumerate(search["layers"])),
             "",
-            *_runs([results["runs"][-1], *near]),
+            *_runs([choice, *closest]),
             "",
         ]
     results = _swept("tune_5")
@@ -74,7 +83,7 @@ def _swept(name):
 
 
 def _conditions(results):
-    """What a sweep was measured on."""
+    """Say what a sweep was measured on."""
     model, text, environment = results["model"], results["text"], results["environment"]
     return (
         f"the {model['name']} ({model['parameters']:,} weights, head size {model['head_dim']}) on "
@@ -85,18 +94,14 @@ def _conditions(results):
 
 
 def _runs(runs):
-    """Rows of a Markdown table."""
-    head = [
-        "| format | bytes per token | bits | ppl ratio - 1 | KL mean | KL 99.9 % | top-1 | attn error |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    return head + [
-        f"| `{run['format']}` | {run['bytes_per_token']:,.0f} | {run['bits_per_element']:.2f} "
-        f"| {run['perplexity_ratio'] - 1:+.1e} \u00b1 {run['perplexity_ratio_se']:.0e} "
-        f"| {small(run['kl_mean'], run['kl_mean_se'])} | {run['kl_p999']:.1e} "
-        f"| {run['same_top']:.2%} | {run['attention_error']:.1%} |"
-        for run in runs
-    ]
+    """Return the lines of a Markdown table of runs, with the metrics that are meant for the documentation."""
+    shown = [metric for metric in METRICS if metric.table is not None and metric.table.in_docs]
+    headings = [metric.table.one_line_heading for metric in shown]
+    lines = [f"| format | {' | '.join(headings)} |", f"|---|{'--:|' * len(shown)}"]
+    for run in runs:
+        cells = [cell_text(metric, run, with_error=True) for metric in shown]
+        lines.append(f"| `{run['format']}` | {' | '.join(cells)} |")
+    return lines
 
 
 def decode_write():
@@ -363,6 +368,7 @@ def _loss(metric, loss):
 
 
 TABLES = {
+    "metrics.md": metrics,
     "adopt.md": adopt,
     "sweep.md": sweep,
     "sweep_front.md": sweep_front,

@@ -1,22 +1,27 @@
 """The command line: ``qpaged sweep``, ``tune``, ``plan`` and ``formats``.
 
-Exit status: 0 fine, 1 a format failed or none is good enough, 2 wrong usage, 130 interrupted.
+Each module in ``commands`` is one command. Exit status: 0 success, 1 a format failed or none is good enough,
+2 wrong usage, 130 interrupted.
 """
 
 import argparse
+import importlib
 import io
+import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import qpaged
-from qpaged.cli import _formats, _plan, _sweep, _tune
-from qpaged.cli._common import INTERRUPTED, USAGE, say
+from qpaged.cli import commands
+from qpaged.cli._output import INTERRUPTED, USAGE, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command, and return the exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # lest a long job fail on printing an umlaut in ASCII
+        if isinstance(stream, io.TextIOWrapper):
+            # A long job must not fail because its output is not ASCII.
             stream.reconfigure(errors="replace")
     args = _parser().parse_args(argv)
     try:
@@ -32,7 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qpaged", description=qpaged.__doc__)
     parser.add_argument("--version", action="version", version=f"qpaged {qpaged.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for command in (_sweep, _tune, _plan, _formats):
-        command.add(commands)
+    subparsers = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for command in _command_modules():
+        command.add(subparsers)
     return parser
+
+
+def _command_modules() -> Iterator[ModuleType]:
+    """Yield the modules in ``commands``, whose function ``add`` adds the command's parser."""
+    for module in pkgutil.iter_modules(commands.__path__):
+        yield importlib.import_module(f"{commands.__name__}.{module.name}")

@@ -1,15 +1,34 @@
-"""Accuracy against memory: every format of the cache, measured on a model and a text."""
+"""Accuracy against memory: measures every format of the cache on a model and a text.
 
-from qpaged.sweep._attention import AttentionProfile
-from qpaged.sweep._decoder import Decoder, load_model
+``measure`` runs models and computes metrics, ``results`` keeps them as JSON, ``tune`` searches for a format
+of each layer, and ``report`` shows results.
+"""
+
 from qpaged.sweep._extras import MissingExtraError, need_sweep_extra
-from qpaged.sweep._figure import write_figures
 from qpaged.sweep._formats import FormatInfo, fitting, installed_formats
-from qpaged.sweep._metrics import Accuracy
-from qpaged.sweep._model import Model, Stream
-from qpaged.sweep._progress import progress_bar
-from qpaged.sweep._report import write_report
-from qpaged.sweep._result import (
+from qpaged.sweep.measure import (
+    DTYPES,
+    METRICS,
+    Accuracy,
+    AttentionProfile,
+    Decoder,
+    Failure,
+    Greedy,
+    Metric,
+    Model,
+    Run,
+    Settings,
+    StepModel,
+    Stream,
+    Sweep,
+    Text,
+    load_model,
+    load_step,
+    load_text,
+    sweep_order,
+)
+from qpaged.sweep.report import print_table, progress_bar, verdict, write_figures, write_report
+from qpaged.sweep.results import (
     RESULTS,
     SweepResult,
     conditions,
@@ -18,12 +37,7 @@ from qpaged.sweep._result import (
     set_aside,
     write_json,
 )
-from qpaged.sweep._run import Failure, Greedy, Run, Sweep, sweep_order
-from qpaged.sweep._settings import DTYPES, Settings
-from qpaged.sweep._step import StepModel, load_step
-from qpaged.sweep._table import print_table
-from qpaged.sweep._text import Text, load_text
-from qpaged.sweep._tune import (
+from qpaged.sweep.tune import (
     CANDIDATES,
     Budget,
     Journal,
@@ -32,11 +46,11 @@ from qpaged.sweep._tune import (
     UnattainableError,
     default_candidates,
 )
-from qpaged.sweep._verdict import verdict
 
 __all__ = [
     "CANDIDATES",
     "DTYPES",
+    "METRICS",
     "RESULTS",
     "Accuracy",
     "AttentionProfile",
@@ -46,6 +60,7 @@ __all__ = [
     "FormatInfo",
     "Greedy",
     "Journal",
+    "Metric",
     "MissingExtraError",
     "Model",
     "Run",

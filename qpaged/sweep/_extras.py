@@ -1,4 +1,4 @@
-"""What only a sweep needs: imported when used, with an error that says how to get it."""
+"""Packages that only a sweep needs: imported on use, with an error that says how to install them."""
 
 from qpaged.models._extras import MissingExtraError, need
 
@@ -8,18 +8,18 @@ SWEEP = ("jinja2", "matplotlib", "rich", "safetensors")
 
 
 def need_sweep_extra() -> None:
-    """Import all that a sweep needs, so that a long job does not fail at its end.
+    """Import every package that a sweep needs, so that a long job does not fail at its end.
 
     Raises:
-        MissingExtraError: naming all that are missing.
+        MissingExtraError: packages are missing; all of them are named.
     """
-    missing = [module for module in SWEEP if not _installed(module)]
+    missing = [module for module in SWEEP if not _is_installed(module)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise MissingExtraError(f'{", ".join(missing)} {verb} needed here: pip install "qpaged[sweep]"')
 
 
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         need(module)
     except MissingExtraError:

@@ -1,5 +1,6 @@
-"""The installed formats, as the command line lists them."""
+"""Lists the installed formats, and those that fit a model."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 from qpaged.quantizer import Quantizer, available_quantizers, get_quantizer
 
 PAGE = (1, 1, 16, 128)
-"""One page of one head that formats are sized on: (kv_heads, pages, page_size, head_dim)."""
+"""The page that formats are sized on: (kv_heads, pages, page_size, head_dim)."""
 
 
 @dataclass(frozen=True)
 class FormatInfo:
-    """One spelling that caches understand.
+    """One spelling of a format that caches understand.
 
     Attributes:
         bits_per_element: scales included, on a page of 16 tokens at head_dim 128, logical dtype bfloat16.
@@ -28,36 +29,50 @@ class FormatInfo:
 
 
 def installed_formats() -> tuple[list[FormatInfo], dict[str, str]]:
-    """Every installed format at each of its granularities; and the names that cannot be loaded, with why."""
+    """Return every installed format at each of its granularities, and the error of each broken plugin."""
     infos: list[FormatInfo] = []
     broken: dict[str, str] = {}
     for name in available_quantizers():
         try:
             granularities = get_quantizer(name).granularities
             infos += [_info(get_quantizer(f"{name}:{granularity}")) for granularity in granularities]
-        except Exception as error:  # a plugin's own; the other formats are still worth having
+        except Exception as error:  # A plugin may raise anything; the other formats are still worth listing.
             broken[name] = str(error)
     return infos, broken
 
 
 def fitting(formats: Iterable[str], head_dim: int) -> tuple[list[str], dict[str, str]]:
-    """Those of the formats that a cache of this head_dim can have; and why the others cannot."""
+    """Return the formats that a cache of this head_dim can have, and the reason why each other cannot."""
     fit: list[str] = []
     reasons: dict[str, str] = {}
     for spelling in formats:
         try:
-            jax.eval_shape(lambda s=spelling: get_quantizer(s).empty((1, 1, 16, head_dim), jnp.bfloat16))
+            _check_fit(spelling, head_dim)
             fit.append(spelling)
-        except Exception as error:  # a plugin's own, too
+        except Exception as error:  # A plugin may raise anything here, too.
             reasons[spelling] = str(error)
     return fit, reasons
 
 
 def bits_per_element(quantizer: Quantizer) -> float:
-    """Bits that the format's own arrays take for each element of :data:`PAGE`."""
-    pages = jax.eval_shape(lambda: quantizer.quantize(jnp.zeros(PAGE, jnp.bfloat16)))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(pages))
-    return 8 * size / (PAGE[0] * PAGE[1] * PAGE[2] * PAGE[3])
+    """Return the bits that the format's arrays take for each element of :data:`PAGE`."""
+
+    def quantize_page() -> object:
+        return quantizer.quantize(jnp.zeros(PAGE, jnp.bfloat16))
+
+    leaves = jax.tree_util.tree_leaves(jax.eval_shape(quantize_page))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return 8 * size / math.prod(PAGE)
+
+
+def _check_fit(spelling: str, head_dim: int) -> None:
+    """Raise the format's own error if it cannot make a page of this head_dim."""
+    quantizer = get_quantizer(spelling)
+
+    def empty_page() -> object:
+        return quantizer.empty((1, 1, 16, head_dim), jnp.bfloat16)
+
+    jax.eval_shape(empty_page)
 
 
 def _info(quantizer: Quantizer) -> FormatInfo:

@@ -75,7 +75,7 @@ def test_the_sweep_that_is_shown_is_the_one_that_is_told(plugin):
     """Formats and bytes; the lane ``plugin`` compares the rest."""
     (told,) = re.findall(r"^qpaged sweep --formats (\S+)", TUTORIAL, re.MULTILINE)
     lines = [line.replace(" *", "").split() for line in SWEEP.splitlines()]
-    rows = [line for line in lines if len(line) == 9 and line[6].endswith("%")]
+    rows = [line for line in lines if len(line) == 9 and line[7].endswith("%")]
     assert [row[0] for row in rows] == ["plain", *told.split(",")]
     config, _ = load_tiny()
     heads = config.num_hidden_layers * config.num_key_value_heads

@@ -1,4 +1,4 @@
-"""``qpaged plan``, beside caches that are allocated."""
+"""Tests of ``qpaged plan`` against caches that are allocated."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 import qpaged
 from qpaged.cli import main
-from qpaged.cli._plan import size
+from qpaged.cli.commands.plan import size
 from qpaged.models import DecoderConfig
 from qpaged.plan import plan
 
@@ -25,8 +25,8 @@ MEMORY, WEIGHTS = 1_000_003, 100_001
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("devices", [1, 4, 8])
-def test_what_is_planned_is_what_is_allocated_to_the_byte(format, devices):
-    found = plan(
+def test_planned_bytes_equal_allocated_bytes(format, devices):
+    planned = plan(
         CONFIG,
         format,
         memory_bytes=MEMORY,
@@ -37,28 +37,28 @@ def test_what_is_planned_is_what_is_allocated_to_the_byte(format, devices):
     )
     mesh = Mesh(np.array(jax.devices()[:devices]), ("tp",))
     metadata = qpaged.PagedAttentionCacheMetaData.create(
-        mesh, 1, 2, 100, 16, 4, 64, 0.9, jnp.float32, quantizer=format, memory_bytes=MEMORY - found.weights
+        mesh, 1, 2, 100, 16, 4, 64, 0.9, jnp.float32, quantizer=format, memory_bytes=MEMORY - planned.weights
     )
     cache = qpaged.PagedAttentionCache.init_cache(mesh, jnp.float32, metadata, quantizer=format)
     leaves = jax.tree_util.tree_leaves(cache)
-    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
-    assert found.cache == held
-    assert found.pages == metadata.num_pages_per_layer
-    assert found.weights == -(-WEIGHTS // devices)
-    assert found.shards == {1: 1, 4: 4, 8: 1}[devices]  # 4 heads do not divide over 8 devices
-    assert found.weights + found.cache + found.reserve + found.unused == MEMORY
-    assert 0 <= found.unused < found.cache / found.pages  # not one page more would fit
+    allocated = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    assert planned.cache == allocated
+    assert planned.pages == metadata.num_pages_per_layer
+    assert planned.weights == -(-WEIGHTS // devices)
+    assert planned.shards == {1: 1, 4: 4, 8: 1}[devices]  # 4 heads do not divide over 8 devices
+    assert planned.weights + planned.cache + planned.reserve + planned.unused == MEMORY
+    assert 0 <= planned.unused < planned.cache / planned.pages  # not one page more would fit
 
 
-def test_sequences_are_whole_ones():
-    found = plan(CONFIG, "int8", memory_bytes=MEMORY, context=100)
-    assert found.tokens == found.pages * 16
-    assert found.sequences == found.pages // 7  # pages that 100 tokens need
-    assert found.bytes_per_token == pytest.approx(2 * 2 * 4 * (64 + 1 / 16))
+def test_only_whole_sequences_are_counted():
+    planned = plan(CONFIG, "int8", memory_bytes=MEMORY, context=100)
+    assert planned.tokens == planned.pages * 16
+    assert planned.sequences == planned.pages // 7  # pages that 100 tokens need
+    assert planned.bytes_per_token == pytest.approx(2 * 2 * 4 * (64 + 1 / 16))
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             {"memory_bytes": 1000, "weights_bytes": 1000},
@@ -69,14 +69,20 @@ def test_sequences_are_whole_ones():
         ({"memory_bytes": MEMORY, "hbm_utilization": 1.5}, "hbm_utilization must lie between 0 and 1"),
     ],
 )
-def test_what_does_not_fit_is_told(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_plan_that_does_not_fit_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         plan(CONFIG, "int8", **{"context": 100} | options)
+
+
+def test_the_argument_format_is_called_quantizer_now():
+    with pytest.warns(DeprecationWarning, match=r"format= of plan is now quantizer="):
+        planned = plan(CONFIG, format="int8", memory_bytes=MEMORY, context=100)
+    assert planned == plan(CONFIG, quantizer="int8", memory_bytes=MEMORY, context=100)
 
 
 @pytest.fixture
 def model(tmp_path):
-    """A configuration without weights."""
+    """Return the directory of a configuration without weights."""
     fields = {
         "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
         "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
@@ -88,7 +94,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def command(model, capsys):
-    """``command(*arguments)`` plans for it, and returns the status and what was said."""
+    """Return ``run(*arguments)``: it plans for the model, and returns status, stdout and stderr."""
 
     def run(*arguments, of=model):
         status = main(["plan", str(of), *map(str, arguments)])
@@ -129,7 +135,7 @@ def test_a_format_that_does_not_fit_is_left_out(command, model):
     assert command("--memory", "1MiB")[0] == 0
 
 
-def test_what_a_mesh_changes_is_told(command):
+def test_the_heads_on_each_device_of_a_mesh_are_shown(command):
     assert "On 4 devices, 1 KV heads on each" in command("--memory", "1MiB", "--mesh", 4)[1]
     assert (
         "4 KV heads do not divide by that, so each holds all" in command("--memory", "1MiB", "--mesh", 8)[1]
@@ -137,7 +143,7 @@ def test_what_a_mesh_changes_is_told(command):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((), "the device found does not tell its memory"),
         (("--memory", "1MiB", "--mesh", 0), "--mesh must be at least 1, but came as 0"),
@@ -145,10 +151,10 @@ def test_what_a_mesh_changes_is_told(command):
         (("--memory", "1KiB"), "one page of 2 layers takes"),
     ],
 )
-def test_bad_usage_is_told(command, arguments, said):
+def test_bad_arguments_are_refused(command, arguments, message):
     status, out, err = command(*arguments)
     assert (status, out) == (2, "")
-    assert said in err
+    assert message in err
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ import qpaged.sweep
 from qpaged.cli import main
 from qpaged.models import init_params, save_checkpoint
 from qpaged.sweep import Decoder
-from qpaged.sweep._model import Prefilled
+from qpaged.sweep.measure import Prefilled
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """The directory of an untrained byte-level model of context 64, its logits far from uniform."""
+    """Return the directory of an untrained byte-level model of context 64, its logits far from uniform."""
     directory = tmp_path_factory.mktemp("checkpoint")
     params = init_params(SIZES, jax.random.key(0))
     params["lm_head.weight"] *= 50
@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
-    """1,000 printable bytes."""
+    """Return the path of 1,000 printable bytes."""
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_bytes(np.random.default_rng(0).integers(32, 127, 1000, np.uint8).tobytes())
     return path
@@ -36,40 +36,42 @@ def text_file(tmp_path_factory):
 
 @pytest.fixture
 def command(checkpoint, text_file, tmp_path, capsys):
-    """``command(name, *arguments)`` runs it on the small model, and returns its status and what it said."""
+    """Return ``run(name, *arguments)``, which runs a command on the small model."""
 
     def run(name, *arguments, model=checkpoint, text=text_file, out="out"):
         given = [model] if model else []
         given += ["--tokenizer", "bytes", "--text", text, "--out", tmp_path / out]
         status = main(list(map(str, [name, *given, *arguments])))
-        said = capsys.readouterr()
-        return SimpleNamespace(status=status, out=said.out, err=said.err, directory=tmp_path / out)
+        captured = capsys.readouterr()
+        return SimpleNamespace(status=status, out=captured.out, err=captured.err, directory=tmp_path / out)
 
     return run
 
 
 @pytest.fixture
 def sweep(command):
-    """``sweep(*arguments)``, likewise."""
+    """Return ``sweep(*arguments)``: it runs ``qpaged sweep`` on the small model."""
     return lambda *arguments, **paths: command("sweep", *arguments, **paths)
 
 
 class NoModel(Decoder):
-    """A model that takes no time: it holds the caches of its sizes, and predicts all tokens alike."""
+    """A model that takes no time: it allocates caches of its sizes, and predicts all tokens alike."""
 
-    def stream(self, format, settings, sequences):
-        return NoStream(self, str(format), super().stream(format, settings, sequences))
+    def stream(self, quantizer, settings, sequences):
+        return NoStream(self, str(quantizer), super().stream(quantizer, settings, sequences))
 
     def logits(self, outputs):
         return jnp.zeros((*outputs.shape[:-1], self.vocabulary))
 
-    def attention_profile(self, format, tokens, settings):
+    def attention_profile(self, quantizer, tokens, settings):
         return super().attention_profile(qpaged.CacheFormat(), tokens, settings)
 
 
 class NoStream:
-    def __init__(self, model, format, stream):
-        self._hooks, self._format = model.hooks, format
+    """A stream through no model; it notes its format in ``hooks.ran``, and calls ``hooks.before``."""
+
+    def __init__(self, model, spelling, stream):
+        self._hooks, self._format = model.hooks, spelling
         self.bytes_per_token, self.dtype = stream.bytes_per_token, stream.dtype
 
     def begin(self, sequences):
@@ -85,7 +87,10 @@ class NoStream:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Sweeps without a model: ``quick.before[format]`` is called before a batch; ``quick.ran`` tells."""
+    """Make sweeps run without a model.
+
+    ``quick.before[format]()`` is called before each batch; ``quick.ran`` lists the formats of the batches.
+    """
     hooks, load = SimpleNamespace(before={}, ran=[]), qpaged.sweep.load_model
     monkeypatch.setattr(NoModel, "hooks", hooks, raising=False)
     monkeypatch.setattr(qpaged.sweep, "load_model", lambda *arguments: NoModel(**vars(load(*arguments))))
@@ -94,6 +99,9 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def sample():
-    """A sweep's results.json of version 2. Its sizes and its KL means are from a sweep; what they had no
-    number for was made up, so that it shows the page and proves nothing about a format."""
+    """Return a results.json of version 2.
+
+    Its sizes and KL means are from a sweep. The other numbers are invented: they show the page, and prove
+    nothing about a format.
+    """
     return json.loads(SAMPLE.read_text())

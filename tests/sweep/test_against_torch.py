@@ -1,4 +1,4 @@
-"""KL and perplexity of a sweep against transformers in torch, keys and values rounded in full attention."""
+"""Tests of KL and perplexity against transformers in torch, with keys and values rounded in attention."""
 
 import json
 
@@ -34,7 +34,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def swept(model, tmp_path_factory):
-    """The sequences, and the runs by format, of a sweep over random bytes."""
+    """Return the sequences of a sweep over random bytes, and its runs by format."""
     directory = tmp_path_factory.mktemp("torch")
     model.save_pretrained(directory)
     data = np.random.default_rng(0).integers(0, 256, SEQUENCES * CONTEXT + 1).astype(np.uint8)
@@ -51,18 +51,18 @@ def swept(model, tmp_path_factory):
 
 
 def rounded(quantizer, tensor):
-    """(batch, heads, tokens, channels), each row encoded and decoded."""
+    """Return a tensor [batch, heads, tokens, channels] with each row encoded and decoded."""
     if quantizer is None:
         return tensor
     return torch.tensor(np.array(quantizer.quantize(jnp.asarray(tensor.numpy())).dequantize()))
 
 
-def log_p(model, tokens, format="plain"):
-    """log p (sequences, tokens, vocabulary) float64 by transformers."""
-    format = qpaged.CacheFormat.of(format)
+def log_p(model, tokens, spelling="plain"):
+    """Return log p [sequences, tokens, vocabulary] float64 by transformers."""
+    cache_format = qpaged.CacheFormat.of(spelling)
 
     def attention(module, query, key, value, *args, **kwargs):
-        key, value = rounded(format.key, key), rounded(format.value, value)
+        key, value = rounded(cache_format.key, key), rounded(cache_format.value, value)
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
 
     transformers.AttentionInterface.register("rounded", attention)
@@ -77,7 +77,8 @@ def log_p(model, tokens, format="plain"):
 @pytest.mark.parametrize("format", FORMATS)
 def test_kl_and_perplexity_agree_to_1_percent(model, swept, format):
     windows, runs = swept
-    plain, found = (log_p(model, windows[:, :-1], each) for each in ("plain", format))
+    plain = log_p(model, windows[:, :-1])
+    found = log_p(model, windows[:, :-1], format)
     kl = (np.exp(plain) * (plain - found)).sum(axis=-1)
     true = np.take_along_axis(found, windows[:, 1:, None], axis=-1)
     assert runs[format]["kl_mean"] == pytest.approx(kl.mean(), rel=0.01)

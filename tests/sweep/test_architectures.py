@@ -1,4 +1,4 @@
-"""``qpaged sweep`` on a checkpoint of every architecture, small and random."""
+"""Tests of ``qpaged sweep`` on a small, random checkpoint of every architecture."""
 
 import json
 import os
@@ -29,12 +29,10 @@ ARCHITECTURES = {
     "gemma3_text": GEMMA | {"rope_local_base_freq": 1000.0, "sliding_window_pattern": 2},
     "phi3": {},
 }
+TESTED = ARCHITECTURES if os.environ.get("EVERY_MODEL") else ("gemma2",)
 
 
-TAKEN = ARCHITECTURES if os.environ.get("EVERY_MODEL") else ("gemma2",)
-
-
-@pytest.mark.parametrize("architecture", TAKEN)
+@pytest.mark.parametrize("architecture", TESTED)
 def test_it_is_swept(architecture, tmp_path, command):
     config = {"model_type": architecture} | SIZES | ARCHITECTURES[architecture]
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -44,11 +42,11 @@ def test_it_is_swept(architecture, tmp_path, command):
         for name, shape in param_shapes(read_config(tmp_path)).items()
     }
     safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
-    found = command(
+    result = command(
         "sweep", "--tokens", 48, "--context", 24, "--formats", "int4:token", "--json", model=tmp_path
     )
-    assert found.status == 0, found.err
-    results = json.loads(found.out)
+    assert result.status == 0, result.err
+    results = json.loads(result.out)
     plain, int4 = results["runs"]
     assert results["model"]["architecture"] == config["model_type"]
     assert 0 < int4["kl_mean"] < 5 and plain["kl_mean"] == 0

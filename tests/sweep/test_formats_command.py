@@ -1,4 +1,4 @@
-"""``qpaged formats``, with the base dependencies only."""
+"""Tests of ``qpaged formats``, with the base dependencies only."""
 
 import subprocess
 import sys
@@ -47,9 +47,9 @@ def test_a_plugin_that_cannot_be_loaded_is_named(monkeypatch, capsys):
     broken = EntryPoint("broken", "no_such_module:Format", _registry.GROUP)
     monkeypatch.setattr(_registry, "_claims", lambda: {**claims, "broken": {"some-package": broken}})
     assert main(["formats"]) == 1
-    said = capsys.readouterr()
-    assert "int8" in rows(said.out)
-    assert "the format 'broken' of package some-package cannot be loaded" in said.err
+    captured = capsys.readouterr()
+    assert "int8" in rows(captured.out)
+    assert "the format 'broken' of package some-package cannot be loaded" in captured.err
 
 
 def test_listed_bits_are_those_of_a_page():

@@ -1,4 +1,4 @@
-"""``qpaged sweep``, from arguments to files."""
+"""Tests of ``qpaged sweep``, from arguments to files."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 import qpaged
 from qpaged.cli import main
-from qpaged.sweep import DTYPES
+from qpaged.sweep import DTYPES, METRICS
 
 SMALL = ("--tokens", 200, "--context", 48, "--page-size", 8)
 FORMATS = "raw,int8:token/int8"
@@ -29,7 +29,7 @@ BY_LAYER = {
 
 @pytest.fixture(scope="module")
 def finished(checkpoint, text_file, tmp_path_factory):
-    """The directory, and the results by format, of a sweep."""
+    """Return the directory and the results of a sweep."""
     out = tmp_path_factory.mktemp("sweep")
     arguments = [
         "sweep",
@@ -53,7 +53,7 @@ def runs(finished):
     return {run["format"]: run for run in finished[1]["runs"]}
 
 
-def test_results_say_what_was_measured(finished, checkpoint, text_file):
+def test_results_record_the_model_the_text_and_the_settings(finished, checkpoint, text_file):
     _, results = finished
     assert (results["version"], results["complete"], results["failures"]) == (2, True, [])
     assert results["model"]["path"] == str(checkpoint)
@@ -69,7 +69,9 @@ def test_every_run_has_every_number(finished):
     _, results = finished
     for run in results["runs"]:
         names = {"format", "identity", "key", "value", "layers", "dtype", "kl_parts", "kl_histogram"}
-        assert run.keys() == NUMBERS | BY_LAYER | names
+        assert run.keys() >= NUMBERS | BY_LAYER | names  # what version 2 has had from its beginning
+        metrics = {metric.key for metric in METRICS} | {f"{m.key}_se" for m in METRICS if m.has_error}
+        assert run.keys() == metrics | BY_LAYER | names | {"tokens", "seconds"}
         assert all(isinstance(run[name], int | float) for name in NUMBERS)
         assert run["tokens"] == 192 == sum(run["kl_histogram"]["counts"]) + run["kl_histogram"]["below"]
         assert all(len(run[name]) == 2 for name in BY_LAYER)
@@ -98,7 +100,7 @@ def test_bytes_are_those_of_the_formats(runs):
         assert run["bits_per_element"] == pytest.approx(8 * run["bytes_per_token"] / elements)
 
 
-def test_the_reference_is_exact_and_the_rest_are_in_the_order_of_their_precision(runs):
+def test_the_reference_is_exact_and_more_precise_formats_are_closer(runs):
     assert (runs["plain"]["kl_mean"], runs["plain"]["same_top"], runs["plain"]["dtype"]) == (0, 1, "float32")
     assert 0 < runs["raw"]["kl_mean"] < runs["int8:token/int8"]["kl_mean"] < 0.1
     assert 0 < runs["raw"]["attention_error"] < runs["int8:token/int8"]["attention_error"] < 0.1
@@ -110,13 +112,13 @@ def test_the_reference_is_exact_and_the_rest_are_in_the_order_of_their_precision
         assert run["perplexity_ratio"] == pytest.approx(ratio) == pytest.approx(1, abs=0.05)
 
 
-def test_keys_and_values_err_apart(runs):
+def test_errors_of_keys_and_of_values_are_measured_apart(runs):
     plain, run = runs["plain"], runs["int8:token/int8"]
     assert plain["attention_error_by_layer"] == plain["attention_kl_by_layer"] == [0, 0]
     for layer in range(2):
-        keys, values, both = (
-            run[f"attention_error{side}_by_layer"][layer] for side in ("_keys", "_values", "")
-        )
+        keys = run["attention_error_keys_by_layer"][layer]
+        values = run["attention_error_values_by_layer"][layer]
+        both = run["attention_error_by_layer"][layer]
         assert 0 < max(keys, values) < both < keys + values
         assert 0 < run["attention_kl_by_layer"][layer] < 0.01
 
@@ -130,40 +132,42 @@ def test_all_files_are_written(finished):
 
 def test_the_table_has_a_row_for_each_format_and_fits_80_columns(quick, sweep, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    said = sweep(*SMALL, "--formats", "int8,int8:token/fp8_e4m3").out
-    *lines, report = said.splitlines()
+    output = sweep(*SMALL, "--formats", "int8,int8:token/fp8_e4m3").out
+    *lines, report = output.splitlines()
     assert max(map(len, lines)) <= 80 and report.endswith("report.html")
-    rows = [line.split()[0] for line in said.splitlines() if line.strip()]
+    rows = [line.split()[0] for line in output.splitlines() if line.strip()]
     assert {"plain", "int8", "int8:token/fp8_e4m3"} <= set(rows)
-    assert "text.txt: 192 tokens" in " ".join(said.split())
-    assert "\x1b" not in said
+    assert "text.txt: 192 tokens" in " ".join(output.split())
+    assert "\x1b" not in output
 
 
 def test_json_alone_is_printed_if_asked_for(quick, sweep):
-    found = sweep(*SMALL, "--formats", "int8", "--json")
-    assert json.loads(found.out) == json.loads((found.directory / "results.json").read_text())
-    assert "qpaged sweep: int8" in found.err
+    result = sweep(*SMALL, "--formats", "int8", "--json")
+    assert json.loads(result.out) == json.loads((result.directory / "results.json").read_text())
+    assert "qpaged sweep: int8" in result.err
 
 
 def test_all_installed_formats_are_the_default(quick, sweep):
-    found = sweep(*SMALL, "--json")
-    formats = [run["format"] for run in json.loads(found.out)["runs"]]
+    result = sweep(*SMALL, "--json")
+    formats = [run["format"] for run in json.loads(result.out)["runs"]]
     unfit = {"int2", "int2:group64", "int4", "int4:group64", "int4:group128", "mxfp4", "mxfp8"}  # head_dim 16
     assert formats == [
         "plain",
         *(spelling for spelling in qpaged.available_formats() if spelling not in unfit),
     ]
-    assert "left out, since they do not go with head_dim 16: int2, int2:group64, int4," in found.err
+    first, *others = result.err.splitlines()
+    assert f"{len(formats)} formats, 192 tokens each; files go to {result.directory}" in first
+    assert "left out, since they do not go with head_dim 16: int2, int2:group64, int4," in others[0]
 
 
 def test_all_is_every_wrapper_too(quick, sweep, monkeypatch):
     monkeypatch.setattr(qpaged, "available_formats", lambda wrapped: ("int8", "int8+rotate")[: 1 + wrapped])
-    found = sweep(*SMALL, "--formats", "all", "--json")
-    assert [run["format"] for run in json.loads(found.out)["runs"]] == ["plain", "int8", "int8+rotate"]
+    result = sweep(*SMALL, "--formats", "all", "--json")
+    assert [run["format"] for run in json.loads(result.out)["runs"]] == ["plain", "int8", "int8+rotate"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_logical_dtype_is_that_of_all_but_the_reference(quick, sweep, dtype):
+def test_the_logical_dtype_applies_to_all_formats_but_the_reference(quick, sweep, dtype):
     runs = json.loads(sweep(*SMALL, "--formats", "raw", "--json", "--dtype", dtype).out)["runs"]
     assert [run["dtype"] for run in runs] == ["float32", dtype]
     assert runs[1]["bytes_per_token"] == 128 * (4 if dtype == "float32" else 2)
@@ -174,12 +178,12 @@ def test_a_format_that_fails_leaves_the_others(quick, sweep):
         raise RuntimeError("no such\nluck")
 
     quick.before["int8"] = fail
-    found = sweep(*SMALL, "--formats", "int8,raw", "--json")
-    results = json.loads(found.out)
-    assert found.status == 1
+    result = sweep(*SMALL, "--formats", "int8,raw", "--json")
+    results = json.loads(result.out)
+    assert result.status == 1
     assert [run["format"] for run in results["runs"]] == ["plain", "raw"]
     assert results["failures"] == [{"format": "int8", "error": "RuntimeError: no such luck"}]
-    assert "int8 failed: RuntimeError: no such luck" in found.err
+    assert "int8 failed: RuntimeError: no such luck" in result.err
 
 
 def test_an_interrupt_keeps_what_is_finished(quick, sweep):
@@ -187,17 +191,17 @@ def test_an_interrupt_keeps_what_is_finished(quick, sweep):
         raise KeyboardInterrupt
 
     quick.before["raw"] = interrupt
-    found = sweep(*SMALL, "--formats", "int8,raw,fp8_e4m3")
-    results = json.loads((found.directory / "results.json").read_text())
-    assert found.status == 130
+    result = sweep(*SMALL, "--formats", "int8,raw,fp8_e4m3")
+    results = json.loads((result.directory / "results.json").read_text())
+    assert result.status == 130
     assert not results["complete"]
     assert [run["format"] for run in results["runs"]] == ["plain", "int8"]
-    assert "int8" in found.out
-    assert "interrupted; finished: plain, int8." in found.err
+    assert "int8" in result.out
+    assert "interrupted; finished: plain, int8." in result.err
 
 
 def interrupted(quick, sweep, format, formats):
-    """A sweep that was interrupted at a format."""
+    """Run a sweep that is interrupted at a format."""
 
     def interrupt():
         raise KeyboardInterrupt
@@ -210,27 +214,28 @@ def interrupted(quick, sweep, format, formats):
 
 def test_a_rerun_goes_on_where_it_was_interrupted(quick, sweep):
     interrupted(quick, sweep, "raw", "int8,raw,fp8_e4m3")
-    found = sweep(*SMALL, "--formats", "int8,raw,fp8_e4m3", "--json")
-    results = json.loads(found.out)
-    assert (found.status, results["complete"]) == (0, True)
+    result = sweep(*SMALL, "--formats", "int8,raw,fp8_e4m3", "--json")
+    results = json.loads(result.out)
+    assert (result.status, results["complete"]) == (0, True)
     assert set(quick.ran) == {"plain", "raw", "fp8_e4m3"}
     assert [run["format"] for run in results["runs"]] == ["plain", "int8", "raw", "fp8_e4m3"]
-    assert "results.json has runs of plain, int8 already" in found.err
+    assert "results.json has runs of plain, int8 already" in result.err
+    assert ", by the time that those took." in result.err
 
 
-def test_a_rerun_loses_nothing(quick, sweep):
-    """Neither what it was not asked for, nor what comes after the place where it is interrupted."""
+def test_a_rerun_keeps_every_known_run(quick, sweep):
+    # Neither formats that it was not asked for, nor those after the place where it is interrupted.
     sweep(*SMALL, "--formats", "int8,raw")
     interrupted(quick, sweep, "fp8_e4m3", "fp8_e4m3,int8")
-    found = sweep(*SMALL, "--formats", "int8", "--json")
+    result = sweep(*SMALL, "--formats", "int8", "--json")
     assert quick.ran == []
-    assert [run["format"] for run in json.loads(found.out)["runs"]] == ["plain", "int8", "raw"]
+    assert [run["format"] for run in json.loads(result.out)["runs"]] == ["plain", "int8", "raw"]
 
 
 def test_results_of_another_sweep_are_set_aside(quick, sweep):
     first = sweep(*SMALL, "--formats", "int8")
-    found = sweep(*SMALL, "--formats", "int8", "--seed", 1)
-    assert "was of another sweep, and is kept as results.old.json" in found.err
+    result = sweep(*SMALL, "--formats", "int8", "--seed", 1)
+    assert "was of another sweep, and is kept as results.old.json" in result.err
     kept = json.loads((first.directory / "results.old.json").read_text())
     assert kept["settings"]["seed"] is None
 
@@ -245,18 +250,18 @@ def test_the_same_text_by_another_name_is_the_same(quick, sweep, text_file):
 
 
 def test_the_reference_alone_is_a_sweep(quick, sweep):
-    found = sweep(*SMALL, "--formats", "plain")
-    assert found.status == 0 and (found.directory / "report.html").exists()
+    result = sweep(*SMALL, "--formats", "plain")
+    assert result.status == 0 and (result.directory / "report.html").exists()
 
 
-def test_names_that_mean_something_elsewhere_are_names(quick, sweep, tmp_path, text_file):
+def test_markup_and_mathematics_in_names_are_plain_text(quick, sweep, tmp_path, text_file):
     path = tmp_path / "t$x^{$ [red]a[b].txt"
     path.write_bytes(text_file.read_bytes())
-    found = sweep(*SMALL, "--formats", "int8", text=path)
-    assert found.status == 0 and "[red]a[b].txt" in "".join(found.out.split("\n")).replace(" " * 2, "")
+    result = sweep(*SMALL, "--formats", "int8", text=path)
+    assert result.status == 0 and "[red]a[b].txt" in "".join(result.out.split("\n")).replace(" " * 2, "")
 
 
-def test_a_narrow_terminal_has_what_matters(quick, sweep, monkeypatch):
+def test_a_narrow_terminal_shows_the_main_columns(quick, sweep, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     rows = [line.split() for line in sweep(*SMALL, "--formats", "int8:token").out.splitlines()]
     assert ["int8:token", "*"] in [row[:2] for row in rows if len(row) == 5]
@@ -317,7 +322,7 @@ def test_an_interrupt_before_anything_is_finished_writes_nothing(quick, sweep):
         raise KeyboardInterrupt
 
     quick.before["plain"] = interrupt
-    found = sweep(*SMALL, "--formats", "int8")
-    assert (found.status, found.out) == (130, "")
-    assert "nothing was finished" in found.err
-    assert not (found.directory / "results.json").exists()
+    result = sweep(*SMALL, "--formats", "int8")
+    assert (result.status, result.out) == (130, "")
+    assert "nothing was finished" in result.err
+    assert not (result.directory / "results.json").exists()

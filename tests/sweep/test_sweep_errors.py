@@ -1,4 +1,4 @@
-"""What cannot be swept is said in one line, before any work, with status 2."""
+"""Tests of bad arguments: each is reported in one line, before any work, with status 2."""
 
 import sys
 
@@ -6,22 +6,22 @@ import jax
 import pytest
 from support.small_sweep import SIZES
 
-import qpaged.sweep._run as run_module
 from qpaged.cli import main
 from qpaged.models import DecoderConfig, init_params, save_checkpoint
+from qpaged.sweep import Sweep
 
 
-def one_line(found):
-    assert (found.status, found.out) == (2, "")
-    assert found.err.count("\n") == 1
-    assert found.err.startswith("qpaged sweep: ")
-    return found.err
+def one_line(result):
+    assert (result.status, result.out) == (2, "")
+    assert result.err.count("\n") == 1
+    assert result.err.startswith("qpaged sweep: ")
+    return result.err
 
 
 def test_unknown_format(sweep):
-    said = one_line(sweep("--formats", "int8,int9"))
-    assert "no format is named 'int9'" in said
-    assert "fp8_e4m3, fp8_e5m2, int2, int4, int8, mxfp4, mxfp8, nvfp4, raw" in said
+    message = one_line(sweep("--formats", "int8,int9"))
+    assert "no format is named 'int9'" in message
+    assert "fp8_e4m3, fp8_e5m2, int2, int4, int8, mxfp4, mxfp8, nvfp4, raw" in message
 
 
 def test_unknown_granularity(sweep):
@@ -55,8 +55,8 @@ def test_malformed_checkpoint(sweep, tmp_path, config):
 def test_a_tokenizer_with_tokens_that_the_model_lacks(sweep, tmp_path):
     config = DecoderConfig(**vars(SIZES) | {"vocab_size": 200})
     save_checkpoint(tmp_path, config, init_params(config, jax.random.key(0)))
-    said = one_line(sweep(model=tmp_path))
-    assert "tokenizer must have at most the 200 tokens of the model, but bytes has 256" in said
+    message = one_line(sweep(model=tmp_path))
+    assert "tokenizer must have at most the 200 tokens of the model, but bytes has 256" in message
 
 
 def test_context_longer_than_the_models(sweep):
@@ -95,10 +95,10 @@ def test_wrong_usage(arguments, capsys):
     assert "usage: qpaged" in capsys.readouterr().err
 
 
-def test_a_text_shorter_than_asked_for_is_told(sweep, monkeypatch):
-    monkeypatch.setattr(run_module.Sweep, "run", lambda self, report, known: iter(()))
-    found = sweep("--tokens", 6400, "--formats", "int8")
-    assert "is enough for 960 tokens only" in found.err
+def test_a_text_with_too_few_tokens_is_reported(sweep, monkeypatch):
+    monkeypatch.setattr(Sweep, "run", lambda self, progress, known: iter(()))
+    result = sweep("--tokens", 6400, "--formats", "int8")
+    assert "is enough for 960 tokens only" in result.err
 
 
 def test_version(capsys):
@@ -108,8 +108,8 @@ def test_version(capsys):
 
 
 def test_nothing_is_written_where_nothing_was_run(sweep):
-    found = sweep("--formats", "int9")
-    assert not found.directory.exists()
+    result = sweep("--formats", "int9")
+    assert not result.directory.exists()
 
 
 @pytest.mark.parametrize(
@@ -127,24 +127,26 @@ def test_nothing_is_written_where_nothing_was_run(sweep):
         ("formats", "--help"),
     ],
 )
-def test_help_tells_every_option_and_what_it_is_by_default(command, options, capsys, monkeypatch):
+def test_help_lists_every_option_and_its_default(command, options, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
-    said = capsys.readouterr().out
-    assert exit.value.code == 0 and max(map(len, said.splitlines())) <= 80
-    usage, _, told = said.partition("\n\n")
+    message = capsys.readouterr().out
+    assert exit.value.code == 0 and max(map(len, message.splitlines())) <= 80
+    usage, _, options_help = message.partition("\n\n")
     assert usage.startswith(f"usage: qpaged {command} ")
     for option in options.split():
-        assert option in usage.replace("[-h]", "--help") and f"  {option}" in told.replace("-h, ", "  ")
-    for told_default in {"sweep": ["16384", "bfloat16"], "tune": ["format.json"], "plan": ["0.9"]}.get(
+        assert option in usage.replace("[-h]", "--help") and f"  {option}" in options_help.replace(
+            "-h, ", "  "
+        )
+    for default in {"sweep": ["16384", "bfloat16"], "tune": ["format.json"], "plan": ["0.9"]}.get(
         command, []
     ):
-        assert f"({told_default})" in told
+        assert f"({default})" in options_help
 
 
-def test_the_list_of_commands(capsys):
+def test_help_lists_the_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    said = capsys.readouterr().out
-    assert all(f"\n    {command} " in said for command in ("sweep", "tune", "plan", "formats"))
+    message = capsys.readouterr().out
+    assert all(f"\n    {command} " in message for command in ("sweep", "tune", "plan", "formats"))

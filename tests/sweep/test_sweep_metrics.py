@@ -1,11 +1,14 @@
-"""The numbers of a sweep, against their formulas in float64, term by term."""
+"""Tests of the metrics of a sweep against their formulas in float64, term by term."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from qpaged.sweep._metrics import KL_EDGES, Predictions, compare, histogram, jackknife, measure_accuracy
+from qpaged.sweep import METRICS
+from qpaged.sweep.measure._metrics import Measurement, Predictions, compare, compute_metrics
+from qpaged.sweep.measure._statistics import KL_EDGES, jackknife, kl_histogram, part_means
 
 SEQUENCES, TOKENS, VOCABULARY = 3, 40, 7
 
@@ -63,31 +66,53 @@ def test_a_prediction_beside_itself_is_exact():
     assert (np.asarray(found.kl) == 0).all() and np.asarray(found.same_top).all()
 
 
+def in_float64(predictions):
+    return Predictions(*(np.asarray(values, np.float64) for values in predictions))
+
+
+def metrics(predictions, token_bytes):
+    """Compute the metrics of some predictions, as attributes; the rest of the measurement does not matter."""
+    measurement = Measurement(
+        predictions=predictions,
+        token_bytes=token_bytes,
+        continuations=np.zeros((2, 4)),
+        reference_continuations=np.zeros((2, 4)),
+        attention=None,
+        bytes_per_token=64.0,
+        elements_per_token=64,
+        decode_seconds_per_step=None,
+        prefill_seconds_per_token=None,
+    )
+    return SimpleNamespace(**compute_metrics(measurement))
+
+
 @pytest.fixture(scope="module")
 def compared():
-    """Predictions a little apart, and how many bytes each token stands for."""
-    found = compare(logits(0), logits(0) + logits(1, 0.1), truth())
-    return Predictions(*map(np.asarray, found)), np.random.default_rng(3).integers(1, 6, (SEQUENCES, TOKENS))
+    """Return predictions that differ a little, and the bytes that each token stands for."""
+    predictions = in_float64(compare(logits(0), logits(0) + logits(1, 0.1), truth()))
+    return predictions, np.random.default_rng(3).integers(1, 6, (SEQUENCES, TOKENS))
 
 
-def test_accuracy_summarizes_them(compared):
-    predictions, widths = compared
-    kl, log_p, log_q = (np.asarray(x, np.float64) for x in predictions[:3])
-    found = measure_accuracy(predictions, widths)
+def test_metrics_are_those_of_their_formulas(compared):
+    predictions, token_bytes = compared
+    kl, log_p, log_q = predictions.kl, predictions.log_p, predictions.log_q
+    found = metrics(predictions, token_bytes)
     ordered = np.sort(kl, axis=None)
     assert found.kl_mean == pytest.approx(kl.mean())
     assert found.kl_median == pytest.approx((ordered[59] + ordered[60]) / 2)
     assert found.kl_p90 == pytest.approx(ordered[107] + 0.1 * (ordered[108] - ordered[107]))
     assert found.kl_p999 == pytest.approx(ordered[-1] - 0.119 * (ordered[-1] - ordered[-2]))
     assert found.kl_max == ordered[-1]
-    assert len(found.kl_parts) == 9 and np.mean(found.kl_parts) == pytest.approx(kl.mean(), rel=0.02)
-    assert found.bits_per_byte == pytest.approx(-log_q.sum() / widths.sum() / math.log(2))
+    assert len(part_means(kl)) == 9 and np.mean(part_means(kl)) == pytest.approx(kl.mean(), rel=0.02)
+    assert found.bits_per_byte == pytest.approx(-log_q.sum() / token_bytes.sum() / math.log(2))
     assert found.perplexity == pytest.approx(math.exp(-log_q.mean()))
     assert found.perplexity_ratio == pytest.approx(math.exp(-log_q.mean()) / math.exp(-log_p.mean()))
     assert found.probability_change_rms == pytest.approx(
         math.sqrt(((np.exp(log_q) - np.exp(log_p)) ** 2).mean())
     )
-    assert found.same_top == pytest.approx(np.asarray(predictions.same_top).mean()) != 1
+    assert found.same_top == pytest.approx(predictions.same_top.mean()) != 1
+    assert (found.ratio, found.bits_per_element) == (2, 8)
+    assert (found.greedy_first_difference, found.greedy_same, found.attention_error) == (4, 1, None)
 
 
 def test_the_standard_error_of_a_mean_is_that_of_independent_units():
@@ -97,7 +122,7 @@ def test_the_standard_error_of_a_mean_is_that_of_independent_units():
     assert jackknife(units[:1], lambda total: total[1] / total[0]) == (2, None)
 
 
-def test_standard_errors_cover_the_truth_as_often_as_they_say():
+def test_standard_errors_cover_the_truth_in_68_percent_of_cases():
     rng, covered = np.random.default_rng(0), []
     for _ in range(400):  # the perplexity of tokens that cost an exponentially distributed number of nats
         units = np.stack([np.full(20, 50.0), rng.exponential(1.0, (20, 50)).sum(axis=1)], axis=1)
@@ -107,19 +132,19 @@ def test_standard_errors_cover_the_truth_as_often_as_they_say():
 
 
 def test_errors_are_taken_over_sequences_or_over_stretches_where_these_are_few(compared):
-    predictions, widths = compared
-    one = Predictions(*(x[:1] for x in predictions))
-    assert measure_accuracy(one, widths[:1]).kl_mean_se == pytest.approx(
+    predictions, token_bytes = compared
+    one = Predictions(*(values[:1] for values in predictions))
+    assert metrics(one, token_bytes[:1]).kl_mean_se == pytest.approx(
         one.kl.reshape(8, 5).mean(axis=1).std(ddof=1) / math.sqrt(8), rel=1e-4
     )
-    many = Predictions(*(np.tile(x, (3, 1)) for x in predictions))
-    assert measure_accuracy(many, np.tile(widths, (3, 1))).kl_mean_se == pytest.approx(
+    many = Predictions(*(np.tile(values, (3, 1)) for values in predictions))
+    assert metrics(many, np.tile(token_bytes, (3, 1))).kl_mean_se == pytest.approx(
         many.kl.mean(axis=1).std(ddof=1) / 3, rel=1e-4
     )
 
 
 def test_the_histogram_counts_every_value_once():
-    found = histogram(np.array([0.0, 1e-13, 10**-6.1, 10**-6.2, 1e9]))
+    found = kl_histogram(np.array([0.0, 1e-13, 10**-6.1, 10**-6.2, 1e9]))
     edges, counts = found["log10_edges"], found["counts"]
     assert edges == KL_EDGES.tolist() and len(counts) == len(edges) - 1
     assert found["below"] == 2 and counts[edges.index(-6.25)] == 2 and counts[-1] == 1 and sum(counts) == 3
@@ -129,4 +154,12 @@ def test_logits_that_are_not_finite_are_refused():
     broken = logits(0)
     broken[1, 2, 3] = np.nan
     with pytest.raises(ValueError, match="not finite"):
-        measure_accuracy(compare(logits(0), broken, truth()), np.ones(truth().shape))
+        metrics(in_float64(compare(logits(0), broken, truth())), np.ones(truth().shape))
+
+
+def test_every_metric_has_a_key_of_its_own_and_a_meaning():
+    assert len({metric.key for metric in METRICS}) == len(METRICS)
+    for metric in METRICS:
+        assert metric.meaning and metric.better in ("lower", "higher", "")
+        if metric.table is not None and metric.table.with_error:
+            assert metric.has_error, f"{metric.key} has no standard error to show"

@@ -1,4 +1,4 @@
-"""report.html and the figures, as functions of results.json."""
+"""Tests of report.html and the figures, as functions of results.json."""
 
 import copy
 import re
@@ -7,12 +7,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qpaged.sweep._extras import MissingExtraError
-from qpaged.sweep._figure import write_figures
-from qpaged.sweep._labels import Box, around, place_names
-from qpaged.sweep._reading import closest_first, pareto_front
-from qpaged.sweep._report import write_report
-from qpaged.sweep._report._distribution import SIZES
+from qpaged.sweep import METRICS, MissingExtraError, write_figures, write_report
+from qpaged.sweep.report._labels import Box, box_around, place_names
+from qpaged.sweep.report.page._distribution import SIZES
+from qpaged.sweep.results import closest_first, pareto_front
 
 pytest.importorskip("jinja2", reason="jinja2 comes with qpaged[sweep]")
 
@@ -48,9 +46,9 @@ class Page(HTMLParser):
         return " ".join(shown.replace("\N{NO-BREAK SPACE}", " ").split())
 
     def of(self, tag, **attributes):
-        """Attributes of the elements of a tag that have these."""
-        found = [found for name, found in self.attributes if name == tag]
-        return [each for each in found if attributes.items() <= each.items()]
+        """Return the attributes of each element of a tag that has these."""
+        elements = [element for name, element in self.attributes if name == tag]
+        return [element for element in elements if attributes.items() <= element.items()]
 
 
 @pytest.fixture
@@ -77,7 +75,7 @@ def test_the_page_needs_nothing_else(sample, report):
     assert not [found for _, found in page.attributes if "src" in found or found.get("href", "#")[0] != "#"]
 
 
-def test_every_number_stands_in_the_table_as_it_came(sample, report):
+def test_every_number_is_in_the_table(sample, report):
     page = report(sample)
     numbers = [found["data-v"] for found in page.of("td") if "data-v" in found]
     runs = closest_first(sample["runs"])
@@ -108,7 +106,7 @@ def test_names_and_errors_are_escaped(sample, report):
     assert page.text.count("<script>") >= 10
 
 
-def test_the_choice_by_layer_is_said_in_runs_of_layers(sample, report):
+def test_the_choice_by_layer_joins_consecutive_layers(sample, report):
     sample["tune"]["layers"] = [["int8", "int4"], ["int8", "int2"], ["int2", "int4"], ["int8", "int4"]]
     text = report(sample).text
     assert "keys int8 layers 0\N{EN DASH}1, 3 keys int2 layer 2" in text
@@ -125,7 +123,7 @@ def test_layers_have_a_map_for_each_metric_that_is_there(sample, report):
     ]  # fmt: skip
 
 
-def test_a_model_whose_layers_cannot_be_seen_into(sample, report):
+def test_a_model_whose_layers_cannot_be_inspected(sample, report):
     for run in sample["runs"]:
         run |= {name: [] for name in run if "_by_layer" in name}
         run["attention_error"] = None
@@ -179,6 +177,15 @@ def test_results_of_another_version_are_refused(sample, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_metric_that_older_results_lack_is_unknown(sample, report):
+    for run in sample["runs"]:
+        del run["perplexity_ratio"], run["greedy_same"]
+    page = report(sample)
+    columns = [metric.key for metric in METRICS if metric.label]
+    numbers = [found["data-v"] for found in page.of("td") if "data-v" in found]
+    assert numbers[columns.index("perplexity_ratio") :: len(columns)] == [""] * len(sample["runs"])
+
+
 def test_results_without_a_run_are_refused(sample, tmp_path):
     with pytest.raises(ValueError, match=r"results.runs must hold the reference at least, but is empty"):
         write_report(sample | {"runs": []}, tmp_path)
@@ -213,7 +220,7 @@ FRAME = Box(0, 0, 400, 300)
 
 def test_names_touch_neither_each_other_nor_dots():
     dots = [(200.0, 100.0, 80.0, True), (205.0, 104.0, 80.0, True), (210.0, 96.0, 80.0, False)]
-    obstacles = [around(x, y, 5) for x, y, _, _ in dots]
+    obstacles = [box_around(x, y, 5) for x, y, _, _ in dots]
     places = place_names(dots, obstacles, FRAME, 12)
     assert None not in places
     taken = [*places, *obstacles]

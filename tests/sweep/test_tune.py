@@ -1,4 +1,4 @@
-"""``qpaged tune``, and the choice that it makes."""
+"""Tests of ``qpaged tune``, and of the choice that it makes."""
 
 import itertools
 import json
@@ -9,21 +9,21 @@ import numpy as np
 import pytest
 
 import qpaged
-import qpaged.sweep._tune as tune_module
-from qpaged.sweep._tune import Journal, UnattainableError, choose
+from qpaged.sweep import Journal, Tune, UnattainableError
+from qpaged.sweep.tune._solver import choose
 
 SMALL = ("--tokens", 400, "--context", 48, "--page-size", 8)
 BITS = np.array([8.25, 4.5, 4.25, 2.5])
 
 
 def sensitivities(seed, layers=2):
-    """Random, of the sizes that KL has at such bits."""
+    """Return random sensitivities [layers, 2, candidates], as large as KL is at these bits."""
     scale = np.exp2(-2 * BITS)
     return np.random.default_rng(seed).exponential(size=(layers, 2, len(BITS))) * scale
 
 
 def every_choice(sensitivity):
-    """(mean bits, summed KL) of all choices."""
+    """Yield (mean bits, summed KL) of all choices."""
     items = sensitivity.reshape(-1, len(BITS))
     for picks in itertools.product(range(len(BITS)), repeat=len(items)):
         yield BITS[list(picks)].mean(), sum(kl[pick] for kl, pick in zip(items, picks, strict=True))
@@ -56,7 +56,7 @@ def test_bits_are_counted_exactly():
     assert choose(odd, free, 8 + 1 / 200, math.inf)[0] in (((0, 1),), ((1, 0),))
 
 
-def test_what_cannot_be_kept_says_what_can():
+def test_an_unattainable_bound_names_the_attainable_one():
     with pytest.raises(UnattainableError, match=r"bits must be at least 2\.500.* but came as 2"):
         choose(BITS, sensitivities(0), 2, math.inf)
     with pytest.raises(UnattainableError, match=r"max_kl must be at least about .* within 4 bits"):
@@ -80,29 +80,27 @@ def test_a_journal_keeps_what_was_measured_under_the_same_conditions(journal):
 
 @pytest.fixture
 def tune(command):
-    """``tune(*arguments)`` runs the command on the small model."""
+    """Return ``tune(*arguments)``: it runs the command on the small model."""
     return lambda *arguments: command("tune", *SMALL, *arguments, out="format.json")
 
 
 def test_a_choice_is_verified_written_and_taken_by_the_cache(tune, tmp_path):
-    found = tune("--bits", 8, "--formats", "int8:token,int4:token", "--json")
-    assert found.status == 0
-    results = json.loads(found.out)
+    result = tune("--bits", 8, "--formats", "int8:token,int4:token", "--json")
+    assert result.status == 0
+    results = json.loads(result.out)
     *uniform, choice = results["runs"]
     tuned = results["tune"]
     assert choice["format"] == tuned["choice"] == "format.json"
     assert choice["bits_per_element"] == (2 * 10 + 2 * 5) / 4 and choice["layers"] == tuned["layers"]
     pairs = {"int8:token/int4:token", "int4:token/int8:token"}
     assert {run["format"] for run in uniform} == {"plain", "int8:token", "int4:token"} | pairs
-    keys, values = (np.array(tuned["sensitivity"][side]) for side in ("keys", "values"))
-    assert (keys[:, 1] > keys[:, 0]).all() and (
-        values[:, 1] > values[:, 0]
-    ).all()  # int8 changes less than int4
+    keys, values = np.array(tuned["sensitivity"]["keys"]), np.array(tuned["sensitivity"]["values"])
+    assert (keys[:, 1] > keys[:, 0]).all()  # int8 changes less than int4
+    assert (values[:, 1] > values[:, 0]).all()
     gain = np.stack([keys[:, 1] - keys[:, 0], values[:, 1] - values[:, 0]], axis=1)
     eight = [[each == "int8:token" for each in pair] for pair in tuned["layers"]]
-    assert (
-        np.array(eight) == (gain >= np.sort(gain, axis=None)[2])
-    ).all()  # the eight bits are where they help most
+    most_gain = gain >= np.sort(gain, axis=None)[2]
+    assert (np.array(eight) == most_gain).all()
     assert choice["kl_mean"] < next(run for run in uniform if run["format"] == "int4:token")["kl_mean"]
 
     metadata = qpaged.PagedAttentionCacheMetaData(1, 2, 4, 4, 32, 8, 2, 16, 0.9)
@@ -112,6 +110,7 @@ def test_a_choice_is_verified_written_and_taken_by_the_cache(tune, tmp_path):
     size = cache.nbytes / (4 * 8)
     assert size == choice["bytes_per_token"]
     assert not (tmp_path / "format.json.partial").exists()
+    assert "2 candidates for keys and values of 2 layers" in result.err.splitlines()[0]
 
 
 def test_the_fewest_bits_within_a_kl(tune, quick):
@@ -127,9 +126,9 @@ def test_a_search_goes_on_where_it_was_interrupted(tune, quick, tmp_path):
     arguments = ("--bits", 6, "--formats", "int8:token,int4:token")
     part = "plain (1: plain/int8:token)"
     quick.before[part] = interrupt
-    found = tune(*arguments)
-    assert found.status == 130
-    assert "format.json.partial keeps what was measured" in found.err
+    result = tune(*arguments)
+    assert result.status == 130
+    assert "format.json.partial keeps what was measured" in result.err
     assert not (tmp_path / "format.json").exists()
     del quick.before[part]
     before = set(quick.ran)
@@ -140,7 +139,7 @@ def test_a_search_goes_on_where_it_was_interrupted(tune, quick, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((), "bits or max_kl must be given, or both"),
         (("--bits", 0), "bits must be positive and finite, but came as 0"),
@@ -154,27 +153,27 @@ def test_a_search_goes_on_where_it_was_interrupted(tune, quick, tmp_path):
         (("--bits", 5, "--tokens", 48), "two sequences at least"),
     ],
 )
-def test_bad_usage_is_told(tune, quick, arguments, said):
-    found = tune(*arguments)
-    assert (found.status, found.out) == (2, "")
-    assert said in found.err
+def test_bad_arguments_are_refused(tune, quick, arguments, message):
+    result = tune(*arguments)
+    assert (result.status, result.out) == (2, "")
+    assert message in result.err
 
 
-def test_a_uniform_format_that_keeps_the_budget_is_a_choice(tune, quick, monkeypatch):
-    monkeypatch.setattr(tune_module.Tune, "_sensitivity", lambda self, names, *_: np.ones((2, 2, len(names))))
+def test_a_uniform_format_that_keeps_the_budget_is_chosen_if_no_sum_does(tune, quick, monkeypatch):
+    monkeypatch.setattr(Tune, "_sensitivity", lambda self, names, *_: np.ones((2, 2, len(names))))
     results = json.loads(tune("--max-kl", 0.1, "--formats", "int8:token,int4:token", "--json").out)
     assert results["tune"]["layers"] == [["int4:token"] * 2] * 2 and results["tune"]["predicted_kl"] is None
 
 
 def test_an_output_of_another_kind_is_refused(command, quick):
-    found = command("tune", *SMALL, "--bits", 5, out="format.txt")
-    assert found.status == 2 and "--out must be a file that ends in .json" in found.err
+    result = command("tune", *SMALL, "--bits", 5, out="format.txt")
+    assert result.status == 2 and "--out must be a file that ends in .json" in result.err
 
 
-def test_a_budget_that_nothing_keeps(tune, quick, tmp_path):
-    found = tune("--bits", 3, "--formats", "int8:token,int4:token")
-    assert found.status == 1
-    assert "bits must be at least 5.000, which the smallest of the formats takes, but came as 3" in found.err
+def test_a_budget_that_no_format_keeps_fails(tune, quick, tmp_path):
+    result = tune("--bits", 3, "--formats", "int8:token,int4:token")
+    assert result.status == 1
+    assert "bits must be at least 5.000, which the smallest of the formats takes, but came as 3" in result.err
     assert not (tmp_path / "format.json").exists()
 
 
@@ -183,6 +182,6 @@ def test_a_candidate_that_fails_leaves_the_others(tune, quick):
         raise RuntimeError("no luck")
 
     quick.before["int8:token"] = fail
-    found = tune("--bits", 8, "--formats", "int8:token,int4:token", "--json")
-    assert found.status == 1
-    assert json.loads(found.out)["failures"] == [{"format": "int8:token", "error": "RuntimeError: no luck"}]
+    result = tune("--bits", 8, "--formats", "int8:token,int4:token", "--json")
+    assert result.status == 1
+    assert json.loads(result.out)["failures"] == [{"format": "int8:token", "error": "RuntimeError: no luck"}]

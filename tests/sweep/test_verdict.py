@@ -1,16 +1,16 @@
-"""The verdict: what it names, what it calls a tie, and what it will not be sure of."""
+"""Tests of the verdict: the formats that it names, ties, and thresholds that error bars cross."""
 
 import numpy as np
 import pytest
 
-from qpaged.sweep._number import percent, small
-from qpaged.sweep._verdict import verdict
+from qpaged.sweep import verdict
+from qpaged.sweep._numbers import percent, small
 
 ORDER: dict[str, int] = {}
 
 
 def parts(name, mean, error):
-    """Parts of a text with this mean and standard error of it, unrelated to those of other names."""
+    """Return values of a text's parts with this mean and standard error, uncorrelated with other names'."""
     if error is None:
         return [mean]
     row = ORDER.setdefault(name, len(ORDER) + 1)
@@ -63,7 +63,7 @@ def test_a_tie_that_the_error_bars_barely_allow_names_the_closer():
     assert "; tied with int8." in verdict(results(PLAIN, nearer, INT8))
 
 
-def test_a_difference_beyond_the_error_bars_is_none():
+def test_a_difference_beyond_the_error_bars_is_no_tie():
     closer = run("int8+rotate", 1025, 4e-5, 6e-6)  # 3.5 standard errors
     assert verdict(results(PLAIN, closer, INT8)).startswith("int8+rotate halves")
     assert "tied" not in verdict(results(PLAIN, closer, INT8))
@@ -74,7 +74,7 @@ def test_many_ties_are_counted():
     assert "tied with int8:a, int8:b, int8:c and 2 more" in verdict(results(PLAIN, INT8, *others))
 
 
-def test_what_may_be_over_the_threshold_is_not_surely_under_it():
+def test_a_format_whose_error_bar_crosses_the_threshold_is_not_surely_under_it():
     unsure = run("int4:page", 513, 9.5e-3, 4e-4)
     assert "int4 is the smallest that is surely under 0.01" in verdict(results(PLAIN, INT4, unsure))
     assert "int4:page (4.01 bits) costs 0.0095 ± 0.0004" in verdict(results(PLAIN, INT4, unsure))

@@ -1,0 +1,107 @@
+"""Arguments of ``sweep`` and ``tune``: which model is measured on which text, and how much of it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qpaged import sweep
+from qpaged.cli._output import FAILED, FINE, INTERRUPTED, say
+
+
+def add_job(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose the model, the text and the settings."""
+    defaults = sweep.Settings()
+    add = parser.add_argument
+    add("model", nargs="?", metavar="MODEL_DIR", help="a Hugging Face checkpoint (the bundled model)")
+    add(
+        "--step",
+        metavar="MODULE:FUNCTION",
+        help="a model that qpaged.adopt can adopt, instead of a checkpoint: FUNCTION(sequences, length) "
+        "gives (step, state), and step(state, tokens, positions) gives (logits, state)",
+    )
+    add("--text", metavar="FILE", help="what to predict (held-out files of Python's own library)")
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="a directory with a tokenizer.json, or bytes for models of bytes (the checkpoint's own; bytes "
+        "with --step)",
+    )
+    add("--tokens", type=int, metavar="N", default=defaults.tokens, help="tokens to predict (%(default)s)")
+    add("--context", type=int, metavar="N", help=f"tokens of a sequence (up to {defaults.context})")
+    add(
+        "--batch",
+        type=int,
+        metavar="N",
+        default=defaults.batch,
+        help="sequences in the cache at once (%(default)s)",
+    )
+    add("--page-size", type=int, metavar="N", default=defaults.page_size, help="tokens a page (%(default)s)")
+    add("--dtype", choices=sweep.DTYPES, default=defaults.dtype, help="caches' logical dtype (%(default)s)")
+    add("--seed", type=int, metavar="N", help="draw the sequences (they are spread evenly over the text)")
+
+
+def load_job(args: argparse.Namespace) -> tuple[sweep.Model, sweep.Text, sweep.Settings]:
+    """Load the model, the text and the settings that the arguments choose.
+
+    Raises:
+        OSError, ValueError, ImportError: one of them cannot be loaded.
+    """
+    if args.step is not None and args.model is not None:
+        raise ValueError("MODEL_DIR and --step each name a model; give one of them.")
+    text = sweep.load_text(args.text)
+    if args.step is not None:
+        settings = _settings(args, args.context)
+        return sweep.load_step(args.step, settings, args.tokenizer), text, settings
+    if args.context is not None:
+        settings = _settings(args, args.context)
+        return sweep.load_model(args.model, args.tokenizer, args.context), text, settings
+    model = sweep.load_model(args.model, args.tokenizer)
+    context = min(sweep.Settings().context, model.longest)
+    return model, text, _settings(args, context)
+
+
+def say_job(args: argparse.Namespace, job: sweep.Sweep, formats: str, files: str) -> None:
+    """Say what is measured on what, how much of it, and where the files go."""
+    say(
+        args,
+        f"{job.model.name} on {job.text.source}: {formats}, {job.tokens:,} tokens each; files go to {files}.",
+    )
+    if job.tokens < args.tokens // job.settings.context * job.settings.context:
+        say(args, f"{job.text.source} is enough for {job.tokens:,} tokens only.")
+
+
+def split_formats(spellings: str) -> list[str]:
+    """Split a list of formats at its commas."""
+    return [spelling.strip() for spelling in spellings.split(",")]
+
+
+def publish(args: argparse.Namespace, result: sweep.SweepResult, directory: Path) -> int:
+    """Write all files of a result, print it, and return the exit status."""
+    sweep.write_json(result, directory)
+    results = result.to_dict()
+    sweep.write_figures(results, directory)
+    report = sweep.write_report(results, directory)
+    if args.json:
+        print(result.to_json(), end="")
+    else:
+        sweep.print_table(results)
+        print(f"The report: {report}")
+    for failure in result.failures:
+        say(args, f"{failure.format} failed: {failure.error}")
+    if not result.complete:
+        say(args, f"interrupted; finished: {', '.join(run.format for run in result.runs)}.")
+        return INTERRUPTED
+    return FAILED if result.failures else FINE
+
+
+def _settings(args: argparse.Namespace, context: int | None) -> sweep.Settings:
+    values: dict[str, Any] = {
+        "tokens": args.tokens,
+        "batch": args.batch,
+        "page_size": args.page_size,
+        "dtype": args.dtype,
+        "seed": args.seed,
+    }
+    if context is not None:
+        values["context"] = context
+    return sweep.Settings(**values)

@@ -1,0 +1,163 @@
+"""``qpaged plan``: shows how many tokens fit into a memory in each format."""
+
+import argparse
+import dataclasses
+import json
+import re
+from typing import Any
+
+from qpaged import sweep
+from qpaged.cli._job import split_formats
+from qpaged.cli._output import FAILED, FINE, Subparsers, print_columns, say
+from qpaged.models import DecoderConfig, parameter_bytes, read_config
+from qpaged.plan import Plan, device_memory, plan
+
+BINARY_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+BINARY_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+DECIMAL_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS = BINARY_UNITS | DECIMAL_UNITS
+DEFAULT_FORMATS = "plain,int8,int8:token,int8/int4,int4+rotate"
+DERIVED = ("cache", "unused", "pages", "tokens", "sequences", "bytes_per_token")
+
+
+def size(text: str) -> int:
+    """Return the bytes of ``"80GiB"``, ``"80GB"`` or a plain number; ``"80G"`` is 80GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2] not in UNITS:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; 80GiB, 141GB or a number of bytes is.")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def add(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "plan",
+        help="how many tokens and sequences fit into a memory, in each format",
+        description="From a model's configuration and a device's memory: the pages, tokens and sequences "
+        "that fit in each format, as allocating them gives, and where the memory goes.",
+    )
+    add_argument = parser.add_argument
+    add_argument(
+        "model", metavar="MODEL", help="a Hugging Face checkpoint's directory, or its config.json alone"
+    )
+    add_argument(
+        "--memory", type=size, metavar="SIZE", help="of one device, as 80GiB (what the device found has)"
+    )
+    add_argument("--context", type=int, metavar="N", help="tokens of a sequence (the model's longest)")
+    add_argument("--formats", metavar="LIST", help=f"({DEFAULT_FORMATS}, those that fit)")
+    add_argument(
+        "--weights", type=size, metavar="SIZE", help="of the whole model (the checkpoint's; 0 without one)"
+    )
+    add_argument(
+        "--mesh",
+        type=int,
+        metavar="N",
+        default=1,
+        help="devices that the model is divided over (%(default)s)",
+    )
+    add_argument("--page-size", type=int, metavar="N", default=16, help="tokens a page (%(default)s)")
+    add_argument(
+        "--dtype", choices=sweep.DTYPES, default="bfloat16", help="caches' logical dtype (%(default)s)"
+    )
+    add_argument(
+        "--utilization", type=float, metavar="U", default=0.9,
+        help="share for the cache of what the weights leave (%(default)s)",
+    )  # fmt: skip
+    add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = read_config(args.model)
+    plans, errors = _plans(args, config)
+    if not plans:
+        raise next(iter(errors.values()))
+    for spelling, reason in errors.items():
+        say(args, f"{spelling} is left out: {reason}")
+    if args.json:
+        print(json.dumps({"plans": [_record(each) for each in plans]}, indent=2))
+    else:
+        _print_model(args, config, plans[0])
+        _print_table(plans)
+    # Defaults that do not fit the model are no failure; formats that the user typed are.
+    return FAILED if errors and args.formats else FINE
+
+
+def _plans(args: argparse.Namespace, config: DecoderConfig) -> tuple[list[Plan], dict[str, ValueError]]:
+    """Return the plan of each format, and the errors of those that do not fit."""
+    weights = args.weights
+    if weights is None:
+        weights = parameter_bytes(args.model) or 0
+    memory = args.memory
+    if memory is None:
+        memory = device_memory()
+    if memory is None:
+        raise ValueError("the device found does not tell its memory; give it, as in --memory 80GiB.")
+    if args.mesh < 1:
+        raise ValueError(f"--mesh must be at least 1, but came as {args.mesh}.")
+    context = args.context
+    if context is None:
+        context = config.max_position_embeddings
+    plans: list[Plan] = []
+    errors: dict[str, ValueError] = {}
+    for spelling, cache_format in sweep.sweep_order(split_formats(args.formats or DEFAULT_FORMATS)):
+        try:
+            plans.append(
+                plan(
+                    config, cache_format, memory_bytes=memory, context=context, weights_bytes=weights,
+                    dtype=args.dtype, page_size=args.page_size, mesh_size=args.mesh,
+                    hbm_utilization=args.utilization, name=spelling,
+                )
+            )  # fmt: skip
+        except ValueError as error:
+            errors[spelling] = error
+    return plans, errors
+
+
+def _record(each: Plan) -> dict[str, Any]:
+    """Return a plan as JSON."""
+    names = [field.name for field in dataclasses.fields(each) if field.name != "metadata"]
+    return {name: getattr(each, name) for name in (*names, *DERIVED)}
+
+
+def _print_model(args: argparse.Namespace, config: DecoderConfig, first: Plan) -> None:
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    print(f"{layers} layers of {heads} KV heads of {config.head_dim}, pages of {args.page_size} tokens.")
+    if args.mesh > 1 and first.shards > 1:
+        print(f"On {args.mesh} devices, {heads // first.shards} KV heads on each. Of one of them:")
+    elif args.mesh > 1:
+        print(
+            f"On {args.mesh} devices: {heads} KV heads do not divide by that, so each holds all of them. "
+            f"Of one of them:"
+        )
+    print(
+        f"Of {_readable_bytes(first.memory)} the weights take {_readable_bytes(first.weights)}, and "
+        f"{_readable_bytes(first.reserve)} are left to everything else.\n"
+    )
+
+
+def _print_table(plans: list[Plan]) -> None:
+    sequences = f"sequences of {plans[0].context:,}"
+    head = ("format", "bytes/token", "pages", "tokens", sequences, "codes", "scales", "unused")
+    rows = []
+    for each in plans:
+        rows.append(
+            (
+                each.format,
+                f"{each.bytes_per_token:,.1f}",
+                f"{each.pages:,}",
+                f"{each.tokens:,}",
+                f"{each.sequences:,}",
+                _readable_bytes(each.key_codes + each.value_codes),
+                _readable_bytes(each.key_scales + each.value_scales),
+                _readable_bytes(each.unused),
+            )
+        )
+    print_columns(head, rows, "<>>>>>>>")
+
+
+def _readable_bytes(count: int) -> str:
+    """Return a number of bytes in the largest unit that it fills."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count:,} B"

@@ -1,0 +1,136 @@
+"""``qpaged sweep``: measures formats on a model and a text."""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import qpaged
+from qpaged import sweep
+from qpaged.cli._job import add_job, load_job, publish, say_job, split_formats
+from qpaged.cli._output import INTERRUPTED, Subparsers, make_writable, say
+from qpaged.sweep._numbers import rough_duration
+
+EVERYTHING = "all"
+
+
+def add(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "sweep",
+        help="measure formats on a model and a text: accuracy against memory",
+        description="Run a model over a text with a plain cache and with each format; print a table, and "
+        "write results.json, report.html and figures. A sweep that was interrupted goes on where it stopped.",
+    )
+    add_job(parser)
+    parser.add_argument(
+        "--formats",
+        metavar="LIST",
+        help="such as int8,int8:token/int4+rotate,format.json; all, for every wrapper too (all bare)",
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="where the files go (here)")
+    parser.add_argument("--fresh", action="store_true", help="measure again what --out has results of")
+    parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
+    parser.set_defaults(run=_run)
+
+
+@dataclass
+class _Formats:
+    """The formats to measure, plugins that are broken, and formats that do not fit the model."""
+
+    spellings: list[str]
+    failures: list[sweep.Failure] = field(default_factory=list)
+    unfit: list[str] = field(default_factory=list)
+
+
+def _run(args: argparse.Namespace) -> int:
+    sweep.need_sweep_extra()
+    lists_installed = args.formats in (None, EVERYTHING)
+    if not lists_installed:
+        # Raise for bad spellings now, before the model is loaded.
+        sweep.sweep_order(split_formats(args.formats))
+    make_writable(args.out, "--out")
+    model, text, settings = load_job(args)
+    if lists_installed:
+        formats = _installed(args.formats == EVERYTHING, model.head_dim)
+    else:
+        formats = _Formats(split_formats(args.formats))
+    job = sweep.Sweep(model, text, tuple(formats.spellings), settings)
+    known = _known_runs(args, job)
+    _say_plan(args, job, known, formats)
+    result = _measure(job, known, formats.failures, args.out)
+    if not result.runs:
+        raise KeyboardInterrupt
+    try:
+        return publish(args, result, args.out)
+    except KeyboardInterrupt:
+        say(args, f"interrupted; {args.out / sweep.RESULTS} has all that was measured.")
+        return INTERRUPTED
+
+
+def _installed(wrapped: bool, head_dim: int) -> _Formats:
+    """Return the installed formats, with every wrapper too if ``wrapped``."""
+    infos, broken = sweep.installed_formats()
+    spellings = [info.spelling for info in infos]
+    if wrapped:
+        spellings = list(qpaged.available_formats(wrapped=True))
+    fit, unfit = sweep.fitting(spellings, head_dim)
+    failures = [sweep.Failure(name, error) for name, error in broken.items()]
+    return _Formats(fit, failures, list(unfit))
+
+
+def _known_runs(args: argparse.Namespace, job: sweep.Sweep) -> Sequence[sweep.Run]:
+    """Return the runs in --out that need not be repeated."""
+    if args.fresh:
+        return ()
+    return sweep.known_runs(job, args.out)
+
+
+def _say_plan(
+    args: argparse.Namespace, job: sweep.Sweep, known: Sequence[sweep.Run], formats: _Formats
+) -> None:
+    """Say what runs, how long that takes if it is known, and where files go; then what is left out."""
+    pending = job.pending(known)
+    count = f"{len(pending)} format" if len(pending) == 1 else f"{len(pending)} formats"
+    say_job(args, job, count, str(args.out.resolve()))
+    results = args.out / sweep.RESULTS
+    if known:
+        names = ", ".join(run.format for run in known)
+        say(args, f"{results} has runs of {names} already.")
+        if pending:
+            seconds = len(pending) * statistics.median(run.seconds for run in known)
+            say(args, f"about {rough_duration(seconds)}, by the time that those took.")
+    elif not args.fresh:
+        kept = sweep.set_aside(args.out)
+        if kept is not None:
+            say(args, f"{results} was of another sweep, and is kept as {kept.name}.")
+    if formats.unfit:
+        head_dim, unfit = job.model.head_dim, ", ".join(formats.unfit)
+        say(args, f"left out, since they do not go with head_dim {head_dim}: {unfit}.")
+
+
+def _measure(
+    job: sweep.Sweep, known: Sequence[sweep.Run], failures: list[sweep.Failure], directory: Path
+) -> sweep.SweepResult:
+    """Measure everything, or what is finished when the user interrupts; write results after each format."""
+    failures = list(failures)
+    runs: list[sweep.Run] = []
+
+    def result(complete: bool) -> sweep.SweepResult:
+        identities = {run.identity for run in runs}
+        # Runs that this sweep was not asked for, or did not come to yet, stay in the file.
+        kept = [run for run in known if run.identity not in identities]
+        return sweep.SweepResult(job, (*runs, *kept), tuple(failures), complete)
+
+    total = job.tokens * len(job.pending(known))
+    try:
+        with sweep.progress_bar(total, "sweep") as progress:
+            for outcome in job.run(progress, known):
+                if isinstance(outcome, sweep.Run):
+                    runs.append(outcome)
+                else:
+                    failures.append(outcome)
+                sweep.write_json(result(complete=False), directory)
+    except KeyboardInterrupt:
+        return result(complete=False)
+    return result(complete=True)

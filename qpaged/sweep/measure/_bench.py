@@ -1,0 +1,133 @@
+"""Measures one format after another beside the plain cache, the reference."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from qpaged.quantizer import CacheFormat
+from qpaged.sweep.measure._attention import AttentionProfile
+from qpaged.sweep.measure._greedy import greedy_continuations
+from qpaged.sweep.measure._metrics import Measurement, Predictions, compute_metrics
+from qpaged.sweep.measure._model import Model, Stream
+from qpaged.sweep.measure._predictions import Reference, Timing, predict
+from qpaged.sweep.measure._run import PLAIN, Run, identity, layer_spellings
+from qpaged.sweep.measure._settings import Settings
+from qpaged.sweep.measure._statistics import kl_histogram, part_means
+from qpaged.sweep.measure._text import Sequences
+
+Progress = Callable[[str, int], None]
+"""progress(spelling, tokens) is called when so many more tokens of this format are done."""
+
+
+@dataclass(frozen=True)
+class _Predicted:
+    """Predictions in a format, the stream that they went through, and the time they took."""
+
+    predictions: Predictions[np.ndarray]
+    stream: Stream
+    timing: Timing
+    seconds: float
+
+
+class Bench:
+    """A model and a text with the plain cache's predictions, beside which formats are measured.
+
+    Args:
+        plain: the spelling under which the reference is reported.
+    """
+
+    def __init__(
+        self, model: Model, sequences: Sequences, settings: Settings, plain: str, progress: Progress
+    ):
+        self._model = model
+        self._sequences = sequences
+        self._settings = settings
+        self._spelling = plain
+        self._progress = progress
+        self._reference: Reference | None = None
+        self._plain = self._predict(plain, PLAIN)
+
+    @cached_property
+    def plain(self) -> Run:
+        """The run of the plain cache, which is the reference."""
+        return self.measure(self._spelling, PLAIN)
+
+    def mean_kl(self, spelling: str, cache_format: CacheFormat) -> float:
+        """Predict in a format, and return the mean KL alone.
+
+        A search needs no more, and saves the time of continuations and of attention by layer.
+        """
+        kl = self._predict(spelling, cache_format).predictions.kl
+        if not np.isfinite(kl).all():
+            raise ValueError("the model's logits are not finite")
+        return float(kl.mean())
+
+    def measure(self, spelling: str, cache_format: CacheFormat) -> Run:
+        """Measure everything of a format."""
+        start = time.perf_counter()
+        if cache_format == PLAIN:
+            predicted, continuations = self._plain, self._plain_continuations
+            start -= predicted.seconds  # The reference was predicted before, when the bench was made.
+        else:
+            predicted = self._predict(spelling, cache_format)
+            continuations = self._continue(predicted.stream)
+        tokens = self._sequences.tokens[:, :-1]
+        attention = self._model.attention_profile(cache_format, tokens, self._settings)
+        measurement = self._measurement(predicted, continuations, attention)
+        layers = None
+        if cache_format.layers:
+            layers = layer_spellings(cache_format, self._model.layers or 0)
+        return Run(
+            format=spelling,
+            identity=identity(cache_format),
+            key=str(CacheFormat(cache_format.key, cache_format.key)),
+            value=str(CacheFormat(cache_format.value, cache_format.value)),
+            layers=layers,
+            dtype=predicted.stream.dtype,
+            metrics=compute_metrics(measurement),
+            kl_parts=part_means(predicted.predictions.kl),
+            kl_histogram=kl_histogram(predicted.predictions.kl),
+            attention=attention,
+            tokens=self._sequences.bytes.size,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _measurement(
+        self, predicted: _Predicted, continuations: np.ndarray, attention: AttentionProfile | None
+    ) -> Measurement:
+        return Measurement(
+            predictions=predicted.predictions,
+            token_bytes=self._sequences.bytes,
+            continuations=continuations,
+            reference_continuations=self._plain_continuations,
+            attention=attention,
+            bytes_per_token=predicted.stream.bytes_per_token,
+            elements_per_token=self._model.elements_per_token,
+            decode_seconds_per_step=predicted.timing.per_decode_step,
+            prefill_seconds_per_token=predicted.timing.per_prefilled_token,
+        )
+
+    @cached_property
+    def _plain_continuations(self) -> np.ndarray:
+        return self._continue(self._plain.stream)
+
+    def _predict(self, spelling: str, cache_format: CacheFormat) -> _Predicted:
+        """Predict the whole text; the first predictions become the reference."""
+        start = time.perf_counter()
+        sequences = min(self._settings.batch, len(self._sequences.tokens))
+        stream = self._model.stream(cache_format, self._settings, sequences)
+
+        def advance(tokens: int) -> None:
+            self._progress(spelling, tokens)
+
+        predictions, timing, self._reference = predict(
+            self._model, stream, self._sequences.tokens, self._settings, self._reference, advance
+        )
+        return _Predicted(predictions, stream, timing, time.perf_counter() - start)
+
+    def _continue(self, stream: Stream) -> np.ndarray:
+        prompts = self._sequences.tokens[: self._settings.prompts, : self._settings.prompt]
+        return greedy_continuations(self._model, stream, prompts, self._settings)

@@ -1,0 +1,204 @@
+"""A checkpoint's decoder as a model that can be swept."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+import qpaged.models
+from qpaged.cache import NarrowFloatPoolWarning, PagedAttentionCache, PagedAttentionCacheMetaData
+from qpaged.models import (
+    Attend,
+    DecoderConfig,
+    Params,
+    Tokenizer,
+    checkpoint_sha256,
+    final_hidden,
+    load_checkpoint,
+    load_tokenizer,
+    output_logits,
+)
+from qpaged.quantizer import CacheFormat
+from qpaged.sweep.measure._attention import SUMS, AttentionProfile, compare_attention
+from qpaged.sweep.measure._decoder_stream import Chunk, DecoderStream, chunks
+from qpaged.sweep.measure._run import PLAIN
+from qpaged.sweep.measure._settings import Settings
+
+COMPUTE_DTYPE = "float32"
+"""The dtype that models compute in, and that plain caches hold."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder of a checkpoint; see :class:`Model`."""
+
+    name: str
+    config: DecoderConfig
+    params: Params
+    tokenizer: Tokenizer
+    sha256: str
+    path: str | None = None
+    reference: str = "plain pages in float32, the precision that the model computes in"
+
+    @property
+    def architecture(self) -> str:
+        return self.config.model_type
+
+    @property
+    def parameters(self) -> int:
+        return sum(weight.size for weight in self.params.values())
+
+    @property
+    def elements_per_token(self) -> int:
+        return 2 * self.config.num_hidden_layers * self.config.num_key_value_heads * self.config.head_dim
+
+    @property
+    def head_dim(self) -> int:
+        return self.config.head_dim
+
+    @property
+    def layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def kv_heads(self) -> int:
+        return self.config.num_key_value_heads
+
+    @property
+    def longest(self) -> int:
+        return self.config.max_position_embeddings
+
+    @property
+    def vocabulary(self) -> int:
+        return self.config.vocab_size
+
+    def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> DecoderStream:
+        """Return a stream whose fresh cache holds ``sequences`` at once."""
+        cache = self.cache(quantizer, settings, sequences)
+        return DecoderStream(self.config, self.hidden, cache, settings, _cache_dtype(quantizer, settings))
+
+    def logits(self, outputs: jax.Array) -> jax.Array:
+        """Return the logits [..., vocabulary] of hidden states [..., hidden_size]."""
+        logits = output_logits(self.params, self.config, outputs.reshape(-1, outputs.shape[-1]))
+        return logits.reshape(*outputs.shape[:-1], -1)
+
+    def cache(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> PagedAttentionCache:
+        """Return a fresh cache that holds exactly ``sequences`` sequences."""
+        pages = settings.pages_per_sequence
+        metadata = PagedAttentionCacheMetaData(
+            batch_size=sequences,
+            num_hidden_layers=self.layers,
+            num_pages_per_layer=sequences * pages,
+            num_pages_per_sequence=pages,
+            max_sequences=settings.context,
+            page_size=settings.page_size,
+            num_kv_heads=self.kv_heads,
+            kv_head_dim_size=self.head_dim,
+            hbm_utilization=0.9,
+        )
+        dtype = _cache_dtype(quantizer, settings)
+        with warnings.catch_warnings():
+            # A narrow plain pool is slow on CPU, but a sweep asks for its accuracy.
+            warnings.simplefilter("ignore", NarrowFloatPoolWarning)
+            return PagedAttentionCache.init_cache(None, dtype, metadata, quantizer=quantizer)
+
+    def hidden(
+        self,
+        tokens: ArrayLike,  # [n] int32
+        position: ArrayLike,  # [n] int32
+        attend: Attend,
+    ) -> jax.Array:  # [n, hidden_size] float32
+        """Return the last hidden states of tokens at their positions."""
+        return final_hidden(
+            self.params,
+            self.config,
+            jnp.asarray(tokens),
+            jnp.asarray(position),
+            attend,
+            dtype=COMPUTE_DTYPE,
+        )
+
+    def attention_profile(
+        self,
+        quantizer: CacheFormat,
+        tokens: np.ndarray,  # [sequences, context] int32
+        settings: Settings,
+    ) -> AttentionProfile:
+        """Return each layer's attention error, from :attr:`Settings.probed` sequences."""
+        if quantizer == PLAIN:  # The reference has no error beside itself.
+            return AttentionProfile.of(np.zeros((self.layers, 2, len(SUMS))))
+        plain = self.stream(PLAIN, settings, 1)
+        measured = self.stream(quantizer, settings, 1)
+        sums = []
+        for sequence in tokens[: settings.probed]:
+            plain.begin(1)
+            measured.begin(1)
+            for chunk in chunks(sequence, settings.chunk):
+                sums.append(self._chunk_sums(plain, measured, chunk))
+        return AttentionProfile.of(np.swapaxes(np.array(sums, np.float64), 0, 1))
+
+    def _chunk_sums(self, plain: DecoderStream, measured: DecoderStream, chunk: Chunk) -> list[np.ndarray]:
+        """Return :data:`SUMS` of one chunk for each layer."""
+        table = plain.table[0]
+        metadata = chunk.metadata(table)
+        positions = metadata.prefill_position
+        is_padding = np.arange(len(chunk.tokens)) >= chunk.length
+        measured_positions = np.where(is_padding, -1, positions)
+        sums: list[jax.Array] = []
+
+        def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            out = plain.attend(layer, query, key, value, metadata)
+            measured.attend(layer, query, key, value, metadata)
+            options = self.config.attention(layer)
+            plain_view = plain.views[layer].replace(layer_index=0)
+            measured_view = measured.views[layer].replace(layer_index=0)
+            sums.append(
+                compare_attention(plain_view, measured_view, query, measured_positions, table, options)
+            )
+            return out
+
+        self.hidden(chunk.tokens, positions, attend)
+        return jax.device_get(sums)
+
+
+def load_model(
+    path: str | Path | None = None, tokenizer: str | None = None, context: int | None = None
+) -> Decoder:
+    """Load the checkpoint in directory ``path``, or the bundled tiny model without one.
+
+    Args:
+        tokenizer: a directory with a ``tokenizer.json``, or ``"bytes"``; the checkpoint's own if None.
+        context: tokens of the sequences, for models that compute differently on long ones.
+
+    Raises:
+        OSError, ValueError: the checkpoint cannot be read.
+        ImportError: safetensors or tokenizers is missing.
+    """
+    if path is None:
+        directory = Path(qpaged.models.__file__).parent / "tiny"
+        name, tokenizer_source = "bundled tiny model", "bytes"
+    else:
+        directory = Path(path)
+        name, tokenizer_source = directory.resolve().name, tokenizer or str(directory)
+    config, params = load_checkpoint(directory)  # weights as they are stored
+    if context is not None:
+        config = config.for_context(context)
+    return Decoder(
+        name=name,
+        config=config,
+        params=params,
+        tokenizer=load_tokenizer(tokenizer_source),
+        sha256=checkpoint_sha256(directory),
+        path=None if path is None else str(path),
+    )
+
+
+def _cache_dtype(quantizer: CacheFormat, settings: Settings) -> str:
+    """Return the logical dtype of a cache: the reference keeps what the model computes."""
+    if quantizer == PLAIN:
+        return COMPUTE_DTYPE
+    return settings.dtype

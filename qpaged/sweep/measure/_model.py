@@ -1,0 +1,100 @@
+"""Protocols of what is measured: a model, and the stream of tokens through it and its cache."""
+
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from qpaged.models import Tokenizer
+from qpaged.quantizer import CacheFormat
+from qpaged.sweep.measure._attention import AttentionProfile
+from qpaged.sweep.measure._settings import Settings
+
+
+class Prefilled(NamedTuple):
+    """The model's outputs for one chunk, which covers ``rows`` and ``columns`` of the tokens."""
+
+    rows: slice
+    columns: slice
+    outputs: jax.Array  # [rows, columns, features]
+
+
+class Stream(Protocol):
+    """A model and its cache, as a server holds them: it processes one batch of sequences after another.
+
+    Attributes:
+        bytes_per_token: of the allocated cache, keys and values of all layers, scales included.
+        dtype: the name of the cache's logical dtype.
+    """
+
+    bytes_per_token: float
+    dtype: str
+
+    def begin(self, sequences: int) -> None:
+        """Clear the cache for a batch of ``sequences``, at most ``batch`` of the settings."""
+
+    def prefill(self, tokens: np.ndarray) -> Iterator[Prefilled]:
+        """Feed the beginning of each sequence, [sequences, n] int32, and yield the outputs chunk by chunk."""
+
+    def decode(self, tokens: np.ndarray, position: int) -> jax.Array:
+        """Feed one token to each sequence, [sequences] int32, and return outputs [sequences, features]."""
+
+
+class Model(Protocol):
+    """A model that can be swept.
+
+    Attributes:
+        name: the name that reports show.
+        architecture: the model's type, as its configuration names it.
+        path: where it was loaded from, as the user typed it; None for the bundled model.
+        sha256: a hash of everything that its predictions depend on.
+        parameters: number of weights.
+        elements_per_token: cache elements of one token: keys and values of all layers.
+        head_dim, kv_heads, layers: sizes of the cache; layers is None where layers share an array.
+        longest: tokens that a sequence may have.
+        vocabulary: token ids are below it.
+        tokenizer: as :func:`qpaged.models.load_tokenizer` returns it.
+        reference: a description of the cache that is taken as exact.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> str | None: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def reference(self) -> str: ...
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def elements_per_token(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def layers(self) -> int | None: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def longest(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
+
+    def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> Stream:
+        """Return a stream whose fresh cache holds ``sequences`` at once; plain caches are the reference's."""
+
+    def logits(self, outputs: jax.Array) -> jax.Array:
+        """Return float32 logits [..., vocabulary] of a stream's outputs [..., features]."""
+
+    def attention_profile(
+        self,
+        quantizer: CacheFormat,
+        tokens: np.ndarray,  # [sequences, context] int32
+        settings: Settings,
+    ) -> AttentionProfile | None:
+        """Return each layer's attention error; None for a model whose layers cannot be inspected."""

@@ -1,0 +1,121 @@
+"""The record of one format: what it is, and what was measured of it."""
+
+import json
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from qpaged.quantizer import CacheFormat
+from qpaged.sweep.measure._attention import AttentionProfile
+from qpaged.sweep.measure._statistics import Histogram
+
+PLAIN = CacheFormat()
+
+
+class Accuracy(SimpleNamespace):
+    """Metrics of predictions as attributes, as :attr:`Run.accuracy` had them; use :attr:`Run.metrics`."""
+
+
+class Greedy(SimpleNamespace):
+    """Metrics of continuations as attributes, as :attr:`Run.greedy` had them; use :attr:`Run.metrics`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One format, measured.
+
+    Attributes:
+        format: as the user typed it.
+        identity: see :func:`identity`.
+        key: the canonical spelling of the keys' format.
+        value: the canonical spelling of the values' format.
+        layers: (key, value) spellings of each layer, where layers differ; else None.
+        dtype: the logical dtype of the cache.
+        metrics: the value of each of :data:`METRICS` by its key, and standard errors under ``<key>_se``.
+        kl_parts: mean KL of each part of the text over which standard errors are taken.
+        kl_histogram: of the KL of all tokens.
+        attention: errors of each layer by itself; None for models whose layers cannot be inspected.
+        tokens: number of predicted tokens.
+        seconds: wall-clock time, compilation included.
+    """
+
+    format: str
+    identity: str
+    key: str
+    value: str
+    layers: list[list[str]] | None
+    dtype: str
+    metrics: dict[str, float | None]
+    kl_parts: list[float]
+    kl_histogram: Histogram
+    attention: AttentionProfile | None
+    tokens: int
+    seconds: float
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self._number("bytes_per_token")
+
+    @property
+    def bits_per_element(self) -> float:
+        return self._number("bits_per_element")
+
+    @property
+    def ratio(self) -> float:
+        return self._number("ratio")
+
+    @property
+    def kl_mean(self) -> float:
+        return self._number("kl_mean")
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """Deprecated; :attr:`metrics` has these numbers."""
+        _warn_moved("accuracy")
+        return Accuracy(**self.metrics, kl_parts=self.kl_parts, kl_histogram=self.kl_histogram)
+
+    @property
+    def greedy(self) -> Greedy:
+        """Deprecated; :attr:`metrics` has these numbers under ``greedy_...``."""
+        _warn_moved("greedy")
+        prefix = "greedy_"
+        keys = [key for key in self.metrics if key.startswith(prefix)]
+        return Greedy(**{key.removeprefix(prefix): self.metrics[key] for key in keys})
+
+    def _number(self, key: str) -> float:
+        """Return a metric that every run has."""
+        value = self.metrics[key]
+        assert value is not None
+        return value
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One format that could not be measured, and why."""
+
+    format: str
+    error: str
+
+    @classmethod
+    def of(cls, spelling: str, error: Exception) -> "Failure":
+        """Describe an exception in one line."""
+        return cls(spelling, " ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def identity(cache_format: CacheFormat) -> str:
+    """Return the complete configuration of a format as one line of JSON, to tell whether two are the same."""
+    return json.dumps(cache_format.config, sort_keys=True, separators=(",", ":"))
+
+
+def layer_spellings(cache_format: CacheFormat, layers: int) -> list[list[str]]:
+    """Return the spellings of the keys' and the values' format for each layer."""
+    spellings = []
+    for layer in range(layers):
+        key, value = cache_format.layer(layer)
+        spellings.append([str(CacheFormat(key, key)), str(CacheFormat(value, value))])
+    return spellings
+
+
+def _warn_moved(attribute: str) -> None:
+    message = f"Run.{attribute} is now Run.metrics; the old name goes with the next version."
+    warnings.warn(message, DeprecationWarning, stacklevel=3)

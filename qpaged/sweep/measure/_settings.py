@@ -1,0 +1,73 @@
+"""Settings of a sweep: how much is measured, and in what pieces it goes through the cache."""
+
+from dataclasses import dataclass
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much a sweep measures.
+
+    Attributes:
+        tokens: predicted tokens, at most; rounded down to whole sequences.
+        context: tokens of a sequence.
+        page_size: tokens of a page.
+        dtype: the logical dtype of the caches that are measured; the reference is always float32.
+        chunk: tokens of a prefill chunk; not a multiple of usual page sizes, so that chunks end inside pages.
+        decode: tokens at each sequence's end that are decoded one by one, at most half of the sequence.
+        batch: sequences in the cache at once; their pages are reset and reused for the next batch.
+        probed: sequences on which each layer's attention error is measured, at most.
+        prompts: sequences whose beginning is continued greedily, at most.
+        generated: tokens of a greedy continuation, at most half of a sequence.
+        seed: draws the sequences of the text; they are spread evenly over it if None.
+
+    Raises:
+        ValueError: a count that is too small, or another dtype.
+    """
+
+    tokens: int = 16_384
+    context: int = 1024
+    page_size: int = 16
+    dtype: str = "bfloat16"
+    chunk: int = 250
+    decode: int = 32
+    batch: int = 8
+    probed: int = 2
+    prompts: int = 8
+    generated: int = 32
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        least = {"context": 2, "tokens": self.context, "decode": 0, "seed": 0}
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < least.get(name, 1):
+                remedy = "; a sweep needs one whole context of tokens." if name == "tokens" else "."
+                raise ValueError(f"{name} must be at least {least.get(name, 1)}, but came as {value}{remedy}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, but came as {self.dtype!r}.")
+
+    @property
+    def decoded(self) -> int:
+        """Tokens of each sequence that are decoded one by one."""
+        return min(self.decode, self.context // 2)
+
+    @property
+    def prefilled(self) -> int:
+        """Tokens of each sequence that are prefilled."""
+        return self.context - self.decoded
+
+    @property
+    def continued(self) -> int:
+        """Tokens that are generated after each prompt."""
+        return min(self.generated, self.context // 2)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of each prompt: one chunk, or less where a chunk leaves no room for the continuation."""
+        return min(self.chunk, self.context - self.continued)
+
+    @property
+    def pages_per_sequence(self) -> int:
+        """Pages that one sequence fills, the last one perhaps in part."""
+        return -(-self.context // self.page_size)

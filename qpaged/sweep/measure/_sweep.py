@@ -1,0 +1,125 @@
+"""A sweep: measures the reference, then every format that was asked for."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from qpaged.quantizer import CacheFormat
+from qpaged.sweep.measure._bench import Bench, Progress
+from qpaged.sweep.measure._model import Model
+from qpaged.sweep.measure._run import PLAIN, Failure, Run, identity
+from qpaged.sweep.measure._settings import Settings
+from qpaged.sweep.measure._text import Sequences, Text, cut
+
+
+def sweep_order(formats: Sequence[str]) -> list[tuple[str, CacheFormat]]:
+    """Return each format once with its name, the plain reference first.
+
+    Names are spellings; a file of a format is named without its directory where that is unambiguous.
+
+    Raises:
+        RegistryError: a spelling that names no installed format.
+        OSError, ValueError: a format's file that cannot be read.
+    """
+    file_names = [Path(spelling).name for spelling in formats if spelling.endswith(".json")]
+    named: dict[str, CacheFormat] = {}
+    for spelling in formats:
+        cache_format = CacheFormat.of(spelling)
+        if cache_format in named.values():
+            continue
+        file_name = Path(spelling).name
+        name = file_name if file_names.count(file_name) == 1 else spelling
+        named[name] = cache_format
+    plain = [pair for pair in named.items() if pair[1] == PLAIN] or [("plain", PLAIN)]
+    others = [pair for pair in named.items() if pair[1] != PLAIN]
+    return [plain[0], *others]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep to be run: formats, the plain float32 reference first, on a model and a text.
+
+    Attributes:
+        formats: spellings that :meth:`qpaged.CacheFormat.of` takes; the reference is added if missing.
+
+    Raises:
+        RegistryError: a spelling that names no installed format.
+        ValueError: a text shorter than one sequence, or a context longer than the model's.
+    """
+
+    model: Model
+    text: Text
+    formats: tuple[str, ...]
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        longest = self.model.longest
+        if self.settings.context > longest:
+            raise ValueError(
+                f"context must be at most {longest:,}, the longest that {self.model.name} was made for, "
+                f"but came as {self.settings.context:,}."
+            )
+        tokenizer = self.model.tokenizer
+        if tokenizer.vocab_size > self.model.vocabulary:
+            raise ValueError(
+                f"tokenizer must have at most the {self.model.vocabulary:,} tokens of the model, but "
+                f"{tokenizer.name} has {tokenizer.vocab_size:,}; use the one that the model was trained with."
+            )
+        # Compute both now, so that bad formats and texts raise before any work is done.
+        _ = self.order, self.sequences
+
+    @cached_property
+    def order(self) -> list[tuple[str, CacheFormat]]:
+        """Each spelling once, with the format that it names; the reference first."""
+        return sweep_order(self.formats)
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The tokens that are fed and predicted."""
+        return cut(self.text, self.model.tokenizer, self.settings)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are predicted in each format."""
+        return len(self.sequences.tokens) * self.settings.context
+
+    def pending(self, known: Sequence[Run]) -> list[str]:
+        """Return the formats still to be measured; the reference is among them if any format is."""
+        known_identities = {run.identity for run in known}
+        pending = [
+            spelling
+            for spelling, cache_format in self.order
+            if identity(cache_format) not in known_identities
+        ]
+        plain = self.order[0][0]
+        if pending and pending[0] != plain:
+            return [plain, *pending]
+        return pending
+
+    def run(self, progress: Progress, known: Sequence[Run] = ()) -> Iterator[Run | Failure]:
+        """Yield each format as it is measured, so that a caller who stops early keeps what came before.
+
+        Runs that are ``known`` from an earlier sweep under the same conditions are not measured again.
+        A format that fails is yielded as a failure, and the others go on; an error of the reference is
+        raised, since nothing can be measured without it.
+        """
+        known_runs = {run.identity: run for run in known}
+        (plain, _), *others = self.order
+        bench = None
+        if self.pending(known):
+            bench = Bench(self.model, self.sequences, self.settings, plain, progress)
+            yield bench.plain
+        else:
+            yield dataclasses.replace(known_runs[identity(PLAIN)], format=plain)
+        for spelling, cache_format in others:
+            known_run = known_runs.get(identity(cache_format))
+            if known_run is not None:
+                yield dataclasses.replace(known_run, format=spelling)
+                continue
+            assert bench is not None
+            try:
+                yield bench.measure(spelling, cache_format)
+            except Exception as error:  # A plugin may raise anything; the others are still worth measuring.
+                yield Failure.of(spelling, error)

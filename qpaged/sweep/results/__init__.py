@@ -1,0 +1,42 @@
+"""Results of a sweep: ``results.json``, how it is written, resumed from and read."""
+
+from qpaged.sweep.results._files import RESULTS, known_runs, set_aside, write_json
+from qpaged.sweep.results._reading import (
+    CONFIDENT_ERRORS,
+    Results,
+    RunRecord,
+    check,
+    closest_first,
+    log_floor,
+    pareto_front,
+    tied,
+    title,
+)
+from qpaged.sweep.results._record import (
+    SweepResult,
+    conditions,
+    run_from_record,
+    run_record,
+    same_conditions,
+)
+
+__all__ = [
+    "CONFIDENT_ERRORS",
+    "RESULTS",
+    "Results",
+    "RunRecord",
+    "SweepResult",
+    "check",
+    "closest_first",
+    "conditions",
+    "known_runs",
+    "log_floor",
+    "pareto_front",
+    "run_from_record",
+    "run_record",
+    "same_conditions",
+    "set_aside",
+    "tied",
+    "title",
+    "write_json",
+]

@@ -1,0 +1,14 @@
+"""The formats that a search chooses from by default."""
+
+from qpaged.sweep._formats import fitting
+
+CANDIDATES = (
+    "int8:token+offset", "int8:token", "int8", "int8:channel+offset",
+    "int4+offset+rotate", "int4+rotate", "int4:token+rotate", "int4:channel+offset",
+    "int2+offset+rotate", "int2+offset", "int2+rotate",
+)  # fmt: skip
+
+
+def default_candidates(head_dim: int) -> list[str]:
+    """Return those of :data:`CANDIDATES` that a cache of this head_dim can have."""
+    return fitting(CANDIDATES, head_dim)[0]
