@@ -16,7 +16,7 @@ compiler = pytest.mark.skipif(
 
 
 def test_each_live_page_is_copied_once():
-    """The share exceeds 1, since scales are copied by blocks of 512 slots, and a last block is partly empty."""
+    """The share exceeds 1, since scales are copied by blocks of 512 slots, some of them partly empty."""
     import tpu_compile
 
     assert 1 <= tpu_compile.copied_share("int8:channel/int8:token") <= 1.05

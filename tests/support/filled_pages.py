@@ -1,4 +1,4 @@
-"""A pool that holds sequences of several lengths, poisoned wherever no token lies."""
+"""Pools that hold sequences of several lengths, with NaN wherever no token lies."""
 
 import functools
 
@@ -15,19 +15,19 @@ PER_SEQUENCE = 5
 
 
 def tables(rng, page_size, lengths):
-    """Each sequence's pages, shuffled over the pool; "no page" past its length."""
+    """Return page tables over a shuffled pool, with "no page" past each sequence's length."""
     free = rng.permutation(PAGES)
     table = np.full((len(lengths), PER_SEQUENCE), PAGES, np.int32)
-    taken = 0
+    used = 0
     for row, length in enumerate(lengths):
         count = -(-length // page_size)
-        table[row, :count] = free[taken : taken + count]
-        taken += count
+        table[row, :count] = free[used : used + count]
+        used += count
     return table
 
 
 def poisoned(pool, table, page_size, lengths):
-    """The pool with NaN, or codes and scales that read as NaN, wherever no token lies."""
+    """Return the pool with NaN, or codes and scales that read as NaN, wherever no token lies."""
     used = np.zeros((pool.shape[1], page_size), bool)
     for row, length in enumerate(lengths):
         slot = np.arange(length)
@@ -49,7 +49,7 @@ def poisoned(pool, table, page_size, lengths):
 
 @functools.cache
 def filled(format, kv_heads, head_dim, page_size=PAGE_SIZE, lengths=LENGTHS):
-    """A view that holds sequences of these ``lengths``, and their table."""
+    """Return a view that holds sequences of these ``lengths``, and their page table."""
     config = qpaged.PagedAttentionCacheMetaData(
         len(lengths), 1, PAGES, PER_SEQUENCE, PER_SEQUENCE * page_size, page_size, kv_heads, head_dim, 0.5
     )
@@ -57,22 +57,25 @@ def filled(format, kv_heads, head_dim, page_size=PAGE_SIZE, lengths=LENGTHS):
     table = tables(np.random.default_rng(0), page_size, lengths)
     write = jax.jit(qpaged.PagedAttentionCacheView.write_prefill_to_cache)
     for row, length in enumerate(lengths):
-        key, value = (normal(max(lengths), kv_heads, head_dim, seed=10 * row + i) for i in (1, 2))
+        key = normal(max(lengths), kv_heads, head_dim, seed=10 * row + 1)
+        value = normal(max(lengths), kv_heads, head_dim, seed=10 * row + 2)
         metadata = qpaged.PagedAttentionMetadata.prefill(
             position=np.arange(max(lengths)), page_table=table[row], length=length
         )
         view = write(view, key, value, metadata)
-    keys, values = (poisoned(pool, table, page_size, lengths) for pool in (view.key_pages, view.value_pages))
+    keys = poisoned(view.key_pages, table, page_size, lengths)
+    values = poisoned(view.value_pages, table, page_size, lengths)
     return view.replace(key_pages=keys, value_pages=values), table
 
 
 def decode(table, lengths=LENGTHS):
+    """Return the metadata of a decode step at each last token, its positions and its table."""
     position = np.array(lengths, np.int32) - 1
     return qpaged.PagedAttentionMetadata.decode(position=position, page_table=table), position, table
 
 
 def prefill(table, lengths=LENGTHS):
-    """The last sequence's last 13 tokens, in 16 places."""
+    """Return the metadata of a prefill of the last sequence's last 13 tokens, padded to 16 rows."""
     start = lengths[-1] - 13
     position = np.where(np.arange(16) < 13, start + np.arange(16), -1)
     metadata = qpaged.PagedAttentionMetadata.prefill(

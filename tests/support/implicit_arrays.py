@@ -1,4 +1,4 @@
-"""Implicit arrays that the tests use: one with children, one that derives its shape, one without handlers."""
+"""Small implicit arrays of codes and a scale, with handlers for a few primitives."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ ours = pytest.mark.skipif(
 
 @dataclass
 class Scaled(qi.ImplicitArray, warn_on_materialize=False):
-    """codes * scale, with a shape stored beside them as qax's classes do."""
+    """Represents codes * scale; its shape is stored, as in qax's classes."""
 
     codes: Any
     scale: Any
@@ -27,7 +27,7 @@ class Scaled(qi.ImplicitArray, warn_on_materialize=False):
 
 @dataclass
 class Derived(qi.ImplicitArray):
-    """The same, but the shape is that of the codes. Nothing handles `sin` of it."""
+    """Represents codes * scale; its shape is that of the codes. It has no handler for `sin`."""
 
     codes: Any
     scale: Any
@@ -73,7 +73,7 @@ KINDS = (Scaled, Derived)
 
 @qi.primitive_handler("mul")
 def _(primitive, a: Scaled | Derived, b: Any, **params):
-    """By a scalar: the codes stay, the scale changes."""
+    """Multiply the scale by a scalar."""
     if jnp.shape(b) != () or isinstance(b, qi.ImplicitArray):
         return NotImplemented
     return type(a)(a.codes, a.scale * b)
@@ -91,7 +91,7 @@ def _(primitive, a: Scaled | Derived, update: Any, *starts: Any, **params):
 
 
 def example(kind: type, shape: tuple[int, ...] = (4, 3)) -> Any:
-    """An instance with small integer codes and scale a half, so that everything is exact."""
+    """Return an array with small integer codes and scale 1/2, so that arithmetic is exact."""
     size = 1
     for n in shape:
         size *= n
@@ -100,5 +100,5 @@ def example(kind: type, shape: tuple[int, ...] = (4, 3)) -> Any:
 
 
 def dense(array: Any) -> jax.Array:
-    """What it stands for, by NumPy's arithmetic and no handler."""
+    """Return the values that the array represents, without its handlers."""
     return array.codes.astype(jnp.float32) * array.scale
