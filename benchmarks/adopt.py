@@ -1,9 +1,9 @@
-"""Models of other packages with a quantized cache, against their own float cache.
+"""Runs models of other packages with a quantized cache, against their own float cache.
 
     python benchmarks/adopt.py --models flax_attention,huggingface,penzai --out results.json
 
-Each group of models needs its packages (docs/adopt.md says which); it is a file in benchmarks/adopted. Every
-model runs 64 greedy steps after a 64-token prompt, batch 2, in each format.
+A group of models is a file in benchmarks/adopted, and needs its packages (see docs/adopt.md). Every model
+runs 64 greedy steps after a 64-token prompt, batch 2, in each format.
 """
 
 import argparse
@@ -28,7 +28,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     options = parser.parse_args(argv)
 
-    rows, packages = [], set()
+    rows = []
+    packages: set[str] = set()
     for group in options.models.split(","):
         for case in importlib.import_module(f"adopted.{group}").cases():
             packages |= set(case.packages)

@@ -1,15 +1,16 @@
-"""What XLA's GPU compiler makes of decode attention for an H200, with no GPU there. No times: unmeasured.
+"""Compiles decode attention for an H200 without a GPU, and records what memory and registers it takes.
 
     python benchmarks/gpu_compile.py --out benchmarks/results/gpu_compile.json
 
-Needs ``pip install "qpaged[cuda]"`` and absl-py. 32 query heads and 8 KV heads, head_dim 128, pages of 16.
+Needs ``pip install "qpaged[cuda]"`` and absl-py. There are 32 query heads and 8 KV heads, head_dim 128, and
+pages of 16 slots. Nothing runs, so there are no times.
 
-- ``temp``: temporaries of the program in the GPU's memory, bytes.
-- ``arguments``: bytes of what the program is given: pools, scales, queries, page table.
-- ``registers`` and ``spilled``: registers of a thread, and bytes of them that the assembler had no room for.
-- ``shared``: bytes of shared memory of a program of the grid.
+- ``temp``: bytes of the program's temporaries in the GPU's memory.
+- ``arguments``: bytes of the program's arguments: pools, scales, queries, page table.
+- ``registers`` and ``spilled``: registers of a thread, and bytes that the assembler spilled from them.
+- ``shared``: bytes of shared memory of one program of the grid.
 
-JAX's own kernel is compiled with JAX 0.10, and added to what is there with ``--formats --peer --add``.
+JAX's own kernel needs JAX 0.10; ``--formats --peer --add`` compiles it alone and adds it to the results.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,14 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 from record import circumstances, save
 
 import qpaged
 
-DUMP = tempfile.TemporaryDirectory()  # of what Mosaic GPU tells of its kernels
+Pytree = Any
+DUMP = tempfile.TemporaryDirectory()  # Mosaic GPU writes its kernels' resources here
 os.environ |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": DUMP.name}
 NAME = "NVIDIA H200"
 H200 = f"""
@@ -62,53 +66,60 @@ device_description_str: "{NAME}"
 FORMATS = "plain", "int8", "int8:token", "fp8_e4m3", "int4:token"
 Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
 SHAPES = {"8 x 4k": (8, 256), "64 x 8k": (64, 512), "1 x 128k": (1, 8192)}  # sequences, pages of each
-POOL = 1024  # pages of the first shape; the others hold what their sequences take
+POOL = 1024  # pages of the first shape's pool; the other pools have exactly the pages of their sequences
 
 
-def compiled(function: Any, gpu: Any, *arguments: Any) -> dict[str, Any]:
-    """The memory of ``function``, compiled for the GPU; why not, where JAX refuses."""
+def compile_for_gpu(function: Callable[..., Any], gpu: Sharding, *arguments: Pytree) -> dict[str, Any]:
+    """Compile a function and return the resources that it takes, or why JAX refuses it."""
     placed = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=gpu), arguments)
     try:
         memory = jax.jit(function).lower(*placed).compile().memory_analysis()
     except (ImportError, RuntimeError, NotImplementedError, ValueError) as error:
         return {"refused": str(error)[:200]}
     return {
-        "temp": memory.temp_size_in_bytes, "arguments": memory.argument_size_in_bytes, **resources(),
-    }  # fmt: skip
+        "temp": memory.temp_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+        **kernel_resources(),
+    }
 
 
-def resources() -> dict[str, int]:
-    """What the assembler said of the kernel that was compiled last."""
-    told = ""
+def kernel_resources() -> dict[str, int]:
+    """Return the resources of the kernel that was compiled last, as the assembler reports them."""
+    report = ""
     for path in Path(DUMP.name).iterdir():
         if path.suffix == ".ptxas" or path.name.endswith(".resources.txt"):
-            told += path.read_text()
+            report += path.read_text()
         path.unlink()
-    said = {
+    patterns = {
         "registers": r"Used (\d+) registers",
         "spilled": r"(\d+) bytes spill stores",
         "shared": r"smem_scratch_bytes=(\d+)",
     }
-    found = {name: re.search(pattern, told) for name, pattern in said.items()}
-    return {name: int(match.group(1)) for name, match in found.items() if match}
+    matches = {name: re.search(pattern, report) for name, pattern in patterns.items()}
+    return {name: int(match.group(1)) for name, match in matches.items() if match}
 
 
-def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
+    """Return an abstract array."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def pool_pages(shape: str) -> int:
+    """Return the pages of the pool at a shape."""
+    if shape == next(iter(SHAPES)):
+        return POOL
     sequences, pages = SHAPES[shape]
-    return POOL if shape == next(iter(SHAPES)) else sequences * pages
+    return sequences * pages
 
 
-def view_of(format: str, shape: str) -> qpaged.PagedAttentionCacheView:
+def abstract_view(quantizer: str, shape: str) -> qpaged.PagedAttentionCacheView:
+    """Return a view without allocating its pages."""
     sequences, pages = SHAPES[shape]
     config = qpaged.PagedAttentionCacheMetaData(
         sequences, 1, pool_pages(shape), pages, pages * PAGE_SIZE, PAGE_SIZE, KV_HEADS, HEAD_DIM, 0.5
     )
     fresh = qpaged.PagedAttentionCacheView.fresh
-    return jax.eval_shape(lambda: fresh(None, jnp.bfloat16, config, 0, None, format))
+    return jax.eval_shape(lambda: fresh(None, jnp.bfloat16, config, 0, None, quantizer))
 
 
 def attend(query, view, position, table):
@@ -116,33 +127,36 @@ def attend(query, view, position, table):
     return qpaged.paged_attention(query, view, metadata, backend="gpu")
 
 
-def ours(gpu: Any, format: str, shape: str) -> dict[str, Any]:
+def compile_ours(gpu: Sharding, quantizer: str, shape: str) -> dict[str, Any]:
+    """Compile qpaged's decode attention."""
     sequences, pages = SHAPES[shape]
     query = array(sequences, Q_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
-    return compiled(attend, gpu, query, view_of(format, shape), array(sequences), array(sequences, pages))
+    view = abstract_view(quantizer, shape)
+    return compile_for_gpu(attend, gpu, query, view, array(sequences), array(sequences, pages))
 
 
-def peer(gpu: Any, format: str, shape: str) -> dict[str, Any]:
-    """JAX's own Pallas-Triton kernel, on its own pools."""
+def compile_peer(gpu: Sharding, dtype: str, shape: str) -> dict[str, Any]:
+    """Compile JAX's own Pallas-Triton kernel over its own pools."""
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
-    def decode(query, keys, values, table, lengths, *scales):
-        named = dict(zip(("k_scales_pages", "v_scales_pages"), scales, strict=False))
-        return paged_attention(query, keys, values, table, lengths, **named)
+    def decode(query, keys, values, table, lengths, key_scales=None, value_scales=None):
+        return paged_attention(
+            query, keys, values, table, lengths, k_scales_pages=key_scales, v_scales_pages=value_scales
+        )
 
     sequences, pages = SHAPES[shape]
     slots = KV_HEADS, pool_pages(shape), PAGE_SIZE
-    pool = array(*slots, HEAD_DIM, dtype=jnp.dtype(format))
-    scales = [array(*slots, dtype=jnp.float32)] * 2 if format == "int8" else []
+    pool = array(*slots, HEAD_DIM, dtype=jnp.dtype(dtype))
+    scales = [array(*slots, dtype=jnp.float32)] * 2 if dtype == "int8" else []
     query = array(sequences, Q_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
-    return compiled(decode, gpu, query, pool, pool, array(sequences, pages), array(sequences), *scales)
+    return compile_for_gpu(decode, gpu, query, pool, pool, array(sequences, pages), array(sequences), *scales)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS))
-    parser.add_argument("--peer", action="store_true", help="JAX's own kernel too; JAX 0.10 compiles it")
+    parser.add_argument("--peer", action="store_true", help="compile JAX's own kernel, too; needs JAX 0.10")
     parser.add_argument("--add", action="store_true", help="keep the runs that are already in --out")
     arguments = parser.parse_args()
     devices = topologies.get_topology_desc(
@@ -151,19 +165,28 @@ def main() -> None:
     gpu = SingleDeviceSharding(devices[0])
     runs = []
     for shape in SHAPES:
-        for format in arguments.formats:
-            runs.append({"shape": shape, "kernel": "qpaged", "format": format, **ours(gpu, format, shape)})
-            print(json.dumps(runs[-1]), flush=True)
-        for format in ("bfloat16", "int8") if arguments.peer else ():
-            runs.append({"shape": shape, "kernel": "jax", "format": format, **peer(gpu, format, shape)})
-            runs[-1]["jax"] = jax.__version__
-            print(json.dumps(runs[-1]), flush=True)
+        for quantizer in arguments.formats:
+            run = {"shape": shape, "kernel": "qpaged", "format": quantizer}
+            run |= compile_ours(gpu, quantizer, shape)
+            runs.append(run)
+            print(json.dumps(run), flush=True)
+        if arguments.peer:
+            for dtype in ("bfloat16", "int8"):
+                run = {"shape": shape, "kernel": "jax", "format": dtype}
+                run |= compile_peer(gpu, dtype, shape) | {"jax": jax.__version__}
+                runs.append(run)
+                print(json.dumps(run), flush=True)
     if arguments.add:
         saved = json.loads(arguments.out.read_text())
         save(arguments.out, saved | {"runs": saved["runs"] + runs})
         return
-    made = circumstances(["jax-cuda13-plugin", "nvidia-cuda-nvcc"]) | {"device": f"{NAME}, described"}
-    save(arguments.out, {**made, "unmeasured": "compiled without a GPU: no times", "runs": runs})
+    results = {
+        **circumstances(["jax-cuda13-plugin", "nvidia-cuda-nvcc"]),
+        "device": f"{NAME}, described",
+        "unmeasured": "compiled without a GPU: no times",
+        "runs": runs,
+    }
+    save(arguments.out, results)
 
 
 if __name__ == "__main__":

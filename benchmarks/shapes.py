@@ -1,4 +1,4 @@
-"""The named shapes that attention is measured at, and tested at."""
+"""The named shapes at which attention is measured and tested."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Shape:
-    """Attention of one layer: the newest token of each of several sequences, or a chunk of one's prompt.
+    """One layer's attention: the newest token of several sequences, or the last chunk of one prompt.
 
     Attributes:
-        name: how results and tests call it.
-        lengths: tokens of each sequence, the new ones included.
+        name: its name in results and tests.
+        lengths: tokens of each sequence, the newest included.
         q_heads: query heads.
         kv_heads: heads of keys and values.
         head_dim: channels of a head.
         page_size: slots of a page.
-        chunk: tokens of a sequence that attend, its last ones; several of one sequence alone.
+        chunk: how many of the last tokens attend; more than one needs a single sequence.
     """
 
     name: str
@@ -29,20 +29,24 @@ class Shape:
 
     @property
     def tokens(self) -> int:
-        """Tokens that attend."""
+        """The number of tokens that attend."""
         return len(self.lengths) * self.chunk
 
     @property
     def pages_per_sequence(self) -> int:
+        """The pages of the longest sequence."""
         return -(-max(self.lengths) // self.page_size)
 
     @property
     def elements(self) -> int:
-        """Live elements of keys and values: what attention must read."""
+        """The elements of the live keys and values, which attention must read."""
         return 2 * sum(self.lengths) * self.kv_heads * self.head_dim
 
     def tables(self, seed: int = 0) -> tuple[np.ndarray, int]:
-        """Page tables (sequences, pages), "no page" past each length, and the pool's pages; shuffled."""
+        """Return page tables [sequences, pages] over a shuffled pool, and the number of its pages.
+
+        Entries past a sequence's length are that number, which is "no page".
+        """
         counts = [-(-length // self.page_size) for length in self.lengths]
         pages = sum(counts)
         order = np.random.default_rng(seed).permutation(pages).astype(np.int32)
@@ -70,4 +74,4 @@ SHAPES = {
         Shape("1x128k", (131_072,)),
     )
 }
-"""What a CPU holds comes first; the last three are for accelerators."""
+"""Shapes that a CPU can hold come first; the last four are for accelerators."""

@@ -1,11 +1,12 @@
-"""What formats lose on keys and values that are hard to quantize, and whether they keep to their targets.
+"""Measures what formats lose on keys and values that are hard to quantize, and judges their targets.
 
     python benchmarks/stress.py --out benchmarks/results/stress.json
     python benchmarks/stress.py --formats int8,int8:channel/int8:token --page-size 16
 
-Each case of ``stress_cases.py`` is written to the cache as serving does it: a prompt in two chunks, then one
-token at a time, on pages that lie spread over the pool. The losses of ``stress_metrics.py`` are of what reads
-back, means over eight amplitudes of one octave: scales that are powers of two fit some better than others.
+Each case of ``stress_cases.py`` is written to the cache as a server writes it: a prompt in two chunks, then
+one token at a time, on pages scattered over the pool. The losses of ``stress_metrics.py`` compare what reads
+back. They are means over eight amplitudes of one octave, since scales that are powers of two fit some
+amplitudes better than others.
 """
 
 import argparse
@@ -29,18 +30,20 @@ from qpaged.implicit import ImplicitArray
 
 SIZES = Sizes()
 PAGE_SIZES = (16, 64)
-DECODED = 16  # tokens written one by one; the chunks before them end inside a page
+DECODED = 16  # tokens written one by one; with 512 tokens, the chunks before them end inside a page
 OCTAVE = [2 ** (i / 8) for i in range(8)]
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A format's bits and losses at one page size.
+    """A format's bits and losses at one page size; the field names are those of the results file.
 
     Attributes:
-        key_bits: bits of the pool of keys, scales included, for each element.
-        value_bits: likewise.
-        losses: for each case the means of each of :class:`stress_metrics.Losses`.
+        format: its spelling.
+        page_size: slots of a page.
+        key_bits: bits per element of the keys, scales included.
+        value_bits: bits per element of the values.
+        losses: for each case, the mean of each of :class:`stress_metrics.Losses`.
     """
 
     format: str
@@ -50,12 +53,13 @@ class Measurement:
     losses: dict[str, dict[str, float | None]]
 
 
-def empty_view(format: str, page_size: int, sizes: Sizes) -> qpaged.PagedAttentionCacheView:
+def empty_view(quantizer: str, page_size: int, sizes: Sizes) -> qpaged.PagedAttentionCacheView:
+    """Return an empty view that holds all tokens of a case."""
     pages = -(-sizes.tokens // page_size)
     config = qpaged.PagedAttentionCacheMetaData(
         1, 1, pages, pages, sizes.tokens, page_size, sizes.kv_heads, sizes.head_dim, 0.9
     )
-    return qpaged.PagedAttentionCacheView.init(None, jnp.float32, config, 0, None, format)
+    return qpaged.PagedAttentionCacheView.init(None, jnp.float32, config, 0, None, quantizer)
 
 
 @jax.jit
@@ -73,15 +77,21 @@ def write_token(view, key, value, position, table):
 
 @jax.jit
 def read(view, table):
-    """Keys and values in the order of their tokens, (kv_heads, pages * page_size, head_dim)."""
-    pools = (view.key_pages, view.value_pages)
-    arrays = (pool.materialize() if isinstance(pool, ImplicitArray) else pool for pool in pools)
-    return [pool[:, table].reshape(pool.shape[0], -1, pool.shape[-1]) for pool in arrays]
+    """Return keys and values in the order of their tokens, [kv_heads, pages * page_size, head_dim]."""
+    return read_pool(view.key_pages, table), read_pool(view.value_pages, table)
+
+
+def read_pool(pool, table):
+    """Return the slots of a sequence, [kv_heads, pages * page_size, head_dim]."""
+    if isinstance(pool, ImplicitArray):
+        pool = pool.materialize()
+    return pool[:, table].reshape(pool.shape[0], -1, pool.shape[-1])
 
 
 def round_trip(view: qpaged.PagedAttentionCacheView, case: Case) -> list[np.ndarray]:
-    """The keys and values of ``case`` as they read back from ``view``, which must be empty."""
-    key, value = (np.float32(x).swapaxes(0, 1) for x in (case.key, case.value))
+    """Write a case to an empty view and return its keys and values as they read back."""
+    key = np.float32(case.key).swapaxes(0, 1)  # [tokens, kv_heads, head_dim]
+    value = np.float32(case.value).swapaxes(0, 1)
     table = np.random.default_rng(0).permutation(view.metadata.num_pages_per_layer).astype(np.int32)
     chunk = (len(key) - DECODED) // 2
     for start in (0, chunk):
@@ -93,27 +103,38 @@ def round_trip(view: qpaged.PagedAttentionCacheView, case: Case) -> list[np.ndar
     return [np.asarray(array)[:, : len(key)] for array in read(view, table)]
 
 
-def measure(format: str, page_size: int, cases: dict[str, Case], sizes: Sizes) -> Measurement:
-    view = empty_view(format, page_size, sizes)
+def measure(quantizer: str, page_size: int, cases: dict[str, Case], sizes: Sizes) -> Measurement:
+    """Measure a format in every case, at one page size."""
+    view = empty_view(quantizer, page_size, sizes)
     losses = {}
     for name, case in cases.items():
-        octave = [case.scaled(amplitude) for amplitude in OCTAVE]
-        losses[name] = mean_losses([measure_losses(one, *round_trip(view, one)) for one in octave])
-    bits = [8 * pool.nbytes / pool.size for pool in (view.key_pages, view.value_pages)]
-    return Measurement(format, page_size, *bits, losses)
+        case_losses = []
+        for amplitude in OCTAVE:
+            scaled = case.scaled(amplitude)
+            key, value = round_trip(view, scaled)
+            case_losses.append(measure_losses(scaled, key, value))
+        losses[name] = mean_losses(case_losses)
+    return Measurement(
+        format=quantizer,
+        page_size=page_size,
+        key_bits=8 * view.key_pages.nbytes / view.key_pages.size,
+        value_bits=8 * view.value_pages.nbytes / view.value_pages.size,
+        losses=losses,
+    )
 
 
 def run(formats: Sequence[str], page_sizes: Sequence[int], sizes: Sizes = SIZES) -> dict[str, Any]:
-    """Everything measured, as JSON; progress on stderr."""
-    for format in formats:
-        qpaged.CacheFormat.of(format)  # what is misspelled is told before an hour's work
+    """Measure formats at page sizes and return the results as JSON; progress goes to stderr."""
+    for quantizer in formats:
+        qpaged.CacheFormat.of(quantizer)  # raises for a misspelled format before an hour's work
     cases = {name: make_case(name, sizes) for name in CASES}
     runs = []
-    for number, format in enumerate(formats, 1):
+    for number, quantizer in enumerate(formats, 1):
         begin = time.perf_counter()
-        runs += [asdict(measure(format, page_size, cases, sizes)) for page_size in page_sizes]
+        for page_size in page_sizes:
+            runs.append(asdict(measure(quantizer, page_size, cases, sizes)))
         seconds = time.perf_counter() - begin
-        print(f"{number}/{len(formats)}  {format}  {seconds:.1f} s", file=sys.stderr, flush=True)
+        print(f"{number}/{len(formats)}  {quantizer}  {seconds:.1f} s", file=sys.stderr, flush=True)
     return {
         **circumstances(),
         "sizes": asdict(sizes),
@@ -129,14 +150,14 @@ def run(formats: Sequence[str], page_sizes: Sequence[int], sizes: Sizes = SIZES)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
+    parser.add_argument("--formats", help="spellings, separated by commas; by default every installed one")
     parser.add_argument(
-        "--formats", help="spellings with commas between them; every installed one if left out"
-    )
-    parser.add_argument(
-        "--page-size", type=int, action="append", help="may be given several times; 16 and 64"
+        "--page-size", type=int, action="append", help="may be given several times; by default 16 and 64"
     )
     arguments = parser.parse_args()
-    formats = arguments.formats.split(",") if arguments.formats else qpaged.available_formats()
+    formats = qpaged.available_formats()
+    if arguments.formats:
+        formats = arguments.formats.split(",")
     results = run(formats, arguments.page_size or PAGE_SIZES)
     for verdict in results["targets"]:
         print(describe(verdict))

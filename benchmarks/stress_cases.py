@@ -1,8 +1,8 @@
-"""Keys and values that are hard to quantize, one function a case, with queries to attend to them.
+"""Keys and values that are hard to quantize, and queries that attend to them: one function for each case.
 
-All cases start from the same unit gaussian queries, keys and values, which the case changes and their
-positions rotate; caches hold keys rotated. Where all keys are large or small, queries are the inverse, so
-that attention is neither uniform nor all on one token; the results tell its entropy.
+All cases start from the same unit gaussian queries, keys and values. The case changes them, and rotary
+positions rotate queries and keys, since caches hold rotated keys. Where all keys are large or small, queries
+are the inverse, so that attention is neither uniform nor all on one token; the results state its entropy.
 """
 
 import math
@@ -12,16 +12,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 THETA = 10_000.0
-BIAS_NORM, BIAS_PAIRS = 605.0, 2
-OUTLIER, OUTLIER_SHARE = 30.0, 0.01
-GROWTH, RUN = 1.2, 64
-SINK_PAIRS, SINK_KEY, SINK_VALUE = 8, 10.0, 0.1
+BIAS_NORM = 605.0
+BIAS_PAIRS = 2  # rotary pairs of channels that carry the bias
+OUTLIER = 30.0
+OUTLIER_SHARE = 0.01
+GROWTH = 1.2
+RUN = 64  # tokens until growth starts again
+SINK_PAIRS = 8  # slow rotary pairs of channels, along which the sink's key points
+SINK_KEY = 10.0
+SINK_VALUE = 0.1
 SMALL = 1e-6
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large a layer is, and which of its tokens ask: every ``query_step``-th."""
+    """The sizes of a layer. Every ``query_step``-th token has queries."""
 
     tokens: int = 512
     kv_heads: int = 2
@@ -31,20 +36,20 @@ class Sizes:
 
     @property
     def query_position(self) -> np.ndarray:
-        """(queries,) where each query stands; the last one at the last token."""
-        asking = np.arange(self.query_step - 1, self.tokens, self.query_step)
-        return np.repeat(asking, self.queries_per_head)
+        """Return each query's position, [queries]; the last one is that of the last token."""
+        positions = np.arange(self.query_step - 1, self.tokens, self.query_step)
+        return np.repeat(positions, self.queries_per_head)
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one layer is given, float64.
+    """The inputs of one layer's attention, float64.
 
     Attributes:
-        query: (kv_heads, queries, head_dim); those of a KV head share its keys.
-        query_position: (queries,); a query sees the keys up to its own position.
-        key: (kv_heads, tokens, head_dim).
-        value: likewise.
+        query: [kv_heads, queries, head_dim]; the queries of a KV head share its keys.
+        query_position: [queries]; a query sees the keys up to its own position.
+        key: [kv_heads, tokens, head_dim].
+        value: [kv_heads, tokens, head_dim].
     """
 
     query: np.ndarray
@@ -53,32 +58,37 @@ class Case:
     value: np.ndarray
 
     def scaled(self, amplitude: float) -> "Case":
-        """Keys and values ``amplitude`` times as large, as float32 holds them, with the same logits."""
-        key, value = (np.float64(np.float32(amplitude * x)) for x in (self.key, self.value))
+        """Return keys and values ``amplitude`` times as large, rounded to float32, with the same logits."""
+        key = np.float64(np.float32(amplitude * self.key))
+        value = np.float64(np.float32(amplitude * self.value))
         return replace(self, query=self.query / amplitude, key=key, value=value)
 
 
 def make_case(name: str, sizes: Sizes, seed: int = 0) -> Case:
-    """The case of that name in :data:`CASES`, rotated."""
+    """Return the case of that name in :data:`CASES`, rotated."""
     rng = np.random.default_rng(seed)
     position = sizes.query_position
     shape = (sizes.kv_heads, sizes.tokens, sizes.head_dim)
     query = rng.normal(size=(sizes.kv_heads, len(position), sizes.head_dim))
-    case = CASES[name](Case(query, position, rng.normal(size=shape), rng.normal(size=shape)), rng)
+    key = rng.normal(size=shape)
+    value = rng.normal(size=shape)
+    case = CASES[name](Case(query, position, key, value), rng)
     return replace(case, query=rotate(case.query, position), key=rotate(case.key, np.arange(sizes.tokens)))
 
 
 def rotate(x: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """Rotary positions as Llama has them: pairs (x[i], x[i + d/2]) turned by position * theta^(-2i/d).
+    """Apply Llama's rotary positions: turn the pair (x[i], x[i + d/2]) by position * theta^(-2i/d).
 
     Args:
-        x: (..., tokens, head_dim).
-        position: (tokens,).
+        x: [..., tokens, head_dim].
+        position: [tokens].
     """
     half = x.shape[-1] // 2
     angle = position[:, None] * THETA ** (-np.arange(half) / half)
-    first, second = x[..., :half], x[..., half:]
-    cos, sin = np.cos(angle), np.sin(angle)
+    first = x[..., :half]
+    second = x[..., half:]
+    cos = np.cos(angle)
+    sin = np.sin(angle)
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
@@ -98,6 +108,7 @@ def bias_fast(case: Case, rng: np.random.Generator) -> Case:
 
 
 def _biased(case: Case, rng: np.random.Generator, pairs: slice) -> Case:
+    """Add a bias of norm ``BIAS_NORM`` to all keys, on some rotary pairs of channels."""
     heads, _, dim = case.key.shape
     bias = np.zeros((heads, 1, 2, dim // 2))
     signs = rng.choice([-1.0, 1.0], (heads, 1, 2, BIAS_PAIRS))
@@ -116,7 +127,8 @@ def outliers(case: Case, rng: np.random.Generator) -> Case:
 
 def heavy_tails(case: Case, rng: np.random.Generator) -> Case:
     """Keys and values from Student's t with 3 degrees of freedom, of unit variance."""
-    key, value = (rng.standard_t(3, x.shape) / math.sqrt(3) for x in (case.key, case.value))
+    key = rng.standard_t(3, case.key.shape) / math.sqrt(3)
+    value = rng.standard_t(3, case.value.shape) / math.sqrt(3)
     return replace(case, key=key, value=value)
 
 
@@ -133,9 +145,11 @@ def sink(case: Case, rng: np.random.Generator) -> Case:
     direction = np.zeros((heads, 2, dim // 2))
     direction[..., -SINK_PAIRS:] = rng.choice([-1.0, 1.0], (heads, 2, SINK_PAIRS))
     direction = direction.reshape(heads, 1, dim) / math.sqrt(2 * SINK_PAIRS)
-    key, value = case.key.copy(), case.value.copy()
+    key = case.key.copy()
+    value = case.value.copy()
     key[:, :1] = SINK_KEY * math.sqrt(dim) * direction
     value[:, 0] *= SINK_VALUE
+    # Adds to each query what makes its logit of the sink match the sum of all the others.
     along = math.log(tokens) / SINK_KEY - (case.query * direction).sum(axis=-1, keepdims=True)
     return replace(case, query=case.query + along * direction, key=key, value=value)
 

@@ -1,8 +1,8 @@
-"""Draws what ``stress.py`` measured: bits against attention KL, with the Pareto front of each case.
+"""Draws the results of ``stress.py``: bits against attention KL, with the Pareto front of each case.
 
     python benchmarks/stress_figure.py
 
-A number in brackets is the page size, where page sizes differ.
+Where page sizes differ, a number in brackets is the page size.
 """
 
 import argparse
@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qpaged.sweep.report.palette import ACCENT, MUTED
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PICTURE = ROOT / "benchmarks" / "results" / "stress.json", ROOT / "docs" / "assets" / "stress.png"
+RESULTS = ROOT / "benchmarks" / "results" / "stress.json"
+PICTURE = ROOT / "docs" / "assets" / "stress.png"
 SHOWN = ("gaussian", "bias_slow", "bias_fast")
-MOST_BITS, LABEL_BITS = 10, 2.4  # where the axis ends, and how much of it a label takes
-GAP = 11  # points (1/72 inch) from one label to the next
+MOST_BITS = 10  # where the axis ends
+LABEL_BITS = 2.4  # how much of the axis a label takes
+LABEL_HEIGHT = 11  # points (1/72 inch) from one label to the next
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Dot:
 
 
 def dots_of(results: dict[str, Any], case: str) -> list[Dot]:
-    """Dots of a case that have a place on the axes; page sizes of one outcome join."""
+    """Return the dots of a case that fit the axes; page sizes with the same outcome share a dot."""
     joined: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
     for run in results["runs"]:
         bits, kl = run["key_bits"], run["losses"][case]["attention_kl"]
@@ -42,17 +45,19 @@ def dots_of(results: dict[str, Any], case: str) -> list[Dot]:
             joined.setdefault((run["format"], round(bits, 1), kl), []).append(run)
     sizes = len({run["page_size"] for run in results["runs"]})
     return [
-        Dot(_name(format, [run["page_size"] for run in runs], sizes), runs[0]["key_bits"], kl)
-        for (format, _, kl), runs in joined.items()
+        Dot(_name(spelling, [run["page_size"] for run in runs], sizes), runs[0]["key_bits"], kl)
+        for (spelling, _, kl), runs in joined.items()
     ]
 
 
-def _name(format: str, pages: list[int], sizes: int) -> str:
-    return format if len(pages) == sizes else f"{format} ({', '.join(map(str, pages))})"
+def _name(spelling: str, page_sizes: list[int], sizes: int) -> str:
+    if len(page_sizes) == sizes:
+        return spelling
+    return f"{spelling} ({', '.join(map(str, page_sizes))})"
 
 
 def front_of(dots: list[Dot]) -> list[Dot]:
-    """Those that nothing of as few bits, to a tenth, is closer than; fewest bits first."""
+    """Return the Pareto front, fewest bits first: no dot of as few bits, to a tenth, has a lower KL."""
     front: list[Dot] = []
     for dot in sorted(dots, key=lambda dot: (round(dot.bits, 1), dot.kl)):
         if not front or dot.kl < front[-1].kl:
@@ -61,6 +66,7 @@ def front_of(dots: list[Dot]) -> list[Dot]:
 
 
 def draw(results: dict[str, Any]) -> Figure:
+    """Draw a panel for each of ``SHOWN``."""
     figure = Figure(figsize=(8, 11), layout="constrained")
     panels = figure.subplots(len(SHOWN), sharex=True)
     cases = [dots_of(results, case) for case in SHOWN]
@@ -71,32 +77,36 @@ def draw(results: dict[str, Any]) -> Figure:
     fewest = min(dot.bits for dots in cases for dot in dots)
     panels[-1].set(xlim=(fewest - LABEL_BITS, MOST_BITS + 0.2), xticks=range(int(fewest), MOST_BITS + 1))
     panels[-1].set_xlabel("bits an element of the keys, scales included (in brackets: page size)")
-    figure.draw_without_rendering()  # so that places are known in points
+    figure.draw_without_rendering()  # so that labels can be placed in points
     for axes, dots in zip(panels, cases, strict=True):
         label(axes, front_of(dots))
     return figure
 
 
-def draw_case(axes: Any, dots: list[Dot]) -> None:
+def draw_case(axes: Axes, dots: list[Dot]) -> None:
+    """Draw the dots of a case and the steps of its front."""
     front = front_of(dots)
-    steps = [dot.bits for dot in front], [dot.kl for dot in front]
+    bits = [dot.bits for dot in front]
+    kl = [dot.kl for dot in front]
     axes.plot([dot.bits for dot in dots], [dot.kl for dot in dots], "o", color=MUTED, mfc="white", ms=5)
-    axes.step(*steps, where="post", color=ACCENT, lw=1.5)
-    axes.plot(*steps, "o", color=ACCENT, ms=6)
-    bottom, top = math.floor(math.log10(front[-1].kl)), math.ceil(math.log10(max(dot.kl for dot in dots)))
+    axes.step(bits, kl, where="post", color=ACCENT, lw=1.5)
+    axes.plot(bits, kl, "o", color=ACCENT, ms=6)
+    bottom = math.floor(math.log10(front[-1].kl))
+    top = math.ceil(math.log10(max(dot.kl for dot in dots)))
     axes.set(yscale="log", ylim=(10.0 ** (bottom - 0.5), 2 * 10.0**top), ylabel="attention KL (nats)")
     axes.minorticks_off()
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def label(axes: Any, front: list[Dot]) -> None:
-    """Names left of and below the front, where nothing lies; each below the one before."""
-    scale, height = 72 / axes.figure.dpi, math.inf
+def label(axes: Axes, front: list[Dot]) -> None:
+    """Write the names left of and below the front, where the axes are empty, each below the one before."""
+    points_per_pixel = 72 / axes.figure.dpi
+    height = math.inf
     line = {"arrowstyle": "-", "lw": 0.6, "color": MUTED, "shrinkA": 0, "shrinkB": 3, "relpos": (1, 0.5)}
     for dot in front:
-        y = axes.transData.transform((dot.bits, dot.kl))[1] * scale
-        height = min(y - GAP / 2, height - GAP)
+        y = axes.transData.transform((dot.bits, dot.kl))[1] * points_per_pixel
+        height = min(y - LABEL_HEIGHT / 2, height - LABEL_HEIGHT)
         axes.annotate(
             dot.name, (dot.bits, dot.kl), (-10, height - y), textcoords="offset points", fontsize=8,
             ha="right", va="center", arrowprops=line,

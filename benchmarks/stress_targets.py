@@ -1,18 +1,23 @@
-"""What the formats are held to, as data, and which format does best at each."""
+"""The targets that formats should meet, as data, and the judgement of measured runs."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+Run = dict[str, Any]
+"""A measurement of ``stress.py``, as JSON."""
+
 
 @dataclass(frozen=True)
 class Target:
-    """A loss of the keys in one case that some format must not exceed.
+    """A loss in one case that some format must not exceed.
 
     Attributes:
-        limit: the largest loss that meets the target; None where the best is only reported.
-        max_bits: bits an element of the keys, scales included, that the format may take.
-        format: the format meant; any if None.
+        case: one of ``stress_cases.CASES``.
+        metric: one of the fields of ``stress_metrics.Losses``.
+        limit: the largest loss that meets the target; if None, the best run is only reported.
+        max_bits: the most bits per element that the format's keys may take, scales included.
+        format: the only format that may meet it; any may if None.
     """
 
     case: str
@@ -21,11 +26,14 @@ class Target:
     max_bits: float | None = None
     format: str | None = None
 
-    def admits(self, run: dict[str, Any]) -> bool:
-        small = self.max_bits is None or run["key_bits"] <= self.max_bits
-        return small and self.format in (None, run["format"]) and self.loss(run) is not None
+    def admits(self, run: Run) -> bool:
+        """Return True if the run is of the format meant, small enough, and its loss finite."""
+        is_small = self.max_bits is None or run["key_bits"] <= self.max_bits
+        is_meant = self.format is None or self.format == run["format"]
+        return is_small and is_meant and self.loss(run) is not None
 
-    def loss(self, run: dict[str, Any]) -> float | None:
+    def loss(self, run: Run) -> float | None:
+        """Return the run's loss; None if it is not finite."""
         return run["losses"][self.case][self.metric]
 
 
@@ -41,28 +49,31 @@ TARGETS = (
 )
 
 
-def judge(target: Target, runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """The target with the ``best`` run for it, and whether that ``met`` it; None where no run is admitted.
+def judge(target: Target, runs: Iterable[Run]) -> dict[str, Any]:
+    """Return the target as JSON, with the ``best`` admitted run and whether it ``met`` the limit.
 
-    Without a limit ``met`` is None.
+    ``best`` is None if no run is admitted, and ``met`` is None without a limit.
     """
     admitted = [run for run in runs if target.admits(run)]
     best = min(admitted, key=target.loss, default=None)
-    found = None
+    best_json = None
     if best is not None:
-        found = {name: best[name] for name in ("format", "page_size", "key_bits")}
-        found["loss"] = target.loss(best)
-    met = None if target.limit is None else found is not None and found["loss"] <= target.limit
-    return asdict(target) | {"best": found, "met": met}
+        best_json = {name: best[name] for name in ("format", "page_size", "key_bits")}
+        best_json["loss"] = target.loss(best)
+    met = None
+    if target.limit is not None:
+        met = best_json is not None and best_json["loss"] <= target.limit
+    return asdict(target) | {"best": best_json, "met": met}
 
 
 def describe(verdict: dict[str, Any]) -> str:
-    """A verdict of :func:`judge` in a line."""
-    who = verdict["format"] or f"best at <= {verdict['max_bits']} bits"
+    """Return a verdict of :func:`judge` as a line."""
+    meant = verdict["format"] or f"best at <= {verdict['max_bits']} bits"
     limit = "" if verdict["limit"] is None else f" <= {verdict['limit']:g}"
     best = verdict["best"]
-    found = "no such format" if best is None else (
-        f"{best['loss']:.3g} ({best['format']}, pages of {best['page_size']}, {best['key_bits']:.3f} bits)"
-    )  # fmt: skip
+    result = "no such format"
+    if best is not None:
+        where = f"{best['format']}, pages of {best['page_size']}, {best['key_bits']:.3f} bits"
+        result = f"{best['loss']:.3g} ({where})"
     word = {True: "met", False: "MISSED", None: "-"}[verdict["met"]]
-    return f"{word:6}  {verdict['case']} {verdict['metric']}{limit}, {who}: {found}"
+    return f"{word:6}  {verdict['case']} {verdict['metric']}{limit}, {meant}: {result}"

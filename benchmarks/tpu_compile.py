@@ -1,16 +1,16 @@
-"""What the TPU compiler makes of decode attention and of the decode write, with no TPU there.
+"""Compiles decode attention and the decode write for TPUs without a TPU, and records their memory traffic.
 
     python benchmarks/tpu_compile.py --out benchmarks/results/tpu_compile.json
 
-Needs libtpu (``pip install "qpaged[tpu]"``). 8 sequences of 4096 tokens, 32 query heads and 8 KV heads,
-head_dim 128, 256 pages of 16 for each sequence, in pools of 1024 pages and of 65,536.
+Needs libtpu (``pip install "qpaged[tpu]"``). There are 8 sequences of 4096 tokens on 256 pages of 16 slots
+each, 32 query heads and 8 KV heads, and head_dim 128, in pools of 1024 pages and of 65,536.
 
-- ``temp``: temporaries of the program in HBM, bytes. What is small enough for a chip's fast memory does not
-  count; what is made of a whole pool shows in ``temp_large``, of the large pool.
-- ``copied``: bytes that the kernel copies from HBM, over those of codes and scales of the pages that hold
-  tokens. The copies that it starts are counted, interpreted, in a batch of 4096, 256, 256, 256, 250, 241, 100
-  and 17 tokens; a query and its output are not among them. For JAX's kernel it follows from its scales.
-- ``alias``: bytes of the pools that a write updates in place, over those of the pools.
+- ``temp``: bytes of the program's temporaries in HBM; temporaries in a chip's fast memory do not count.
+  ``temp_large`` is the same for the large pool, which shows temporaries that grow with the pool.
+- ``copied``: bytes that the kernel copies from HBM, over the bytes of the pages that hold tokens, scales
+  included. The interpreter counts the copies that it starts in a batch of 4096, 256, 256, 256, 250, 241, 100
+  and 17 tokens, without queries and outputs. For JAX's kernel it follows from how it stores scales.
+- ``alias``: the share of the pools' bytes that a write updates in place.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,11 +33,13 @@ import numpy as np
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention, quantization_utils
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 from record import circumstances, save
 
 import qpaged
 
+Pytree = Any
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "TPU7x": "tpu7x:2x2x1"}
 FORMATS = (
     "plain", "raw", "int8", "int8:token", "int8:channel", "int8:token+offset", "int8:channel+offset",
@@ -47,29 +50,32 @@ SMALL, LARGE = 1024, 65_536  # pages
 RAGGED = 4096, 256, 256, 256, 250, 241, 100, 17  # tokens of the sequences whose copies are counted
 
 
-def chip_of(name: str) -> Any:
+def chip_sharding(name: str) -> Sharding:
+    """Return the sharding that places arrays on the first core of a described chip."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[name]).devices
     return SingleDeviceSharding(devices[0])
 
 
-def compiled(function: Any, chip: Any, *arguments: Any, **options: Any) -> Any:
-    """The memory of ``function``, compiled for the chip."""
+def compiled_memory(function: Callable[..., Any], chip: Sharding, *arguments: Pytree, **options: Any) -> Any:
+    """Compile a function for the chip and return XLA's analysis of its memory."""
     placed = jax.tree_util.tree_map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chip), arguments
     )
     return jax.jit(function, **options).lower(*placed).compile().memory_analysis()
 
 
-def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
+    """Return an abstract array."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def view_of(format: str, pages: int, head_dim: int = HEAD_DIM) -> qpaged.PagedAttentionCacheView:
+def abstract_view(quantizer: str, pages: int) -> qpaged.PagedAttentionCacheView:
+    """Return a view without allocating its pages."""
     config = qpaged.PagedAttentionCacheMetaData(
-        SEQUENCES, 1, pages, TABLE, TABLE * PAGE_SIZE, PAGE_SIZE, KV_HEADS, head_dim, 0.5
+        SEQUENCES, 1, pages, TABLE, TABLE * PAGE_SIZE, PAGE_SIZE, KV_HEADS, HEAD_DIM, 0.5
     )
     fresh = qpaged.PagedAttentionCacheView.fresh
-    return jax.eval_shape(lambda: fresh(None, jnp.bfloat16, config, 0, None, format))
+    return jax.eval_shape(lambda: fresh(None, jnp.bfloat16, config, 0, None, quantizer))
 
 
 def attend(query, view, position, table):
@@ -82,16 +88,16 @@ def write(view, rows, position, table):
     return view.write_decodes_to_cache(rows, rows, metadata)
 
 
-STEP = array(SEQUENCES), array(SEQUENCES, TABLE)
+STEP = array(SEQUENCES), array(SEQUENCES, TABLE)  # position and page table
 
 
-def measure(chip: Any, format: str) -> dict[str, Any]:
-    """One format: attention, and the write."""
+def measure(chip: Sharding, quantizer: str) -> dict[str, Any]:
+    """Compile a format's attention and write at both pool sizes."""
     query = array(SEQUENCES, Q_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
     rows = array(SEQUENCES, KV_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
-    views = [view_of(format, pages) for pages in (SMALL, LARGE)]
-    attention = [compiled(attend, chip, query, view, *STEP) for view in views]
-    writes = [compiled(write, chip, view, rows, *STEP, donate_argnums=0) for view in views]
+    views = [abstract_view(quantizer, pages) for pages in (SMALL, LARGE)]
+    attention = [compiled_memory(attend, chip, query, view, *STEP) for view in views]
+    writes = [compiled_memory(write, chip, view, rows, *STEP, donate_argnums=0) for view in views]
     pools = sum(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(views[0]))
     return {
         "attention": {
@@ -107,8 +113,8 @@ def measure(chip: Any, format: str) -> dict[str, Any]:
 
 
 @dataclasses.dataclass
-class Counted:
-    """A copy that says its size when it starts."""
+class CountedCopy:
+    """A copy that records its size when it starts."""
 
     copy: Any
     size: int
@@ -122,15 +128,17 @@ class Counted:
         self.copy.wait()
 
 
-def copied(format: str, lengths: tuple[int, ...] = RAGGED) -> float:
-    """What attention over sequences of these lengths copies from HBM, over what their pages hold."""
-    make, sizes = pltpu.make_async_copy, []
+def copied_share(quantizer: str, lengths: tuple[int, ...] = RAGGED) -> float:
+    """Return the bytes that attention copies from HBM over the bytes of the sequences' pages."""
+    make_async_copy = pltpu.make_async_copy
+    sizes: list[int] = []
 
-    def counted(source, target, semaphore):
+    def make_counted_copy(source, target, semaphore):
         size = math.prod(target.shape) * target.dtype.itemsize
-        return Counted(make(source, target, semaphore), size, sizes)
+        return CountedCopy(make_async_copy(source, target, semaphore), size, sizes)
 
-    view = jax.tree_util.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), view_of(format, SMALL))
+    abstract = abstract_view(quantizer, SMALL)
+    view = jax.tree_util.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
     pages = [-(-length // PAGE_SIZE) for length in lengths]
     ends = np.cumsum(pages)
     table = np.full((len(lengths), TABLE), SMALL, np.int32)
@@ -138,16 +146,16 @@ def copied(format: str, lengths: tuple[int, ...] = RAGGED) -> float:
         table[row, :count] = np.arange(end - count, end)
     metadata = qpaged.PagedAttentionMetadata.decode(position=np.array(lengths) - 1, page_table=table)
     query = jnp.zeros((len(lengths), Q_HEADS, HEAD_DIM), jnp.bfloat16)
-    with mock.patch.object(pltpu, "make_async_copy", counted), pltpu.force_tpu_interpret_mode():
+    with mock.patch.object(pltpu, "make_async_copy", make_counted_copy), pltpu.force_tpu_interpret_mode():
         program = jax.jit(lambda *call: qpaged.paged_attention(*call, backend="tpu"))
         program(query, view, metadata).block_until_ready()
         jax.effects_barrier()
-    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(view)) // SMALL
-    return sum(sizes) / (held * sum(pages))
+    page_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(view)) // SMALL
+    return sum(sizes) / (page_bytes * sum(pages))
 
 
-def jax_kernel(chip: Any, quantized: bool) -> dict[str, Any]:
-    """JAX's own kernel on its own pools, at the pool of 1024 pages and at the large one."""
+def measure_jax_kernel(chip: Sharding, quantized: bool) -> dict[str, Any]:
+    """Compile JAX's own kernel over its own pools, small and large."""
 
     def decode(query, keys, values, lengths, table):
         return paged_attention(query, keys, values, lengths, table, pages_per_compute_block=8)
@@ -156,13 +164,18 @@ def jax_kernel(chip: Any, quantized: bool) -> dict[str, Any]:
         shape = KV_HEADS, pages, PAGE_SIZE, HEAD_DIM
         if not quantized:
             return array(*shape, dtype=jnp.bfloat16)
-        codes, scales = array(*shape, dtype=jnp.int8), array(*shape[:-1], 1, dtype=jnp.float32)
+        codes = array(*shape, dtype=jnp.int8)
+        scales = array(*shape[:-1], 1, dtype=jnp.float32)
         return quantization_utils.QuantizedTensor(codes, scales)
 
     query = array(SEQUENCES, Q_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
-    memory = [compiled(decode, chip, query, pool(n), pool(n), *STEP) for n in (SMALL, LARGE)]
-    # A float32 scale is brought for every code of the quantized pages, where one for each slot is stored.
-    copied = (1 + 4) / (1 + 4 / HEAD_DIM) if quantized else 1.0
+    memory = [
+        compiled_memory(decode, chip, query, pool(pages), pool(pages), *STEP) for pages in (SMALL, LARGE)
+    ]
+    copied = 1.0
+    if quantized:
+        # The kernel broadcasts scales: it copies a float32 for every int8 code, not one for each slot.
+        copied = (1 + 4) / (1 + 4 / HEAD_DIM)
     return {
         "attention": {
             "temp": memory[0].temp_size_in_bytes,
@@ -179,16 +192,18 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
     arguments = parser.parse_args()
     runs = []
-    shares = {format: round(copied(format), 3) for format in arguments.formats}  # whichever the chip
+    # The copies are the same on every chip.
+    shares = {quantizer: round(copied_share(quantizer), 3) for quantizer in arguments.formats}
     for name in arguments.chips:
-        chip = chip_of(name)
-        for format in arguments.formats:
-            measured = measure(chip, format)
-            measured["attention"]["copied"] = shares[format]
-            runs.append({"chip": name, "kernel": "qpaged", "format": format, **measured})
+        chip = chip_sharding(name)
+        for quantizer in arguments.formats:
+            measured = measure(chip, quantizer)
+            measured["attention"]["copied"] = shares[quantizer]
+            runs.append({"chip": name, "kernel": "qpaged", "format": quantizer, **measured})
             print(json.dumps(runs[-1]), flush=True)
-        for format, quantized in (("bfloat16", False), ("int8", True)):
-            runs.append({"chip": name, "kernel": "jax", "format": format, **jax_kernel(chip, quantized)})
+        for dtype, quantized in (("bfloat16", False), ("int8", True)):
+            measured = measure_jax_kernel(chip, quantized)
+            runs.append({"chip": name, "kernel": "jax", "format": dtype, **measured})
             print(json.dumps(runs[-1]), flush=True)
     shape = {
         "sequences": SEQUENCES, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM,

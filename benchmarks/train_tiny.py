@@ -1,10 +1,10 @@
-"""Train the tiny model that `qpaged` bundles: a byte-level decoder of Python's own standard library.
+"""Trains the tiny model that `qpaged` bundles: a byte-level decoder of Python's standard library.
 
     pip install "qpaged[train]"
     python benchmarks/train_tiny.py --minutes 75
 
-The learning rate falls with the time spent rather than with steps, so the run ends well trained on a machine
-of any speed. Interrupted, the same command goes on from `--state`.
+The learning rate falls with the time spent and not with the steps, so that a run ends well trained on a
+machine of any speed. After an interruption the same command resumes from `--state`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ CONFIG = DecoderConfig(
     max_position_embeddings=1024,
 )
 QUERY_BLOCK = 128
-"""Queries that attend together: a block reads no key past its own end, which halves the work."""
+"""Queries that attend together. A block reads no key past its own end, which halves the work."""
 
 BATCH_TOKENS = 4096
 PRINT_EVERY = 20
@@ -50,7 +50,7 @@ MODEL = Path(__file__).parents[1] / "qpaged" / "models" / "tiny"
 
 
 class State(NamedTuple):
-    """Everything a run needs to go on."""
+    """Everything that a run needs to resume."""
 
     params: Params
     optimizer: Any
@@ -63,10 +63,11 @@ class State(NamedTuple):
 def causal_attention(
     layer: int, query: jax.Array, key: jax.Array, value: jax.Array, *, sequence_length: int
 ) -> jax.Array:
-    """Grouped-query attention within sequences of one length that lie end to end; shapes as in `Attend`."""
+    """Attend within sequences of one length that are concatenated; shapes are those of `Attend`."""
     heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[2]
     query = query.reshape(-1, sequence_length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    key, value = (x.reshape(-1, sequence_length, kv_heads, head_dim) for x in (key, value))
+    key = key.reshape(-1, sequence_length, kv_heads, head_dim)
+    value = value.reshape(-1, sequence_length, kv_heads, head_dim)
     blocks = [
         _attend_block(query[:, start : start + QUERY_BLOCK], key, value, start)
         for start in range(0, sequence_length, QUERY_BLOCK)
@@ -83,8 +84,9 @@ def _attend_block(query: jax.Array, key: jax.Array, value: jax.Array, start: int
 
 
 def bits_per_byte(params: Params, config: DecoderConfig, tokens: jax.Array) -> jax.Array:
-    """Mean of -log2 p over the tokens (batch, length + 1) that have a context, a float32 scalar."""
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    """Return the mean of -log2 p over the tokens [batch, length + 1] that have a context, a scalar."""
+    inputs = tokens[:, :-1]
+    targets = tokens[:, 1:]
     batch, length = inputs.shape
     attend = partial(causal_attention, sequence_length=length)
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
@@ -94,10 +96,10 @@ def bits_per_byte(params: Params, config: DecoderConfig, tokens: jax.Array) -> j
 
 
 def make_optimizer(learning_rate: float) -> optax.GradientTransformation:
-    """Muon (Jordan 2024) for the layers' matrices, Adam for the embedding and the norms."""
+    """Return Muon (Jordan 2024) for the layers' matrices, with Adam for the embedding and the norms."""
 
     def dimensions(params: Any) -> Any:
-        # Weights are (out, in), which is the other way around from what muon takes a matrix to be.
+        # Weights are [out, in], while muon expects [in, out].
         matrix = MuonDimensionNumbers(reduction_axis=1, output_axis=0)
         return {name: matrix if "proj" in name else None for name in params}
 
@@ -113,7 +115,7 @@ def make_optimizer(learning_rate: float) -> optax.GradientTransformation:
 
 
 def make_train_step(config: DecoderConfig, optimizer: optax.GradientTransformation) -> Any:
-    """A jitted (params, optimizer state, tokens, fraction of the learning rate) -> (params, state, loss)."""
+    """Return the jitted step: (params, state, tokens, fraction of learning rate) -> (params, state, loss)."""
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def train_step(params: Params, state: Any, tokens: jax.Array, fraction: jax.Array) -> Any:
@@ -126,7 +128,7 @@ def make_train_step(config: DecoderConfig, optimizer: optax.GradientTransformati
 
 
 def draw_batch(text: np.ndarray, first_sample: int, batch: int, length: int) -> np.ndarray:
-    """Windows (batch, length + 1) int32 whose starts walk the text in steps of the golden ratio.
+    """Return windows [batch, length + 1] int32 whose starts walk the text in steps of the golden ratio.
 
     Consecutive windows lie far apart, and however many are drawn, they cover the text evenly.
     """
@@ -136,24 +138,28 @@ def draw_batch(text: np.ndarray, first_sample: int, batch: int, length: int) -> 
 
 
 def schedule(progress: float, warmup: float = 0.02) -> float:
-    """Fraction of the peak learning rate: a short rise, then a straight line to zero."""
+    """Return the fraction of the peak learning rate: a short rise, then a straight line to zero."""
     return min(progress / warmup, 1.0) * max(1.0 - progress, 0.0)
 
 
 def sequence_length(progress: float) -> int:
-    """Short sequences first, which are cheaper; the full context for the last part."""
-    return 256 if progress < 0.15 else 512 if progress < 0.3 else CONFIG.max_position_embeddings
+    """Return the length to train at: short sequences first, which are cheaper, then the full context."""
+    if progress < 0.15:
+        return 256
+    if progress < 0.3:
+        return 512
+    return CONFIG.max_position_embeddings
 
 
 def advance(state: State, train_step: Any, text: np.ndarray, budget: float) -> tuple[State, float]:
-    """Take one step; the new state and the step's loss."""
+    """Take one step; return the new state and the step's loss."""
     began = time.perf_counter()
     progress = state.seconds / budget
     length = sequence_length(progress)
     tokens = draw_batch(text, state.samples, BATCH_TOKENS // length, length)
     rate = np.float32(schedule(progress))
     params, optimizer, loss = train_step(state.params, state.optimizer, tokens, rate)
-    # Reading the loss waits for the step, so the clock below has seen all of it.
+    # Reading the loss waits for the step, so that the clock below covers all of it.
     loss = float(loss)
     return State(
         params,
@@ -192,7 +198,7 @@ def print_progress(state: State, since: State, losses: list[float], budget: floa
 
 
 def save_state(path: Path, state: State) -> None:
-    """Write a state in one step, so that an interruption leaves the one before."""
+    """Write a state atomically: an interruption leaves the previous file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
@@ -201,13 +207,13 @@ def save_state(path: Path, state: State) -> None:
 
 
 def save(options: argparse.Namespace, state: State) -> None:
-    """Keep both what a run goes on from and what it is for."""
+    """Save the state to resume from, and the checkpoint."""
     save_state(options.state, state)
     save_checkpoint(options.output, CONFIG, state.params)
 
 
 def load_state(path: Path, like: State) -> State:
-    """Read a state of the structure of `like`."""
+    """Read a state with the structure of `like`."""
     with np.load(path) as file:
         leaves = [file[f"arr_{index}"] for index in range(len(file.files))]
     state = State(*jax.tree.unflatten(jax.tree.structure(like), leaves))
@@ -220,13 +226,13 @@ def load_state(path: Path, like: State) -> State:
 
 
 def start_state(optimizer: optax.GradientTransformation, seed: int) -> State:
-    """The state before the first step."""
+    """Return the state before the first step."""
     params = init_params(CONFIG, jax.random.key(seed))
     return State(params, optimizer.init(params), step=0, tokens=0, samples=0, seconds=0.0)
 
 
 def evaluate(directory: Path, text: np.ndarray, batch: int = 4) -> float:
-    """Bits per byte of the checkpoint on disk, over consecutive windows of its full context."""
+    """Return the bits per byte of the checkpoint on disk, over consecutive windows of its full context."""
     config, params = load_checkpoint(directory, jnp.float32)
     length = config.max_position_embeddings
     starts = np.arange(0, len(text) - length, length)
@@ -237,7 +243,7 @@ def evaluate(directory: Path, text: np.ndarray, batch: int = 4) -> float:
 
 
 def report(state: State, held_out_bits: float, train_bytes: int, held_out_bytes: int) -> dict[str, Any]:
-    """What the run did, as JSON."""
+    """Return the figures of the run as JSON."""
     return {
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
@@ -261,7 +267,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
     parser.add_argument("--save-minutes", type=float, default=3, help="time between saves")
     parser.add_argument(
-        "--state", type=Path, default=Path("build/train_tiny.npz"), help="where a run goes on from"
+        "--state", type=Path, default=Path("build/train_tiny.npz"), help="where a run resumes from"
     )
     parser.add_argument("--output", type=Path, default=MODEL, help="directory of the trained checkpoint")
     parser.add_argument("--results", type=Path, default=RESULTS, help="JSON file of the figures")
@@ -276,7 +282,7 @@ def main() -> None:
     state = start_state(optimizer, options.seed)
     if options.state.exists():
         state = load_state(options.state, state)
-        print(f"going on from {options.state} at step {state.step}")
+        print(f"resuming from {options.state} at step {state.step}")
     saved = state.seconds
     for reached in train(state, optimizer, text, 60 * options.minutes):
         state = reached

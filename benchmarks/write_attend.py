@@ -1,12 +1,12 @@
-"""What writing and attending cost in each format, beside plain bfloat16 pages.
+"""Times writes and attention in each format, beside plain bfloat16 pages.
 
     python benchmarks/write_attend.py --out benchmarks/results/write_attend.json
 
-One layer, 8 sequences of 1024 tokens, 32 query heads over 8 KV heads, head_dim 128, pages of 16 slots. Timed
-are a donated decode write of 8 rows, a donated prefill write of 512 tokens, and the decode attention of 8
-queries by the default backend. Formats take turns round by round in one process; medians over rounds.
+One layer has 8 sequences of 1024 tokens, 32 query heads over 8 KV heads, head_dim 128, and pages of 16 slots.
+Timed are a donated decode write of 8 rows, a donated prefill write of 512 tokens, and the decode attention of
+8 queries by the default backend. Formats take turns round by round in one process; times are medians.
 
-Plain bfloat16 pools are slow on CPU, where XLA copies them whole; ``raw`` holds the same bits as integers.
+Plain bfloat16 pools are slow on CPU, where XLA copies them; ``raw`` holds the same bits as integers.
 """
 
 import argparse
@@ -44,19 +44,21 @@ attend = jax.jit(qpaged.paged_attention)
 class Subject:
     """A format, its filled view, and the seconds that its operations took."""
 
-    format: str
+    quantizer: str
     view: View
     times: dict[str, list[float]]
 
 
 def rows(count: int, heads: int, seed: int) -> jax.Array:
+    """Return Gaussian bfloat16 values [count, heads, head_dim]."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=(count, heads, HEAD_DIM)), jnp.bfloat16)
 
 
-def subject(format: str) -> Subject:
+def filled_subject(quantizer: str) -> Subject:
+    """Return a format with a view that holds all sequences."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", qpaged.NarrowFloatPoolWarning)
-        view = View.init(None, jnp.bfloat16, CONFIG, 0, None, format)
+        view = View.init(None, jnp.bfloat16, CONFIG, 0, None, quantizer)
     for sequence in range(BATCH):
         for start in range(0, LENGTH, PROMPT):
             metadata = qpaged.PagedAttentionMetadata.prefill(
@@ -64,10 +66,11 @@ def subject(format: str) -> Subject:
             )
             key = rows(PROMPT, HEADS, sequence)
             view = prefill_write(view, key, key, metadata)
-    return Subject(format, view, {"decode write": [], "prefill write": [], "attention": []})
+    return Subject(quantizer, view, {"decode write": [], "prefill write": [], "attention": []})
 
 
-def timed(times: list[float], repeats: int, step: Callable[[], object]) -> None:
+def time_step(times: list[float], repeats: int, step: Callable[[], object]) -> None:
+    """Append the seconds of one of ``repeats`` steps."""
     begin = time.perf_counter()
     for _ in range(repeats):
         out = step()
@@ -75,26 +78,35 @@ def timed(times: list[float], repeats: int, step: Callable[[], object]) -> None:
     times.append((time.perf_counter() - begin) / repeats)
 
 
-def round_of(subject: Subject) -> None:
-    """One round of all three operations."""
-    new, prompt, query = rows(BATCH, HEADS, 1), rows(PROMPT, HEADS, 2), rows(BATCH, Q_HEADS, 3)
+def time_round(subject: Subject) -> None:
+    """Time all three operations once."""
+    new = rows(BATCH, HEADS, 1)
+    prompt = rows(PROMPT, HEADS, 2)
+    query = rows(BATCH, Q_HEADS, 3)
 
-    def write(operation: Callable, rows: jax.Array, metadata: qpaged.PagedAttentionMetadata) -> View:
-        subject.view = operation(subject.view, rows, rows, metadata)
+    def write_decode() -> View:
+        subject.view = decode_write(subject.view, new, new, DECODE)
         return subject.view
 
-    timed(subject.times["decode write"], 20, lambda: write(decode_write, new, DECODE))
-    timed(subject.times["prefill write"], 2, lambda: write(prefill_write, prompt, PREFILL))
-    timed(subject.times["attention"], 2, lambda: attend(query, subject.view, DECODE))
+    def write_prompt() -> View:
+        subject.view = prefill_write(subject.view, prompt, prompt, PREFILL)
+        return subject.view
+
+    time_step(subject.times["decode write"], 20, write_decode)
+    time_step(subject.times["prefill write"], 2, write_prompt)
+    time_step(subject.times["attention"], 2, lambda: attend(query, subject.view, DECODE))
 
 
 def result(subject: Subject) -> dict[str, object]:
-    milliseconds = {name: [1e3 * t for t in times[1:]] for name, times in subject.times.items()}
+    """Return what was measured of a format; its first round compiles and does not count."""
+    milliseconds = {name: [1e3 * seconds for seconds in times[1:]] for name, times in subject.times.items()}
     return {
-        "format": subject.format,
+        "format": subject.quantizer,
         "bits": 8 * subject.view.key_pages.nbytes / subject.view.key_pages.size,
-        "milliseconds": {name: round(statistics.median(t), 4) for name, t in milliseconds.items()},
-        "spread": {name: [round(min(t), 4), round(max(t), 4)] for name, t in milliseconds.items()},
+        "milliseconds": {name: round(statistics.median(times), 4) for name, times in milliseconds.items()},
+        "spread": {
+            name: [round(min(times), 4), round(max(times), 4)] for name, times in milliseconds.items()
+        },
     }
 
 
@@ -104,16 +116,18 @@ def main() -> None:
     parser.add_argument("--formats", help="spellings, separated by commas; plain is always first")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
-    asked = arguments.formats.split(",") if arguments.formats else qpaged.available_formats(wrapped=True)
-    subjects = [subject(format) for format in dict.fromkeys(["plain", *asked])]
-    for turn in range(arguments.rounds + 1):  # the first compiles
-        for number, each in enumerate(subjects):
+    formats = qpaged.available_formats(wrapped=True)
+    if arguments.formats:
+        formats = arguments.formats.split(",")
+    subjects = [filled_subject(quantizer) for quantizer in dict.fromkeys(["plain", *formats])]
+    for turn in range(arguments.rounds + 1):
+        for number, subject in enumerate(subjects):
             print(f"\rround {turn}: {number + 1} of {len(subjects)} ", end="", file=sys.stderr, flush=True)
-            round_of(each)
+            time_round(subject)
     print(file=sys.stderr)
-    runs = [result(each) for each in subjects]
+    runs = [result(subject) for subject in subjects]
     for run in runs:
-        print(f"{run['format']:34s}", *(f"{t:9.3f}" for t in run["milliseconds"].values()))
+        print(f"{run['format']:34s}", *(f"{time:9.3f}" for time in run["milliseconds"].values()))
     shape = {"batch": BATCH, "length": LENGTH, "kv_heads": HEADS, "q_heads": Q_HEADS, "head_dim": HEAD_DIM}
     results = {
         **circumstances(),

@@ -11,7 +11,7 @@ from qpaged._deprecated import renamed_argument
 from qpaged.arrays import QuantizedArray
 from qpaged.cache import PagedAttentionCache, PagedAttentionCacheMetaData
 from qpaged.models import DecoderConfig
-from qpaged.quantizer import CacheFormat
+from qpaged.formats import CacheFormat
 
 
 @dataclass(frozen=True)

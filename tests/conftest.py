@@ -1,18 +1,21 @@
-"""Settings that every test runs under; the devices must be counted out before JAX starts.
+"""Settings for all tests. XLA reads its flags when JAX starts, so they must be set before the import.
 
-Most of a test's time is compilation, so the compiler optimizes little. JAX 0.10's also takes a third less
-without its fusion emitters; older and newer ones have no such flag, and stop at one that they do not know.
+Most of a test's time is compilation, so the compiler optimizes little. The compiler of JAX 0.10 also takes a
+third less time without its fusion emitters; other versions do not know that flag, and abort.
 """
 
 import os
 from importlib.metadata import version
 
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    " --xla_backend_optimization_level=0"
-    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "")
-)
+flags = [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+]
+if version("jaxlib").startswith("0.10."):
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(flags)
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -1,1 +1,1 @@
-"""Models of other packages, unmodified, with a quantized cache: the cases, and what is measured on them."""
+"""Models of other packages, unmodified, with a quantized cache: the models and their measurement."""

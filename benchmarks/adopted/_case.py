@@ -1,12 +1,16 @@
-"""What a model must say to be measured."""
+"""The description of a model that is to be measured."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 PADDING = 0
+
+Pytree = Any
+Step = Callable[[Pytree, jax.Array, jax.Array, Pytree], tuple[jax.Array, Pytree]]
 
 
 @dataclass(frozen=True)
@@ -14,23 +18,23 @@ class Case:
     """A model of some package, as a step over its own cache.
 
     Attributes:
-        name: of the model, with its package: "transformers Llama".
-        packages: the distributions whose versions matter.
-        step: ``step(params, tokens, position, cache) -> (logits, cache)``: the package's own code for tokens
-            (batch, count) int32, the first of which is at ``position``, a scalar int32; it serves a prompt of
-            many tokens and a single one. Logits are (batch, count, vocabulary).
+        name: the package and the model: "transformers Llama".
+        packages: the distributions whose versions the results record.
+        step: ``step(params, tokens, position, cache) -> (logits, cache)``, the package's own code. Tokens are
+            int32 [batch, count], a whole prompt or one token each; the first is at ``position``, a scalar
+            int32. Logits are [batch, count, vocabulary].
         params: the weights.
-        cache: ``cache(batch, length)``: an unwritten float cache.
-        vocabulary: tokens are below it.
-        pads: whether the step masks tokens that are PADDING, in the prompt's beginning, for good.
-        prompt: text of which prompts are cut, as tokens, for a model with trained weights.
+        cache: ``cache(batch, length)`` makes an empty float cache.
+        vocabulary: the number of tokens.
+        pads: True if the step masks PADDING tokens at the beginning of a prompt, in later steps, too.
+        prompt: tokens of a text from which prompts are cut, for a model with trained weights.
     """
 
     name: str
     packages: tuple[str, ...]
-    step: Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-    params: Any
-    cache: Callable[[int, int], Any]
+    step: Step
+    params: Pytree
+    cache: Callable[[int, int], Pytree]
     vocabulary: int
     pads: bool = False
-    prompt: Any = None
+    prompt: np.ndarray | None = None

@@ -1,11 +1,11 @@
-"""What is measured on an adopted model."""
+"""The measurement of a model whose cache is quantized, against its own float cache."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,32 +18,34 @@ from qpaged import QuantizedArray, adopt
 
 BATCH, PROMPT, STEPS = 2, 64, 64
 SHORT = 20  # tokens of the second prompt, where the model masks padding
-LONG = 2048  # length of the cache for what grows with it
+LONG = 2048  # length of the cache where times and array sizes are measured
 ROUNDS = 15
 
 
 @dataclass
 class Result:
-    """One model in one format, against its own float cache. ``asdict`` is the row of the results file.
+    """One model in one format, against its own float cache.
 
     Attributes:
-        same_tokens: the fraction of greedy tokens that are the float cache's, and
-        first_other: the first step at which a sequence parts, None where none does.
-        kl_mean: of the next token's distribution to the float cache's, nats, over the float cache's tokens,
-        kl_max: and its largest.
-        kl_padded: its mean over a row whose prompt begins with padding; None where nothing is masked.
-        bytes_float: of the cache's arrays, batch 2 and length 128, in the model's own dtype, and
-        bytes_quantized: quantized.
-        ratio: of the two; and
-        ratio_bfloat16: to what the same arrays take in bfloat16.
-        full_size_floats: floats of an array's full size in the jaxpr of a step, length 2048.
-        materialized: places that decode an array whole.
-        compilations: of the single-token step, over all steps.
-        same_type: whether the cache came back as the type that it went in.
-        buffers_reused: whether a donated step returned the buffers it was given.
-        ms_float: median milliseconds of a donated single-token step at length 2048, with the float cache,
-        ms_quantized: with the quantized cache,
-        ms_materialized: and with a quantized cache that each step decodes whole and quantizes anew.
+        model: the name of the case.
+        format: the spelling of the format.
+        same_tokens: the fraction of greedy tokens that are the float cache's.
+        first_other: the first step at which a sequence chooses another token; None if none does.
+        kl_mean: mean KL of the next token's distribution to the float cache's in nats, over its tokens.
+        kl_max: the largest of these KLs.
+        kl_padded: their mean over a row whose prompt begins with padding; None if nothing is masked.
+        bytes_float: bytes of the float cache's arrays in the model's own dtype, at batch 2 and length 128.
+        bytes_quantized: bytes of the same arrays, quantized.
+        ratio: bytes_quantized over bytes_float.
+        ratio_bfloat16: bytes_quantized over the bytes of the same arrays in bfloat16.
+        full_size_floats: float arrays of a cache array's size in the jaxpr of a step, at length 2048.
+        materialized: how many places decode a whole array.
+        compilations: programs that all single-token steps compile.
+        same_type: True if the cache came back with the structure that it had.
+        buffers_reused: True if a donated step returned the buffers it was given.
+        ms_float: median milliseconds of a donated single-token step at length 2048, with the float cache.
+        ms_quantized: the same with the quantized cache.
+        ms_materialized: the same with a quantized cache that each step decodes and quantizes as a whole.
     """
 
     model: str
@@ -66,37 +68,41 @@ class Result:
     ms_quantized: float
     ms_materialized: float
 
-    row = asdict
+    def row(self) -> dict[str, Any]:
+        """Return the result as a row of the results file."""
+        return asdict(self)
 
 
 @dataclass
 class Run:
-    """Steps over a prompt and after it."""
+    """The outputs of the steps after a prompt."""
 
-    tokens: np.ndarray  # (batch, steps)
-    logits: np.ndarray  # (batch, steps, vocabulary)
+    tokens: np.ndarray  # [batch, steps]
+    logits: np.ndarray  # [batch, steps, vocabulary]
     cache: Any
     compilations: int
 
 
 def measure(case: Case, formats: list[str], rounds: int = ROUNDS) -> Iterator[Result]:
-    """The results of a model, format by format; with no rounds, nothing is timed."""
+    """Yield the results of a model for each format; with no rounds, nothing is timed."""
     prompt = _prompt(case)
     plain = _run(case.step, case, prompt, case.cache(BATCH, PROMPT + STEPS))
     long = case.cache(BATCH, LONG)
     example = (case.params, prompt[:, :1], jnp.int32(0), long)
-    steps = {format: adopt.quantize_cache(case.step, format, example=example) for format in formats}
-    for format, step in steps.items():
+    steps = {spelling: adopt.quantize_cache(case.step, spelling, example=example) for spelling in formats}
+    for spelling, step in steps.items():
         empty = step.init(case.cache(BATCH, PROMPT + STEPS))
         free = _run(step, case, prompt, empty)
         forced = _run(step, case, prompt, step.init(case.cache(BATCH, PROMPT + STEPS)), plain.tokens)
         kl = _kl(plain.logits, forced.logits)
         other = (free.tokens != plain.tokens).any(axis=0)
         floats, quantized = _bytes(step, case)
-        times = _times(case, step, long, rounds) if rounds else [math.nan] * 3
+        times = [math.nan] * 3
+        if rounds:
+            times = _times(case, step, long, rounds)
         yield Result(
             model=case.name,
-            format=format,
+            format=spelling,
             same_tokens=float((free.tokens == plain.tokens).mean()),
             first_other=int(other.argmax()) if other.any() else None,
             kl_mean=float(kl.mean()),
@@ -118,6 +124,7 @@ def measure(case: Case, formats: list[str], rounds: int = ROUNDS) -> Iterator[Re
 
 
 def _prompt(case: Case) -> jax.Array:
+    """Return prompts [batch, PROMPT]; the second begins with padding if the model masks it."""
     rng = np.random.default_rng(0)
     if case.prompt is None:
         tokens = rng.integers(1, case.vocabulary, (BATCH, PROMPT))
@@ -130,26 +137,35 @@ def _prompt(case: Case) -> jax.Array:
 
 
 def _run(step: Any, case: Case, prompt: jax.Array, cache: Any, forced: np.ndarray | None = None) -> Run:
-    """Greedy steps after the prompt, or steps over forced tokens."""
-    jitted, first = jax.jit(step, donate_argnums=3), jax.jit(step)
-    logits, cache = first(case.params, prompt, jnp.int32(0), cache)
-    tokens, seen = [], [logits[:, -1]]
+    """Run greedy steps after the prompt, or steps over forced tokens."""
+    jitted = jax.jit(step, donate_argnums=3)  # single tokens alone, so that its programs can be counted
+    logits, cache = jax.jit(step)(case.params, prompt, jnp.int32(0), cache)
+    tokens = []
+    last_logits = [logits[:, -1]]
     for index in range(STEPS):
-        token = jnp.argmax(seen[-1], axis=-1).astype(jnp.int32) if forced is None else forced[:, index]
+        token = jnp.argmax(last_logits[-1], axis=-1).astype(jnp.int32)
+        if forced is not None:
+            token = forced[:, index]
         tokens.append(token)
         logits, cache = jitted(case.params, jnp.asarray(token)[:, None], jnp.int32(PROMPT + index), cache)
-        seen.append(logits[:, -1])
-    stacked = np.stack(seen[:-1], axis=1)
-    return Run(np.stack(tokens, axis=1), stacked, cache, jitted._cache_size())
+        last_logits.append(logits[:, -1])
+    return Run(
+        tokens=np.stack(tokens, axis=1),
+        logits=np.stack(last_logits[:-1], axis=1),
+        cache=cache,
+        compilations=jitted._cache_size(),
+    )
 
 
-def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    p, q = (jax.nn.log_softmax(jnp.asarray(x, jnp.float32), axis=-1) for x in (p, q))
-    return np.asarray(jnp.sum(jnp.exp(p) * (p - q), axis=-1))
+def _kl(logits: np.ndarray, other_logits: np.ndarray) -> np.ndarray:
+    """Return KL(p || q) in nats over the last axis."""
+    log_p = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32), axis=-1)
+    log_q = jax.nn.log_softmax(jnp.asarray(other_logits, jnp.float32), axis=-1)
+    return np.asarray(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
 def _leaves(step: adopt.QuantizedStep, cache: Any) -> list[Any]:
-    """The arrays of a cache that the step quantizes."""
+    """Return the arrays of a cache that the step quantizes."""
     (name,) = step.found.arguments
     keyed = jax.tree_util.tree_leaves_with_path(cache, is_leaf=lambda x: isinstance(x, QuantizedArray))
     wanted = {leaf.path.removeprefix(name).lstrip("/") for leaf in step.found.leaves}
@@ -157,8 +173,11 @@ def _leaves(step: adopt.QuantizedStep, cache: Any) -> list[Any]:
 
 
 def _bytes(step: adopt.QuantizedStep, case: Case) -> tuple[int, int]:
+    """Return the bytes of the float cache's arrays, and of the same arrays quantized."""
     cache = case.cache(BATCH, PROMPT + STEPS)
-    return tuple(sum(leaf.nbytes for leaf in _leaves(step, tree)) for tree in (cache, step.init(cache)))
+    float_bytes = sum(leaf.nbytes for leaf in _leaves(step, cache))
+    quantized_bytes = sum(leaf.nbytes for leaf in _leaves(step, step.init(cache)))
+    return float_bytes, quantized_bytes
 
 
 def _itemsize(step: adopt.QuantizedStep) -> int:
@@ -166,7 +185,7 @@ def _itemsize(step: adopt.QuantizedStep) -> int:
 
 
 def _full_size_floats(case: Case, step: adopt.QuantizedStep, cache: Any) -> int:
-    """Floats as large as an array of the cache, among all that the step's equations make."""
+    """Count the float arrays in the step's jaxpr that are as large as an array of the cache."""
     full = min(leaf.size for leaf in _leaves(step, cache))
     token = jnp.zeros((BATCH, 1), jnp.int32)
     jaxpr = jax.make_jaxpr(step)(case.params, token, jnp.int32(LONG // 2), step.init(cache))
@@ -179,6 +198,7 @@ def _full_size_floats(case: Case, step: adopt.QuantizedStep, cache: Any) -> int:
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
+    """Yield the equations of a jaxpr and of the jaxprs inside it."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree_util.tree_leaves(
@@ -190,37 +210,48 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def _pointers(leaves: list[Any]) -> set[int]:
+    """Return the addresses of the buffers."""
     return {part.unsafe_buffer_pointer() for part in jax.tree_util.tree_leaves(leaves)}
 
 
 def _reuses(case: Case, step: adopt.QuantizedStep, cache: Any) -> bool:
+    """Return True if a donated step returns the buffers that it was given."""
     jitted = jax.jit(step, donate_argnums=3)
     token = jnp.zeros((BATCH, 1), jnp.int32)
-    quantized = jax.tree_util.tree_map(lambda x: x + 0, step.init(cache))  # buffers of their own
+    quantized = _copied(step.init(cache))
     given = _pointers(_leaves(step, quantized))
     _, out = jitted(case.params, token, jnp.int32(0), quantized)
     return _pointers(_leaves(step, out)) <= given
 
 
 def _times(case: Case, step: adopt.QuantizedStep, cache: Any, rounds: int) -> list[float]:
-    """Milliseconds of a step: the float cache, the quantized one, and one decoded and quantized each time."""
+    """Time a step with the float cache, the quantized one, and one that is decoded whole; milliseconds."""
 
     def materializing(params: Any, token: jax.Array, position: jax.Array, cache: Any) -> Any:
         decoded = jax.tree_util.tree_map(_dense, cache, is_leaf=lambda x: isinstance(x, QuantizedArray))
         logits, decoded = case.step(params, token, position, decoded)
         return logits, step.init(decoded)
 
-    fresh: Callable[[Any], Any] = lambda tree: jax.tree_util.tree_map(lambda x: x + 0, tree)  # noqa: E731
-    subjects = [(case.step, fresh(cache))] + [(f, fresh(step.init(cache))) for f in (step, materializing)]
-    jitted = [[jax.jit(f, donate_argnums=3), state, []] for f, state in subjects]
+    functions = [
+        jax.jit(case.step, donate_argnums=3),
+        jax.jit(step, donate_argnums=3),
+        jax.jit(materializing, donate_argnums=3),
+    ]
+    caches = [_copied(cache), _copied(step.init(cache)), _copied(step.init(cache))]
+    times: list[list[float]] = [[], [], []]
     token = jnp.ones((BATCH, 1), jnp.int32)
-    for turn in range(rounds + 2):
-        for subject in jitted:
-            function, state, times = subject
+    for turn in range(rounds + 2):  # the first two compile and warm up
+        for index, function in enumerate(functions):
             start = time.perf_counter()
-            _, subject[1] = jax.block_until_ready(function(case.params, token, jnp.int32(turn), state))
-            times.append(time.perf_counter() - start)
-    return [1e3 * statistics.median(times[2:]) for _, _, times in jitted]
+            out = jax.block_until_ready(function(case.params, token, jnp.int32(turn), caches[index]))
+            times[index].append(time.perf_counter() - start)
+            caches[index] = out[1]
+    return [1e3 * statistics.median(seconds[2:]) for seconds in times]
+
+
+def _copied(cache: Any) -> Any:
+    """Copy every buffer, so that a donated step cannot delete those of others."""
+    return jax.tree_util.tree_map(lambda x: x + 0, cache)
 
 
 def _dense(leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Decoders around flax's own attention: nnx modules, apart and stacked, and linen."""
+"""Decoders around flax's own attention, in nnx and in linen."""
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +7,19 @@ from jax import lax
 
 from adopted._case import Case
 
-VOCABULARY, WIDTH, HEADS, LAYERS = 97, 256, 4, 2
+VOCABULARY = 97
+WIDTH = 256
+HEADS = 4
+LAYERS = 2
 
 
 def cases() -> list[Case]:
+    """Return a decoder in nnx and one in linen."""
     return [nnx_case(), linen_case()]
 
 
 class Decoder(nnx.Module):
-    """Embeddings, attention layers that decode, logits."""
+    """An embedding, attention layers with a cache, and logits."""
 
     def __init__(self, batch: int, length: int):
         rngs = nnx.Rngs(0)
@@ -53,7 +57,7 @@ def nnx_case() -> Case:
 
 
 class LinenDecoder(linen.Module):
-    """The same in linen."""
+    """The same decoder in linen."""
 
     @linen.compact
     def __call__(self, token):
@@ -91,7 +95,7 @@ def linen_case() -> Case:
 
 
 def _token_by_token(one, tokens, cache):
-    """flax's attention takes one token at a time; a prompt is a scan that carries the cache."""
+    """Feed a prompt token by token in a scan that carries the cache, as flax's attention requires."""
     if tokens.shape[1] == 1:
         cache, logits = one(cache, tokens[:, 0])
         return logits[:, None], cache

@@ -15,7 +15,10 @@ from safetensors.flax import load_file, save_file
 from adopted._case import PADDING, Case
 
 VOCABULARY = 97
-LAYERS, HEADS, WIDTH, LONGEST = 2, 4, 256, 4096
+LAYERS = 2
+HEADS = 4
+WIDTH = 256
+LONGEST = 4096
 
 LLAMA = {
     "hidden_size": WIDTH,
@@ -44,20 +47,21 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def cases() -> list[Case]:
+    """Return a random model of each family, and Llama with trained weights."""
     return [*(case(f"transformers {name}", model(name)) for name in MODELS), trained()]
 
 
 def model(name: str) -> Any:
-    """A random model of a family."""
+    """Return a random model of a family."""
     config = getattr(transformers, f"{name}Config")(vocab_size=VOCABULARY, **MODELS[name])
-    made = getattr(transformers, f"Flax{name}ForCausalLM", None) or getattr(
-        transformers, f"Flax{name}LMHeadModel"
-    )
-    return made(config, seed=0)
+    class_name = f"Flax{name}ForCausalLM"
+    if not hasattr(transformers, class_name):
+        class_name = f"Flax{name}LMHeadModel"
+    return getattr(transformers, class_name)(config, seed=0)
 
 
 def trained() -> Case:
-    """Llama with the weights that qpaged brings, written as a checkpoint, on text of the kind they know."""
+    """Return Llama with qpaged's bundled weights, on Python source, which is what they were trained on."""
     tiny = Path(str(files("qpaged.models") / "tiny"))
     with TemporaryDirectory() as folder:
         config = json.loads((tiny / "config.json").read_text()) | {
@@ -73,19 +77,21 @@ def trained() -> Case:
     return case("transformers Llama, trained", llama, prompt=text)
 
 
-def case(name: str, model: Any, prompt: Any = None) -> Case:
-    positions = not isinstance(model, transformers.FlaxBloomForCausalLM)
+def case(name: str, model: Any, prompt: np.ndarray | None = None) -> Case:
+    """Describe a causal language model."""
+    takes_positions = not isinstance(model, transformers.FlaxBloomForCausalLM)
 
     def step(params, tokens, position, cache):
         batch, count = tokens.shape
         mask = lax.dynamic_update_slice(cache["mask"], (tokens != PADDING).astype(jnp.int32), (0, position))
-        places = jnp.broadcast_to(position + jnp.arange(count), (batch, count))
-        known = {"position_ids": places} if positions else {}
-        out = model(tokens, attention_mask=mask, params=params, past_key_values=cache["past"], **known)
+        options = {}
+        if takes_positions:
+            options["position_ids"] = jnp.broadcast_to(position + jnp.arange(count), (batch, count))
+        out = model(tokens, attention_mask=mask, params=params, past_key_values=cache["past"], **options)
         return out.logits, {"past": out.past_key_values, "mask": mask}
 
     def cache(batch: int, length: int):
-        # What comes after the present is masked by the model; the mask is of padding.
+        # The mask is for padding; the model itself masks the future.
         return {"past": model.init_cache(batch, length), "mask": jnp.ones((batch, length), jnp.int32)}
 
     vocabulary = model.config.vocab_size

@@ -1,4 +1,4 @@
-"""Causal language models of keras-hub, whose cache is one array for all layers, keys and values.
+"""Causal language models of keras-hub, whose cache is one array for all layers' keys and values.
 
 On Python 3.11: ``pip install -e . keras-hub==0.32.0``, which brings TensorFlow.
 """
@@ -31,7 +31,7 @@ SIZES = {
 
 
 def cases() -> list[Case]:
-    """Llama 3 and Gemma."""
+    """Return Llama 3 and Gemma."""
     return [_llama3("float32"), _gemma("float32"), _gemma("bfloat16")]
 
 
@@ -62,7 +62,7 @@ def _case(name: str, model: Any) -> Case:
 
 
 def _random(params: list[jax.Array]) -> list[jax.Array]:
-    """Weights as large as trained ones; some of the package's own begin small."""
+    """Return random weights as large as trained ones; some of the package's own start small."""
     keys = jax.random.split(jax.random.key(0), len(params))
     scale = SIZES["hidden_dim"] ** -0.5
     return [
@@ -72,7 +72,7 @@ def _random(params: list[jax.Array]) -> list[jax.Array]:
 
 
 def _step(model: Any) -> Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]:
-    """The model's own call with a cache, its variables standing for ``params``."""
+    """Return the model's own call with a cache, as a function of its variables' values."""
 
     def step(params, tokens, position, cache):
         with keras.StatelessScope(state_mapping=zip(model.variables, params, strict=True)):

@@ -1,4 +1,4 @@
-"""penzai's llama-like transformer, layers apart and stacked; its caches have the sequence last."""
+"""penzai's llama-like transformer, with separate and with stacked layers. Its caches end in the sequence."""
 
 import functools
 
@@ -14,6 +14,7 @@ VOCABULARY = 97
 
 
 def cases() -> list[Case]:
+    """Return the transformer with separate and with stacked layers."""
     return [_case("penzai llama-like", False), _case("penzai llama-like, stacked", True)]
 
 
@@ -35,8 +36,9 @@ def _case(name: str, stacked: bool) -> Case:
 
     @functools.cache
     def bound(batch: int, length: int):
-        """The model that samples, its weights and state apart, and its state."""
-        with jax.ensure_compile_time_eval():  # the state is no part of a step's program
+        """Return the sampling model without its state, and the state."""
+        # Called while a step is traced, but the initial state must not become part of its program.
+        with jax.ensure_compile_time_eval():
             return unbound(batch, length)
 
     def unbound(batch: int, length: int):
@@ -44,8 +46,8 @@ def _case(name: str, stacked: bool) -> Case:
         return pz.unbind_state_vars(sampling, freeze=True)
 
     def step(params, tokens, position, cache):
-        (seen,) = (variable.value for variable in cache if variable.label.endswith("previous_tokens"))
-        length = seen.named_shape["seq"]
+        (previous,) = [variable for variable in cache if variable.label.endswith("previous_tokens")]
+        length = previous.value.named_shape["seq"]
         sampling, _ = bound(tokens.shape[0], length)
         state = [variable.unfreeze_as_copy() for variable in cache]
         model = pz.bind_variables(sampling, [*params, *state])
@@ -54,8 +56,8 @@ def _case(name: str, stacked: bool) -> Case:
 
     def cache(batch: int, length: int):
         _, state = bound(batch, length)
-        made = jax.tree_util.tree_map(_layers_first, tuple(state), is_leaf=_is_named)
-        return jax.tree_util.tree_map(jnp.asarray, made)
+        ordered = jax.tree_util.tree_map(_layers_first, tuple(state), is_leaf=_is_named)
+        return jax.tree_util.tree_map(jnp.asarray, ordered)
 
     return Case(name, ("penzai",), step, tuple(weights), cache, VOCABULARY)
 
@@ -65,7 +67,7 @@ def _is_named(value) -> bool:
 
 
 def _layers_first(value):
-    """The order in which a step over stacked layers returns the axes; it begins with another."""
+    """Put the layers' axis first, where a step over stacked layers returns it."""
     if not (_is_named(value) and "blocks" in value.named_shape):
         return value
     return value.order_as("blocks", *(name for name in value.named_shape if name != "blocks"))

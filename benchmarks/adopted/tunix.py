@@ -33,7 +33,7 @@ SIZES = {
 
 
 def cases() -> list[Case]:
-    """Llama 3, Qwen 2, Qwen 3 and Gemma 3."""
+    """Return Llama 3, Qwen 2, Qwen 3 and Gemma 3."""
     rope = {"rope_theta": 10_000, "norm_eps": 1e-6}
     rngs = nnx.Rngs(0)
     return [
@@ -46,7 +46,7 @@ def cases() -> list[Case]:
 
 
 def _gemma3(dtype: Any) -> gemma3.ModelConfig:
-    """Layers with a window of 32 tokens: the first five of every six are such."""
+    """Return a configuration with a window of 32 tokens, which five of every six layers have."""
     return gemma3.ModelConfig(**SIZES, num_embed=VOCABULARY, sliding_window_size=32, param_dtype=dtype)
 
 
@@ -65,19 +65,22 @@ def _case(name: str, model: nnx.Module) -> Case:
 
 
 def _random(params: Any) -> Any:
-    """Weights as large as trained ones; the package's own begin small, or at zero."""
+    """Return random weights as large as trained ones; the package's own start small, or at zero."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     scale = EMBED_DIM**-0.5
-    made = [
+    randomized = [
         leaf if leaf.ndim < 2 else jax.random.normal(key, leaf.shape, leaf.dtype) * scale
         for key, leaf in zip(keys, leaves, strict=True)
     ]
-    return jax.tree.unflatten(tree, made)
+    return jax.tree.unflatten(tree, randomized)
 
 
 def _step(graph: Any) -> Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]:
-    """The sampler's prefill for prompts, which begin at position 0, and its decoding for single tokens."""
+    """Return a step that is the sampler's prefill for prompts, and its decoding for single tokens.
+
+    Prompts begin at position 0.
+    """
 
     def step(params, tokens, position, cache):
         batch, count = tokens.shape

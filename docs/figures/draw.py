@@ -1,6 +1,6 @@
-"""Draws the figures of the documentation as SVG: ``python docs/figures/draw.py`` rewrites them here.
+"""Draws the documentation's figures as SVG: ``python docs/figures/draw.py`` rewrites them in this folder.
 
-The pages hold them inline, so that they take the page's colours, light or dark: see stylesheets/extra.css.
+Pages include them inline, so that stylesheets/extra.css gives them the page's colours, light or dark.
 """
 
 from pathlib import Path
@@ -9,20 +9,23 @@ HERE = Path(__file__).parent
 CELL = 26
 
 
-def rect(x, y, w, h, kind):
-    return f'<rect x="{x}" y="{y}" width="{w}" height="{h}" class="{kind}"/>'
+def rect(x: float, y: float, width: float, height: float, style: str) -> str:
+    """Return a rectangle whose colours are those of a class of the stylesheet."""
+    return f'<rect x="{x}" y="{y}" width="{width}" height="{height}" class="{style}"/>'
 
 
-def text(x, y, words, kind="label", anchor="middle"):
-    return f'<text x="{x}" y="{y}" class="{kind}" text-anchor="{anchor}">{words}</text>'
+def text(x: float, y: float, words: object, style: str = "label", anchor: str = "middle") -> str:
+    """Return a line of text."""
+    return f'<text x="{x}" y="{y}" class="{style}" text-anchor="{anchor}">{words}</text>'
 
 
-def arrow(x1, y1, x2, y2):
+def arrow(x1: float, y1: float, x2: float, y2: float) -> str:
+    """Return an arrow from the first point to the second."""
     return f'<path d="M{x1} {y1} L{x2} {y2}" class="arrow" marker-end="url(#head)"/>'
 
 
-def figure(width, height, title, parts):
-    """An inline SVG; no blank lines, which would end the HTML block that holds it."""
+def figure(width: int, height: int, title: str, parts: list[str]) -> str:
+    """Return an inline SVG, without blank lines, which would end the HTML block that holds it."""
     head = (
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
         'orient="auto"><path d="M0 0 L8 4 L0 8 z" class="head"/></marker></defs>'
@@ -34,8 +37,8 @@ def figure(width, height, title, parts):
     return "\n".join([opening, f"<title>{title}</title>", head, *parts, "</svg>"]) + "\n"
 
 
-def lookup():
-    """Position 9 of a sequence, through its page table, to a slot of the pool."""
+def lookup() -> str:
+    """Draw how position 9 of a sequence leads through the page table to a slot of the pool."""
     parts = [text(10, 20, "positions of one sequence", anchor="start")]
     for position in range(11):
         x = 10 + CELL * position + 8 * (position // 4)
@@ -46,13 +49,15 @@ def lookup():
         parts += [rect(x, 88, 44, CELL, "hit" if index == 2 else "empty"), text(x + 22, 106, page)]
     parts += [text(290, 105, "8 = no page", "note", "start")]
     parts += [text(10, 165, "pool of one layer: 8 pages of 4 slots, for each KV head", anchor="start")]
-    used = {5: 4, 2: 4, 6: 3}
+    used_slots = {5: 4, 2: 4, 6: 3}  # by page
     for page in range(8):
         x = 10 + 68 * page
         parts.append(text(x + 31, 190, f"page {page}", "note"))
         for slot in range(4):
-            kind = "hit" if (page, slot) == (6, 1) else "a" if slot < used.get(page, 0) else "empty"
-            parts.append(rect(x + 15.5 * slot, 198, 15.5, CELL, kind))
+            style = "a" if slot < used_slots.get(page, 0) else "empty"
+            if (page, slot) == (6, 1):
+                style = "hit"
+            parts.append(rect(x + 15.5 * slot, 198, 15.5, CELL, style))
     parts += [arrow(10 + CELL * 9 + 29, 57, 213, 86), text(255, 76, "9 // 4 = 2", "note", "start")]
     parts += [
         arrow(215, 115, 10 + 68 * 6 + 23, 176),
@@ -61,34 +66,33 @@ def lookup():
     return figure(560, 236, "Position 9 lies in slot 1 of page 6, the third entry of the page table", parts)
 
 
-def granularities():
-    """Which elements of one page share a scale."""
-    shown = (("page", "1 scale", lambda slot, channel: 0), ("token", "4 scales", lambda slot, channel: slot),
-             ("channel", "8 scales", lambda slot, channel: channel))  # fmt: skip
+def granularities() -> str:
+    """Draw which elements of one page share a scale."""
+    shown = (("page", "1 scale"), ("token", "4 scales"), ("channel", "8 scales"))
     parts = []
-    for index, (name, count, block) in enumerate(shown):
+    for index, (name, count) in enumerate(shown):
         left = 34 + 186 * index
         parts += [text(left + 72, 18, name), text(left + 72, 126, count, "note")]
         for slot in range(4):
             for channel in range(8):
-                kind = "ab"[block(slot, channel) % 2]
-                parts.append(rect(left + 18 * channel, 30 + 20 * slot, 18, 20, kind))
+                block = {"page": 0, "token": slot, "channel": channel}[name]
+                style = "ab"[block % 2]  # neighbouring blocks differ in colour
+                parts.append(rect(left + 18 * channel, 30 + 20 * slot, 18, 20, style))
     parts += [text(20, 74, "slots", "note turned"), text(106, 144, "channels of a head", "note")]
     return figure(580, 152, "One page of one head: a block is the page, a slot or a channel", parts)
 
 
-def doubling():
-    """Floors under s and under 2s: cells join in pairs, and no value changes sides."""
+def doubling() -> str:
+    """Draw floors under s and under 2s: cells merge in pairs, and no value leaves its pair."""
     parts = []
-    for row, (name, width, codes) in enumerate(
-        (("scale s", 60, range(-4, 4)), ("scale 2s", 120, range(-2, 2)))
-    ):
+    rows = (("scale s", 60, range(-4, 4), -3), ("scale 2s", 120, range(-2, 2), -2))
+    for row, (name, width, codes, code_of_x) in enumerate(rows):
         top = 26 + 62 * row
         parts.append(text(70, top + 18, name, anchor="end"))
         for index, code in enumerate(codes):
             x = 84 + width * index
-            kind = "hit" if code == (-3 if row == 0 else -2) else "ab"[code % 2]
-            parts += [rect(x, top, width, CELL, kind), text(x + width / 2, top + 18, code)]
+            style = "hit" if code == code_of_x else "ab"[code % 2]
+            parts += [rect(x, top, width, CELL, style), text(x + width / 2, top + 18, code)]
     parts += ['<path d="M156 8 L156 122" class="value"/>', text(162, 12, "x = -2.8 s", "note", "start")]
     parts += [
         text(84, 138, "floor(-2.8) = -3", "note", "start"),

@@ -1,4 +1,4 @@
-"""The laws as a table, from the conformance kit: ``python docs/includes/laws.py`` rewrites laws.md."""
+"""Writes the table of laws from the conformance kit: ``python docs/includes/laws.py`` rewrites laws.md."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ TABLE = Path(__file__).with_name("laws.md")
 
 
 def table():
-    """A Markdown table, a row for each law: what the kit's tests say of it, and what relies on it."""
+    """Return a Markdown table of each law, the docstrings of its tests in the kit, and what relies on it."""
     lines = ["| law | what the kit tries | what relies on it |", "|---|---|---|"]
     for number, (name, reason) in LAWS.items():
         tests = [test for test in vars(QuantizerConformance) if test.startswith(f"test_law_{number}_")]
-        tried = [getattr(QuantizerConformance, test).__doc__ for test in tests]
-        lines.append(f"| {number}.&nbsp;{name} | {' '.join(tried)} | {reason[0].upper()}{reason[1:]}. |")
+        checks = " ".join(getattr(QuantizerConformance, test).__doc__ for test in tests)
+        lines.append(f"| {number}.&nbsp;{name} | {checks} | {reason[0].upper()}{reason[1:]}. |")
     return "\n".join(lines) + "\n"
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from qpaged.arrays import QuantizedArray
+from qpaged.arrays import is_quantized
 
 Pytree: TypeAlias = Any
 """Any pytree: JAX has no type for it."""
@@ -69,11 +69,6 @@ def path_name(keys: KeyPath) -> str:
 def path_under(parent: str, keys: KeyPath) -> str:
     """Return the path that the keys lead to under a parent's path."""
     return "/".join(part for part in (parent, path_name(keys)) if part)
-
-
-def is_quantized(leaf: Any) -> bool:
-    """Return True for a QuantizedArray, which pytree functions would take apart otherwise."""
-    return isinstance(leaf, QuantizedArray)
 
 
 def as_arrays(tree: Pytree) -> Pytree:

@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache
-from qpaged.arrays import QuantizedArray
+from qpaged.arrays import QuantizedArray, empty, quantize
 from qpaged.arrays._blocks import block_max
-from qpaged.arrays._quantized import empty, quantize
-from qpaged.quantizer import CacheFormat, Quantizer
+from qpaged.formats import CacheFormat, Quantizer
 
 PlainArray: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
@@ -119,12 +118,11 @@ def _quantize_written(
     """Return an array quantized, with scale 0 for blocks of zeros.
 
     Scale 0 is what a block has into which nothing was written yet, and it reads as exact zeros. Any other
-    scale
-    would not: codes of formats such as `int8` stand for odd multiples of half the scale.
+    scale would not: codes of formats such as `int8` stand for odd multiples of half the scale.
     """
     quantized = quantize(array, quantizer, block, array.dtype, channel_axis)
     if quantized.scales is None:
         return quantized
     is_written = block_max(jnp.abs(array), quantized.scales.shape) > 0
     scales = jnp.where(is_written, quantized.scales, 0).astype(quantized.scales.dtype)
-    return quantized.like(quantized.codes, scales, quantized.offsets, quantized.outer)
+    return quantized.like(quantized.codes, quantized.parts._replace(scales=scales))

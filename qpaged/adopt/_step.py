@@ -16,7 +16,6 @@ from qpaged.adopt._arguments import (
     KeyPath,
     Pytree,
     as_arrays,
-    is_quantized,
     path_name,
     path_under,
 )
@@ -25,11 +24,10 @@ from qpaged.adopt._encode import check_layers, quantize_leaf, quantizer_for
 from qpaged.adopt._find import find_cache
 from qpaged.adopt._options import AxesOption, Where
 from qpaged.adopt._report import Materialized, MaterializeError, Report
-from qpaged.arrays import QuantizedArray
-from qpaged.arrays._writes import overwrite
+from qpaged.arrays import QuantizedArray, is_quantized, overwrite
 from qpaged.implicit import record_materializations, use_implicit_args
 from qpaged.implicit._tree import same_layout
-from qpaged.quantizer import CacheFormat, Quantizer
+from qpaged.formats import CacheFormat, Quantizer
 
 PAGE_SIZE = 16
 

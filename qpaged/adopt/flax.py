@@ -14,7 +14,7 @@ from qpaged.adopt._arguments import Pytree
 from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache
 from qpaged.adopt._options import AxesOption, Where
 from qpaged.adopt._step import PAGE_SIZE, QuantizedStep, quantize_cache
-from qpaged.quantizer import CacheFormat, Quantizer
+from qpaged.formats import CacheFormat, Quantizer
 
 if TYPE_CHECKING:
     from flax import linen

@@ -13,7 +13,7 @@ from qpaged.arrays._lane_rows import LANES
 from qpaged.arrays._packing import extract_codes
 from qpaged.arrays._protocol import ArrayFormat, GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.arrays._quantize import check_parts, empty, fill_lane_rows, overwrite, quantize
-from qpaged.arrays._quantized import BlockParts, QuantizedArray
+from qpaged.arrays._quantized import BlockParts, QuantizedArray, is_quantized
 from qpaged.arrays._scatter import gather_rows
 from qpaged.arrays._slots import (
     as_slots,
@@ -51,6 +51,7 @@ __all__ = [
     "gather_pages",
     "gather_rows",
     "in_units",
+    "is_quantized",
     "invert_output",
     "mask_slots",
     "not_elementwise",

@@ -215,6 +215,11 @@ class QuantizedArray(ImplicitArray):
         return self.quantizer.offset.offset(self.block_scales)
 
 
+def is_quantized(leaf: Any) -> bool:
+    """Return True for a :class:`QuantizedArray`, which pytree functions would take apart otherwise."""
+    return isinstance(leaf, QuantizedArray)
+
+
 def logical_shape(shape: Sequence[int], codes_per_byte: int, channel_axis: int) -> tuple[int, ...]:
     """Return the shape of an array whose codes have ``shape``."""
     lengths = list(shape)

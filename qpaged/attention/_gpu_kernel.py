@@ -21,7 +21,7 @@ from qpaged.attention._gpu_copies import TilePages, is_page, load_tile_pages, st
 from qpaged.attention._gpu_refs import GPUCall, KVRefs, Pool, Ref, Refs, Scratch
 from qpaged.attention._layout import Layout
 from qpaged.attention._options import MASK_VALUE
-from qpaged.quantizer import Quantizer
+from qpaged.formats import Quantizer
 
 # How arrays lie in the registers of a warpgroup.
 MATRIX = plgpu.Layout.WGMMA  # [slots, queries], what the tensor cores give

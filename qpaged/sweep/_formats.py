@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from qpaged.quantizer import Quantizer, available_quantizers, get_quantizer
+from qpaged.formats import Quantizer, available_quantizers, get_quantizer
 
 PAGE = (1, 1, 16, 128)
 """The page that formats are sized on: (kv_heads, pages, page_size, head_dim)."""

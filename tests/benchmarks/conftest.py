@@ -1,4 +1,4 @@
-"""Benchmarks are scripts, and import each other as such."""
+"""Benchmarks are scripts that import each other from their own folder."""
 
 import sys
 from pathlib import Path

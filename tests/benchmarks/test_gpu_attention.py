@@ -63,6 +63,7 @@ def test_torch_peers_attend_to_the_same_inputs(inputs, monkeypatch):
 
 
 def run(name, milliseconds, of_bandwidth, bits=8):
+    """Return a row of the results."""
     return {
         "name": name, "milliseconds": milliseconds, "of_bandwidth": of_bandwidth, "bits": bits, "paged": True,
         "error": 0.01,

@@ -1,4 +1,4 @@
-"""The stress suite: metrics of known value, the rotation, a small run, targets that can be missed."""
+"""The stress suite: metrics of known value, the rotation, a small run, and targets that can be missed."""
 
 import json
 import math
@@ -19,10 +19,12 @@ SMALL = Sizes(tokens=64, kv_heads=1, queries_per_head=2, head_dim=32, query_step
 
 
 def two_tokens(query=1.0):
-    """One query at the second of two tokens with keys 0 and 1 in the first of 4 channels, values 1 and 2."""
-    key, value = np.zeros((1, 2, 4)), np.ones((1, 2, 4))
-    key[0, 1, 0], value[0, 1] = 1, 2
-    key[0, 1, 1:] = 1e-9  # no channel is constant
+    """Return a case of two tokens with keys 0 and 1 in the first of 4 channels, and a query at the second."""
+    key = np.zeros((1, 2, 4))
+    key[0, 1, 0] = 1
+    value = np.ones((1, 2, 4))
+    value[0, 1] = 2
+    key[0, 1, 1:] = 1e-9  # the loss of a channel is relative to its std, which must not be 0
     return Case(np.array([[[2 * query, 0, 0, 0]]]), np.array([1]), key, value)
 
 
@@ -57,24 +59,25 @@ def test_attention_is_causal():
     assert (p[:, ~seen] == 0).all() and (p[:, seen] > 0).all()
 
 
-def test_kl_of_what_has_no_weight_is_finite():
+def test_kl_is_finite_where_a_weight_underflows():
     log_p, log_q = np.log([0.5, 0.5]), np.array([0.0, -800.0])
     assert kl_divergence(log_p, log_q) == pytest.approx(400 - math.log(2))
 
 
-def test_what_is_not_finite_is_told_as_none():
+def test_a_loss_that_is_not_finite_is_none():
     case = two_tokens()
-    found = mean_losses([measure_losses(case, case.key * np.nan, case.value)])
-    assert found == dict.fromkeys(found)
+    losses = mean_losses([measure_losses(case, case.key * np.nan, case.value)])
+    assert losses == dict.fromkeys(losses)
 
 
-def test_rotation_is_that_of_the_models():
-    x, position = np.random.default_rng(0).normal(size=(9, 1, 32)), np.arange(20, 29)
+def test_the_rotation_is_the_decoders():
+    x = np.random.default_rng(0).normal(size=(9, 1, 32))
+    position = np.arange(20, 29)
     rotation = rotary_angles(Rope(), 32, jnp.asarray(position))
     expected = models_rotate(jnp.asarray(x, jnp.float32), rotation)
-    found = rotate(x[:, 0], position)
-    np.testing.assert_allclose(found, expected[:, 0], atol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=-1), np.linalg.norm(x[:, 0], axis=-1))
+    rotated = rotate(x[:, 0], position)
+    np.testing.assert_allclose(rotated, expected[:, 0], atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(rotated, axis=-1), np.linalg.norm(x[:, 0], axis=-1))
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "near_zero_as_is"])
@@ -86,13 +89,13 @@ def test_attention_of_a_case_is_neither_uniform_nor_on_one_token(name):
 
 @pytest.mark.parametrize(("name", "norm"), [("bias_slow", 605), ("bias_fast", 605), ("gaussian", 0)])
 def test_biases_have_their_norm(name, norm):
-    """Turned back by its position, the mean key of a head is its bias."""
+    """Rotated back by their positions, the keys of a head have the bias as their mean."""
     key = make_case(name, stress.SIZES).key
     mean = rotate(key, -np.arange(stress.SIZES.tokens)).mean(axis=1)
     np.testing.assert_allclose(np.linalg.norm(mean, axis=-1), norm, atol=1)
 
 
-def test_a_small_run_finds_tokens_closer_than_pages():
+def test_scales_by_token_lose_less_than_scales_by_page():
     results = json.loads(json.dumps(stress.run(["int8", "int8:token"], [16], SMALL), allow_nan=False))
     page, token = results["runs"]
     for case in CASES:
@@ -110,13 +113,13 @@ def test_plain_pages_lose_nothing_and_values_have_their_own_format():
     assert pair["key_bits"] == 32 and pair["value_bits"] < 9
 
 
-def found(format, bits, kl):
-    """A run of one case and one metric."""
+def run_of(format, bits, kl):
+    """Return a run with one case and one metric."""
     losses = {"gaussian": {"attention_kl": kl}}
     return {"format": format, "page_size": 16, "key_bits": bits, "value_bits": bits, "losses": losses}
 
 
-RUNS = [found("a", 8.5, 0.01), found("b", 9.5, 0.001), found("c", 4, 0.1), found("d", 4, None)]
+RUNS = [run_of("a", 8.5, 0.01), run_of("b", 9.5, 0.001), run_of("c", 4, 0.1), run_of("d", 4, None)]
 
 
 @pytest.mark.parametrize(
@@ -138,13 +141,13 @@ def test_targets_are_met_and_missed(target, best, met, line):
     assert describe(verdict).startswith(line)
 
 
-def test_the_front_of_the_figure_holds_what_nothing_as_small_is_closer_than():
+def test_the_front_of_the_figure_is_the_pareto_front():
     small, same, worse, large = Dot("a", 4.01, 0.5), Dot("b", 4.04, 0.4), Dot("c", 5, 0.6), Dot("d", 8, 0.1)
     assert front_of([large, worse, small, same]) == [same, large]
 
 
-def test_dots_of_the_figure_join_page_sizes_of_one_outcome_and_leave_out_what_is_exact():
-    runs = [run | {"page_size": size} for size in (16, 64) for run in (*RUNS, found("e", 8, 0.0))]
-    runs.append(found("f", 8, 0.2))
+def test_page_sizes_of_the_same_outcome_share_a_dot_and_exact_formats_have_none():
+    runs = [run | {"page_size": size} for size in (16, 64) for run in (*RUNS, run_of("e", 8, 0.0))]
+    runs.append(run_of("f", 8, 0.2))
     names = [dot.name for dot in dots_of({"runs": runs}, "gaussian")]
     assert names == ["a", "b", "c", "f (16)"]

@@ -1,4 +1,4 @@
-"""What the benchmark of the TPU kernels claims: copies, and temporaries where the compiler is installed."""
+"""The figures of the TPU benchmark: bytes copied, and temporaries where libtpu is installed."""
 
 import importlib.util
 
@@ -16,17 +16,17 @@ compiler = pytest.mark.skipif(
 
 
 def test_each_live_page_is_copied_once():
-    """Scales come by blocks of 512 slots, and a sequence's last block is partly empty: hence not 1."""
+    """The share exceeds 1, since scales are copied by blocks of 512 slots, some of them partly empty."""
     import tpu_compile
 
-    assert 1 <= tpu_compile.copied("int8:channel/int8:token") <= 1.05
+    assert 1 <= tpu_compile.copied_share("int8:channel/int8:token") <= 1.05
 
 
 @compiler
 @pytest.mark.parametrize("format", ["int8", "int4:token"])
-def test_temporaries(format):
+def test_temporaries_stay_small_and_writes_are_in_place(format):
     import tpu_compile
 
-    for measured in tpu_compile.measure(tpu_compile.chip_of("v5e"), format).values():
+    for measured in tpu_compile.measure(tpu_compile.chip_sharding("v5e"), format).values():
         assert measured["temp"] < MEGABYTE and measured["temp_large"] < MEGABYTE
         assert measured.get("alias", 1) >= 1

@@ -5,7 +5,9 @@ import json
 import pickle
 import re
 import sys
+import tomllib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +17,21 @@ from support.formats import EVERY_FORMAT
 import qpaged
 
 registry = sys.modules["qpaged.formats._registry"]
-NAMES = ("fp8_e4m3", "fp8_e5m2", "int2", "int4", "int8", "mxfp4", "mxfp8", "nvfp4", "raw")
+ROOT = Path(__file__).parents[2]
+ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+NAMES = tuple(sorted(name for name in ENTRY_POINTS["qpaged.quantizers"] if not name.startswith("+")))
+# Spellings in files and in users' programs, which must stay what they are.
+RELEASED = {
+    "fp8_e4m3": ("", ":token", ":channel"),
+    "fp8_e5m2": ("", ":token", ":channel"),
+    "int2": ("", ":group64"),
+    "int4": ("", ":group64", ":group128", ":token", ":page", ":channel"),
+    "int8": ("", ":token", ":channel"),
+    "mxfp4": ("",),
+    "mxfp8": ("",),
+    "nvfp4": ("",),
+    "raw": ("",),
+}
 
 
 class Point:
@@ -49,20 +65,37 @@ class Odd(type(qpaged.get_quantizer("int8"))):
     granularities: ClassVar = ("channel", "page")
 
 
-def test_what_is_installed():
+def test_every_entry_point_is_found():
     assert qpaged.available_quantizers() == NAMES
     assert qpaged.available_wrappers() == ("+offset", "+rotate")
-    assert qpaged.available_formats() == (
-        *(f"fp8_e4m3{g}" for g in ("", ":token", ":channel")),
-        *(f"fp8_e5m2{g}" for g in ("", ":token", ":channel")),
-        *(f"int2{g}" for g in ("", ":group64")),
-        *(f"int4{g}" for g in ("", ":group64", ":group128", ":token", ":page", ":channel")),
-        *(f"int8{g}" for g in ("", ":token", ":channel")),
-        "mxfp4",
-        "mxfp8",
-        "nvfp4",
-        "raw",
-    )
+
+
+def test_formats_are_listed_at_each_granularity_the_default_first():
+    names = [spelling.partition(":")[0] for spelling in qpaged.available_formats()]
+    assert tuple(dict.fromkeys(names)) == NAMES and names == sorted(names)
+    for name in NAMES:
+        spellings = [spelling for spelling in qpaged.available_formats() if spelling.split(":")[0] == name]
+        first, *others = qpaged.get_quantizer(name).granularities
+        assert spellings == [name, *(f"{name}:{granularity}" for granularity in others)]
+        assert qpaged.get_quantizer(name).granularity == first
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_spellings_stay(name):
+    spellings = [spelling for spelling in qpaged.available_formats() if spelling.split(":")[0] == name]
+    assert spellings == [name + granularity for granularity in RELEASED[name]]
+
+
+WRAPPERS = ("+offset", "+rotate", "+offset+rotate")
+
+
+def accepts(spelling, wrappers):
+    """Return True if the format can be wrapped so."""
+    try:
+        qpaged.get_quantizer(spelling + wrappers)
+    except qpaged.RegistryError:
+        return False
+    return True
 
 
 def test_every_format_in_every_wrapper_that_goes_with_it():
@@ -70,9 +103,11 @@ def test_every_format_in_every_wrapper_that_goes_with_it():
     assert tuple(bare) == qpaged.available_formats()
     for spelling in bare:
         has = {other[len(spelling) :] for other in EVERY_FORMAT if other.partition("+")[0] == spelling}
-        turns = {"+rotate"} if spelling != "raw" else set()
-        shifts = {"+offset", "+offset+rotate"} if spelling.startswith("int") else set()
-        assert has == {""} | turns | shifts
+        assert has == {""} | {wrappers for wrappers in WRAPPERS if accepts(spelling, wrappers)}
+        if spelling.partition(":")[0] in RELEASED:
+            turns = {"+rotate"} if spelling != "raw" else set()
+            shifts = {"+offset", "+offset+rotate"} if spelling.startswith("int") else set()
+            assert has == {""} | turns | shifts
 
 
 @pytest.mark.parametrize("spelling", EVERY_FORMAT)

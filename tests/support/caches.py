@@ -1,4 +1,4 @@
-"""A small cache of every format, and the jitted calls that the tests of the cache share."""
+"""Small caches of every format, and jitted calls on them."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ SOME = (None, "raw", "int8", "int8:token")
 
 
 def config(**changes):
-    """The metadata of a small cache."""
+    """Return the metadata of a small cache."""
     counts = {
         "batch_size": BATCH,
         "num_hidden_layers": 2,
@@ -37,30 +37,33 @@ def config(**changes):
 
 @contextlib.contextmanager
 def narrow_floats_allowed():
+    """Ignore the warning of plain pools in narrow floats."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", qpaged.NarrowFloatPoolWarning)
         yield
 
 
 def make_view(format=None, dtype=jnp.float32, mesh=None, manager=None, layer=0, **changes):
+    """Return a fresh view of a small cache."""
     with narrow_floats_allowed():
         return qpaged.PagedAttentionCacheView.init(mesh, dtype, config(**changes), layer, manager, format)
 
 
 @functools.cache
 def fresh(format=None, dtype="float32"):
-    """One layer's fresh pools; views are never mutated, so the tests share them."""
+    """Return a fresh view, which tests share since views are never mutated."""
     return make_view(format, dtype)
 
 
 @functools.cache
 def fresh_cache(format=None, dtype="float32"):
+    """Return a fresh cache of two layers, which tests share."""
     with narrow_floats_allowed():
         return qpaged.PagedAttentionCache.init_cache(None, dtype, config(), None, format)
 
 
 def tokens(n, seed=0, heads=HEADS, head_dim=HEAD_DIM):
-    """Keys and values of n tokens, NumPy float32."""
+    """Return keys and values of n tokens, NumPy float32."""
     rng = np.random.default_rng(seed)
     shape = (n, heads, head_dim)
     return rng.normal(size=shape).astype(np.float32), rng.normal(size=shape).astype(np.float32)
@@ -81,37 +84,39 @@ def decode(position, page_table):
 
 
 def dense(pool):
-    """A pool's values, NumPy float32."""
-    return np.asarray(pool.materialize() if isinstance(pool, ImplicitArray) else pool).astype(np.float32)
+    """Return a pool's values, NumPy float32."""
+    if isinstance(pool, ImplicitArray):
+        pool = pool.materialize()
+    return np.asarray(pool).astype(np.float32)
 
 
 def slots(pool, page_table):
-    """(tokens, kv_heads, head_dim) of a sequence, in order."""
+    """Return the slots of a sequence in order, [tokens, kv_heads, head_dim]."""
     pages = dense(pool)[:, np.asarray(page_table)]
     return pages.reshape(pages.shape[0], -1, pages.shape[-1]).swapaxes(0, 1)
 
 
 def bits(tree):
-    """The bytes of every leaf."""
+    """Return the dtype, shape and bytes of every leaf."""
     return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in jax.tree_util.tree_leaves(tree)]
 
 
 def used_pages(pool, empty):
-    """Indices of the pages whose codes or scales differ from those of the ``empty`` pool."""
+    """Return the indices of the pages that differ from the ``empty`` pool in any stored part."""
     pairs = zip(jax.tree_util.tree_leaves(pool), jax.tree_util.tree_leaves(empty), strict=True)
     changed = [(np.asarray(a) != np.asarray(b)).any(axis=(0, 2, 3)) for a, b in pairs]
     return sorted(int(page) for page in np.flatnonzero(np.any(changed, axis=0)))
 
 
 def tolerance(format):
-    """Largest difference between a gaussian value and what a format gives back, as the tests need it."""
+    """Return a bound on the error of gaussian values, loose enough for every format of so many bits."""
     if format in (None, "raw"):
         return 0.0
     return {8: 0.5, 4: 0.6, 2: 2.0}[qpaged.CacheFormat.of(format).key.bits]
 
 
 def make_mesh(shape, names, axis_type="Auto"):
-    """A mesh of the first devices; ``axis_type`` where JAX has such a thing."""
+    """Return a mesh of the first devices; older versions of JAX have no ``axis_type``."""
     devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
     kinds = getattr(jax.sharding, "AxisType", None)
     if kinds is None:

@@ -1,4 +1,4 @@
-"""Scripts and example formats of the documentation, which is no package."""
+"""Loads scripts and example formats of the documentation, which is no package."""
 
 import importlib.util
 from pathlib import Path
@@ -8,7 +8,7 @@ PLUGIN = ROOT / "docs/plugin"
 
 
 def script(path):
-    """A file of the documentation as a module."""
+    """Import a file as a module."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

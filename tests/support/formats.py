@@ -1,4 +1,4 @@
-"""What the tests run over: the formats that the registry has, and the arrays they are tried on."""
+"""The formats that tests run over, all of them from the registry."""
 
 import os
 import re
@@ -25,11 +25,11 @@ def is_built_in(spelling):
 
 
 BUILT_IN = tuple(spelling for spelling in EVERY_FORMAT if is_built_in(spelling))
-"""The formats of this distribution, likewise."""
+"""The formats among them that this distribution brings."""
 
 
 def features(spelling):
-    """What the framework does otherwise for some formats than for others."""
+    """Return the properties of a format on which the framework's code branches."""
     quantizer = qpaged.get_quantizer(spelling)
     granularity = re.sub(r"\d+", "", quantizer.granularity)
     return {
@@ -42,28 +42,33 @@ def features(spelling):
 
 
 def representatives():
-    """A few formats that have every feature between them, the plainest first."""
-    chosen, seen = [], set()
-    for spelling in sorted(
-        EVERY_FORMAT, key=lambda spelling: (spelling.count("+"), not spelling.startswith("int8"))
-    ):
-        if not features(spelling) <= seen:
+    """Return a few formats that have every feature between them, those without wrappers first."""
+
+    def by_simplicity(spelling):
+        return spelling.count("+"), not spelling.startswith("int8")
+
+    chosen = []
+    covered = set()
+    for spelling in sorted(EVERY_FORMAT, key=by_simplicity):
+        if not features(spelling) <= covered:
             chosen.append(spelling)
-            seen |= features(spelling)
+            covered |= features(spelling)
     return tuple(chosen)
 
 
 FORMATS = representatives()
-"""Formats with every feature that the framework tells apart, for what is not a law."""
-ALWAYS, AT_TIMES = ("int8", "int8:token", "int4"), ("int8:channel+offset", "nvfp4")
-FEW = (*ALWAYS, *AT_TIMES) if os.environ.get("MORE_FORMATS") else ALWAYS
-"""Formats that are written, shared and packed in different ways, for what the laws say again of every one;
-MORE_FORMATS in the environment asks for more of them."""
+"""Formats with every feature on which the framework branches, for tests that are no laws."""
+ALWAYS = ("int8", "int8:token", "int4")
+FEW = ALWAYS
+if os.environ.get("MORE_FORMATS"):
+    FEW = (*ALWAYS, "int8:channel+offset", "nvfp4")
+"""Formats that are written, shared and packed in different ways, for tests that the laws repeat for every
+format. MORE_FORMATS in the environment adds some."""
 LAWFUL = {
     "": FEW,
     "others": tuple(spelling for spelling in EVERY_FORMAT if spelling not in ALWAYS),
     "1": EVERY_FORMAT,
 }[os.environ.get("EVERY_FORMAT", "")]
-"""What the laws are tested for: FEW, or what EVERY_FORMAT in the environment asks for."""
+"""The formats whose laws are tested: FEW, or those that EVERY_FORMAT in the environment asks for."""
 CACHES = (None, *FORMATS)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)

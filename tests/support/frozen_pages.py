@@ -1,4 +1,4 @@
-"""What is frozen of a format: the rows it was given, the bytes it made of them, and what these read as.
+"""Frozen pages of a format: the rows that were written, the bytes that were stored, and the values read back.
 
 A file is a saved view whose keys are in the format and whose values are plain: the same rows, as they came.
 """
@@ -23,21 +23,23 @@ VALUES = jax.jit(lambda pool: pool.dequantize())
 
 
 def path_of(spelling):
-    """The file of a format: its spelling, with a dot for the colon that some file systems refuse."""
+    """Return the file of a format: its spelling, with a dot for the colon that some file systems refuse."""
     return FOLDER / f"{spelling.replace(':', '.')}.json"
 
 
 def head_dim_of(spelling):
-    """The smallest that the groups divide, and at least 16."""
+    """Return the smallest head_dim that the format's groups divide, and at least 16."""
     group = qpaged.get_quantizer(spelling).granularity.removeprefix("group")
-    return max(16, int(group)) if group.isdigit() else 16
+    if not group.isdigit():
+        return 16
+    return max(16, int(group))
 
 
 def rows_of(head_dim):
-    """Rows (tokens, 1, head_dim), float32, of integer arithmetic alone.
+    """Return rows [tokens, 1, head_dim], float32, that integer arithmetic gives on every machine.
 
-    Between -8 and 8, of either sign; a zero in nine, an outlier in thirteen, a channel in eight around 3, and
-    a token a thousandth of the others.
+    Values lie between -8 and 8. One in nine is zero, one in thirteen is an outlier, one channel in eight lies
+    around 3, and one token is a thousandth of the others.
     """
     index = np.arange(len(POSITIONS) * head_dim, dtype=np.uint64)
     state = (index * np.uint64(2654435761) + np.uint64(12345)) & np.uint64(0xFFFFFFFF)
@@ -51,7 +53,7 @@ def rows_of(head_dim):
 
 
 def view_of(spelling, rows):
-    """The pages that the rows are written to, in one prefill."""
+    """Return a view to which one prefill wrote the rows."""
     head_dim = rows.shape[-1]
     config = qpaged.PagedAttentionCacheMetaData(1, 1, PAGES, PAGES, PAGES * SLOTS, SLOTS, 1, head_dim, 0.5)
     view = qpaged.PagedAttentionCacheView.init(None, jnp.float32, config, 0, None, f"{spelling}/plain")
@@ -59,25 +61,26 @@ def view_of(spelling, rows):
 
 
 def written_slots(pool):
-    """(tokens, 1, head_dim) NumPy: what was written to a pool (1, pages, slots, head_dim), in its order."""
-    page, slot = TABLE[POSITIONS // SLOTS], POSITIONS % SLOTS
-    return np.swapaxes(np.asarray(pool)[:, page, slot], 0, 1)
+    """Return the written slots of a pool [1, pages, slots, head_dim], in the tokens' order."""
+    page = TABLE[POSITIONS // SLOTS]
+    slot = POSITIONS % SLOTS
+    return np.swapaxes(np.asarray(pool)[:, page, slot], 0, 1)  # [tokens, 1, head_dim]
 
 
 def record_of(spelling):
-    """The record that is frozen: values as base64 of little-endian float32."""
+    """Return the record that is frozen: values are base64 of little-endian float32."""
     view = view_of(spelling, rows_of(head_dim_of(spelling)))
     values = written_slots(VALUES(view.key_pages)).astype("<f4")
     data = base64.b64encode(values.tobytes()).decode("ascii")
     return {"format": spelling, "values": data, "view": json.loads(view.to_json())}
 
 
-def make(spellings):
-    """Makes the files that are missing; one that exists is never written again."""
+def freeze(spellings):
+    """Write the files that are missing; one that exists is never written again."""
     for spelling in spellings:
         path = path_of(spelling)
         if not path.exists():
             record = json.dumps(record_of(spelling))
             with path.open("x", encoding="utf-8") as file:
                 file.write(f"{record}\n")
-            print(f"made {path.name}", file=sys.stderr)
+            print(f"wrote {path}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Packages whose models are adopted or compared with: tests of them need the packages."""
+"""Packages whose models some tests need."""
 
 import importlib
 import os
@@ -7,7 +7,7 @@ import pytest
 
 
 def require_packages(*names):
-    """Skip a module's tests where a package is not installed, unless the environment asks for every model."""
+    """Skip the module's tests if a package is missing; with EVERY_MODEL in the environment, fail."""
     for name in names:
         if os.environ.get("EVERY_MODEL"):
             importlib.import_module(name)

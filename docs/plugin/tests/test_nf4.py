@@ -1,4 +1,4 @@
-"""The laws of qpaged's cache, for nf4 as it is installed."""
+"""qpaged's laws for the installed nf4."""
 
 from qpaged.testing import QuantizerConformance
 

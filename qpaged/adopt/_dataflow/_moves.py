@@ -10,7 +10,7 @@ from jax.extend.core import JaxprEqn, Literal
 
 from qpaged.adopt._dataflow._effects import Dataflow, Rule
 from qpaged.adopt._dataflow._views import NO_AXES, View, Views
-from qpaged.arrays._moves import _groups
+from qpaged.arrays._reshape import axis_groups
 
 Shape = tuple[int, ...]
 
@@ -63,7 +63,7 @@ def _reshape(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -> Se
 def _regroup(view: View, old_shape: Shape, new_shape: Shape) -> View:
     """Return the view of a reshaped value: axes that are merged or split run along the same input axes."""
     input_axes = [NO_AXES] * len(new_shape)
-    for old_axes, new_axes in _groups(old_shape, new_shape):
+    for old_axes, new_axes in axis_groups(old_shape, new_shape):
         # Axes of length 1 run along nothing: JAX adds and drops them anywhere.
         merged = view.input_axes_of(axis for axis in old_axes if old_shape[axis] > 1)
         for axis in new_axes:

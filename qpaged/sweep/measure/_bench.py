@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from qpaged.quantizer import CacheFormat
+from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._attention import AttentionProfile
 from qpaged.sweep.measure._greedy import greedy_continuations
 from qpaged.sweep.measure._metrics import Measurement, Predictions, compute_metrics

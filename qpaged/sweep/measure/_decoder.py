@@ -22,7 +22,7 @@ from qpaged.models import (
     load_tokenizer,
     output_logits,
 )
-from qpaged.quantizer import CacheFormat
+from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._attention import SUMS, AttentionProfile, compare_attention
 from qpaged.sweep.measure._decoder_stream import Chunk, DecoderStream, chunks
 from qpaged.sweep.measure._run import PLAIN

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from qpaged.models import Tokenizer
-from qpaged.quantizer import CacheFormat
+from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._attention import AttentionProfile
 from qpaged.sweep.measure._settings import Settings
 

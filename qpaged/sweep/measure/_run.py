@@ -5,7 +5,7 @@ import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from qpaged.quantizer import CacheFormat
+from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._attention import AttentionProfile
 from qpaged.sweep.measure._statistics import Histogram
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qpaged.arrays import QuantizedArray
+from qpaged.arrays import is_quantized
 from qpaged.sweep.measure._model import Prefilled
 from qpaged.sweep.measure._settings import Settings
 
@@ -43,7 +43,7 @@ class StepStream:
         self._in_cache = in_cache
         self._batch = batch
         self._settings = settings
-        self._fresh, self._tree = jax.tree_util.tree_flatten(state, is_leaf=_is_quantized)
+        self._fresh, self._tree = jax.tree_util.tree_flatten(state, is_leaf=is_quantized)
         cache, _ = self._split(self._fresh)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(cache))
         self.bytes_per_token = size / capacity
@@ -53,7 +53,7 @@ class StepStream:
             cache: list[Pytree], rest: list[Pytree], tokens: jax.Array, positions: jax.Array
         ) -> tuple[jax.Array, list[Pytree], list[Pytree]]:
             logits, state = step(self._join(cache, rest), tokens, positions)
-            leaves = jax.tree_util.tree_leaves(state, is_leaf=_is_quantized)
+            leaves = jax.tree_util.tree_leaves(state, is_leaf=is_quantized)
             cache, rest = self._split(leaves)
             return logits.astype(jnp.float32), cache, rest
 
@@ -100,6 +100,3 @@ class StepStream:
         leaves = [next(cache_leaves if in_cache else other_leaves) for in_cache in self._in_cache]
         return jax.tree_util.tree_unflatten(self._tree, leaves)
 
-
-def _is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, QuantizedArray)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from qpaged.quantizer import CacheFormat
+from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._bench import Bench, Progress
 from qpaged.sweep.measure._model import Model
 from qpaged.sweep.measure._run import PLAIN, Failure, Run, identity

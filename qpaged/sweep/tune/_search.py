@@ -10,7 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
-from qpaged.quantizer import CacheFormat
+from qpaged.formats import CacheFormat
 from qpaged.sweep.measure import PLAIN, Bench, Failure, Progress, Run, Sequences, Sweep, identity
 from qpaged.sweep.results import tied
 from qpaged.sweep.tune._budget import Budget, UnattainableError

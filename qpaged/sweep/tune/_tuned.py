@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from qpaged.quantizer import CacheFormat
+from qpaged.formats import CacheFormat
 from qpaged.sweep._numbers import small
 from qpaged.sweep.measure import Failure, Run, layer_spellings
 from qpaged.sweep.tune._budget import Budget

@@ -3,7 +3,7 @@
 import dataclasses
 from functools import cached_property
 
-from qpaged.quantizer import CacheFormat
+from qpaged.formats import CacheFormat
 from qpaged.sweep.measure import Bench, Progress, Run, Sequences, Sweep, identity
 from qpaged.sweep.results import run_from_record, run_record
 from qpaged.sweep.tune._journal import Journal
