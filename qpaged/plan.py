@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
 from jax.typing import DTypeLike
 
 from qpaged._deprecated import renamed_argument
-from qpaged.arrays import QuantizedArray
 from qpaged.cache import PagedAttentionCache, PagedAttentionCacheMetaData
-from qpaged.models import DecoderConfig
 from qpaged.formats import CacheFormat
+from qpaged.models import DecoderConfig
+from qpaged.pools import count_bytes
 
 
 @dataclass(frozen=True)
@@ -136,18 +135,18 @@ def plan(
         return PagedAttentionCache.init_cache(None, dtype, metadata, quantizer=cache_format)
 
     cache = jax.eval_shape(init_cache)  # shapes alone: nothing is allocated
-    keys = [_codes_and_scales(view.key_pages) for view in cache.views]
-    values = [_codes_and_scales(view.value_pages) for view in cache.views]
+    keys = [count_bytes(view.key_pages) for view in cache.views]
+    values = [count_bytes(view.value_pages) for view in cache.views]
     return Plan(
         format=name or str(cache_format),
         metadata=metadata,
         memory=memory_bytes,
         weights=weights,
         reserve=free - int(free * metadata.hbm_utilization),
-        key_codes=sum(codes for codes, _ in keys),
-        key_scales=sum(scales for _, scales in keys),
-        value_codes=sum(codes for codes, _ in values),
-        value_scales=sum(scales for _, scales in values),
+        key_codes=sum(pool.codes for pool in keys),
+        key_scales=sum(pool.scales for pool in keys),
+        value_codes=sum(pool.codes for pool in values),
+        value_scales=sum(pool.scales for pool in values),
         context=context,
         shards=shards,
     )
@@ -160,13 +159,3 @@ def device_memory() -> int | None:
     if limit is None:
         return None
     return int(limit)
-
-
-def _codes_and_scales(pool: Any) -> tuple[int, int]:
-    """Return the bytes of a pool's codes, and of everything that goes with them."""
-    codes = _nbytes(pool.folded if isinstance(pool, QuantizedArray) else pool)
-    return codes, _nbytes(pool) - codes
-
-
-def _nbytes(tree: Any) -> int:
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(tree))

@@ -25,9 +25,9 @@ from qpaged.adopt._find import find_cache
 from qpaged.adopt._options import AxesOption, Where
 from qpaged.adopt._report import Materialized, MaterializeError, Report
 from qpaged.arrays import QuantizedArray, is_quantized, overwrite
+from qpaged.formats import CacheFormat, Quantizer
 from qpaged.implicit import record_materializations, use_implicit_args
 from qpaged.implicit._tree import same_layout
-from qpaged.formats import CacheFormat, Quantizer
 
 PAGE_SIZE = 16
 

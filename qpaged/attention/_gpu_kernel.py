@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
+from qpaged._compat import mosaic_gpu_load, mosaic_gpu_store
 from qpaged.attention._gpu import KV_TILE
 from qpaged.attention._gpu_copies import TilePages, is_page, load_tile_pages, start_copies
 from qpaged.attention._gpu_refs import GPUCall, KVRefs, Pool, Ref, Refs, Scratch
@@ -136,20 +137,20 @@ def _kernel(
     for stage in range(call.stages):
         start_copies(refs, start + stage, jnp.int32(stage))
     plgpu.barrier_wait(scratch.query_copied)
-    position = _load(position_ref.at[q_tile], PER_QUERY)
-    queries = QueryRows(position, _load(query_sum_ref.at[q_tile, head], PER_QUERY))
+    position = mosaic_gpu_load(position_ref.at[q_tile], PER_QUERY)
+    queries = QueryRows(position, mosaic_gpu_load(query_sum_ref.at[q_tile, head], PER_QUERY))
 
     def attend_kv_tile(kv_tile: jax.Array, state: State) -> State:
         stage = lax.rem(kv_tile - start, jnp.int32(call.stages))
         return _attend_kv_tile(refs, queries, kv_tile, stage, state)
 
     state = lax.fori_loop(start, end, attend_kv_tile, _initial_state(refs, start))
-    _store(row_max_ref.at[split, q_tile, head], state.row_max)
-    _store(row_sum_ref.at[split, q_tile, head], state.row_sum.sum(axis=0))
+    mosaic_gpu_store(row_max_ref.at[split, q_tile, head], state.row_max)
+    mosaic_gpu_store(row_sum_ref.at[split, q_tile, head], state.row_sum.sum(axis=0))
     acc = state.acc
     if call.values.has_offset:
         acc = acc + _repeat_rows(state.offset_sum.sum(axis=0), len(acc))
-    _store(acc_ref.at[split, q_tile, head], acc)
+    mosaic_gpu_store(acc_ref.at[split, q_tile, head], acc)
 
 
 def _tiles_of_split(
@@ -345,7 +346,7 @@ def _load_slot_scales(
     if kv.has_page_scales:
         scales = _repeat_for_slots(call, page_scales).astype(kv.pool.scales.dtype)
     else:
-        scales = _load(kv.stages.scales.at[stage], PER_SLOT)
+        scales = mosaic_gpu_load(kv.stages.scales.at[stage], PER_SLOT)
     quantizer = kv.layout.quantizer
     multiplier = quantizer.multiplier(scales)
     if not kv.layout.has_offset:
@@ -367,18 +368,6 @@ def _repeat_for_slots(call: GPUCall, per_copy: tuple[jax.Array, ...]) -> jax.Arr
     for copy_index in reversed(range(call.copies_per_tile)):
         per_slot = jnp.where(slot < (copy_index + 1) * call.copy_slots, per_copy[copy_index], per_slot)
     return per_slot
-
-
-def _load(ref: Ref, layout: RegisterLayout) -> jax.Array:
-    # JAX 0.10 asks for an index, too, but this backend does not run on it.
-    return plgpu.load(ref, layout=layout, optimized=False)  # type: ignore[call-arg]
-
-
-def _store(ref: Ref, value: jax.Array) -> None:
-    if hasattr(plgpu, "store"):  # since JAX 0.12, where an assignment takes only whole lines of 128 bytes
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 def _slot_iota() -> jax.Array:

@@ -78,7 +78,9 @@ class Layout:
         if self.codes_per_byte == 1:
             return stored
         code_dtype = self.quantizer.code_dtype(self.dtype)
-        return extract_codes(stored.astype(jnp.int32), BYTE_BITS // self.codes_per_byte, byte_index, code_dtype)
+        return extract_codes(
+            stored.astype(jnp.int32), BYTE_BITS // self.codes_per_byte, byte_index, code_dtype
+        )
 
 
 def stored_codes(pool: Pages) -> jax.Array:

@@ -6,16 +6,16 @@ cache, so that a layer's error is its own and does not include the errors of ear
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qpaged.arrays import QuantizedArray, as_slots, contracted, take_pages, weighed
+from qpaged.arrays import invert_output, to_float32, transform_query, untransformed
 from qpaged.cache import PagedAttentionCacheView
 from qpaged.models import AttentionOptions
+from qpaged.pools import Pages, gather_slots
 from qpaged.sweep.measure._statistics import Statistic, divergence, jackknife
 
 SUMS = ("output", "error", "error_keys", "error_values", "kl", "rows")
@@ -79,15 +79,14 @@ def compare_attention(
 
     # Codes are compared as attention reads them: a format may change the query instead of the keys, and the
     # output instead of the values (as +rotate does).
-    measured_query, key_pool = contracted(query.astype(jnp.float32), view.key_pages)
-    value_pool, restore_output = weighed(view.value_pages)
+    measured_query = transform_query(query.astype(jnp.float32), view.key_pages)
     operands = (
         _by_kv_head(query.astype(jnp.float32), kv_heads),
         _slots(plain.key_pages, table),
         _slots(plain.value_pages, table),
         _by_kv_head(measured_query, kv_heads),
-        _slots(key_pool, table),
-        _slots(value_pool, table),
+        _slots(untransformed(view.key_pages), table),
+        _slots(untransformed(view.value_pages), table),
     )
 
     def sums_of_head(operands: tuple[jax.Array, ...]) -> jax.Array:
@@ -96,9 +95,9 @@ def compare_attention(
         log_q = _log_weights(measured_query, measured_key, attended, options)
         p, q = jnp.exp(log_p), jnp.exp(log_q)
         output = _mix(p, value)
-        error = restore_output(_mix(q, measured_value)) - output
+        error = invert_output(_mix(q, measured_value), view.value_pages) - output
         error_keys = _mix(q, value) - output
-        error_values = restore_output(_mix(p, measured_value)) - output
+        error_values = invert_output(_mix(p, measured_value), view.value_pages) - output
         attends = attended.any(axis=-1)  # padding attends to nothing
         kl = jnp.where(attends, divergence(log_p, log_q), 0)
         return jnp.stack(
@@ -169,10 +168,9 @@ def _by_kv_head(query: jax.Array, kv_heads: int) -> jax.Array:
     return query.reshape(tokens, kv_heads, -1, head_dim).swapaxes(0, 1).reshape(kv_heads, -1, head_dim)
 
 
-def _slots(pool: Any, table: jax.Array) -> jax.Array:
+def _slots(pool: Pages, table: jax.Array) -> jax.Array:
     """Return a sequence's pages as float32 [kv_heads, slots, head_dim]."""
-    slots = as_slots(take_pages(pool, table))
-    return slots.dequantize() if isinstance(slots, QuantizedArray) else slots.astype(jnp.float32)
+    return to_float32(gather_slots(pool, table))
 
 
 def _log_weights(

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 import qpaged.models
 from qpaged.cache import NarrowFloatPoolWarning, PagedAttentionCache, PagedAttentionCacheMetaData
+from qpaged.formats import CacheFormat
 from qpaged.models import (
     Attend,
     DecoderConfig,
@@ -22,7 +23,6 @@ from qpaged.models import (
     load_tokenizer,
     output_logits,
 )
-from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._attention import SUMS, AttentionProfile, compare_attention
 from qpaged.sweep.measure._decoder_stream import Chunk, DecoderStream, chunks
 from qpaged.sweep.measure._run import PLAIN

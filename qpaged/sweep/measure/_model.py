@@ -6,8 +6,8 @@ from typing import NamedTuple, Protocol
 import jax
 import numpy as np
 
-from qpaged.models import Tokenizer
 from qpaged.formats import CacheFormat
+from qpaged.models import Tokenizer
 from qpaged.sweep.measure._attention import AttentionProfile
 from qpaged.sweep.measure._settings import Settings
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qpaged.adopt import FoundCache, find_cache, quantize_cache
-from qpaged.models import Tokenizer, load_tokenizer
 from qpaged.formats import CacheFormat
+from qpaged.models import Tokenizer, load_tokenizer
 from qpaged.sweep.measure._run import PLAIN
 from qpaged.sweep.measure._settings import Settings
 from qpaged.sweep.measure._step_stream import Pytree, Step, StepStream

@@ -99,4 +99,3 @@ class StepStream:
         cache_leaves, other_leaves = iter(cache), iter(rest)
         leaves = [next(cache_leaves if in_cache else other_leaves) for in_cache in self._in_cache]
         return jax.tree_util.tree_unflatten(self._tree, leaves)
-
