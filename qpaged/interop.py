@@ -18,7 +18,7 @@ For these, use :func:`interleaved_pages`, which decodes them, or :func:`qpaged.p
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ from jax.typing import DTypeLike
 
 from qpaged.arrays import QuantizedArray
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
-from qpaged.implicit import ImplicitArray, materialize_nested
+from qpaged.implicit import materialize_nested
+from qpaged.pools import Pages, as_quantized
 
 if TYPE_CHECKING:
     from jax.experimental.pallas.ops.tpu.paged_attention.quantization_utils import QuantizedTensor
@@ -241,42 +242,44 @@ def ragged_sequences(view: PagedAttentionCacheView, metadata: PagedAttentionMeta
 
 def _scaled_codes(
     part: str,  # "keys" or "values", for messages
-    pool: Any,  # (kv_heads, pages, page_size, head_dim)
+    pool: Pages,  # (kv_heads, pages, page_size, head_dim)
     dtypes: Sequence[DTypeLike],
 ) -> tuple[jax.Array, jax.Array | None]:
     """Return numbers of one of the dtypes, and float32 scales (kv_heads, pages, page_size); None if plain."""
-    if not isinstance(pool, QuantizedArray):
-        if isinstance(pool, ImplicitArray):
+    quantized = as_quantized(pool)
+    if quantized is None:
+        if not isinstance(pool, jax.Array):
             raise TypeError(
                 f"view must hold plain arrays or qpaged.QuantizedArray, but its {part} are of type "
                 f"{type(pool).__name__}; take interleaved_pages, which materializes them."
             )
         return pool, None
-    if pool.scales is None:
-        return pool.materialize(), None
-    reason = _reason_not_scaled(pool)
+    if quantized.scales is None:
+        return quantized.materialize(), None
+    reason = _reason_not_scaled(quantized)
     if reason is None:
-        numbers = _as_numbers(pool, dtypes)
+        numbers = _as_numbers(quantized, dtypes)
         if numbers is not None:
-            scales = pool.multipliers()[..., 0] / numbers.per_unit
-            return numbers.array, jnp.broadcast_to(scales, pool.shape[:3])
-        reason = _magnitudes(pool)
+            scales = quantized.multipliers()[..., 0] / numbers.per_unit
+            return numbers.array, jnp.broadcast_to(scales, quantized.shape[:3])
+        reason = _magnitudes(quantized)
     names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
     raise ValueError(
         f"view must hold pages whose values are {names} numbers times one scale for each slot, but its "
-        f"{part} are {pool.quantizer}, which {reason}; take interleaved_pages, which decodes them, or "
+        f"{part} are {quantized.quantizer}, which {reason}; take interleaved_pages, which decodes them, or "
         f"qpaged.paged_attention, which takes every format."
     )
 
 
 def _reason_not_scaled(pool: QuantizedArray) -> str | None:
     """Return why a pool's values are not decoded codes times one scale for each slot, or None."""
-    if pool.quantizer.transforms:
+    if pool.quantizer.transform is not None:
         return "holds transformed channels"
-    if jax.eval_shape(pool.shift) is not None:
+    if pool.quantizer.offset is not None:
         return "adds an offset to each block"
-    if pool.scales.shape[3] > 1:
-        return f"has {pool.scales.shape[3]} scales along the channels"
+    groups = pool.block_scales.shape[3]
+    if groups > 1:
+        return f"has {groups} scales along the channels"
     return None
 
 
@@ -310,7 +313,7 @@ def _every_code(pool: QuantizedArray) -> tuple[np.ndarray, np.ndarray]:
     """Return the codes in all 256 bytes, and the float32 values that they decode to."""
     with jax.ensure_compile_time_eval():
         every_byte = np.arange(256, dtype=np.uint8).view(pool.codes.dtype).reshape(1, 1, 1, -1)
-        array = pool.like(jnp.asarray(every_byte), pool.scales)
+        array = pool.like(jnp.asarray(every_byte), pool.parts)
         return np.asarray(array.unpacked()), np.asarray(array.values(jnp.float32))
 
 

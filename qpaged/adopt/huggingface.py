@@ -18,6 +18,7 @@ from qpaged._deprecated import renamed_argument
 from qpaged.adopt._arguments import Pytree
 from qpaged.adopt._step import PAGE_SIZE, QuantizedStep
 from qpaged.adopt._step import quantize_cache as quantize_step
+from qpaged.arrays import is_quantized
 from qpaged.formats import CacheFormat, Quantizer
 
 EXAMPLE_LENGTH = 2 * PAGE_SIZE  # of the cache in the example; caches of any other length do as well

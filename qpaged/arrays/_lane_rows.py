@@ -42,9 +42,10 @@ def from_lane_rows(codes: Codes, slots_per_row: int) -> Codes:
     """Return codes (..., rows, lanes) as (..., slots, width); of a ShapeDtypeStruct, one."""
     if slots_per_row == 1:
         return codes
-    shape = slot_shape(codes.shape, slots_per_row)
     if isinstance(codes, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(shape, codes.dtype)
+        shape = slot_shape(codes.shape, slots_per_row)
+        return jax.ShapeDtypeStruct(shape, codes.dtype)  # type: ignore[return-value]
+    shape = slot_shape(codes.shape, slots_per_row)
     return codes.reshape(*codes.shape[:-1], slots_per_row, shape[-1]).reshape(shape)
 
 

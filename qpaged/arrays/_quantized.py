@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -215,7 +215,7 @@ class QuantizedArray(ImplicitArray):
         return self.quantizer.offset.offset(self.block_scales)
 
 
-def is_quantized(leaf: Any) -> bool:
+def is_quantized(leaf: Any) -> TypeGuard[QuantizedArray]:
     """Return True for a :class:`QuantizedArray`, which pytree functions would take apart otherwise."""
     return isinstance(leaf, QuantizedArray)
 

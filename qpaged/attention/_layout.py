@@ -77,10 +77,8 @@ class Layout:
         """Return code number ``byte_index`` of each stored element; within a kernel."""
         if self.codes_per_byte == 1:
             return stored
-        code_dtype = self.quantizer.code_dtype(self.dtype)
-        return extract_codes(
-            stored.astype(jnp.int32), BYTE_BITS // self.codes_per_byte, byte_index, code_dtype
-        )
+        bits, code_dtype = BYTE_BITS // self.codes_per_byte, self.quantizer.code_dtype(self.dtype)
+        return extract_codes(stored.astype(jnp.int32), bits, byte_index, code_dtype)
 
 
 def stored_codes(pool: Pages) -> jax.Array:

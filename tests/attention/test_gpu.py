@@ -10,6 +10,7 @@ from support.arrays import normal
 from support.filled_pages import CHUNK, PADDED_CHUNK, combined_step, filled_view
 
 import qpaged
+from qpaged import _compat
 from qpaged.attention import _gpu
 
 GPU = next(backend for backend in qpaged.attention_backends() if backend.name == "gpu")
@@ -98,9 +99,9 @@ def test_splits_fill_a_chip(programs, kv_tiles, splits):
 @pytest.fixture
 def supported(monkeypatch):
     """Make it look as if JAX is new enough, absl-py is installed, and no mesh is partitioned."""
-    monkeypatch.setattr(jax, "__version__", ".".join(map(str, _gpu.OLDEST_JAX)))
+    monkeypatch.setattr(jax, "__version__", _compat.dotted(_compat.MOSAIC_GPU_JAX))
     monkeypatch.setattr(_gpu.importlib.util, "find_spec", lambda name: name == "absl")
-    monkeypatch.setattr(_gpu, "partitioned", lambda: False)
+    monkeypatch.setattr(_gpu, "compiler_partitions_mesh", lambda: False)
     return monkeypatch
 
 
@@ -119,7 +120,7 @@ def test_a_missing_absl_is_refused(supported):
 
 
 def test_a_partitioned_mesh_is_refused(supported):
-    supported.setattr(_gpu, "partitioned", lambda: True)
+    supported.setattr(_gpu, "compiler_partitions_mesh", lambda: True)
     assert "call it within jax.shard_map" in _gpu.refusal()
 
 

@@ -157,7 +157,7 @@ def test_formats_of_one_level_of_scales_are_taken():
             "keys: decode of raw uses float16, which kernels do not have",
         ),
         ({"spelling": NotElementwise()}, "keys: decode of int8:token uses cumsum, which is not elementwise"),
-        ({"spelling": NotTiled()}, "keys: int8:token is declared not to be made of tile functions"),
+        ({"spelling": NotTiled()}, "keys: int8:token is declared not to be elementwise"),
     ],
 )
 def test_calls_are_declined_with_the_reason(arguments, reason):

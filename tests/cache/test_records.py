@@ -114,7 +114,8 @@ def test_every_bit_pattern_comes_back(dtype, format):
     pool = jnp.asarray(patterns)
     if format == "raw":
         codes = jnp.asarray(patterns.view(f"uint{8 * width}"))
-        pool = Quantized(codes, None, quantizer=qpaged.get_quantizer("raw"), dtype=jnp.dtype(dtype))
+        raw = qpaged.get_quantizer("raw")
+        pool = Quantized(stored=codes, scales=None, quantizer=raw, dtype=jnp.dtype(dtype))
     view = qpaged.PagedAttentionCacheView(config(), 0, pool, pool)
     for way in ("dictionary", "json", "pickle"):
         back = WAYS[way](view)

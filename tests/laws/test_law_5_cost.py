@@ -95,15 +95,15 @@ def blocks_read(monkeypatch, lengths, **options):
 
     def counted(pool, pages):
         jax.debug.callback(lambda: reads.append(1))
-        return gather_pages(pool, pages)
+        return gather_slots(pool, pages)
 
-    gather_pages = _xla.gather_pages
+    gather_slots = _xla.gather_slots
     config = qpaged.PagedAttentionCacheMetaData(len(lengths), 1, 64, 64, 4096, 64, 1, 16, 0.5)
     view = METHODS.init(None, jnp.float32, config, 0, None, "int8")
     table = np.tile(np.arange(64), (len(lengths), 1))
     metadata = qpaged.PagedAttentionMetadata.decode(position=np.array(lengths) - 1, page_table=table)
     with monkeypatch.context() as patched:
-        patched.setattr(_xla, "gather_pages", counted)
+        patched.setattr(_xla, "gather_slots", counted)
         jax.block_until_ready(
             qpaged.paged_attention(jnp.ones((len(lengths), 1, 16)), view, metadata, **options)
         )
