@@ -58,8 +58,7 @@ class Tokenizer(Protocol):
         """Ids that the model expects before a text, as a token for its beginning."""
 
     def encode(self, data: bytes) -> Tokens:
-        """Return the tokens of a text, without the prefix; text that looks like a special token is plain
-        text.
+        """Return the tokens of a text, without the prefix; special tokens in the text are read as plain text.
 
         Raises:
             ValueError: the tokenizer needs UTF-8, and the text is not.
