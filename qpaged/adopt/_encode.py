@@ -117,8 +117,8 @@ def _quantize_written(
 ) -> QuantizedArray:
     """Return an array quantized, with scale 0 for blocks of zeros.
 
-    Scale 0 is what a block has into which nothing was written yet, and it reads as exact zeros. Any other
-    scale would not: codes of formats such as `int8` stand for odd multiples of half the scale.
+    A block into which nothing was written yet has scale 0, and reads as exact zeros. With any other scale it
+    would not: codes of formats such as `int8` stand for odd multiples of half the scale.
     """
     quantized = quantize(array, quantizer, block, array.dtype, channel_axis)
     if quantized.scales is None:

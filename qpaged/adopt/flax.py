@@ -73,15 +73,14 @@ def quantize_nnx(
     page_size: int = PAGE_SIZE,
     strict: bool = False,
 ) -> QuantizedStep:
-    """Quantize the cache of an nnx module in place; ``model(...)``, ``nnx.jit`` and ``nnx.scan`` work as
-    before.
+    """Quantize the cache of an nnx module in place, which is then called as before.
 
         quantize_nnx(model, "int8", example=(token,))
         out = model(token)
 
     The cache variables get QuantizedArrays for values, and each module that owns some runs its own
-    ``__call__`` on
-    them: these instances, and no others, get a class of the same name that is derived from their own.
+    ``__call__`` on them: these instances, and no others, get a class of the same name that is derived from
+    their own. ``nnx.jit`` and ``nnx.scan`` of the module work as before, too.
 
     Args:
         model: with its cache initialized, and layers stacked or not.
@@ -99,6 +98,7 @@ def quantize_nnx(
     Raises:
         CacheNotFoundError: as :func:`qpaged.adopt.quantize_cache`.
         TypeError: not an nnx module.
+        ValueError: variables of the cache are in no module that can be called.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(

@@ -63,8 +63,7 @@ def quantize_cache(
 
 
 class _WithQuantizedCache:
-    """The methods that differ in a model whose caches are quantized, to be put before the model's own
-    class."""
+    """The methods of a model with quantized caches that differ from those of the model's own class."""
 
     quantized_step: QuantizedStep
 

@@ -164,8 +164,7 @@ def _no_weights(directory: Path) -> Exception:
 
 
 def _used_tensors(config_path: Path) -> tuple[DecoderConfig, dict[str, StoredTensor] | None]:
-    """Return a configuration, and the tensors beside it that its decoder uses, by their name in
-    `param_shapes`.
+    """Return a configuration, and the tensors that its decoder uses, by their names in `param_shapes`.
 
     The tensors are None if there are no weights.
     """

@@ -40,8 +40,7 @@ class AttentionOptions:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes and features of a decoder, under Hugging Face's names where there are any; the defaults are a
-    Llama's.
+    """Sizes and features of a decoder, named as by Hugging Face where possible. Defaults are a Llama's.
 
     Attributes:
         head_dim: channels of a head.

@@ -58,8 +58,7 @@ class Tokenizer(Protocol):
         """Ids that the model expects before a text, as a token for its beginning."""
 
     def encode(self, data: bytes) -> Tokens:
-        """Return the tokens of a text, without the prefix; text that looks like a special token is plain
-        text.
+        """Return the tokens of a text, without the prefix; special tokens in the text are read as plain text.
 
         Raises:
             ValueError: the tokenizer needs UTF-8, and the text is not.
@@ -104,10 +103,9 @@ class FileTokenizer:
         num_chars = num_bytes = 0  # of the text up to here
         for piece in self._spliced_pieces(text):
             piece_chars = text[num_chars : piece.ends[-1]]
-            # Byte at which each character of these begins, counted from the first; and where the last one
-            # ends.
+            # The byte at which each of these characters begins, and the byte at which the last one ends.
             byte_offsets = np.concatenate([[0], np.cumsum(_utf8_lengths(piece_chars))])
-            # A token may end before the piece does begin: the piece before it went further.
+            # A token without characters of its own may end where the tokens before it do.
             char_ends = np.maximum(piece.ends - num_chars, 0)
             ids.append(piece.ids)
             ends.append(num_bytes + byte_offsets[char_ends])
@@ -136,8 +134,7 @@ class FileTokenizer:
             next_piece = self._encode_piece(text, piece.text_stop - OVERLAP, PIECE)
             splice = _find_splice(piece, next_piece)
             if splice is None:
-                # Within a long run of one character, tokens depend on where the piece starts: encode more at
-                # once.
+                # In a long run of one character, tokens depend on where the piece starts: make it larger.
                 size *= 2
                 piece = self._encode_piece(text, piece.text_start, size)
                 continue

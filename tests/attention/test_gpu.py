@@ -149,4 +149,4 @@ def test_calls_are_declined_with_the_reason(arguments, reason):
 
 
 def test_the_backend_is_taken_only_by_name():
-    assert qpaged.attention._backends.BACKENDS["gpu"].by_name
+    assert qpaged.attention._backends.BACKENDS["gpu"].by_name_only

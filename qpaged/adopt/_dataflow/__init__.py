@@ -11,7 +11,7 @@ heads, head_dim), whose axes are numbered 0 to 3:
     k[None]                        ({}, {0}, {1}, {2}, {3})
     k.reshape(batch, length, -1)   ({0}, {1}, {2, 3})
     k[:, 7]                        ({0}, {2}, {3})               {(1, 7)}
-    k + 1                          ({0}, {1}, {2}, {3})
+    k + 1                          ({0}, {1}, {2}, {3})          (and rebuilt_by says that an add made it)
 
 Each primitive has a rule that turns the views of its operands into those of its outputs. On the way the rules
 record every partial write (dynamic_update_slice, scatter) and every read (dot_general), in axes of the input.

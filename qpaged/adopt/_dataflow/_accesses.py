@@ -1,5 +1,4 @@
-"""Rules of the primitives that write into a cache (dynamic_update_slice, scatter) and read it
-(dot_general)."""
+"""Rules of the primitives that write into a cache and read it: dynamic_update_slice, scatter, dot_general."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ class View:
         """Return the view of the part that holds one index alone along some axes of the value."""
         new: set[tuple[int, int | None]] = set()
         for axis, index in indices.items():
-            # Along merged axes of the input, an index of the value is an index of neither of them.
+            # An axis that merges several axes of the input has indices that are those of none of them.
             if len(self.input_axes[axis]) == 1:
                 (input_axis,) = self.input_axes[axis]
                 new.add((input_axis, index))
