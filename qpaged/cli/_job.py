@@ -1,11 +1,10 @@
 """Arguments of ``sweep`` and ``tune``: which model is measured on which text, and how much of it."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from qpaged import sweep
-from qpaged.cli._output import FAILED, FINE, INTERRUPTED, say
+from qpaged.cli._output import say
 
 
 def add_job(parser: argparse.ArgumentParser) -> None:
@@ -60,12 +59,9 @@ def load_job(args: argparse.Namespace) -> tuple[sweep.Model, sweep.Text, sweep.S
     return model, text, _settings(args, context)
 
 
-def say_job(args: argparse.Namespace, job: sweep.Sweep, formats: str, files: str) -> None:
-    """Say what is measured on what, how much of it, and where the files go."""
-    say(
-        args,
-        f"{job.model.name} on {job.text.source}: {formats}, {job.tokens:,} tokens each; files go to {files}.",
-    )
+def say_job(args: argparse.Namespace, job: sweep.Sweep, work: str, files: str) -> None:
+    """Say which model and text are measured, the work to do, and where files go."""
+    say(args, f"{job.model.name} on {job.text.source}: {work}; files go to {files}.")
     if job.tokens < args.tokens // job.settings.context * job.settings.context:
         say(args, f"{job.text.source} is enough for {job.tokens:,} tokens only.")
 
@@ -73,25 +69,6 @@ def say_job(args: argparse.Namespace, job: sweep.Sweep, formats: str, files: str
 def split_formats(spellings: str) -> list[str]:
     """Split a list of formats at its commas."""
     return [spelling.strip() for spelling in spellings.split(",")]
-
-
-def publish(args: argparse.Namespace, result: sweep.SweepResult, directory: Path) -> int:
-    """Write all files of a result, print it, and return the exit status."""
-    sweep.write_json(result, directory)
-    results = result.to_dict()
-    sweep.write_figures(results, directory)
-    report = sweep.write_report(results, directory)
-    if args.json:
-        print(result.to_json(), end="")
-    else:
-        sweep.print_table(results)
-        print(f"The report: {report}")
-    for failure in result.failures:
-        say(args, f"{failure.format} failed: {failure.error}")
-    if not result.complete:
-        say(args, f"interrupted; finished: {', '.join(run.format for run in result.runs)}.")
-        return INTERRUPTED
-    return FAILED if result.failures else FINE
 
 
 def _settings(args: argparse.Namespace, context: int | None) -> sweep.Settings:

@@ -160,6 +160,6 @@ def test_logits_that_are_not_finite_are_refused():
 def test_every_metric_has_a_key_of_its_own_and_a_meaning():
     assert len({metric.key for metric in METRICS}) == len(METRICS)
     for metric in METRICS:
-        assert metric.meaning and metric.better in ("lower", "higher", "")
+        assert metric.meaning and metric.better in ("lower", "higher")
         if metric.table is not None and metric.table.with_error:
             assert metric.has_error, f"{metric.key} has no standard error to show"

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import qpaged
 from qpaged import sweep
-from qpaged.cli._job import add_job, load_job, publish, say_job, split_formats
+from qpaged.cli._job import add_job, load_job, say_job, split_formats
 from qpaged.cli._output import INTERRUPTED, Subparsers, make_writable, say
+from qpaged.cli._publish import publish
 from qpaged.sweep._numbers import rough_duration
 
 EVERYTHING = "all"
@@ -91,8 +92,11 @@ def _say_plan(
 ) -> None:
     """Say what runs, how long that takes if it is known, and where files go; then what is left out."""
     pending = job.pending(known)
-    count = f"{len(pending)} format" if len(pending) == 1 else f"{len(pending)} formats"
-    say_job(args, job, count, str(args.out.resolve()))
+    work = "every format is known"
+    if pending:
+        formats_word = "format" if len(pending) == 1 else "formats"
+        work = f"{len(pending)} {formats_word}, {job.tokens:,} tokens each"
+    say_job(args, job, work, str(args.out.resolve()))
     results = args.out / sweep.RESULTS
     if known:
         names = ", ".join(run.format for run in known)

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from qpaged import sweep
-from qpaged.cli._job import add_job, load_job, publish, say_job, split_formats
+from qpaged.cli._job import add_job, load_job, say_job, split_formats
 from qpaged.cli._output import FAILED, FINE, INTERRUPTED, Subparsers, make_writable, say
+from qpaged.cli._publish import publish
 
 
 def add(subparsers: Subparsers) -> None:
@@ -54,7 +55,9 @@ def _run(args: argparse.Namespace) -> int:
     job = sweep.Sweep(model, text, tuple(formats), settings)
     tune = sweep.Tune(job, budget, args.out.name)
     candidates = f"{len(tune.candidates)} candidates for keys and values of {tune.layers} layers"
-    say_job(args, job, candidates, f"{args.out.resolve()} and {directory.resolve()}")
+    say_job(
+        args, job, f"{candidates}, {job.tokens:,} tokens", f"{args.out.resolve()} and {directory.resolve()}"
+    )
     journal = sweep.Journal(
         args.out.with_name(f"{args.out.name}.partial"),
         sweep.same_conditions(sweep.conditions(job)),

@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 import qpaged.models
+from qpaged._deprecated import renamed_argument
 from qpaged.cache import NarrowFloatPoolWarning, PagedAttentionCache, PagedAttentionCacheMetaData
 from qpaged.formats import CacheFormat
 from qpaged.models import (
@@ -76,6 +77,7 @@ class Decoder:
     def vocabulary(self) -> int:
         return self.config.vocab_size
 
+    @renamed_argument("format", "quantizer")
     def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> DecoderStream:
         """Return a stream whose fresh cache holds ``sequences`` at once."""
         cache = self.cache(quantizer, settings, sequences)
@@ -86,6 +88,7 @@ class Decoder:
         logits = output_logits(self.params, self.config, outputs.reshape(-1, outputs.shape[-1]))
         return logits.reshape(*outputs.shape[:-1], -1)
 
+    @renamed_argument("format", "quantizer")
     def cache(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> PagedAttentionCache:
         """Return a fresh cache that holds exactly ``sequences`` sequences."""
         pages = settings.pages_per_sequence
@@ -122,6 +125,7 @@ class Decoder:
             dtype=COMPUTE_DTYPE,
         )
 
+    @renamed_argument("format", "quantizer")
     def attention_profile(
         self,
         quantizer: CacheFormat,

@@ -1,7 +1,8 @@
 """The metrics of a sweep: how each is computed from a run, and how tables, reports and docs show it.
 
 To add a metric, write its function and add one entry to :data:`METRICS`. The table in the terminal,
-``report.html``, ``results.json`` and the documentation's tables all read it from there.
+``report.html``, ``results.json`` and the documentation's tables all read it from there. If it needs a number
+of each token that is not computed yet, add that to :class:`Predictions` and :func:`compare`.
 """
 
 from collections.abc import Callable
@@ -110,7 +111,7 @@ class Metric:
     key: str
     meaning: str
     compute: Callable[[Measurement], Estimate]
-    better: Literal["lower", "higher", ""] = "lower"
+    better: Literal["lower", "higher"] = "lower"
     has_error: bool = False
     label: str = ""
     number: NumberFormat = small
@@ -157,24 +158,29 @@ def _of_true_token(log_probabilities: jax.Array, truth: jax.Array) -> jax.Array:
     return jnp.take_along_axis(log_probabilities, truth[..., None], axis=-1)[..., 0]
 
 
+def _ratio_of_sums(sums: np.ndarray) -> float:
+    numerator, denominator = sums
+    return numerator / denominator
+
+
 def _mean(values: np.ndarray) -> Estimate:
     """Estimate the mean of per-token values [sequences, tokens]."""
+    return token_estimate(_ratio_of_sums, values, np.ones_like(values))
+
+
+def _function_of_mean(function: Callable[[float], float], values: np.ndarray) -> Estimate:
+    """Estimate a function of the mean of per-token values [sequences, tokens]."""
 
     def statistic(sums: np.ndarray) -> float:
-        total, count = sums
-        return total / count
+        return function(_ratio_of_sums(sums))
 
     return token_estimate(statistic, values, np.ones_like(values))
 
 
 def _prompt_mean(values: np.ndarray) -> Estimate:
     """Estimate the mean of values [prompts]; its standard error is over prompts."""
-
-    def statistic(sums: np.ndarray) -> float:
-        total, count = sums
-        return total / count
-
-    return jackknife(np.stack([values, np.ones(len(values))], axis=1).astype(np.float64), statistic)
+    sums = np.stack([values, np.ones(len(values))], axis=1).astype(np.float64)
+    return jackknife(sums, _ratio_of_sums)
 
 
 def _bits_per_byte(measurement: Measurement) -> Estimate:
@@ -186,31 +192,18 @@ def _bits_per_byte(measurement: Measurement) -> Estimate:
 
 
 def _perplexity(measurement: Measurement) -> Estimate:
-    def statistic(sums: np.ndarray) -> float:
-        nats, count = sums
-        return np.exp(nats / count)
-
-    log_q = measurement.predictions.log_q
-    return token_estimate(statistic, -log_q, np.ones_like(log_q))
+    return _function_of_mean(np.exp, -measurement.predictions.log_q)
 
 
 def _perplexity_ratio(measurement: Measurement) -> Estimate:
-    def statistic(sums: np.ndarray) -> float:
-        excess, count = sums
-        return np.exp(excess / count)
-
     # From the difference of each token, so that the error common to both perplexities cancels.
     excess = measurement.predictions.log_p - measurement.predictions.log_q
-    return token_estimate(statistic, excess, np.ones_like(excess))
+    return _function_of_mean(np.exp, excess)
 
 
 def _probability_change_rms(measurement: Measurement) -> Estimate:
-    def statistic(sums: np.ndarray) -> float:
-        squares, count = sums
-        return np.sqrt(squares / count)
-
     change = np.exp(measurement.predictions.log_q) - np.exp(measurement.predictions.log_p)
-    return token_estimate(statistic, np.square(change), np.ones_like(change))
+    return _function_of_mean(np.sqrt, np.square(change))
 
 
 def _kl_mean(measurement: Measurement) -> Estimate:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qpaged._deprecated import renamed_argument
 from qpaged.adopt import FoundCache, find_cache, quantize_cache
 from qpaged.formats import CacheFormat
 from qpaged.models import Tokenizer, load_tokenizer
@@ -135,6 +136,7 @@ class StepModel:
     def vocabulary(self) -> int:
         return jax.eval_shape(self.step, *self._example(1))[0].shape[-1]
 
+    @renamed_argument("format", "quantizer")
     def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> StepStream:
         """Return a stream through the step; plain is the model's own cache."""
         step, state = self.step, self.state
@@ -149,6 +151,7 @@ class StepModel:
         """Return the outputs of a step, which are its logits."""
         return outputs
 
+    @renamed_argument("format", "quantizer")
     def attention_profile(self, quantizer: CacheFormat, tokens: np.ndarray, settings: Settings) -> None:
         """Return None, since the layers of a step cannot be inspected."""
         return None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from qpaged._deprecated import renamed_argument
 from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._bench import Bench, Progress
 from qpaged.sweep.measure._model import Model
@@ -98,6 +99,7 @@ class Sweep:
             return [plain, *pending]
         return pending
 
+    @renamed_argument("report", "progress")
     def run(self, progress: Progress, known: Sequence[Run] = ()) -> Iterator[Run | Failure]:
         """Yield each format as it is measured, so that a caller who stops early keeps what came before.
 

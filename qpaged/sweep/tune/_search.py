@@ -10,6 +10,7 @@ from functools import cached_property
 
 import numpy as np
 
+from qpaged._deprecated import renamed_argument
 from qpaged.formats import CacheFormat
 from qpaged.sweep.measure import PLAIN, Bench, Failure, Progress, Run, Sequences, Sweep, identity
 from qpaged.sweep.results import tied
@@ -27,6 +28,10 @@ PAIRS = 3
 
 CALIBRATION = 4
 """One sequence in so many measures the sensitivities; the others verify."""
+
+
+def _no_progress(spelling: str, tokens: int) -> None:
+    """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,8 @@ class Tune:
         verified_runs = 2 + count + PAIRS
         return sensitivity_runs * calibration.bytes.size + verified_runs * verification.bytes.size
 
-    def run(self, journal: Journal, progress: Progress = lambda spelling, tokens: None) -> Tuned:
+    @renamed_argument("report", "progress")
+    def run(self, journal: Journal, progress: Progress = _no_progress) -> Tuned:
         """Measure, choose and verify.
 
         Raises:

@@ -104,8 +104,6 @@ def _cell(metric: Metric, run: RunRecord) -> Cell:
 
 def _meaning(metric: Metric) -> str:
     """Return a metric's meaning, and which values are better."""
-    if not metric.better:
-        return metric.meaning
     return f"{metric.meaning}; {metric.better} is better"
 
 

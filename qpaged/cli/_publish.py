@@ -1,0 +1,26 @@
+"""Writes and prints the results of ``sweep`` and ``tune``."""
+
+import argparse
+from pathlib import Path
+
+from qpaged import sweep
+from qpaged.cli._output import FAILED, FINE, INTERRUPTED, say
+
+
+def publish(args: argparse.Namespace, result: sweep.SweepResult, directory: Path) -> int:
+    """Write all files of a result, print it, and return the exit status."""
+    sweep.write_json(result, directory)
+    results = result.to_dict()
+    sweep.write_figures(results, directory)
+    report = sweep.write_report(results, directory)
+    if args.json:
+        print(result.to_json(), end="")
+    else:
+        sweep.print_table(results)
+        print(f"The report: {report}")
+    for failure in result.failures:
+        say(args, f"{failure.format} failed: {failure.error}")
+    if not result.complete:
+        say(args, f"interrupted; finished: {', '.join(run.format for run in result.runs)}.")
+        return INTERRUPTED
+    return FAILED if result.failures else FINE
