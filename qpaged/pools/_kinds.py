@@ -7,7 +7,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from qpaged._compat import explicit_sharding
-from qpaged.arrays import QuantizedArray
+from qpaged.arrays import ArrayFormat, QuantizedArray
 from qpaged.implicit import ImplicitArray
 from qpaged.pools import _quantized
 from qpaged.pools._implicit import ImplicitPool
@@ -78,6 +78,12 @@ def fill_lane_rows(pages: Pages) -> Pages:
 def as_quantized(pages: Pages) -> QuantizedArray | None:
     """Return the quantized array that a pool is, for kernels that read codes; None if it is none."""
     return _pool_of(pages).as_quantized()
+
+
+def format_of(pages: Pages) -> ArrayFormat | None:
+    """Return the format of a quantized pool; None of any other."""
+    quantized = as_quantized(pages)
+    return None if quantized is None else quantized.quantizer
 
 
 def is_narrow_float(pages: Pages) -> bool:

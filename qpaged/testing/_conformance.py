@@ -74,6 +74,10 @@ class QuantizerConformance:
             case = f"{kind} values decoded behind a prefill of {prefilled} tokens"
             errors.decodes(subject, inputs.rows(kind, 1, subject.shape), prefilled, case)
 
+    def test_law_2_order_of_scales(self, subject: Subject) -> None:
+        """A larger value never has a smaller scale."""
+        errors.scale_rule(subject)
+
     def test_law_3_locality(self, subject: Subject) -> None:
         """A write leaves other pages, heads and blocks alone."""
         for turn, (name, rows) in enumerate(inputs.every_kind(subject.shape, seeds=1)):
@@ -105,6 +109,10 @@ class QuantizerConformance:
         """Attention makes nothing of the size of the pool."""
         cost.attention_cost(subject)
 
+    def test_law_5_cost_of_a_copy(self, subject: Subject) -> None:
+        """A copy of pages costs its pages, whatever the pool."""
+        cost.copy_cost(subject)
+
     def test_law_6_truth(self, subject: Subject) -> None:
         """The bytes that are planned and reported are those that are allocated."""
         cost.truth(subject)
@@ -130,6 +138,10 @@ class QuantizerConformance:
     def test_law_8_travel(self, subject: Subject) -> None:
         """Scales go where their codes go."""
         travel.copies(subject, inputs.rows("growing", 0, subject.shape))
+
+    def test_law_8_travel_by_copy_pages(self, subject: Subject) -> None:
+        """Codes and scales are copied together, sources before targets, and nothing else is touched."""
+        travel.copied_pages(subject, inputs.rows("growing", 0, subject.shape))
 
     def test_law_8_travel_of_the_format(self, subject: Subject) -> None:
         """A format survives its configuration and its spelling."""

@@ -50,6 +50,22 @@ def decode_cost(subject: Subject, rows: np.ndarray) -> None:
     check(donated == returned, "a decode write of donated pages does not reuse their buffers")
 
 
+def copy_cost(subject: Subject) -> None:
+    """Law 5: ``copy_pages`` of a donated pool takes next to no memory, and copies in place."""
+    check = law(5, subject)
+    program = step_programs(subject).copy_pages
+    view = subject.enlarged(subject.fresh())
+    analysis = program.run.memory_analysis()
+    assert analysis is not None  # XLA has one on every platform that the kit runs on
+    temporaries = analysis.temp_size_in_bytes
+    limit = min(smallest_part(view), MEGABYTE)
+    check(temporaries < limit, f"copying pages takes {temporaries:,} bytes, which grow with the pool")
+    donated = buffer_pointers(view)
+    source = np.array([LARGE_TABLE[0], 1, 2, 3, MANY_PAGES], np.int32)
+    returned = buffer_pointers(program.run(view, source, source[::-1].copy()))
+    check(donated == returned, "copying donated pages does not reuse their buffers")
+
+
 def smallest_part(view: View) -> int:
     """Return the bytes of the smallest array that is stored in a view."""
     return min(part.nbytes for _, pages in pools(view) for part in parts(pages).values())
@@ -154,6 +170,8 @@ def bits(subject: Subject) -> None:
                 stored_dtype == stated_dtype,
                 f"{part} of {name} have dtype {stored_dtype} where the format says {dtype}",
             )
+        if 0 < quantizer.bits < BITS_PER_BYTE:
+            codes_fit_bits(subject)
         if quantizer.scale_dtype is not None:
             block = quantizer.block(pages.shape)
             scales = stored["scales"]
@@ -161,3 +179,16 @@ def bits(subject: Subject) -> None:
                 scales.size * math.prod(block) == pages.size,
                 f"{name} have {scales.shape} scales, not one for each block of {block}",
             )
+
+
+def codes_fit_bits(subject: Subject) -> None:
+    """Law 6: every code that ``encode`` gives fits into the bits that are packed of it."""
+    quantizer = subject.quantizer
+    lowest, highest = -(2 ** (quantizer.bits - 1)), 2**quantizer.bits - 1
+    units = np.concatenate([np.linspace(-300, 300, 4801), [-1e30, 1e30]]).astype(np.float32)
+    codes = np.asarray(quantizer.encode(jnp.asarray(units))).astype(np.int32)
+    law(6, subject)(
+        lowest <= codes.min() and codes.max() <= highest and codes.max() - codes.min() <= highest,
+        f"encode gives codes {codes.min()} to {codes.max()}, of which {quantizer.bits} bits hold "
+        f"{highest + 1} in a row; clip them",
+    )

@@ -1,5 +1,6 @@
 """Laws 1 and 2: values read back within the bound, whatever the order in which they were written."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -97,6 +98,19 @@ def same_in_any_order(
         # Codes may differ, but scales are maxima and depend on no order.
         differing = [part for part in differing if "codes" not in part]
     check(not differing, f"{case} leave other bits than one prefill of the same in {', '.join(differing)}")
+
+
+def scale_rule(subject: Subject) -> None:
+    """Law 2: the scale rule does not fall as absmax rises, or a block's scale would depend on the order."""
+    quantizer = subject.quantizer
+    if quantizer.scale_dtype is None:
+        return
+    absmax = np.concatenate([[0], np.logspace(-37, 38, 1501)]).astype(np.float32)
+    scales = jax.jit(quantizer.fit)(-absmax, np.zeros_like(absmax))
+    factors = np.abs(np.asarray(quantizer.multiplier(scales), np.float64))
+    falls = np.flatnonzero(np.diff(factors) < 0)
+    where = ", ".join(f"{absmax[index]:g}" for index in falls[:3])
+    law(2, subject)(not len(falls), f"its scale falls as absmax rises, beyond {where}")
 
 
 def read_pool(subject: Subject, view: View, rows: np.ndarray, name: str) -> Reading:

@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 
-import qpaged
 from qpaged.implicit import ImplicitArray
+from qpaged.pools import format_of
 from qpaged.testing._law import law
 from qpaged.testing._pools import (
     GROUP,
@@ -50,7 +50,7 @@ def looks_plain(subject: Subject, view: View, stage: str) -> None:
                 value == expected,
                 f"{attribute} of {stage} {name} is {value} where a plain pool's is {expected}",
             )
-        of_format = isinstance(pages, qpaged.QuantizedArray) and pages.quantizer == subject.quantizer
+        of_format = format_of(pages) == subject.quantizer
         check(of_format and isinstance(pages, ImplicitArray), f"{stage} {name} are no arrays of the format")
         check(survives_vmap(pages), f"{name} do not come through vmap over their heads as what they are")
 
@@ -72,7 +72,7 @@ def attention(subject: Subject, rows: np.ndarray, query: np.ndarray) -> None:
     check = law(7, subject)
     rows = clip_to_dtype(rows, LARGE_DTYPES[1])
     view = decoded_sequence(subject, rows)
-    still_pages = all(isinstance(pages, qpaged.QuantizedArray) for _, pages in pools(view))
+    still_pages = all(format_of(pages) is not None for _, pages in pools(view))
     check(still_pages, "pages that a scan carries come out as something else")
 
     keys, values = subject.read(move_pages(view, LARGE_TABLE, TABLE, PAGES), rows)

@@ -8,6 +8,7 @@ import numpy as np
 
 import qpaged
 from qpaged.formats import quantizer_from_config
+from qpaged.pools import format_of
 from qpaged.testing._law import law
 from qpaged.testing._pools import PAGES, TABLE, View, differences, parts, pools, same_structure
 from qpaged.testing._subject import Subject
@@ -32,14 +33,47 @@ def copies(subject: Subject, rows: np.ndarray) -> None:
             )
     after, _ = subject.copied(view, TABLE, FREE)
     for (name, old), (_, new) in zip(pools(view), pools(after), strict=True):
-        of_format = isinstance(new, qpaged.QuantizedArray) and new.quantizer == subject.quantizer
-        check(of_format, f"copying pages makes the {name} something else")
+        check(format_of(new) == subject.quantizer, f"copying pages makes the {name} something else")
         old_parts = parts(old)
         for part, stored in parts(new).items():
             expected = old_parts[part].copy()
             expected[:, FREE] = expected[:, TABLE]
             same = stored.tobytes() == expected.tobytes()
             check(same, f"a copied page has other {part} than the page of {name} that it was copied from")
+
+
+# (source, target) of each pair: a swap, a page that another one reads, two pairs out of range; and then
+# several pairs with one target, of which the last that is in range counts.
+COPIES = (
+    ((4, 1, 5, PAGES, 0), (1, 4, 0, 2, -1)),
+    ((4, 1, 5, -1, 1), (2, 2, 2, 2, 3)),
+)
+
+
+def copied_pages(subject: Subject, rows: np.ndarray) -> None:
+    """Laws 3, 4 and 8: ``copy_pages`` gives targets the bits of their sources, and touches nothing else."""
+    view = subject.prefilled(rows)
+    for source, target in COPIES:
+        after = subject.copy_pages(view, np.array(source, np.int32), np.array(target, np.int32))
+        last_source = {}
+        for page, copy in zip(source, target, strict=True):
+            if 0 <= page < PAGES and 0 <= copy < PAGES:
+                last_source[copy] = page
+        untouched = [page for page in range(PAGES) if page not in last_source]
+        pairs = f"copying pages {list(source)} to {list(target)}"
+        for (name, old), (_, new) in zip(pools(view), pools(after), strict=True):
+            old_parts = parts(old)
+            for part, stored in parts(new).items():
+                for copy, page in last_source.items():
+                    same = stored[:, copy].tobytes() == old_parts[part][:, page].tobytes()
+                    law(8, subject)(
+                        same, f"{pairs} leaves {copy} with other {part} of {name} than {page} had"
+                    )
+                kept = stored[:, untouched].tobytes() == old_parts[part][:, untouched].tobytes()
+                law(3, subject)(kept, f"{pairs} changes {part} of {name} in pages that are no targets")
+    nowhere = np.array([-1, PAGES, 0, -PAGES, PAGES + 1], np.int32)
+    changed = differences(subject.copy_pages(view, nowhere, nowhere[::-1]), view)
+    law(4, subject)(not changed, f"copying pages out of range changes {', '.join(changed)}")
 
 
 def identity(subject: Subject) -> None:

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 import qpaged
 from qpaged.implicit import use_implicit_args
+from qpaged.pools import format_of
 from qpaged.testing._pools import (
     BATCH,
     GROUP,
@@ -35,6 +36,7 @@ Pytree = Any
 Jaxpr = Any  # jax.extend.core.ClosedJaxpr, whose home differs between the versions of JAX
 
 POSITIONS = jax.ShapeDtypeStruct((TOKENS,), jnp.int32)
+COPIES = jax.ShapeDtypeStruct((5,), jnp.int32)  # pairs of pages in one call of copy_pages
 PAGE_TABLE = jax.ShapeDtypeStruct(TABLE.shape, jnp.int32)
 
 
@@ -91,6 +93,11 @@ class PagePrograms:
         return compile_program(_copy_pages, self.fresh, PAGE_TABLE, PAGE_TABLE)
 
     @cached_property
+    def copy_pages(self) -> Program:
+        """(view, source, target) -> view, by the view's own method."""
+        return compile_program(View.copy_pages, self.fresh, COPIES, COPIES)
+
+    @cached_property
     def read_small(self) -> Program:
         """:func:`_read_program` of the small pool."""
         return _read_program(self.quantizer, SMALL_DTYPES)
@@ -131,6 +138,12 @@ class StepPrograms:
         return compile_program(steps, self.view, rows, position, table, donate=(0,), optimize=True)
 
     @cached_property
+    def copy_pages(self) -> Program:
+        """A copy of pages within the pool: (view, source, target) -> view, in place."""
+        copy = self.subject.copy_step
+        return compile_program(copy, self.view, COPIES, COPIES, donate=(0,), optimize=True)
+
+    @cached_property
     def attend(self) -> Program:
         """Decode attention: (view, query, position, table) -> outputs by backend."""
         query = jax.ShapeDtypeStruct((QUERIES, GROUP * HEADS, self.subject.shape[-1]), jnp.float32)
@@ -169,7 +182,7 @@ def _copy_pages(view: View, source: ArrayLike, target: ArrayLike) -> tuple[View,
 
 
 def _materialized(pages: Pages) -> jax.Array:
-    return pages.materialize() if isinstance(pages, qpaged.QuantizedArray) else pages
+    return pages if format_of(pages) is None else pages.materialize()
 
 
 def _read_program(quantizer: qpaged.Quantizer, dtypes: tuple[DTypeLike, DTypeLike]) -> Program:

@@ -79,6 +79,14 @@ class Subject:
         """Return the view after a copy of three pages, and what a program reads from pages past the end."""
         return page_programs(self.quantizer).copy.run(view, source, target)
 
+    def copy_pages(self, view: View, source: np.ndarray, target: np.ndarray) -> View:
+        """Return the view after ``copy_pages`` of five pairs of pages."""
+        return page_programs(self.quantizer).copy_pages.run(view, source, target)
+
+    def copy_step(self, view: View, source: jax.Array, target: jax.Array) -> View:
+        """Return the view after a copy of pages; law 5 traces it over a large view."""
+        return view.copy_pages(source, target)
+
     def decode_step(self, view: View, rows: jax.Array, position: jax.Array, table: jax.Array) -> View:
         """Return the view after one decode step; :meth:`decode` traces it."""
         metadata = qpaged.PagedAttentionMetadata.decode(position=position, page_table=table)

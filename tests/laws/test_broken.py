@@ -4,7 +4,7 @@ import pytest
 from support import broken_formats
 
 from qpaged.testing import LAWS, QuantizerConformance, Subject
-from quantizers import Fp8E4M3, Int8Floor, Int8Token
+from quantizers import Fp8E4M3, Int4, Int8Floor, Int8Token
 
 PAGE, TOKEN = Subject(Int8Floor()), Subject(Int8Token())
 CASES = [
@@ -17,11 +17,16 @@ CASES = [
     ("test_law_4_totality_of_other_steps", Subject(broken_formats.ZerosPastTheEnd()), PAGE),
     ("test_law_5_cost_of_a_decode", broken_formats.WholePool(Int8Token()), TOKEN),
     ("test_law_5_cost_of_attention", broken_formats.WholePoolRead(Int8Token()), TOKEN),
+    ("test_law_5_cost_of_a_copy", broken_formats.CopiesThePool(Int8Token()), TOKEN),
     ("test_law_6_truth_of_bits", Subject(broken_formats.WideCodes()), TOKEN),
     ("test_law_6_truth_of_bits", Subject(broken_formats.SpareScales()), TOKEN),
     ("test_law_7_sameness_in_bfloat16", Subject(broken_formats.Thirds()), PAGE),
     ("test_law_8_travel", Subject(broken_formats.AcrossPages()), PAGE),
     ("test_law_8_travel", broken_formats.LateScales(Int8Token()), TOKEN),
+    ("test_law_2_order_of_scales", Subject(broken_formats.FallingScale()), TOKEN),
+    ("test_law_6_truth_of_bits", Subject(broken_formats.TooManyCodes()), Subject(Int4())),
+    ("test_law_8_travel_by_copy_pages", broken_formats.LateScales(Int8Token()), TOKEN),
+    ("test_law_8_travel_by_copy_pages", broken_formats.FirstTargetWins(Int8Token()), TOKEN),
     ("test_law_8_travel_of_the_format", Subject(broken_formats.Forgetful("channel")), PAGE),
     ("test_law_9_reuse_of_fresh_pages", Subject(broken_formats.NeverEmpty()), PAGE),
 ]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 import qpaged
 from qpaged.testing import Subject
-from quantizers import Fp8E4M3, Int8Floor, Int8Token
+from quantizers import Fp8E4M3, Int4, Int8Floor, Int8Token
 
 
 class Overconfident(Int8Token):
@@ -124,7 +124,42 @@ class WholePoolRead(Subject):
 class LateScales(Subject):
     """Law 8: copies codes without their scales."""
 
+    def copy_pages(self, view, source, target):
+        after = super().copy_pages(view, source, target)
+        keys = after.key_pages.like(after.key_pages.codes, view.key_pages.parts)
+        return after.replace(key_pages=keys)
+
     def copied(self, view, source, target):
         after, past_end = super().copied(view, source, target)
         keys = after.key_pages.like(after.key_pages.codes, view.key_pages.parts)
         return after.replace(key_pages=keys), past_end
+
+
+class FirstTargetWins(Subject):
+    """Law 8: of several pairs with one target, copies the first and not the last."""
+
+    def copy_pages(self, view, source, target):
+        return super().copy_pages(view, source[::-1].copy(), target[::-1].copy())
+
+
+class CopiesThePool(Subject):
+    """Law 5: copies pages by a choice over the whole pool; no format alone can do that."""
+
+    def copy_step(self, view, source, target):
+        after = view.copy_pages(source, target)
+        codes = jnp.where(jnp.any(source != target), after.key_pages.codes, view.key_pages.codes)
+        return after.replace(key_pages=after.key_pages.like(codes, after.key_pages.parts))
+
+
+class FallingScale(Int8Token):
+    """Law 2: takes a smaller scale for very large values."""
+
+    def scale(self, absmax):
+        return jnp.where(absmax > 1e4, 1.0, super().scale(absmax))
+
+
+class TooManyCodes(Int4):
+    """Law 6: gives codes from -9 to 8, of which four bits hold sixteen."""
+
+    def encode(self, units):
+        return jnp.clip(jnp.round(units), -9, 8).astype(jnp.int8)
