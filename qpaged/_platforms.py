@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir
 
-from qpaged._compat import Aval, Jaxpr, Operand, Pytree, compiler_partitions_module
+from qpaged._compat import Aval, Equation, Jaxpr, Operand, Pytree, compiler_partitions_module
 
 PLATFORMS = "tpu", "cuda"
 
@@ -30,21 +30,42 @@ def by_platform(*args: Pytree, default: Callable[..., Any], **kernels: Callable[
     Args:
         args: pytrees of arrays.
         default: the computation; it traces on any platform.
-        kernels: for some of :data:`PLATFORMS` a function that computes the same.
+        kernels: for some of :data:`PLATFORMS` a function that computes the same. It is traced when a program is
+            lowered for its platform, and on no other; pass the same function object for the same computation.
     """
+    operands, in_tree = jax.tree_util.tree_flatten(args)
     default_jaxpr, out_shapes = jax.make_jaxpr(default, return_shape=True)(*args)
-    kernel_jaxprs = tuple(jax.make_jaxpr(kernel)(*args) for kernel in kernels.values())
     outs = by_platform_p.bind(
-        *jax.tree_util.tree_leaves(args),
+        *operands,
         default=default_jaxpr,
         platforms=tuple(kernels),
-        kernels=kernel_jaxprs,
+        kernels=tuple(Kernel(kernel, in_tree) for kernel in kernels.values()),
     )
     return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(out_shapes), outs)
 
 
+class Kernel(NamedTuple):
+    """A function of pytrees, to be called with their leaves."""
+
+    function: Callable[..., Pytree]
+    in_tree: jax.tree_util.PyTreeDef
+
+    def __call__(self, *operands: Operand) -> list[Operand]:
+        """Return the leaves of what the function returns."""
+        args = jax.tree_util.tree_unflatten(self.in_tree, operands)
+        return jax.tree_util.tree_leaves(self.function(*args))
+
+
+def kernel_jaxprs(eqn: Equation) -> list[jex.ClosedJaxpr]:
+    """Return the jaxprs of the kernels of a `by_platform` equation; none of any other."""
+    if eqn.primitive is not by_platform_p:
+        return []
+    avals = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars]
+    return [jax.make_jaxpr(kernel)(*avals) for kernel in eqn.params["kernels"]]
+
+
 @functools.lru_cache(maxsize=256)
-def _compiled(default: Jaxpr, platforms: tuple[str, ...], kernels: tuple[Jaxpr, ...]) -> Callable[..., Any]:
+def _compiled(default: Jaxpr, platforms: tuple[str, ...], kernels: tuple[Kernel, ...]) -> Callable[..., Any]:
     def bind(*operands: Operand) -> list[Any]:
         return by_platform_p.bind(*operands, default=default, platforms=platforms, kernels=kernels)
 
@@ -53,7 +74,7 @@ def _compiled(default: Jaxpr, platforms: tuple[str, ...], kernels: tuple[Jaxpr, 
 
 @by_platform_p.def_impl
 def _run_eagerly(
-    *operands: Operand, default: Jaxpr, platforms: tuple[str, ...], kernels: tuple[Jaxpr, ...]
+    *operands: Operand, default: Jaxpr, platforms: tuple[str, ...], kernels: tuple[Kernel, ...]
 ) -> list[jax.Array]:
     # Only a compiled program is lowered for a platform. JAX keeps one jaxpr for equal functions and shapes,
     # so an eager loop compiles once.
@@ -95,12 +116,12 @@ def _lower(
     platform: str | None,
     default: jex.ClosedJaxpr,
     platforms: tuple[str, ...],
-    kernels: tuple[jex.ClosedJaxpr, ...],
+    kernels: tuple[Kernel, ...],
 ) -> Sequence[Any]:
-    jaxpr = default
+    computation: Callable[..., Any] = jex.jaxpr_as_fun(default)
     if platform in platforms and not compiler_partitions_module(ctx):
-        jaxpr = kernels[platforms.index(platform)]
-    return mlir.lower_fun(jex.jaxpr_as_fun(jaxpr), multiple_results=True)(ctx, *operands)
+        computation = kernels[platforms.index(platform)]
+    return mlir.lower_fun(computation, multiple_results=True)(ctx, *operands)
 
 
 ad.primitive_jvps[by_platform_p] = _jvp

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import qpaged
+from qpaged._compat import inner_jaxprs, jaxpr_and_consts
+from qpaged._platforms import kernel_jaxprs
 from qpaged.testing._law import law
 from qpaged.testing._pools import (
     BATCH,
@@ -97,15 +98,8 @@ def arrays_in(jaxpr: Jaxpr) -> Iterator[tuple[str, jax.core.ShapedArray]]:
         for variable in equation.outvars:
             if hasattr(variable.aval, "dtype"):
                 yield equation.primitive.name, variable.aval
-        for parameter in jax.tree_util.tree_leaves(list(equation.params.values()), is_leaf=is_jaxpr):
-            if is_jaxpr(parameter):
-                # Closed jaxprs, as of scan, hold another; open ones, as of pallas_call, do not.
-                yield from arrays_in(getattr(parameter, "jaxpr", parameter))
-
-
-def is_jaxpr(value: Any) -> bool:
-    """Return True for open and closed jaxprs."""
-    return hasattr(value, "eqns")
+        for inner in (*inner_jaxprs(equation), *kernel_jaxprs(equation)):
+            yield from arrays_in(jaxpr_and_consts(inner)[0])
 
 
 def truth(subject: Subject) -> None:
