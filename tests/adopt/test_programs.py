@@ -60,7 +60,7 @@ def test_what_is_computed_is_that_of_the_decoded_values(program, format, positio
     _, cache = step(inputs(5, seed=1), jnp.int32(0), adopted(program, format).init(program.cache()))
     x = inputs(5, seed=2)
     got, after = step(x, jnp.int32(position), cache)
-    want = program.read(x, *program.of_layer(decoded(after), 0), position)
+    want = program.read(x, *program.layer_arrays(decoded(after), 0), position)
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
 
 
