@@ -1,4 +1,4 @@
-"""Codes that are whole numbers meet a bfloat16 operand as the integers they are, on CPU."""
+"""Codes that are integers meet a bfloat16 operand as the integers they are, on CPU."""
 
 import functools
 
@@ -13,7 +13,7 @@ from qpaged.arrays import _integer_dot, as_slots, dot, gather_pages
 
 HEADS, SLOTS, DIM = 2, 32, 64
 QK, PV = (((2,), (2,)), ((0,), (0,))), (((2,), (1,)), ((0,), (0,)))
-ROW = 0.5 / _integer_dot.LARGEST  # the most that an integer is away from its element, over the row's largest
+ROW = 0.5 / _integer_dot.UNITS_PER_ROW  # the most that an integer is off, over the largest
 CODES = np.random.default_rng(0).integers(-128, 128, (HEADS, SLOTS, DIM)).astype(np.int8)
 
 
@@ -77,7 +77,7 @@ def test_a_row_of_zeros_stays_zero():
 )
 def test_what_a_format_adds_to_its_codes(format, added):
     quantizer = qpaged.get_quantizer(format)
-    assert _integer_dot._added(quantizer, jnp.dtype(quantizer.code_dtype(jnp.bfloat16))) == added
+    assert _integer_dot._added_to_integers(quantizer, jnp.dtype(quantizer.code_dtype(jnp.bfloat16))) == added
 
 
 @pytest.mark.parametrize("format", ["int8+offset", "int4:page+offset"])
