@@ -1,9 +1,10 @@
 """Old names of arguments and modules, which go on working for one version, with a warning."""
 
 import functools
+import importlib
 import warnings
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,6 +29,24 @@ def renamed_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[
         return call
 
     return decorate
+
+
+def renamed_attributes(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a module's ``__getattr__``, which gives old names what they stand for, with a DeprecationWarning.
+
+    Args:
+        module: the module's name.
+        renamed: the full name of what each old one stands for.
+    """
+
+    def get(name: str) -> Any:
+        if name not in renamed:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_renamed(f"{module}.{name}", renamed[name])
+        home, _, new = renamed[name].rpartition(".")
+        return getattr(importlib.import_module(home), new)
+
+    return get
 
 
 def warn_renamed(old: str, new: str) -> None:

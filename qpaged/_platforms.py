@@ -30,8 +30,8 @@ def by_platform(*args: Pytree, default: Callable[..., Any], **kernels: Callable[
     Args:
         args: pytrees of arrays.
         default: the computation; it traces on any platform.
-        kernels: for some of :data:`PLATFORMS` a function that computes the same. It is traced when a program is
-            lowered for its platform, and on no other; pass the same function object for the same computation.
+        kernels: for some of :data:`PLATFORMS` a function that computes the same. It is traced when a program
+            is lowered for its platform, and on no other. Pass the same function object each time.
     """
     operands, in_tree = jax.tree_util.tree_flatten(args)
     default_jaxpr, out_shapes = jax.make_jaxpr(default, return_shape=True)(*args)

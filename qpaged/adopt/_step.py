@@ -23,10 +23,10 @@ from qpaged.adopt._cache_leaf import FoundCache
 from qpaged.adopt._encode import check_layers, quantize_leaf, quantizer_for
 from qpaged.adopt._find import find_cache
 from qpaged.adopt._options import AxesOption, Where
-from qpaged.adopt._report import Materialized, MaterializeError, Report
+from qpaged.adopt._report import MaterializeError, Report
 from qpaged.arrays import QuantizedArray, is_quantized, overwrite
 from qpaged.formats import CacheFormat, Quantizer
-from qpaged.implicit import record_materializations, use_implicit_args
+from qpaged.implicit import Materialization, record_materializations, use_implicit_args
 from qpaged.implicit._tree import same_layout
 
 PAGE_SIZE = 16
@@ -102,7 +102,7 @@ class QuantizedStep:
         self._strict = strict
         self._run = use_implicit_args(step)
         # An ordered set, which the parts of a step share with it.
-        self._materialized: dict[Materialized, None] = {}
+        self._materialized: dict[Materialization, None] = {}
         self._leaves = {leaf.path: leaf for leaf in found.leaves}
         # So that jit and inspect see the step's own name and signature; its attributes are not copied.
         functools.update_wrapper(self, step, updated=())
@@ -119,7 +119,7 @@ class QuantizedStep:
             out = self._run(*args, **kwargs)
         # Weights may be implicit arrays of other classes, and may be decoded as they like.
         decoded = [record for record in records if record.array_type == QuantizedArray.__name__]
-        self._add_to_report([Materialized(r.primitive, r.shape, r.dtype, r.file, r.line) for r in decoded])
+        self._add_to_report(decoded)
         return self._requantize_outputs(out, Arguments(self._step, args, kwargs))
 
     def restrict(self, step: Callable[..., Any], found: FoundCache) -> QuantizedStep:
@@ -215,12 +215,14 @@ class QuantizedStep:
             if not is_quantized(original) or same_layout(original, value):
                 return value
             file, line = _first_line(self._step)
-            self._add_to_report([Materialized("return", value.shape, value.dtype, file, line)])
+            array_type = type(original).__name__
+            returned = Materialization("return", array_type, value.shape, value.dtype, file, line)
+            self._add_to_report([returned])
             return overwrite(original, value)
 
         return jax.tree_util.tree_map_with_path(requantize, out, is_leaf=is_quantized)
 
-    def _add_to_report(self, places: Sequence[Materialized]) -> None:
+    def _add_to_report(self, places: Sequence[Materialization]) -> None:
         """Add places to the report; raise MaterializeError if there are any and the step is strict."""
         self._materialized.update(dict.fromkeys(places))
         if self._strict and places:

@@ -1,8 +1,6 @@
 """QuantizedArray, its writes and its lazy reads."""
 
-from typing import Any
-
-from qpaged._deprecated import warn_renamed
+from qpaged._deprecated import renamed_attributes
 from qpaged.arrays import _handlers as _handlers  # registers the handlers
 from qpaged.arrays._dot import dot_general
 from qpaged.arrays._dtypes import common_dtype, float_dtype
@@ -63,12 +61,7 @@ __all__ = [
     "write_rows",
 ]
 
-_RENAMED = {"take_pages": "gather_pages", "keep_slots": "mask_slots"}
-
-
-def __getattr__(name: str) -> Any:
-    """Return what an old name stands for, with a DeprecationWarning."""
-    if name not in _RENAMED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    warn_renamed(f"{__name__}.{name}", f"{__name__}.{_RENAMED[name]}")
-    return globals()[_RENAMED[name]]
+__getattr__ = renamed_attributes(
+    __name__,
+    {"take_pages": "qpaged.arrays.gather_pages", "keep_slots": "qpaged.arrays.mask_slots"},
+)

@@ -1,0 +1,85 @@
+"""A slip of a format's author is refused where the class is defined, or when an instance is first made."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qpaged
+from qpaged.formats._checks import RENAMED
+
+
+@dataclass(frozen=True)
+class Sound(qpaged.Quantizer):
+    """Nearest codes of a token."""
+
+    name: ClassVar[str] = "sound"
+    bound: ClassVar[float] = 0.6
+
+    def scale(self, absmax):
+        return absmax / 100
+
+    def encode(self, units):
+        return jnp.round(units).astype(jnp.int8)
+
+    def decode(self, codes, dtype):
+        return codes.astype(dtype)
+
+
+@pytest.mark.parametrize("bits", [1, 3, 5, 6, 7, 16])
+def test_bits_that_nothing_packs_are_refused_where_the_class_is_defined(bits):
+    with pytest.raises(TypeError, match=rf"Odd.bits must be one of 8, 4, 2, .* but is {bits}; take the next"):
+        type("Odd", (Sound,), {"bits": bits})
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_what_is_overridden_under_its_old_name_is_refused_with_the_new_one(old):
+    with pytest.raises(TypeError) as refusal:
+        type("Stale", (Sound,), {old: None})
+    assert f"Stale.{old} is now {RENAMED[old]}" in str(refusal.value)
+
+
+def test_a_transform_that_is_a_method_is_refused():
+    message = r"Turned.transform must be None or an object with forward\(x, axis\) and inverse\(x, axis\)"
+    with pytest.raises(TypeError, match=message):
+        type("Turned", (Sound,), {"transform": lambda self, x, axis: x})
+
+
+@pytest.mark.parametrize(
+    ("attribute", "meaning"),
+    [("name", "the first part of its spelling"), ("bound", "its largest error in units of the scale")],
+)
+def test_a_format_without_a_name_or_a_bound_is_refused(attribute, meaning):
+    lacking = type("Lacking", (Sound,), {attribute: None})
+    with pytest.raises(
+        TypeError, match=f"Lacking must have a class attribute {attribute}, {meaning}; set it"
+    ):
+        lacking()
+
+
+def test_codes_that_are_floats_are_refused():
+    floats = type("Floats", (Sound,), {"encode": lambda self, units: jnp.round(units)})
+    with pytest.raises(
+        TypeError, match=r"Floats.encode must return integers, but returns float32; cast them"
+    ):
+        floats()
+
+
+def test_an_instance_is_checked_by_shapes_alone(monkeypatch):
+    def computes(*_):
+        raise AssertionError("something was computed")
+
+    monkeypatch.setattr(jax.Array, "__array__", computes, raising=False)
+    assert str(Sound()) == "sound"
+
+
+def test_abilities_are_none_or_an_object():
+    sound, offset = Sound(), qpaged.get_quantizer("int8:token+offset")
+    assert isinstance(sound.growth, qpaged.FitAgain)
+    assert (sound.offset, sound.global_scale, sound.transform) == (None, None, None)
+    assert offset.growth is None and offset.offset is not None
+    assert qpaged.get_quantizer("nvfp4").global_scale.dtype == jnp.uint8
+    rotated = qpaged.get_quantizer("int8:token+offset+rotate")
+    assert rotated.transform is not None and rotated.offset is offset.offset
