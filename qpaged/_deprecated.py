@@ -32,7 +32,7 @@ def renamed_argument(old: str, new: str) -> Callable[[Callable[P, R]], Callable[
 
 
 def renamed_attributes(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module's ``__getattr__``, which gives old names what they stand for, with a DeprecationWarning.
+    """Return a module's ``__getattr__``, which resolves old names with a DeprecationWarning.
 
     Args:
         module: the module's name.

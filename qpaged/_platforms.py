@@ -60,8 +60,11 @@ def kernel_jaxprs(eqn: Equation) -> list[jex.ClosedJaxpr]:
     """Return the jaxprs of the kernels of a `by_platform` equation; none of any other."""
     if eqn.primitive is not by_platform_p:
         return []
-    avals = [jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype) for atom in eqn.invars]
-    return [jax.make_jaxpr(kernel)(*avals) for kernel in eqn.params["kernels"]]
+    shapes = []
+    for atom in eqn.invars:
+        aval: Aval = atom.aval
+        shapes.append(jax.ShapeDtypeStruct(aval.shape, aval.dtype))
+    return [jax.make_jaxpr(kernel)(*shapes) for kernel in eqn.params["kernels"]]
 
 
 @functools.lru_cache(maxsize=256)
@@ -118,9 +121,10 @@ def _lower(
     platforms: tuple[str, ...],
     kernels: tuple[Kernel, ...],
 ) -> Sequence[Any]:
-    computation: Callable[..., Any] = jex.jaxpr_as_fun(default)
     if platform in platforms and not compiler_partitions_module(ctx):
-        computation = kernels[platforms.index(platform)]
+        computation: Callable[..., Any] = kernels[platforms.index(platform)].__call__
+    else:
+        computation = jex.jaxpr_as_fun(default)
     return mlir.lower_fun(computation, multiple_results=True)(ctx, *operands)
 
 

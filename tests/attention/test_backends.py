@@ -29,6 +29,7 @@ CASES = {
     "window of one, scale": {"heads": (6, 2), "sliding_window": 1, "softmax_scale": 0.3},
 }
 ANYWHERE = [backend.name for backend in qpaged.attention_backends() if backend.platform is None]
+NAMES = ", ".join(backend.name for backend in qpaged.attention_backends())
 # float32 sums of some tens of products in other orders, through an exponential
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -155,7 +156,7 @@ def test_the_reference_has_a_gradient():
 
 
 BAD_ARGUMENTS = [
-    ({"backend": "npu"}, ValueError, "one of tpu, gpu, xla, reference, or None, but came as 'npu'"),
+    ({"backend": "npu"}, ValueError, f"one of {NAMES}, or None, but came as 'npu'"),
     ({"backend": "gpu"}, ValueError, "takes the call, but 'gpu' declines: it "),
     ({"backend": "tpu"}, ValueError, "but 'tpu' declines: it .*"),
     ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1, .* came as 0"),

