@@ -1,4 +1,4 @@
-"""+offset for floors: windows of codes that grow without depending on the order of writes."""
+"""The ``+offset`` wrapper of floor formats: each block has a window of codes, found from its values alone."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,21 +10,24 @@ from qpaged import PowerOfTwoQuantizer, Wrapper
 from quantizers._floor import Floor, floor_toward_negative
 
 OFFSET_BITS = 8
-REACH = 128  # granules that an offset byte reaches to either side
+REACH = 128  # an offset byte holds z / g, from -128 to 127
 LARGEST_FLOAT32 = float(jnp.finfo(jnp.float32).max)
 LARGEST_QUOTIENT = 2.0**30  # beyond any window, and within int32
 
 
 @dataclass(frozen=True)
 class OffsetFloor(Wrapper):
-    """n = floor(x / s), c = n - z + 1, read back as (n + 1/2) s: a window of codes that begins at z s.
+    """c = floor(x / s) - z + 1, read back as (z + c - 1/2) s: a window of codes that begins at z s.
 
-    s is a power of two and z a multiple of g, a quarter of the codes. Of the scales whose window, begun at
-    the multiple below the block's least value, reaches the greatest, and whose offset byte reaches them all,
-    a block has the smallest: a rule of the values alone. Doubling s halves n and z with the floor, exactly;
-    so codes, scales and offsets are the same in whatever order tokens are written, and the error is at most
-    s / 2, as without the offset (beside the largest float32, where the middle of a window is none, half a
-    window more). Code 0 is a slot to which nothing was written, and reads as (z - 1/2) s.
+    s is a power of two and z a multiple of g, a quarter of the codes. A block has the smallest s for which
+    one window, begun at the multiple of g at or below its least value's quotient, reaches its greatest value,
+    and for which the offset byte reaches both: a rule of the values alone. Doubling s halves quotients and z
+    with the floor, exactly; so codes, scales and offsets are the same in whatever order tokens are written,
+    and the error is at most s / 2, as without the offset (beside the largest float32, where the middle of a
+    window is none, half a window more). Code 0 is a slot to which nothing was written, and reads as z s or
+    half a step below.
+
+    A *stored scale* is two bytes: the exponent of s, and z / g.
 
     A scale byte and an offset byte (z / g) per block: ``int8:channel+offset`` has 9 bits at 16 tokens a page
     and 8.5 at 32, ``int4:channel+offset`` 5 and 4.5. The offset byte reaches 128 g, so that s is at least
@@ -51,7 +54,7 @@ class OffsetFloor(Wrapper):
 
     @property
     def granule(self) -> int:
-        """What offsets are multiples of, in units of the scale."""
+        """g, the step between the starts of windows, in units of the scale."""
         return self.num_codes // 4
 
     def check(self) -> None:
@@ -74,7 +77,7 @@ class OffsetFloor(Wrapper):
         return jnp.where(scales == 0, 0, clipped).astype(jnp.uint8)
 
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        # In two steps, each exact in bfloat16.
+        # In two steps, each exact in bfloat16 for codes from 1 on; code 0 of 8 bits stands for no value.
         return codes.astype(dtype) - jnp.asarray(self.num_codes // 2, dtype) - jnp.asarray(0.5, dtype)
 
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
@@ -83,7 +86,7 @@ class OffsetFloor(Wrapper):
 
     def window_start(self, scales: jax.Array) -> jax.Array:
         """Return z, the first quotient of the window, int32."""
-        unsigned = scales.astype(jnp.int32) & 0xFF
+        unsigned = scales.astype(jnp.int32) & 0xFF  # whose highest bit is the sign
         return jnp.where(unsigned < REACH, unsigned, unsigned - 2 * REACH) * self.granule
 
     def quotient(self, x: jax.Array, scales: jax.Array) -> jax.Array:
@@ -92,20 +95,22 @@ class OffsetFloor(Wrapper):
         return jnp.clip(floors, -LARGEST_QUOTIENT, LARGEST_QUOTIENT).astype(jnp.int32)
 
     def in_window(self, scales: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-        """Return True where the window covers both values, and its offset byte reaches it.
+        """Return True where the window covers both values, and the offset byte reaches both.
 
-        Either may come first, and alone.
+        The window's start alone is not enough: if ``high`` is written first, by itself, a window starts at
+        it, and the scale must not depend on the order of writes.
         """
         start, last = self.window_start(scales), self.quotient(high, scales)
         in_window = (self.quotient(low, scales) >= start) & (last - start <= self.num_codes - 2)
         return in_window & (last < REACH * self.granule)
 
     def least_exponent(self, low: jax.Array, high: jax.Array) -> jax.Array:
-        """Return the stored exponent below which no window covers both; that one's does, or the next one's.
+        """Return the exponent below which no window covers both values; that one's does, or the next one's.
 
-        The inner scale rule stores the exponent of the scale that its argument is less than 2^(bits - 1)
-        times of. Of half the span that is the scale that the span is less than 2^bits times of; and the
-        offset byte reaches 128 granules of 2^(bits - 2).
+        ``inner.scale(m)`` is the smallest s with m < 2^(bits - 1) s. The span must be less than 2^bits s,
+        which is the rule for half the span. The larger value must be within 128 granules of 2^(bits - 2) s,
+        2^6 times what the rule for it asks; a negative one may be that exactly, which allows one doubling
+        less.
         """
         for_span = self.inner.scale(high / 2 - low / 2).astype(jnp.int32)
         for_reach = self.inner.scale(jnp.maximum(-low, high)).astype(jnp.int32) - 7
@@ -118,7 +123,10 @@ class OffsetFloor(Wrapper):
         return jnp.where(reached & self.in_window(smaller, low, high), smaller, larger)
 
     def _window_at(self, low: jax.Array, exponent: jax.Array) -> jax.Array:
-        """Return what is stored for a window under this scale that begins at or below ``low``."""
+        """Return the stored scale of ``exponent`` with the window that begins at or below ``low``.
+
+        It wraps where the offset byte does not reach; :meth:`smallest_from` checks that.
+        """
         scales = exponent.astype(jnp.uint16) << OFFSET_BITS
         granules = self.quotient(low, scales) // self.granule
         return scales | (granules & 0xFF).astype(jnp.uint16)
@@ -126,7 +134,7 @@ class OffsetFloor(Wrapper):
 
 @dataclass(frozen=True)
 class MiddleOfWindow:
-    """The offset of a window: the value of its middle, from which signed codes count."""
+    """The offset of a window: the value of its middle, to which ``decode`` adds codes less half of them."""
 
     quantizer: OffsetFloor
 
@@ -151,7 +159,8 @@ class GrowWindows:
         self, scales: jax.Array, greatest_code: jax.Array, low: jax.Array, high: jax.Array
     ) -> jax.Array:
         """Return the stored scales of blocks that do not cover new extremes."""
-        # The block's own extremes, to within its scale, which is all that larger scales tell apart.
+        # The block's own extremes as its codes tell them. Larger scales give these the same window as the
+        # true ones.
         factor, start = self.quantizer.multiplier(scales), self.quantizer.window_start(scales)
         last = start + jnp.maximum(greatest_code.astype(jnp.int32), 1) - 1
         low = jnp.minimum(low, jnp.maximum(start.astype(jnp.float32) * factor, -LARGEST_FLOAT32))

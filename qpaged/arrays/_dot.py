@@ -24,7 +24,8 @@ from qpaged.arrays._read_format import (
 )
 from qpaged.arrays._scaled_dot import DimensionNumbers, DotAxes, Params, scaled_dot
 
-# What is decoded at once, if blocks are not longer.
+# A piece has at most so many positions along the axis that is cut, and elements in all, unless one block has
+# more.
 MAX_POSITIONS = 512
 MAX_ELEMENTS = 2**19
 
@@ -40,7 +41,9 @@ def dot_general(
     """Return ``lax.dot_general`` where either operand, or both, may be a :class:`QuantizedArray`.
 
     The codes are contracted at the dtype of the other operand, summed and scaled in float32, and rounded
-    once to the dtype of the program's result.
+    once to the dtype of the program's result. An array without scales, or one that is batched over
+    transformed channels, is materialized first; so is the first of two quantized operands, since one is cut
+    into pieces.
     """
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     if isinstance(rhs, QuantizedArray):
@@ -51,17 +54,20 @@ def dot_general(
     other = jnp.asarray(rhs)
     axes = DotAxes.of(rhs_contract, lhs_contract, rhs_batch, lhs_batch)
     out = _dot(other, lhs, axes, preferred_element_type, params)
-    # (batch, free of rhs, free of lhs) -> (batch, free of lhs, free of rhs)
+    # (batch, kept of rhs, kept of lhs) -> (batch, kept of lhs, kept of rhs)
     batch = len(lhs_batch)
-    rhs_free = other.ndim - len(rhs_contract) - batch
-    order = (*range(batch), *range(batch + rhs_free, out.ndim), *range(batch, batch + rhs_free))
+    rhs_kept = other.ndim - len(rhs_contract) - batch
+    order = (*range(batch), *range(batch + rhs_kept, out.ndim), *range(batch, batch + rhs_kept))
     return lax.transpose(out, order)
 
 
 def _dot(
     other: jax.Array, array: QuantizedArray, axes: DotAxes, preferred_element_type: Any, params: Params
 ) -> jax.Array:
-    """Return the dot of a plain operand and a quantized one, in that order."""
+    """Return the dot of a plain operand and a quantized one, in that order.
+
+    ``axes.contract`` and ``axes.batch`` are axes of ``array``, with the other's beside them.
+    """
     dtype = preferred_element_type or common_dtype(other.dtype, array.dtype)
     transform, channels = array.quantizer.transform, array.channels
     batches_over_transformed = transform is not None and channels in axes.batch
@@ -88,7 +94,8 @@ def _dot_in_pieces(other: jax.Array, array: QuantizedArray, axes: DotAxes, param
     if length < 2 * piece_length:
         return _dot_by_byte_index(other, array, axes, params)
 
-    # Recomputed for a gradient, which would otherwise keep all that was decoded.
+    # Recomputed for a gradient, which would otherwise keep all that was decoded. The other operand is an
+    # argument, so that what is made of it is recomputed, too.
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
     def dot_piece(start: int | jax.Array, other: jax.Array, extent: int) -> jax.Array:
         other_piece = _slice_other(other, axes, axis, start, extent)
@@ -98,6 +105,7 @@ def _dot_in_pieces(other: jax.Array, array: QuantizedArray, axes: DotAxes, param
     starts = piece_length * jnp.arange(count, dtype=jnp.int32)
     last = dot_piece(count * piece_length, other, rest) if rest else None
     if axis in axes.contract:
+        # The first piece is summed outside of the scan, whose carry must have its shape.
         first = dot_piece(0, other, piece_length)
 
         def add_piece(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
@@ -110,7 +118,7 @@ def _dot_in_pieces(other: jax.Array, array: QuantizedArray, axes: DotAxes, param
 
 
 def _longest_axis(array: QuantizedArray) -> int | None:
-    """Return the longest axis along which an array can be cut, channels excepted where these matter."""
+    """Return the longest axis along which an array can be cut: not the channels if packed or transformed."""
     candidates = [
         axis for axis in range(array.ndim) if not (channels_matter(array) and axis == array.channels)
     ]
@@ -131,10 +139,7 @@ def _slice_other(
     partners = dict(zip(axes.contract + axes.batch, axes.other_contract + axes.other_batch, strict=True))
     if axis not in partners:
         return other
-    other_axis = partners[axis]
-    if other.shape[other_axis] == 1:
-        return other
-    return lax.dynamic_slice_in_dim(other, start, extent, other_axis)
+    return lax.dynamic_slice_in_dim(other, start, extent, partners[axis])
 
 
 def _slice_array(array: QuantizedArray, axis: int, start: int | jax.Array, extent: int) -> QuantizedArray:
@@ -142,16 +147,23 @@ def _slice_array(array: QuantizedArray, axis: int, start: int | jax.Array, exten
     length = array.shape[axis]
 
     def slice_part(part: jax.Array) -> jax.Array:
-        if part.shape[axis] == 1:
+        if part.shape[axis] == 1:  # one scale for the whole axis, and so for every piece
             return part
-        block = length // part.shape[axis]
-        return lax.dynamic_slice_in_dim(part, start // block, extent // block, axis)
+        positions_per_entry = length // part.shape[axis]
+        first, count = start // positions_per_entry, extent // positions_per_entry
+        return lax.dynamic_slice_in_dim(part, first, count, axis)
 
     return array.like(slice_part(array.codes), array.parts.map(slice_part))
 
 
-def _join_pieces(outs: jax.Array, last: jax.Array | None, axes: DotAxes, axis: int, ndim: int) -> jax.Array:
-    """Return results (pieces, ...) of pieces along ``axis`` of the array, joined along that axis."""
+def _join_pieces(
+    outs: jax.Array,  # [pieces, *batch, *kept of other, *kept of array]
+    last: jax.Array | None,  # [*batch, *kept of other, *kept of array], of a shorter piece
+    axes: DotAxes,
+    axis: int,
+    ndim: int,
+) -> jax.Array:
+    """Return the results of pieces along ``axis`` of the array, joined along that axis."""
     kept = axes.kept(ndim)
     if axis in axes.batch:
         joined_axis = axes.batch.index(axis)
@@ -186,7 +198,7 @@ def _dot_by_byte_index(other: jax.Array, array: QuantizedArray, axes: DotAxes, p
 
 
 def _interleave(outs: list[jax.Array], axes: DotAxes, channels: int, ndim: int) -> jax.Array:
-    """Return the results of each byte index, whose kept channels alternate, as one."""
+    """Interleave the results of the byte indices: channel c comes from number c mod len(outs)."""
     kept = axes.kept(ndim)
     out_channels = outs[0].ndim - len(kept) + kept.index(channels)
     shape = list(outs[0].shape)

@@ -16,7 +16,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
-from qpaged._compat import mosaic_gpu_load, mosaic_gpu_store
+from qpaged._compat import (
+    Jaxpr,
+    inner_jaxprs,
+    jaxpr_and_consts,
+    mosaic_gpu_load,
+    mosaic_gpu_store,
+)
 from qpaged.attention._gpu import KV_TILE
 from qpaged.attention._gpu_copies import TilePages, is_page, load_tile_pages, start_copies
 from qpaged.attention._gpu_refs import GPUCall, KVRefs, Pool, Ref, Refs, Scratch
@@ -330,11 +336,18 @@ def _decode_dtype(quantizer: Quantizer, codes: jax.Array) -> DTypeLike:
         return quantizer.decode(codes, jnp.bfloat16)
 
     jaxpr = jax.make_jaxpr(decode)(jax.ShapeDtypeStruct(codes.shape, codes.dtype))
-    for eqn in jaxpr.eqns:
+    return jnp.float32 if _makes_float8(jaxpr) else jnp.bfloat16
+
+
+def _makes_float8(jaxpr: Jaxpr) -> bool:
+    """Return True if any equation of a jaxpr, inner ones included, gives floats of 8 bits."""
+    for eqn in jaxpr_and_consts(jaxpr)[0].eqns:
+        if any(_makes_float8(inner) for inner in inner_jaxprs(eqn)):
+            return True
         for out in eqn.outvars:
             if jnp.issubdtype(out.aval.dtype, jnp.floating) and out.aval.dtype.itemsize == 1:
-                return jnp.float32
-    return jnp.bfloat16
+                return True
+    return False
 
 
 def _load_slot_scales(

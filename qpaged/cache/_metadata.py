@@ -1,4 +1,4 @@
-"""The metadata of one step: which tokens there are, where they go, and where their sequences' pages are."""
+"""PagedAttentionMetadata: where the tokens of one step go, and which pages their sequences have."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from qpaged.cache._slot_mapping import as_indices
 
 @dataclass(frozen=True)
 class PagedAttentionMetadata(Serializable):
-    """One step's positions and page tables, for a prefill, a decode, or both.
+    """One step's positions and page tables, for a prefill, a decode, or both (by the constructor itself).
 
     Token at position p of a sequence lies in slot p mod page_size of page page_table[p // page_size]. The
     index ``num_pages_per_layer`` (one past the last) in a table means "no page". Any index out of range is
     dropped, never clamped.
 
     Attributes:
-        prefill_length: () int32; tokens of the prefill that count, the rest being padding. 0 if none.
+        prefill_length: () int32; how many tokens the prefill has; what follows is padding. 0 in a decode.
         prefill_position: (padded_len,) int32; where each token goes. () if not in prefill.
         prefill_page_table: (pages,) int32; the sequence's pages. () if not in prefill.
         decodes_position: (batch,) int32; where each row's token goes; negative for an inactive row. () if not
@@ -38,7 +38,8 @@ class PagedAttentionMetadata(Serializable):
     decodes_page_table: ArrayLike
 
     def __post_init__(self) -> None:
-        # A jitted function would take host integers of 64 bits modulo 2^32.
+        # A jitted function would take host integers of 64 bits modulo 2^32. Those beyond int32 become its
+        # ends, which are out of range, too, and so dropped.
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, np.ndarray | np.integer) and value.dtype.kind in "iu" and value.itemsize > 2:
@@ -100,7 +101,7 @@ class PagedAttentionMetadata(Serializable):
         )
 
     def prefill_tokens(self) -> tuple[jax.Array, jax.Array] | None:
-        """Return (position, page_table) of the prefill, int32, padding at negative positions; None if none.
+        """Return (position, page_table) of the prefill, int32, padding at negative positions; None in a decode.
 
         Raises:
             TypeError, ValueError: fields of other kinds or shapes than the class says.
@@ -114,7 +115,7 @@ class PagedAttentionMetadata(Serializable):
         return jnp.where(is_token, position, -1), table
 
     def decodes_tokens(self) -> tuple[jax.Array, jax.Array] | None:
-        """Return (position, page_table) of the decode, int32; None without one.
+        """Return (position, page_table) of the decode, int32; None in a prefill.
 
         Raises:
             TypeError, ValueError: fields of other kinds or shapes than the class says.
@@ -127,11 +128,11 @@ class PagedAttentionMetadata(Serializable):
         return position, table
 
     def is_prefill_mode(self) -> bool:
-        """Return True if only a prefill is present: the decode arrays have shape ()."""
+        """Return True if there is no decode: its arrays have shape ()."""
         return np.ndim(self.decodes_position) == 0
 
     def is_decode_mode(self) -> bool:
-        """Return True if only a decode is present: the prefill arrays have shape ()."""
+        """Return True if there is no prefill: its arrays have shape ()."""
         return np.ndim(self.prefill_position) == 0
 
 

@@ -10,15 +10,15 @@ from qpaged._deprecated import renamed_argument
 from qpaged.formats._contract import Quantizer
 from qpaged.formats._registry import RegistryError, get_quantizer, quantizer_from_config
 
-PLAIN = "plain"
-FILE_KIND, FILE_VERSION = "cache format", 1
+PLAIN = "plain"  # the spelling of plain arrays
+FILE_KIND, FILE_VERSION = "cache format", 1  # the fields "qpaged" and "version" of a file
 
 Pair = tuple[Quantizer | None, Quantizer | None]
 
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """The formats of a cache; None stands for plain arrays of the logical dtype.
+    """The formats of a cache: each a quantizer, or None for plain arrays of the logical dtype.
 
     Attributes:
         key: the format of keys.
@@ -51,7 +51,7 @@ class CacheFormat:
 
         Raises:
             RegistryError: a spelling that names no installed format.
-            OSError, ValueError: a file that cannot be read.
+            OSError, ValueError: a file that cannot be read, or that names no installed format.
             TypeError: anything else.
         """
         if isinstance(quantizer, CacheFormat):
@@ -64,7 +64,7 @@ class CacheFormat:
         return cls(both, both)
 
     def with_layers(self, formats: Mapping[int, Any]) -> "CacheFormat":
-        """Return this format but for the given layers: ``{0: "raw", 3: "int8/int8:token"}``.
+        """Return this format with others in the given layers, as ``{0: "raw", 3: "int8/int8:token"}``.
 
         Raises:
             ValueError: a negative layer, or a format for a layer that itself differs by layer.
@@ -93,15 +93,17 @@ class CacheFormat:
         """
         try:
             key, value = _from_config(config["key"]), _from_config(config["value"])
-            layers = [(int(i), (_from_config(k), _from_config(v))) for i, (k, v) in config["layers"]]
+            layers: dict[int, CacheFormat] = {}
+            for index, (layer_key, layer_value) in config["layers"]:
+                layers[_new_layer(index, layers)] = cls(_from_config(layer_key), _from_config(layer_value))
+        except RegistryError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, RegistryError):
-                raise
             raise ValueError(
                 f"config must hold 'key', 'value' and 'layers' as CacheFormat.config writes them, "
                 f"but came as {config!r}."
             ) from error
-        return cls(key, value).with_layers({index: cls(*pair) for index, pair in layers})
+        return cls(key, value).with_layers(layers)  # which sorts them, and refuses negative ones
 
     def save(self, path: str | Path) -> None:
         """Write the format as JSON, which :meth:`of` and so everything that takes a format reads.
@@ -113,10 +115,13 @@ class CacheFormat:
         Path(path).write_text(text, encoding="utf-8")
 
     def __str__(self) -> str:
+        """Return the spelling; with layers, a description for people, which :meth:`of` does not read."""
         key, value = _spell(self.key), _spell(self.value)
         spelling = key if key == value else f"{key}/{value}"
-        rest = "; ".join(f"{i}: {_spell(k)}/{_spell(v)}" for i, (k, v) in self.layers)
-        return f"{spelling} ({rest})" if rest else spelling
+        if not self.layers:
+            return spelling
+        layers = "; ".join(f"{index}: {_spell(key)}/{_spell(value)}" for index, (key, value) in self.layers)
+        return f"{spelling} ({layers})"
 
 
 def _pair_of_spelling(spelling: str) -> Pair:
@@ -132,7 +137,11 @@ def _quantizer_or_plain(spelling: str) -> Quantizer | None:
 
 
 def _load(path: Path) -> CacheFormat:
-    """Return the format in a file; ValueError says what is wrong with one that holds none."""
+    """Return the format in a file.
+
+    Raises:
+        ValueError: the file does not hold a cache format of this version.
+    """
     try:
         config = json.loads(path.read_bytes())
     except ValueError as error:
@@ -150,6 +159,13 @@ def _load(path: Path) -> CacheFormat:
         return CacheFormat.from_config(config)
     except ValueError as error:
         raise ValueError(f"{path} holds a cache format that cannot be made: {error}") from error
+
+
+def _new_layer(index: Any, layers: Mapping[int, CacheFormat]) -> int:
+    """Return a layer's index as it stands in a configuration, or raise ValueError if it can be none."""
+    if type(index) is not int or index in layers:
+        raise ValueError(f"layers must be named by integers, each once, but {index!r} came.")
+    return index
 
 
 def _pair_of_layer(index: int, quantizer: Any) -> Pair:

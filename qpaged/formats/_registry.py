@@ -92,9 +92,12 @@ def quantizer_from_config(config: Any) -> Quantizer:
     """
     try:
         options = dict(config)
+        name = options.pop("name")
+        if not isinstance(name, str):
+            raise TypeError(f"its name must be a string, but came as {name!r}")
         if "inner" in options:
             options["inner"] = quantizer_from_config(options["inner"])
-        quantizer = _build(options.pop("name"), **options)
+        quantizer = _build(name, **options)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, RegistryError):
             raise

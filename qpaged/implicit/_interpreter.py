@@ -199,7 +199,7 @@ def _evaluate(closed: Jaxpr, args: Sequence[Operand]) -> list[Operand]:
 
 
 def _dead_after_each_equation(jaxpr: OpenJaxpr) -> list[set[Any]]:
-    """Return for every equation the variables that it is the last to use."""
+    """Return, for each equation, the variables that no later equation or output uses."""
     used_later = {atom for atom in jaxpr.outvars if not _compat.is_literal(atom)}
     dead_sets: list[set[Any]] = []
     for eqn in reversed(jaxpr.eqns):
@@ -210,6 +210,7 @@ def _dead_after_each_equation(jaxpr: OpenJaxpr) -> list[set[Any]]:
 
 
 def _with_type_of(value: Operand, aval: Aval) -> Operand:
+    """Return a value with the shape and dtype that ``aval`` says; one that is not implicit as it is."""
     if not is_implicit(value):
         return value
     return _tree.with_logical_type(value, aval.shape, aval.dtype)
@@ -233,6 +234,7 @@ def _evaluate_equation(eqn: Equation, operands: list[Operand]) -> Sequence[Opera
 
 
 def _as_sequence(primitive: Primitive, outs: Any) -> Any:
+    """Return the results of a primitive as a sequence, also those of one that gives a single result."""
     if primitive.multiple_results:
         return outs
     return [outs]

@@ -38,7 +38,7 @@ def decode_cost(subject: Subject, rows: np.ndarray) -> None:
 
     view = subject.enlarged(subject.fresh())
     analysis = program.run.memory_analysis()
-    assert analysis is not None  # XLA has one on every platform that the kit runs on
+    assert analysis is not None  # XLA gives one on every platform that these tests run on
     temporaries = analysis.temp_size_in_bytes
     limit = min(smallest_part(view), MEGABYTE)
     check(temporaries < limit, f"a decode write takes {temporaries:,} bytes, which grow with the pool")
@@ -68,7 +68,7 @@ def copy_cost(subject: Subject) -> None:
 
 
 def smallest_part(view: View) -> int:
-    """Return the bytes of the smallest array that is stored in a view."""
+    """Return the bytes of the smallest array that is stored in a view, of which no program needs a copy."""
     return min(part.nbytes for _, pages in pools(view) for part in parts(pages).values())
 
 
@@ -179,8 +179,14 @@ def codes_fit_bits(subject: Subject) -> None:
     """Law 6: every code that ``encode`` gives fits into the bits that are packed of it."""
     quantizer = subject.quantizer
     lowest, highest = -(2 ** (quantizer.bits - 1)), 2**quantizer.bits - 1
-    units = np.concatenate([np.linspace(-300, 300, 4801), [-1e30, 1e30]]).astype(np.float32)
-    codes = np.asarray(quantizer.encode(jnp.asarray(units))).astype(np.int32)
+    values = np.concatenate([np.linspace(-300, 300, 4801), [-1e30, 1e30]]).astype(np.float32)
+    # Of blocks of three scales: values far beyond a block's extremes must be clipped, too.
+    codes = []
+    for absmax in (0.5, 8.0, 200.0):
+        scale = quantizer.fit(-jnp.float32(absmax)[None], jnp.float32(absmax)[None])
+        codes.append(np.asarray(quantizer.encode_under(jnp.asarray(values), scale)).astype(np.int32))
+    codes = np.concatenate(codes)
+    # Packing keeps the low bits alone: codes may be signed or unsigned, but not both.
     law(6, subject)(
         lowest <= codes.min() and codes.max() <= highest and codes.max() - codes.min() <= highest,
         f"encode gives codes {codes.min()} to {codes.max()}, of which {quantizer.bits} bits hold "

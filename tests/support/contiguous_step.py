@@ -1,4 +1,4 @@
-"""Steps over a contiguous cache, as users write them, for ``--step contiguous:make_step``."""
+"""Steps over a contiguous cache, as users write them, for ``--step support.contiguous_step:make_step``."""
 
 import os
 

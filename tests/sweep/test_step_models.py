@@ -12,12 +12,14 @@ SMALL = ("--tokens", 240, "--context", 48, "--page-size", 8, "--batch", 4, "--dt
 
 @pytest.fixture
 def step(command, checkpoint, monkeypatch):
-    """Return ``run(function, *arguments)``: it sweeps a function of the module ``contiguous``."""
+    """Return ``run(function, *arguments)``, which sweeps a function of ``support.contiguous_step``."""
     monkeypatch.setenv("CHECKPOINT", str(checkpoint))
     monkeypatch.syspath_prepend(Path(__file__).parent)
 
     def run(function, *arguments, name="sweep", **paths):
-        return command(name, "--step", f"contiguous:{function}", *SMALL, *arguments, model=None, **paths)
+        return command(
+            name, "--step", f"support.contiguous_step:{function}", *SMALL, *arguments, model=None, **paths
+        )
 
     return run
 
@@ -60,14 +62,14 @@ def test_a_step_is_tuned(step, tmp_path):
     ("function", "message"),
     [
         ("no_cache", "cache"),
-        ("nothing", "--step contiguous:nothing cannot be imported"),
+        ("nothing", "--step support.contiguous_step:nothing cannot be imported"),
         ("lose_state", "the state must come back in the structure, shapes and dtypes in which it came"),
         (
             "last_only",
             "logits must be (sequences, n, vocabulary), for 4 sequences of 24 tokens, but came as (4, 1,",
         ),
         ("short", "the cache must hold 4 sequences of 48 tokens"),
-        ("broken", "--step contiguous:broken: RuntimeError: no luck"),
+        ("broken", "--step support.contiguous_step:broken: RuntimeError: no luck"),
     ],
 )
 def test_a_step_that_cannot_be_swept_is_refused(step, function, message):
@@ -78,18 +80,18 @@ def test_a_step_that_cannot_be_swept_is_refused(step, function, message):
 
 def test_constants_inside_a_compiled_step_change_its_hash(step, monkeypatch):
     settings = Settings(batch=2, context=8, tokens=8)
-    first = load_step("contiguous:closed_over", settings).sha256
-    again = load_step("contiguous:closed_over", settings).sha256
+    first = load_step("support.contiguous_step:closed_over", settings).sha256
+    again = load_step("support.contiguous_step:closed_over", settings).sha256
     monkeypatch.setenv("FACTOR", "1.5")
-    assert first == again != load_step("contiguous:closed_over", settings).sha256
+    assert first == again != load_step("support.contiguous_step:closed_over", settings).sha256
 
 
 def test_a_spelling_without_a_function_is_refused(command):
-    result = command("sweep", "--step", "contiguous", *SMALL, model=None)
+    result = command("sweep", "--step", "contiguous_step", *SMALL, model=None)
     assert result.status == 2
-    assert "--step must be given as module:function, but came as 'contiguous'" in result.err
+    assert "--step must be given as module:function, but came as 'contiguous_step'" in result.err
 
 
 def test_a_model_and_a_step_together_are_refused(command):
-    result = command("sweep", "--step", "contiguous:make_step", *SMALL)
+    result = command("sweep", "--step", "support.contiguous_step:make_step", *SMALL)
     assert result.status == 2 and "MODEL_DIR and --step each name a model; give one of them" in result.err

@@ -1,4 +1,8 @@
-"""Rules of the primitives that move elements: transposes, reshapes, slices, and what joins parts."""
+"""Rules of the primitives that move elements: transposes, reshapes, slices and concatenations.
+
+A *view* says which axes of which program input a value shows; see :mod:`qpaged.adopt._dataflow._views`. A
+rule returns the views of each output of an equation, given those of each operand.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ def shape_of(atom: Any) -> Shape:
 
 
 def _each_view(move: Callable[[JaxprEqn, View], View]) -> Rule:
-    """Make a rule of a function that moves one view of the first operand."""
+    """Make a rule from a function of one view of the first operand; the others, indices, show no input."""
 
     @wraps(move)
     def rule(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -> Sequence[Views]:
@@ -55,7 +59,7 @@ def _broadcast_in_dim(eqn: JaxprEqn, view: View) -> View:
 def _reshape(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -> Sequence[Views]:
     old_shape = shape_of(eqn.invars[0])
     new_shape = shape_of(eqn.outvars[0])
-    if 0 in old_shape:  # without elements, no old axis corresponds to a new one
+    if 0 in old_shape:  # without elements there is nothing to follow: the output shows no input
         return [()]
     return [tuple(_regroup(view, old_shape, new_shape) for view in operands[0])]
 
@@ -64,7 +68,7 @@ def _regroup(view: View, old_shape: Shape, new_shape: Shape) -> View:
     """Return the view of a reshaped value: axes that are merged or split run along the same input axes."""
     input_axes = [NO_AXES] * len(new_shape)
     for old_axes, new_axes in axis_groups(old_shape, new_shape):
-        # Axes of length 1 run along nothing: JAX adds and drops them anywhere.
+        # An axis of length 1 shows no axis of the input, because programs add and drop such axes at will.
         merged = view.input_axes_of(axis for axis in old_axes if old_shape[axis] > 1)
         for axis in new_axes:
             if new_shape[axis] > 1:
@@ -72,15 +76,13 @@ def _regroup(view: View, old_shape: Shape, new_shape: Shape) -> View:
     return view.with_axes(input_axes)
 
 
-# Parts
+# Slices
 
 
 @_each_view
 def _slice(eqn: JaxprEqn, view: View) -> View:
-    starts = eqn.params["start_indices"]
-    limits = eqn.params["limit_indices"]
-    sizes = [limit - start for start, limit in zip(starts, limits, strict=True)]
-    return _select_single(view, shape_of(eqn.invars[0]), sizes, starts)
+    sizes = shape_of(eqn.outvars[0])  # a stride makes them smaller than the limits do
+    return _select_single(view, shape_of(eqn.invars[0]), sizes, eqn.params["start_indices"])
 
 
 @_each_view
@@ -102,11 +104,12 @@ def _gather(eqn: JaxprEqn, view: View) -> View:
     numbers = eqn.params["dimension_numbers"]
     indexed_axes = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
     window_axes = [axis for axis in range(len(view.input_axes)) if axis not in indexed_axes]
-    # Output axes outside of the windows run over the indices, and so along the axes that these index.
+    # Output axes that are not window axes run over the index array, hence along the input axes it indexes.
     input_axes = [view.input_axes_of(indexed_axes)] * len(shape_of(eqn.outvars[0]))
     for axis, output_axis in zip(window_axes, numbers.offset_dims, strict=True):
         input_axes[output_axis] = view.input_axes[axis]
-    if len(window_axes) == len(input_axes):  # one window, at an index known only at run time
+    has_one_window = len(window_axes) == len(input_axes)
+    if has_one_window:  # at an index known only at run time
         view = view.select(dict.fromkeys(indexed_axes))
     return view.with_axes(input_axes)
 
@@ -130,7 +133,7 @@ def _split(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -> Sequ
     return outputs
 
 
-# Parts put together
+# Slices joined
 
 
 def _concatenate(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -> Sequence[Views]:
@@ -140,8 +143,9 @@ def _concatenate(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -
         view = _join(parts, axis, [part.input_axes for part in parts])
         # A cache that is cut into slices and put together again is still itself, but one with a new row
         # concatenated to it has grown.
-        slices_of_input = any(part.selected != view.selected for part in parts)
-        if len(parts) < len(operands) and not slices_of_input:
+        are_slices_of_input = any(part.selected != view.selected for part in parts)
+        has_other_operands = len(parts) < len(operands)
+        if has_other_operands and not are_slices_of_input:
             view = view.rebuilt(dataflow.operation(eqn))
         views.append(view)
     return [tuple(views)]
@@ -169,18 +173,19 @@ def _join(parts: Sequence[View], axis: int, parts_axes: Sequence[Sequence[frozen
     """Return the view of parts of one input side by side along ``axis``.
 
     Layers of a cache are often taken out one by one, as ``cache[0]`` and ``cache[1]``, and stacked again
-    after the step. Their selected indices along the layers' axis differ, so ``axis`` runs along it again.
+    after the step. The parts select different indices of that input axis, so after joining, ``axis`` runs
+    along the input axis.
     """
     common = frozenset.intersection(*(part.selected for part in parts))
     differing = frozenset(input_axis for part in parts for input_axis, _ in part.selected - common)
     input_axes = [NO_AXES.union(*aligned) for aligned in zip(*parts_axes, strict=True)]
     input_axes[axis] |= differing
     return View(
-        parts[0].input_index,
-        tuple(input_axes),
-        common,
-        any(part.written for part in parts),
-        next((part.rebuilt_by for part in parts if part.rebuilt_by), None),
+        input_index=parts[0].input_index,
+        input_axes=tuple(input_axes),
+        selected=common,
+        written=any(part.written for part in parts),
+        rebuilt_by=next((part.rebuilt_by for part in parts if part.rebuilt_by), None),
     )
 
 

@@ -84,7 +84,7 @@ class Tune:
 
     @property
     def layers(self) -> int:
-        return self.sweep.model.layers or 0
+        return self.sweep.model.layers or 0  # a model without layers is refused when the search is made
 
     @cached_property
     def parts(self) -> tuple[Sequences, Sequences]:
@@ -165,20 +165,25 @@ class Tune:
         return sensitivity
 
     def _promising_pairs(self, bits: np.ndarray, sensitivity: np.ndarray) -> list[tuple[int, int]]:
-        """Return the :data:`PAIRS` best pairs of unlike candidates for keys and values, by predicted KL."""
+        """Return the :data:`PAIRS` best pairs of unlike candidates for keys and values that keep the budget.
+
+        With a bound of KL the best have the fewest bits, else the least predicted KL.
+        """
         kl = sensitivity.sum(axis=0)  # [2, candidates]
         pairs = list(itertools.permutations(range(len(bits)), 2))
         pair_bits = {(key, value): (bits[key] + bits[value]) / 2 for key, value in pairs}
         predicted = {(key, value): kl[0, key] + kl[1, value] for key, value in pairs}
-        if self.budget.bits is not None:
-            affordable = [pair for pair in pairs if pair_bits[pair] <= self.budget.bits]
-            return sorted(affordable, key=predicted.__getitem__)[:PAIRS]
-        affordable = [pair for pair in pairs if predicted[pair] <= self.budget.max_kl_or_inf]
-        return sorted(affordable, key=pair_bits.__getitem__)[:PAIRS]
+        affordable = []
+        for pair in pairs:
+            keeps_kl = predicted[pair] <= self.budget.max_kl_or_inf
+            if keeps_kl and pair_bits[pair] <= self.budget.bits_or_inf:
+                affordable.append(pair)
+        rank = predicted if self.budget.max_kl is None else pair_bits
+        return sorted(affordable, key=rank.__getitem__)[:PAIRS]
 
     def _best_uniform(self, verifier: Verifier) -> Run | None:
         """Return the best of the runs so far that keep the budget, without the reference."""
-        _, *uniform_runs = verifier.runs.values()
+        _, *uniform_runs = verifier.runs.values()  # the reference was verified first
         within_budget = [run for run in uniform_runs if self.budget.kept_by(run)]
         return min(within_budget, key=self.budget.rank, default=None)
 
@@ -220,7 +225,8 @@ class Tune:
             run = verifier.verify(self.name, cache_format)
             if run.kl_mean <= max_kl:
                 return cache_format, predicted
-            # Sensitivities do not add up exactly: tighten the bound by how far the choice missed it.
+            # Sensitivities do not add up exactly: tighten the bound by how far the choice missed it, and by 5
+            # % more, so that rounds do not creep up on it.
             bound *= 0.95 * max_kl / run.kl_mean
         raise UnattainableError(
             f"no choice that was measured keeps {self.budget}: the last has KL {run.kl_mean:.2g} "
