@@ -101,7 +101,7 @@ class PagedAttentionMetadata(Serializable):
         )
 
     def prefill_tokens(self) -> tuple[jax.Array, jax.Array] | None:
-        """Return (position, page_table) of the prefill, int32, padding at negative positions; None in a decode.
+        """Return (position, page_table) of the prefill, padding at negative positions; None in a decode.
 
         Raises:
             TypeError, ValueError: fields of other kinds or shapes than the class says.

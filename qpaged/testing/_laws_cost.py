@@ -181,11 +181,11 @@ def codes_fit_bits(subject: Subject) -> None:
     lowest, highest = -(2 ** (quantizer.bits - 1)), 2**quantizer.bits - 1
     values = np.concatenate([np.linspace(-300, 300, 4801), [-1e30, 1e30]]).astype(np.float32)
     # Of blocks of three scales: values far beyond a block's extremes must be clipped, too.
-    codes = []
+    of_blocks = []
     for absmax in (0.5, 8.0, 200.0):
         scale = quantizer.fit(-jnp.float32(absmax)[None], jnp.float32(absmax)[None])
-        codes.append(np.asarray(quantizer.encode_under(jnp.asarray(values), scale)).astype(np.int32))
-    codes = np.concatenate(codes)
+        of_blocks.append(np.asarray(quantizer.encode_under(jnp.asarray(values), scale)).astype(np.int32))
+    codes = np.concatenate(of_blocks)
     # Packing keeps the low bits alone: codes may be signed or unsigned, but not both.
     law(6, subject)(
         lowest <= codes.min() and codes.max() <= highest and codes.max() - codes.min() <= highest,
