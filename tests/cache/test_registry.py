@@ -366,3 +366,17 @@ def test_a_configuration_that_is_not_whole(config):
 def test_quantizers_are_frozen(spelling):
     with pytest.raises(AttributeError):
         qpaged.get_quantizer(spelling).granularity = "page"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": {"name": 5}}, "no format can be made from {'name': 5}: its name must be a string"),
+        ({"layers": [[1.7, [None, None]]]}, "config must hold 'key', 'value' and 'layers'"),
+        ({"layers": [[1, [None, None]], [1, [None, None]]]}, "config must hold 'key', 'value' and 'layers'"),
+    ],
+)
+def test_a_malformed_cache_format_is_refused(change, message):
+    config = qpaged.CacheFormat.of("int8").config | change
+    with pytest.raises(ValueError, match=re.escape(message)):
+        qpaged.CacheFormat.from_config(config)
