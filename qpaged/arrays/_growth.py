@@ -17,9 +17,9 @@ MIN_CHUNK = 64  # blocks that one step of the growth loop rescales, at least
 
 
 class NewExtremes(NamedTuple):
-    """What is written to distinct blocks: scales that fit it alone, and its least and greatest values.
+    """What is newly written to each distinct block: the scales that fit it alone, and its extremes.
 
-    Each is (rows, *scales of the kept axes).
+    Each is (entries, *scales of the kept axes), an entry for each distinct block.
     """
 
     fresh_scales: jax.Array
@@ -31,17 +31,19 @@ class GrowingBlocks(NamedTuple):
     """The blocks that grow, to be walked over in chunks.
 
     Attributes:
-        rows: (padded,) int32; the rows of blocks that grow, then the number of rows.
-        steps: () int32; chunks that hold any.
-        chunk: rows of a chunk.
+        entries: (padded,) int32; which of the distinct blocks grow. The rest is filled with their number,
+            which scatters drop.
+        steps: () int32; the number of chunks in which any block grows.
+        chunk: the length of a chunk.
     """
 
-    rows: jax.Array
+    entries: jax.Array
     steps: jax.Array
     chunk: int
 
     def of_step(self, step: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(self.rows, step * self.chunk, self.chunk)
+        """Return the entries of a chunk, (chunk,)."""
+        return lax.dynamic_slice_in_dim(self.entries, step * self.chunk, self.chunk)
 
 
 def growth_rule(array: QuantizedArray) -> GrowthRule:
@@ -54,44 +56,45 @@ def growth_rule(array: QuantizedArray) -> GrowthRule:
 def grow_blocks(
     array: QuantizedArray,
     axes: Axes,
-    blocks: jax.Array,  # [rows, len(axes)], distinct
+    blocks: jax.Array,  # [entries, len(axes)], distinct
     new: NewExtremes,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the codes of ``array`` and the scales of ``blocks``, grown to hold new extremes.
 
-    Blocks in which nothing was written get their fresh scales. The others keep theirs if these cover the new
-    values; those that do not are fitted again, and their codes requantized. That is a loop over chunks, since
-    most writes grow few blocks and a fresh page grows none.
+    Blocks whose scale is 0, to which nothing but zeros was written, get their fresh scales. The others keep
+    theirs if these cover the new values; else they are fitted again, and their codes requantized.
+    Requantizing is a loop over chunks, since most writes grow few blocks and a fresh page grows none.
     """
     old = gather_rows(array.block_scales, axes, blocks)
     in_use = old != 0
     grows = in_use & ~growth_rule(array).covers(old, new.low, new.high)
     growing = _growing_blocks(grows)
+    # Gathers fill and scatters drop what is past the end.
     past_end = jnp.array([array.block_scales.shape[axis] for axis in axes], jnp.int32)
 
     def requantize_chunk(step: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         codes, scales = state
-        row = growing.of_step(step)
-        in_chunk = (row < len(blocks))[:, None]
-        block_index = jnp.where(in_chunk, blocks.at[row].get(mode="clip"), past_end)
+        entry = growing.of_step(step)
+        is_padding = (entry == len(blocks))[:, None]
+        block_index = jnp.where(is_padding, past_end, blocks.at[entry].get(mode="clip"))
         windows = gather_blocks(codes, axes, array.block, block_index)
-        windows, grown = _grow_windows(array, axes, windows, scales, grows, new, row)
+        windows, grown = _grow_windows(array, axes, windows, scales, grows, new, entry)
         codes = scatter_blocks(codes, axes, array.block, block_index, windows)
-        return codes, scales.at[row].set(grown, mode="drop")
+        return codes, scales.at[entry].set(grown, mode="drop")
 
     state = array.codes, jnp.where(in_use, old, new.fresh_scales)
     return lax.fori_loop(jnp.int32(0), growing.steps, requantize_chunk, state)
 
 
 def _growing_blocks(grows: jax.Array) -> GrowingBlocks:
-    """Return which rows have any block that grows."""
+    """Return the entries of which any block grows, in chunks: few if all grow, and short if few do."""
     any_grows = grows.reshape(len(grows), -1).any(axis=1)
-    rows = len(any_grows)
-    chunk = min(rows, max(MIN_CHUNK, rows // 8))
-    padded = -(-rows // chunk) * chunk
+    entries = len(any_grows)
+    chunk = min(entries, max(MIN_CHUNK, entries // 8))
+    padded = -(-entries // chunk) * chunk
     target = jnp.where(any_grows, jnp.cumsum(any_grows, dtype=jnp.int32) - 1, padded)
-    chosen = jnp.full(padded, rows, jnp.int32)
-    chosen = chosen.at[target].set(jnp.arange(rows, dtype=jnp.int32), mode="drop")
+    chosen = jnp.full(padded, entries, jnp.int32)
+    chosen = chosen.at[target].set(jnp.arange(entries, dtype=jnp.int32), mode="drop")
     steps = (jnp.sum(any_grows, dtype=jnp.int32) + chunk - 1) // chunk
     return GrowingBlocks(chosen, steps, chunk)
 
@@ -100,32 +103,34 @@ def _grow_windows(
     array: QuantizedArray,
     axes: Axes,
     windows: jax.Array,  # [chunk, *window]
-    scales: jax.Array,
-    grows: jax.Array,
+    scales: jax.Array,  # [entries, *scales of the kept axes]
+    grows: jax.Array,  # as scales, bool
     new: NewExtremes,
-    row: jax.Array,  # [chunk]
+    entry: jax.Array,  # [chunk]
 ) -> tuple[jax.Array, jax.Array]:
     """Return the codes and scales of a chunk of windows, requantized where they grow."""
 
-    def grow_one(window, old, grows, low, high):
+    def grow_one(
+        window: jax.Array, old: jax.Array, grows: jax.Array, low: jax.Array, high: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         return _grow_window(array, axes, window, old, grows, low, high)
 
-    old = scales.at[row].get(mode="clip")
-    return jax.vmap(grow_one)(windows, old, grows[row], new.low[row], new.high[row])
+    old = scales.at[entry].get(mode="clip")  # padding reads the last entry, and is dropped when it is written
+    return jax.vmap(grow_one)(windows, old, grows[entry], new.low[entry], new.high[entry])
 
 
 def _grow_window(
     array: QuantizedArray,
     axes: Axes,
-    window: jax.Array,
-    old: jax.Array,
+    window: jax.Array,  # a block's extents along axes, everything along the others
+    old: jax.Array,  # [*scales of the kept axes], and so the next three
     grows: jax.Array,
     low: jax.Array,
     high: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return one window of blocks with those that grow requantized under new scales, the others left.
+    """Return one window, with the blocks in it that grow requantized under new scales.
 
-    Left are blocks that cover the new values, and, beside them, those that nothing was written to.
+    Blocks whose scale covers the new values stay as they are, and so do those that nothing is written to.
     """
     quantizer, rule = array.quantizer, growth_rule(array)
     codes = unpack(window, quantizer.bits, array.channel_axis, quantizer.code_dtype(array.dtype))
@@ -143,8 +148,8 @@ def _grow_window(
 
 def grow_page_scales(
     array: QuantizedArray,
-    pages: jax.Array,  # [rows]
-    old: jax.Array,  # [rows, kv_heads, channels or 1]
+    pages: jax.Array,  # [entries], each one block along the slots
+    old: jax.Array,  # [entries, kv_heads, channels or 1]
     new: NewExtremes,
 ) -> jax.Array:
     """Return the scales that :func:`grow_blocks` would; a kernel requantizes the codes."""
@@ -153,10 +158,10 @@ def grow_page_scales(
     growing = _growing_blocks(grows)
 
     def fit_chunk(step: jax.Array, scales: jax.Array) -> jax.Array:
-        row = growing.of_step(step)
-        windows = gather_page_windows(array, pages.at[row].get(mode="clip"))
-        _, grown = _grow_windows(array, (1, 2), windows, scales, grows, new, row)
-        return scales.at[row].set(grown, mode="drop")
+        entry = growing.of_step(step)
+        windows = gather_page_windows(array, pages.at[entry].get(mode="clip"))
+        _, grown = _grow_windows(array, (1, 2), windows, scales, grows, new, entry)
+        return scales.at[entry].set(grown, mode="drop")
 
     scales = jnp.where(in_use, old, new.fresh_scales)
     return lax.fori_loop(jnp.int32(0), growing.steps, fit_chunk, scales)

@@ -15,6 +15,7 @@ from qpaged.arrays._gather import gather
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._repeated import Repeated
 from qpaged.arrays._reshape import reshape
+from qpaged.arrays._writes import is_writable
 from qpaged.implicit import primitive_handler, provider
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def _dot_both(primitive, lhs: QuantizedArray, rhs: QuantizedArray, *, dimension_
 
 @primitive_handler("dynamic_update_slice")
 def _update(primitive, array: QuantizedArray, update: Operand, *start: Operand, **params):
-    if not _is_writable(array):
+    if not is_writable(array):
         return NotImplemented
     return _or_not_implemented(_windows.dynamic_update_slice(array, update, start))
 
@@ -191,14 +192,9 @@ def _update(primitive, array: QuantizedArray, update: Operand, *start: Operand, 
 def _scatter(
     primitive, array: QuantizedArray, index: Operand, updates: Operand, *, dimension_numbers, mode, **params
 ):
-    if not _is_writable(array):
+    if not is_writable(array):
         return NotImplemented
     return _or_not_implemented(_windows.scatter(array, index, updates, dimension_numbers, mode))
-
-
-def _is_writable(array: QuantizedArray) -> bool:
-    """Return True if the array is as its format stores it, and not one that a lazy read made."""
-    return array.quantizer.writable and array.offset is None
 
 
 def _is_scalar(factor: Operand, array: QuantizedArray) -> bool:

@@ -18,13 +18,13 @@ from qpaged.implicit import ImplicitArray, aux_field
 
 
 class BlockParts(NamedTuple):
-    """What an array stores for each block beside its codes; None for what its format does not have.
+    """What an array stores for each block, beside the codes. A part that the format does not have is None.
 
     Attributes:
-        scales: as many axes as the codes, as long as there are blocks along each.
-        global_scale: second-level scales, one for all the scales along the channel axis.
-        offset: float32, in the shape of ``scales``: what read-only arrays add to each block. None where the
-            stored scale carries the offset itself.
+        scales: one axis for each of the codes'; its length is the number of blocks along that axis.
+        global_scale: second-level scales, in the shape of ``scales`` with 1 along the channel axis.
+        offset: float32, in the shape of ``scales``: what arrays made by lazy reads add to each block. None
+            where the quantizer derives it from the stored scale, or there is none.
     """
 
     scales: jax.Array | None
@@ -37,24 +37,22 @@ class BlockParts(NamedTuple):
         return BlockParts(*changed)
 
 
-@dataclass(repr=False, kw_only=True)
+@dataclass(eq=False, repr=False, kw_only=True)
 class QuantizedArray(ImplicitArray):
     """An array held as integer codes and one scale per block: x̂ = decode(codes) · scale (+ offset).
 
     Attributes:
         stored: the codes as they lie in memory, ``slots_per_row`` slots to a row; :attr:`codes` has them in
             the logical shape.
-        scales: what is stored per block, as many axes as ``codes``; None where a format has none.
-        global_scale: second-level scales, one for all the scales along the channel axis; None for most
-            formats.
-        offset: one float32 offset per block, in the shape of ``scales``, in arrays that lazy reads make;
-            None where the stored scale says it all.
+        scales: one for each block; see :class:`BlockParts`.
+        global_scale: the second level of scales; see :class:`BlockParts`.
+        offset: of arrays made by lazy reads; see :class:`BlockParts`.
         quantizer: static; says how codes and scales are read and written.
         channel_axis: static; the axis of the channels (head_dim), counted from the end, so that an axis that
             ``vmap`` adds in front does not move it. It matters to formats that pack codes or transform
             channels, and stays -1 for the others.
-        slots_per_row: static; 1 but for the pools of a cache, whose rows fill the lanes of a TPU. The
-            channels are last there, and the slots before them, with nothing between that ``vmap`` adds.
+        slots_per_row: static; 1 but for the pools of a cache, whose rows fill the lanes of a TPU. There the
+            channels are the last axis and the slots the one before, also under ``vmap``.
         dtype: static; the logical floating-point dtype.
 
     The logical ``shape`` and the ``block`` shape follow from the children, so they stay right inside vmap,
@@ -65,12 +63,13 @@ class QuantizedArray(ImplicitArray):
     scales: jax.Array | None
     global_scale: jax.Array | None = None
     offset: jax.Array | None = None
+    # Always given; a default only because the fields of the base class have one.
     quantizer: ArrayFormat = aux_field(default=None)  # type: ignore[assignment]  # noqa: RUF009
     channel_axis: int = aux_field(default=-1)
     slots_per_row: int = aux_field(default=1)
 
     def __post_init__(self) -> None:
-        """Infer nothing: the shape is the codes', and the dtype is given."""
+        """Do nothing, where the base class would trace ``materialize`` to infer the shape and the dtype."""
 
     @property  # type: ignore[misc]  # in place of a field, as the base class allows
     def shape(self) -> tuple[int, ...]:
@@ -83,7 +82,7 @@ class QuantizedArray(ImplicitArray):
 
     @property
     def ndim(self) -> int:
-        return len(self.stored.shape)
+        return len(self.stored.shape)  # lane rows merge slots and channels, and keep the number of axes
 
     @property
     def size(self) -> int:
@@ -91,7 +90,7 @@ class QuantizedArray(ImplicitArray):
 
     @property
     def codes(self) -> jax.Array:
-        """Integers, in the logical shape; those of fewer than 8 bits several to a byte along the channels."""
+        """Integers (..., slots, width), out of their lane rows; those of 4 or 2 bits are still packed."""
         return from_lane_rows(self.stored, self.slots_per_row)
 
     @property
@@ -123,7 +122,7 @@ class QuantizedArray(ImplicitArray):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and offsets."""
+        """Bytes of all children."""
         return sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(self))
 
     def __repr__(self) -> str:
@@ -153,9 +152,9 @@ class QuantizedArray(ImplicitArray):
         slots_per_row: int | None = None,
         dtype: DTypeLike | None = None,
     ) -> "QuantizedArray":
-        """Return an array of other children, and of this one's static data but for what is given.
+        """Return an array with these codes and parts; the static data is this array's, unless given.
 
-        Codes of this array's own shape are stored in rows as its are; those of another shape are not.
+        Codes of this array's shape are put into lane rows as this array's are.
         """
         if slots_per_row is None:
             same_shape = tuple(codes.shape) == slot_shape(self.stored.shape, self.slots_per_row)
@@ -175,14 +174,17 @@ class QuantizedArray(ImplicitArray):
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Return the values as ``dtype``: computed in float32, rounded once, clipped to what is finite."""
-        if self.scales is None or self.size == 0:
+        if (
+            self.scales is None or self.size == 0
+        ):  # the codes are the bits of values: nothing to scale or clip
             return self.values(self.dtype).astype(dtype)
         values = split_blocks(self.values(jnp.float32), self.scales.shape)
         factors, offset = self.multipliers(), self.block_offset()
         if offset is None:
             x = values * expand_scales(factors)
         else:
-            # The product may be too large for float32 where the sum is not: both are brought down before it.
+            # A product may be too large for float32 where its sum with the offset is not, so both are
+            # quartered first. Small factors cannot overflow, and might become subnormal.
             down = jnp.where(jnp.abs(factors) > 1, jnp.float32(0.25), jnp.float32(1))
             x = values * expand_scales(factors * down) + expand_scales(offset * down)
             x = x / expand_scales(down)
@@ -190,17 +192,21 @@ class QuantizedArray(ImplicitArray):
         if self.quantizer.transform is not None:
             x = self.quantizer.transform.inverse(x, self.channel_axis)
         largest = jnp.float32(jnp.finfo(dtype).max)
-        # A stored infinity, and the NaN of a read past the end, stay what they are.
+        # An overflow saturates. A code that is infinite or NaN itself, as of fp8, stays what it is; so does
+        # the NaN scale of a read past the end, which the clip passes on.
         finite = jnp.isfinite(values).reshape(self.shape)
         return jnp.where(finite, jnp.clip(x, -largest, largest), x).astype(dtype)
 
     def values(self, dtype: DTypeLike) -> jax.Array:
-        """Return the codes as numbers in units of their scale; exact in bfloat16 and wider dtypes."""
+        """Return the codes as numbers in units of their scale, exact in bfloat16 and wider dtypes.
+
+        Without scales these are the values themselves, rounded to ``dtype``.
+        """
         decoded_as = self.dtype if self.scales is None else dtype
         return self.quantizer.decode(self.unpacked(), decoded_as).astype(dtype)
 
     def unpacked(self) -> jax.Array:
-        """Return the codes, one an element, in the logical shape."""
+        """Return one code per element, in the logical shape."""
         code_dtype = self.quantizer.code_dtype(self.dtype)
         return unpack(self.codes, self.quantizer.bits, self.channel_axis, code_dtype)
 

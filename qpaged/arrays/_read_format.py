@@ -25,12 +25,12 @@ class ReadFormat:
 
     Attributes:
         source: the format that the codes were written in.
-        dtypes: the dtypes that values pass through, the first the one that the codes were made for; empty
-            where the array's own dtype is the one.
-        unpacked: codes are one an element.
-        untransformed: the array stands for what its blocks hold, its channels still transformed.
-        float_scales: scales are float32 factors, offsets a part of their own, and neither is stored.
-        integer_codes: codes stand for the integers that they are.
+        dtypes: the dtypes that values are cast through in order, from the one that the codes were written
+            for; empty if that is the array's own.
+        unpacked: there is one code per element.
+        untransformed: values are left in the transformed channels.
+        float_scales: scales are float32 factors, and offsets a part of their own, instead of the stored form.
+        integer_codes: a code decodes to its own integer value.
     """
 
     source: ArrayFormat
@@ -85,26 +85,26 @@ class ReadFormat:
     def decode(self, codes: jax.Array, dtype: DTypeLike) -> jax.Array:
         if self.integer_codes:
             return codes.astype(dtype)
-        made_for, *then = (*self.dtypes, dtype)
-        values = self.source.decode(codes, made_for)
-        for next_dtype in then:
+        casts = (*self.dtypes, dtype)
+        values = self.source.decode(codes, casts[0])
+        for next_dtype in casts[1:]:
             values = values.astype(next_dtype)
         return values
 
     def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
-        raise TypeError(_read_only(self))
+        raise TypeError(_read_only_message(self))
 
     def encode(self, units: jax.Array) -> jax.Array:
-        raise TypeError(_read_only(self))
+        raise TypeError(_read_only_message(self))
 
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
-        raise TypeError(_read_only(self))
+        raise TypeError(_read_only_message(self))
 
     def __str__(self) -> str:
         return str(self.source)
 
 
-def _read_only(quantizer: ReadFormat) -> str:
+def _read_only_message(quantizer: ReadFormat) -> str:
     return f"arrays that were read from {quantizer.source} pages cannot be written to; write to the pages."
 
 
@@ -118,25 +118,23 @@ def channels_matter(array: QuantizedArray) -> bool:
 
 
 def unpack_codes(array: QuantizedArray) -> QuantizedArray:
-    """Return the array with its codes one an element."""
+    """Return the array with one code per element, for a format without transform."""
     if array.codes_per_byte == 1:
         return array
+    # Such an array does not depend on its channel axis, which is then -1.
     quantizer = replace(_as_read_format(array.quantizer), unpacked=True)
     return array.like(array.unpacked(), array.parts, quantizer=quantizer, channel_axis=-1)
 
 
 def free_channels(array: QuantizedArray) -> QuantizedArray | None:
-    """Return the array with its codes one an element, so that channels can be cut apart.
-
-    None where they cannot, because a transform mixes them.
-    """
+    """Return :func:`unpack_codes` of the array, to cut channels apart; None if a transform mixes them."""
     return unpack_codes(array) if array.quantizer.transform is None else None
 
 
 def split_bytes(array: QuantizedArray) -> list[QuantizedArray] | None:
-    """Return an array for each code of a byte, which holds every so many channels.
+    """Return an array per byte index, the one of index i with channels i, i + codes_per_byte, and so on.
 
-    None where a byte is one code, or where blocks do not have the same channels at each.
+    None where a byte is one code, or where the extent of blocks is no multiple of the codes in a byte.
     """
     codes_per_byte, axis = array.codes_per_byte, array.channels
     extent = array.block[axis]
@@ -172,6 +170,7 @@ def multiply_by_scalar(array: QuantizedArray, factor: jax.Array) -> QuantizedArr
     factor = jnp.asarray(factor).astype(jnp.float32)
     if array.scales is None:
         quantizer = _as_read_format(array.quantizer)
+        # The codes decode as the dtype that they had, and only then meet the factor.
         dtypes = (*quantizer.dtypes, jnp.dtype(array.dtype))
         scales = jnp.ones((1,) * array.ndim, jnp.float32) * factor
         quantizer = replace(quantizer, dtypes=dtypes, float_scales=True)
@@ -185,14 +184,14 @@ def convert(array: QuantizedArray, dtype: DTypeLike) -> QuantizedArray:
     dtype = jnp.dtype(dtype)
     quantizer = array.quantizer
     if array.scales is None or not quantizer.writable:
-        # What such codes stand for depends on the dtype that the array had.
+        # Codes without scales, and codes of an earlier read, decode by the dtype that the array had.
         quantizer = _as_read_format(quantizer)
         quantizer = replace(quantizer, dtypes=(*quantizer.dtypes, jnp.dtype(array.dtype)))
     return array.like(array.codes, array.parts, quantizer=quantizer, dtype=dtype)
 
 
 def untransformed(array: QuantizedArray) -> QuantizedArray:
-    """Return the array of what the blocks of ``array`` hold, without inverting the transform."""
+    """Return the array with its channels left transformed, as its blocks hold them."""
     if array.quantizer.transform is None:
         return array
     quantizer = replace(_as_read_format(array.quantizer), untransformed=True)
@@ -200,7 +199,7 @@ def untransformed(array: QuantizedArray) -> QuantizedArray:
 
 
 def with_integer_codes(array: QuantizedArray, codes: jax.Array, parts: BlockParts) -> QuantizedArray:
-    """Return an array of ``codes`` that stand for the integers that they are."""
+    """Return an array of ``codes`` that decode to their own integer values."""
     return array.like(codes, parts, quantizer=replace(_as_read_format(array.quantizer), integer_codes=True))
 
 
@@ -210,7 +209,11 @@ def stored_bits(quantizer: ArrayFormat) -> int:
 
 
 def nan_code_and_scale(array: QuantizedArray) -> tuple[int, float | int | None] | None:
-    """Return a code and a scale that read as NaN; None where the stored scales have no such value."""
+    """Return a code and a scale that read as NaN; None if no stored scale does.
+
+    The scale is None for a format without scales. With scales the code is 0, since every code decodes to a
+    number or NaN, and NaN times either is NaN.
+    """
     if array.scales is not None:
         scale = array.quantizer.nan_scale
         return None if scale is None else (0, scale)
@@ -221,10 +224,10 @@ def nan_code_and_scale(array: QuantizedArray) -> tuple[int, float | int | None] 
 
 
 def transform_adjoint(transform: TransformRule, x: jax.Array, axis: int) -> jax.Array:
-    """Return what gives the products with transformed channels that ``x`` gives with plain ones.
+    """Return Mᵀ x, whose dot products with what blocks hold are those of ``x`` with the values.
 
     With values x̂ = M y, where y is what blocks hold and M the inverse of the transform, q·x̂ = (Mᵀ q)·y.
     """
-    wide = x.astype(jnp.float32)
-    (adjoint,) = jax.linear_transpose(lambda y: transform.inverse(y, axis), wide)(wide)
+    x_float32 = x.astype(jnp.float32)
+    (adjoint,) = jax.linear_transpose(lambda y: transform.inverse(y, axis), x_float32)(x_float32)
     return adjoint.astype(x.dtype)

@@ -1,11 +1,12 @@
 """The dot of a plain operand and codes with float32 scales: where the scales are multiplied in.
 
-Along each axis of the quantized operand there is one block, or there are several, with a scale each. Several
-along axes that the result keeps: the result is multiplied. Several along contracted axes alone: the other
-operand is. Both at once (a scale per page and channel, or per group of channels), or so many rows that the
-codes are fewer than what else would be multiplied: the codes are.
+Scales vary along axes with several blocks. If those are kept by the result, or batched over, the result is
+multiplied. If they are contracted, the other operand is. If there are both kinds (a scale per page and
+channel, or per group of channels), or if the codes have fewer elements than what would be multiplied instead,
+the codes are.
 
-On CPU, codes that are integers meet a bfloat16 operand as such: see :mod:`qpaged.arrays._integer_dot`.
+Codes that are integers meet a bfloat16 operand as such where that is faster, on CPU: see
+:mod:`qpaged.arrays._integer_dot`.
 """
 
 import math
@@ -22,11 +23,15 @@ from qpaged.arrays._blocks import expand_scales, refine, split_blocks
 from qpaged.arrays._quantized import QuantizedArray
 
 DimensionNumbers: TypeAlias = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
-Params: TypeAlias = dict[str, Any]  # of the dot_general primitive, beside the ones named here
+Params: TypeAlias = dict[str, Any]  # of dot_general, but for dimension numbers and preferred element type
 
 
 class DotAxes(NamedTuple):
-    """Which axes of two operands a dot contracts and which it batches over, pair by pair."""
+    """Which axes of two operands a dot contracts and which it batches over, pair by pair.
+
+    ``contract`` and ``batch`` are axes of the quantized operand, ``other_contract`` and ``other_batch`` the
+    axes of the plain one in the same order.
+    """
 
     other_contract: tuple[int, ...]
     contract: tuple[int, ...]
@@ -54,7 +59,7 @@ class DotAxes(NamedTuple):
 
 
 def scaled_dot(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: Params) -> jax.Array:
-    """Return the dot in float32, for an array of float32 scales and, it may be, offsets."""
+    """Return the dot in float32, for an array from :func:`with_float_scales`, which may have offsets."""
     scaled_axes = [axis for axis, count in enumerate(array.block_scales.shape) if count > 1]
     contracted = [axis for axis in scaled_axes if axis in axes.contract]
     kept = [axis for axis in scaled_axes if axis in axes.kept(array.ndim)]
@@ -62,7 +67,7 @@ def scaled_dot(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: P
         out = _dot_scaled_codes(other, array, axes, params)
     else:
         if other.dtype == jnp.bfloat16:
-            array = _integer_dot.as_integers(array)
+            array = _integer_dot.as_integers(array)  # which may add an offset
         if contracted:
             out = _dot_scaled_other(other, array, axes, params)
         else:
@@ -75,7 +80,7 @@ def scaled_dot(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: P
 def _codes_are_fewer(
     other: jax.Array, array: QuantizedArray, axes: DotAxes, scaled_axes: Sequence[int]
 ) -> bool:
-    """Return True if scaling each row of the other operand, or of the result, costs more than the codes."""
+    """Return True if a row of scales for each row of the plain operand is more than the codes to scale."""
     rows = other.size // _count(array, axes.contract + axes.batch)
     return rows * _count(array, scaled_axes) > _count(array, axes.contract + axes.kept(array.ndim))
 
@@ -93,7 +98,7 @@ def _dot_codes(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: P
 
 
 def _scale_result(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: Params) -> jax.Array:
-    """Return the dot with the codes, each element times the scale of its kept and batch axes."""
+    """Return the dot with the codes, times the scales: [*batch, *free of the plain operand, *kept]."""
     order = (*axes.batch, *axes.kept(array.ndim))
     factors = _refine_along(array.block_scales, array, order)
     factors = lax.transpose(factors, (*order, *axes.contract))
@@ -110,15 +115,17 @@ def _dot_scaled_other(other: jax.Array, array: QuantizedArray, axes: DotAxes, pa
     factors = _refine_along(array.block_scales, array, shared)
     factors = lax.squeeze(factors, axes.kept(array.ndim))
     partners = dict(zip(shared, axes.other_contract + axes.other_batch, strict=True))
+    # Factors have one axis for each shared one, in the array's order: bring them to the other operand's.
     other_axes = [partners[axis] for axis in sorted(shared)]
-    factors = lax.transpose(factors, sorted(range(len(other_axes)), key=other_axes.__getitem__))
+    order = sorted(range(len(other_axes)), key=lambda position: other_axes[position])
+    factors = lax.transpose(factors, order)
     factors = lax.expand_dims(factors, [axis for axis in range(other.ndim) if axis not in other_axes])
     scaled = (other.astype(jnp.float32) * factors).astype(_scaled_dtype(other))
     return _dot_codes(scaled, array, axes, params)
 
 
 def _dot_scaled_codes(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: Params) -> jax.Array:
-    """Return the dot with the codes scaled, and rounded to the dtype of the other operand, before it."""
+    """Return the dot with the codes, scaled and rounded to the other operand's dtype first."""
     values = split_blocks(array.values(jnp.float32), array.block_scales.shape) * expand_scales(
         array.block_scales
     )
@@ -151,13 +158,13 @@ def _dot_offset(other: jax.Array, array: QuantizedArray, axes: DotAxes) -> jax.A
         offset = refine(offset, axis, array.block[axis])
     out = lax.dot_general(summed, offset, axes.numbers, precision="highest")
     kept = axes.kept(array.ndim)
-    for position, axis in enumerate(kept):
+    for position, axis in enumerate(kept):  # the elements of a block share its offset
         out = refine(out, out.ndim - len(kept) + position, array.block[axis])
     return out
 
 
 def _refine_along(scales: jax.Array, array: QuantizedArray, axes: Sequence[int]) -> jax.Array:
-    """Return one scale for every element along those of ``axes`` that have several."""
+    """Return scales repeated to one per element along ``axes``; axes with a single scale stay 1."""
     for axis in axes:
         if scales.shape[axis] > 1:
             scales = refine(scales, axis, array.block[axis])

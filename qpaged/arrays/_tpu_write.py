@@ -2,7 +2,7 @@
 
 XLA would copy the pool to grow codes, or to write slots that share a row of lanes. The kernel of
 :mod:`qpaged.arrays._tpu_write_kernel` brings a few pages at a time to fast memory, with the rows that go to
-them; each is copied in once and out once.
+them; each page is copied in once and out once.
 """
 
 from typing import NamedTuple
@@ -16,9 +16,9 @@ from qpaged.arrays._lane_rows import LANES, from_lane_rows
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._tpu_scales import ScaleOrder
 
-PAGES_AT_ONCE = 8  # pages in fast memory, and rows of each that come along
-LARGEST_PAGE = 2**19  # bytes of all heads
-MOST_ROWS = 2**16  # the kernel keeps the slots of rows in SMEM, which has 1 MB
+PAGES_AT_ONCE = 8  # pages in VMEM; also the rows of each that are copied at a time
+LARGEST_PAGE = 2**19  # bytes of one page, all heads: eight of them must fit VMEM
+MOST_ROWS = 2**16  # slots, pages and row starts, int32 and as many each, must fit SMEM, which has 1 MB
 
 
 class ScalesOfPages(NamedTuple):
@@ -34,13 +34,13 @@ class ScalesOfPages(NamedTuple):
 
 
 def takes(array: QuantizedArray, axes: tuple[int, ...], rows: int) -> bool:
-    """Return True if the kernel writes so many rows to (page, slot) of a pool."""
+    """Return True if the kernel can write so many rows at (page, slot) of the array."""
     if array.ndim != 4 or axes != (1, 2) or not has_pallas_tpu():
         return False
     if array.channel_axis != -1 or rows > MOST_ROWS:
         return False
     heads, _, page_size, channels = array.shape
-    width = channels // array.codes_per_byte
+    width = channels // array.codes_per_byte  # stored elements of a slot
     fills_lanes = width % LANES == 0 or LANES % width == 0
     if not fills_lanes or page_size % 16:
         return False
@@ -72,11 +72,11 @@ def write(
 
     Args:
         array: the pool.
-        pages: distinct pages, ascending, out of range where there are no more.
-        page_of_row: the index among these of the page that each row goes to.
+        pages: distinct pages in range, ascending, and then entries past the end.
+        page_of_row: for each row, the index of its page in ``pages``.
         slots: the slot that each row goes to; out of range is dropped.
-        rows: of rows to one slot the last stays.
-        scales: of the pages; None leaves the codes as they are.
+        rows: where several go to one slot, the last counts.
+        scales: old and new scales of ``pages``; None leaves the codes as they are.
     """
     from qpaged.arrays import _tpu_write_kernel  # imports Pallas, which takes a second
 
@@ -86,7 +86,7 @@ def write(
     codes = array.stored.reshape(heads, num_pages, page_size * width // lanes, lanes)
 
     inside = (pages >= 0) & (pages < num_pages)
-    order = jnp.argsort(page_of_row)  # stable, so that of rows to one slot the last stays last
+    order = jnp.argsort(page_of_row, stable=True)  # of rows to one slot the last stays last
     page_numbers = jnp.arange(len(pages) + 1, dtype=jnp.int32)
     row_starts = jnp.searchsorted(page_of_row[order], page_numbers, method="compare_all").astype(jnp.int32)
     padding = -len(pages) % PAGES_AT_ONCE
@@ -94,8 +94,8 @@ def write(
     if scales is not None:
         for part in scales:
             lane_scales.append(_scales_of_lanes(part, array.codes_per_byte, width, lanes, padding))
-    rows = jnp.tile(rows[order], lanes // width)
-    rows = jnp.pad(rows, ((0, PAGES_AT_ONCE), (0, 0), (0, 0)))
+    rows = jnp.tile(rows[order], lanes // width)  # into the lanes of every slot of a row
+    rows = jnp.pad(rows, ((0, PAGES_AT_ONCE), (0, 0), (0, 0)))  # copies may run past the last row
     pages = jnp.pad(jnp.where(inside, pages, -1), (0, padding), constant_values=-1)
     row_starts = jnp.pad(row_starts, (0, padding), mode="edge")
 
@@ -118,7 +118,11 @@ def _scales_of_lanes(
     lanes: int,
     padding: int,
 ) -> jax.Array:
-    """Return stored scales as (n + padding, kv_heads, codes_per_byte * lanes), byte index by byte index."""
+    """Return stored scales as (n + padding, kv_heads, codes_per_byte * lanes).
+
+    The lanes of byte index i come i-th; lane l of them has the scale of channel (l % width) * codes_per_byte
+    + i.
+    """
     n, heads = scales.shape[:2]
     of_channels = jnp.broadcast_to(scales, (n, heads, 1, width * codes_per_byte))
     of_bytes = of_channels.reshape(n, heads, width, codes_per_byte).swapaxes(-1, -2)
@@ -127,7 +131,7 @@ def _scales_of_lanes(
 
 
 def gather_pages(part: jax.Array, pages: jax.Array) -> jax.Array:
-    """Return (n, kv_heads, ...) of ``pages`` (n,); zeros where out of range."""
+    """Return the pages (n, kv_heads, ...) of a pool's part at ``pages`` (n,); zeros where out of range."""
     flat, index = _pages_of_each_head(part, pages)
     return flat.at[index].get(mode="fill", fill_value=0)
 
@@ -135,7 +139,7 @@ def gather_pages(part: jax.Array, pages: jax.Array) -> jax.Array:
 def gather_page_windows(array: QuantizedArray, pages: jax.Array) -> jax.Array:
     """Return the codes (n, kv_heads, 1, page_size, width) of ``pages`` (n,)."""
     rows = gather_pages(array.stored, pages)
-    return jnp.expand_dims(from_lane_rows(rows, array.slots_per_row), 2)
+    return jnp.expand_dims(from_lane_rows(rows, array.slots_per_row), 2)  # a window is one page long
 
 
 def scatter_pages(part: jax.Array, pages: jax.Array, new: jax.Array) -> jax.Array:
@@ -147,7 +151,7 @@ def scatter_pages(part: jax.Array, pages: jax.Array, new: jax.Array) -> jax.Arra
 def _pages_of_each_head(part: jax.Array, pages: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return a pool's part as (kv_heads * pages, ...), and the indices (n, kv_heads) of pages in it.
 
-    XLA finds slices of one head where they lie; for those of all heads it would bring the whole pool into
+    XLA gathers slices of one head in place; for slices of all heads it would bring the whole pool into
     another layout.
     """
     heads, num_pages = part.shape[:2]

@@ -43,26 +43,28 @@ class WriteCall:
 
 @dataclass(frozen=True)
 class WriteRefs:
-    """The references of one call: page numbers in SMEM, arrays in HBM, and their buffers in VMEM.
+    """The references of one call: indices in SMEM, arrays in HBM, and their buffers in VMEM.
 
     Attributes:
         pages: [padded n] int32; -1 where there is no page.
         row_starts: [padded n + 1] int32; where the rows of each page begin.
         slots: [rows] int32; the slot of each row.
-        num_pages: [1] int32; how many pages there are.
+        num_written: [1] int32; how many pages are written to.
         rows: [padded rows, kv_heads, lanes].
         scales: old and new, [padded n, kv_heads, codes_per_byte * lanes]; none where codes stay.
-        codes: [kv_heads, pages, page_rows, lanes]; the output, aliased to the pool.
+        codes: [kv_heads, num_pages, page_rows, lanes], with a page's rows of lanes; the output, aliased to
+            the pool.
         page_buffer: [pages_at_once, kv_heads, page_rows, lanes].
-        row_buffer: [pages_at_once, pages_at_once, kv_heads, lanes].
+        row_buffer: [pages_at_once, pages_at_once, kv_heads, lanes]: so many rows of each page.
         scale_buffers: one for each of ``scales``, [pages_at_once, ...].
-        semaphores: of the copies of pages, of rows and of scales.
+        semaphores: of the copies of pages, of rows and of scales. Copies of one kind share a semaphore, so
+            all of them are waited for before any page is read.
     """
 
     pages: Ref
     row_starts: Ref
     slots: Ref
-    num_pages: Ref
+    num_written: Ref
     rows: Ref
     scales: Sequence[Ref]
     codes: Ref
@@ -96,8 +98,8 @@ def write(
     pages: jax.Array,  # [padded n] int32
     row_starts: jax.Array,  # [padded n + 1] int32
     slots: jax.Array,  # [rows] int32
-    num_pages: jax.Array,  # [1] int32
-    codes: jax.Array,  # [kv_heads, pages, page_rows, lanes]
+    num_written: jax.Array,  # [1] int32
+    codes: jax.Array,  # [kv_heads, num_pages, page_rows, lanes]
     rows: jax.Array,  # [padded rows, kv_heads, lanes]
     scales: Sequence[jax.Array],  # old and new, [padded n, kv_heads, codes_per_byte * lanes], or none
 ) -> jax.Array:
@@ -110,20 +112,22 @@ def write(
         *(pltpu.VMEM((at_once, *part.shape[1:]), part.dtype) for part in scales),
     ]
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    scalars = pages, row_starts, slots, num_pages
+    scalars = pages, row_starts, slots, num_written
+    inputs = codes, rows, *scales
     return pl.pallas_call(
         functools.partial(_kernel, call, len(scales)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(1,),
-            in_specs=[in_hbm] * len(buffers),
+            in_specs=[in_hbm] * len(inputs),
             out_specs=in_hbm,
             scratch_shapes=[*buffers, pltpu.SemaphoreType.DMA((3,))],
         ),
-        out_shape=kernel_output(codes.shape, codes.dtype, (codes, rows, list(scales), pages, slots)),
-        input_output_aliases={len(scalars): 0},
+        # Inside shard_map the output varies over the mesh as these do.
+        out_shape=kernel_output(codes.shape, codes.dtype, (inputs, pages, slots)),
+        input_output_aliases={len(scalars): 0},  # of the codes
         name="write_pages",
-    )(*scalars, codes, rows, *scales)
+    )(*scalars, *inputs)
 
 
 def _kernel(
@@ -132,18 +136,19 @@ def _kernel(
     pages: Ref,
     row_starts: Ref,
     slots: Ref,
-    num_pages: Ref,
+    num_written: Ref,
     _: Ref,  # the input that ``codes`` aliases
     rows: Ref,
-    *rest: Ref,
+    *rest: Ref,  # scales, codes, and the scratch memory
 ) -> None:
-    scales, (codes, page_buffer, row_buffer, *scratch) = rest[:num_scales], rest[num_scales:]
-    *scale_buffers, semaphores = scratch
+    """Write to all pages, a group at a time."""
+    scales = rest[:num_scales]
+    codes, page_buffer, row_buffer, *scale_buffers, semaphores = rest[num_scales:]
     refs = WriteRefs(
         pages=pages,
         row_starts=row_starts,
         slots=slots,
-        num_pages=num_pages,
+        num_written=num_written,
         rows=rows,
         scales=scales,
         codes=codes,
@@ -152,7 +157,7 @@ def _kernel(
         scale_buffers=scale_buffers,
         semaphores=semaphores,
     )
-    groups = lax.div(num_pages[0] + call.pages_at_once - 1, call.pages_at_once)
+    groups = lax.div(num_written[0] + call.pages_at_once - 1, call.pages_at_once)
     lax.fori_loop(0, groups, lambda group, _: _write_group(call, refs, group * call.pages_at_once), None)
 
 
@@ -194,7 +199,7 @@ def _for_each_page(call: WriteCall, refs: WriteRefs, first: jax.Array, action: A
 
     def one(buffer_index: jax.Array, _: None) -> None:
         @pl.when(refs.pages[first + buffer_index] >= 0)
-        def is_there():
+        def run():
             action(buffer_index)
 
     lax.fori_loop(0, call.pages_at_once, one, None)
@@ -210,6 +215,7 @@ def _update_page(call: WriteCall, refs: WriteRefs, page_index: jax.Array, buffer
     start, end = refs.row_starts[page_index], refs.row_starts[page_index + 1]
 
     def put_row(row: jax.Array, stored: jax.Array) -> jax.Array:
+        # The first rows were copied with the page, and so many more come when these are used up.
         row_in_buffer = lax.rem(row - start, call.pages_at_once)
 
         @pl.when((row_in_buffer == 0) & (row > start))
@@ -248,7 +254,7 @@ def _requantize(
         before, after = old[:, None, of_index], new[:, None, of_index]
         codes = extract_codes(stored, bits, byte_index, call.code_dtype)
         grown = growth.requantize(codes, before, after)
-        # A page that nothing was written to has scale 0: its stale codes are not touched.
+        # A block that holds nothing but zeros has scale 0: its codes, which may be stale, are left.
         grown = jnp.where((before != 0) & (before != after), grown, codes).astype(jnp.int32)
         requantized |= lax.shift_left(grown & ((1 << bits) - 1), bits * byte_index)
     return requantized

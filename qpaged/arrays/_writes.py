@@ -17,15 +17,16 @@ from qpaged.arrays._quantized import BlockParts, QuantizedArray
 from qpaged.arrays._read_format import channels_matter
 from qpaged.arrays._scatter import Axes, gather_rows, group_by_block, scatter_rows
 
-PAGE_AND_SLOT: Axes = (1, 2)
+PAGE_AND_SLOT: Axes = (1, 2)  # of a pool's codes; of its scales, page and block within the page
 
 
 class TargetBlocks(NamedTuple):
     """The blocks that rows are written to.
 
     Attributes:
-        distinct: (rows, axes) int32; coordinates of each block once, past the end where there are no more.
-        of_row: (rows,) int32; the index among these of each row's.
+        distinct: (rows, axes) int32; the coordinates of each block, once and ascending. Unused entries are
+            past the end.
+        of_row: (rows,) int32; for each row, the index of its block in ``distinct``.
     """
 
     distinct: jax.Array
@@ -33,16 +34,17 @@ class TargetBlocks(NamedTuple):
 
 
 def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array], rows: Any) -> Any:
-    """Return ``array`` with ``rows`` written at ``coordinates`` along ``axes``; out of range is dropped.
+    """Return ``array`` with rows written at ``coordinates`` along ``axes``; those out of range are dropped.
 
     Args:
         array: a plain array or a :class:`QuantizedArray`.
         axes: the indexed axes, ascending.
         coordinates: one (rows,) integer array for each of ``axes``.
-        rows: (rows, *extents of the other axes in order), plain or of the same format.
+        rows: (rows, *extents of the other axes in order), plain or quantized; whole blocks of the same format
+            are moved undecoded.
 
-    A shared scale grows to fit by the quantizer's rule; the blocks it is grown under are rescaled once.
-    Cost is that of the rows and of the blocks they touch, whatever the size of ``array``.
+    A shared scale grows by the quantizer's rule until it covers the rows; the codes under it are requantized
+    once. Cost is that of the rows and of the blocks they touch, whatever the size of ``array``.
 
     Raises:
         ValueError: the format cannot be written to in such rows; :func:`takes_rows` says so beforehand.
@@ -53,6 +55,11 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
         return array
     if not isinstance(array, QuantizedArray):
         return scatter_rows(array, axes, index, jnp.asarray(rows).astype(array.dtype))
+    if not is_writable(array):
+        raise ValueError(
+            f"array must be as {array.quantizer} stores it, but came as a lazy read of such an array; "
+            f"write to the array that was read."
+        )
     if isinstance(rows, QuantizedArray):
         if are_whole_blocks(array, axes, rows):
             return scatter_parts(array, axes, index, rows)
@@ -62,7 +69,7 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
             f"array must be written in whole blocks, since scales of {array.quantizer} do not grow or its "
             f"channels go together, but blocks {array.block} are written in part; write more at once."
         )
-    rows = lax.stop_gradient(jnp.asarray(rows))
+    rows = lax.stop_gradient(jnp.asarray(rows))  # rounding has no useful derivative
     if array.scales is None:
         codes = array.quantizer.encode(rows.astype(array.dtype))
         return array.like(_put_codes(array, axes, index, codes), array.parts)
@@ -71,16 +78,23 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
     return _quantize_rows(array, axes, index, rows)
 
 
+def is_writable(array: QuantizedArray) -> bool:
+    """Return True if the array is as its format stores it, and not one that a lazy read made."""
+    return array.quantizer.writable and array.offset is None
+
+
 def takes_rows(array: QuantizedArray, axes: Sequence[int]) -> bool:
     """Return True if rows that name a coordinate along each of ``axes`` can be written."""
     quantizer = array.quantizer
-    if not quantizer.writable or array.offset is not None:
+    if not is_writable(array):
         return False
     if array.channels in axes:
+        # Single channels with scales of their own are inserted into their bytes one by one.
         splits_bytes = array.codes_per_byte > 1 and array.block[array.channels] > 1
         if quantizer.transform is not None or splits_bytes:
             return False
     covers_blocks = all(array.block[axis] == 1 for axis in axes)
+    # Growth knows one level of scales.
     return covers_blocks or (quantizer.growth is not None and array.global_scale is None)
 
 
@@ -119,7 +133,7 @@ def _quantize_rows(
     array: QuantizedArray,
     axes: Axes,
     index: jax.Array,  # [rows, len(axes)]
-    rows: jax.Array,  # [rows, *kept extents], as blocks hold them
+    rows: jax.Array,  # [rows, *kept extents], from to_block_values: finite, float32, transformed
 ) -> QuantizedArray:
     """Return ``array`` with rows written; those of one block are fitted together, duplicates included."""
     quantizer, grid = array.quantizer, array.block_scales.shape
@@ -127,6 +141,7 @@ def _quantize_rows(
     blocks = TargetBlocks(*group_by_block(block_index, tuple(grid[axis] for axis in axes)))
     kept_grid = tuple(count for axis, count in enumerate(grid) if axis not in axes)
     low, high = jax.vmap(lambda row: block_extremes(row, kept_grid))(rows)
+    # Entries without rows get infinities, and meaningless scales, which the scatter drops.
     low = jax.ops.segment_min(low, blocks.of_row, len(rows))
     high = jax.ops.segment_max(high, blocks.of_row, len(rows))
     global_shape = global_scale_shape(quantizer, kept_grid, _channel_axis_of_rows(array, axes))
@@ -177,9 +192,9 @@ def _grow_and_scatter_on_tpu(
     array: QuantizedArray, blocks: TargetBlocks, index: jax.Array, rows: jax.Array, new: NewExtremes
 ) -> tuple[jax.Array, jax.Array]:
     """Return what :func:`_grow_and_scatter` does, by the kernel that writes pages."""
-    page, block_in_page = blocks.distinct[:, 0], blocks.distinct[:, 1]
-    pages = jnp.where(block_in_page == 0, page, array.shape[1])
+    pages = blocks.distinct[:, 0]  # a page is one block along the slots; unused entries are past the end
     old = _tpu_write.gather_pages(array.block_scales, pages)
+    # [n, kv_heads, 1, channels or 1] without the axis of the slots.
     scales = grow_page_scales(array, pages, old[:, :, 0], new)
     row_codes = pack(_encode_rows(array, rows, blocks.of_row, scales), array.quantizer.bits, -1)
     new_scales = jnp.expand_dims(scales, 2)
@@ -192,7 +207,7 @@ def _put_codes(array: QuantizedArray, axes: Axes, index: jax.Array, codes: jax.A
     """Return the codes of ``array`` with ``codes``, one an element, put at ``index``."""
     if not _tpu_write.takes(array, axes, len(index)):
         return _scatter_codes(array, array.codes, axes, index, codes)
-    without_parts = array.like(array.codes, BlockParts(None))
+    without_parts = array.like(array.codes, BlockParts(None))  # all that is passed would be an operand
     return by_platform(without_parts, index, codes, default=_scatter_slots, tpu=_scatter_slots_on_tpu)
 
 
@@ -250,13 +265,13 @@ def _scatter_into_bytes(
 ) -> jax.Array:
     """Return ``codes`` with single channels written, each of which is a part of a byte.
 
-    Of the codes that share a byte one at a time is put into it, since a scatter replaces whole bytes.
+    Codes that share a byte are written in turns, since a scatter replaces whole bytes.
     """
     column, codes_per_byte = axes.index(array.channels), array.codes_per_byte
     byte_position = index.at[:, column].set(index[:, column] // codes_per_byte)
     byte_index = index[:, column] % codes_per_byte
     byte_index_of_rows = byte_index.reshape(-1, *[1] * (new.ndim - 1))
-    past_end = jnp.int32(codes.size)
+    past_end = jnp.int32(max(codes.shape))
     for turn in range(codes_per_byte):
         old = gather_rows(codes, axes, byte_position)
         changed = insert_codes(old, new, byte_index_of_rows, array.quantizer.bits)

@@ -29,8 +29,8 @@ from qpaged.attention._tpu_refs import Buffers, Index, KVRefs, KVTile, Pool, Ref
 
 def attend(
     call: TPUCall,
-    visible_range: jax.Array,  # [2 * num_q_tiles] int32, first and last visible slot; 0 and -1 for none
-    position: jax.Array,  # [num_q_tiles * q_tile] int32
+    visible_range: jax.Array,  # [2 * num_q_tiles] int32: each one's first and last visible slot, or 0 and -1
+    position: jax.Array,  # [num_q_tiles * q_tile] int32, of each query
     table: jax.Array,  # [sequences * table_pages] int32
     query: jax.Array,  # [num_q_tiles, kv_heads, codes_per_byte, q_rows, row_width]
     sinks: jax.Array | None,  # [kv_heads, q_rows, 1] float32
@@ -39,8 +39,8 @@ def attend(
 ) -> jax.Array:
     """Return the attention as [num_q_tiles, kv_heads, codes_per_byte, q_rows, row_width] float32.
 
-    Where several slots share a row, each slot's lanes hold the part of the slots that lie there:
-    :meth:`TPULayout.sum_over_slots` adds them up.
+    Where several slots share a row, the lanes of place i in the row hold the sum over the slots that lie at
+    place i: :meth:`TPULayout.sum_over_slots` adds these up.
     """
     kv_heads = keys.pages.shape[0]
     out_shape = (
@@ -80,7 +80,7 @@ def _same_for_all(array: jax.Array | None) -> pl.BlockSpec | None:
 
 
 def _in_hbm(pools: tuple[Pool, Pool]) -> Any:
-    """Return the specifications of arrays that the kernel copies from by itself."""
+    """Return specifications that leave arrays in HBM, for the kernel to copy from."""
     return jax.tree_util.tree_map(lambda _: pl.BlockSpec(memory_space=pl.ANY), pools)
 
 
@@ -114,6 +114,8 @@ def _kernel(
     _initialize_state(refs, sinks_ref)
 
     def attend_kv_tile(kv_tile_index: jax.Array, _: None) -> None:
+        # Tiles are counted over all query tiles: their two buffers alternate, also from one query tile to the
+        # next.
         buffer_index = lax.rem(state.tiles_done[0], 2)
         start_next_copies(refs, kv_tile_index, end, buffer_index)
         wait_for_copies(refs, kv_tile_index, buffer_index)
@@ -135,12 +137,16 @@ def _kernel(
         state.tiles_done[0] += 1
 
     lax.fori_loop(first, end, attend_kv_tile, None)
+    # Query rows that see nothing have a sum of 0, and give 0.
     total = jnp.where(state.row_sum[...] > 0, state.row_sum[...], 1)
-    out_ref[0] = state.acc[...] / total[:, None]
+    out_ref[0] = state.acc[...] / total[:, None]  # [kv_heads, 1, q_rows, 1]
 
 
 def _initialize_state(refs: Refs, sinks_ref: Ref | None) -> None:
-    """Set the state before the first slot: only the sinks, whose weights are exp(0) = 1."""
+    """Set the state before the first slot: empty, or the sinks.
+
+    A sink's score is the maximum so far, and so its weight exp(0) = 1.
+    """
     call, state = refs.call, refs.state
     row = lax.broadcasted_iota(jnp.int32, (call.q_rows, 1), 0)
     state.position[...] = _load_positions(refs, lax.div(row, call.q_heads_per_kv))
@@ -154,7 +160,7 @@ def _initialize_state(refs: Refs, sinks_ref: Ref | None) -> None:
 
 
 def _load_positions(refs: Refs, query_index: jax.Array) -> jax.Array:
-    """Return the positions of queries of this query tile, in the shape of ``query_index``."""
+    """Return the positions of the queries ``query_index`` of this query tile, as a vector of its shape."""
     q_tile = refs.call.q_tile
     first = refs.q_tile_index * q_tile
 
@@ -166,7 +172,7 @@ def _load_positions(refs: Refs, query_index: jax.Array) -> jax.Array:
 
 
 def _mark_visible(refs: Refs, kv: KVRefs, kv_tile_index: jax.Array) -> None:
-    """Fill the buffer ``visible`` for a tile, if there is one."""
+    """Fill the buffer ``visible`` for a tile, if the call has that buffer."""
     visible_ref, layout, call = kv.buffers.visible, kv.layout, refs.call
     if visible_ref is None:
         return
@@ -185,7 +191,8 @@ def _mark_visible(refs: Refs, kv: KVRefs, kv_tile_index: jax.Array) -> None:
 def _visible_elements(refs: Refs, kv: KVRefs, tile: KVTile) -> jax.Array:
     """Return [rows, row_width], True for the elements of slots that any query of the query tile sees.
 
-    The elements of other slots may be NaN, and zero times NaN is NaN.
+    The elements of other slots may be NaN, and zero times NaN is NaN: they are made zeros before a dot
+    product.
     """
     if kv.buffers.visible is not None:
         return kv.buffers.visible[...] > 0
@@ -208,7 +215,8 @@ def _attend_head(refs: Refs, tile: KVTile, head: jax.Array) -> None:
     for s, mask in zip(scores, masks, strict=True):
         weights.append(jnp.where(mask, jnp.exp(s - m_next), 0.0).astype(refs.query.dtype))
     state.row_max[head] = m_next
-    # The sum is of the rounded weights, which the dot product with the values uses.
+    # The sum is of the rounded weights, so that what the values are multiplied by adds up to one.
+    # (Multipliers of slots come into the weights later, and are rounded again.)
     tile_sum = _sum(w.astype(jnp.float32).sum(axis=1, keepdims=True) for w in weights)
     l_prev = state.row_sum[head]
     state.row_sum[head] = l_prev * alpha + tile_sum
@@ -217,13 +225,14 @@ def _attend_head(refs: Refs, tile: KVTile, head: jax.Array) -> None:
 
 
 def _attention_masks(refs: Refs, tile: KVTile, scores: list[jax.Array]) -> list[jax.Array]:
-    """Return a mask [q_rows, rows] for each of the ``scores``, which are those of the slots of each row."""
+    """Return a mask [q_rows, rows] for each slot in a row, as :func:`_scores` returns scores."""
     call = refs.call
+    position = refs.state.position[...]
     masks = []
     for slot_in_row in range(call.keys.slots_per_row):
         row = lax.broadcasted_iota(jnp.int32, scores[slot_in_row].shape, 1)
         slot_in_tile = row * call.keys.slots_per_row + slot_in_row
-        position = refs.state.position[...]
+        # What is no page was not copied.
         slot = tile.index * call.kv_tile + slot_in_tile
         masks.append(call.options.position_mask(position, slot) & tile.copied)
     return masks
@@ -264,13 +273,15 @@ def _query_dot_group_offsets(
 ) -> jax.Array:
     """Return the dot products of a query with the offsets of each row's page, [q_rows, rows].
 
-    The slots of a row are of one page and share its offsets: the dot product with one of them is that of all.
+    The slots of a row are of one page and share its offsets, so that the first place's query serves all
+    places.
     """
     layout = call.keys
     per_page = _sum(
         dot(layout.select_slot(part, 0).astype(jnp.float32), layout.lane_offsets(scales, byte_index), NT)
         for byte_index, part in enumerate(q)
     )
+    # The matrix is one-hot: it repeats each page's value for its rows.
     return dot(per_page, layout.page_of_row(call.pages_per_tile), NN)
 
 
@@ -290,12 +301,14 @@ def _weighted_values(
         w_float32 = w.astype(jnp.float32)
         if values.buffers.multipliers is not None:
             multipliers = values.of_slot_in_row(values.buffers.multipliers, head, slot_in_row)
-            w = (w_float32 * multipliers).astype(dtype)
+            w = (w_float32 * multipliers).astype(dtype)  # the dtype that the MXU multiplies values in
         weighted = [dot(w, rows, NN) for rows in v]
         if values.buffers.offsets is not None:
             offsets = values.of_slot_in_row(values.buffers.offsets, head, slot_in_row)
             offset = (w_float32 * offsets).sum(axis=1, keepdims=True)
-            weighted = [part + offset for part in weighted]
+            weighted = [
+                part + offset for part in weighted
+            ]  # in all lanes, of which select_slot keeps this place's
         if group_scales is not None and layout.has_offset:
             weighted = _add_group_offsets(refs.call, weighted, w_float32, group_scales)
         total = [
@@ -312,6 +325,7 @@ def _add_group_offsets(
 ) -> list[jax.Array]:
     """Return the weighted values with the weighted offsets of their channels added."""
     layout = call.values
+    # The one-hot matrix sums the weights of each page's rows.
     per_page = dot(weights, layout.page_of_row(call.pages_per_tile), NT)  # [q_rows, pages]
     return [
         part + dot(per_page, layout.lane_offsets(scales, byte_index), NN)
@@ -327,12 +341,12 @@ def _regroup_weights(call: TPUCall, weights: list[jax.Array]) -> list[jax.Array]
     k_slots, v_slots = call.keys.slots_per_row, call.values.slots_per_row
     if k_slots == v_slots:
         return weights
-    joined = jnp.concatenate(weights, axis=1)  # [q_rows, kv_tile], in the order of the keys' slots in rows
+    joined = jnp.concatenate(weights, axis=1)  # [q_rows, kv_tile]: all first places, all second ones, ...
     shape = call.kv_tile, call.kv_tile // v_slots
     index = lax.broadcasted_iota(jnp.int32, shape, 0)
     v_row = lax.broadcasted_iota(jnp.int32, shape, 1)
     k_rows = call.kv_tile // k_slots
-    slot = lax.rem(index, k_rows) * k_slots + lax.div(index, k_rows)
+    slot = lax.rem(index, k_rows) * k_slots + lax.div(index, k_rows)  # that column ``index`` is the weight of
     # Dot products with one-hot matrices, because a TPU cannot gather along lanes.
     one_hots = [
         (slot == v_row * v_slots + slot_in_row).astype(joined.dtype) for slot_in_row in range(v_slots)

@@ -21,14 +21,14 @@ from qpaged.pools import Pages
 
 @dataclass(frozen=True)
 class PagedAttentionCacheView(Serializable):
-    """The pages of one layer. A pytree whose leaves are the pools' arrays; methods return new views.
+    """One layer's pools. A pytree whose leaves are the pools' arrays; methods return new views.
 
-    Jit what writes, and donate the old view, to update in place.
+    Writes update in place if the function that writes is jitted, and the old view donated to it.
 
     Attributes:
-        metadata: static configuration of the cache.
-        layer_index: static; the layer this is.
-        key_pages: (kv_heads, pages, page_size, head_dim), an array or an implicit array.
+        metadata: static; the configuration of the cache. The ``metadata`` of methods is that of a step.
+        layer_index: static; the layer's number, counted from 0.
+        key_pages: (kv_heads, pages, page_size, head_dim); a plain or implicit array, or another kind of pool.
         value_pages: likewise.
     """
 
@@ -47,7 +47,7 @@ class PagedAttentionCacheView(Serializable):
         partition_manager: Resolver | None = None,
         quantizer: AnyQuantizer = None,
     ) -> Self:
-        """Return fresh pools, which read as zeros.
+        """Return a view of fresh pools, which read as zeros.
 
         Args:
             mesh: the devices; None for the default device.
@@ -59,7 +59,8 @@ class PagedAttentionCacheView(Serializable):
             quantizer: the format; see :meth:`PagedAttentionCacheMetaData.create`.
 
         Raises:
-            ValueError: the metadata was made for another format or dtype.
+            TypeError: the dtype is not a floating-point one.
+            ValueError: there is no such layer, or the metadata was made for another format or dtype.
         """
         view = cls.fresh(mesh, dtype, metadata, layer_index, partition_manager, quantizer)
         warn_of_narrow_floats(view.key_pages, view.value_pages)
@@ -75,7 +76,7 @@ class PagedAttentionCacheView(Serializable):
         partition_manager: Resolver | None,
         quantizer: AnyQuantizer,
     ) -> Self:
-        """Return what :meth:`init` does, without its warning."""
+        """Return what :meth:`init` does, without its warning, which a cache of many layers gives once."""
         if not 0 <= layer_index < metadata.num_hidden_layers:
             raise ValueError(
                 f"layer_index must be one of the {metadata.num_hidden_layers} layers, counted from 0, "
@@ -89,7 +90,7 @@ class PagedAttentionCacheView(Serializable):
         return cls(metadata, layer_index, keys, values)
 
     def check_fields(self) -> None:
-        """Raise ValueError unless the pools have the shape that the metadata says."""
+        """Raise ValueError unless both pools have the shape that the metadata says; files are read so."""
         for name in ("key_pages", "value_pages"):
             shape = tuple(getattr(self, name).shape)
             if shape != self.metadata.pool_shape:
@@ -122,7 +123,7 @@ class PagedAttentionCacheView(Serializable):
     def write_decodes_to_cache(
         self, key: ArrayLike, value: ArrayLike, metadata: PagedAttentionMetadata
     ) -> Self:
-        """Return the view with one token's keys and values written for each row.
+        """Return the view with one token's keys and values written for each sequence of a batch.
 
         Args:
             key: (batch, kv_heads, head_dim) floats.
@@ -139,10 +140,16 @@ class PagedAttentionCacheView(Serializable):
         return self._write(key, value, position, page_table, "decodes_position")
 
     def reset_pages(self, pages: ArrayLike) -> Self:
-        """Return the view with these pages fresh: codes and scales cleared, in O(pages).
+        """Return the view with these pages fresh: codes and scales cleared, in O(n).
+
+        Reset a page when it is given to a new sequence: writes never do. Pages out of range are dropped.
 
         Args:
-            pages: (n,) integers. Whoever gives a page to a new sequence resets it; no write ever does.
+            pages: (n,) integers, or one.
+
+        Raises:
+            TypeError: the pages are not integers.
+            ValueError: they have more than one axis.
         """
         indices = _page_indices("pages", pages)
         return self.replace(
@@ -153,17 +160,17 @@ class PagedAttentionCacheView(Serializable):
     def copy_pages(self, source: ArrayLike, target: ArrayLike) -> Self:
         """Return the view with pages ``source`` copied to pages ``target``, codes and scales bit for bit.
 
-        O(pages), and in place where the view is donated. All sources are read before any target is written,
+        O(n), and in place where the view is donated. All sources are read before any target is written,
         so pages may be swapped. A pair with a page out of range is dropped; of several pairs with one target
         the last counts.
 
         Args:
-            source: (n,) integers.
-            target: (n,) integers.
+            source: (n,) integers, or one.
+            target: (n,) integers, or one.
 
         Raises:
-            TypeError: not integers.
-            ValueError: not as many targets as sources.
+            TypeError: the pages are not integers.
+            ValueError: there are not as many targets as sources, or they have more than one axis.
         """
         sources, targets = _page_indices("source", source), _page_indices("target", target)
         if len(sources) != len(targets):
@@ -177,7 +184,9 @@ class PagedAttentionCacheView(Serializable):
         )
 
     def concatenate_to_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise: it does not apply to pages.
+        """Raise NotImplementedError: pages are written by the two methods above.
+
+        It exists because caches of contiguous arrays, whose interface this is, have it.
 
         Raises:
             NotImplementedError: always.
@@ -188,7 +197,8 @@ class PagedAttentionCacheView(Serializable):
         )
 
     def _nothing_to_write(self, method: str, metadata: PagedAttentionMetadata) -> Self:
-        """Return the view as it is for a placeholder, or raise: the metadata is of the other mode."""
+        """Return the view unchanged for a placeholder; raise ValueError for metadata of the other mode."""
+        # Each says that the other mode is absent: a placeholder has neither.
         if metadata.is_prefill_mode() and metadata.is_decode_mode():
             return self
         raise ValueError(
@@ -204,6 +214,7 @@ class PagedAttentionCacheView(Serializable):
         page_table: jax.Array,  # [pages_per_sequence] or [tokens, pages_per_sequence]
         position_name: str,
     ) -> Self:
+        """Return the view with a row written for each token; ``position_name`` is for messages."""
         config = self.metadata
         shape = (len(position), config.num_kv_heads, config.kv_head_dim_size)
         keys = _checked_rows("key", key, shape, position_name)
@@ -221,7 +232,7 @@ jax.tree_util.register_dataclass(
 
 
 def _page_indices(name: str, pages: ArrayLike) -> jax.Array:
-    """Return pages as (n,) int32; one page alone counts as n = 1."""
+    """Return pages as (n,) int32; a scalar becomes (1,)."""
     indices = jnp.atleast_1d(as_indices(name, pages))
     if indices.ndim != 1:
         raise ValueError(f"{name} must have shape (n,), but came with shape {indices.shape}.")
@@ -236,5 +247,5 @@ def _checked_rows(name: str, rows: ArrayLike, shape: tuple[int, ...], position_n
             f"{name} must have shape (len({position_name}), kv_heads, head_dim) = {shape}, but came with "
             f"shape {tuple(rows.shape)}."
         )
-    float_dtype(name, rows.dtype)
+    float_dtype(name, rows.dtype)  # raises TypeError unless it is one
     return rows

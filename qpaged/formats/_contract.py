@@ -30,45 +30,47 @@ from qpaged.formats._growth import FitAgain
 class Quantizer(abc.ABC):
     """A format: how values become codes and scales, and back.
 
-    A subclass gives a scale rule, :meth:`encode` and :meth:`decode`; blocks, packing, scatter, growth, lazy
-    reads, sizing, files and sweeps come from the framework. Both directions work in *units of the scale*, so
-    a format never multiplies by its scale, and attention can fold it away.
+    A subclass gives ``name``, ``bound``, :meth:`scale`, :meth:`encode` and :meth:`decode`; blocks, packing,
+    scatter, growth, lazy reads, sizing, files and sweeps come from the framework. Both directions work in
+    *units of the scale*: a format never multiplies by its scale, so that attention can multiply by it once
+    per block.
 
     What few formats have is an attribute that is None or an object: :attr:`growth`, :attr:`offset`,
     :attr:`global_scale`, :attr:`transform`.
 
     Attributes:
-        granularity: which elements of a page share a scale: ``page`` (all), ``token`` (one slot's),
-            ``channel`` (one channel's, over the page's slots), ``group32`` (32 neighbouring channels of one
-            slot; any number goes) or ``element`` (none do). Empty for the format's default.
+        granularity: which elements share a scale: ``page`` (a page of one KV head), ``token`` (its one slot),
+            ``channel`` (its one channel, over the page's slots), ``group32`` (32 neighbouring channels of one
+            slot; other sizes where :attr:`granularities` lists them) or ``element`` (no two). Empty for the
+            format's default.
 
     Raises:
-        TypeError: where a class is defined, ``bits`` that nothing packs or a method under its old name; where
-            an instance is made, a class without ``name`` or ``bound``, ``encode`` that returns floats, or
-            scales of a narrow float.
+        TypeError: When a class is defined: it has ``bits`` that nothing packs, or a method under its old
+            name. When an instance is made: its class lacks ``name`` or ``bound``, its ``encode`` returns
+            floats, or its scales are narrow floats.
         ValueError: a granularity that the format does not offer.
     """
 
     granularity: str = ""
 
     name: ClassVar[str]
-    """The spelling's first part; the name of the entry point."""
+    """The name in spellings such as ``int8:token``, and of the entry point."""
     granularities: ClassVar[tuple[str, ...]] = ("token", "group32", "group64", "group128")
-    """What ``granularity`` may be; the first is the default. Where tokens share a scale (``page``,
-    ``channel``) it grows as they arrive: see :attr:`growth`."""
+    """What ``granularity`` may be; the first is the default. A scale that tokens share (``page``,
+    ``channel``) grows as tokens arrive: see :attr:`growth`."""
     bits: ClassVar[int] = 8
-    """Bits of a code: 8, or 4 or 2, which are packed into bytes."""
+    """Bits of a code: 4 or 2, which are packed into bytes, or 8, for codes that are stored as they are."""
     scale_dtype: ClassVar[DTypeLike | None] = jnp.float32
-    """Dtype of a stored scale, float32 or an integer one; None for a format without scales. A scale should be
-    a normal float32 number, and one that a code's least value times is one, too."""
+    """Dtype of a stored scale, float32 or an integer one; None for a format without scales. A nonzero scale
+    should be a normal float32 number, and so should its product with the smallest nonzero value of a code."""
     bound: ClassVar[float]
     """Largest error |x - x̂|, in units of the block's scale."""
     levels: ClassVar[tuple[float, float] | None] = None
-    """The lowest and the highest value of a code in units of the scale, where codes are evenly spaced in
-    between: what wrappers that offset blocks need to know. None otherwise."""
+    """The lowest and the highest decoded value, if decoded values are evenly spaced; None otherwise. Wrappers
+    that add offsets need it."""
     elementwise: ClassVar[bool] = True
-    """Whether kernels may call this format's methods on the tiles they hold, as far as they find them to be
-    elementwise; False keeps them away."""
+    """True if kernels may call this format's methods on their tiles, as far as tracing shows them
+    elementwise; False keeps kernels away."""
     nan_scale: ClassVar[float | int | None] = math.nan
     """The stored scale that reads as NaN; None if no value does."""
 
@@ -99,15 +101,15 @@ class Quantizer(abc.ABC):
     def decode(self, codes: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Return the values of codes, in units of their scale, as ``dtype``; elementwise.
 
-        They must be exact in bfloat16, since attention contracts at the precision of its query. Code 0 is
-        asked for, too, whatever it means.
+        They must be exact in bfloat16, since attention contracts at the precision of its query. Fresh pages
+        hold code 0, which must decode to a finite number, whatever it means.
         """
 
     # What few formats have: None, or an object.
 
     @property
     def growth(self) -> GrowthRule | None:
-        """How scales that tokens share grow; None for a format whose every write must cover its blocks.
+        """How scales that tokens share grow; None if they cannot: every write must then cover whole blocks.
 
         By default a block is fitted to its new extremes, and its codes are rounded again.
         """
@@ -120,19 +122,19 @@ class Quantizer(abc.ABC):
 
     @property
     def global_scale(self) -> GlobalScaleRule | None:
-        """The second level of scales, one for all the blocks of a token's head; None where there is none."""
+        """The second level of scales, one per token and KV head; None where there is none."""
         return None
 
     @property
     def transform(self) -> TransformRule | None:
-        """The linear map along the channels that blocks hold the values under; None where there is none."""
+        """The linear map along the channels that is applied before values are quantized; None for none."""
         return None
 
     # What follows from these, and may be overridden.
 
     @property
     def order_bound(self) -> float:
-        """Largest difference, in units of the scale, between two orders of writing; 0 is bit for bit."""
+        """The largest difference, in units of the scale, that the order of writes makes; 0 is bit for bit."""
         return 0.0
 
     @property
@@ -149,7 +151,10 @@ class Quantizer(abc.ABC):
         return scales.astype(jnp.float32)
 
     def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
-        """Return the stored scale of a block from its least and greatest value (float32)."""
+        """Return the stored scale of a block from its least and greatest value (float32).
+
+        It is 0 for a block of zeros alone: growth takes 0 for a block to which nothing was written.
+        """
         return self.scale(jnp.maximum(-low, high))
 
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
@@ -159,7 +164,7 @@ class Quantizer(abc.ABC):
         return self.encode(self.in_units(x, scales))
 
     def in_units(self, x: jax.Array, scales: jax.Array) -> jax.Array:
-        """Return float32 ``x`` in units of stored ``scales`` (broadcast): the same bits in every program."""
+        """Return float32 ``x`` in units of stored ``scales`` (broadcast), the same bits in every program."""
         return in_units(x, self.multiplier(scales))
 
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
@@ -194,14 +199,14 @@ class Quantizer(abc.ABC):
         """Return an array (..., slots, head_dim) in which nothing was written: it reads as zeros.
 
         Args:
-            shape: of the array.
+            shape: (..., slots, head_dim).
             dtype: the logical dtype.
         """
         return empty(shape, self, self.block(shape), dtype)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Everything that makes this quantizer, as plain JSON."""
+        """A dictionary of plain JSON values that the quantizer can be made of again."""
         return {"name": self.name, **dataclasses.asdict(self)}
 
     def __str__(self) -> str:
@@ -213,5 +218,5 @@ class Quantizer(abc.ABC):
 
 @functools.lru_cache
 def encoded_dtype(quantizer: Quantizer) -> Any:
-    """Return the dtype of ``quantizer.encode``'s codes, from shapes alone."""
+    """Return the dtype of ``quantizer.encode``'s codes, found by tracing: nothing is computed."""
     return jax.eval_shape(quantizer.encode, jax.ShapeDtypeStruct((), jnp.float32)).dtype

@@ -22,20 +22,23 @@ class ImplicitPool(Pool):
     """
 
     pages: ImplicitArray
-    needs_implicit_args = True
+
+    @property
+    def needs_implicit_args(self) -> bool:
+        return True
 
     def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> ImplicitArray:
         return self._apply(_plain.write_slots, mapping, rows)
 
-    def gather_slots(self, pages: jax.Array) -> Slots:
+    def gather_slots(self, indices: jax.Array) -> Slots:
         raise TypeError(
             f"pages of type {type(self.pages).__name__} must be read under "
             f"qpaged.implicit.use_implicit_args, but came outside of it; give it the function "
             f"that reads them."
         )
 
-    def clear_pages(self, pages: jax.Array) -> ImplicitArray:
-        return self._apply(_clear_logical_pages, pages)
+    def clear_pages(self, indices: jax.Array) -> ImplicitArray:
+        return self._apply(_clear_logical_pages, indices)
 
     def copy_pages(self, source: jax.Array, target: jax.Array) -> ImplicitArray:
         return self._apply(_parts.copy_pages, source, target)
@@ -60,7 +63,7 @@ class ImplicitPool(Pool):
         return updated
 
 
-def _clear_logical_pages(pool: jax.Array, pages: jax.Array) -> jax.Array:
+def _clear_logical_pages(pool: jax.Array, indices: jax.Array) -> jax.Array:
     """Return a pool with zeros written to these pages, as to a plain one."""
-    zeros = jnp.zeros((len(pages), pool.shape[0], *pool.shape[2:]), pool.dtype)
-    return write_rows(pool, (_parts.PAGE_AXIS,), (pages,), zeros)
+    zeros = jnp.zeros((len(indices), pool.shape[0], *pool.shape[2:]), pool.dtype)
+    return write_rows(pool, (_parts.PAGE_AXIS,), (indices,), zeros)

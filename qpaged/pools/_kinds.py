@@ -17,7 +17,7 @@ from qpaged.pools._quantized import QuantizedPool
 
 
 def _pool_of(pages: Pages) -> Pool:
-    """Return the pages of a cache as a pool of their kind."""
+    """Return the interface to the pages of a cache: the kind of pool that they are."""
     if isinstance(pages, Pool):
         return pages
     if isinstance(pages, QuantizedArray):
@@ -32,7 +32,7 @@ def write_slots(
     slot_mapping: tuple[jax.Array, jax.Array],  # (page, slot), [tokens] each
     rows: jax.Array,  # [tokens, kv_heads, head_dim]
 ) -> Pages:
-    """Return a pool with ``rows`` written at (page, slot); out of range is dropped."""
+    """Return a pool with ``rows`` written at (page, slot); rows out of range are dropped."""
     return _pool_of(pages).write_slots(SlotMapping(*slot_mapping), rows)
 
 
@@ -40,7 +40,7 @@ def gather_slots(
     pages: Pages,
     indices: jax.Array,  # [n]
 ) -> Slots:
-    """Return the slots (kv_heads, n * page_size, head_dim) of pages; exact zeros where out of range."""
+    """Return the slots (kv_heads, n * page_size, head_dim) of these pages; zeros where out of range."""
     return _pool_of(pages).gather_slots(indices)
 
 
@@ -48,7 +48,7 @@ def clear_pages(
     pages: Pages,
     indices: jax.Array,  # [n]
 ) -> Pages:
-    """Return a pool with these pages as before any write to them, in O(n); out of range is dropped."""
+    """Return a pool with the pages at ``indices`` as before any write, in O(n); out of range is dropped."""
     return _pool_of(pages).clear_pages(indices)
 
 
@@ -66,12 +66,12 @@ def copy_pages(
 
 
 def count_bytes(pages: Pages) -> PoolBytes:
-    """Return what a pool takes in memory, or would take: shapes are enough."""
+    """Return the bytes of a pool, whose leaves may be ShapeDtypeStructs."""
     return _pool_of(pages).count_bytes()
 
 
 def fill_lane_rows(pages: Pages) -> Pages:
-    """Return a fresh pool stored in rows that fill a TPU's lanes, where its kind has such a form."""
+    """Return a pool, to which nothing was written yet, in rows that fill a TPU's lanes, if its kind can."""
     return _pool_of(pages).fill_lane_rows()
 
 
@@ -87,7 +87,7 @@ def format_of(pages: Pages) -> ArrayFormat | None:
 
 
 def is_narrow_float(pages: Pages) -> bool:
-    """Return True if a pool is stored as floats of fewer than 32 bits, which XLA on CPU copies whole."""
+    """Return True if a pool is of floats under 32 bits, which XLA on CPU copies whole at each write."""
     return _pool_of(pages).is_narrow_float
 
 
@@ -97,7 +97,7 @@ def needs_implicit_args(*pools: Pages) -> bool:
 
 
 def explicit_sharding_of(*pools: Pages) -> NamedSharding | None:
-    """Return the sharding of the first pool on a mesh with Explicit axes; None if any array is on none."""
+    """Return the sharding of the first array, if all are on a mesh with Explicit axes; else None."""
     shardings = [explicit_sharding(leaf) for leaf in jax.tree_util.tree_leaves(pools)]
     if any(sharding is None for sharding in shardings):
         return None
@@ -114,5 +114,5 @@ def to_record(pages: Pages) -> Any:
 
 
 def from_record(data: Mapping[str, Any]) -> Pages:
-    """Return the pool of a dictionary that :func:`to_record` made."""
+    """Return the quantized pool of a dictionary that :func:`to_record` made; plain pools are arrays there."""
     return _quantized.from_record(data)

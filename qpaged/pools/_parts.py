@@ -1,4 +1,4 @@
-"""Pages of one array of a pool, of any kind: cleared and copied by page, with the pool's sharding kept."""
+"""Clear and copy pages in every array of a pool, and keep its sharding."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,20 +16,21 @@ PAGE_AXIS = 1  # of every array of a pool: codes and scales alike
 def keep_sharding(update: F, pool: Any) -> F:
     """Return ``update``, a function of a pool and indices, with its output placed as ``pool`` is.
 
-    Under Explicit mesh axes JAX asks for the sharding of every scatter; the pool's own is the one.
+    Under Explicit mesh axes JAX asks for the sharding of every scatter's result, which is the pool's own.
     """
     leaves = jax.tree_util.tree_leaves(pool)
+    # All the arrays of a pool are made on one mesh: if one is on no such mesh, none is.
     if any(explicit_sharding(leaf) is None for leaf in leaves):
         return update
     return with_auto_axes(update, jax.tree_util.tree_map(explicit_sharding, pool))  # type: ignore[return-value]
 
 
-def clear_pages(pool: Any, pages: jax.Array) -> Any:
-    """Return a pool with zeros for these pages of all its arrays."""
+def clear_pages(pool: Any, indices: jax.Array) -> Any:
+    """Return a pool with zeros for these pages (n,) of all its arrays."""
 
     def clear_part(part: jax.Array) -> jax.Array:
-        zeros = jnp.zeros((len(pages), part.shape[0], *part.shape[2:]), part.dtype)
-        return write_rows(part, (PAGE_AXIS,), (pages,), zeros)
+        zeros = jnp.zeros((len(indices), part.shape[0], *part.shape[2:]), part.dtype)
+        return write_rows(part, (PAGE_AXIS,), (indices,), zeros)
 
     return jax.tree_util.tree_map(clear_part, pool)
 
@@ -50,11 +51,12 @@ def copy_pages(pool: Any, source: jax.Array, target: jax.Array) -> Any:
 
 
 def _final_targets(source: jax.Array, target: jax.Array, num_pages: int) -> jax.Array:
-    """Return the targets of copies; "no page" for a pair out of range, or with a target that comes again."""
+    """Return ``target``, but "no page" for pairs out of range and all but the last pair of a target."""
     inside = (source >= 0) & (source < num_pages) & (target >= 0) & (target < num_pages)
     target = jnp.where(inside, target, num_pages)
     order = jnp.argsort(target, stable=True)
     in_order = target[order]
+    # The sort is stable, so the last of a run of equal targets is the last pair.
     is_last = jnp.append(in_order[1:] != in_order[:-1], True)
     keeps = jnp.zeros(len(target), bool).at[order].set(is_last)
     return jnp.where(keeps, target, num_pages)

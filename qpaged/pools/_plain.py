@@ -23,11 +23,11 @@ class PlainPool(Pool):
     def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> jax.Array:
         return _parts.keep_sharding(write_slots, self.pages)(self.pages, mapping, rows)
 
-    def gather_slots(self, pages: jax.Array) -> Slots:
-        return as_slots(gather_pages(self.pages, pages))
+    def gather_slots(self, indices: jax.Array) -> Slots:
+        return as_slots(gather_pages(self.pages, indices))
 
-    def clear_pages(self, pages: jax.Array) -> jax.Array:
-        return _parts.keep_sharding(_parts.clear_pages, self.pages)(self.pages, pages)
+    def clear_pages(self, indices: jax.Array) -> jax.Array:
+        return _parts.keep_sharding(_parts.clear_pages, self.pages)(self.pages, indices)
 
     def copy_pages(self, source: jax.Array, target: jax.Array) -> jax.Array:
         return _parts.keep_sharding(_parts.copy_pages, self.pages)(self.pages, source, target)

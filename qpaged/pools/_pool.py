@@ -1,4 +1,8 @@
-"""The interface of a pool: what each kind implements."""
+"""The interface of a pool: what each kind implements.
+
+``Pages`` are what a cache stores. A ``Pool`` is the interface through which everything is done to them: it
+wraps the pages or, in a new kind, is the pages.
+"""
 
 import abc
 from typing import Any, NamedTuple, TypeAlias
@@ -9,7 +13,7 @@ import numpy as np
 from qpaged.arrays import QuantizedArray
 
 Slots: TypeAlias = jax.Array | QuantizedArray
-"""Slots of one sequence, (kv_heads, n, head_dim), as attention reads them."""
+"""Slots of gathered pages, (kv_heads, n, head_dim), as attention reads them."""
 Pages: TypeAlias = Any
 """A pool as a cache holds it: a plain array, an implicit array, or a :class:`Pool`."""
 
@@ -27,7 +31,7 @@ class SlotMapping(NamedTuple):
 
 
 class PoolBytes(NamedTuple):
-    """What a pool takes in memory: its codes, or plain numbers, and all that goes with them."""
+    """The bytes of a pool: ``codes`` those of codes or plain values, ``scales`` those of all other arrays."""
 
     codes: int
     scales: int
@@ -41,40 +45,46 @@ class Pool(abc.ABC):
     """What can be done to pages (kv_heads, pages, page_size, head_dim) of one kind.
 
     The kinds of this package wrap the array that a cache holds. A pytree of a new kind subclasses this class
-    itself and returns ``self``'s like from the methods that change pages; it has ``shape`` and ``dtype``, the
-    logical ones, and its ``tree_leaves`` are arrays.
+    itself, and returns an instance of itself from the methods that change pages. It has the logical ``shape``
+    and ``dtype``, and all its leaves are arrays.
     """
 
-    needs_implicit_args: bool = False
-    """Whether what reads the pages must run under ``use_implicit_args``."""
+    @property
+    def needs_implicit_args(self) -> bool:
+        """True if what reads the pages must run under ``use_implicit_args``."""
+        return False
 
     @property
     def is_narrow_float(self) -> bool:
-        """Whether the pages are stored as floats of fewer than 32 bits, which XLA on CPU copies whole."""
+        """True if the pages are floats of fewer than 32 bits, which XLA on CPU copies whole at each write."""
         return False
 
     @abc.abstractmethod
     def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> Pages:
-        """Return the pages with ``rows`` (tokens, kv_heads, head_dim) written."""
+        """Return the pages with ``rows`` (tokens, kv_heads, head_dim) written; out of range is dropped."""
 
     @abc.abstractmethod
-    def gather_slots(self, pages: jax.Array) -> Slots:
-        """Return slots (kv_heads, n * page_size, head_dim) of ``pages`` (n,); zeros where out of range."""
+    def gather_slots(self, indices: jax.Array) -> Slots:
+        """Return the slots (kv_heads, n * page_size, head_dim) of pages (n,); zeros where out of range."""
 
     @abc.abstractmethod
-    def clear_pages(self, pages: jax.Array) -> Pages:
-        """Return the pages with ``pages`` (n,) as they were before anything was written to them."""
+    def clear_pages(self, indices: jax.Array) -> Pages:
+        """Return the pages with those at ``indices`` (n,) as before any write; out of range is dropped."""
 
     @abc.abstractmethod
     def copy_pages(self, source: jax.Array, target: jax.Array) -> Pages:
-        """Return the pages with ``source`` (n,) copied to ``target`` (n,), bit for bit."""
+        """Return the pages with those at ``source`` (n,) copied to ``target`` (n,), bit for bit.
+
+        All sources are read before any target is written. A pair with a page out of range is dropped; of
+        several pairs with one target the last counts.
+        """
 
     @abc.abstractmethod
     def count_bytes(self) -> PoolBytes:
-        """Return what the pages take in memory; shapes are enough."""
+        """Return the bytes of the pages, whose leaves may be ShapeDtypeStructs."""
 
     def fill_lane_rows(self) -> Pages:
-        """Return fresh pages stored in rows that fill a TPU's lanes, where the kind has such a form."""
+        """Return pages, to which nothing was written yet, in rows that fill a TPU's lanes, if possible."""
         return self
 
     def as_quantized(self) -> QuantizedArray | None:
