@@ -9,10 +9,10 @@ from qpaged.arrays._encoding import in_units
 from qpaged.arrays._indices import clip_to_int32
 from qpaged.arrays._lane_rows import LANES
 from qpaged.arrays._packing import extract_codes
+from qpaged.arrays._pages import clear_pages, copy_pages
 from qpaged.arrays._protocol import ArrayFormat, GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.arrays._quantize import check_parts, empty, fill_lane_rows, overwrite, quantize
 from qpaged.arrays._quantized import BlockParts, QuantizedArray, is_quantized
-from qpaged.arrays._scatter import gather_rows
 from qpaged.arrays._slots import (
     as_slots,
     compute_dtype,
@@ -37,9 +37,11 @@ __all__ = [
     "TransformRule",
     "as_slots",
     "check_parts",
+    "clear_pages",
     "clip_to_int32",
     "common_dtype",
     "compute_dtype",
+    "copy_pages",
     "dot",
     "dot_general",
     "empty",
@@ -47,7 +49,6 @@ __all__ = [
     "fill_lane_rows",
     "float_dtype",
     "gather_pages",
-    "gather_rows",
     "in_units",
     "invert_output",
     "is_quantized",

@@ -168,6 +168,17 @@ class QuantizedArray(ImplicitArray):
             dtype=self.dtype if dtype is None else dtype,
         )
 
+    def with_stored(self, stored: jax.Array, parts: BlockParts) -> "QuantizedArray":
+        """Return an array with these children, of the shapes of this one's, and with its static data."""
+        return QuantizedArray(
+            stored=stored,
+            **parts._asdict(),
+            quantizer=self.quantizer,
+            channel_axis=self.channel_axis,
+            slots_per_row=self.slots_per_row,
+            dtype=self.dtype,
+        )
+
     def materialize(self) -> jax.Array:
         """Return the values in the logical dtype."""
         return self.dequantize(self.dtype)

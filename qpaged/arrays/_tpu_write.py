@@ -161,6 +161,34 @@ def _pages_of_each_head(part: jax.Array, pages: jax.Array) -> tuple[jax.Array, j
     return part.reshape(heads * num_pages, *part.shape[2:]), index
 
 
+def gather_scales(scales: jax.Array, pages: jax.Array) -> jax.Array:
+    """Return the scales (n, kv_heads, slots, groups) of ``pages`` (n,); any where out of range."""
+    if scales.shape[2] == 1:
+        return gather_pages(scales, pages)
+    order = ScaleOrder.of(scales)
+    return order.flatten(scales).at[_scales_of_pages(order, pages)].get(mode="clip")
+
+
+def scatter_scales(scales: jax.Array, pages: jax.Array, new: jax.Array) -> jax.Array:
+    """Return scales with ``new`` ones (n, kv_heads, slots, groups) at ``pages``; out of range is dropped."""
+    if scales.shape[2] == 1:
+        return scatter_pages(scales, pages, new)
+    order = ScaleOrder.of(scales)
+    index = _scales_of_pages(order, pages)
+    return order.unflatten(order.flatten(scales).at[index].set(new, mode="drop"))
+
+
+def _scales_of_pages(order: ScaleOrder, pages: jax.Array) -> jax.Array:
+    """Return flat indices (n, kv_heads, slots, groups) of the scales of pages; past the end out of range."""
+    head = jnp.arange(order.heads, dtype=jnp.int32)[:, None, None]
+    slot = jnp.arange(order.slots, dtype=jnp.int32)[:, None]
+    group = jnp.arange(order.groups, dtype=jnp.int32)
+    page = pages[:, None, None, None]
+    inside = (page >= 0) & (page < order.pages)
+    size = order.heads * order.pages * order.slots * order.groups
+    return jnp.where(inside, order.flat_index(head, page, slot, group), size)
+
+
 def scatter_slot_scales(
     scales: jax.Array,  # [kv_heads, pages, slots, groups]
     page_and_slot: jax.Array,  # [n, 2]
@@ -169,7 +197,8 @@ def scatter_slot_scales(
     """Return the scales of slots with ``new`` ones put at (page, slot); out of range is dropped."""
     heads, num_pages, slots, groups = scales.shape
     order = ScaleOrder.of(scales)
-    page, slot = page_and_slot[:, 0, None, None], page_and_slot[:, 1, None, None]
+    by_column = page_and_slot.T
+    page, slot = by_column[0][:, None, None], by_column[1][:, None, None]
     head = jnp.arange(heads, dtype=jnp.int32)[:, None]
     group = jnp.arange(groups, dtype=jnp.int32)
     inside = (page >= 0) & (page < num_pages) & (slot >= 0) & (slot < slots)

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from qpaged.arrays import write_rows
+from qpaged import arrays
 from qpaged.implicit import ImplicitArray, use_implicit_args
-from qpaged.pools import _parts, _plain
+from qpaged.pools import _plain
 from qpaged.pools._pool import Pool, PoolBytes, SlotMapping, Slots, bytes_of, no_record_of
 
 
@@ -38,10 +37,10 @@ class ImplicitPool(Pool):
         )
 
     def clear_pages(self, indices: jax.Array) -> ImplicitArray:
-        return self._apply(_clear_logical_pages, indices)
+        return self._apply(arrays.clear_pages, indices)
 
     def copy_pages(self, source: jax.Array, target: jax.Array) -> ImplicitArray:
-        return self._apply(_parts.copy_pages, source, target)
+        return self._apply(arrays.copy_pages, source, target)
 
     def count_bytes(self) -> PoolBytes:
         return PoolBytes(codes=bytes_of(self.pages), scales=0)
@@ -61,9 +60,3 @@ class ImplicitPool(Pool):
                 f"scatter made them a plain array; give the class a handler of the primitive 'scatter'."
             )
         return updated
-
-
-def _clear_logical_pages(pool: jax.Array, indices: jax.Array) -> jax.Array:
-    """Return a pool with zeros written to these pages, as to a plain one."""
-    zeros = jnp.zeros((len(indices), pool.shape[0], *pool.shape[2:]), pool.dtype)
-    return write_rows(pool, (_parts.PAGE_AXIS,), (indices,), zeros)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from qpaged import arrays
 from qpaged.arrays import as_slots, gather_pages, write_rows
-from qpaged.pools import _parts
 from qpaged.pools._pool import Pool, PoolBytes, SlotMapping, Slots, bytes_of
+from qpaged.pools._sharding import keep_sharding
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,16 @@ class PlainPool(Pool):
         return jnp.issubdtype(self.pages.dtype, jnp.floating) and self.pages.dtype.itemsize < 4
 
     def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> jax.Array:
-        return _parts.keep_sharding(write_slots, self.pages)(self.pages, mapping, rows)
+        return keep_sharding(write_slots, self.pages)(self.pages, mapping, rows)
 
     def gather_slots(self, indices: jax.Array) -> Slots:
         return as_slots(gather_pages(self.pages, indices))
 
     def clear_pages(self, indices: jax.Array) -> jax.Array:
-        return _parts.keep_sharding(_parts.clear_pages, self.pages)(self.pages, indices)
+        return keep_sharding(arrays.clear_pages, self.pages)(self.pages, indices)
 
     def copy_pages(self, source: jax.Array, target: jax.Array) -> jax.Array:
-        return _parts.keep_sharding(_parts.copy_pages, self.pages)(self.pages, source, target)
+        return keep_sharding(arrays.copy_pages, self.pages)(self.pages, source, target)
 
     def count_bytes(self) -> PoolBytes:
         return PoolBytes(codes=bytes_of(self.pages), scales=0)

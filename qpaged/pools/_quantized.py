@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qpaged import arrays
 from qpaged.arrays import (
     QuantizedArray,
     as_slots,
@@ -17,8 +18,8 @@ from qpaged.arrays import (
     write_rows,
 )
 from qpaged.formats import quantizer_from_config
-from qpaged.pools import _parts
 from qpaged.pools._pool import Pool, PoolBytes, SlotMapping, Slots, bytes_of
+from qpaged.pools._sharding import keep_sharding
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,16 @@ class QuantizedPool(Pool):
     pages: QuantizedArray
 
     def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> QuantizedArray:
-        return _parts.keep_sharding(write_slots, self.pages)(self.pages, mapping, rows)
+        return keep_sharding(write_slots, self.pages)(self.pages, mapping, rows)
 
     def gather_slots(self, indices: jax.Array) -> Slots:
         return as_slots(gather_pages(self.pages, indices))
 
     def clear_pages(self, indices: jax.Array) -> QuantizedArray:
-        return _parts.keep_sharding(_parts.clear_pages, self.pages)(self.pages, indices)
+        return keep_sharding(arrays.clear_pages, self.pages)(self.pages, indices)
 
     def copy_pages(self, source: jax.Array, target: jax.Array) -> QuantizedArray:
-        return _parts.keep_sharding(_parts.copy_pages, self.pages)(self.pages, source, target)
+        return keep_sharding(arrays.copy_pages, self.pages)(self.pages, source, target)
 
     def count_bytes(self) -> PoolBytes:
         codes = bytes_of(self.pages.stored)

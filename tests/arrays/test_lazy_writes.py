@@ -185,3 +185,16 @@ def test_a_channel_that_was_zero_beside_channels_that_grow(format):
     got, factors = array.dequantize()[0, 0, :2], multipliers(array)[0, 0, :2]
     bound = array.quantizer.error_bound(rows[:, 0], factors)
     assert (np.abs(got - rows[:, 0]) <= bound + 1e-30).all()
+
+
+def test_an_array_that_a_lazy_read_made_cannot_be_written_to():
+    read = jax.jit(use_implicit_args(lambda array: array * 2))(quantized("int8:token"))
+    message = "must be as int8:token stores it, but came as a lazy read of such an array; write to the array"
+    for rows in (jnp.zeros((1, 2, 16, 32)), jax.tree_util.tree_map(lambda part: part[:, 0][None], read)):
+        with pytest.raises(ValueError, match=message):
+            qpaged.arrays.write_rows(read, (1,), (jnp.array([0]),), rows)
+
+
+def test_arrays_compare_and_hash_by_identity():
+    array = quantized("int8:token")
+    assert array == array != quantized("int8:token") and len({array, array}) == 1

@@ -1,0 +1,84 @@
+"""Whole pages of a pool, cleared and copied in every array of it: codes and scales together."""
+
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from qpaged._platforms import by_platform
+from qpaged.arrays import _tpu_write
+from qpaged.arrays._quantized import QuantizedArray
+from qpaged.arrays._scatter import gather_rows, scatter_rows
+
+PAGE_AXIS = 1  # of every array of a pool
+
+Pool = TypeVar("Pool", jax.Array, QuantizedArray)  # [kv_heads, pages, page_size, head_dim]
+
+
+def clear_pages(
+    pool: Pool,
+    pages: jax.Array,  # [n] int32
+) -> Pool:
+    """Return a pool with zeros for these pages of all its arrays; out of range is dropped."""
+    if not isinstance(pool, QuantizedArray):
+        return _clear(pool, pages)
+
+    def clear_scales(part: jax.Array) -> jax.Array:
+        return by_platform(part, pages, default=_clear, tpu=_clear_on_tpu)
+
+    stored = _clear(pool.stored, pages)
+    return pool.with_stored(stored, pool.parts.map(clear_scales))  # type: ignore[return-value]
+
+
+def copy_pages(
+    pool: Pool,
+    source: jax.Array,  # [n] int32
+    target: jax.Array,  # [n] int32
+) -> Pool:
+    """Return a pool with pages ``source`` copied to ``target`` in all its arrays.
+
+    All sources are read before any target is written. A pair with a page out of range is dropped; of several
+    pairs with one target the last counts.
+    """
+    target = _final_targets(source, target, pool.shape[PAGE_AXIS])
+    if not isinstance(pool, QuantizedArray):
+        return _copy(pool, source, target)
+
+    def copy_scales(part: jax.Array) -> jax.Array:
+        return by_platform(part, source, target, default=_copy, tpu=_copy_on_tpu)
+
+    stored = _copy(pool.stored, source, target)
+    return pool.with_stored(stored, pool.parts.map(copy_scales))  # type: ignore[return-value]
+
+
+def _clear(part: jax.Array, pages: jax.Array) -> jax.Array:
+    zeros = jnp.zeros((len(pages), part.shape[0], *part.shape[2:]), part.dtype)
+    return scatter_rows(part, (PAGE_AXIS,), pages[:, None], zeros)
+
+
+def _clear_on_tpu(scales: jax.Array, pages: jax.Array) -> jax.Array:
+    """Return what :func:`_clear` does, of scales: XLA would copy all of them into another layout and back."""
+    zeros = jnp.zeros((len(pages), scales.shape[0], *scales.shape[2:]), scales.dtype)
+    return _tpu_write.scatter_scales(scales, pages, zeros)
+
+
+def _copy(part: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    rows = gather_rows(part, (PAGE_AXIS,), source[:, None])
+    return scatter_rows(part, (PAGE_AXIS,), target[:, None], rows)
+
+
+def _copy_on_tpu(scales: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    """Return what :func:`_copy` does, of scales: XLA would copy all of them into another layout and back."""
+    return _tpu_write.scatter_scales(scales, target, _tpu_write.gather_scales(scales, source))
+
+
+def _final_targets(source: jax.Array, target: jax.Array, num_pages: int) -> jax.Array:
+    """Return ``target``, but "no page" for pairs out of range and all but the last pair of a target."""
+    inside = (source >= 0) & (source < num_pages) & (target >= 0) & (target < num_pages)
+    target = jnp.where(inside, target, num_pages)
+    order = jnp.argsort(target, stable=True)
+    in_order = target[order]
+    # The sort is stable, so the last of a run of equal targets is the last pair.
+    is_last = jnp.append(in_order[1:] != in_order[:-1], True)
+    keeps = jnp.zeros(len(target), bool).at[order].set(is_last)
+    return jnp.where(keeps, target, num_pages)
