@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qpaged.arrays import _pages
 from qpaged.arrays._tpu_scales import ScaleOrder
 from qpaged.arrays._tpu_write import scatter_slot_scales
 
@@ -47,3 +48,17 @@ def test_scales_are_put_where_they_belong(shape):
         want[:, page, slot] = put
     written = scatter_slot_scales(jnp.asarray(scales), jnp.asarray(places, jnp.int32), new)
     np.testing.assert_array_equal(written, want)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 256, 1, 1), (2, 128, 1, 16)])
+def test_scales_of_pages_are_cleared_and_copied_as_elsewhere(shape):
+    scales = jnp.asarray(np.random.default_rng(2).integers(1, 256, shape), jnp.uint8)
+    pages = jnp.array([0, shape[1] - 1, 3, shape[1], -1], jnp.int32)
+    targets = jnp.array([1, 4, 2, 0, 5], jnp.int32)
+    cleared = _pages._clear(scales, pages)
+    np.testing.assert_array_equal(_pages._clear_on_tpu(scales, pages), cleared)
+    assert not cleared[:, 3].any() and cleared[:, 2].all()
+    targets = _pages._final_targets(pages, targets, shape[1])
+    copied = _pages._copy(scales, pages, targets)
+    np.testing.assert_array_equal(_pages._copy_on_tpu(scales, pages, targets), copied)
+    np.testing.assert_array_equal(copied[:, 4], scales[:, -1])
