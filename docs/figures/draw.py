@@ -3,10 +3,17 @@
 Pages include them inline, so that stylesheets/extra.css gives them the page's colours, light or dark.
 """
 
+import ast
+import html
+import textwrap
+import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 CELL = 26
+LINE = 15  # pixels from one line of a note to the next
+NOTE_CHARACTER = 6.4  # pixels, at most, of an average character of a note
 
 
 def rect(x: float, y: float, width: float, height: float, style: str) -> str:
@@ -101,7 +108,67 @@ def doubling() -> str:
     return figure(580, 166, "Doubling the scale joins neighbouring cells in pairs", parts)
 
 
-FIGURES = {"lookup.svg": lookup, "granularities.svg": granularities, "doubling.svg": doubling}
+def architecture() -> str:
+    """Draw the layers of import-linter's contract, each with the first line of its module's docstring."""
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = {contract["id"]: contract for contract in config["tool"]["importlinter"]["contracts"]}
+    width, right = 470, 530
+    parts, top = [], 6.0
+    beside_top = top
+    layers = contracts["layers"]["layers"]
+    for index, layer in enumerate(layers):
+        modules = layer.split(" | ")
+        box_width = (width - 12 * (len(modules) - 1)) / len(modules)
+        height = max(box_height(summary(module), box_width) for module in modules)
+        for column, module in enumerate(modules):
+            left = 6 + (box_width + 12) * column
+            parts += box(left, top, box_width, height, module, summary(module), "a")
+        if "qpaged.formats" in modules:
+            beside_top = top
+        top += height
+        if index + 1 < len(layers):
+            parts.append(arrow(6 + width / 2, top, 6 + width / 2, top + 16))
+            top += 16
+    rules = [contracts[name]["name"] for name in ("registry", "formats")]
+    words = f"{summary('quantizers')} {rules[0]}. {rules[1]}."
+    height = box_height(words, 204)
+    parts += box(right, beside_top, 204, height, "quantizers", words, "b")
+    path = f"M{6 + width} {beside_top + 20} L{right} {beside_top + 20}"
+    parts.append(f'<path d="{path}" class="value" marker-end="url(#head)"/>')
+    parts.append(text((6 + width + right) / 2, beside_top + 14, "names", "note"))
+    return figure(740, round(top) + 6, "The layers of qpaged: imports point down", parts)
+
+
+def summary(module: str) -> str:
+    """Return the first line of a module's docstring, without its backquotes."""
+    path = ROOT / module.replace(".", "/")
+    source = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    docstring = ast.get_docstring(ast.parse(source.read_text())) or ""
+    return docstring.partition("\n")[0].replace("`", "")
+
+
+def box(left: float, top: float, width: float, height: float, name: str, words: str, style: str) -> list[str]:
+    """Return a box with a name and, beneath it, words in as many lines as they need."""
+    parts = [rect(left, top, width, height, style), text(left + 8, top + 17, name, "name", "start")]
+    for number, line in enumerate(wrapped(words, width)):
+        parts.append(text(left + 8, top + 34 + LINE * number, html.escape(line), "note", "start"))
+    return parts
+
+
+def box_height(words: str, width: float) -> float:
+    return 27 + LINE * len(wrapped(words, width))
+
+
+def wrapped(words: str, width: float) -> list[str]:
+    return textwrap.wrap(words, int((width - 16) / NOTE_CHARACTER))
+
+
+FIGURES = {
+    "lookup.svg": lookup,
+    "granularities.svg": granularities,
+    "doubling.svg": doubling,
+    "architecture.svg": architecture,
+}
 
 if __name__ == "__main__":
     for name, draw in FIGURES.items():

@@ -51,9 +51,12 @@ def test_the_pages_have_snippets():
     assert any("class Nf4" in source for _, source in snippets(ROOT / "docs/writing-a-format.md"))
 
 
-@pytest.mark.parametrize("name", ["doubling.svg", "granularities.svg", "lookup.svg"])
+FIGURES = script(ROOT / "docs/figures/draw.py").FIGURES
+
+
+@pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_as_the_script_draws_them(name):
-    drawn = script(ROOT / "docs/figures/draw.py").FIGURES[name]()
+    drawn = FIGURES[name]()
     assert (ROOT / "docs/figures" / name).read_text() == drawn, "run python docs/figures/draw.py"
 
 
