@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CELL = 26
 LINE = 15  # pixels from one line of a note to the next
-NOTE_CHARACTER = 6.4  # pixels, at most, of an average character of a note
+NOTE_CHARACTER = 6.9  # pixels, at most, of an average character of a note
 
 
 def rect(x: float, y: float, width: float, height: float, style: str) -> str:
@@ -112,7 +112,7 @@ def architecture() -> str:
     """Draw the layers of import-linter's contract, each with the first line of its module's docstring."""
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     contracts = {contract["id"]: contract for contract in config["tool"]["importlinter"]["contracts"]}
-    width, right = 470, 530
+    width, right = 450, 540
     parts, top = [], 6.0
     beside_top = top
     layers = contracts["layers"]["layers"]
@@ -131,11 +131,11 @@ def architecture() -> str:
             top += 16
     rules = [contracts[name]["name"] for name in ("registry", "formats")]
     words = f"{summary('quantizers')} {rules[0]}. {rules[1]}."
-    height = box_height(words, 204)
-    parts += box(right, beside_top, 204, height, "quantizers", words, "b")
+    height = box_height(words, 194)
+    parts += box(right, beside_top, 194, height, "quantizers", words, "b")
     path = f"M{6 + width} {beside_top + 20} L{right} {beside_top + 20}"
     parts.append(f'<path d="{path}" class="value" marker-end="url(#head)"/>')
-    parts.append(text((6 + width + right) / 2, beside_top + 14, "names", "note"))
+    parts.append(text((6 + width + right) / 2, beside_top + 14, "entry points", "note"))
     return figure(740, round(top) + 6, "The layers of qpaged: imports point down", parts)
 
 
