@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CELL = 26
 LINE = 15  # pixels from one line of a note to the next
-NOTE_CHARACTER = 6.4  # pixels, at most, of an average character of a note
+NOTE_CHARACTER = 6.9  # pixels, at most, of an average character of a note
 
 
 def rect(x: float, y: float, width: float, height: float, style: str) -> str:
