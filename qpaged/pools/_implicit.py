@@ -8,7 +8,7 @@ import jax
 
 from qpaged import arrays
 from qpaged.implicit import ImplicitArray, use_implicit_args
-from qpaged.pools import _plain
+from qpaged.pools._array import write_slots
 from qpaged.pools._pool import Pool, PoolBytes, SlotMapping, Slots, bytes_of, no_record_of
 
 
@@ -27,7 +27,7 @@ class ImplicitPool(Pool):
         return True
 
     def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> ImplicitArray:
-        return self._apply(_plain.write_slots, mapping, rows)
+        return self._apply(write_slots, mapping, rows)
 
     def gather_slots(self, indices: jax.Array) -> Slots:
         raise TypeError(

@@ -5,14 +5,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from qpaged import arrays
-from qpaged.arrays import as_slots, gather_pages, write_rows
-from qpaged.pools._pool import Pool, PoolBytes, SlotMapping, Slots, bytes_of
-from qpaged.pools._sharding import keep_sharding
+from qpaged.pools._array import ArrayPool
+from qpaged.pools._pool import PoolBytes, bytes_of
 
 
 @dataclass(frozen=True)
-class PlainPool(Pool):
+class PlainPool(ArrayPool):
     """A pool that is an array."""
 
     pages: jax.Array
@@ -20,18 +18,6 @@ class PlainPool(Pool):
     @property
     def is_narrow_float(self) -> bool:
         return jnp.issubdtype(self.pages.dtype, jnp.floating) and self.pages.dtype.itemsize < 4
-
-    def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> jax.Array:
-        return keep_sharding(write_slots, self.pages)(self.pages, mapping, rows)
-
-    def gather_slots(self, indices: jax.Array) -> Slots:
-        return as_slots(gather_pages(self.pages, indices))
-
-    def clear_pages(self, indices: jax.Array) -> jax.Array:
-        return keep_sharding(arrays.clear_pages, self.pages)(self.pages, indices)
-
-    def copy_pages(self, source: jax.Array, target: jax.Array) -> jax.Array:
-        return keep_sharding(arrays.copy_pages, self.pages)(self.pages, source, target)
 
     def count_bytes(self) -> PoolBytes:
         return PoolBytes(codes=bytes_of(self.pages), scales=0)
@@ -41,8 +27,3 @@ class PlainPool(Pool):
 
     def to_record(self) -> jax.Array:
         return self.pages
-
-
-def write_slots(pages: jax.Array, mapping: SlotMapping, rows: jax.Array) -> jax.Array:
-    """Return ``pages`` with ``rows`` (tokens, kv_heads, head_dim) written at (page, slot)."""
-    return write_rows(pages, (1, 2), mapping, rows)

@@ -4,41 +4,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from qpaged import arrays
 from qpaged.arrays import (
     QuantizedArray,
-    as_slots,
     check_parts,
     fill_lane_rows,
     float_dtype,
-    gather_pages,
-    write_rows,
 )
 from qpaged.formats import quantizer_from_config
-from qpaged.pools._pool import Pool, PoolBytes, SlotMapping, Slots, bytes_of
-from qpaged.pools._sharding import keep_sharding
+from qpaged.pools._array import ArrayPool
+from qpaged.pools._pool import PoolBytes, bytes_of
 
 
 @dataclass(frozen=True)
-class QuantizedPool(Pool):
+class QuantizedPool(ArrayPool):
     """A pool that is a :class:`QuantizedArray`."""
 
     pages: QuantizedArray
-
-    def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> QuantizedArray:
-        return keep_sharding(write_slots, self.pages)(self.pages, mapping, rows)
-
-    def gather_slots(self, indices: jax.Array) -> Slots:
-        return as_slots(gather_pages(self.pages, indices))
-
-    def clear_pages(self, indices: jax.Array) -> QuantizedArray:
-        return keep_sharding(arrays.clear_pages, self.pages)(self.pages, indices)
-
-    def copy_pages(self, source: jax.Array, target: jax.Array) -> QuantizedArray:
-        return keep_sharding(arrays.copy_pages, self.pages)(self.pages, source, target)
 
     def count_bytes(self) -> PoolBytes:
         codes = bytes_of(self.pages.stored)
@@ -59,11 +42,6 @@ class QuantizedPool(Pool):
             "scales": self.pages.scales,
             "outer": self.pages.global_scale,  # the name that files have for it
         }
-
-
-def write_slots(pages: QuantizedArray, mapping: SlotMapping, rows: jax.Array) -> QuantizedArray:
-    """Return ``pages`` with ``rows`` (tokens, kv_heads, head_dim) quantized and written at (page, slot)."""
-    return write_rows(pages, (1, 2), mapping, rows)
 
 
 def from_record(data: Mapping[str, Any]) -> QuantizedArray:
