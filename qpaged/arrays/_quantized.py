@@ -68,6 +68,10 @@ class QuantizedArray(ImplicitArray):
     channel_axis: int = aux_field(default=-1)
     slots_per_row: int = aux_field(default=1)
 
+    # Compare by identity, as jax.Array hashes; qax's base class would compare the children and cannot be hashed.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     def __post_init__(self) -> None:
         """Do nothing, where the base class would trace ``materialize`` to infer the shape and the dtype."""
 
