@@ -68,7 +68,7 @@ class QuantizedArray(ImplicitArray):
     channel_axis: int = aux_field(default=-1)
     slots_per_row: int = aux_field(default=1)
 
-    # Compare by identity, as jax.Array hashes; qax's base class would compare the children and cannot be hashed.
+    # Compare by identity; qax's base class would compare the children, and could not be hashed.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import itertools
+import os
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -134,12 +136,26 @@ def _build(name: str, **options: Any) -> Quantizer:
 
 
 def _claims() -> dict[str, dict[str, EntryPoint]]:
-    """Return the packages that claim each name; an installation seen twice on the path counts once."""
+    """Return the packages that claim each name, by name; what is installed later is seen at the next call."""
+    return _read_claims(tuple((folder, _modified(folder)) for folder in sys.path))
+
+
+@functools.lru_cache(maxsize=1)  # reading the metadata of every installed package takes milliseconds
+def _read_claims(_import_path: tuple[tuple[str, int | None], ...]) -> dict[str, dict[str, EntryPoint]]:
+    """Return :func:`_claims` as of one state of the import path."""
     claims: dict[str, dict[str, EntryPoint]] = defaultdict(dict)
     for point in entry_points(group=GROUP):
         package = point.dist.name if point.dist else point.value
-        claims[point.name][package] = point
-    return claims
+        claims[point.name][package] = point  # an installation seen twice on the path counts once
+    return dict(claims)
+
+
+def _modified(folder: str) -> int | None:
+    """Return when a package was last installed in the folder or removed; None without such a folder."""
+    try:
+        return os.stat(folder or os.curdir).st_mtime_ns
+    except OSError:
+        return None
 
 
 def _load(name: str, claims: dict[str, EntryPoint]) -> Callable[..., object]:

@@ -5,7 +5,6 @@ import functools
 import json
 import pickle
 import re
-import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import entry_points
 from support.caches import (
     CACHES,
     bits,
@@ -357,18 +357,9 @@ class Wide(type(qpaged.get_quantizer("int8:token"))):
     name: ClassVar[str] = "wide"
 
 
-class Point:
-    name, value, dist = "wide", f"{__name__}:Wide", None
-
-    def load(self):
-        return Wide
-
-
 @pytest.fixture
 def wide(monkeypatch):
-    registry = sys.modules["qpaged.formats._registry"]
-    found = registry.entry_points
-    monkeypatch.setattr(registry, "entry_points", lambda group: [*found(group=group), Point()])
+    entry_points.install(monkeypatch, entry_points.Point("wide", "oddities", Wide))
     return qpaged.get_quantizer("wide")
 
 

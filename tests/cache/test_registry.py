@@ -1,10 +1,11 @@
 """Formats by name: what is found, what is refused and why, and how formats are spelled and saved."""
 
 import copy
+import functools
 import json
 import pickle
 import re
-import sys
+import shutil
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from support import entry_points
+from support.entry_points import Point
 from support.formats import EVERY_FORMAT
 
 import qpaged
 
-registry = sys.modules["qpaged.formats._registry"]
 ROOT = Path(__file__).parents[2]
 ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
 NAMES = tuple(sorted(name for name in ENTRY_POINTS["qpaged.quantizers"] if not name.startswith("+")))
@@ -34,28 +36,10 @@ RELEASED = {
 }
 
 
-class Point:
-    """An entry point of a package."""
-
-    def __init__(self, name, package, make, value="package:Format"):
-        self.name, self.value, self._make = name, value, make
-        self.dist = package and type("Distribution", (), {"name": package})
-
-    def load(self):
-        if isinstance(self._make, Exception):
-            raise self._make
-        return self._make
-
-
 @pytest.fixture
 def install(monkeypatch):
     """Adds entry points to those that are installed."""
-
-    def add(*points):
-        found = registry.entry_points
-        monkeypatch.setattr(registry, "entry_points", lambda group: [*found(group=group), *points])
-
-    return add
+    return functools.partial(entry_points.install, monkeypatch)
 
 
 @dataclass(frozen=True)
@@ -150,7 +134,7 @@ def test_what_is_not_of_the_grammar(spelling):
 
 
 def test_nothing_installed(monkeypatch):
-    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    entry_points.only(monkeypatch)
     assert qpaged.available_formats() == ()
     with pytest.raises(qpaged.RegistryError, match="no format is named 'int8'; installed are none"):
         qpaged.get_quantizer("int8")
@@ -205,6 +189,22 @@ def test_a_package_is_found_without_being_listed(install):
     assert qpaged.get_quantizer("odd:page") == Odd("page")
     assert {"odd", "odd:page"} <= set(qpaged.available_formats())
     assert str(qpaged.CacheFormat.of("odd/odd:page")) == "odd/odd:page"
+
+
+def test_a_package_is_seen_when_it_is_installed_and_gone_when_it_is_removed(monkeypatch, tmp_path):
+    """Within one process, as in a notebook."""
+    site_packages = tmp_path / "site-packages"
+    package = site_packages / "oddities-1.dist-info"
+    package.mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(site_packages))
+    assert "odd" not in qpaged.available_quantizers()
+    package.rmdir()
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: oddities\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[qpaged.quantizers]\nodd = quantizers:Int8Floor\n")
+    assert "odd" in qpaged.available_quantizers()
+    shutil.rmtree(package)
+    assert "odd" not in qpaged.available_quantizers()
 
 
 def test_a_name_that_two_packages_claim(install):
