@@ -27,7 +27,7 @@ def clear_pages(
         return by_platform(part, pages, default=_clear, tpu=_clear_on_tpu)
 
     stored = _clear(pool.stored, pages)
-    return pool.with_stored(stored, pool.parts.map(clear_scales))  # type: ignore[return-value]
+    return pool.with_stored(stored, pool.parts.map(clear_scales))
 
 
 def copy_pages(
@@ -48,7 +48,7 @@ def copy_pages(
         return by_platform(part, source, target, default=_copy, tpu=_copy_on_tpu)
 
     stored = _copy(pool.stored, source, target)
-    return pool.with_stored(stored, pool.parts.map(copy_scales))  # type: ignore[return-value]
+    return pool.with_stored(stored, pool.parts.map(copy_scales))
 
 
 def _clear(part: jax.Array, pages: jax.Array) -> jax.Array:
