@@ -86,15 +86,23 @@ class NoStream:
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def quick_with_figures(monkeypatch):
     """Make sweeps run without a model.
 
-    ``quick.before[format]()`` is called before each batch; ``quick.ran`` lists the formats of the batches.
+    ``quick_with_figures.before[format]()`` is called before each batch; ``.ran`` lists the formats of the
+    batches.
     """
     hooks, load = SimpleNamespace(before={}, ran=[]), qpaged.sweep.load_model
     monkeypatch.setattr(NoModel, "hooks", hooks, raising=False)
     monkeypatch.setattr(qpaged.sweep, "load_model", lambda *arguments: NoModel(**vars(load(*arguments))))
     return hooks
+
+
+@pytest.fixture
+def quick(quick_with_figures, monkeypatch):
+    """Make sweeps run without a model, and without figures, which take longer than all the rest."""
+    monkeypatch.setattr(qpaged.sweep, "write_figures", lambda results, directory: [])
+    return quick_with_figures
 
 
 @pytest.fixture

@@ -257,12 +257,12 @@ def test_the_same_text_by_another_name_is_the_same(quick, sweep, text_file):
     assert quick.ran == []
 
 
-def test_the_reference_alone_is_a_sweep(quick, sweep):
+def test_the_reference_alone_is_a_sweep(quick_with_figures, sweep):
     result = sweep(*SMALL, "--formats", "plain")
     assert result.status == 0 and (result.directory / "report.html").exists()
 
 
-def test_markup_and_mathematics_in_names_are_plain_text(quick, sweep, tmp_path, text_file):
+def test_markup_and_mathematics_in_names_are_plain_text(quick_with_figures, sweep, tmp_path, text_file):
     path = tmp_path / "t$x^{$ [red]a[b].txt"
     path.write_bytes(text_file.read_bytes())
     result = sweep(*SMALL, "--formats", "int8", text=path)
