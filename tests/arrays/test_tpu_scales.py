@@ -1,5 +1,6 @@
 """The order in which TPUs keep the scales of slots: every scale is found where it is said to be."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,12 +17,17 @@ SHAPES = [(2, 256, 16, 1), (2, 128, 16, 4), (1, 256, 16, 8), (3, 128, 4, 16), (2
 def test_every_scale_is_found(shape, dtype):
     scales = jnp.asarray(np.random.default_rng(0).integers(0, 256, shape), dtype)
     order = ScaleOrder.of(scales)
-    flat = order.flatten(scales)
-    places = np.ogrid[tuple(slice(n) for n in shape)]
-    at = order.flat_index(*(jnp.asarray(place, jnp.int32) for place in places))
+    indices = [index.astype(np.int32) for index in np.ogrid[tuple(slice(n) for n in shape)]]
+
+    @jax.jit
+    def run(scales, indices):
+        flat = order.flatten(scales)
+        return flat, order.flat_index(*indices), order.unflatten(flat)
+
+    flat, at, unflattened = map(np.asarray, run(scales, indices))
     np.testing.assert_array_equal(np.sort(at.ravel()), np.arange(scales.size))
     np.testing.assert_array_equal(flat[at], scales)
-    np.testing.assert_array_equal(order.unflatten(flat), scales)
+    np.testing.assert_array_equal(unflattened, scales)
 
 
 def test_pages_fill_lanes_and_narrow_scales_share_tiles():
@@ -46,7 +52,7 @@ def test_scales_are_put_where_they_belong(shape):
     want = scales.copy()
     for (page, slot), put in zip(places[:3], new, strict=False):  # the others are out of range
         want[:, page, slot] = put
-    written = scatter_slot_scales(jnp.asarray(scales), jnp.asarray(places, jnp.int32), new)
+    written = jax.jit(scatter_slot_scales)(scales, places.astype(np.int32), new)
     np.testing.assert_array_equal(written, want)
 
 
@@ -55,10 +61,16 @@ def test_scales_of_pages_are_cleared_and_copied_as_elsewhere(shape):
     scales = jnp.asarray(np.random.default_rng(2).integers(1, 256, shape), jnp.uint8)
     pages = jnp.array([0, shape[1] - 1, 3, shape[1], -1], jnp.int32)
     targets = jnp.array([1, 4, 2, 0, 5], jnp.int32)
-    cleared = _pages._clear(scales, pages)
-    np.testing.assert_array_equal(_pages._clear_on_tpu(scales, pages), cleared)
-    assert not cleared[:, 3].any() and cleared[:, 2].all()
-    targets = _pages._final_targets(pages, targets, shape[1])
-    copied = _pages._copy(scales, pages, targets)
-    np.testing.assert_array_equal(_pages._copy_on_tpu(scales, pages, targets), copied)
-    np.testing.assert_array_equal(copied[:, 4], scales[:, -1])
+
+    @jax.jit
+    def run(scales, pages, targets):
+        targets = _pages._final_targets(pages, targets, shape[1])
+        cleared = _pages._clear(scales, pages), _pages._clear_on_tpu(scales, pages)
+        copied = _pages._copy(scales, pages, targets), _pages._copy_on_tpu(scales, pages, targets)
+        return cleared, copied
+
+    (cleared, cleared_on_tpu), (copied, copied_on_tpu) = run(scales, pages, targets)
+    np.testing.assert_array_equal(cleared_on_tpu, cleared)
+    assert not np.asarray(cleared)[:, 3].any() and np.asarray(cleared)[:, 2].all()
+    np.testing.assert_array_equal(copied_on_tpu, copied)
+    np.testing.assert_array_equal(np.asarray(copied)[:, 4], np.asarray(scales)[:, -1])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.formats import CACHES
+from support.caches import SOME
 
 import qpaged
 from qpaged._compat import has_explicit_meshes
@@ -26,7 +26,7 @@ def leaves(cache):
     return [np.asarray(leaf) for leaf in jax.tree_util.tree_leaves(cache)]
 
 
-@pytest.mark.parametrize("quantizer", CACHES)
+@pytest.mark.parametrize("quantizer", SOME)
 def test_every_layer_gets_the_copies(quantizer):
     cache = written_cache(quantizer)
     copied = jax.jit(qpaged.PagedAttentionCache.copy_pages)(cache, np.array([3, 5]), np.array([7, 3]))

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.formats import FORMATS
 
 import qpaged
 from qpaged.attention import _xla
@@ -33,6 +32,12 @@ def rows(count, heads=HEADS):
     return jax.ShapeDtypeStruct((count, heads, HEAD_DIM), jnp.bfloat16)
 
 
+FORMATS = (
+    "raw",
+    "int8",
+    "int4:channel",
+    "int8:token",
+)  # beside those of the kit, which tests a decode of each
 STEPS = {
     "decode write": (METHODS.write_decodes_to_cache, (rows(BATCH), rows(BATCH), DECODE)),
     "prefill write": (METHODS.write_prefill_to_cache, (rows(64), rows(64), PREFILL)),
@@ -84,7 +89,7 @@ def temporaries(format, name, pages):
 
 
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.parametrize("format", ["raw", "int8", "int4:channel", "int8:token"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_temporaries_do_not_grow_with_the_pool(format, name):
     assert temporaries(format, name, 32_768) <= temporaries(format, name, 512) + 4096
 

@@ -41,24 +41,22 @@ def features(spelling):
     }
 
 
+ALWAYS = ("int8", "int8:token", "int4")
+
+
 def representatives():
-    """Return a few formats that have every feature between them, those without wrappers first."""
-
-    def by_simplicity(spelling):
-        return spelling.count("+"), not spelling.startswith("int8")
-
-    chosen = []
-    covered = set()
-    for spelling in sorted(EVERY_FORMAT, key=by_simplicity):
-        if not features(spelling) <= covered:
-            chosen.append(spelling)
-            covered |= features(spelling)
+    """Return a few formats that have every feature between them, those of ALWAYS first."""
+    chosen = list(ALWAYS)
+    missing = set().union(*map(features, EVERY_FORMAT)) - set().union(*map(features, ALWAYS))
+    while missing:
+        most = max(EVERY_FORMAT, key=lambda spelling: len(features(spelling) & missing))
+        chosen.append(most)
+        missing -= features(most)
     return tuple(chosen)
 
 
 FORMATS = representatives()
 """Formats with every feature on which the framework branches, for tests that are no laws."""
-ALWAYS = ("int8", "int8:token", "int4")
 FEW = ALWAYS
 if os.environ.get("MORE_FORMATS"):
     FEW = (*ALWAYS, "int8:channel+offset", "nvfp4")
