@@ -25,7 +25,7 @@ def offset(inner: Quantizer) -> Quantizer:
 class OffsetInLowerHalf:
     """The offset in the lower half of a stored word; the scale is in its upper half."""
 
-    def offset(self, scales: jax.Array) -> jax.Array:
+    def from_scales(self, scales: jax.Array) -> jax.Array:
         """Return the float32 offsets of stored ``scales``."""
         return second_of(scales)
 
@@ -76,7 +76,7 @@ class Offset(Wrapper):
 
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
         down = jnp.where(self.multiplier(scales) > 1, jnp.float32(0.25), jnp.float32(1))
-        difference = x * down - self.offset.offset(scales) * down
+        difference = x * down - self.offset.from_scales(scales) * down
         return self.encode(self.in_units(difference, scales) / down)
 
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ from quantizers._floor import Floor, floor_toward_negative
 
 OFFSET_BITS = 8
 REACH = 128  # an offset byte holds z / g, from -128 to 127
+REACH_DOUBLINGS = 6  # from the reach of the codes, 2^(bits - 1) s, to that of the byte, 128 granules
 LARGEST_FLOAT32 = float(jnp.finfo(jnp.float32).max)
 LARGEST_QUOTIENT = 2.0**30  # beyond any window, and within int32
 
@@ -107,13 +108,13 @@ class OffsetFloor(Wrapper):
     def least_exponent(self, low: jax.Array, high: jax.Array) -> jax.Array:
         """Return the exponent below which no window covers both values; that one's does, or the next one's.
 
-        ``inner.scale(m)`` is the smallest s with m < 2^(bits - 1) s. The span must be less than 2^bits s,
-        which is the rule for half the span. The larger value must be within 128 granules of 2^(bits - 2) s,
-        2^6 times what the rule for it asks; a negative one may be that exactly, which allows one doubling
-        less.
+        ``inner.scale(m)`` is the exponent of the smallest s with m < 2^(bits - 1) s. The span must be less
+        than 2^bits s, which is the rule for half the span. The larger value must be within 128 granules of
+        2^(bits - 2) s: 2^REACH_DOUBLINGS times what the rule for it asks. One more is taken off, since a
+        negative value may be that exactly, where the rule asks for less.
         """
         for_span = self.inner.scale(high / 2 - low / 2).astype(jnp.int32)
-        for_reach = self.inner.scale(jnp.maximum(-low, high)).astype(jnp.int32) - 7
+        for_reach = self.inner.scale(jnp.maximum(-low, high)).astype(jnp.int32) - (REACH_DOUBLINGS + 1)
         return jnp.maximum(jnp.maximum(for_span, for_reach), 1)
 
     def smallest_from(self, low: jax.Array, high: jax.Array, exponent: jax.Array) -> jax.Array:
@@ -138,7 +139,7 @@ class MiddleOfWindow:
 
     quantizer: OffsetFloor
 
-    def offset(self, scales: jax.Array) -> jax.Array:
+    def from_scales(self, scales: jax.Array) -> jax.Array:
         """Return the float32 offsets of stored ``scales``."""
         start = self.quantizer.window_start(scales)
         middle = (start + self.quantizer.num_codes // 2).astype(jnp.float32)

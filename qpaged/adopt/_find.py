@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +49,13 @@ def find_cache(
             no pattern; two arrays of the cache have the same path.
     """
     arguments = Arguments(step, args, kwargs)
-    dataflow, output_paths = _trace(step, arguments)
+    dataflow, outputs = _trace(step, arguments)
+    output_paths = [output.path for output in outputs]
     is_chosen = path_filter(where)
     # Tokens and positions are integers, and a cache of integers is quantized already.
     candidates = [
         candidate
-        for candidate in _candidates(arguments, dataflow, output_paths)
+        for candidate in _candidates(arguments, dataflow, outputs)
         if is_chosen(candidate.path) and jnp.issubdtype(candidate.aval.dtype, jnp.floating)
     ]
     leaves, rejected = _classify_all(candidates, axes)
@@ -67,8 +68,15 @@ def find_cache(
     return FoundCache(_number_layers(leaves, dataflow, arguments.paths))
 
 
-def _trace(step: Callable[..., Any], arguments: Arguments) -> tuple[Dataflow, list[str]]:
-    """Return the dataflow of a step's program, and the paths of its outputs."""
+class Output(NamedTuple):
+    """An array that a step returns."""
+
+    path: str
+    shape: tuple[int, ...]
+
+
+def _trace(step: Callable[..., Any], arguments: Arguments) -> tuple[Dataflow, list[Output]]:
+    """Return the dataflow of a step's program, and its outputs."""
 
     def program(*arrays: Any) -> Pytree:
         args, kwargs = arguments.with_arrays(arrays)
@@ -76,25 +84,27 @@ def _trace(step: Callable[..., Any], arguments: Arguments) -> tuple[Dataflow, li
 
     # Shapes suffice to trace, and the example may have nothing else.
     jaxpr, out = jax.make_jaxpr(program, return_shape=True)(*arguments.avals)
-    output_paths = [path_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(out)]
-    return trace_dataflow(jaxpr), output_paths
+    outputs = [Output(path_name(keys), aval.shape) for keys, aval in jax.tree_util.tree_leaves_with_path(out)]
+    return trace_dataflow(jaxpr), outputs
 
 
-def _candidates(arguments: Arguments, dataflow: Dataflow, output_paths: Sequence[str]) -> Iterable[Candidate]:
+def _candidates(arguments: Arguments, dataflow: Dataflow, outputs: Sequence[Output]) -> Iterable[Candidate]:
     """Yield every array of the arguments with what the program does with it."""
-    outputs = _outputs_by_input(dataflow, output_paths)
+    returned_as = _outputs_by_input(arguments, dataflow, outputs)
     for input_index, (path, aval) in enumerate(zip(arguments.paths, arguments.avals, strict=True)):
-        yield Candidate.from_dataflow(dataflow, input_index, path, aval, outputs.get(input_index))
+        yield Candidate.from_dataflow(dataflow, input_index, path, aval, returned_as.get(input_index))
 
 
-def _outputs_by_input(dataflow: Dataflow, output_paths: Sequence[str]) -> dict[int, str]:
-    """Return for each input the first output that returns it after a write, in the same axes."""
-    outputs: dict[int, str] = {}
-    for views, path in zip(dataflow.outputs, output_paths, strict=True):
+def _outputs_by_input(arguments: Arguments, dataflow: Dataflow, outputs: Sequence[Output]) -> dict[int, str]:
+    """Return for each input the path of the first output that returns all of it after a write."""
+    returned_as: dict[int, str] = {}
+    for views, output in zip(dataflow.outputs, outputs, strict=True):
         for view in views:
-            if view.written and view.covers_input:
-                outputs.setdefault(view.input_index, path)
-    return outputs
+            # A part of a cache, as the row that was written, may be returned before the cache.
+            covers_shape = output.shape == arguments.avals[view.input_index].shape
+            if view.written and view.covers_input and covers_shape:
+                returned_as.setdefault(view.input_index, output.path)
+    return returned_as
 
 
 def _classify_all(

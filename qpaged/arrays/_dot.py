@@ -25,7 +25,7 @@ from qpaged.arrays._read_format import (
 from qpaged.arrays._scaled_dot import DimensionNumbers, DotAxes, Params, scaled_dot
 
 # A piece has at most so many positions along the axis that is cut, and elements in all, unless one block has
-# more.
+# more. An array shorter than two pieces is not cut: a loop over one piece and a rest saves no memory.
 MAX_POSITIONS = 512
 MAX_ELEMENTS = 2**19
 

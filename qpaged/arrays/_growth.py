@@ -87,7 +87,10 @@ def grow_blocks(
 
 
 def _growing_blocks(grows: jax.Array) -> GrowingBlocks:
-    """Return the entries of which any block grows, in chunks: few if all grow, and short if few do."""
+    """Return the entries of which any block grows, in chunks of an eighth of all entries, MIN_CHUNK at least.
+
+    All of them take about eight steps then, and a few of them one.
+    """
     any_grows = grows.reshape(len(grows), -1).any(axis=1)
     entries = len(any_grows)
     chunk = min(entries, max(MIN_CHUNK, entries // 8))
@@ -152,7 +155,11 @@ def grow_page_scales(
     old: jax.Array,  # [entries, kv_heads, channels or 1]
     new: NewExtremes,
 ) -> jax.Array:
-    """Return the scales that :func:`grow_blocks` would; a kernel requantizes the codes."""
+    """Return the scales that :func:`grow_blocks` would; a kernel requantizes the codes.
+
+    Windows are gathered for their greatest code alone. What :func:`_grow_windows` makes of their codes is not
+    used, and XLA removes it.
+    """
     in_use = old != 0
     grows = in_use & ~growth_rule(array).covers(old, new.low, new.high)
     growing = _growing_blocks(grows)

@@ -21,9 +21,8 @@ def count_slots_per_row(shape: Sequence[int]) -> int:
     if not 0 < width < LANES or LANES % width:
         return 1
     slots_per_row = LANES // width
-    if (
-        slots % slots_per_row or slots <= slots_per_row
-    ):  # XLA on CPU copies a pool whose rows are an axis of one
+    # XLA on CPU copies a pool whose rows are an axis of one.
+    if slots % slots_per_row or slots <= slots_per_row:
         return 1
     return slots_per_row
 
@@ -42,10 +41,9 @@ def from_lane_rows(codes: Codes, slots_per_row: int) -> Codes:
     """Return codes (..., rows, lanes) as (..., slots, width); of a ShapeDtypeStruct, one."""
     if slots_per_row == 1:
         return codes
-    if isinstance(codes, jax.ShapeDtypeStruct):
-        shape = slot_shape(codes.shape, slots_per_row)
-        return jax.ShapeDtypeStruct(shape, codes.dtype)  # type: ignore[return-value]
     shape = slot_shape(codes.shape, slots_per_row)
+    if isinstance(codes, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, codes.dtype)  # type: ignore[return-value]
     return codes.reshape(*codes.shape[:-1], slots_per_row, shape[-1]).reshape(shape)
 
 

@@ -116,9 +116,9 @@ def _slice_scales(
     inside_one_block = start // extent == (limit - 1) // extent
     if inside_one_block:
         return lax.slice_in_dim(scales, start // extent, start // extent + 1, axis=axis)
-    kept = math.gcd(extent, start, limit) if stride == 1 else 1
-    fine = refine(scales, axis, extent // kept)
-    return lax.slice_in_dim(fine, start // kept, limit // kept, stride, axis)
+    fine_extent = math.gcd(extent, start, limit) if stride == 1 else 1
+    fine = refine(scales, axis, extent // fine_extent)
+    return lax.slice_in_dim(fine, start // fine_extent, limit // fine_extent, stride, axis)
 
 
 def split(array: QuantizedArray, sizes: Sequence[int], axis: int) -> list[QuantizedArray] | None:
@@ -193,7 +193,7 @@ def clamp_start(start: Sequence[jax.Array], shape: Sequence[int], sizes: Sequenc
 
 
 def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedArray | None:
-    """Join arrays of one format end to end; None where that would add channels to others."""
+    """Join arrays end to end; None along channels that a transform mixes or that share a global scale."""
     first = arrays[0]
     channels_stay = first.quantizer.transform is None and first.global_scale is None
     if dimension == first.channels and not channels_stay:

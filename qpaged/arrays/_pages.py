@@ -12,13 +12,13 @@ from qpaged.arrays._scatter import gather_rows, scatter_rows
 
 PAGE_AXIS = 1  # of every array of a pool
 
-Pool = TypeVar("Pool", jax.Array, QuantizedArray)  # [kv_heads, pages, page_size, head_dim]
+PoolArray = TypeVar("PoolArray", jax.Array, QuantizedArray)  # [kv_heads, pages, page_size, head_dim]
 
 
 def clear_pages(
-    pool: Pool,
+    pool: PoolArray,
     pages: jax.Array,  # [n] int32
-) -> Pool:
+) -> PoolArray:
     """Return a pool with zeros for these pages of all its arrays; out of range is dropped."""
     if not isinstance(pool, QuantizedArray):
         return _clear(pool, pages)
@@ -31,10 +31,10 @@ def clear_pages(
 
 
 def copy_pages(
-    pool: Pool,
+    pool: PoolArray,
     source: jax.Array,  # [n] int32
     target: jax.Array,  # [n] int32
-) -> Pool:
+) -> PoolArray:
     """Return a pool with pages ``source`` copied to ``target`` in all its arrays.
 
     All sources are read before any target is written. A pair with a page out of range is dropped; of several

@@ -28,7 +28,7 @@ class GrowthRule(Protocol):
 class OffsetRule(Protocol):
     """How stored scales carry an offset that is added to their block."""
 
-    def offset(self, scales: jax.Array) -> jax.Array:
+    def from_scales(self, scales: jax.Array) -> jax.Array:
         """Return the float32 offsets of stored ``scales``."""
 
 

@@ -121,7 +121,7 @@ def check_parts(
             for part in (codes, scales, global_scale)
         ]
         raise ValueError(
-            f"codes, scales and outer must be of one {quantizer} array, but came as {came}; "
+            f"codes, scales and global scale must be of one {quantizer} array, but came as {came}; "
             f"the data was not written whole."
         )
 

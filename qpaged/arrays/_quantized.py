@@ -42,8 +42,8 @@ class QuantizedArray(ImplicitArray):
     """An array held as integer codes and one scale per block: x̂ = decode(codes) · scale (+ offset).
 
     Attributes:
-        stored: the codes as they lie in memory, ``slots_per_row`` slots to a row; :attr:`codes` has them in
-            the logical shape.
+        stored: the codes as they lie in memory, ``slots_per_row`` slots to a row; :attr:`codes` has them one
+            slot to a row.
         scales: one for each block; see :class:`BlockParts`.
         global_scale: the second level of scales; see :class:`BlockParts`.
         offset: of arrays made by lazy reads; see :class:`BlockParts`.
@@ -135,6 +135,7 @@ class QuantizedArray(ImplicitArray):
         return f"QuantizedArray({self.quantizer}, {jnp.dtype(self.dtype).name}, {shown})"
 
     def tree_flatten_with_keys(self):
+        # Paths say "codes", as they did before lane rows: checkpoints name arrays by their paths.
         children = {"codes": self.stored, **self.parts._asdict()}
         with_keys = [(jax.tree_util.GetAttrKey(name), child) for name, child in children.items()]
         return with_keys, (self.quantizer, self.channel_axis, self.slots_per_row, self.dtype)
@@ -156,9 +157,9 @@ class QuantizedArray(ImplicitArray):
         slots_per_row: int | None = None,
         dtype: DTypeLike | None = None,
     ) -> "QuantizedArray":
-        """Return an array with these codes and parts; the static data is this array's, unless given.
+        """Return an array with these codes (..., slots, width) and parts; all else stays, unless given.
 
-        Codes of this array's shape are put into lane rows as this array's are.
+        Codes of the shape of :attr:`codes` are put into lane rows as this array's are.
         """
         if slots_per_row is None:
             same_shape = tuple(codes.shape) == slot_shape(self.stored.shape, self.slots_per_row)
@@ -173,7 +174,7 @@ class QuantizedArray(ImplicitArray):
         )
 
     def with_stored(self, stored: jax.Array, parts: BlockParts) -> "QuantizedArray":
-        """Return an array with these children, of the shapes of this one's, and with its static data."""
+        """Return an array with these parts and codes, in lane rows as :attr:`stored` is; all else stays."""
         return QuantizedArray(
             stored=stored,
             **parts._asdict(),
@@ -189,9 +190,7 @@ class QuantizedArray(ImplicitArray):
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Return the values as ``dtype``: computed in float32, rounded once, clipped to what is finite."""
-        if (
-            self.scales is None or self.size == 0
-        ):  # the codes are the bits of values: nothing to scale or clip
+        if self.scales is None or self.size == 0:  # the codes are the bits of values, and have no scales
             return self.values(self.dtype).astype(dtype)
         values = split_blocks(self.values(jnp.float32), self.scales.shape)
         factors, offset = self.multipliers(), self.block_offset()
@@ -215,7 +214,7 @@ class QuantizedArray(ImplicitArray):
     def values(self, dtype: DTypeLike) -> jax.Array:
         """Return the codes as numbers in units of their scale, exact in bfloat16 and wider dtypes.
 
-        Without scales these are the values themselves, rounded to ``dtype``.
+        Without scales they are what the array stands for, rounded to ``dtype``.
         """
         decoded_as = self.dtype if self.scales is None else dtype
         return self.quantizer.decode(self.unpacked(), decoded_as).astype(dtype)
@@ -233,7 +232,7 @@ class QuantizedArray(ImplicitArray):
         """Return what is added to each block, float32 in the shape of ``scales``; None where nothing is."""
         if self.offset is not None or self.quantizer.offset is None:
             return self.offset
-        return self.quantizer.offset.offset(self.block_scales)
+        return self.quantizer.offset.from_scales(self.block_scales)
 
 
 def is_quantized(leaf: Any) -> TypeGuard[QuantizedArray]:

@@ -26,7 +26,8 @@ class ReadFormat:
     Attributes:
         source: the format that the codes were written in.
         dtypes: the dtypes that values are cast through in order, from the one that the codes were written
-            for; empty if that is the array's own.
+            for; empty if that is the array's own. Codes of bfloat16 that a program casts to float16 and then
+            to float32 have (bfloat16, float16) here, and float32 is the array's.
         unpacked: there is one code per element.
         untransformed: values are left in the transformed channels.
         float_scales: scales are float32 factors, and offsets a part of their own, instead of the stored form.

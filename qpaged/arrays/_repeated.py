@@ -94,7 +94,10 @@ def _transpose(primitive, repeated: Repeated, *, permutation, **params):
 
 @primitive_handler("reshape")
 def _reshape(primitive, repeated: Repeated, *rest, new_sizes, dimensions=None, **params):
-    """An axis of copies alone is merged into the one before it; nothing else is done to it."""
+    """Merge an axis that holds nothing but copies into the one before: (n, 1·times) becomes (n·times).
+
+    The repeated axis keeps its number from the end. Other reshapes are left to the array.
+    """
     at, shape = repeated.axis % repeated.ndim, repeated.shape
     merged = (*shape[: at - 1], shape[at - 1] * shape[at], *shape[at + 1 :])
     if dimensions is not None or at == 0 or repeated.array.shape[at] != 1 or tuple(new_sizes) != merged:

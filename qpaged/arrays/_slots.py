@@ -11,14 +11,14 @@ from qpaged.arrays._dtypes import common_dtype
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._scaled_dot import DimensionNumbers
 
-Slots = jax.Array | QuantizedArray
+PlainOrQuantized = jax.Array | QuantizedArray
 P = TypeVar("P")
 
 
 def gather_pages(
-    pool: Slots,  # [kv_heads, pages, page_size, head_dim]
+    pool: PlainOrQuantized,  # [kv_heads, pages, page_size, head_dim]
     pages: jax.Array,  # [n] integers
-) -> Slots:
+) -> PlainOrQuantized:
     """Return pages (kv_heads, n, page_size, head_dim), quantized as the pool; zeros where out of range."""
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(0, 2, 3), collapsed_slice_dims=(1,), start_index_map=(1,)
@@ -32,7 +32,7 @@ def gather_pages(
     return gathered
 
 
-def as_slots(pages: Slots) -> Slots:
+def as_slots(pages: PlainOrQuantized) -> PlainOrQuantized:
     """Return pages (kv_heads, n, page_size, head_dim) as slots (kv_heads, n * page_size, head_dim)."""
     heads, n, page_size, head_dim = pages.shape
     shape = (heads, n * page_size, head_dim)
@@ -44,11 +44,14 @@ def as_slots(pages: Slots) -> Slots:
 
 
 def mask_slots(
-    slots: Slots,  # [kv_heads, n, head_dim]
+    slots: PlainOrQuantized,  # [kv_heads, n, head_dim]
     used: jax.Array,  # [n] bool
-) -> Slots:
-    """Return slots with those that are not ``used`` as numbers, whatever they were: a weight of 0 times NaN
-    would be NaN."""
+) -> PlainOrQuantized:
+    """Return slots with code 0, and scale 0 where they have their own, wherever they are not ``used``.
+
+    They may hold NaN, and a weight of 0 times NaN would be NaN. Scales that a page shares stay: pages that no
+    one sees were read as zeros.
+    """
     kept = used[:, None]
     if not isinstance(slots, QuantizedArray):
         return jnp.where(kept, slots, jnp.zeros((), slots.dtype))
@@ -82,14 +85,14 @@ def invert_output(out: jax.Array, values: Any) -> jax.Array:
     return values.quantizer.transform.inverse(out, values.channel_axis)
 
 
-def dot(lhs: jax.Array, rhs: Slots, dimension_numbers: DimensionNumbers) -> jax.Array:
+def dot(lhs: jax.Array, rhs: PlainOrQuantized, dimension_numbers: DimensionNumbers) -> jax.Array:
     """Return ``lax.dot_general`` in float32 accumulation, where ``rhs`` may be quantized."""
     if isinstance(rhs, QuantizedArray):
         return _dot.dot_general(lhs, rhs, dimension_numbers, preferred_element_type=jnp.float32)
     return lax.dot_general(lhs, rhs.astype(lhs.dtype), dimension_numbers, preferred_element_type=jnp.float32)
 
 
-def to_float32(slots: Slots) -> jax.Array:
+def to_float32(slots: PlainOrQuantized) -> jax.Array:
     """Return the values of a plain or a quantized array in float32."""
     return slots.dequantize() if isinstance(slots, QuantizedArray) else slots.astype(jnp.float32)
 

@@ -33,11 +33,11 @@ class ScalesOfPages(NamedTuple):
     new: jax.Array
 
 
-def takes(array: QuantizedArray, axes: tuple[int, ...], rows: int) -> bool:
+def takes(array: QuantizedArray, axes: tuple[int, ...], num_rows: int) -> bool:
     """Return True if the kernel can write so many rows at (page, slot) of the array."""
     if array.ndim != 4 or axes != (1, 2) or not has_pallas_tpu():
         return False
-    if array.channel_axis != -1 or rows > MOST_ROWS:
+    if array.channel_axis != -1 or num_rows > MOST_ROWS:
         return False
     heads, _, page_size, channels = array.shape
     width = channels // array.codes_per_byte  # stored elements of a slot

@@ -224,14 +224,14 @@ def _scatter_slots_on_tpu(array: QuantizedArray, index: jax.Array, codes: jax.Ar
 
 
 def _put_parts(
-    array: QuantizedArray, axes: Axes, blocks: jax.Array, new: BlockParts, rows: int
+    array: QuantizedArray, axes: Axes, blocks: jax.Array, new: BlockParts, num_rows: int
 ) -> BlockParts:
     """Return the parts of ``array`` with ``new`` ones put at ``blocks``."""
     parts: list[jax.Array | None] = []
     for part, new_part in zip(array.parts, new, strict=True):
         if part is None or new_part is None:
             parts.append(part)
-        elif _tpu_write.takes(array, axes, rows):
+        elif _tpu_write.takes(array, axes, num_rows):
             default, tpu = _scatter_scales, _tpu_write.scatter_slot_scales
             parts.append(by_platform(part, blocks, new_part, default=default, tpu=tpu))
         else:
@@ -268,13 +268,13 @@ def _scatter_into_bytes(
     Codes that share a byte are written in turns, since a scatter replaces whole bytes.
     """
     column, codes_per_byte = axes.index(array.channels), array.codes_per_byte
-    byte_position = index.at[:, column].set(index[:, column] // codes_per_byte)
+    which_byte = index.at[:, column].set(index[:, column] // codes_per_byte)
     byte_index = index[:, column] % codes_per_byte
     byte_index_of_rows = byte_index.reshape(-1, *[1] * (new.ndim - 1))
     past_end = jnp.int32(max(codes.shape))
     for turn in range(codes_per_byte):
-        old = gather_rows(codes, axes, byte_position)
+        old = gather_rows(codes, axes, which_byte)
         changed = insert_codes(old, new, byte_index_of_rows, array.quantizer.bits)
-        target = jnp.where(byte_index[:, None] == turn, byte_position, past_end)
+        target = jnp.where(byte_index[:, None] == turn, which_byte, past_end)
         codes = scatter_rows(codes, axes, target, changed)
     return codes

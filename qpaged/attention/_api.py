@@ -148,7 +148,7 @@ def _attend(
 
 
 def _untransformed_call(tokens: QueryTokens, keys: Pages, values: Pages) -> AttentionCall:
-    """Return the call that a backend gets, whose query is transformed as the format's keys are."""
+    """Return the call that a backend gets: transforms are moved from the keys to the query."""
     query = transform_query(tokens.query, keys)
     return AttentionCall(dataclasses.replace(tokens, query=query), untransformed(keys), untransformed(values))
 

@@ -120,7 +120,7 @@ def attend(call: AttentionCall, sinks: jax.Array | None, options: Options) -> ja
         if implementation.by_name_only or decline_reason(implementation, [call]) is not None:
             continue
         if implementation.platform is not None:
-            kernels[implementation.platform] = _with_options(implementation, options)
+            kernels.setdefault(implementation.platform, _with_options(implementation, options))
         elif default is None:
             default = implementation
     assert default is not None  # xla takes every call

@@ -112,8 +112,8 @@ def attend(
         table.reshape(-1),
         _split_channels(query, k_layout),
         query.astype(jnp.float32).sum(axis=-1),
-        _gpu_refs.Pool(stored_codes(keys), _kernel_scales(keys)),
-        _gpu_refs.Pool(stored_codes(values), _kernel_scales(values)),
+        _gpu_refs.GMEMPool(stored_codes(keys), _kernel_scales(keys)),
+        _gpu_refs.GMEMPool(stored_codes(values), _kernel_scales(values)),
     )
     if sinks is not None:
         sinks = pad_to_multiple(tile_sinks(sinks, q_tile, kv_heads), q_rows, 0, axis=1)

@@ -25,7 +25,7 @@ from qpaged._compat import (
 )
 from qpaged.attention._gpu import KV_TILE
 from qpaged.attention._gpu_copies import TilePages, is_page, load_tile_pages, start_copies
-from qpaged.attention._gpu_refs import GPUCall, KVRefs, Pool, Ref, Refs, Scratch
+from qpaged.attention._gpu_refs import GMEMPool, GPUCall, KVRefs, Ref, Refs, Scratch
 from qpaged.attention._layout import Layout
 from qpaged.attention._options import MASK_VALUE
 from qpaged.formats import Quantizer
@@ -83,8 +83,8 @@ def attend(
     table: jax.Array,  # [sequences * table_pages] int32
     query: jax.Array,  # [num_q_tiles, kv_heads, codes_per_byte, q_rows, slot_width] bfloat16
     query_sum: jax.Array,  # [num_q_tiles, kv_heads, q_rows] float32, over the channels
-    keys: Pool,
-    values: Pool,
+    keys: GMEMPool,
+    values: GMEMPool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return acc, row_max and row_sum of every split, all float32.
 
@@ -111,8 +111,8 @@ def _kernel(
     table_ref: Ref,  # [sequences * table_pages]
     query_ref: Ref,  # [num_q_tiles, kv_heads, codes_per_byte, q_rows, slot_width]
     query_sum_ref: Ref,  # [num_q_tiles, kv_heads, q_rows]
-    k_pool: Pool,
-    v_pool: Pool,
+    k_pool: GMEMPool,
+    v_pool: GMEMPool,
     acc_ref: Ref,  # [splits, num_q_tiles, kv_heads, head_dim, q_rows]
     row_max_ref: Ref,  # [splits, num_q_tiles, kv_heads, q_rows]
     row_sum_ref: Ref,  # [splits, num_q_tiles, kv_heads, q_rows]
@@ -364,7 +364,7 @@ def _load_slot_scales(
     multiplier = quantizer.multiplier(scales)
     if not kv.layout.has_offset:
         return SlotScales(multiplier, None)
-    return SlotScales(multiplier, quantizer.offset.offset(scales))
+    return SlotScales(multiplier, quantizer.offset.from_scales(scales))
 
 
 def _slot_has_page(call: GPUCall, pages: tuple[jax.Array, ...]) -> jax.Array:

@@ -62,7 +62,7 @@ class GPUCall:
         return KV_TILE // self.copy_slots
 
 
-class Pool(NamedTuple):
+class GMEMPool(NamedTuple):
     """Keys or values in the GPU's memory.
 
     Attributes:
@@ -87,7 +87,7 @@ class Stages(NamedTuple):
     scales: Ref
 
     @classmethod
-    def specs(cls, call: GPUCall, layout: Layout, pool: Pool) -> "Stages":
+    def specs(cls, call: GPUCall, layout: Layout, pool: GMEMPool) -> "Stages":
         """Return the memory that the stages of a pool take."""
         swizzle_width = min(SWIZZLE_BYTES // pool.pages.dtype.itemsize, layout.slot_width)
         pages_shape = call.stages, KV_TILE, layout.slot_width
@@ -119,7 +119,7 @@ class Scratch(NamedTuple):
     tile_copied: Ref
 
     @classmethod
-    def specs(cls, call: GPUCall, keys: Pool, values: Pool) -> "Scratch":
+    def specs(cls, call: GPUCall, keys: GMEMPool, values: GMEMPool) -> "Scratch":
         """Return the memory and the barriers that a program takes."""
         k_stages = Stages.specs(call, call.keys, keys)
         v_stages = Stages.specs(call, call.values, values)
@@ -151,7 +151,7 @@ class KVRefs:
     """Keys or values within the kernel: their layout, the references to the pool and to the stages."""
 
     layout: Layout
-    pool: Pool
+    pool: GMEMPool
     stages: Stages
 
     @property

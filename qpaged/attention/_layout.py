@@ -105,8 +105,10 @@ def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:
     if quantized is None:
         return None
     quantizer = quantized.quantizer
-    if quantized.global_scale is not None or quantized.offset is not None:
+    if quantized.global_scale is not None:
         return f"{quantizer} has scales of two levels"
+    if quantized.offset is not None:
+        return f"{quantizer} comes from a lazy read, with offsets beside its scales"
     if not quantizer.elementwise:
         return f"{quantizer} is declared not to be elementwise"
 
@@ -118,7 +120,7 @@ def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:
     if quantized.scales is not None:
         methods["multiplier"] = quantizer.multiplier, quantized.scales.dtype
         if quantizer.offset is not None:
-            methods["offset"] = quantizer.offset.offset, quantized.scales.dtype
+            methods["offset"] = quantizer.offset.from_scales, quantized.scales.dtype
     for name, (method, argument_dtype) in methods.items():
         reason = not_elementwise(method, argument_dtype)
         if reason is not None:

@@ -153,8 +153,8 @@ def _call_kernel(
         table.reshape(-1),
         query,
         sinks,
-        _tpu_refs.Pool(k_layout.page_rows_of(keys), k_scales),
-        _tpu_refs.Pool(v_layout.page_rows_of(values), v_scales),
+        _tpu_refs.HBMPool(k_layout.page_rows_of(keys), k_scales),
+        _tpu_refs.HBMPool(v_layout.page_rows_of(values), v_scales),
     )
     out = v_layout.sum_over_slots(out.swapaxes(2, 3))  # [num_q_tiles, kv_heads, q_rows, head_dim]
     out = out.reshape(num_q_tiles, kv_heads, q_tile, q_heads_per_kv, head_dim).swapaxes(1, 2)

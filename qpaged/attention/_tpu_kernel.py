@@ -24,7 +24,7 @@ from qpaged.attention._tpu_copies import (
     wait_for_copies,
 )
 from qpaged.attention._tpu_layout import NN, NT, dot
-from qpaged.attention._tpu_refs import Buffers, Index, KVRefs, KVTile, Pool, Ref, Refs, State, TPUCall
+from qpaged.attention._tpu_refs import Buffers, HBMPool, Index, KVRefs, KVTile, Ref, Refs, State, TPUCall
 
 
 def attend(
@@ -34,8 +34,8 @@ def attend(
     table: jax.Array,  # [sequences * table_pages] int32
     query: jax.Array,  # [num_q_tiles, kv_heads, codes_per_byte, q_rows, row_width]
     sinks: jax.Array | None,  # [kv_heads, q_rows, 1] float32
-    keys: Pool,
-    values: Pool,
+    keys: HBMPool,
+    values: HBMPool,
 ) -> jax.Array:
     """Return the attention as [num_q_tiles, kv_heads, codes_per_byte, q_rows, row_width] float32.
 
@@ -79,7 +79,7 @@ def _same_for_all(array: jax.Array | None) -> pl.BlockSpec | None:
     return pl.BlockSpec(array.shape, lambda *_: (0,) * ndim)
 
 
-def _in_hbm(pools: tuple[Pool, Pool]) -> Any:
+def _in_hbm(pools: tuple[HBMPool, HBMPool]) -> Any:
     """Return specifications that leave arrays in HBM, for the kernel to copy from."""
     return jax.tree_util.tree_map(lambda _: pl.BlockSpec(memory_space=pl.ANY), pools)
 
@@ -91,7 +91,7 @@ def _kernel(
     table_ref: Ref,  # [sequences * table_pages]
     query_ref: Ref,  # [1, kv_heads, codes_per_byte, q_rows, row_width]
     sinks_ref: Ref | None,  # [kv_heads, q_rows, 1]
-    pools: tuple[Pool, Pool],
+    pools: tuple[HBMPool, HBMPool],
     out_ref: Ref,  # [1, kv_heads, codes_per_byte, q_rows, row_width]
     buffers: tuple[Buffers, Buffers],
     state: State,
@@ -232,7 +232,7 @@ def _attention_masks(refs: Refs, tile: KVTile, scores: list[jax.Array]) -> list[
     for slot_in_row in range(call.keys.slots_per_row):
         row = lax.broadcasted_iota(jnp.int32, scores[slot_in_row].shape, 1)
         slot_in_tile = row * call.keys.slots_per_row + slot_in_row
-        # What is no page was not copied.
+        # "No page" was not copied: the buffer holds an earlier tile's keys there.
         slot = tile.index * call.kv_tile + slot_in_tile
         masks.append(call.options.position_mask(position, slot) & tile.copied)
     return masks
@@ -273,8 +273,8 @@ def _query_dot_group_offsets(
 ) -> jax.Array:
     """Return the dot products of a query with the offsets of each row's page, [q_rows, rows].
 
-    The slots of a row are of one page and share its offsets, so that the first place's query serves all
-    places.
+    The slots of a row are of one page and share its offsets, since formats with offsets of groups in each
+    slot are declined. So the query for the first slot of a row serves all.
     """
     layout = call.keys
     per_page = _sum(

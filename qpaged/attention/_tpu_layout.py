@@ -90,20 +90,20 @@ class TPULayout(Layout):
         if groups > 1 and not self.scales_per_slot:
             scales_of_page = scales.reshape(kv_heads * num_pages, groups)
             return scales_of_page.at[kv_head * num_pages + page].get(mode="promise_in_bounds")
-        slots_per_row, page_rows = 1, 1
+        scales_per_row, scale_rows = 1, 1
         if self.scales_per_slot:
-            slots_per_row, page_rows = self.slots_per_row, self.page_rows
-        # All indices broadcast to [sequences, kv_tiles, kv_heads, slots_per_row, groups, rows].
-        page = jnp.repeat(page[..., None, None, :], page_rows, axis=-1)
-        slot = jnp.arange(pages_per_tile * page_rows, dtype=jnp.int32) % page_rows * slots_per_row
-        slot = slot + jnp.arange(slots_per_row, dtype=jnp.int32)[:, None, None]
+            scales_per_row, scale_rows = self.slots_per_row, self.page_rows
+        # All indices broadcast to [sequences, kv_tiles, kv_heads, scales_per_row, groups, rows].
+        page = jnp.repeat(page[..., None, None, :], scale_rows, axis=-1)
+        slot = jnp.arange(pages_per_tile * scale_rows, dtype=jnp.int32) % scale_rows * scales_per_row
+        slot = slot + jnp.arange(scales_per_row, dtype=jnp.int32)[:, None, None]
         group = jnp.arange(groups, dtype=jnp.int32)[:, None]
         order = ScaleOrder.of(scales)
         index = order.flat_index(kv_head[..., None, None], page, slot, group)
         gathered = order.flatten(scales).at[index].get(mode="promise_in_bounds")
         if groups == 1:
             return gathered.reshape(*gathered.shape[:3], -1)
-        return gathered.reshape(*gathered.shape[:3], slots_per_row * groups, -1)
+        return gathered.reshape(*gathered.shape[:3], scales_per_row * groups, -1)
 
     # Inside the kernel. Rows are those of one KV head and one tile of keys or values.
 
@@ -150,12 +150,16 @@ class TPULayout(Layout):
         return decoded
 
     def multipliers(self, scales: jax.Array) -> jax.Array:
-        """Return what stored scales multiply by, float32; zeros for the NaN of what was never written."""
+        """Return what stored scales multiply by, float32, with zeros for NaN and infinities.
+
+        Tiles hold scales of pages that the sequence does not have, whose bits may mean anything. Their slots
+        are masked, but a weight of 0 times NaN would be NaN. Scales that were written are finite.
+        """
         return _zero_if_not_finite(self.quantizer.multiplier(scales))
 
     def offsets(self, scales: jax.Array) -> jax.Array:
         """Return the offsets that stored scales carry, float32; zeros likewise."""
-        return _zero_if_not_finite(self.quantizer.offset.offset(scales))
+        return _zero_if_not_finite(self.quantizer.offset.from_scales(scales))
 
     def lane_offsets(
         self,

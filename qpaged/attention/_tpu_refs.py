@@ -64,7 +64,7 @@ class TPUCall:
         return self.q_tile > 1 and self.options.sliding_window is not None
 
 
-class Pool(NamedTuple):
+class HBMPool(NamedTuple):
     """Keys or values in HBM.
 
     Attributes:
@@ -100,7 +100,7 @@ class Buffers(NamedTuple):
     visible: Ref
 
     @classmethod
-    def specs(cls, call: TPUCall, layout: TPULayout, pool: Pool) -> "Buffers":
+    def specs(cls, call: TPUCall, layout: TPULayout, pool: HBMPool) -> "Buffers":
         """Return the memory that the buffers of a pool take."""
         kv_heads, _, page_rows, row_width = pool.pages.shape
         rows = call.kv_tile // layout.slots_per_row
@@ -163,7 +163,7 @@ class KVRefs:
     """Keys or values within the kernel: their layout, the references to HBM and those to the buffers."""
 
     layout: TPULayout
-    pool: Pool
+    pool: HBMPool
     buffers: Buffers
 
     def page_copy(self, page: jax.Array, buffer_index: Index, page_index: jax.Array) -> Any:

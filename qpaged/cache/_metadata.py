@@ -128,11 +128,11 @@ class PagedAttentionMetadata(Serializable):
         return position, table
 
     def is_prefill_mode(self) -> bool:
-        """Return True if there is no decode: its arrays have shape ()."""
+        """Return True if there is no decode: its arrays have shape (). True of a placeholder, too."""
         return np.ndim(self.decodes_position) == 0
 
     def is_decode_mode(self) -> bool:
-        """Return True if there is no prefill: its arrays have shape ()."""
+        """Return True if there is no prefill: its arrays have shape (). True of a placeholder, too."""
         return np.ndim(self.prefill_position) == 0
 
 

@@ -15,7 +15,7 @@ RENAMED = {
     "refit": "growth, an object with grown_scale(scales, greatest_code, low, high)",
     "grow": "growth, an object with requantize(codes, old, new)",
     "shareable": "growth, which is None where scales cannot grow",
-    "shift": "offset, an object with offset(scales)",
+    "shift": "offset, an object with from_scales(scales)",
     "outer_dtype": "global_scale, an object with dtype, scale(absmax) and multiplier(stored)",
     "outer_scale": "global_scale, an object with scale(absmax)",
     "outer_multiplier": "global_scale, an object with multiplier(stored)",

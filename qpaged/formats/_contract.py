@@ -59,7 +59,8 @@ class Quantizer(abc.ABC):
     """What ``granularity`` may be; the first is the default. A scale that tokens share (``page``,
     ``channel``) grows as tokens arrive: see :attr:`growth`."""
     bits: ClassVar[int] = 8
-    """Bits of a code: 4 or 2, which are packed into bytes, or 8, for codes that are stored as they are."""
+    """Bits of a code: 4 or 2, which are packed into bytes, or 8 for one code of :meth:`code_dtype` per
+    element, however wide that is."""
     scale_dtype: ClassVar[DTypeLike | None] = jnp.float32
     """Dtype of a stored scale, float32 or an integer one; None for a format without scales. A nonzero scale
     should be a normal float32 number, and so should its product with the smallest nonzero value of a code."""
@@ -90,7 +91,8 @@ class Quantizer(abc.ABC):
     def scale(self, absmax: jax.Array) -> jax.Array:
         """Return the stored scale of a block from its largest magnitude (float32): the scale rule.
 
-        It must not fall as ``absmax`` rises, and is 0 exactly where ``absmax`` is.
+        It must not fall as ``absmax`` rises, and is 0 exactly where ``absmax`` is; with a
+        :attr:`global_scale` that one is 0 there instead.
         """
 
     @abc.abstractmethod
@@ -134,7 +136,11 @@ class Quantizer(abc.ABC):
 
     @property
     def order_bound(self) -> float:
-        """The largest difference, in units of the scale, that the order of writes makes; 0 is bit for bit."""
+        """The largest difference, in units of the scale, that the order of writes makes; 0 is bit for bit.
+
+        Override it if scales that tokens share grow by :class:`FitAgain`: how often codes are rounded again
+        depends on the order of writes.
+        """
         return 0.0
 
     @property
@@ -160,7 +166,7 @@ class Quantizer(abc.ABC):
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
         """Return codes of float32 ``x`` under stored ``scales`` (broadcast); a zero scale encodes zeros."""
         if self.offset is not None:
-            x = x - self.offset.offset(scales)
+            x = x - self.offset.from_scales(scales)
         return self.encode(self.in_units(x, scales))
 
     def in_units(self, x: jax.Array, scales: jax.Array) -> jax.Array:

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 class FitAgain:
     """Growth that fits a block to its new extremes, and rounds its codes again under the larger scale.
 
+    Only the rows that are written now are fitted: it is asked only where they need a larger scale than the
+    block has, so that what the block holds already fits. This is so where ``fit`` depends on the largest
+    magnitude alone; other formats have a growth of their own.
+
     Attributes:
         quantizer: the format whose scales grow.
     """

@@ -65,6 +65,8 @@ def materialize_nested(implicit_arr: Operand, full: bool = False) -> Operand:
 def default_handler(primitive: Primitive, *args: Operand, **params: Any) -> Any:
     """Apply a primitive to plain arrays: for handlers that deal with a part and leave the rest.
 
+    The method of :class:`ImplicitArray` of that name is another thing: what is done without a handler.
+
     Args:
         primitive: the primitive a handler was given.
         *args: its operands, plain arrays.

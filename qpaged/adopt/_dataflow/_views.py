@@ -59,7 +59,7 @@ class View:
 
     @property
     def covers_input(self) -> bool:
-        """True if the value runs along every axis of the input, in the input's order."""
+        """True if axis i of the value runs along axis i of the input; a slice may be shorter."""
         return all(axis in input_axes for axis, input_axes in enumerate(self.input_axes))
 
     def input_axes_of(self, axes: Iterable[int]) -> Axes:

@@ -24,6 +24,7 @@ def sweep_order(formats: Sequence[str]) -> list[tuple[str, CacheFormat]]:
         RegistryError: a spelling that names no installed format.
         OSError, ValueError: a format's file that cannot be read.
     """
+    # A file of formats is shown by its name alone, unless two have the same one.
     file_names = [Path(spelling).name for spelling in formats if spelling.endswith(".json")]
     named: dict[str, CacheFormat] = {}
     for spelling in formats:
@@ -103,7 +104,8 @@ class Sweep:
     def run(self, progress: Progress, known: Sequence[Run] = ()) -> Iterator[Run | Failure]:
         """Yield each format as it is measured, so that a caller who stops early keeps what came before.
 
-        Runs that are ``known`` from an earlier sweep under the same conditions are not measured again.
+        Runs that are ``known`` from an earlier sweep under the same conditions are not measured again, except
+        for the reference, to whose predictions the others are compared.
         A format that fails is yielded as a failure, and the others go on; an error of the reference is
         raised, since nothing can be measured without it.
         """

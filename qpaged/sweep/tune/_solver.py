@@ -13,7 +13,7 @@ import numpy as np
 from qpaged.sweep.tune._budget import UnattainableError
 
 FINEST_GRID = 2**14
-"""Bits are counted exactly, in parts of one bit, unless these would be finer than this."""
+"""The largest denominator of the fractions that bits are counted in."""
 
 COARSE_GRID = 256
 """Parts of a bit that bits are rounded up to where they cannot be counted exactly."""
@@ -57,6 +57,7 @@ def choose(
             f"max_kl must be at least about {least[-1]:.2g}, the least that the formats promise{within}, "
             f"but {max_kl:.2g} was looked for; allow more, or give more accurate formats."
         )
+    # The least sum never rises with what may be spent, so that the first that suffices is the cheapest.
     spent = affordable[0] if max_kl < math.inf else room
     chosen = _trace_back(picks, extra, spent)
     total = sum(kl[candidate] for kl, candidate in zip(items, chosen, strict=True))
@@ -64,12 +65,12 @@ def choose(
 
 
 def _integer_cost(bits: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return bits as integers, rounded up, and the number of parts of one bit that they count."""
-    exact = [Fraction(value).limit_denominator(FINEST_GRID) for value in bits.tolist()]
-    grid = math.lcm(*(value.denominator for value in exact))
+    """Return bits as integers, and how many parts of one bit they count; a coarse grid rounds up."""
+    fractions = [Fraction(value).limit_denominator(FINEST_GRID) for value in bits.tolist()]
+    grid = math.lcm(*(fraction.denominator for fraction in fractions))
     if grid > FINEST_GRID:
         grid = COARSE_GRID
-    return np.array([math.ceil(value * grid) for value in exact]), grid
+    return np.array([math.ceil(fraction * grid) for fraction in fractions]), grid
 
 
 def _least_sums(
@@ -91,11 +92,11 @@ def _least_sums(
     return least, picks
 
 
-def _trace_back(picks: np.ndarray, extra: np.ndarray, spent: int) -> list[int]:
-    """Return the candidate of each item in the solution that spends at most ``spent``."""
+def _trace_back(picks: np.ndarray, extra: np.ndarray, left: int) -> list[int]:
+    """Return the candidate of each item in the solution that has ``left`` to spend."""
     chosen = []
     for item in reversed(range(len(picks))):
-        candidate = int(picks[item, spent])
+        candidate = int(picks[item, left])
         chosen.append(candidate)
-        spent -= extra[candidate]
+        left -= extra[candidate]
     return chosen[::-1]
