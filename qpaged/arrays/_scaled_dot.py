@@ -80,9 +80,13 @@ def scaled_dot(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: P
 def _codes_are_fewer(
     other: jax.Array, array: QuantizedArray, axes: DotAxes, scaled_axes: Sequence[int]
 ) -> bool:
-    """Return True if a row of scales for each row of the plain operand is more than the codes to scale."""
+    """Return True if there are fewer codes to scale than elements of the other operand or of the result.
+
+    A decode has few rows beside the codes, a long prefill more. All are counted per batch element.
+    """
     rows = other.size // _count(array, axes.contract + axes.batch)
-    return rows * _count(array, scaled_axes) > _count(array, axes.contract + axes.kept(array.ndim))
+    scaled_otherwise = rows * _count(array, scaled_axes)
+    return scaled_otherwise > _count(array, axes.contract + axes.kept(array.ndim))
 
 
 def _count(array: QuantizedArray, axes: Sequence[int]) -> int:

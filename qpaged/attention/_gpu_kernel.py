@@ -197,8 +197,8 @@ def _attend_kv_tile(
     plgpu.barrier_wait(scratch.tile_copied.at[stage])
 
     _write_decoded(refs.keys, stage, scratch.decoded)
-    plgpu.commit_smem()
-    dots = _dot_keys(refs)
+    plgpu.commit_smem()  # without which the tensor cores may read what was there before
+    dots = _dot_keys(refs)  # it waits for the product, so that `decoded` may take the values afterwards
     k_scales = _load_slot_scales(call, refs.keys, stage, tile_pages.k_scales)
     v_scales = _load_slot_scales(call, refs.values, stage, tile_pages.v_scales)
     scores = _scores(call, queries, dots, k_scales)
@@ -220,6 +220,7 @@ def _attend_kv_tile(
     _write_decoded_values(refs, kv_tile, stage, tile_pages.pages, slot_has_page)
     plgpu.commit_smem()
 
+    # Keys and values of this stage are decoded: its buffers are free.
     start_copies(refs, kv_tile + call.stages, stage)
     weighted = _dot_values(refs)
     acc = acc * _repeat_rows(alpha, len(acc)) + weighted

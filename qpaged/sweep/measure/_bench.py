@@ -45,15 +45,15 @@ class Bench:
         self._model = model
         self._sequences = sequences
         self._settings = settings
-        self._spelling = plain
+        self._reference_spelling = plain
         self._progress = progress
         self._reference: Reference | None = None
-        self._plain = self._predict(plain, PLAIN)
+        self._plain_predicted = self._predict(plain, PLAIN)
 
     @cached_property
     def plain(self) -> Run:
         """The run of the plain cache, which is the reference."""
-        return self.measure(self._spelling, PLAIN)
+        return self.measure(self._reference_spelling, PLAIN)
 
     def mean_kl(self, spelling: str, cache_format: CacheFormat) -> float:
         """Predict in a format, and return the mean KL alone.
@@ -69,7 +69,7 @@ class Bench:
         """Measure everything of a format."""
         start = time.perf_counter()
         if cache_format == PLAIN:
-            predicted, continuations = self._plain, self._plain_continuations
+            predicted, continuations = self._plain_predicted, self._plain_continuations
             start -= predicted.seconds  # The reference was predicted before, when the bench was made.
         else:
             predicted = self._predict(spelling, cache_format)
@@ -112,7 +112,7 @@ class Bench:
 
     @cached_property
     def _plain_continuations(self) -> np.ndarray:
-        return self._continue(self._plain.stream)
+        return self._continue(self._plain_predicted.stream)
 
     def _predict(self, spelling: str, cache_format: CacheFormat) -> _Predicted:
         """Predict the whole text; the first predictions become the reference."""
