@@ -33,6 +33,7 @@ def by_platform(*args: Pytree, default: Callable[..., Any], **kernels: Callable[
         kernels: for some of :data:`PLATFORMS` a function that computes the same. It is traced when a program
             is lowered for its platform, and on no other. Pass the same function object each time.
     """
+    assert set(kernels) <= set(PLATFORMS)  # nothing would be lowered for another
     operands, in_tree = jax.tree_util.tree_flatten(args)
     default_jaxpr, out_shapes = jax.make_jaxpr(default, return_shape=True)(*args)
     outs = by_platform_p.bind(

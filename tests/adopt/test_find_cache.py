@@ -50,6 +50,15 @@ def test_shapes_suffice_and_nothing_is_run():
     assert len(find(costly, shapes).leaves) == 2
 
 
+def test_a_part_that_is_returned_before_the_cache_is_not_taken_for_it():
+    def with_last_row(x, position, cache):
+        out, cache = step(x, position, cache)
+        return cache["k"][:, -1:], cache["v"][..., 0], out, cache
+
+    outputs = [leaf.output for leaf in find(with_last_row).leaves]
+    assert outputs == ["3/k", "3/v"]
+
+
 def test_python_values_are_passed_as_they_are():
     def flagged(x, position, cache, *, masked=False, scale=1.0, nothing=None):
         assert isinstance(masked, bool) and scale == 2.0 and nothing is None
