@@ -1,5 +1,9 @@
 """A paged KV cache for JAX whose pages are plain arrays or quantized implicit arrays, behind one API."""
 
+import importlib
+from typing import Any
+
+from qpaged._deprecated import renamed_attributes
 from qpaged.arrays import QuantizedArray
 from qpaged.attention import AttentionBackend, attention_backends, paged_attention
 from qpaged.cache import (
@@ -32,6 +36,16 @@ from qpaged.formats import (
 )
 
 __version__ = "0.1.0"
+
+_renamed = renamed_attributes(__name__, {"quantizer": "qpaged.formats"})
+_SUBMODULES = ("adopt", "interop", "models", "plan", "sweep", "testing")  # imported when they are asked for
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    return _renamed(name)
+
 
 __all__ = [
     "AllocationError",

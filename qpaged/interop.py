@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 from qpaged.arrays import QuantizedArray
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.implicit import materialize_nested
-from qpaged.pools import Pages, as_quantized
+from qpaged.pools import Pages, Pool, as_quantized, gather_slots
 
 if TYPE_CHECKING:
     from jax.experimental.pallas.ops.tpu.paged_attention.quantization_utils import QuantizedTensor
@@ -169,11 +169,19 @@ def interleaved_pages(view: PagedAttentionCacheView) -> jax.Array:
     Args:
         view: the layer's pages, of any format.
     """
-    keys = materialize_nested(view.key_pages, full=True)
-    values = materialize_nested(view.value_pages, full=True)
+    shape = view.metadata.pool_shape
+    keys, values = _decoded(view.key_pages, shape), _decoded(view.value_pages, shape)
     heads, pages, page_size, head_dim = keys.shape
     pairs = jnp.stack([keys, values], axis=1).transpose(2, 3, 0, 1, 4)
     return pairs.reshape(pages, page_size, 2 * heads, head_dim)
+
+
+def _decoded(pool: Pages, shape: tuple[int, ...]) -> jax.Array:
+    """Return the pages of any kind of pool as a plain array of ``shape``."""
+    if isinstance(pool, Pool):
+        slots = materialize_nested(gather_slots(pool, jnp.arange(shape[1])), full=True)
+        return slots.reshape(shape)
+    return materialize_nested(pool, full=True)
 
 
 def decode_sequences(
@@ -248,12 +256,12 @@ def _scaled_codes(
     """Return numbers of one of the dtypes, and float32 scales (kv_heads, pages, page_size); None if plain."""
     quantized = as_quantized(pool)
     if quantized is None:
-        if not isinstance(pool, jax.Array):
+        if not isinstance(pool, jax.Array | np.ndarray):
             raise TypeError(
                 f"view must hold plain arrays or qpaged.QuantizedArray, but its {part} are of type "
                 f"{type(pool).__name__}; take interleaved_pages, which materializes them."
             )
-        return pool, None
+        return jnp.asarray(pool), None
     if quantized.scales is None:
         return quantized.materialize(), None
     reason = _reason_not_scaled(quantized)

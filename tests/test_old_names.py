@@ -33,7 +33,16 @@ def test_a_cache_format_may_be_given_by_its_old_keyword():
         assert qpaged.CacheFormat.of(format="int8") == qpaged.CacheFormat.of("int8")
 
 
-@pytest.mark.parametrize(("old", "new"), [("take_pages", "gather_pages"), ("keep_slots", "mask_slots")])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("take_pages", "gather_pages"),
+        ("keep_slots", "mask_slots"),
+        ("clipped", "clip_to_int32"),
+        ("fill_rows", "fill_lane_rows"),
+        ("refused", "not_elementwise"),
+    ],
+)
 def test_reads_have_their_old_names(old, new):
     message = re.escape(f"qpaged.arrays.{old} is now qpaged.arrays.{new}")
     with pytest.warns(DeprecationWarning, match=message):
@@ -48,6 +57,18 @@ def test_a_materialization_has_its_old_name_in_adopt():
 def test_arrays_have_no_other_names():
     with pytest.raises(AttributeError, match=r"module 'qpaged.arrays' has no attribute 'put_pages'"):
         _ = arrays.put_pages
+
+
+def test_the_module_of_formats_has_its_old_name_as_an_attribute(monkeypatch):
+    monkeypatch.delitem(vars(qpaged), "quantizer", raising=False)  # as an earlier import leaves it
+    with pytest.warns(DeprecationWarning, match=r"qpaged.quantizer is now qpaged.formats"):
+        assert qpaged.quantizer is qpaged.formats
+
+
+def test_the_package_has_its_submodules_and_no_other_names():
+    assert qpaged.adopt is adopt
+    with pytest.raises(AttributeError, match=r"module 'qpaged' has no attribute 'pages'"):
+        _ = qpaged.pages
 
 
 def test_formats_may_be_imported_by_their_old_module():

@@ -64,5 +64,11 @@ __all__ = [
 
 __getattr__ = renamed_attributes(
     __name__,
-    {"take_pages": "qpaged.arrays.gather_pages", "keep_slots": "qpaged.arrays.mask_slots"},
+    {
+        "clipped": "qpaged.arrays.clip_to_int32",
+        "fill_rows": "qpaged.arrays.fill_lane_rows",
+        "keep_slots": "qpaged.arrays.mask_slots",
+        "refused": "qpaged.arrays.not_elementwise",
+        "take_pages": "qpaged.arrays.gather_pages",
+    },
 )

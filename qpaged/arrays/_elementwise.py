@@ -25,6 +25,8 @@ WIDE_ONLY = frozenset({
     "tanh",
 })  # fmt: skip
 """Primitives that kernels have for floats and for integers of 32 bits."""
+CONTROL_FLOW = frozenset({"cond", "scan", "while"})
+"""Primitives with inner jaxprs that kernels do not have; calls are looked into."""
 FLOATS = ("float32", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -41,7 +43,7 @@ def _objections(jaxpr: Jaxpr) -> Iterator[str]:
     """Yield what a kernel could not lower of a jaxpr, inner jaxprs included."""
     for eqn in jaxpr_and_consts(jaxpr)[0].eqns:
         inner = inner_jaxprs(eqn)
-        if inner:
+        if inner and eqn.primitive.name not in CONTROL_FLOW:
             for inner_jaxpr in inner:
                 yield from _objections(inner_jaxpr)
             continue

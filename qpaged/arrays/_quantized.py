@@ -37,6 +37,10 @@ class BlockParts(NamedTuple):
         return BlockParts(*changed)
 
 
+PATHS = "codes", "scales", "outer", "offsets"
+"""The names of the children in paths of pytrees, which stay as they are: checkpoints name arrays by paths."""
+
+
 @dataclass(eq=False, repr=False, kw_only=True)
 class QuantizedArray(ImplicitArray):
     """An array held as integer codes and one scale per block: x̂ = decode(codes) · scale (+ offset).
@@ -135,10 +139,13 @@ class QuantizedArray(ImplicitArray):
         return f"QuantizedArray({self.quantizer}, {jnp.dtype(self.dtype).name}, {shown})"
 
     def tree_flatten_with_keys(self):
-        # Paths say "codes", as they did before lane rows: checkpoints name arrays by their paths.
-        children = {"codes": self.stored, **self.parts._asdict()}
-        with_keys = [(jax.tree_util.GetAttrKey(name), child) for name, child in children.items()]
-        return with_keys, (self.quantizer, self.channel_axis, self.slots_per_row, self.dtype)
+        children, aux = self.tree_flatten()
+        keys = map(jax.tree_util.GetAttrKey, PATHS)
+        return list(zip(keys, children, strict=True)), aux
+
+    def tree_flatten(self):
+        children = [self.stored, self.scales, self.global_scale, self.offset]
+        return children, (self.quantizer, self.channel_axis, self.slots_per_row, self.dtype)
 
     @classmethod
     def tree_unflatten(cls, aux_data, children):

@@ -115,7 +115,7 @@ def decline_reason(implementation: Implementation, calls: Sequence[AttentionCall
 def attend(call: AttentionCall, sinks: jax.Array | None, options: Options) -> jax.Array:
     """Return attention on the first backend that is for the platform that the program is lowered for."""
     default: Implementation | None = None
-    kernels = {}
+    kernels: dict[str, Callable[..., jax.Array]] = {}
     for implementation in IMPLEMENTATIONS:
         if implementation.by_name_only or decline_reason(implementation, [call]) is not None:
             continue

@@ -7,7 +7,7 @@ merges the splits of a sequence (Dao et al., Flash-Decoding, 2023).
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +35,6 @@ MATRIX = plgpu.Layout.WGMMA  # [slots, queries], what the tensor cores give
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 PER_SLOT = MATRIX.reduce(1)  # [slots]
 PER_QUERY = MATRIX.reduce(0)  # [queries]
-
-RegisterLayout = Any  # any of the above
 
 
 class QueryRows(NamedTuple):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qpaged.arrays import extract_codes, not_elementwise
-from qpaged.pools import Pages, as_quantized
+from qpaged.pools import Pages, Pool, as_quantized
 
 BYTE_BITS = 8
 
@@ -103,7 +103,7 @@ def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:
     """Return why no kernel takes the format of a pool whose codes decode to ``decode_dtype``, or None."""
     quantized = as_quantized(pool)
     if quantized is None:
-        return None
+        return f"pages of type {type(pool).__name__} are not taken" if isinstance(pool, Pool) else None
     quantizer = quantized.quantizer
     if quantized.global_scale is not None:
         return f"{quantizer} has scales of two levels"

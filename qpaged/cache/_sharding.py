@@ -53,6 +53,8 @@ def leaf_spec(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> Partitio
 
 def _divides(entry: str | tuple[str, ...] | None, length: int, mesh: Mesh) -> bool:
     """Return True if the mesh has the axes of a spec's entry, and they divide ``length``."""
+    if entry is PartitionSpec.UNCONSTRAINED:  # pools are made, and nothing would choose for them
+        return False
     axes = spec_axes(entry)
     if any(axis not in mesh.shape for axis in axes):
         return False

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from qpaged.formats._contract import Quantizer
 
 PACKED_BITS = (8, 4, 2)
+TILE = jax.ShapeDtypeStruct((8, 128), jnp.float32)  # slots and channels, which encode may combine
 
 RENAMED = {
     "holds": "growth, an object with covers(scales, low, high)",
@@ -27,9 +28,23 @@ RENAMED = {
 """What the contract's older names became. One that was overridden silently would be wrong silently."""
 
 
-def check_class(cls: type) -> None:
-    """Raise TypeError for ``bits`` that nothing packs, and for what is overridden under its old name."""
-    defined = vars(cls)
+ABILITIES = {
+    "growth": ("covers", "grown_scale", "requantize"),
+    "offset": ("from_scales",),
+    "global_scale": ("dtype", "scale", "multiplier"),
+    "transform": ("forward", "inverse"),
+}
+"""What few formats have, and what each object of it must have."""
+
+
+def check_class(cls: type, before: type) -> None:
+    """Raise TypeError for ``bits`` that nothing packs, and for what is overridden under its old name.
+
+    Bases that stand ``before`` the contract are looked at, too: mixins override what comes after them.
+    """
+    defined: dict[str, Any] = {}
+    for base in reversed(cls.__mro__[: cls.__mro__.index(before)]):
+        defined |= vars(base)
     for old, new in RENAMED.items():
         if old in defined:
             raise TypeError(f"{cls.__name__}.{old} is now {new}; rename it, for the old name is not called.")
@@ -39,18 +54,18 @@ def check_class(cls: type) -> None:
             f"but is a method; give such an object, as a property if it depends on the instance."
         )
     bits = defined.get("bits", PACKED_BITS[0])
-    if isinstance(bits, int) and bits not in PACKED_BITS:
+    if bits not in PACKED_BITS and not hasattr(bits, "__get__"):  # a property is asked when it is needed
+        advice = "take the next larger one"
+        if not isinstance(bits, int) or bits > PACKED_BITS[0]:
+            advice = f"take {PACKED_BITS[0]} for one code per element, however wide code_dtype makes it"
         raise TypeError(
             f"{cls.__name__}.bits must be one of {', '.join(map(str, PACKED_BITS))}, which are what codes "
-            f"are packed by, but is {bits}; take the next larger one."
+            f"are packed by, but is {bits!r}; {advice}."
         )
 
 
-def check_instance(quantizer: "Quantizer") -> None:
-    """Raise TypeError for a class without ``name`` or ``bound``, and for float codes or narrow float scales.
-
-    From shapes alone: nothing is computed.
-    """
+def check_attributes(quantizer: "Quantizer") -> None:
+    """Raise TypeError for a class without ``name`` or ``bound``, and for narrow float scales."""
     cls = type(quantizer)
     for attribute, meaning in (
         ("name", "the first part of its spelling"),
@@ -59,13 +74,33 @@ def check_instance(quantizer: "Quantizer") -> None:
         if getattr(quantizer, attribute, None) is None:
             raise TypeError(f"{cls.__name__} must have a class attribute {attribute}, {meaning}; set it.")
     _check_scale_dtype(quantizer.name, quantizer.scale_dtype)
-    if quantizer.scale_dtype is not None:
-        codes = jax.eval_shape(quantizer.encode, jax.ShapeDtypeStruct((), jnp.float32))
-        if not jnp.issubdtype(codes.dtype, jnp.integer):
+
+
+def check_methods(quantizer: "Quantizer") -> None:
+    """Raise TypeError for half an ability, and if ``encode`` does not return integers.
+
+    Only shapes are traced: nothing is computed.
+    """
+    cls = type(quantizer)
+    for ability, needed in ABILITIES.items():
+        rule = getattr(quantizer, ability)
+        missing = [name for name in needed if not hasattr(rule, name)]
+        if rule is not None and missing:
             raise TypeError(
-                f"{cls.__name__}.encode must return integers, but returns {codes.dtype.name}; cast them to "
-                f"int8 or uint8, or give the bits of a float with lax.bitcast_convert_type."
+                f"{cls.__name__}.{ability} must be None or an object with {', '.join(needed)}, but is "
+                f"{rule!r}, which lacks {', '.join(missing)}."
             )
+    if quantizer.scale_dtype is None:
+        return
+    try:
+        codes = jax.eval_shape(quantizer.encode, TILE)
+    except Exception:  # an instance that is not complete yet, or a slip that its first use will show
+        return
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise TypeError(
+            f"{cls.__name__}.encode must return integers, but returns {codes.dtype.name}; cast "
+            f"them to int8 or uint8, or give the bits of a float with lax.bitcast_convert_type."
+        )
 
 
 def _check_scale_dtype(name: str, dtype: Any) -> None:

@@ -21,7 +21,7 @@ from qpaged.arrays import (
     in_units,
     quantize,
 )
-from qpaged.formats._checks import check_class, check_instance
+from qpaged.formats._checks import TILE, check_attributes, check_class, check_methods
 from qpaged.formats._granularity import check_granularity, page_block
 from qpaged.formats._growth import FitAgain
 
@@ -77,13 +77,14 @@ class Quantizer(abc.ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        check_class(cls)
+        check_class(cls, before=Quantizer)
 
     def __post_init__(self) -> None:
-        check_instance(self)
+        check_attributes(self)
         if not self.granularity:
             object.__setattr__(self, "granularity", self.granularities[0])
         check_granularity(self.name, self.granularity, self.granularities)
+        check_methods(self)
 
     # What every format gives.
 
@@ -225,4 +226,4 @@ class Quantizer(abc.ABC):
 @functools.lru_cache
 def encoded_dtype(quantizer: Quantizer) -> Any:
     """Return the dtype of ``quantizer.encode``'s codes, found by tracing: nothing is computed."""
-    return jax.eval_shape(quantizer.encode, jax.ShapeDtypeStruct((), jnp.float32)).dtype
+    return jax.eval_shape(quantizer.encode, TILE).dtype

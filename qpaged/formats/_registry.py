@@ -43,12 +43,21 @@ def available_formats(*, wrapped: bool = False) -> tuple[str, ...]:
     spellings: list[str] = []
     for name in available_quantizers():
         try:
-            for granularity in _build(name).granularities:
-                bare = _build(name, granularity=granularity)
-                spellings += [str(quantizer) for quantizer in _in_wrappers(bare, wrapped)]
+            spellings += _spellings_of(name, wrapped)
         except RegistryError as error:
             warnings.warn(str(error), stacklevel=2)
+        except (TypeError, ValueError) as error:
+            warnings.warn(f"{name!r}: {error}", stacklevel=2)
     return tuple(spellings)
+
+
+def _spellings_of(name: str, wrapped: bool) -> list[str]:
+    """Return the spellings of one format, as :func:`available_formats` lists them."""
+    spellings = []
+    for granularity in _build(name).granularities:
+        bare = _build(name, granularity=granularity)
+        spellings += [str(quantizer) for quantizer in _in_wrappers(bare, wrapped)]
+    return spellings
 
 
 def _in_wrappers(bare: Quantizer, wrapped: bool) -> Iterator[Quantizer]:
@@ -56,7 +65,7 @@ def _in_wrappers(bare: Quantizer, wrapped: bool) -> Iterator[Quantizer]:
     names = available_wrappers() if wrapped else ()
     for count in range(len(names) + 1):
         for chosen in itertools.combinations(names, count):
-            with contextlib.suppress(ValueError):  # a wrapper that does not go with it
+            with contextlib.suppress(TypeError, ValueError):  # a wrapper that does not go with it, or cannot
                 yield functools.reduce(_wrap, chosen, bare)
 
 
@@ -127,7 +136,15 @@ def _build(name: str, **options: Any) -> Quantizer:
             f"They are found through the entry points {GROUP!r} of installed packages."
         )
     factory = _load(name, claims[name])
-    quantizer = factory(**options)
+    try:
+        quantizer = factory(**options)
+    except (TypeError, ValueError):
+        raise  # it refuses the options
+    except (Exception, SystemExit) as error:  # whatever another package does
+        raise RegistryError(
+            f"the format {name!r} of package {next(iter(claims[name]))} cannot be made: "
+            f"{type(error).__name__}: {error}. Tell the authors of that package."
+        ) from error
     if not isinstance(quantizer, Quantizer):
         raise RegistryError(
             f"the entry point {name!r} must make a qpaged.Quantizer, but made a {type(quantizer).__name__}."
@@ -136,7 +153,7 @@ def _build(name: str, **options: Any) -> Quantizer:
 
 
 def _claims() -> dict[str, dict[str, EntryPoint]]:
-    """Return the packages that claim each name, by name; what is installed later is seen at the next call."""
+    """Return the packages that claim each name, by name; one installed or removed later is seen at once."""
     return _read_claims(tuple((folder, _modified(folder)) for folder in sys.path))
 
 
@@ -168,7 +185,7 @@ def _load(name: str, claims: dict[str, EntryPoint]) -> Callable[..., object]:
     package, point = next(iter(claims.items()))
     try:
         return point.load()
-    except Exception as error:  # whatever another package raises as it is imported
+    except (Exception, SystemExit) as error:  # whatever another package does as it is imported
         raise RegistryError(
             f"the format {name!r} of package {package} cannot be loaded from {point.value!r}: {error}. "
             f"Reinstall that package, and see that no other package hides its modules."

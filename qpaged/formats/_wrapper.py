@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import jax
 
-from qpaged.formats._checks import check_instance
+from qpaged.formats._checks import check_attributes, check_methods
 from qpaged.formats._contract import Quantizer
 
 
@@ -49,11 +49,12 @@ class Wrapper(Quantizer):
     def __post_init__(self) -> None:
         if not isinstance(self.inner, Quantizer):
             raise TypeError(f"inner must be a qpaged.Quantizer, but came as {self.inner!r}.")
-        check_instance(self)
+        check_attributes(self)
         object.__setattr__(self, "granularity", self.inner.granularity)
         if self.name in wrappers_of(self.inner):
             raise ValueError(f"+{self.name} may be given once, but {self.inner} has it already.")
         self.check()
+        check_methods(self)
 
     def check(self) -> None:
         """Raise ValueError if ``inner`` is a format that this wrapper does not go with."""

@@ -62,6 +62,7 @@ class ImplicitArray(ImplicitValue):
             cls,
             lambda array: array.tree_flatten_with_keys(),
             lambda aux, children: cls.tree_unflatten(aux, children),
+            lambda array: array.tree_flatten(),
         )
 
     def __post_init__(self) -> None:
@@ -132,6 +133,11 @@ class ImplicitArray(ImplicitValue):
             else:
                 children.append((jax.tree_util.GetAttrKey(name), value))
         return children, tuple(aux)
+
+    def tree_flatten(self) -> tuple[list[Any], tuple[Any, ...]]:
+        """Return the children and the auxiliary data; every call of a jitted function asks for them."""
+        children, aux = self.tree_flatten_with_keys()
+        return [child for _, child in children], aux
 
     @classmethod
     def tree_unflatten(cls, aux_data: Iterable[Any], children: Iterable[Any]) -> Any:

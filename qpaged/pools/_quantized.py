@@ -14,7 +14,7 @@ from qpaged.arrays import (
 )
 from qpaged.formats import quantizer_from_config
 from qpaged.pools._array import ArrayPool
-from qpaged.pools._pool import PoolBytes, bytes_of
+from qpaged.pools._pool import PoolBytes, bytes_of, no_record_of
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class QuantizedPool(ArrayPool):
         return self.pages
 
     def to_record(self) -> dict[str, Any]:
+        if not self.pages.quantizer.writable:
+            raise no_record_of(self.pages)
         return {
             "type": "QuantizedArray",
             "quantizer": self.pages.quantizer.config,  # type: ignore[attr-defined]  # a cache's is a Quantizer

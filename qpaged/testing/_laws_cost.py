@@ -55,6 +55,7 @@ def copy_cost(subject: Subject) -> None:
     """Law 5: ``copy_pages`` of a donated pool takes next to no memory, and copies in place."""
     check = law(5, subject)
     program = step_programs(subject).copy_pages
+    no_large_floats(subject, program.jaxpr, "a copy of pages")
     view = subject.enlarged(subject.fresh())
     analysis = program.run.memory_analysis()
     assert analysis is not None  # XLA has one on every platform that the kit runs on

@@ -167,6 +167,10 @@ def test_a_pytree_of_arrays_only():
     array = quantized("int8")
     leaves, tree = jax.tree_util.tree_flatten(array)
     assert len(leaves) == 2 and all(isinstance(leaf, jax.Array) for leaf in leaves)
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(quantized("nvfp4"))
+    ]
+    assert paths == [".codes", ".scales", ".outer"]  # as checkpoints of earlier versions name them
     assert leaves_equal(jax.tree_util.tree_unflatten(tree, leaves), array)
     assert array.nbytes == array.codes.nbytes + array.scales.nbytes
     sliced = jax.vmap(lambda a: a.dequantize(), in_axes=1)(array)

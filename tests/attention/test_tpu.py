@@ -20,6 +20,7 @@ from support.filled_pages import (
 )
 
 import qpaged
+from qpaged.arrays import not_elementwise
 from qpaged.attention import _tpu
 
 PAGE_SIZE, SEQUENCES = 64, (0, 1, 64, 300)  # the longest has three tiles of 128 slots
@@ -124,6 +125,13 @@ class NotTiled(NotElementwise):
 
 
 @needs_tpu_backend
+def test_control_flow_is_not_elementwise():
+    def branches(x):
+        return jax.lax.cond(True, jnp.negative, jnp.abs, x)
+
+    assert "uses cond, which is not elementwise" in not_elementwise(branches, jnp.float32)
+
+
 def test_formats_of_one_level_of_scales_are_taken():
     spellings = (
         None,

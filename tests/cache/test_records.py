@@ -345,6 +345,9 @@ def test_a_callable_format_cannot_be_written():
         TypeError, match=r"only plain and QuantizedArray pages and named formats .* function came"
     ):
         metadata.to_dict()
+    lazy = jax.jit(qpaged.implicit.use_implicit_args(lambda pages: pages * 2))(filled("int8").key_pages)
+    with pytest.raises(TypeError, match="only plain and QuantizedArray pages"):
+        filled("int8").replace(key_pages=lazy).to_json()
     with pytest.raises(TypeError, match="a object came"):
         filled().replace(key_pages=object()).to_json()
 

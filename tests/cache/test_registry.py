@@ -207,6 +207,36 @@ def test_a_package_is_seen_when_it_is_installed_and_gone_when_it_is_removed(monk
     assert "odd" not in qpaged.available_quantizers()
 
 
+def floats():
+    """Make a format whose codes are floats, which is a slip."""
+    return type("Floats", (Odd,), {"encode": lambda self, units: units})()
+
+
+def fails(error):
+    """Return a factory that raises."""
+
+    def make(**options):
+        raise error
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda **_: floats(), "'slip': Floats.encode must return integers, but returns float32"),
+        (fails(KeyError("x")), "the format 'slip' of package slips cannot be made: KeyError: 'x'. Tell the"),
+        (fails(SystemExit(3)), "the format 'slip' of package slips cannot be made: SystemExit: 3"),
+        (SystemExit("no"), "the format 'slip' of package slips cannot be loaded from 'package:Format': no"),
+    ],
+)
+def test_a_format_that_cannot_be_had_is_warned_of_and_left_out(install, make, reason):
+    before = qpaged.available_formats()
+    install(Point("slip", "slips", make))
+    with pytest.warns(UserWarning, match=re.escape(reason)):
+        assert qpaged.available_formats() == before
+
+
 def test_a_name_that_two_packages_claim(install):
     install(Point("odd", "oddities", Odd), Point("odd", "curios", Odd), Point("even", "curios", Odd))
     with pytest.raises(

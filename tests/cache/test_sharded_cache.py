@@ -32,6 +32,9 @@ QUERY = tokens(2, seed=2, heads=2 * HEADS)[0]
 AXIS_TYPES = ["Auto", "Explicit"]
 
 
+UNCONSTRAINED = PartitionSpec.UNCONSTRAINED
+
+
 def tp(devices, axis_type="Auto", shape=None, names=("tp",)):
     if axis_type == "Explicit" and not hasattr(jax.sharding, "AxisType"):
         pytest.skip("this JAX has no axis types")
@@ -197,7 +200,7 @@ def test_a_partition_manager_of_ones_own(spec, codes, scales):
         assert bits(run(view)[0]) == bits(alone("int8")[0])
 
 
-@pytest.mark.parametrize("spec", [("tp", None), (None, "tp"), ("nowhere",)], ids=str)
+@pytest.mark.parametrize("spec", [("tp", None), (None, "tp"), ("nowhere",), (UNCONSTRAINED,)], ids=str)
 def test_a_partition_that_does_not_divide_is_refused(spec):
     mesh = tp(4)
     with pytest.raises(ValueError, match=r"must divide a pool of shape \(2, 18, 4, 32\) evenly .*'tp': 4"):

@@ -9,7 +9,8 @@ import pytest
 from support.pool_kinds import CodesWithCopy
 
 import qpaged
-from qpaged import pools
+from qpaged import interop, pools
+from qpaged.attention import _gpu
 
 ROOT = Path(qpaged.__file__).parent
 KNOWING = ("arrays", "pools")
@@ -70,8 +71,15 @@ def test_attention_reads_a_new_kind(view, backend):
 
 def test_kernels_decline_a_new_kind(view):
     step = qpaged.PagedAttentionMetadata.decode(position=[19, 39], page_table=TABLE)
-    tpu = qpaged.attention_backends(rows(2), view, step)[0]
-    assert not tpu.available
+    tpu, gpu, *_ = qpaged.attention_backends(rows(2), view, step)
+    assert not tpu.available and not gpu.available
+    assert _gpu._pool_refusal(view.key_pages) == "pages of type CodesWithCopy are not taken"
+
+
+def test_pages_of_a_new_kind_are_handed_on(view):
+    plain = qpaged.PagedAttentionCacheView.init(None, jnp.float32, CONFIG, 0)
+    pages = interop.interleaved_pages(written(view))
+    np.testing.assert_array_equal(pages, interop.interleaved_pages(written(plain)))
 
 
 def test_pages_of_a_new_kind_are_copied_and_cleared(view):

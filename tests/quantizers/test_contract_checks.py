@@ -28,9 +28,17 @@ class Sound(qpaged.Quantizer):
         return codes.astype(dtype)
 
 
-@pytest.mark.parametrize("bits", [1, 3, 5, 6, 7, 16])
-def test_bits_that_nothing_packs_are_refused_where_the_class_is_defined(bits):
-    with pytest.raises(TypeError, match=rf"Odd.bits must be one of 8, 4, 2, .* but is {bits}; take the next"):
+@pytest.mark.parametrize(
+    ("bits", "advice"),
+    [
+        *((bits, "take the next larger one") for bits in (1, 3, 5, 6, 7)),
+        (16, "take 8 for one code per element"),
+        ("4", "take 8 for one code per element"),
+    ],
+)
+def test_bits_that_nothing_packs_are_refused_where_the_class_is_defined(bits, advice):
+    message = rf"Odd.bits must be one of 8, 4, 2, .* but is {bits!r}; {advice}"
+    with pytest.raises(TypeError, match=message):
         type("Odd", (Sound,), {"bits": bits})
 
 
@@ -39,6 +47,43 @@ def test_what_is_overridden_under_its_old_name_is_refused_with_the_new_one(old):
     with pytest.raises(TypeError) as refusal:
         type("Stale", (Sound,), {old: None})
     assert f"Stale.{old} is now {RENAMED[old]}" in str(refusal.value)
+
+
+def test_what_a_mixin_overrides_under_its_old_name_is_refused_too():
+    mixin = type("Mixin", (), {"shift": None})
+    with pytest.raises(TypeError, match=r"Mixed\.shift is now offset, an object with from_scales"):
+        type("Mixed", (mixin, qpaged.Quantizer), {})
+
+
+@pytest.mark.parametrize(
+    ("ability", "missing"),
+    [
+        ("growth", "covers, grown_scale, requantize"),
+        ("offset", "from_scales"),
+        ("transform", "forward, inverse"),
+    ],
+)
+def test_an_ability_is_none_or_an_object_with_its_methods(ability, missing):
+    half = type("Half", (Sound,), {ability: 5})
+    with pytest.raises(
+        TypeError, match=rf"Half.{ability} must be None or .* but is 5, which lacks {missing}"
+    ):
+        half()
+
+
+def test_encode_may_ask_for_the_granularity_and_for_neighbouring_channels():
+    @dataclass(frozen=True)
+    class Neighbours(Sound):
+        elementwise: ClassVar[bool] = False
+
+        def encode(self, units):
+            levels = {"token": 100, "group32": 50}[self.granularity]
+            return jnp.round(units + 0 * levels * units.shape[-1]).astype(jnp.int8)
+
+    assert Neighbours().granularity == "token"
+    message = "granularity must be one of token, group32, group64, group128 for sound, but came as 'page'"
+    with pytest.raises(ValueError, match=message):
+        Neighbours("page")
 
 
 def test_a_transform_that_is_a_method_is_refused():

@@ -11,7 +11,7 @@ class Point:
         self.dist = package and type("Distribution", (), {"name": package})
 
     def load(self):
-        if isinstance(self._make, Exception):
+        if isinstance(self._make, BaseException):
             raise self._make
         return self._make
 

@@ -63,18 +63,13 @@ def _call_or_elementwise(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[V
 
 def _callee(eqn: JaxprEqn) -> AnyJaxpr | None:
     """Return the jaxpr that an equation calls with its own operands, as jit and remat do; None for others."""
-    jaxprs = [param for param in eqn.params.values() if _is_jaxpr(param)]
+    jaxprs = [param for param in eqn.params.values() if _compat.is_jaxpr(param)]
     if len(jaxprs) != 1:
         return None
     opened, _ = _compat.jaxpr_and_consts(jaxprs[0])
     if len(opened.invars) != len(eqn.invars):
         return None
     return jaxprs[0]
-
-
-def _is_jaxpr(param: Any) -> bool:
-    """Return True for open and for closed jaxprs."""
-    return hasattr(param, "eqns") or hasattr(getattr(param, "jaxpr", None), "eqns")
 
 
 def _elementwise(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -> Sequence[Views]:

@@ -82,6 +82,24 @@ class Run:
         keys = [key for key in self.metrics if key.startswith(prefix)]
         return Greedy(**{key.removeprefix(prefix): self.metrics[key] for key in keys})
 
+    @property
+    def worst_attention_error(self) -> float | None:
+        """Deprecated; :attr:`metrics` has it as ``attention_error``."""
+        _warn_moved("worst_attention_error")
+        return self.metrics["attention_error"]
+
+    @property
+    def decode_seconds_per_step(self) -> float | None:
+        """Deprecated; :attr:`metrics` has it."""
+        _warn_moved("decode_seconds_per_step")
+        return self.metrics["decode_seconds_per_step"]
+
+    @property
+    def prefill_seconds_per_token(self) -> float | None:
+        """Deprecated; :attr:`metrics` has it."""
+        _warn_moved("prefill_seconds_per_token")
+        return self.metrics["prefill_seconds_per_token"]
+
     def _number(self, key: str) -> float:
         """Return a metric that every run has."""
         value = self.metrics[key]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qpaged._compat import inner_jaxprs
 from qpaged._deprecated import renamed_argument
 from qpaged.adopt import FoundCache, find_cache, quantize_cache
 from qpaged.formats import CacheFormat
@@ -211,14 +212,8 @@ def _constants(program: Any) -> Iterator[jax.Array]:
     """Yield the arrays that a jaxpr closes over, and those of the jaxprs inside it."""
     yield from getattr(program, "consts", ())
     for equation in getattr(program, "jaxpr", program).eqns:
-        for param in jax.tree_util.tree_leaves(equation.params, is_leaf=_is_program):
-            if _is_program(param):
-                yield from _constants(param)
-
-
-def _is_program(param: object) -> bool:
-    """Return True for a Jaxpr and a ClosedJaxpr."""
-    return hasattr(param, "eqns") or hasattr(param, "jaxpr")
+        for inner in inner_jaxprs(equation):
+            yield from _constants(inner)
 
 
 def _shapes(state: Pytree) -> TreeShapes:
