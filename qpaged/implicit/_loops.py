@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import jax
+import jax.numpy as jnp
 
 from qpaged import _compat
 from qpaged._compat import Aval, Operand, Pytree
@@ -28,7 +29,7 @@ def scan(ctx: RuleContext, operands: list[Operand]) -> Outputs:
         outs = ctx.evaluate(jaxpr, [*consts, *carry, *x])
         return outs[:n_carry], outs[n_carry:]
 
-    one_x = [jax.eval_shape(_first_slice, x) for x in xs]
+    one_x = [jax.eval_shape(_one_slice, x) for x in xs]
 
     def carry_after_iteration(carry: Carry) -> Carry:
         carry, _ = jax.eval_shape(body, carry, one_x)
@@ -148,9 +149,16 @@ def _is_sliceable(ctx: RuleContext, x: ImplicitValue, slice_aval: Aval, length: 
 
     longer = jax.tree_util.tree_map(one_longer, x)
     longer_aval = jax.ShapeDtypeStruct((length + 1, *slice_aval.shape), slice_aval.dtype)
-    one_slice = jax.eval_shape(_first_slice, x)
+    one_slice = jax.eval_shape(_one_slice, x)
     return ctx.materializes_to(one_slice, slice_aval) and ctx.materializes_to(longer, longer_aval)
 
 
-def _first_slice(x: Pytree) -> Pytree:
-    return jax.tree_util.tree_map(lambda leaf: leaf[0], x)
+def _one_slice(x: Pytree) -> Pytree:
+    """Return the first slice of every leaf; zeros of its shape if the loop takes no steps."""
+
+    def first(leaf: jax.Array) -> jax.Array:
+        if leaf.shape[0] == 0:
+            return jnp.zeros_like(leaf, shape=leaf.shape[1:])
+        return leaf[0]
+
+    return jax.tree_util.tree_map(first, x)

@@ -35,6 +35,21 @@ def test_a_scan_carry_stays_implicit(kind, run):
     np.testing.assert_array_equal(dense(out), 4 * dense(example(kind)))
 
 
+@pytest.mark.parametrize("length", [0, 1])
+def test_scans_of_no_steps_and_of_one_give_what_plain_arrays_give(kind, run, length):
+    def over_xs(w, xs):
+        return jax.lax.scan(lambda c, x: (c + x, w * x), jnp.float32(0), xs)
+
+    w, xs = example(kind), jnp.arange(length, dtype=jnp.float32)
+    carry, ys = run(over_xs, w, xs)
+    want_carry, want_ys = over_xs(dense(w), xs)
+    assert carry == want_carry
+    np.testing.assert_array_equal(dense(ys), want_ys)
+    kept, _ = run(lambda w, xs: jax.lax.scan(lambda w, x: (w * x, x), w, xs), w, 1 + xs)
+    assert isinstance(kept, kind)
+    np.testing.assert_array_equal(dense(kept), dense(w))
+
+
 def test_a_scan_carry_that_the_body_writes_into_stays_implicit(kind, run):
     def f(w, rows):
         def body(w, row):
