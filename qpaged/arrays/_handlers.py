@@ -7,10 +7,12 @@ user warned. Handlers take ``**params``, because primitives gain parameters over
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qpaged._compat import primitive_exists
-from qpaged.arrays import _dot, _moves, _read_format, _windows
+from qpaged.arrays import _dot, _moves, _placement, _read_format, _windows
 from qpaged.arrays._gather import gather
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._repeated import Repeated
@@ -71,6 +73,42 @@ def _squeeze(primitive, array: QuantizedArray, *, dimensions, **params):
 
 @primitive_handler(_if_it_exists("copy"))
 def _copy(primitive, array: QuantizedArray, **params):
+    return array
+
+
+@primitive_handler(_if_it_exists("sharding_constraint"))
+def _constrain(primitive, array: QuantizedArray, *, sharding, **params):
+    return _or_not_implemented(_placement.place(array, sharding, lax.with_sharding_constraint))
+
+
+@primitive_handler(_if_it_exists("device_put"))
+def _device_put(primitive, array: QuantizedArray, *rest: Operand, devices=(), **params):
+    if rest or len(devices) != 1:
+        return NotImplemented
+    placed = _placement.place(array, devices[0], jax.device_put)
+    return NotImplemented if placed is None else [placed]
+
+
+@primitive_handler(_if_it_exists("reduce_precision"))
+def _reduce_precision(primitive, array: QuantizedArray, *, exponent_bits, mantissa_bits, **params):
+    """Convert to the dtype of that precision and back, which leaves codes and scales."""
+    for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+        info = jnp.finfo(dtype)
+        if (info.nexp, info.nmant) == (exponent_bits, mantissa_bits):
+            return _read_format.convert(_read_format.convert(array, dtype), array.dtype)
+    return NotImplemented
+
+
+@primitive_handler("rev")
+def _reverse(primitive, array: QuantizedArray, *, dimensions, **params):
+    return _or_not_implemented(_moves.reverse(array, dimensions))
+
+
+@primitive_handler("pad")
+def _pad(primitive, array: QuantizedArray, value: Operand, *, padding_config, **params):
+    """Return the array where nothing is padded."""
+    if isinstance(value, QuantizedArray) or any(any(widths) for widths in padding_config):
+        return NotImplemented
     return array
 
 

@@ -78,6 +78,16 @@ def squeeze(array: QuantizedArray, dimensions: Sequence[int]) -> QuantizedArray:
     return moved(array, codes, lambda part, _: lax.squeeze(part, dimensions), channels)
 
 
+def reverse(array: QuantizedArray, dimensions: Sequence[int]) -> QuantizedArray | None:
+    """Reverse the array along axes; None along channels that share bytes or that a transform mixes.
+
+    Blocks divide every axis evenly, so that their scales are reversed as the elements are.
+    """
+    if channels_matter(array) and array.channels in dimensions:
+        return None
+    return moved(array, lax.rev(array.codes, dimensions), lambda part, _: lax.rev(part, dimensions))
+
+
 def slice_(
     array: QuantizedArray, start: Sequence[int], limit: Sequence[int], strides: Sequence[int] | None
 ) -> QuantizedArray | None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,7 @@ class QuantizedArray(ImplicitArray):
     scan and shard_map. To programs under ``use_implicit_args`` it is an array of ``shape`` and ``dtype``.
     """
 
+    has_derivative: ClassVar[bool] = False  # codes are integers, and scales are fitted to what is written
     stored: jax.Array
     scales: jax.Array | None
     global_scale: jax.Array | None = None

@@ -48,6 +48,9 @@ class ImplicitArray(ImplicitValue):
     default_shape: ClassVar[Sequence[int] | None] = None
     default_dtype: ClassVar[Any] = None
 
+    has_derivative: ClassVar[bool] = True
+    """False for a class whose children carry no derivative, as codes and scales that are fitted to data: such
+    arrays pass through functions with custom derivatives as they are."""
     shape: Any = aux_field(kw_only=True, default=None)  # noqa: RUF009 - a dataclass field
     dtype: Any = aux_field(kw_only=True, default=None)  # noqa: RUF009
 

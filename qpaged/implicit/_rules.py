@@ -58,6 +58,11 @@ def leafwise(ctx: RuleContext, operands: list[Operand]) -> Outputs:
     return tree.unflatten([ctx.bind([leaf])[0] for leaf in leaves])
 
 
+def stop_gradient(ctx: RuleContext, operands: list[Operand]) -> Outputs:
+    """Stop the gradient at every leaf."""
+    return jax.lax.stop_gradient(operands)
+
+
 def pvary(ctx: RuleContext, operands: list[Operand]) -> Outputs:
     """Mark values inside shard_map, and the leaves of implicit ones, as varying from device to device."""
     axes = frozenset().union(*(_compat.varying_axes(aval) for aval in ctx.out_avals))
@@ -93,5 +98,6 @@ RULES: dict[str, Rule] = {
     "remat2": checkpoint,
     "scan": scan,
     "shard_map": shard_map,
+    "stop_gradient": stop_gradient,
     "while": while_loop,
 }

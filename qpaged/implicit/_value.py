@@ -25,6 +25,7 @@ class ImplicitValue(ArrayValue):
 
     commute_ops: ClassVar[bool]
     warn_on_materialize: ClassVar[bool]
+    has_derivative: ClassVar[bool]
     shape: Any
     dtype: Any
 

@@ -89,6 +89,11 @@ def _elementwise(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -
     return outputs
 
 
+def _each_operand(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -> Sequence[Views]:
+    """Return the views of a primitive that returns its operands one by one."""
+    return operands
+
+
 # Control flow
 
 
@@ -163,4 +168,6 @@ RULES: dict[str, Rule] = {
     "cond": _cond,
     "while": _while,
     "scan": _scan,
+    "optimization_barrier": _each_operand,
+    "device_put": _each_operand,
 }

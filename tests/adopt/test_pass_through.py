@@ -1,0 +1,92 @@
+"""Operations that hand a cache on as it is leave it quantized, and nothing is reported."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from support.implicit_arrays import needs_own_implementation
+
+import qpaged
+from qpaged import adopt
+from qpaged.implicit import use_implicit_args
+
+pytestmark = needs_own_implementation
+BATCH, LENGTH, HEADS, HEAD_DIM = 2, 64, 2, 32
+CACHE = {name: jnp.zeros((BATCH, LENGTH, HEADS, HEAD_DIM)) for name in ("k", "v")}
+
+
+def attend(x, position, cache):
+    """Write one token into a cache, and attend to what was written."""
+    k = lax.dynamic_update_slice_in_dim(cache["k"], x[:, :, 1], position, 1)
+    v = lax.dynamic_update_slice_in_dim(cache["v"], x[:, :, 2], position, 1)
+    scores = jnp.einsum("bthd,bshd->bhts", x[:, :, 0], k)
+    weights = jax.nn.softmax(jnp.where(jnp.arange(LENGTH) <= position, scores, -1e30), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", weights, v), {"k": k, "v": v}
+
+
+def before(change):
+    """Return the step with ``change`` applied to each array of the cache first."""
+    return lambda x, position, cache: attend(x, position, jax.tree_util.tree_map(change, cache))
+
+
+@jax.custom_jvp
+def with_jvp(x, position, cache):
+    return attend(x, position, cache)
+
+
+with_jvp.defjvp(lambda primals, tangents: (attend(*primals), tangents))
+
+
+@jax.custom_vjp
+def with_vjp(x, position, cache):
+    return attend(x, position, cache)
+
+
+with_vjp.defvjp(lambda *args: (attend(*args), None), lambda residuals, cotangents: (None, None, None))
+
+
+def constrained(array):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("tp",))
+    return lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(None, None, "tp")))
+
+
+STEPS = {
+    "custom_jvp": lambda *args: with_jvp(*args),
+    "custom_vjp": lambda *args: with_vjp(*args),
+    "stop_gradient": before(lax.stop_gradient),
+    "reduce_precision": before(lambda array: lax.reduce_precision(array, 8, 7)),
+    "optimization_barrier": lambda *args: attend(*lax.optimization_barrier(args)),
+    "device_put": before(jax.device_put),
+    "sharding_constraint": before(constrained),
+    "rev, twice": before(lambda array: array[:, ::-1][:, ::-1]),
+    "pad by nothing": before(lambda array: jnp.pad(array, ((0, 0),) * 4)),
+    "copy": before(jnp.copy),
+}
+
+
+@pytest.mark.parametrize("quantizer", ["int8", "int4"])
+@pytest.mark.parametrize("name", STEPS)
+def test_the_cache_stays_quantized(name, quantizer):
+    inputs = jax.random.normal(jax.random.key(0), (3, BATCH, 1, 3, HEADS, HEAD_DIM))
+    step = adopt.quantize_cache(STEPS[name], quantizer, example=(inputs[0], jnp.int32(0), CACHE), strict=True)
+    direct = adopt.quantize_cache(attend, quantizer, example=(inputs[0], jnp.int32(0), CACHE))
+    assert [leaf.role for leaf in step.found.leaves] == ["key", "value"]
+    run, run_directly = jax.jit(step), jax.jit(direct)
+    cache = expected_cache = step.init(CACHE)
+    for position, x in enumerate(inputs):
+        out, cache = run(x, position, cache)
+        expected, expected_cache = run_directly(x, position, expected_cache)
+        np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+    for leaf, expected_leaf in zip(*map(jax.tree_util.tree_leaves, (cache, expected_cache)), strict=True):
+        np.testing.assert_array_equal(leaf, expected_leaf)
+    assert len(step.report()) == 0
+
+
+def test_an_array_is_reversed_with_its_scales():
+    values = jax.random.normal(jax.random.key(1), (2, 4, 16, 32)) * jnp.arange(1.0, 5.0)[:, None, None]
+    array = qpaged.get_quantizer("int8:token").quantize(values)
+    for axes in ((1,), (2,), (1, 3)):
+        reversed_array = use_implicit_args(lambda array, axes=axes: lax.rev(array, axes))(array)
+        np.testing.assert_array_equal(reversed_array.dequantize(), lax.rev(array.dequantize(), axes))
