@@ -1,7 +1,9 @@
 """Who owns which page: host-side, no JAX."""
 
 import operator
+import threading
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,8 @@ class AllocationError(RuntimeError):
 class PageAllocator:
     """Hands out the pages of a cache to sequences; every call succeeds whole or changes nothing.
 
+    Several threads may use one.
+
     Args:
         metadata: the configuration of the cache.
     """
@@ -23,6 +27,24 @@ class PageAllocator:
         self.metadata = metadata
         self._free = list(range(metadata.num_pages_per_layer - 1, -1, -1))
         self._pages: dict[Hashable, list[int]] = {}
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        pages = self.metadata.num_pages_per_layer
+        return f"PageAllocator({self.num_free} of {pages} pages free, {len(self._pages)} sequences)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy takes over: all but the lock, of which it needs its own."""
+        with self._lock:
+            return {
+                "metadata": self.metadata,
+                "_free": list(self._free),
+                "_pages": {sequence: list(pages) for sequence, pages in self._pages.items()},
+            }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
 
     @property
     def num_free(self) -> int:
@@ -48,23 +70,25 @@ class PageAllocator:
                 f"sequence and length must be a name other than None and a count of tokens, but came as "
                 f"{sequence!r} and {length}; None stands for an inactive row in page_table."
             )
-        config, owned = self.metadata, self._pages.get(sequence, [])
+        config = self.metadata
         pages_needed = -(-length // config.page_size)
-        missing = pages_needed - len(owned)
         if pages_needed > config.num_pages_per_sequence:
             limit = config.num_pages_per_sequence * config.page_size
             raise AllocationError(
                 f"length must be at most {limit} tokens, but {length} came for sequence {sequence!r}; "
                 f"make the metadata with a larger max_sequences."
             )
-        if missing > len(self._free):
-            raise AllocationError(
-                f"sequence {sequence!r} needs {missing} more pages for {length} tokens, but "
-                f"{len(self._free)} are free; free a sequence, or make a cache with more pages."
-            )
-        added = [self._free.pop() for _ in range(max(missing, 0))]
-        self._pages[sequence] = owned + added
-        return added
+        with self._lock:
+            owned = self._pages.get(sequence, [])
+            missing = pages_needed - len(owned)
+            if missing > len(self._free):
+                raise AllocationError(
+                    f"sequence {sequence!r} needs {missing} more pages for {length} tokens, but "
+                    f"{len(self._free)} are free; free a sequence, or make a cache with more pages."
+                )
+            added = [self._free.pop() for _ in range(max(missing, 0))]
+            self._pages[sequence] = owned + added
+            return added
 
     def free(self, sequence: Hashable) -> list[int]:
         """Take back all pages of ``sequence``, and return them.
@@ -72,13 +96,14 @@ class PageAllocator:
         Raises:
             AllocationError: the sequence holds nothing.
         """
-        pages = self._pages.pop(sequence, None)
-        if pages is None:
-            raise AllocationError(
-                f"sequence {sequence!r} holds no pages; it was never allocated or is freed."
-            )
-        self._free.extend(reversed(pages))
-        return pages
+        with self._lock:
+            pages = self._pages.pop(sequence, None)
+            if pages is None:
+                raise AllocationError(
+                    f"sequence {sequence!r} holds no pages; it was never allocated or is freed."
+                )
+            self._free.extend(reversed(pages))
+            return pages
 
     def page_table(self, sequences: Sequence[Hashable]) -> np.ndarray:
         """Return a page table (len(sequences), num_pages_per_sequence), int32.
@@ -94,8 +119,8 @@ class PageAllocator:
         for row, sequence in enumerate(sequences):
             if sequence is None:
                 continue
-            if sequence not in self._pages:
+            pages = self._pages.get(sequence)
+            if pages is None:
                 raise AllocationError(f"sequence {sequence!r} holds no pages; allocate it, or pass None.")
-            pages = self._pages[sequence]
             table[row, : len(pages)] = pages
         return table

@@ -1,7 +1,11 @@
 """PageAllocator: whatever is asked, in whatever order, each page has one owner or none."""
 
+import copy
 import functools
 import operator
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -181,3 +185,35 @@ def test_none_names_no_sequence(allocator):
 
 def test_allocation_errors_are_runtime_errors():
     assert issubclass(qpaged.AllocationError, RuntimeError)
+
+
+def test_threads_lose_no_pages():
+    allocator = qpaged.PageAllocator(config(num_pages_per_layer=24, num_pages_per_sequence=8))
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads are interrupted within a call
+
+    def serve(worker):
+        for turn in range(2_000):
+            try:
+                pages = allocator.allocate(worker, 4 * (1 + turn % 8))
+            except qpaged.AllocationError:
+                continue
+            assert len(set(pages)) == len(pages)
+            allocator.free(worker)
+
+    try:
+        with ThreadPoolExecutor(8) as executor:
+            list(executor.map(serve, range(8)))
+    finally:
+        sys.setswitchinterval(switch)
+    pages = [page for sequence in range(3) for page in allocator.allocate(sequence, 32)]
+    assert sorted(pages) == list(range(24))
+
+
+def test_a_copy_is_an_allocator_of_its_own():
+    allocator = qpaged.PageAllocator(config(num_pages_per_layer=4, num_pages_per_sequence=4))
+    allocator.allocate("a", 5)
+    for copied in (copy.deepcopy(allocator), pickle.loads(pickle.dumps(allocator))):
+        assert repr(copied) == repr(allocator) == "PageAllocator(2 of 4 pages free, 1 sequences)"
+        copied.free("a")
+    assert allocator.num_free == 2
