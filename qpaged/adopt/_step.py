@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import numbers
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ class QuantizedStep:
         self._page_size = page_size
         self._strict = strict
         self._run = use_implicit_args(step)
+        self._warned_of_float_arrays = False
         # An ordered set, which the parts of a step share with it.
         self._materialized: dict[Materialization, None] = {}
         self._leaves = {leaf.path: leaf for leaf in found.leaves}
@@ -114,13 +116,19 @@ class QuantizedStep:
         return self.quantizer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the step, and return what it returns, the cache quantized as it was given."""
+        """Run the step, and return what it returns, the cache quantized as it was given.
+
+        Between steps, change the cache by :meth:`apply`: ``jax.tree.map`` alone reaches codes and scales
+        apart, so that a cache that it rolled by a token, say, would be wrong without a word.
+        """
+        arguments = Arguments(self._step, args, kwargs)
+        self._warn_of_float_arrays(arguments)
         with record_materializations() as records:
             out = self._run(*args, **kwargs)
         # Weights may be implicit arrays of other classes, and may be decoded as they like.
         decoded = [record for record in records if record.array_type == QuantizedArray.__name__]
         self._add_to_report(decoded)
-        return self._requantize_outputs(out, Arguments(self._step, args, kwargs))
+        return self._requantize_outputs(out, arguments)
 
     def restrict(self, step: Callable[..., Any], found: FoundCache) -> QuantizedStep:
         """Return a part of this step with a part of its cache: the same quantizers, and the same report."""
@@ -154,6 +162,53 @@ class QuantizedStep:
             return quantized[0]
         return tuple(quantized)
 
+    def apply(self, function: Callable[..., Pytree], cache: Pytree, *args: Any) -> Pytree:
+        """Apply a function of your own to the cache, as if it were made of float arrays.
+
+            cache = step.apply(lambda cache: jax.tree.map(lambda a: jnp.roll(a, -1, axis=1), cache), cache)
+
+        Args:
+            function: takes the cache and ``args``, and returns a cache of the same tree; its arrays may have
+                another batch or length.
+            cache: as :meth:`init` returns it: a tuple, if several arguments hold the cache.
+            *args: what else the function takes.
+
+        Returns:
+            The cache, quantized as :meth:`init` quantizes. What the function only moves stays as it was
+            quantized; an array that it moves by parts of a page, or that it computes, is quantized anew.
+
+        Raises:
+            ValueError: the function returns another tree.
+        """
+        out = use_implicit_args(function)(cache, *args)
+        names = self.found.arguments
+        before, after = ((cache,), (out,)) if len(names) == 1 else (cache, out)
+        arrays, tree = jax.tree_util.tree_flatten_with_path(before, is_leaf=is_quantized)
+        values = jax.tree_util.tree_leaves(after, is_leaf=is_quantized)
+        tree_after: Any = jax.tree_util.tree_structure(after, is_leaf=is_quantized)
+        if tree_after != tree:
+            raise ValueError(
+                f"function must return the tree of the cache, {tree}, but returned {tree_after}; return "
+                f"other results from a function of their own."
+            )
+        changed = []
+        for ((number, *keys), array), value in zip(arrays, values, strict=True):
+            changed.append(self._requantize(path_under(names[number.idx], keys), array, value))
+        changed_trees = jax.tree_util.tree_unflatten(tree, changed)
+        return changed_trees[0] if len(names) == 1 else changed_trees
+
+    def _requantize(self, path: str, before: Any, value: Any) -> Any:
+        """Return an array of a changed cache as :meth:`init` quantizes it, if it was quantized before."""
+        if not is_quantized(before) or same_layout(before, value):
+            return value
+        if value.shape == before.shape:
+            return overwrite(before, value)
+        if is_quantized(value):
+            if (value.quantizer, value.block) == (before.quantizer, before.block):
+                return value  # whole pages or sequences were added or taken away
+            value = value.dequantize(before.dtype)
+        return self._quantize_array(path, value)
+
     def report(self) -> Report:
         """Return the places where the step decoded an array of its cache as a whole.
 
@@ -173,6 +228,23 @@ class QuantizedStep:
             return as_arrays(self(*args, **kwargs))
 
         jax.eval_shape(run, arguments.avals)
+
+    def _warn_of_float_arrays(self, arguments: Arguments) -> None:
+        """Warn, once, if arrays of the cache come as they were before :meth:`init`."""
+        if self._warned_of_float_arrays:
+            return
+        plain = []
+        for path, array in zip(arguments.paths, arguments.arrays, strict=True):
+            leaf = self._leaves.get(path)
+            if leaf and not is_quantized(array) and quantizer_for(leaf, self.quantizer) is not None:
+                plain.append(path)
+        if plain:
+            self._warned_of_float_arrays = True
+            warnings.warn(
+                f"step should get its cache as {self.quantizer}, but {len(plain)} arrays of it are floats, "
+                f"{plain[0]} first, and stay so; pass the cache through step.init() before the first step.",
+                stacklevel=3,
+            )
 
     def _quantize_argument(self, name: str, tree: Pytree) -> Pytree:
         """Return an argument with the arrays of the cache in it quantized."""

@@ -1,5 +1,7 @@
 """quantize_cache returns a step, which quantizes a cache, runs on it and reports what it decodes."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +42,17 @@ def test_the_cache_keeps_its_tree_and_its_logical_arrays():
     assert [str(cache[name].quantizer) for name in "kv"] == ["int8:channel", "int4:token"]
     assert {(array.shape, array.dtype.name) for array in cache.values()} == {((2, 32, 2, 16), "float32")}
     assert (cache["k"].block, cache["v"].block) == ((1, 16, 1, 1), (1, 1, 1, 16))
+
+
+def test_a_cache_that_init_was_not_given_is_warned_of_once():
+    run = adopted("plain/int8")
+    with pytest.warns(UserWarning, match=r"as plain/int8, but 1 arrays of it are floats, cache/v first"):
+        _, cache = run(X, jnp.int32(0), CACHE)
+    assert not quantized(cache)
+    run(X, jnp.int32(1), cache)  # warnings are errors here
+    initialized = adopted("plain/int8")
+    _, cache = initialized(X, jnp.int32(0), initialized.init(CACHE))
+    assert is_quantized(cache["v"]) and not is_quantized(cache["k"])
 
 
 def test_the_step_sees_floats_of_its_own_dtype():
@@ -232,3 +245,47 @@ def test_a_quantized_cache_is_left_as_it_is_by_init():
     again = run.init(cache)
     for name in CACHE:
         np.testing.assert_array_equal(again[name].codes, cache[name].codes)
+
+
+def each(change):
+    return lambda cache: jax.tree_util.tree_map(change, cache)
+
+
+CHANGES = {
+    "insert a sequence": each(lambda array: array.at[1].set(normal(32, 2, 16, seed=7))),
+    "reorder beams": each(lambda array: array[jnp.array([1, 1])]),
+    "roll by a token": each(lambda array: jnp.roll(array, -1, axis=1)),
+    "roll by a page": each(lambda array: jnp.roll(array, -16, axis=1)),
+    "truncate": each(lambda array: array.at[:, 10:].set(0)),
+    "compact": each(lambda array: array[:, jnp.array([*range(4), *range(5, 32), 0])]),
+    "halve the length": each(lambda array: array[:, :16]),
+    "three quarters": each(lambda array: array[:, :24]),
+    "double the batch": each(lambda array: jnp.concatenate([array, array])),
+    "compute": each(lambda array: array + 1),
+}
+
+
+@pytest.mark.parametrize("quantizer", ["int8", "int8:token", "int4:token"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_functions_of_the_cache_are_applied_as_to_floats(name, quantizer):
+    run = adopted(quantizer)
+    floats = {"k": normal(2, 32, 2, 16, seed=1), "v": normal(2, 32, 2, 16, seed=2)}
+    cache = run.init(floats)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", MaterializeWarning)  # computing decodes
+        changed = jax.jit(lambda cache: run.apply(CHANGES[name], cache))(cache)
+    want = CHANGES[name]({key: array.dequantize() for key, array in cache.items()})
+    for key, array in changed.items():
+        assert is_quantized(array) and array.quantizer == cache[key].quantizer and array.quantizer.writable
+        largest = float(jnp.abs(want[key]).max())
+        tolerance = {"int8": 2**-6, "int8:token": 2**-7, "int4:token": 2**-3}[quantizer] * largest
+        np.testing.assert_allclose(array.dequantize(), want[key], atol=tolerance)
+    x = jnp.ones((changed["k"].shape[0], *X.shape[1:]))
+    _, cache = jax.jit(run)(x, jnp.int32(3), changed)  # the step takes it
+    assert jax.tree_util.tree_structure(cache) == jax.tree_util.tree_structure(changed)
+
+
+def test_a_function_that_returns_another_tree_is_refused():
+    run = adopted()
+    with pytest.raises(ValueError, match=r"function must return the tree of the cache, .* but returned"):
+        run.apply(lambda cache: cache["k"], run.init(CACHE))
