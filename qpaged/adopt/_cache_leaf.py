@@ -27,6 +27,8 @@ class CacheLeaf:
             layers.
         output: the path of the output that returns it; None if none does.
         evidence: what the program does to it, and at which line.
+        zero_test: the comparison with zero by which the program tells slots that were not written; None if it
+            has none.
     """
 
     path: str
@@ -37,6 +39,7 @@ class CacheLeaf:
     layer: int | None
     output: str | None
     evidence: tuple[str, ...]
+    zero_test: str | None = None
 
     @property
     def argument(self) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache
 from qpaged.arrays import QuantizedArray, empty, quantize
 from qpaged.arrays._blocks import block_max
-from qpaged.formats import CacheFormat, Quantizer
+from qpaged.formats import CacheFormat, Quantizer, Wrapper
 
 PlainArray: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
@@ -27,6 +27,33 @@ def check_layers(quantizer: CacheFormat, found: FoundCache) -> None:
         raise ValueError(
             f"quantizer must name layers of the cache's {len(layers)}, counted from 0, but names {unknown}."
         )
+
+
+def check_zeros(quantizer: CacheFormat, found: FoundCache) -> None:
+    """Raise ValueError where the program tells unwritten slots by zeros, and the format has none there."""
+    for leaf in found.leaves:
+        chosen = quantizer_for(leaf, quantizer)
+        if leaf.zero_test is None or chosen is None or _unwritten_reads_as_zero(chosen):
+            continue
+        bare = chosen
+        while isinstance(bare, Wrapper):
+            bare = bare.inner
+        advice = f"{bare.name}:token" if "token" in bare.granularities else "int8:token"
+        raise ValueError(
+            f"quantizer must read slots that were not written as zeros, by which the step tells them "
+            f"({leaf.path}, compared by {leaf.zero_test}), but {chosen} has none in a page that is in use; "
+            f"take a format whose scales are of a token, as {advice}."
+        )
+
+
+def _unwritten_reads_as_zero(quantizer: Quantizer) -> bool:
+    """Return True if slots that were not written read as zeros, beside others of their block that were."""
+    if quantizer.granularity not in ("page", "channel"):
+        return True  # their own scale is 0
+    if quantizer.offset is not None:
+        return False
+    code = np.zeros((1,), quantizer.code_dtype(jnp.float32))
+    return not np.any(quantizer.decode(jnp.asarray(code), jnp.float32))
 
 
 def quantizer_for(leaf: CacheLeaf, quantizer: CacheFormat) -> Quantizer | None:

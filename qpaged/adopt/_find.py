@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from qpaged.adopt._arguments import Arguments, Pytree, as_arrays, path_name
 from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache, Role
 from qpaged.adopt._classify import Candidate, Rejected, classify
-from qpaged.adopt._dataflow import Dataflow, trace_dataflow
+from qpaged.adopt._dataflow import Dataflow, Operation, ZeroTests, trace_dataflow
 from qpaged.adopt._options import AxesOption, Where, axis_names_for, path_filter
 
 NEAR_MISSES = 8  # shown in an error, at most
@@ -49,7 +49,7 @@ def find_cache(
             no pattern; two arrays of the cache have the same path.
     """
     arguments = Arguments(step, args, kwargs)
-    dataflow, outputs = _trace(step, arguments)
+    dataflow, outputs, zero_tests = _trace(step, arguments)
     output_paths = [output.path for output in outputs]
     is_chosen = path_filter(where)
     # Tokens and positions are integers, and a cache of integers is quantized already.
@@ -65,6 +65,7 @@ def find_cache(
         raise CacheNotFoundError(_explain(len(leaves), rejected, where, num_chosen))
     _check_unique("arguments", arguments.paths, [leaf.path for leaf in leaves])
     _check_unique("outputs", output_paths, [leaf.output for leaf in leaves])
+    leaves = [_with_zero_test(leaf, arguments.paths, zero_tests) for leaf in leaves]
     return FoundCache(_number_layers(leaves, dataflow, arguments.paths))
 
 
@@ -75,8 +76,10 @@ class Output(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _trace(step: Callable[..., Any], arguments: Arguments) -> tuple[Dataflow, list[Output]]:
-    """Return the dataflow of a step's program, and its outputs."""
+def _trace(
+    step: Callable[..., Any], arguments: Arguments
+) -> tuple[Dataflow, list[Output], dict[int, Operation]]:
+    """Return the dataflow of a step's program, its outputs, and by input its comparisons with zero."""
 
     def program(*arrays: Any) -> Pytree:
         args, kwargs = arguments.with_arrays(arrays)
@@ -85,7 +88,12 @@ def _trace(step: Callable[..., Any], arguments: Arguments) -> tuple[Dataflow, li
     # Shapes suffice to trace, and the example may have nothing else.
     jaxpr, out = jax.make_jaxpr(program, return_shape=True)(*arguments.avals)
     outputs = [Output(path_name(keys), aval.shape) for keys, aval in jax.tree_util.tree_leaves_with_path(out)]
-    return trace_dataflow(jaxpr), outputs
+    return trace_dataflow(jaxpr), outputs, ZeroTests(jaxpr).found
+
+
+def _with_zero_test(leaf: CacheLeaf, paths: Sequence[str], zero_tests: Mapping[int, Operation]) -> CacheLeaf:
+    zero_test = zero_tests.get(paths.index(leaf.path))
+    return leaf if zero_test is None else replace(leaf, zero_test=str(zero_test))
 
 
 def _candidates(arguments: Arguments, dataflow: Dataflow, outputs: Sequence[Output]) -> Iterable[Candidate]:

@@ -21,7 +21,7 @@ from qpaged.adopt._arguments import (
     path_under,
 )
 from qpaged.adopt._cache_leaf import FoundCache
-from qpaged.adopt._encode import check_layers, quantize_leaf, quantizer_for
+from qpaged.adopt._encode import check_layers, check_zeros, quantize_leaf, quantizer_for
 from qpaged.adopt._find import find_cache
 from qpaged.adopt._options import AxesOption, Where
 from qpaged.adopt._report import MaterializeError, Report
@@ -67,13 +67,14 @@ def quantize_cache(
         MaterializeError: the step is strict, and run on the example it decodes an array of the cache as a
             whole.
         ValueError: the format does not fit the cache, as groups that do not divide head_dim, or layers that
-            it does not have.
+            it does not have; or the step tells unwritten slots by zeros, which the format does not keep.
     """
     if not isinstance(page_size, numbers.Integral) or page_size < 1:
         raise ValueError(f"page_size must be a whole number, at least 1, but is {page_size!r}; 16 is usual.")
     cache_format = CacheFormat.of(quantizer)
     found = find_cache(step, *example, where=where, axes=axes)
     check_layers(cache_format, found)
+    check_zeros(cache_format, found)
     quantized_step = QuantizedStep(step, cache_format, found, page_size, strict)
     quantized_step._trace_example(example)
     return quantized_step

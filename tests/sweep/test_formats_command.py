@@ -42,6 +42,13 @@ def test_no_extra_is_needed():
     assert done.stderr == ""
 
 
+def test_the_command_line_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "qpaged", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"qpaged {qpaged.__version__}\n"
+
+
 def test_a_plugin_that_cannot_be_loaded_is_named(monkeypatch, capsys):
     claims = _registry._claims()
     broken = EntryPoint("broken", "no_such_module:Format", _registry.GROUP)

@@ -20,10 +20,12 @@ along every axis along which any of them runs. A variable without views holds no
 
 The files: ``_views`` has the abstract values, ``_effects`` what is recorded, ``_moves`` and ``_accesses`` the
 rules for moving, writing and reading, and ``_interpret`` the walk over the equations, calls and control flow.
+``_zero_tests`` is a walk of its own, for comparisons with zero.
 """
 
 from qpaged.adopt._dataflow._effects import Dataflow, Read, Write
 from qpaged.adopt._dataflow._interpret import trace_dataflow
 from qpaged.adopt._dataflow._views import NO_AXES, Axes, Operation, View
+from qpaged.adopt._dataflow._zero_tests import ZeroTests
 
-__all__ = ["NO_AXES", "Axes", "Dataflow", "Operation", "Read", "View", "Write", "trace_dataflow"]
+__all__ = ["NO_AXES", "Axes", "Dataflow", "Operation", "Read", "View", "Write", "ZeroTests", "trace_dataflow"]
