@@ -29,8 +29,8 @@ Reading = dict[str, np.ndarray]
 """What a pool holds of a sequence, as float32 [tokens, heads, head_dim].
 
 ``want`` is what should read back, ``values`` what does, ``materialized`` the same in the pool's dtype,
-``bound`` the error that the format allows, ``units`` the values over their scales, and ``inexact`` is True
-where those are not exact in bfloat16.
+``bound`` the error that the format allows, ``units`` the values over their scales, and ``units_in_bfloat16``
+the same as bfloat16 attention reads them; of a format without scales, which is not decoded there, as floats.
 """
 
 
