@@ -23,12 +23,20 @@ def available_bytes(
 
     That is ``utilization`` of ``memory_bytes``, or of what the devices report, less what is in use there
     already; the least over the mesh. Devices that report nothing share what is free on the host.
+
+    Raises:
+        ValueError: ``memory_bytes`` is not given, and the mesh has devices of several processes.
     """
     if memory_bytes is not None:
         return int(memory_bytes * utilization)
     devices = [device] if mesh is None else list(mesh.devices.flat)
-    process = jax.process_index()  # another host's devices do not tell their memory here
-    stats = [device.memory_stats() or {} for device in devices if device.process_index == process]
+    if len({device.process_index for device in devices}) > 1:
+        # Devices tell their memory to their own process alone. Asking the others would hang if one did not.
+        raise ValueError(
+            "memory_bytes must be given for a mesh of several processes: each would plan by its own devices' "
+            "free memory, and make a cache of another size; pass the same number in all of them."
+        )
+    stats = [device.memory_stats() or {} for device in devices]
     limits = [int(stat.get("bytes_reservable_limit", stat.get("bytes_limit", 0))) for stat in stats]
     if stats and all(limits):
         used = [stat.get("bytes_in_use", 0) for stat in stats]

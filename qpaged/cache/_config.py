@@ -112,7 +112,8 @@ class PagedAttentionCacheMetaData(Serializable):
             partition_manager: how pools are laid over the mesh; see :class:`PartitionManager`.
 
         Raises:
-            ValueError: as the class, and when not one page fits.
+            ValueError: as the class; when not one page fits; when ``memory_bytes`` is not given for a mesh of
+                several processes, which must all plan the same size.
         """
         utilization = _utilization(hbm_utilization)
         num_layers = _positive("num_hidden_layers", num_hidden_layers)

@@ -265,10 +265,12 @@ def test_the_fullest_device_decides():
     assert room(Device(reporting(1000, 100)), Device(reporting(1000, 300)), Device(reporting(1000))) == 200
 
 
-def test_only_this_processs_devices_are_asked():
-    devices = [Device(None, process_index=1), Device(reporting(1000, 100)), Device(reporting(1000, 200))]
-    assert room(*devices) == 300
-    assert room(*devices[::-1]) == 300
+def test_a_mesh_of_several_processes_needs_memory_bytes():
+    """Each process would make a cache of another size."""
+    devices = [Device(None, process_index=1), Device(reporting(1000, 100))]
+    with pytest.raises(ValueError, match="memory_bytes must be given for a mesh of several processes"):
+        room(*devices)
+    assert room(*devices, memory_bytes=1000) == 500
 
 
 @pytest.mark.parametrize("stats", [None, {}])
