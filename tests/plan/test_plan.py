@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 import qpaged
 from qpaged.cli import main
-from qpaged.cli.commands.plan import size
+from qpaged.cli.commands.plan import memory_size, size, token_count
 from qpaged.models import DecoderConfig
 from qpaged.plan import plan
 
@@ -167,3 +167,16 @@ def test_sizes(text, count):
             size(text)
     else:
         assert size(text) == count
+
+
+def test_memory_without_a_unit_is_asked_about():
+    with pytest.raises(argparse.ArgumentTypeError, match="'80' would be 80 bytes; write 80GiB"):
+        memory_size("80")
+    assert memory_size("85899345920") == memory_size("80GiB") == 80 * 2**30
+
+
+def test_a_context_may_be_said_in_thousands():
+    assert token_count("32k") == token_count("32768") == 32768
+    for text in ("32kk", "-5", "1.5k", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no number of tokens; 32768 or 32k is"):
+            token_count(text)

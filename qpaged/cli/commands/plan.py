@@ -16,6 +16,7 @@ BINARY_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 BINARY_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 DECIMAL_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS = BINARY_UNITS | DECIMAL_UNITS
+LEAST_MEMORY = 2**16  # bytes; no device has less
 DEFAULT_FORMATS = "plain,int8,int8:token,int8/int4,int4+rotate"
 DERIVED = ("cache", "unused", "pages", "tokens", "sequences", "bytes_per_token")
 
@@ -26,6 +27,22 @@ def size(text: str) -> int:
     if match is None or match[2] not in UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; 80GiB, 141GB or a number of bytes is.")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def memory_size(text: str) -> int:
+    """Return a device's memory in bytes; a small number without a unit was meant to have one."""
+    memory = size(text)
+    if text.strip().isdigit() and 0 < memory < LEAST_MEMORY:
+        raise argparse.ArgumentTypeError(f"{text!r} would be {memory} bytes; write {text}GiB.")
+    return memory
+
+
+def token_count(text: str) -> int:
+    """Return a number of tokens, as ``"32768"`` or ``"32k"``."""
+    match = re.fullmatch(r"(\d+)\s*([kK]?)", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; 32768 or 32k is.")
+    return int(match[1]) * (1024 if match[2] else 1)
 
 
 def add(subparsers: Subparsers) -> None:
@@ -40,9 +57,14 @@ def add(subparsers: Subparsers) -> None:
         "model", metavar="MODEL", help="a Hugging Face checkpoint's directory, or its config.json alone"
     )
     add_argument(
-        "--memory", type=size, metavar="SIZE", help="of one device, as 80GiB (what the device found has)"
+        "--memory",
+        type=memory_size,
+        metavar="SIZE",
+        help="of one device, as 80GiB (what the device found has)",
     )
-    add_argument("--context", type=int, metavar="N", help="tokens of a sequence (the model's longest)")
+    add_argument(
+        "--context", type=token_count, metavar="N", help="tokens of a sequence, as 32k (the model's longest)"
+    )
     add_argument("--formats", metavar="LIST", help=f"({DEFAULT_FORMATS}, those that fit)")
     add_argument(
         "--weights", type=size, metavar="SIZE", help="of the whole model (the checkpoint's; 0 without one)"
