@@ -52,8 +52,9 @@ def _unwritten_reads_as_zero(quantizer: Quantizer) -> bool:
         return True  # their own scale is 0
     if quantizer.offset is not None:
         return False
-    code = np.zeros((1,), quantizer.code_dtype(jnp.float32))
-    return not np.any(quantizer.decode(jnp.asarray(code), jnp.float32))
+    with jax.ensure_compile_time_eval():
+        code = jnp.zeros((1,), quantizer.code_dtype(jnp.float32))
+        return not np.any(quantizer.decode(code, jnp.float32))
 
 
 def quantizer_for(leaf: CacheLeaf, quantizer: CacheFormat) -> Quantizer | None:

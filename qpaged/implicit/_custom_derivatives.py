@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from qpaged._compat import Operand
+from qpaged.implicit import _reports
 from qpaged.implicit._rule_context import Outputs, RuleContext
 from qpaged.implicit._value import is_implicit
 
@@ -67,8 +68,15 @@ def _evaluate(
     make: Callable[[Sequence[int]], Callable[[list[Operand]], list[Operand]]],
 ) -> Outputs:
     """Return the outputs: those without a derivative as they are, the others by the function of ``make``."""
-    outs = ctx.evaluate(ctx.params["call_jaxpr"], jax.lax.stop_gradient(operands))
+
+    def evaluate(operands: list[Operand]) -> list[Operand]:
+        return list(ctx.evaluate(ctx.params["call_jaxpr"], operands))
+
+    with _reports.no_reports():
+        outs = jax.eval_shape(evaluate, operands)
     dense_outs = [index for index, out in enumerate(outs) if not _stays_implicit(out)]
+    if len(dense_outs) < len(outs):
+        outs = evaluate(jax.lax.stop_gradient(operands))
     for index, out in zip(dense_outs, make(dense_outs)(operands), strict=True):
         outs[index] = out
     return outs

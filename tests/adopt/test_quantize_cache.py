@@ -278,6 +278,7 @@ def test_functions_of_the_cache_are_applied_as_to_floats(name, quantizer):
     for key, array in changed.items():
         assert is_quantized(array) and array.quantizer == cache[key].quantizer and array.quantizer.writable
         largest = float(jnp.abs(want[key]).max())
+        # One rounding anew: half a step, of which a block's largest value has 64 (a power of two), 127 and 7.
         tolerance = {"int8": 2**-6, "int8:token": 2**-7, "int4:token": 2**-3}[quantizer] * largest
         np.testing.assert_allclose(array.dequantize(), want[key], atol=tolerance)
     x = jnp.ones((changed["k"].shape[0], *X.shape[1:]))

@@ -32,12 +32,8 @@ def rows(count, heads=HEADS):
     return jax.ShapeDtypeStruct((count, heads, HEAD_DIM), jnp.bfloat16)
 
 
-FORMATS = (
-    "raw",
-    "int8",
-    "int4:channel",
-    "int8:token",
-)  # beside those of the kit, which tests a decode of each
+# Beside these, the kit tests a decode of every format.
+FORMATS = ("raw", "int8", "int4:channel", "int8:token")
 STEPS = {
     "decode write": (METHODS.write_decodes_to_cache, (rows(BATCH), rows(BATCH), DECODE)),
     "prefill write": (METHODS.write_prefill_to_cache, (rows(64), rows(64), PREFILL)),

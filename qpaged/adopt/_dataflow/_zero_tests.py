@@ -91,19 +91,25 @@ class ZeroTests:
         if name == "dot_general":
             scores = {Trace(trace.input_index, True) for trace in together if not trace.is_score}
             return [frozenset(scores)] * count, [False] * count
-        outs = [together] * count
-        out_zeros = [False] * count
+        alternatives = []
         for inner, first in _inner_programs(eqn):
-            inner_outs, inner_zeros = self._follow(inner, operands[first:], operand_zeros[first:], location)
+            # A carry that begins as zeros does not stay so.
+            zeros = [False] * len(operands) if name in ("scan", "while") else operand_zeros
+            inner_outs, _ = self._follow(inner, operands[first:], zeros[first:], location)
             if len(inner_outs) == count:
-                outs, out_zeros = inner_outs, inner_zeros
-        return outs, out_zeros
+                alternatives.append(inner_outs)
+        if not alternatives:
+            return [together] * count, [False] * count
+        return [NO_TRACES.union(*branches) for branches in zip(*alternatives, strict=True)], [False] * count
 
 
 def _inner_programs(eqn: JaxprEqn) -> Iterator[tuple[Jaxpr | ClosedJaxpr, int]]:
     """Yield the jaxprs that an equation runs, with the number of its operand that is their first."""
+    if eqn.primitive.name == "while":
+        yield eqn.params["body_jaxpr"], eqn.params["cond_nconsts"]
+        return
     for inner in _compat.inner_jaxprs(eqn):
         opened, _ = _compat.jaxpr_and_consts(inner)
-        first = len(eqn.invars) - len(opened.invars)  # a cond's index, the constants of a while's condition
+        first = len(eqn.invars) - len(opened.invars)  # behind the index of a cond
         if first >= 0:
             yield inner, first
