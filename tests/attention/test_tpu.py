@@ -132,6 +132,7 @@ def test_control_flow_is_not_elementwise():
     assert "uses cond, which is not elementwise" in not_elementwise(branches, jnp.float32)
 
 
+@needs_tpu_backend
 def test_formats_of_one_level_of_scales_are_taken():
     spellings = (
         None,
