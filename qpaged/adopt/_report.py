@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from qpaged.implicit import Materialization
 
 
@@ -10,9 +12,25 @@ class MaterializeError(RuntimeError):
 
 
 class Report(tuple[Materialization, ...]):
-    """The places where a step decoded a quantized array as a whole, in the order in which they were met."""
+    """The places where a step decoded a quantized array as a whole, in the order in which they were met.
+
+    Attributes:
+        quantized: a line that says what of the cache is quantized, with its bytes before and after.
+    """
+
+    def __new__(cls, places: Iterable[Materialization], quantized: str) -> Report:
+        report = super().__new__(cls, places)
+        report.quantized = quantized
+        return report
+
+    quantized: str
 
     def __str__(self) -> str:
-        if not self:
-            return "nothing was materialized"
-        return "\n".join([f"{len(self)} places materialized:", *(f"    {place}" for place in self)])
+        return "\n".join([self.quantized, listed(self)])
+
+
+def listed(places: Collection[Materialization]) -> str:
+    """Return the places one to a line, under a heading."""
+    if not places:
+        return "nothing was materialized"
+    return "\n".join([f"{len(places)} places materialized:", *(f"    {place}" for place in places)])

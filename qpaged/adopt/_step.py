@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from qpaged._deprecated import renamed_argument, warn_renamed
 from qpaged.adopt._arguments import (
@@ -24,7 +26,7 @@ from qpaged.adopt._cache_leaf import FoundCache
 from qpaged.adopt._encode import check_layers, check_zeros, quantize_leaf, quantizer_for
 from qpaged.adopt._find import find_cache
 from qpaged.adopt._options import AxesOption, Where
-from qpaged.adopt._report import MaterializeError, Report
+from qpaged.adopt._report import MaterializeError, Report, listed
 from qpaged.arrays import QuantizedArray, is_quantized, overwrite
 from qpaged.formats import CacheFormat, Quantizer
 from qpaged.implicit import Materialization, record_materializations, use_implicit_args
@@ -107,6 +109,7 @@ class QuantizedStep:
         # An ordered set, which the parts of a step share with it.
         self._materialized: dict[Materialization, None] = {}
         self._leaves = {leaf.path: leaf for leaf in found.leaves}
+        self._blocks: dict[str, set[tuple[int, ...]]] = {}  # of the arrays that init and apply returned
         # So that jit and inspect see the step's own name and signature; its attributes are not copied.
         functools.update_wrapper(self, step, updated=())
 
@@ -124,6 +127,7 @@ class QuantizedStep:
         """
         arguments = Arguments(self._step, args, kwargs)
         self._warn_of_float_arrays(arguments)
+        self._check_blocks(arguments)
         with record_materializations() as records:
             out = self._run(*args, **kwargs)
         # Weights may be implicit arrays of other classes, and may be decoded as they like.
@@ -194,7 +198,8 @@ class QuantizedStep:
             )
         changed = []
         for ((number, *keys), array), value in zip(arrays, values, strict=True):
-            changed.append(self._requantize(path_under(names[number.idx], keys), array, value))
+            path = path_under(names[number.idx], keys)
+            changed.append(self._remember_blocks(path, self._requantize(path, array, value)))
         changed_trees = jax.tree_util.tree_unflatten(tree, changed)
         return changed_trees[0] if len(names) == 1 else changed_trees
 
@@ -211,11 +216,28 @@ class QuantizedStep:
         return self._quantize_array(path, value)
 
     def report(self) -> Report:
-        """Return the places where the step decoded an array of its cache as a whole.
+        """Return the places where the step decoded an array of its cache as a whole, and what is quantized.
 
-        They are of all programs traced so far, the example's first.
+        The places are of all programs traced so far, the example's first; bytes are of the example's cache.
         """
-        return Report(self._materialized)
+        return Report(self._materialized, self._quantized_bytes())
+
+    def _quantized_bytes(self) -> str:
+        """Return a line that says which arrays of the example's cache are quantized, and their bytes."""
+        if self._warned_of_float_arrays:
+            return (
+                "not quantized: the step ran on a cache of floats, which was not passed through step.init()"
+            )
+        plain = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self.found.leaves}
+        stored = {path: self._quantized_shape(path, struct) for path, struct in plain.items()}
+        count = sum(map(is_quantized, stored.values()))
+        return (
+            f"{self.quantizer}: {count} of {len(plain)} arrays of the cache quantized, "
+            f"{_nbytes(plain):,} -> {_nbytes(stored):,} bytes"
+        )
+
+    def _quantized_shape(self, path: str, struct: jax.ShapeDtypeStruct) -> Pytree:
+        return jax.eval_shape(lambda: self._quantize_array(path, jnp.zeros(struct.shape, struct.dtype)))
 
     def _trace_example(self, example: Sequence[Any]) -> None:
         """Run the step on shapes: tracing shows what it materializes, as this does not depend on values."""
@@ -247,6 +269,25 @@ class QuantizedStep:
                 stacklevel=3,
             )
 
+    def _check_blocks(self, arguments: Arguments) -> None:
+        """Raise ValueError if something has changed the codes and the scales of an array apart.
+
+        Shapes alone do not show it: the first 20 of 32 tokens beside both scales look like two pages of 10.
+        """
+        for path, array in zip(arguments.paths, arguments.arrays, strict=True):
+            known = self._blocks.get(path)
+            if not known or not is_quantized(array) or array.scales is None:
+                continue
+            extents_with_scales = np.multiply(array.block, array.scales.shape)
+            if array.block in known and array.shape == tuple(extents_with_scales):
+                continue
+            raise ValueError(
+                f"{path} must have the blocks in which step.init made it, {' or '.join(map(str, known))}, "
+                f"but codes of shape {array.codes.shape} came with scales of shape {array.scales.shape}: "
+                f"jax.tree.map reaches them apart. Change the cache by step.apply(function, cache); pass one "
+                f"that was made elsewhere through step.init() first."
+            )
+
     def _quantize_argument(self, name: str, tree: Pytree) -> Pytree:
         """Return an argument with the arrays of the cache in it quantized."""
         leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
@@ -257,19 +298,26 @@ class QuantizedStep:
             raise ValueError(f"{name} must hold the arrays of the example, but lacks {', '.join(missing)}.")
 
         def quantize(keys: KeyPath, array: Any) -> Any:
-            return self._quantize_array(path_under(name, keys), array)
+            path = path_under(name, keys)
+            return self._remember_blocks(path, self._quantize_array(path, array))
 
-        return jax.tree_util.tree_map_with_path(quantize, tree)
+        return jax.tree_util.tree_map_with_path(quantize, tree, is_leaf=is_quantized)
 
     def _quantize_array(self, path: str, array: Any) -> Any:
-        """Return an array of the arguments, quantized if it is one of the cache."""
+        """Return an array of the arguments, quantized if it is one of the cache and is not yet."""
         leaf = self._leaves.get(path)
         if leaf is None:
             return array
         quantizer = quantizer_for(leaf, self.quantizer)
         if quantizer is None:
             return array
-        return quantize_leaf(leaf, array, quantizer, self._page_size)
+        return array if is_quantized(array) else quantize_leaf(leaf, array, quantizer, self._page_size)
+
+    def _remember_blocks(self, path: str, array: Any) -> Any:
+        """Return an array of a cache that goes out to the user, after noting its blocks."""
+        if path in self._leaves and is_quantized(array):
+            self._blocks.setdefault(path, set()).add(array.block)
+        return array
 
     def _requantize_outputs(self, out: Pytree, arguments: Arguments) -> Pytree:
         """Return what the step returned, with the cache in the layout in which it was given.
@@ -300,9 +348,13 @@ class QuantizedStep:
         self._materialized.update(dict.fromkeys(places))
         if self._strict and places:
             raise MaterializeError(
-                f"step must not decode its cache, since strict is set, but {Report(places)}\n"
+                f"step must not decode its cache, since strict is set, but {listed(places)}\n"
                 f"Rewrite those lines, or leave strict out to have the cache decoded there."
             )
+
+
+def _nbytes(structs: Pytree) -> int:
+    return sum(struct.size * struct.dtype.itemsize for struct in jax.tree_util.tree_leaves(structs))
 
 
 def _first_line(function: Callable[..., Any]) -> tuple[str, int]:

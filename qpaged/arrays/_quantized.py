@@ -13,6 +13,7 @@ from qpaged.arrays._blocks import block_shape, expand_scales, split_blocks
 from qpaged.arrays._encoding import multipliers
 from qpaged.arrays._lane_rows import from_lane_rows, slot_shape, to_lane_rows
 from qpaged.arrays._packing import BYTE, unpack
+from qpaged.arrays._plain_use import PlainUse
 from qpaged.arrays._protocol import ArrayFormat
 from qpaged.implicit import ImplicitArray, aux_field
 
@@ -42,7 +43,7 @@ PATHS = "codes", "scales", "outer", "offsets"
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class QuantizedArray(ImplicitArray):
+class QuantizedArray(PlainUse, ImplicitArray):
     """An array held as integer codes and one scale per block: x̂ = decode(codes) · scale (+ offset).
 
     Attributes:

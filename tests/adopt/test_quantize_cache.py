@@ -49,10 +49,17 @@ def test_a_cache_that_init_was_not_given_is_warned_of_once():
     with pytest.warns(UserWarning, match=r"as plain/int8, but 1 arrays of it are floats, cache/v first"):
         _, cache = run(X, jnp.int32(0), CACHE)
     assert not quantized(cache)
+    assert str(run.report()).startswith("not quantized: the step ran on a cache of floats")
     run(X, jnp.int32(1), cache)  # warnings are errors here
     initialized = adopted("plain/int8")
     _, cache = initialized(X, jnp.int32(0), initialized.init(CACHE))
     assert is_quantized(cache["v"]) and not is_quantized(cache["k"])
+
+
+def test_the_report_says_what_is_quantized():
+    head, _ = str(adopted("plain/int8:token").report()).splitlines()
+    # 2 · 32 · 2 rows of 16 float32; those of the values become 16 codes and a scale of 4 bytes
+    assert head == "plain/int8:token: 1 of 2 arrays of the cache quantized, 16,384 -> 10,752 bytes"
 
 
 def test_the_step_sees_floats_of_its_own_dtype():
@@ -170,7 +177,7 @@ def test_a_loop_may_carry_the_cache():
 def test_a_lazy_step_reports_nothing():
     run = adopted()
     run(X, jnp.int32(0), run.init(CACHE))
-    assert not run.report() and str(run.report()) == "nothing was materialized"
+    assert not run.report() and str(run.report()).endswith("\nnothing was materialized")
 
 
 def test_places_that_materialize_are_reported_with_their_lines():
@@ -247,6 +254,16 @@ def test_a_quantized_cache_is_left_as_it_is_by_init():
         np.testing.assert_array_equal(again[name].codes, cache[name].codes)
 
 
+def test_a_cache_of_another_page_is_taken_after_init():
+    run = adopted("int8")
+    run.init(CACHE)
+    cache = adopted("int8", page_size=8).init(CACHE)
+    with pytest.raises(ValueError, match=r"pass one that was made elsewhere through step\.init"):
+        run(X, jnp.int32(0), cache)
+    _, cache = run(X, jnp.int32(0), run.init(cache))
+    assert cache["k"].block == (1, 8, 1, 16)
+
+
 def each(change):
     return lambda cache: jax.tree_util.tree_map(change, cache)
 
@@ -290,3 +307,29 @@ def test_a_function_that_returns_another_tree_is_refused():
     run = adopted()
     with pytest.raises(ValueError, match=r"function must return the tree of the cache, .* but returned"):
         run.apply(lambda cache: cache["k"], run.init(CACHE))
+
+
+SHORTENED_APART = {  # those of a cache of 48 tokens, in three pages
+    "to 16 tokens": lambda array: array[:, :16],
+    "to 40 tokens": lambda array: array[:, :40],
+    "by a token": lambda array: array[:, 1:],
+    "lengthened": lambda array: jnp.concatenate([array, array[:, -2:]], axis=1),
+}
+
+
+@pytest.mark.parametrize("change", SHORTENED_APART)
+def test_codes_and_scales_that_were_shortened_apart_are_refused(change):
+    run = adopted("int8")
+    cache = {name: jnp.zeros((2, 48, 2, 16)) for name in CACHE}
+    cache = jax.tree_util.tree_map(SHORTENED_APART[change], run.init(cache))
+    with pytest.raises(
+        ValueError, match=r"cache/k must have the blocks in which step.init made it.* step\.apply"
+    ):
+        jax.jit(run)(X, jnp.int32(0), cache)
+
+
+def test_codes_and_scales_that_were_divided_by_sequences_are_taken():
+    run = adopted("int8")
+    cache = jax.tree_util.tree_map(lambda array: array[:1], run.init(CACHE))
+    _, after = jax.jit(run)(X[:1], jnp.int32(0), cache)
+    assert after["k"].shape == (1, *CACHE["k"].shape[1:])
