@@ -103,6 +103,14 @@ def primitive_exists(name: str) -> bool:
 # The names that programs written for other JAX versions use for today's primitives.
 _OLD_PRIMITIVE_NAMES = {"pjit": "jit", "checkpoint": "remat", "remat2": "remat", "add_any": "add_jaxvals"}
 
+# Primitives that JAX had once; their functions are programs of others today.
+_REMOVED_PRIMITIVES = {"random_gamma_grad"}
+
+
+def was_removed(name: str) -> bool:
+    """Return True if `name` was a primitive of older versions, and is none of this JAX."""
+    return name in _REMOVED_PRIMITIVES and not hasattr(jax.lax, f"{name}_p")
+
 
 def primitive_named(name: str) -> Primitive:
     """Return the primitive behind `jax.lax.<name>_p`, even if JAX keeps it elsewhere or renamed it."""

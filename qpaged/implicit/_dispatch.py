@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -149,7 +150,18 @@ def primitive_handler(
     """
     if isinstance(primitives, str | Primitive):
         primitives = [primitives]
-    resolved = [_compat.primitive_named(p) if isinstance(p, str) else p for p in primitives]
+    resolved: list[Primitive] = []
+    for primitive in primitives:
+        if not isinstance(primitive, str):
+            resolved.append(primitive)
+        elif _compat.was_removed(primitive):
+            warnings.warn(
+                f"primitive_handler: this JAX has no primitive {primitive!r} any more, so the handler is "
+                f"never called; handle the primitives that jax.lax.{primitive} is made of today.",
+                stacklevel=2,
+            )
+        else:
+            resolved.append(_compat.primitive_named(primitive))
 
     def register(function: Function) -> Function:
         handler = _handler(function, precedence)

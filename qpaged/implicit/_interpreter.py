@@ -229,7 +229,9 @@ def _evaluate_equation(eqn: Equation, operands: list[Operand]) -> Sequence[Opera
     if outs is not NotImplemented:
         return checked_results(_as_sequence(primitive, outs), eqn)
     if primitive.name in RULES:  # after the handlers, so that programs can handle these primitives themselves
-        return _apply_rule(eqn, operands)
+        outs = _apply_rule(eqn, operands)
+        if outs is not NotImplemented:
+            return outs
     _report_operands(eqn, operands)
     outs = type(first_implicit).default_handler(primitive, *operands, params=params)
     return checked_results(_as_sequence(primitive, outs), eqn)
@@ -268,6 +270,8 @@ def _apply_rule(eqn: Equation, operands: list[Operand]) -> list[Operand]:
     )
     with _reports.fallback_location(ctx.location):
         outs = RULES[eqn.primitive.name](ctx, operands)
+    if outs is NotImplemented:
+        return NotImplemented
     return [_with_type_of(out, aval) for out, aval in zip(outs, ctx.out_avals, strict=True)]
 
 

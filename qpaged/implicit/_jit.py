@@ -8,7 +8,8 @@ functions and shapes, so an eager loop compiles once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Sharding
 
 from qpaged import _compat
 from qpaged._compat import Jaxpr, Operand
-from qpaged.implicit import _reports
+from qpaged.implicit import _reports, _tree
 from qpaged.implicit._dispatch import registry
 from qpaged.implicit._rule_context import Outputs, RuleContext
 from qpaged.implicit._value import is_implicit
@@ -25,13 +26,16 @@ Evaluate: TypeAlias = Callable[[Jaxpr, Sequence[Operand]], list[Operand]]
 
 
 class _CompiledJaxpr:
-    """One inner function, compiled, which repeats the reports of its tracing at every call."""
+    """One inner function, compiled, which repeats the reports of its tracing at every call.
+
+    It is traced anew for operands of other types, and repeats the reports of these alone.
+    """
 
     def __init__(self, jaxpr: Jaxpr, name: str, evaluate: Evaluate):
-        self._reports: list[_reports.Report] = []
+        self._reports: defaultdict[Hashable, list[_reports.Report]] = defaultdict(list)
 
         def run(operands: list[Operand]) -> list[Operand]:
-            with _reports.collect_reports(self._reports):
+            with _reports.collect_reports(self._reports[_tree.layout(operands)]):
                 return evaluate(jaxpr, operands)
 
         run.__name__ = run.__qualname__ = name  # the name that profiles and jaxprs show
@@ -39,7 +43,7 @@ class _CompiledJaxpr:
 
     def __call__(self, operands: list[Operand]) -> list[Operand]:
         outs = self._run(operands)
-        _reports.repeat_reports(self._reports)
+        _reports.repeat_reports(self._reports[_tree.layout(operands)])
         return outs
 
 

@@ -35,17 +35,32 @@ def scan(ctx: RuleContext, operands: list[Operand]) -> Outputs:
         carry, _ = jax.eval_shape(body, carry, one_x)
         return carry
 
-    init = _stable_init(ctx, init, carry_after_iteration)
-    stays_implicit = [is_implicit(value) for value in init]
+    def run(init: list[Operand], xs: Sequence[Operand], length: int) -> tuple[list[Operand], list[Operand]]:
+        init = _stable_init(ctx, init, carry_after_iteration)
+        stays_implicit = [is_implicit(value) for value in init]
 
-    def stable_body(carry: Carry, x: Sequence[Operand]) -> tuple[list[Operand], list[Operand]]:
+        def stable_body(carry: Carry, x: Sequence[Operand]) -> tuple[list[Operand], list[Operand]]:
+            carry, ys = body(carry, x)
+            return _with_others_dense(ctx, carry, stays_implicit), ys
+
+        return jax.lax.scan(
+            stable_body, init, xs, length=length, reverse=ctx.params["reverse"], unroll=ctx.params["unroll"]
+        )
+
+    outside = _iteration_outside(init, carry_after_iteration) if length else None
+    if outside is None:
+        carry, ys = run(init, xs, length)
+        return [*carry, *ys]
+    at_front = (outside == FIRST) != ctx.params["reverse"]
+    x, other_xs = _one_and_others(xs, at_front)
+    if outside == FIRST:
+        carry, ys = body(init, x)
+        carry, other_ys = run(carry, other_xs, length - 1)
+    else:
+        carry, other_ys = run(init, other_xs, length - 1)
         carry, ys = body(carry, x)
-        return _with_others_dense(ctx, carry, stays_implicit), ys
-
-    carry, ys = jax.lax.scan(
-        stable_body, init, xs, length=length, reverse=ctx.params["reverse"], unroll=ctx.params["unroll"]
-    )
-    return [*carry, *ys]
+    joined = [_joined(ctx, y, others, at_front) for y, others in zip(ys, other_ys, strict=True)]
+    return [*carry, *joined]
 
 
 def while_loop(ctx: RuleContext, operands: list[Operand]) -> Outputs:
@@ -97,6 +112,48 @@ def _stable_init(
             break
         init = [ctx.to_dense(value) if change else value for value, change in zip(init, changes, strict=True)]
     return [_varying_like(value, out) for value, out in zip(init, after, strict=True)]
+
+
+FIRST, LAST = "first", "last"
+
+
+def _iteration_outside(init: Carry, carry_after_iteration: Callable[[Carry], Carry]) -> str | None:
+    """Return the iteration to take out of a scan that makes dense carries implicit; None if it makes none so.
+
+    The first, if the others keep what it returns; then no iteration materializes it. Otherwise the last: the
+    others get a dense carry, as the first does, and the scan returns an implicit one.
+    """
+    with _reports.no_reports():
+        after = carry_after_iteration(init)
+        new = [is_implicit(out) and not is_implicit(value) for value, out in zip(init, after, strict=True)]
+        if not any(new):
+            return None
+        after_two = carry_after_iteration(after)
+    for is_new, one, two in zip(new, after, after_two, strict=True):
+        if is_new and not _tree.same_layout(one, two):
+            return LAST
+    return FIRST
+
+
+def _one_and_others(xs: Sequence[Operand], at_front: bool) -> tuple[list[Pytree], list[Pytree]]:
+    """Return the slice of xs at the front, or at the back, and the others."""
+    index, others = (0, slice(1, None)) if at_front else (-1, slice(None, -1))
+    return (
+        [jax.tree_util.tree_map(lambda leaf: leaf[index], x) for x in xs],
+        [jax.tree_util.tree_map(lambda leaf: leaf[others], x) for x in xs],
+    )
+
+
+def _joined(ctx: RuleContext, y: Operand, others: Operand, at_front: bool) -> Operand:
+    """Return the ys of all iterations from that of the one outside and the stacked ones of the others."""
+    if not _tree.same_structure(y, others):
+        y, others = ctx.to_dense(y), jax.vmap(ctx.to_dense)(others)
+
+    def join(leaf: jax.Array, other_leaves: jax.Array) -> jax.Array:
+        parts = (leaf[None], other_leaves) if at_front else (other_leaves, leaf[None])
+        return jnp.concatenate(parts)
+
+    return jax.tree_util.tree_map(join, y, others)
 
 
 def _changes_layout(value: Operand, out: Pytree) -> bool:

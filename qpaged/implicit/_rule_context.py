@@ -15,6 +15,7 @@ from qpaged.implicit._value import ImplicitValue, is_implicit
 
 Outputs: TypeAlias = Sequence[Operand]
 Rule: TypeAlias = Callable[["RuleContext", list[Operand]], Outputs]
+"""Returns the results of an equation; NotImplemented to have its operands materialized."""
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,13 @@ def leafwise(ctx: RuleContext, operands: list[Operand]) -> Outputs:
     return tree.unflatten([ctx.bind([leaf])[0] for leaf in leaves])
 
 
+def convert_element_type(ctx: RuleContext, operands: list[Operand]) -> Outputs:
+    """Return an operand that has the dtype already, as where a weak type becomes a strong one."""
+    if ctx.params["new_dtype"] == operands[0].dtype and ctx.params.get("sharding") is None:
+        return operands
+    return NotImplemented
+
+
 def stop_gradient(ctx: RuleContext, operands: list[Operand]) -> Outputs:
     """Stop the gradient at every leaf."""
     return jax.lax.stop_gradient(operands)
@@ -85,6 +92,7 @@ RULES: dict[str, Rule] = {
     "by_platform": by_platform,
     "closed_call": inline,
     "cond": cond,
+    "convert_element_type": convert_element_type,
     "copy": leafwise,
     "copy_p": leafwise,
     "core_call": inline,

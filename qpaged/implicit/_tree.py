@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jax.tree_util import PyTreeDef
 
 from qpaged._compat import DType, Operand, Pytree
@@ -77,9 +78,15 @@ def with_logical_type(value: ImplicitValue, shape: tuple[int, ...], dtype: DType
 
 def same_layout(left: Pytree, right: Pytree) -> bool:
     """Return True if two trees have the same structure, and leaves of the same shapes and dtypes."""
-    left_leaves, left_structure = flatten_fully(left)
-    right_leaves, right_structure = flatten_fully(right)
-    if left_structure != right_structure:
-        return False
-    pairs = zip(left_leaves, right_leaves, strict=True)
-    return all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
+    return layout(left) == layout(right)
+
+
+def same_structure(left: Pytree, right: Pytree) -> bool:
+    """Return True if two trees have the same structure, whatever their leaves."""
+    return bool(flatten_fully(left)[1] == flatten_fully(right)[1])
+
+
+def layout(tree: Pytree) -> tuple[PyTreeDef, tuple[tuple[tuple[int, ...], DType], ...]]:
+    """Return the structure of a tree, and the shapes and dtypes of its leaves."""
+    leaves, structure = flatten_fully(tree)
+    return structure, tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)

@@ -240,3 +240,24 @@ def test_barriers_and_names_return_implicit_arrays(kind, run):
         return w
 
     assert isinstance(run(f, example(kind)), kind)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_carry_that_the_first_iteration_makes_implicit_is_implicit_from_then_on(kind, run, length, reverse):
+    def over_xs(w, xs):
+        def body(carry, x):
+            count, _ = carry
+            return (count + 1, w * (x + count)), (x, w * x)
+
+        return jax.lax.scan(body, (0.0, jnp.zeros(w.shape)), xs, reverse=reverse)
+
+    w, xs = example(kind), 1 + jnp.arange(length, dtype=jnp.float32)
+    with qi.record_materializations() as records:
+        (count, product), (same, products) = run(over_xs, w, xs)
+    (_, want), (_, want_products) = over_xs(dense(w), xs)
+    assert isinstance(product, kind) and isinstance(products, kind) and not records
+    assert count == length
+    np.testing.assert_array_equal(dense(product), want)
+    np.testing.assert_array_equal(same, xs)
+    np.testing.assert_array_equal(jax.vmap(dense)(products), want_products)
