@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from support.arrays import normal, quantized
-from support.formats import FORMATS
+from support.formats import FORMATS, WITH_LONG
 
 import qpaged
 from qpaged.arrays._repeated import Repeated
@@ -127,7 +127,7 @@ def once(leaf):
     return leaf.array if isinstance(leaf, Repeated) else leaf
 
 
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=WITH_LONG)
 def array(request):
     """A filled array."""
     return quantized(request.param)

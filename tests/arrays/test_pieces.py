@@ -45,7 +45,16 @@ def test_pieces_add_up(format):
         np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=2e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("format", ["int8", "int4:token", "int8:channel+offset", "int8+rotate", "nvfp4"])
+@pytest.mark.parametrize(
+    "format",
+    [
+        "int8",
+        "int4:token",
+        pytest.param("int8:channel+offset", marks=pytest.mark.long),
+        "int8+rotate",
+        pytest.param("nvfp4", marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("name", ["kept", "contracted", "left"])
 def test_the_whole_is_never_decoded(name, format):
     array, program = long_array(format), DOTS[name]

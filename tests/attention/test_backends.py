@@ -18,7 +18,7 @@ from support.filled_pages import (
     permute_pages,
     prefill_step,
 )
-from support.formats import CACHES
+from support.formats import ALWAYS, CACHES
 
 import qpaged
 
@@ -68,7 +68,7 @@ def attend_case(case, spelling, step, tokens, dtype=jnp.float32, head_dim=32):
 @pytest.mark.parametrize(
     ("spelling", "name"),
     [
-        (spelling, name)
+        pytest.param(spelling, name, marks=[pytest.mark.long] * (spelling not in (None, *ALWAYS)))
         for spelling in CACHES
         for name in CASES
         if spelling in (None, "int8") or "sinks" in name

@@ -35,6 +35,7 @@ CASES = {  # head_dim, options
     "int4:channel+offset/int4:token": (64, {"sliding_window": 20, "sinks": True}),
     "fp8_e4m3/raw": (256, {}),
 }
+SHORT = "raw/int8", "int8:channel+offset/int4+rotate"  # which have every layout of codes; the others are long
 # float32 sums of some hundred products in other orders, through an exponential
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
@@ -53,7 +54,9 @@ def attend(query, view, metadata, sinks=None, **options):
 
 
 @needs_tpu_backend
-@pytest.mark.parametrize("spelling", CASES)
+@pytest.mark.parametrize(
+    "spelling", [pytest.param(case, marks=[pytest.mark.long] * (case not in SHORT)) for case in CASES]
+)
 def test_the_interpreted_kernel_agrees_with_the_reference(spelling, monkeypatch):
     monkeypatch.setattr(_tpu, "KV_TILE", 128)
     monkeypatch.setattr(_tpu, "MAX_Q_ROWS", 24)  # 16 queries with 3 heads each then have two tiles

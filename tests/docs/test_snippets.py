@@ -13,6 +13,7 @@ LLAMA = ROOT / "docs/includes/llama-3.1-8b.json"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FRAMEWORKS = {"flax", "transformers"}  # which parts of docs/adopt.md need
+LONG = {"docs/adopt.md", "docs/int8.md"}  # the first needs models, and is run whole with EVERY_MODEL
 INCLUDE = re.compile(r'^--8<-- "(.*)"$', re.MULTILINE)
 
 
@@ -27,7 +28,13 @@ def included(source):
     return INCLUDE.sub(lambda match: (ROOT / match.group(1)).read_text(), source)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if snippets(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def page_parameter(page):
+    name = str(page.relative_to(ROOT))
+    long = name in LONG and not os.environ.get("EVERY_MODEL")
+    return pytest.param(page, id=name, marks=[pytest.mark.long] * long)
+
+
+@pytest.mark.parametrize("page", [page_parameter(page) for page in PAGES if snippets(page)])
 def test_snippets_run(page, plugin):
     namespace = {"__name__": "snippets"}
     missing = set()

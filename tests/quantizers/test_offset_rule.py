@@ -122,7 +122,11 @@ KINDS = {
         rng.choice([3.4e38, -3.4e38, 3.38e38, -3.38e38, LARGEST, -LARGEST, 1.7e38], (shape[0], 1, 1)), shape
     ),
 }
-every_kind = pytest.mark.parametrize("kind", KINDS)
+MOST_USUAL = 4
+every_kind = pytest.mark.parametrize(
+    "kind",
+    [*list(KINDS)[:MOST_USUAL], *(pytest.param(k, marks=pytest.mark.long) for k in list(KINDS)[MOST_USUAL:])],
+)
 
 
 @functools.cache

@@ -61,7 +61,7 @@ def parts(array):
     return array.codes, *array.parts
 
 
-@pytest.mark.parametrize("spelling", STEPS)
+@pytest.mark.parametrize("spelling", ["int8:token", pytest.param("int4+offset", marks=pytest.mark.long)])
 def test_every_program_gives_the_same_codes(spelling):
     rows = beside_ties(STEPS[spelling])
     view = VIEW.init(None, jnp.float32, CONFIG, 0, None, spelling)

@@ -29,7 +29,9 @@ ARCHITECTURES = {
     "gemma3_text": GEMMA | {"rope_local_base_freq": 1000.0, "sliding_window_pattern": 2},
     "phi3": {},
 }
-TESTED = ARCHITECTURES if os.environ.get("EVERY_MODEL") else ("gemma2",)
+TESTED = [pytest.param("gemma2", marks=pytest.mark.long)]
+if os.environ.get("EVERY_MODEL"):
+    TESTED = list(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("architecture", TESTED)

@@ -24,6 +24,7 @@ def step(command, checkpoint, monkeypatch):
     return run
 
 
+@pytest.mark.long
 def test_a_step_is_measured_as_the_checkpoint_that_it_runs(step, command):
     formats = ("--formats", "int8:token,int8:token/int4:token", "--json")
     result = step("make_step", *formats, out="step")
@@ -42,6 +43,7 @@ def test_a_step_is_measured_as_the_checkpoint_that_it_runs(step, command):
     assert results["model"]["layers"] == 2 and results["model"]["kv_heads"] == 2
 
 
+@pytest.mark.long
 def test_a_step_is_tuned(step, tmp_path):
     result = step(
         "make_step",

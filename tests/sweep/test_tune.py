@@ -84,6 +84,7 @@ def tune(command):
     return lambda *arguments: command("tune", *SMALL, *arguments, out="format.json")
 
 
+@pytest.mark.long
 def test_a_choice_is_verified_written_and_taken_by_the_cache(tune, tmp_path):
     result = tune("--bits", 8, "--formats", "int8:token,int4:token", "--json")
     assert result.status == 0
