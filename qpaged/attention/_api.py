@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from qpaged import pools
 from qpaged._compat import with_auto_axes
+from qpaged._eager import compiled_if_eager
 from qpaged.arrays import float_dtype, invert_output, transform_query, untransformed
 from qpaged.attention import _backends
 from qpaged.attention._backends import BACKENDS, AttentionBackend, AttentionCall
@@ -103,8 +104,21 @@ def paged_attention(
         sinks = _checked_sinks(sinks, query.shape[1])
     if not all_tokens:
         return jnp.zeros_like(query)
-    keys, values = view.key_pages, view.value_pages
-    attend: Callable[..., jax.Array] = functools.partial(_attend_all, backend, options, query.dtype)
+    return _attend_pools(backend, options, query.dtype, view.key_pages, view.value_pages, all_tokens, sinks)
+
+
+@compiled_if_eager(static_argnums=(0, 1, 2))
+def _attend_pools(
+    backend: str | None,
+    options: Options,
+    dtype: DTypeLike,
+    keys: Pages,  # [kv_heads, pages, page_size, head_dim]
+    values: Pages,  # [kv_heads, pages, page_size, head_dim]
+    all_tokens: list[QueryTokens],
+    sinks: jax.Array | None,  # [q_heads]
+) -> jax.Array:
+    """Return the attention over pools of any kind, wherever they lie."""
+    attend: Callable[..., jax.Array] = functools.partial(_attend_all, backend, options, dtype)
     sharding = pools.explicit_sharding_of(keys, values)
     if pools.needs_implicit_args(keys, values):
         attend = use_implicit_args(attend)

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from qpaged._compat import explicit_sharding
+from qpaged._eager import compiled_if_eager
 from qpaged.arrays import ArrayFormat, QuantizedArray
 from qpaged.implicit import ImplicitArray
 from qpaged.pools import _quantized
@@ -27,6 +28,7 @@ def _pool_of(pages: Pages) -> Pool:
     return PlainPool(pages)
 
 
+@compiled_if_eager()
 def write_slots(
     pages: Pages,
     slot_mapping: tuple[jax.Array, jax.Array],  # (page, slot), [tokens] each

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from support.implicit_arrays import needs_own_implementation
+from support.long import first_short
 
 import qpaged
 from qpaged import adopt
@@ -66,7 +67,7 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("quantizer", ["int8", "int4"])
+@pytest.mark.parametrize("quantizer", first_short(1, ["int8", "int4"]))
 @pytest.mark.parametrize("name", STEPS)
 def test_the_cache_stays_quantized(name, quantizer):
     inputs = jax.random.normal(jax.random.key(0), (3, BATCH, 1, 3, HEADS, HEAD_DIM))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 from support.arrays import normal
+from support.long import first_short
 from test_find_cache import CACHE, X, attend, step, written
 
 import qpaged
@@ -282,7 +283,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("quantizer", ["int8", "int8:token", "int4:token"])
+@pytest.mark.parametrize("quantizer", first_short(1, ["int8", "int8:token", "int4:token"]))
 @pytest.mark.parametrize("name", CHANGES)
 def test_functions_of_the_cache_are_applied_as_to_floats(name, quantizer):
     run = adopted(quantizer)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.arrays import normal
+from support.long import first_short
 
 import qpaged
 from qpaged.arrays import _integer_dot, as_slots, dot, gather_pages
@@ -80,7 +81,7 @@ def test_what_a_format_adds_to_its_codes(format, added):
     assert _integer_dot._added_to_integers(quantizer, jnp.dtype(quantizer.code_dtype(jnp.bfloat16))) == added
 
 
-@pytest.mark.parametrize("format", ["int8+offset", "int4:page+offset"])
+@pytest.mark.parametrize("format", first_short(1, ["int8+offset", "int4:page+offset"]))
 def test_unsigned_codes_are_multiplied_as_integers_too(format):
     pool = qpaged.get_quantizer(format).quantize(normal(2, 4, 16, 32, seed=4))
     query = jnp.asarray(normal(2, 3, 32, seed=5), jnp.bfloat16)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.arrays import leaves_equal
+from support.long import first_short
 from support.stored_codes import two_to_a_byte
 
 import qpaged
@@ -122,11 +123,7 @@ KINDS = {
         rng.choice([3.4e38, -3.4e38, 3.38e38, -3.38e38, LARGEST, -LARGEST, 1.7e38], (shape[0], 1, 1)), shape
     ),
 }
-MOST_USUAL = 4
-every_kind = pytest.mark.parametrize(
-    "kind",
-    [*list(KINDS)[:MOST_USUAL], *(pytest.param(k, marks=pytest.mark.long) for k in list(KINDS)[MOST_USUAL:])],
-)
+every_kind = pytest.mark.parametrize("kind", first_short(2, KINDS))
 
 
 @functools.cache

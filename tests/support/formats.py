@@ -5,9 +5,9 @@ import re
 from importlib.metadata import entry_points
 
 import jax.numpy as jnp
-import pytest
 
 import qpaged
+from support.long import first_short
 
 EVERY_FORMAT = qpaged.available_formats(wrapped=True)
 """Every format at every granularity in every set of wrappers."""
@@ -69,10 +69,7 @@ LAWFUL = {
     "1": EVERY_FORMAT,
 }[os.environ.get("EVERY_FORMAT", "")]
 """The formats whose laws are tested: FEW, or those that EVERY_FORMAT in the environment asks for."""
-WITH_LONG = (
-    *ALWAYS,
-    *(pytest.param(spelling, marks=pytest.mark.long) for spelling in FORMATS[len(ALWAYS) :]),
-)
+WITH_LONG = first_short(len(ALWAYS), FORMATS)
 """FORMATS, of which those beyond ALWAYS are long tests."""
 CACHES = (None, *FORMATS)
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
