@@ -49,10 +49,19 @@ class PagedAttentionCache(Serializable):
         return cls(views)
 
     def check_fields(self) -> None:
-        """Raise ValueError unless there is a view for every layer, in order."""
-        layers = [view.layer_index for view in self.views]
-        if layers and layers != list(range(self.views[0].metadata.num_hidden_layers)):
+        """Raise ValueError unless there is a view for every layer, in order, and all are of one cache."""
+        views = self.views
+        if (
+            not isinstance(views, list)
+            or not all(isinstance(v, PagedAttentionCacheView) for v in views)
+            or not views
+        ):
+            raise ValueError(f"views must be a list with a view for each layer, but {views!r:.80} came.")
+        layers, metadata = [view.layer_index for view in views], views[0].metadata
+        if layers != list(range(metadata.num_hidden_layers)):
             raise ValueError(f"views must be those of all layers in order, but layers {layers} came.")
+        if any(view.metadata != metadata for view in views):
+            raise ValueError("views must have the same metadata, but those of some layers differ.")
 
     def init_empty(self, *args: Any, **kwargs: Any) -> None:
         """Return None: it is not used for pages."""

@@ -1,6 +1,7 @@
 """The static configuration of a cache."""
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
@@ -148,6 +149,21 @@ class PagedAttentionCacheMetaData(Serializable):
             quantizer=formats,
             dtype=dtype.name,
         )
+
+    @classmethod
+    def check_record(cls, fields: Mapping[str, Any]) -> None:
+        """Raise ValueError for what the constructor takes, and no record has: the name of a format, say."""
+        counts = {name: fields[name] for name in COUNTS}
+        wrong = {name: value for name, value in counts.items() if type(value) is not int}
+        if not isinstance(fields["quantizer"], Mapping | None):
+            wrong["quantizer"] = fields["quantizer"]
+        if not isinstance(fields["dtype"], str | None):
+            wrong["dtype"] = fields["dtype"]
+        if wrong:
+            raise ValueError(
+                f"data of a {cls.__name__} must hold integers, a CacheFormat and the name of a dtype, "
+                f"but holds {wrong}."
+            )
 
     @property
     def pool_shape(self) -> tuple[int, int, int, int]:

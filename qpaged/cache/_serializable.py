@@ -1,21 +1,24 @@
 """The dictionary and JSON forms of the cache's classes."""
 
-import base64
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qpaged import pools
+from qpaged.cache._record_text import DIGEST, array_of_text_form, check_digest, digest, to_text_form
 from qpaged.formats import CacheFormat
 from qpaged.implicit import ImplicitArray
 
-VERSION = 1
+VERSION = 2
+READABLE = 1, VERSION  # the text of version 1 has no digest, and its arrays have no names
 ARRAYS_OF_PAGES = ("codes", "scales", "outer")  # in the record of a quantized pool
+
+
+R = TypeVar("R", bound="Serializable")
 
 
 class Serializable:
@@ -40,45 +43,51 @@ class Serializable:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return the object that :meth:`to_dict` describes.
+        """Return the object that :meth:`to_dict` describes, or that JSON of :meth:`to_json` does.
 
         Raises:
-            ValueError: another type or version, a missing or an unknown field.
+            ValueError: another type or version, a missing or an unknown field, fields that do not fit each
+                other, or a digest that is not that of the data.
         """
-        type_name = version = None
+        version = None
         if isinstance(data, Mapping):
-            type_name, version = data.get("type"), data.get("version")
-        if type_name != cls.__name__ or version != VERSION:
-            raise ValueError(
-                f"data must hold a {cls.__name__} of version {VERSION}, but holds type {type_name!r}, "
-                f"version {version!r}; read it with the class and the qpaged that wrote it."
-            )
-        given = {name: value for name, value in data.items() if name not in ("type", "version")}
-        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if given.keys() != known:
-            raise ValueError(
-                f"data of a {cls.__name__} must hold exactly the fields {sorted(known)}, "
-                f"but {sorted(known ^ given.keys())} are missing or unknown."
-            )
-        made = cls(**{name: _unpack(value) for name, value in given.items()})
-        made.check_fields()
-        return made
+            version = data.get("version")
+            if DIGEST in data and version == VERSION:
+                check_digest(data)
+                data = {name: value for name, value in data.items() if name != DIGEST}
+        try:
+            return _Reader(version).read(cls, data, "")
+        except (TypeError, AttributeError, LookupError, RecursionError, OverflowError, OSError) as error:
+            raise ValueError(f"data of a {cls.__name__} cannot be read: {error!r}") from error
+
+    @classmethod
+    def check_record(cls, fields: Mapping[str, Any]) -> None:
+        """Raise ValueError where fields of a record are of types that are never written."""
 
     def check_fields(self) -> None:
         """Raise ValueError where fields that were read do not fit each other."""
 
     def to_json(self, **kwargs: Any) -> str:
-        """Return JSON text; arrays as base64. ``kwargs`` go to ``json.dumps``."""
-        return json.dumps(self.to_dict(), default=_array_to_json, **kwargs)
+        """Return JSON text with a digest, and arrays as base64. ``kwargs`` go to ``json.dumps``."""
+        record = to_text_form(self.to_dict())
+        return json.dumps({**record, DIGEST: digest(record)}, **kwargs)
 
     @classmethod
     def from_json(cls, json_str: str) -> Self:
-        """Return the object that :meth:`to_json` wrote.
+        """Return the object that :meth:`to_json` wrote, by this version of qpaged or an earlier one.
 
         Raises:
             ValueError: not JSON, or not of this class; see :meth:`from_dict`.
         """
-        return cls.from_dict(json.loads(json_str))
+        try:
+            data = json.loads(json_str)
+        except (TypeError, RecursionError) as error:
+            raise ValueError(
+                f"json_str must be the text of a {cls.__name__}, but {error!r} came of it."
+            ) from error
+        if isinstance(data, Mapping) and data.get("version") == VERSION:
+            check_digest(data)
+        return cls.from_dict(data)
 
 
 def _pack(value: Any) -> Any:
@@ -96,48 +105,53 @@ def _pack(value: Any) -> Any:
     raise pools.no_record_of(value)
 
 
-def _unpack(value: Any) -> Any:
-    """Return what :func:`_pack` was given; ValueError says what is wrong with what it never returns."""
-    if isinstance(value, list):
-        return [_unpack(item) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    type_name = str(value.get("type"))
-    if type_name in Serializable._classes:
-        return Serializable._classes[type_name].from_dict(value)
-    if type_name == "CacheFormat":
-        return CacheFormat.from_config(value)
-    if type_name == "array":
-        return _array_from_json(value)
-    if type_name == "QuantizedArray":
-        return _unpack_pages(value)
-    raise ValueError(
-        f"data holds a part of unknown type {type_name!r}; it was not written by this version of qpaged."
-    )
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """Reads a record and the records in it, which must all be of one version."""
 
+    version: Any
 
-def _unpack_pages(data: Mapping[str, Any]) -> pools.Pages:
-    unpacked = dict(data)
-    for name in ARRAYS_OF_PAGES:
-        if name in data:
-            unpacked[name] = _unpack(data[name])
-    return pools.from_record(unpacked)
+    def read(self, cls: type[R], data: Any, path: str) -> R:
+        """Return the object that a record describes; ``path`` leads to it from the outermost record."""
+        type_name = version = None
+        if isinstance(data, Mapping):
+            type_name, version = data.get("type"), data.get("version")
+        known_version = type(version) is int and version in READABLE and version == self.version
+        if type_name != cls.__name__ or not known_version:
+            raise ValueError(
+                f"data must hold a {cls.__name__} of version {VERSION}, or one earlier, but holds type "
+                f"{type_name!r}, version {version!r}; read it with the class and the qpaged that wrote it."
+            )
+        given = {name: value for name, value in data.items() if name not in ("type", "version")}
+        known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if given.keys() != known:
+            raise ValueError(
+                f"data of a {cls.__name__} must hold exactly the fields {sorted(known)}, "
+                f"but {sorted(known ^ given.keys())} are missing or unknown."
+            )
+        cls.check_record(given)
+        made = cls(**{name: self._part(value, f"{path}/{name}") for name, value in given.items()})
+        made.check_fields()
+        return made
 
-
-def _array_to_json(array: Any) -> dict[str, Any]:
-    array = np.asarray(array)
-    array = array.astype(array.dtype.newbyteorder("="))  # the dtype's name does not tell the byte order
-    data = base64.b64encode(array.tobytes()).decode("ascii")
-    return {"type": "array", "dtype": array.dtype.name, "shape": list(array.shape), "data": data}
-
-
-def _array_from_json(data: Mapping[str, Any]) -> jax.Array | np.ndarray:
-    """Return a JAX array, or a NumPy one where JAX would narrow it, as it does 64-bit integers."""
-    try:
-        flat = np.frombuffer(base64.b64decode(data["data"], validate=True), jnp.dtype(data["dtype"]))
-        array = flat.reshape(data["shape"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"data holds an array that is not whole: {error}") from error
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        return array
-    return jnp.asarray(array)
+    def _part(self, value: Any, path: str) -> Any:
+        """Return what :func:`_pack` was given; ValueError says what is wrong with what it never returns."""
+        if isinstance(value, list):
+            return [self._part(item, f"{path}/{index}") for index, item in enumerate(value)]
+        if not isinstance(value, Mapping):
+            return value
+        type_name = str(value.get("type"))
+        if type_name in Serializable._classes:
+            return self.read(Serializable._classes[type_name], value, path)
+        if type_name == "CacheFormat":
+            return CacheFormat.from_config(value)
+        if type_name == "array":
+            return array_of_text_form(value, None if self.version == 1 else path)
+        if type_name == "QuantizedArray":
+            arrays = {
+                name: self._part(value[name], f"{path}/{name}") for name in ARRAYS_OF_PAGES if name in value
+            }
+            return pools.from_record({**value, **arrays})
+        raise ValueError(
+            f"data holds a part of unknown type {type_name!r}; it was not written by this version of qpaged."
+        )

@@ -11,11 +11,12 @@ from jax.typing import ArrayLike, DTypeLike
 from qpaged import pools
 from qpaged.arrays import float_dtype
 from qpaged.cache._config import AnyQuantizer, PagedAttentionCacheMetaData, agreed_formats, layer_formats
-from qpaged.cache._fresh import allocate_pages, warn_of_narrow_floats
+from qpaged.cache._fresh import PoolFormat, allocate_pages, fresh_pages, warn_of_narrow_floats
 from qpaged.cache._metadata import PagedAttentionMetadata
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver
 from qpaged.cache._slot_mapping import as_indices, slot_mapping
+from qpaged.implicit._tree import same_layout
 from qpaged.pools import Pages
 
 
@@ -90,14 +91,20 @@ class PagedAttentionCacheView(Serializable):
         return cls(metadata, layer_index, keys, values)
 
     def check_fields(self) -> None:
-        """Raise ValueError unless both pools have the shape that the metadata says; files are read so."""
-        for name in ("key_pages", "value_pages"):
-            shape = tuple(getattr(self, name).shape)
-            if shape != self.metadata.pool_shape:
-                raise ValueError(
-                    f"{name} must have the metadata's shape {self.metadata.pool_shape}, but holds {shape}; "
-                    f"the data was not written whole."
-                )
+        """Raise ValueError unless layer and pools are as the metadata says; files are read so."""
+        layers = self.metadata.num_hidden_layers
+        if type(self.layer_index) is not int or not 0 <= self.layer_index < layers:
+            raise ValueError(
+                f"layer_index must be one of the {layers} layers, counted from 0, "
+                f"but came as {self.layer_index!r}."
+            )
+        formats: tuple[PoolFormat, PoolFormat] | None = None
+        if self.metadata.quantizer is not None:
+            formats = layer_formats(self.metadata.quantizer, self.layer_index)
+        for index, name in enumerate(("key_pages", "value_pages")):
+            pages = getattr(self, name)
+            quantizer = pools.format_of(pages) if formats is None else formats[index]
+            _check_pages(name, pages, quantizer, self.metadata)
 
     def write_prefill_to_cache(
         self, key: ArrayLike, value: ArrayLike, metadata: PagedAttentionMetadata
@@ -229,6 +236,18 @@ class PagedAttentionCacheView(Serializable):
 jax.tree_util.register_dataclass(
     PagedAttentionCacheView, data_fields=["key_pages", "value_pages"], meta_fields=["metadata", "layer_index"]
 )
+
+
+def _check_pages(name: str, pages: Pages, quantizer: Any, metadata: PagedAttentionCacheMetaData) -> None:
+    """Raise ValueError unless pages that were read are laid out as fresh ones of this format."""
+    dtype = float_dtype(name, pages.dtype if metadata.dtype is None else metadata.dtype)
+    fresh = jax.eval_shape(lambda: fresh_pages(quantizer, metadata.pool_shape, dtype))
+    if not same_layout(fresh, pages):
+        raise ValueError(
+            f"{name} must be {'plain' if quantizer is None else quantizer} pages of {dtype.name} and of the "
+            f"metadata's shape {metadata.pool_shape}, but holds {pools.format_of(pages) or 'plain'} pages of "
+            f"{jnp.dtype(pages.dtype).name} and shape {tuple(pages.shape)}; the data was not written whole."
+        )
 
 
 def _page_indices(name: str, pages: ArrayLike) -> jax.Array:

@@ -1,11 +1,13 @@
 """Dictionaries and JSON: every class comes back bit for bit, and what is not whole is refused by name."""
 
+import base64
 import copy
 import functools
 import json
 import pickle
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import jax
@@ -24,8 +26,10 @@ from support.caches import (
     tokens,
     write_prefill,
 )
+from support.records import first_version
 
 import qpaged
+from qpaged.cache._record_text import digest
 
 TABLE = np.array([3, 1, 5, 7])
 Quantized = qpaged.QuantizedArray
@@ -53,7 +57,6 @@ def examples():
         "no tokens": prefill(np.zeros(0, np.int32), np.zeros(0, np.int32)),
         "view": filled(),
         "cache": qpaged.PagedAttentionCache([filled("int8"), filled("raw").replace(layer_index=1)]),
-        "cache without layers": qpaged.PagedAttentionCache([]),
     }
 
 
@@ -147,7 +150,8 @@ def test_arrays_stay_arrays_in_a_dictionary():
 def test_json_is_text_without_surprises():
     record = json.loads(filled("int8").to_json())
     assert record["type"] == "PagedAttentionCacheView"
-    assert record["version"] == 1
+    assert record["version"] == 2
+    assert record["key_pages"]["codes"]["name"] == "/key_pages/codes"
     assert record["key_pages"]["quantizer"] == {"name": "int8", "granularity": "page"}
     assert filled("int8").to_json() == filled("int8").to_json()
 
@@ -196,9 +200,9 @@ CLASSES = (
     ("data", "seen"), [({}, "type None, version None"), (None, "type None"), ([1], "type None")]
 )
 def test_what_is_no_record_is_refused(cls, data, seen):
-    with pytest.raises(ValueError, match=f"must hold a {cls.__name__} of version 1, but holds {seen}"):
+    with pytest.raises(ValueError, match=f"must hold a {cls.__name__} of version 2, .* but holds {seen}"):
         cls.from_dict(data)
-    with pytest.raises(ValueError, match=f"must hold a {cls.__name__} of version 1, but holds {seen}"):
+    with pytest.raises(ValueError, match=f"must hold a {cls.__name__} of version 2, .* but holds {seen}"):
         cls.from_json(json.dumps(data))
 
 
@@ -219,17 +223,17 @@ def test_another_class_is_refused():
         qpaged.PagedAttentionCache.from_dict(record)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 3, "1", None, [1], True, 1.0])
 def test_another_version_is_refused(version):
     record = config().to_dict() | {"version": version}
-    with pytest.raises(ValueError, match=f"version 1, but holds .*, version {re.escape(repr(version))};"):
+    with pytest.raises(ValueError, match=f"version 2, .* version {re.escape(repr(version))};"):
         qpaged.PagedAttentionCacheMetaData.from_dict(record)
 
 
 def test_another_version_inside_is_refused():
     record = filled().to_dict()
-    record["metadata"] = record["metadata"] | {"version": 7}
-    with pytest.raises(ValueError, match=r"PagedAttentionCacheMetaData of version 1, but holds .* version 7"):
+    record["metadata"] = record["metadata"] | {"version": 1}
+    with pytest.raises(ValueError, match=r"PagedAttentionCacheMetaData of version 2, .* holds .* version 1"):
         qpaged.PagedAttentionCacheView.from_dict(record)
 
 
@@ -249,12 +253,17 @@ def test_a_count_that_is_wrong_is_refused():
         qpaged.PagedAttentionCacheMetaData.from_dict(config().to_dict() | {"page_size": 0})
 
 
+def with_digest(record):
+    """Return the text of a record with the digest of its content: a digest must not hide a missing check."""
+    return json.dumps(record | {"digest": digest(record)})
+
+
 def array_of(**changes):
     record = json.loads(prefill(np.arange(8), TABLE).to_json())
     record["prefill_position"] = {
         key: value for key, value in (record["prefill_position"] | changes).items() if value is not None
     }
-    return json.dumps(record)
+    return with_digest(record)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +281,11 @@ def array_of(**changes):
         {"dtype": "int31"},
         {"dtype": None},
         {"dtype": "object"},
+        {"dtype": "complex64"},
+        {"dtype": ">i4"},
+        {"shape": [-1]},
+        {"shape": [8.0]},
+        {"shape": [True]},
     ],
     ids=str,
 )
@@ -382,3 +396,161 @@ def test_the_options_of_a_quantizer_come_back_or_are_refused(wide):
 def test_the_pages_of_an_installed_quantizer_come_back(wide):
     view = make_view(wide)
     same(view, WAYS["json"](view))
+
+
+def cache_of(format, metadata_format=None):
+    """Return a filled cache of two layers."""
+    metadata = config(quantizer=qpaged.CacheFormat.of(metadata_format or format), dtype="float32")
+    layers = [filled(format).replace(metadata=metadata, layer_index=layer) for layer in range(2)]
+    return qpaged.PagedAttentionCache(layers)
+
+
+def swapped(record, first, second):
+    """Exchange what two paths lead to."""
+
+    def at(path):
+        *way, last = path.split("/")
+        for key in way:
+            parent = parents[-1][int(key) if key.isdigit() else key]
+            parents.append(parent)
+        return parents[-1], last
+
+    parents = [record]
+    one, one_key = at(first)
+    parents = [record]
+    two, two_key = at(second)
+    one[one_key], two[two_key] = two[two_key], one[one_key]
+
+
+def changed(path, value):
+    """Return a function that puts a value where a path leads."""
+
+    def change(record):
+        *way, last = path.split("/")
+        for key in way:
+            record = record[int(key) if key.isdigit() else key]
+        record[last] = value
+
+    return change
+
+
+VIEW = "views/0"
+CHANGES = {
+    "keys and values": lambda r: swapped(r, f"{VIEW}/key_pages", f"{VIEW}/value_pages"),
+    "keys of two layers": lambda r: swapped(r, f"{VIEW}/key_pages", "views/1/key_pages"),
+    "scales of keys and of values": lambda r: swapped(
+        r, f"{VIEW}/key_pages/scales", f"{VIEW}/value_pages/scales"
+    ),
+    "another format in the metadata": changed(f"{VIEW}/metadata/quantizer", None),
+    "the name of a format": changed(f"{VIEW}/metadata/quantizer", "int8"),
+    "the name of a file": changed(f"{VIEW}/metadata/quantizer", "x.json"),
+    "another dtype in the metadata": changed(f"{VIEW}/metadata/dtype", "bfloat16"),
+    "another dtype of pages": changed(f"{VIEW}/key_pages/dtype", "float16"),
+    "a dtype that JAX has not": changed(f"{VIEW}/key_pages/dtype", "float64"),
+    "another page in one layer": changed(f"{VIEW}/metadata/page_size", 8),
+    "other sequences in one layer": changed(f"{VIEW}/metadata/max_sequences", 7),
+    "a true count": changed(f"{VIEW}/metadata/page_size", True),
+    "a fractional count": changed(f"{VIEW}/metadata/page_size", 4.0),
+    "a nested list": changed(f"{VIEW}/metadata/num_kv_heads", [1]),
+    "no layers": changed("views", []),
+    "null layers": changed("views", None),
+    "a number of layers": changed("views", 2),
+    "empty layers": changed("views", [None, None]),
+    "a layer beyond": changed(f"{VIEW}/layer_index", 99),
+    "a layer's name": changed(f"{VIEW}/layer_index", "0"),
+    "a fractional layer": changed(f"{VIEW}/layer_index", 0.0),
+    "a false layer": changed(f"{VIEW}/layer_index", False),
+    "no metadata": changed(f"{VIEW}/metadata", None),
+    "no pages": changed(f"{VIEW}/key_pages", None),
+    "pages of text": changed(f"{VIEW}/key_pages", "x"),
+    "pages of another granularity": changed(
+        f"{VIEW}/key_pages/quantizer", {"name": "int8", "granularity": "channel"}
+    ),
+    "a format by its spelling": changed(f"{VIEW}/metadata/quantizer/key", "int8"),
+    "a layer of the format that is infinite": changed(
+        f"{VIEW}/metadata/quantizer/layers", [[float("inf"), [None, None]]]
+    ),
+    "a layer of the format that is huge": changed(
+        f"{VIEW}/metadata/quantizer/layers", [[10**30, [None, None]]]
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parts_that_do_not_fit_each_other_are_refused(change):
+    record = json.loads(cache_of("int8").to_json())
+    qpaged.PagedAttentionCache.from_json(with_digest(record))  # as it was, it is read
+    CHANGES[change](record)
+    with pytest.raises(ValueError, match=r".+"):
+        qpaged.PagedAttentionCache.from_json(with_digest(record))
+
+
+def test_pages_labelled_as_another_format_of_the_same_bytes_are_refused():
+    record = json.loads(cache_of("fp8_e4m3").to_json())
+    record["views"][0]["key_pages"]["quantizer"]["name"] = "fp8_e5m2"
+    with pytest.raises(ValueError, match=r"key_pages must be fp8_e4m3 pages .* but holds fp8_e5m2 pages"):
+        qpaged.PagedAttentionCache.from_json(with_digest(record))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bool", "bfloat16", "uint8"])
+def test_plain_pages_of_another_dtype_are_refused(dtype):
+    record = json.loads(cache_of(None, "plain").to_json())
+    pages = record["views"][0]["key_pages"]
+    size = np.prod(pages["shape"]) * jnp.dtype(dtype).itemsize
+    pages |= {"dtype": dtype, "data": base64.b64encode(bytes(int(size))).decode()}
+    with pytest.raises(ValueError, match="key_pages must be plain pages of float32"):
+        qpaged.PagedAttentionCache.from_json(with_digest(record))
+
+
+def test_a_flipped_bit_is_refused():
+    text = cache_of("int8").to_json().encode()
+    rng = np.random.default_rng(0)
+    for place, bit in zip(rng.integers(0, len(text), 300), rng.integers(0, 8, 300), strict=True):
+        damaged = bytearray(text)
+        damaged[place] ^= 1 << bit
+        with pytest.raises(ValueError, match=r".+"):
+            qpaged.PagedAttentionCache.from_json(bytes(damaged))
+
+
+def test_a_record_without_its_digest_is_refused():
+    record = json.loads(filled("int8").to_json())
+    del record["digest"]
+    with pytest.raises(ValueError, match="data must have the digest of its content, but its digest is None"):
+        qpaged.PagedAttentionCacheView.from_json(json.dumps(record))
+
+
+def test_a_digest_is_checked_in_a_dictionary_too():
+    record = json.loads(filled("int8").to_json())
+    record["layer_index"] = 1
+    with pytest.raises(ValueError, match="changed or damaged since it was written"):
+        qpaged.PagedAttentionCacheView.from_dict(record)
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"type":' * 200_000, None, 3])
+def test_what_json_cannot_read_at_all_is_refused(text):
+    with pytest.raises(ValueError, match="json_str must be the text of a PagedAttentionCache, but "):
+        qpaged.PagedAttentionCache.from_json(text)
+
+
+def test_a_format_nested_without_end_is_refused():
+    record = json.loads(cache_of("int8").to_json())
+    nested = {"name": "int8", "granularity": "page"}
+    for _ in range(400):
+        nested = {"name": "+rotate", "granularity": "", "inner": nested}
+    record["views"][0]["key_pages"]["quantizer"] = nested
+    with pytest.raises(ValueError, match=r".+"):
+        qpaged.PagedAttentionCache.from_json(with_digest(record))
+
+
+@pytest.mark.parametrize("name", examples())
+def test_records_of_the_first_version_are_read(name):
+    example = examples()[name]
+    text = json.dumps(first_version(json.loads(example.to_json())))
+    same(example, type(example).from_json(text))
+
+
+def test_the_frozen_record_of_the_second_version_is_read_and_written_again():
+    text = (Path(__file__).parents[1] / "frozen/version_2/int8.json").read_text(encoding="utf-8")
+    cache = qpaged.PagedAttentionCache.from_json(text)
+    same(cache, qpaged.PagedAttentionCache([filled("int8").replace(layer_index=i) for i in range(2)]))
+    assert json.loads(cache.to_json()) == json.loads(text)

@@ -21,6 +21,7 @@ from support.frozen_pages import (
     written_slots,
 )
 from support.long import first_short
+from support.records import first_version
 
 import qpaged
 
@@ -60,7 +61,7 @@ def test_the_same_rows_leave_the_same_bytes(path):
     today = view_of(record["format"], written_slots(view.value_pages))
     assert leaves_equal(today, view)
     assert jax.tree_util.tree_structure(today) == jax.tree_util.tree_structure(view)
-    assert json.loads(today.to_json()) == record["view"]
+    assert first_version(json.loads(today.to_json())) == first_version(record["view"])
 
 
 @every_file
