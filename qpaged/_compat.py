@@ -134,6 +134,15 @@ def bind(primitive: Primitive, operands: Sequence[Operand], params: Params) -> A
     return primitive.bind(*operands, **bound)
 
 
+def jit_options_of(function: Callable[..., Any]) -> dict[str, Any] | None:
+    """Return the static and the donated arguments with which a function was jitted; None if it was not."""
+    info = getattr(function, "_jit_info", None)
+    if info is None:
+        return None
+    names = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
+    return {name: getattr(info, name) for name in names}
+
+
 @contextmanager
 def equation_context(eqn: Equation) -> Iterator[None]:
     """Bind under the source location, name stack and context managers that the equation was traced with."""

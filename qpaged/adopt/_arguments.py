@@ -72,8 +72,17 @@ def path_under(parent: str, keys: KeyPath) -> str:
 
 
 def as_arrays(tree: Pytree) -> Pytree:
-    """Return a tree with its numbers and flags as arrays, as the outputs of a traced function must be."""
-    return jax.tree_util.tree_map(jnp.asarray, tree)
+    """Return a tree with its numbers and flags as arrays, as the outputs of a traced function must be.
+
+    What can be no array, as a name, becomes None.
+    """
+
+    def as_array(leaf: Any) -> jax.Array | None:
+        if hasattr(leaf, "dtype") or isinstance(leaf, bool | int | float | complex):
+            return jnp.asarray(leaf)
+        return None
+
+    return jax.tree_util.tree_map(as_array, tree)
 
 
 def _positional_parameters(function: Callable[..., Any]) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qpaged._compat import jit_options_of
 from qpaged._deprecated import renamed_argument, warn_renamed
 from qpaged.adopt._arguments import (
     Arguments,
@@ -40,7 +42,7 @@ def quantize_cache(
     step: Callable[..., Any],
     quantizer: str | Path | Quantizer | CacheFormat | None,
     *,
-    example: Sequence[Any],
+    example: Sequence[Any] | Mapping[str, Any],
     where: Where = None,
     axes: AxesOption = None,
     page_size: int = PAGE_SIZE,
@@ -56,7 +58,8 @@ def quantize_cache(
         step: any JAX function that takes a cache, writes to it and returns it.
         quantizer: the format of the cache: a spelling as ``"int8"`` or ``"int8:channel/int4:token"``, a
             quantizer, or a ``CacheFormat``, which may differ by layer.
-        example: arguments to find the cache with; ``jax.ShapeDtypeStruct`` will do for arrays.
+        example: arguments to find the cache with: a tuple, or a dictionary by name. ``jax.ShapeDtypeStruct``
+            will do for arrays.
         where: which arrays to look at, as :func:`find_cache` takes it.
         axes: the names of the axes, as :func:`find_cache` takes them.
         page_size: tokens that share a scale in formats by page and channel; if it does not divide the length,
@@ -66,6 +69,7 @@ def quantize_cache(
 
     Raises:
         CacheNotFoundError: as :func:`find_cache`.
+        TypeError: the example is not of the step's arguments.
         MaterializeError: the step is strict, and run on the example it decodes an array of the cache as a
             whole.
         ValueError: the format does not fit the cache, as groups that do not divide head_dim, or layers that
@@ -74,12 +78,41 @@ def quantize_cache(
     if not isinstance(page_size, numbers.Integral) or page_size < 1:
         raise ValueError(f"page_size must be a whole number, at least 1, but is {page_size!r}; 16 is usual.")
     cache_format = CacheFormat.of(quantizer)
-    found = find_cache(step, *example, where=where, axes=axes)
+    args, kwargs = _example_arguments(step, example)
+    found = find_cache(step, *args, where=where, axes=axes, **kwargs)
     check_layers(cache_format, found)
     check_zeros(cache_format, found)
     quantized_step = QuantizedStep(step, cache_format, found, page_size, strict)
-    quantized_step._trace_example(example)
+    quantized_step._trace_example(args, kwargs)
     return quantized_step
+
+
+def _example_arguments(
+    step: Callable[..., Any], example: Sequence[Any] | Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of an example by position and by name, or raise unless the step takes them."""
+    if isinstance(example, Mapping):
+        args, kwargs = (), dict(example)
+    elif isinstance(example, tuple | list):
+        args, kwargs = tuple(example), {}
+    else:
+        raise TypeError(
+            f"example must be a tuple of the step's arguments, or a dictionary of them by name, but came as "
+            f"{type(example).__name__}; of a single argument it is (argument,)."
+        )
+    try:
+        signature = inspect.signature(step)
+    except (TypeError, ValueError):  # builtins and some compiled functions have no signature
+        return args, kwargs
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        name = getattr(step, "__name__", "step")
+        raise TypeError(
+            f"example must hold the arguments of {name}{signature}, but does not: {error}; arguments that are "
+            f"taken by name alone are given in a dictionary, with all the others."
+        ) from error
+    return args, kwargs
 
 
 class QuantizedStep:
@@ -110,6 +143,7 @@ class QuantizedStep:
         self._materialized: dict[Materialization, None] = {}
         self._leaves = {leaf.path: leaf for leaf in found.leaves}
         self._blocks: dict[str, set[tuple[int, ...]]] = {}  # of the arrays that init and apply returned
+        self._jitted = self._jit_as_step()
         # So that jit and inspect see the step's own name and signature; its attributes are not copied.
         functools.update_wrapper(self, step, updated=())
 
@@ -125,6 +159,22 @@ class QuantizedStep:
         Between steps, change the cache by :meth:`apply`: ``jax.tree.map`` alone reaches codes and scales
         apart, so that a cache that it rolled by a token, say, would be wrong without a word.
         """
+        if self._jitted is None or _any_traced(args, kwargs):
+            return self._run_step(*args, **kwargs)
+        return self._jitted(*args, **kwargs)
+
+    def _jit_as_step(self) -> Callable[..., Any] | None:
+        """Return the call jitted, with the same arguments static or donated, if the step was jitted."""
+        options = jit_options_of(self._step)
+        if options is None:
+            return None
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self._run_step(*args, **kwargs)
+
+        return jax.jit(functools.update_wrapper(run, self._step, updated=()), **options)
+
+    def _run_step(self, *args: Any, **kwargs: Any) -> Any:
         arguments = Arguments(self._step, args, kwargs)
         self._warn_of_float_arrays(arguments)
         self._check_blocks(arguments)
@@ -239,16 +289,16 @@ class QuantizedStep:
     def _quantized_shape(self, path: str, struct: jax.ShapeDtypeStruct) -> Pytree:
         return jax.eval_shape(lambda: self._quantize_array(path, jnp.zeros(struct.shape, struct.dtype)))
 
-    def _trace_example(self, example: Sequence[Any]) -> None:
+    def _trace_example(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run the step on shapes: tracing shows what it materializes, as this does not depend on values."""
-        arguments = Arguments(self._step, example, {})
+        arguments = Arguments(self._step, args, kwargs)
 
         def run(arrays: Sequence[Any]) -> Pytree:
             quantized = []
             for path, array in zip(arguments.paths, arrays, strict=True):
                 quantized.append(self._quantize_array(path, array))
             args, kwargs = arguments.with_arrays(quantized)
-            return as_arrays(self(*args, **kwargs))
+            return as_arrays(self._run_step(*args, **kwargs))
 
         jax.eval_shape(run, arguments.avals)
 
@@ -351,6 +401,10 @@ class QuantizedStep:
                 f"step must not decode its cache, since strict is set, but {listed(places)}\n"
                 f"Rewrite those lines, or leave strict out to have the cache decoded there."
             )
+
+
+def _any_traced(*trees: Pytree) -> bool:
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(trees))
 
 
 def _nbytes(structs: Pytree) -> int:

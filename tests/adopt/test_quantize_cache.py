@@ -1,5 +1,6 @@
 """quantize_cache returns a step, which quantizes a cache, runs on it and reports what it decodes."""
 
+import functools
 import warnings
 
 import jax
@@ -334,3 +335,59 @@ def test_codes_and_scales_that_were_divided_by_sequences_are_taken():
     cache = jax.tree_util.tree_map(lambda array: array[:1], run.init(CACHE))
     _, after = jax.jit(run)(X[:1], jnp.int32(0), cache)
     assert after["k"].shape == (1, *CACHE["k"].shape[1:])
+
+
+def test_a_cache_that_is_taken_by_name_alone_is_given_in_a_dictionary():
+    def keyword_only(x, position, *, cache):
+        return step(x, position, cache)
+
+    run = adopted(step=keyword_only, example={"x": X, "position": jnp.int32(0), "cache": CACHE})
+    _, cache = jax.jit(run)(X, jnp.int32(0), cache=run.init(CACHE))
+    assert len(quantized(cache)) == 2
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ((X, jnp.int32(0)), r"arguments of step\(x, position, cache\), but does not: .*'cache'"),
+        ((*EXAMPLE, 1), "too many positional arguments"),
+        ({"x": X, "positions": 0}, "missing a required argument: 'position'"),
+        (X, r"example must be a tuple .* of a single argument it is \(argument,\)"),
+    ],
+)
+def test_an_example_that_the_step_does_not_take_is_refused(example, message):
+    with pytest.raises(TypeError, match=message):
+        adopted(example=example)
+
+
+def test_outputs_that_are_no_arrays_come_back():
+    def named(x, position, cache):
+        out, cache = step(x, position, cache)
+        return {"logits": out, "cache": cache, "kind": "decode", "none": None}
+
+    run = adopted(step=named)
+    out = run(X, jnp.int32(0), run.init(CACHE))
+    assert out["kind"] == "decode" and out["none"] is None and len(quantized(out["cache"])) == 2
+
+
+def test_a_step_that_was_jitted_stays_jitted():
+    traces = []
+
+    @functools.partial(jax.jit, donate_argnames=("cache",), static_argnames=("causal",))
+    def jitted(x, position, cache, causal):
+        traces.append(causal)
+        return step(x, position, cache) if causal else (x, cache)
+
+    run = adopted(step=jitted, example=(*EXAMPLE, True))
+    first = run.init(CACHE)
+    _, cache = run(X, 0, first, causal=True)
+    assert all(leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(first))  # donated, as before
+    count = len(traces)
+    for position in range(1, 4):  # a Python number is no constant of the program
+        out, cache = run(X, position, cache, causal=True)
+    assert len(traces) == count
+    want = adopted().init(CACHE)
+    plain = adopted()
+    for position in range(4):
+        want_out, want = jax.jit(plain)(X, jnp.int32(position), want)
+    np.testing.assert_array_equal(out, want_out)
