@@ -109,8 +109,8 @@ def _example_arguments(
     except TypeError as error:
         name = getattr(step, "__name__", "step")
         raise TypeError(
-            f"example must hold the arguments of {name}{signature}, but does not: {error}; arguments that are "
-            f"taken by name alone are given in a dictionary, with all the others."
+            f"example must hold the arguments of {name}{signature}, but does not: {error}; give those that "
+            f"are taken by name alone in a dictionary, with all the others."
         ) from error
     return args, kwargs
 

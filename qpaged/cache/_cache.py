@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from qpaged import pools
@@ -75,6 +76,21 @@ class PagedAttentionCache(Serializable):
     def copy_pages(self, source: ArrayLike, target: ArrayLike) -> Self:
         """Copy pages in every layer, as :meth:`PagedAttentionCacheView.copy_pages` does; return the cache."""
         return self.replace(views=[view.copy_pages(source, target) for view in self.views])
+
+    def with_layer_leaves(self) -> Self:
+        """Return the cache with the layers' numbers as int32 leaves of their views, beside the pools.
+
+        Views of like layers then have one tree: a jitted function of a view is compiled once for all of them,
+        and they can be stacked for a scan over layers. What it returns keeps its layer's number.
+        """
+        views = []
+        for view in self.views:
+            index = jnp.int32(view.layer_index)
+            mesh = pools.mesh_of(view.key_pages)
+            if mesh is not None:  # where a program leaves it, so that no second call is compiled anew
+                index = jax.device_put(index, NamedSharding(mesh, PartitionSpec()))
+            views.append(view.replace(layer_index=index))
+        return self.replace(views=views)
 
     @property
     def nbytes(self) -> int:

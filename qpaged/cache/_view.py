@@ -28,13 +28,14 @@ class PagedAttentionCacheView(Serializable):
 
     Attributes:
         metadata: static; the configuration of the cache. The ``metadata`` of methods is that of a step.
-        layer_index: static; the layer's number, counted from 0.
+        layer_index: the layer's number, counted from 0. A Python int is static; an int32 scalar is a leaf, as
+            :meth:`PagedAttentionCache.with_layer_leaves` makes it.
         key_pages: (kv_heads, pages, page_size, head_dim); a plain or implicit array, or another kind of pool.
         value_pages: likewise.
     """
 
     metadata: PagedAttentionCacheMetaData
-    layer_index: int
+    layer_index: int | jax.Array
     key_pages: Pages
     value_pages: Pages
 
@@ -90,17 +91,21 @@ class PagedAttentionCacheView(Serializable):
         values = allocate_pages(value_format, shape, dtype, mesh, partition_manager)
         return cls(metadata, layer_index, keys, values)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested dictionaries and lists; arrays stay arrays."""
+        return {**super().to_dict(), "layer_index": int(self.layer_index)}
+
     def check_fields(self) -> None:
         """Raise ValueError unless layer and pools are as the metadata says; files are read so."""
         layers = self.metadata.num_hidden_layers
-        if type(self.layer_index) is not int or not 0 <= self.layer_index < layers:
+        layer = self.layer_index
+        if type(layer) is not int or not 0 <= layer < layers:
             raise ValueError(
-                f"layer_index must be one of the {layers} layers, counted from 0, "
-                f"but came as {self.layer_index!r}."
+                f"layer_index must be one of the {layers} layers, counted from 0, but came as {layer!r}."
             )
         formats: tuple[PoolFormat, PoolFormat] | None = None
         if self.metadata.quantizer is not None:
-            formats = layer_formats(self.metadata.quantizer, self.layer_index)
+            formats = layer_formats(self.metadata.quantizer, layer)
         for index, name in enumerate(("key_pages", "value_pages")):
             pages = getattr(self, name)
             quantizer = pools.format_of(pages) if formats is None else formats[index]
@@ -233,9 +238,26 @@ class PagedAttentionCacheView(Serializable):
         )
 
 
-jax.tree_util.register_dataclass(
-    PagedAttentionCacheView, data_fields=["key_pages", "value_pages"], meta_fields=["metadata", "layer_index"]
-)
+def _flatten_with_keys(view: PagedAttentionCacheView) -> tuple[Any, Any]:
+    children, aux = _flatten(view)
+    return tuple(zip(CHILDREN, children, strict=True)), aux
+
+
+def _flatten(view: PagedAttentionCacheView) -> tuple[Any, Any]:
+    if isinstance(view.layer_index, int):
+        return (view.key_pages, view.value_pages, None), (view.metadata, view.layer_index)
+    return (view.key_pages, view.value_pages, view.layer_index), (view.metadata, None)
+
+
+def _unflatten(aux: Any, children: Any) -> PagedAttentionCacheView:
+    metadata, layer_index = aux
+    key_pages, value_pages, layer_leaf = children
+    layer_index = layer_leaf if layer_index is None else layer_index
+    return PagedAttentionCacheView(metadata, layer_index, key_pages, value_pages)
+
+
+CHILDREN = tuple(map(jax.tree_util.GetAttrKey, ("key_pages", "value_pages", "layer_index")))
+jax.tree_util.register_pytree_with_keys(PagedAttentionCacheView, _flatten_with_keys, _unflatten, _flatten)
 
 
 def _check_pages(name: str, pages: Pages, quantizer: Any, metadata: PagedAttentionCacheMetaData) -> None:

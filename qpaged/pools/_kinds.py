@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qpaged._compat import explicit_sharding
 from qpaged._eager import compiled_if_eager
@@ -104,6 +104,15 @@ def explicit_sharding_of(*pools: Pages) -> NamedSharding | None:
     if any(sharding is None for sharding in shardings):
         return None
     return shardings[0]
+
+
+def mesh_of(pages: Pages) -> Mesh | AbstractMesh | None:
+    """Return the mesh of several devices that a pool lies on; None if it lies on one."""
+    leaf = jax.tree_util.tree_leaves(pages)[0]
+    sharding = getattr(leaf, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+        return sharding.mesh
+    return None
 
 
 def to_record(pages: Pages) -> Any:

@@ -1,0 +1,54 @@
+"""Views whose layer's number is a leaf: one program serves all like layers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.caches import bits, config, decode, make_mesh, tokens
+
+import qpaged
+
+LAYERS = 4
+STEP = decode(np.array([1, 6]), np.array([[0, 1], [2, 3]]))
+KEY, VALUE = tokens(2)
+
+
+def cache_of(quantizer, mesh=None):
+    metadata = config(num_hidden_layers=LAYERS)
+    return qpaged.PagedAttentionCache.init_cache(mesh, jnp.float32, metadata, None, quantizer)
+
+
+@pytest.mark.parametrize("mesh", [None, "tp"])
+@pytest.mark.parametrize("quantizer", [None, "int8", "int4"])
+def test_one_program_writes_every_layer_and_views_keep_their_numbers(quantizer, mesh):
+    cache = cache_of(quantizer, None if mesh is None else make_mesh((2,), (mesh,)))
+    write = jax.jit(lambda view: view.write_decodes_to_cache(KEY, VALUE, STEP), donate_argnums=0)
+    want = [write(view) for view in cache_of(quantizer, None).views[:1]]
+    write.clear_cache()
+    views = cache.with_layer_leaves().views
+    for _ in range(3):
+        views = [write(view) for view in views]
+    assert write._cache_size() == 1
+    assert [int(view.layer_index) for view in views] == [*range(LAYERS)]
+    assert bits(views[-1].key_pages) == bits(want[0].key_pages)
+
+
+def test_layers_are_stacked_for_a_scan():
+    cache = cache_of("int8").with_layer_leaves()
+    stacked = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *cache.views)
+
+    def body(total, view):
+        return total + view.layer_index, view.write_decodes_to_cache(KEY, VALUE, STEP)
+
+    total, written = jax.lax.scan(body, jnp.int32(0), stacked)
+    assert total == sum(range(LAYERS))
+    one = jax.jit(body)(jnp.int32(0), cache.views[2])[1]
+    third = jax.tree_util.tree_map(lambda leaf: leaf[2], written)
+    assert int(third.layer_index) == 2 and bits(third) == bits(one)
+
+
+def test_records_hold_the_number():
+    cache = cache_of("int8")
+    assert cache.with_layer_leaves().to_json() == cache.to_json()
+    back = qpaged.PagedAttentionCache.from_json(cache.to_json())
+    assert [view.layer_index for view in back.views] == [*range(LAYERS)]
