@@ -16,6 +16,7 @@ import jax
 import jax.core
 import jax.extend.core as jex
 import jax.extend.source_info_util as source_info_util
+import numpy as np
 from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
@@ -302,10 +303,10 @@ def has_placement(aval: Aval) -> bool:
     if varying_axes(aval):
         return True
     sharding = getattr(aval, "sharding", None)
-    return sharding is not None and not sharding.mesh.empty
+    return sharding is not None and jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
 
 
-def explicit_sharding(array: jax.Array) -> Any:
+def explicit_sharding(array: jax.Array | np.ndarray) -> Any:
     """Return the sharding of an array on a mesh with Explicit axes; None on any other mesh or device."""
     if not hasattr(jax, "typeof"):
         return None
@@ -321,6 +322,15 @@ def with_auto_axes(fun: Callable[..., Any], out_shardings: Pytree) -> Callable[.
     """Return `fun` with the mesh's Explicit axes as Auto axes inside, and its outputs sharded as given."""
     axes = jax.tree_util.tree_leaves(out_shardings)[0].mesh.axis_names
     return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out_shardings)
+
+
+def reshard_primitives() -> list[Primitive]:
+    """Return the primitive of `jax.sharding.reshard`, which JAX exports nowhere; none where it has none."""
+    try:
+        from jax._src.pjit import reshard_p
+    except ImportError:
+        return []
+    return [reshard_p]
 
 
 def compiler_partitions_mesh() -> bool:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from qpaged._compat import explicit_sharding
 from qpaged.arrays import is_quantized
 
 Pytree: TypeAlias = Any
@@ -50,8 +51,13 @@ class Arguments:
 
     @property
     def avals(self) -> list[jax.ShapeDtypeStruct]:
-        """The logical shapes and dtypes of the arrays."""
-        return [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in self.arrays]
+        """The logical shapes and dtypes of the arrays, and their shardings on meshes with Explicit axes."""
+        structs = []
+        for array in self.arrays:
+            leaf = array.stored if is_quantized(array) else array
+            sharding = None if isinstance(leaf, jax.ShapeDtypeStruct) else explicit_sharding(leaf)
+            structs.append(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding))
+        return structs
 
     def with_arrays(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments, positional and by name, with other arrays in place of these."""

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qpaged._compat import explicit_sharding
 from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache
 from qpaged.arrays import QuantizedArray, empty, quantize
 from qpaged.arrays._blocks import block_max
+from qpaged.arrays._explicit import placed_as
 from qpaged.formats import CacheFormat, Quantizer, Wrapper
 
 PlainArray: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
@@ -106,7 +108,14 @@ def quantize_leaf(leaf: CacheLeaf, array: PlainArray, quantizer: Quantizer, page
     channel_axis = leaf.axis("head_dim") - len(array.shape)  # counted from the end
     if isinstance(array, jax.ShapeDtypeStruct):
         return empty(array.shape, quantizer, block, array.dtype, channel_axis)
-    return _quantize_written(array, quantizer, block, channel_axis)
+    quantize_array = functools.partial(
+        _quantize_written, quantizer=quantizer, block=block, channel_axis=channel_axis
+    )
+    sharding = explicit_sharding(array)
+    if sharding is None:
+        return quantize_array(array)
+    struct = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    return placed_as(quantize_array, [array], struct)
 
 
 def _check_array(leaf: CacheLeaf, array: PlainArray) -> None:
@@ -139,7 +148,7 @@ def _largest_divisor(number: int, limit: int) -> int:
     return 1
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+@functools.partial(jax.jit, static_argnames=("quantizer", "block", "channel_axis"))
 def _quantize_written(
     array: jax.Array | np.ndarray, quantizer: Quantizer, block: tuple[int, ...], channel_axis: int
 ) -> QuantizedArray:

@@ -4,21 +4,22 @@ A handler returns NotImplemented for what it cannot keep quantized; the array is
 user warned. Handlers take ``**params``, because primitives gain parameters over time.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import primitive_exists
+from qpaged._compat import primitive_exists, reshard_primitives
 from qpaged.arrays import _dot, _moves, _placement, _read_format, _windows
+from qpaged.arrays._explicit import on_explicit_meshes
 from qpaged.arrays._gather import gather
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._repeated import Repeated
 from qpaged.arrays._reshape import reshape
 from qpaged.arrays._writes import is_writable
-from qpaged.implicit import primitive_handler, provider
+from qpaged.implicit import default_handler, primitive_handler, provider
 
 if TYPE_CHECKING:
     Operand: TypeAlias = Any
@@ -26,8 +27,21 @@ else:
     Operand = object  # what qax dispatches on as anything whatever
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 REPEATS_LAZILY = provider().name == "qpaged"  # qax does not look into arrays inside of arrays
 LAST = -1  # the precedence of handlers of any operands, which must not stand in the way of others
+
+
+def _handler(primitives: Any, **options: int) -> Callable[[F], F]:
+    """Register a function as `primitive_handler` does, for meshes with Explicit axes too."""
+    register = primitive_handler(primitives, **options)
+
+    def decorate(function: F) -> F:
+        register(on_explicit_meshes(function))
+        return function
+
+    return decorate
 
 
 def _if_it_exists(name: str) -> list[str]:
@@ -40,19 +54,19 @@ def _or_not_implemented(moved: Any) -> Any:
     return NotImplemented if moved is None else moved
 
 
-@primitive_handler("transpose")
+@_handler("transpose")
 def _transpose(primitive, array: QuantizedArray, *, permutation, **params):
     return _moves.transpose(array, permutation)
 
 
-@primitive_handler("reshape")
+@_handler("reshape")
 def _reshape(primitive, array: QuantizedArray, *rest, new_sizes, dimensions=None, **params):
     if dimensions is not None:
         return NotImplemented
     return _or_not_implemented(reshape(array, new_sizes))
 
 
-@primitive_handler("broadcast_in_dim")
+@_handler("broadcast_in_dim")
 def _broadcast(primitive, array: QuantizedArray, *rest, shape, broadcast_dimensions, **params):
     unstretched = [1] * len(shape)
     for axis, dimension in enumerate(broadcast_dimensions):
@@ -66,22 +80,32 @@ def _broadcast(primitive, array: QuantizedArray, *rest, shape, broadcast_dimensi
     return Repeated(once, stretched[0] - len(shape), shape[stretched[0]])
 
 
-@primitive_handler("squeeze")
+@_handler("squeeze")
 def _squeeze(primitive, array: QuantizedArray, *, dimensions, **params):
     return _moves.squeeze(array, dimensions)
 
 
-@primitive_handler(_if_it_exists("copy"))
+@_handler(_if_it_exists("copy"))
 def _copy(primitive, array: QuantizedArray, **params):
     return array
 
 
-@primitive_handler(_if_it_exists("sharding_constraint"))
+@_handler(_if_it_exists("sharding_constraint"))
 def _constrain(primitive, array: QuantizedArray, *, sharding, **params):
     return _or_not_implemented(_placement.place(array, sharding, lax.with_sharding_constraint))
 
 
-@primitive_handler(_if_it_exists("device_put"))
+@primitive_handler(reshard_primitives())
+def _reshard(primitive, array: QuantizedArray, *, dst_sharding, **params):
+    """Place the array on the mesh as it is from here on: where `auto_axes` begins or ends, say."""
+
+    def put(part: jax.Array, sharding: Any) -> jax.Array:
+        return default_handler(primitive, part, dst_sharding=sharding, **params)
+
+    return _or_not_implemented(_placement.place(array, dst_sharding, put))
+
+
+@_handler(_if_it_exists("device_put"))
 def _device_put(primitive, array: QuantizedArray, *rest: Operand, devices=(), **params):
     if rest or len(devices) != 1:
         return NotImplemented
@@ -89,7 +113,7 @@ def _device_put(primitive, array: QuantizedArray, *rest: Operand, devices=(), **
     return NotImplemented if placed is None else [placed]
 
 
-@primitive_handler(_if_it_exists("reduce_precision"))
+@_handler(_if_it_exists("reduce_precision"))
 def _reduce_precision(primitive, array: QuantizedArray, *, exponent_bits, mantissa_bits, **params):
     """Convert to the dtype of that precision and back, which leaves codes and scales."""
     for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
@@ -99,12 +123,12 @@ def _reduce_precision(primitive, array: QuantizedArray, *, exponent_bits, mantis
     return NotImplemented
 
 
-@primitive_handler("rev")
+@_handler("rev")
 def _reverse(primitive, array: QuantizedArray, *, dimensions, **params):
     return _or_not_implemented(_moves.reverse(array, dimensions))
 
 
-@primitive_handler("pad")
+@_handler("pad")
 def _pad(primitive, array: QuantizedArray, value: Operand, *, padding_config, **params):
     """Return the array where nothing is padded."""
     if isinstance(value, QuantizedArray) or any(any(widths) for widths in padding_config):
@@ -112,36 +136,36 @@ def _pad(primitive, array: QuantizedArray, value: Operand, *, padding_config, **
     return array
 
 
-@primitive_handler("convert_element_type")
+@_handler("convert_element_type")
 def _convert(primitive, array: QuantizedArray, *, new_dtype, **params):
     if not jnp.issubdtype(new_dtype, jnp.floating):
         return NotImplemented
     return _read_format.convert(array, new_dtype)
 
 
-@primitive_handler("slice")
+@_handler("slice")
 def _slice(primitive, array: QuantizedArray, *, start_indices, limit_indices, strides, **params):
     return _or_not_implemented(_moves.slice_(array, start_indices, limit_indices, strides))
 
 
-@primitive_handler(_if_it_exists("split"))
+@_handler(_if_it_exists("split"))
 def _split(primitive, array: QuantizedArray, *, sizes, axis, **params):
     return _or_not_implemented(_moves.split(array, sizes, axis))
 
 
-@primitive_handler("dynamic_slice")
+@_handler("dynamic_slice")
 def _dynamic_slice(primitive, array: QuantizedArray, *start, slice_sizes, **params):
     return _or_not_implemented(_moves.dynamic_slice(array, start, slice_sizes))
 
 
-@primitive_handler("gather")
+@_handler("gather")
 def _gather(
     primitive, array: QuantizedArray, index, *, dimension_numbers, slice_sizes, mode, fill_value, **params
 ):
     return _or_not_implemented(gather(array, index, dimension_numbers, slice_sizes, mode, fill_value))
 
 
-@primitive_handler("concatenate", precedence=LAST)
+@_handler("concatenate", precedence=LAST)
 def _concatenate(primitive, array: Operand, *rest: Operand, dimension, **params):
     arrays = (array, *rest)
     if not _are_alike(arrays):
@@ -149,25 +173,25 @@ def _concatenate(primitive, array: Operand, *rest: Operand, dimension, **params)
     return _or_not_implemented(_moves.concatenate(arrays, dimension))
 
 
-@primitive_handler(_if_it_exists("tile"))
+@_handler(_if_it_exists("tile"))
 def _tile(primitive, array: QuantizedArray, *, reps, **params):
     if 0 in reps:
         return NotImplemented
     return _or_not_implemented(_moves.tile(array, reps))
 
 
-@primitive_handler(_if_it_exists("stack"), precedence=LAST)
+@_handler(_if_it_exists("stack"), precedence=LAST)
 def _stack(primitive, array: Operand, *rest: Operand, axis, **params):
     arrays = (array, *rest)
     return _moves.stack(arrays, axis) if _are_alike(arrays) else NotImplemented
 
 
-@primitive_handler(_if_it_exists("unstack"))
+@_handler(_if_it_exists("unstack"))
 def _unstack(primitive, array: QuantizedArray, *, axis, **params):
     return _or_not_implemented(_moves.unstack(array, axis))
 
 
-@primitive_handler("select_n", precedence=LAST)
+@_handler("select_n", precedence=LAST)
 def _select(primitive, which: Operand, *cases: Operand, **params):
     if jnp.ndim(which) > 0 or not _are_alike(cases):
         return NotImplemented
@@ -184,14 +208,14 @@ def _are_alike(arrays: Sequence[Any]) -> TypeGuard[Sequence[QuantizedArray]]:
     return len(kinds) == 1
 
 
-@primitive_handler("mul")
+@_handler("mul")
 def _multiply(primitive, array: QuantizedArray, factor: Operand, **params):
     if not _is_scalar(factor, array):
         return NotImplemented
     return _read_format.multiply_by_scalar(array, jnp.reshape(factor, ()))
 
 
-@primitive_handler("div")
+@_handler("div")
 def _divide(primitive, array: QuantizedArray, divisor: Operand, **params):
     if not _is_scalar(divisor, array):
         return NotImplemented
@@ -199,34 +223,34 @@ def _divide(primitive, array: QuantizedArray, divisor: Operand, **params):
     return _read_format.multiply_by_scalar(array, factor)
 
 
-@primitive_handler("neg")
+@_handler("neg")
 def _negate(primitive, array: QuantizedArray, **params):
     return _read_format.multiply_by_scalar(array, jnp.float32(-1))
 
 
-@primitive_handler("dot_general")
+@_handler("dot_general")
 def _dot_left(primitive, lhs: QuantizedArray, rhs: Operand, *, dimension_numbers, **params):
     return _dot.dot_general(lhs, rhs, dimension_numbers, **params)
 
 
-@primitive_handler("dot_general")
+@_handler("dot_general")
 def _dot_right(primitive, lhs: Operand, rhs: QuantizedArray, *, dimension_numbers, **params):
     return _dot.dot_general(lhs, rhs, dimension_numbers, **params)
 
 
-@primitive_handler("dot_general")
+@_handler("dot_general")
 def _dot_both(primitive, lhs: QuantizedArray, rhs: QuantizedArray, *, dimension_numbers, **params):
     return _dot.dot_general(lhs, rhs, dimension_numbers, **params)
 
 
-@primitive_handler("dynamic_update_slice")
+@_handler("dynamic_update_slice")
 def _update(primitive, array: QuantizedArray, update: Operand, *start: Operand, **params):
     if not is_writable(array):
         return NotImplemented
     return _or_not_implemented(_windows.dynamic_update_slice(array, update, start))
 
 
-@primitive_handler("scatter")
+@_handler("scatter")
 def _scatter(
     primitive, array: QuantizedArray, index: Operand, updates: Operand, *, dimension_numbers, mode, **params
 ):

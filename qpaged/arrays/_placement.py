@@ -25,7 +25,7 @@ def place(array: QuantizedArray, where: Any, put: Place) -> QuantizedArray | Non
 
     def put_part(part: jax.Array) -> jax.Array:
         if isinstance(where, NamedSharding):
-            return put(part, _sharding_of_part(where, part.shape))
+            return put(part, sharding_of_part(where, part.shape))
         return put(part, where)
 
     sharded_as_slots = array.slots_per_row == 1 or not isinstance(where, NamedSharding)
@@ -34,7 +34,7 @@ def place(array: QuantizedArray, where: Any, put: Place) -> QuantizedArray | Non
     return array.with_stored(put_part(array.stored), array.parts.map(put_part))
 
 
-def _sharding_of_part(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+def sharding_of_part(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
     """Return the sharding without the mesh axes that do not divide a part: scales have axes of length 1."""
     entries: list[Any] = []
     for entry, length in zip(sharding.spec, shape, strict=False):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from qpaged._compat import explicit_sharding, with_auto_axes
 from qpaged.arrays._blocks import block_shape, expand_scales, split_blocks
 from qpaged.arrays._encoding import multipliers
 from qpaged.arrays._lane_rows import from_lane_rows, slot_shape, to_lane_rows
@@ -193,9 +194,16 @@ class QuantizedArray(PlainUse, ImplicitArray):
             dtype=self.dtype,
         )
 
+    def explicit_sharding(self) -> Any:
+        """Return the sharding on a mesh with Explicit axes, which is that of the codes; None elsewhere."""
+        return explicit_sharding(self.stored)
+
     def materialize(self) -> jax.Array:
         """Return the values in the logical dtype."""
-        return self.dequantize(self.dtype)
+        sharding = self.explicit_sharding()
+        if sharding is None:
+            return self.dequantize(self.dtype)
+        return with_auto_axes(lambda array: array.dequantize(array.dtype), sharding)(self)
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Return the values as ``dtype``: computed in float32, rounded once, clipped to what is finite."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import jax.numpy as jnp
 from jax import lax
 
+from qpaged._compat import reshard_primitives
 from qpaged.implicit import ImplicitArray, aux_field, primitive_handler, use_implicit_args
 
 if TYPE_CHECKING:
@@ -77,6 +78,11 @@ def _copies(array: Any, axis: int, times: int) -> Any:
 @primitive_handler("convert_element_type")
 def _convert(primitive, repeated: Repeated, *, new_dtype, **params):
     return repeated.over(lax.convert_element_type(repeated.array, new_dtype))
+
+
+@primitive_handler(reshard_primitives())
+def _reshard(primitive, repeated: Repeated, *, dst_sharding, **params):
+    return repeated.over(primitive.bind(repeated.array, dst_sharding=dst_sharding, **params))
 
 
 @primitive_handler(["mul", "div"])

@@ -161,8 +161,11 @@ def _with_current_type(value: ImplicitValue) -> tuple[ImplicitValue, Aval]:
     """
     children = jax.tree_util.tree_leaves(value)
     derives_shape = not is_stored(type(value), "shape")
-    if derives_shape and not any(_compat.has_placement(jax.typeof(child)) for child in children):
-        return value, jax.ShapeDtypeStruct(value.shape, value.dtype)
+    if derives_shape:
+        sharding = value.explicit_sharding()
+        is_placed = any(_compat.has_placement(jax.typeof(child)) for child in children)
+        if sharding is not None or not is_placed:
+            return value, jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     try:
         struct = logical_struct(value)
     except (TypeError, ValueError) as error:

@@ -32,6 +32,13 @@ class ImplicitValue(ArrayValue):
     def materialize(self) -> Any:
         raise NotImplementedError
 
+    def explicit_sharding(self) -> Any:
+        """Return the sharding of the array on a mesh with Explicit axes, if the class can tell; else None.
+
+        The trace of `materialize` says it otherwise.
+        """
+        return None
+
     @classmethod
     def default_handler(cls, primitive: Primitive, *args: Operand, params: Params | None = None) -> Any:
         raise NotImplementedError
