@@ -147,6 +147,10 @@ class QuantizedStep:
         # So that jit and inspect see the step's own name and signature; its attributes are not copied.
         functools.update_wrapper(self, step, updated=())
 
+    def __repr__(self) -> str:
+        name = getattr(self._step, "__name__", type(self._step).__name__)
+        return f"QuantizedStep({name}, {self.quantizer}, {len(self.found.leaves)} arrays of its cache)"
+
     @property
     def format(self) -> CacheFormat:
         """The old name of :attr:`quantizer`."""

@@ -138,8 +138,10 @@ class QuantizedArray(PlainUse, ImplicitArray):
 
     def __repr__(self) -> str:
         children = {"codes": self.stored, **self.parts._asdict()}
-        shown = ", ".join(f"{name}={child!r}" for name, child in children.items() if child is not None)
-        return f"QuantizedArray({self.quantizer}, {jnp.dtype(self.dtype).name}, {shown})"
+        shown = ", ".join(f"{name} {short(child)}" for name, child in children.items() if child is not None)
+        holds_arrays = getattr(self.stored, "shape", None) is not None  # as not in trees of other things
+        logical = short(self) if holds_arrays else jnp.dtype(self.dtype).name
+        return f"QuantizedArray({self.quantizer} {logical}: {shown})"
 
     def tree_flatten_with_keys(self):
         children, aux = self.tree_flatten()
@@ -250,6 +252,14 @@ class QuantizedArray(PlainUse, ImplicitArray):
         if self.offset is not None or self.quantizer.offset is None:
             return self.offset
         return self.quantizer.offset.from_scales(self.block_scales)
+
+
+def short(child: Any) -> str:
+    """Return dtype and shape of an array, "int8[2,8,16]"; of what trees hold in its place, its repr."""
+    shape, dtype = getattr(child, "shape", None), getattr(child, "dtype", None)
+    if shape is None or dtype is None:
+        return repr(child)
+    return f"{jnp.dtype(dtype).name}[{','.join(map(str, shape))}]"
 
 
 def is_quantized(leaf: Any) -> TypeGuard[QuantizedArray]:

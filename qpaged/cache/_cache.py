@@ -26,6 +26,17 @@ class PagedAttentionCache(Serializable):
 
     views: list[PagedAttentionCacheView]
 
+    def __repr__(self) -> str:
+        """Return a line for the layers of each kind, and the bytes of all."""
+        layers_by_kind: dict[str, list[Any]] = {}
+        for view in self.views:
+            _, _, kind = repr(view.replace(layer_index=0)).partition(", ")
+            layers_by_kind.setdefault(kind.removesuffix(")"), []).append(view.layer_index)
+        lines = [f"\n    {_name_layers(layers)}: {kind}" for kind, layers in layers_by_kind.items()]
+        holds_arrays = all(hasattr(leaf, "dtype") for leaf in jax.tree_util.tree_leaves(self))
+        size = f", {self.nbytes:,} bytes" if holds_arrays else ""  # functions of trees put other things there
+        return f"PagedAttentionCache({len(self.views)} layers{size}{''.join(lines)})"
+
     @classmethod
     def init_cache(
         cls,
@@ -98,6 +109,14 @@ class PagedAttentionCache(Serializable):
         return sum(pools.count_bytes(view.key_pages).total for view in self.views) + sum(
             pools.count_bytes(view.value_pages).total for view in self.views
         )
+
+
+def _name_layers(layers: list[Any]) -> str:
+    """Return "layer 2", "layers 0 to 31", or "layers 0, 2, 3": a run of them, or each."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    is_run = layers == list(range(len(layers)))
+    return f"layers 0 to {layers[-1]}" if is_run else f"layers {', '.join(map(str, layers))}"
 
 
 jax.tree_util.register_dataclass(PagedAttentionCache, data_fields=["views"], meta_fields=[])

@@ -39,6 +39,11 @@ class PagedAttentionCacheView(Serializable):
     key_pages: Pages
     value_pages: Pages
 
+    def __repr__(self) -> str:
+        keys, values = pools.describe(self.key_pages), pools.describe(self.value_pages)
+        described = f"keys and values {keys}" if keys == values else f"keys {keys}, values {values}"
+        return f"PagedAttentionCacheView(layer {self.layer_index}, {described})"
+
     @classmethod
     def init(
         cls,

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from qpaged._compat import explicit_sharding
 from qpaged._eager import compiled_if_eager
 from qpaged.arrays import ArrayFormat, QuantizedArray
+from qpaged.arrays._quantized import short
 from qpaged.implicit import ImplicitArray
 from qpaged.pools import _quantized
 from qpaged.pools._implicit import ImplicitPool
@@ -113,6 +114,14 @@ def mesh_of(pages: Pages) -> Mesh | AbstractMesh | None:
     if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
         return sharding.mesh
     return None
+
+
+def describe(pages: Pages) -> str:
+    """Return format, logical dtype and shape of a pool, "int8 bfloat16[8,1024,16,128]"."""
+    if getattr(pages, "shape", None) is None:  # what functions of trees put in its place
+        return repr(pages)
+    kind = format_of(pages) or ("plain" if isinstance(pages, jax.Array) else type(pages).__name__)
+    return f"{kind} {short(pages)}"
 
 
 def to_record(pages: Pages) -> Any:
