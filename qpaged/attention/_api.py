@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
@@ -22,6 +23,9 @@ from qpaged.cache import PagedAttentionCacheMetaData, PagedAttentionCacheView, P
 from qpaged.cache._config import LARGEST_INDEX
 from qpaged.implicit import use_implicit_args
 from qpaged.pools import Pages
+
+LARGEST_SCALE = 2.0**16
+LARGEST_CAP = 1e30  # scores under 1e-8 over it would be subnormal, and become zeros
 
 
 def attention_backends(
@@ -81,10 +85,13 @@ def paged_attention(
             prefill's tokens followed by the decode's rows where ``metadata`` carries both.
         view: the layer's pages.
         metadata: positions and page tables.
-        softmax_scale: factor of the dot products; 1 / sqrt(head_dim) if None.
+        softmax_scale: factor of the dot products, at most 65,536 in magnitude; 1 / sqrt(head_dim) if None.
         sliding_window: attend to the last so many positions, the query's own included; to all if None.
-        logits_soft_cap: scores become cap · tanh(score / cap) (Gemma 2); untouched if None.
-        sinks: (q_heads,) logits that join each head's softmax and carry no value (gpt-oss); none if None.
+        logits_soft_cap: scores become cap · tanh(score / cap) (Gemma 2), cap being at most 1e30; untouched if
+            None.
+        sinks: (q_heads,) logits that join each head's softmax and carry no value (gpt-oss); none if None, and
+            where -inf. Where they are traced, and cannot be refused, +inf takes all of the weight, which
+            leaves zeros, and NaN makes the head's active rows NaN.
         backend: the name of one of :func:`attention_backends`, which never falls back. None for the first of
             them that takes the call and is for the platform that the program is lowered for, be it there or
             not. Only ``reference`` can be differentiated in reverse.
@@ -158,6 +165,8 @@ def _attend(
         out = _backends.attend(call, sinks, options)
     else:
         out = _backends.attend_by_name(backend, call, sinks, options)
+    if sinks is not None:  # a NaN sink reaches every row that it is given to, but not those that are inactive
+        out = jnp.where(tokens.position[:, None, None] >= 0, out, 0)
     return invert_output(out, values)
 
 
@@ -203,6 +212,11 @@ def _checked_options(
 ) -> Options:
     """Return the options of a call, or raise what is wrong with one."""
     scale = 1 / math.sqrt(config.kv_head_dim_size) if scale is None else float(scale)
+    if not abs(scale) <= LARGEST_SCALE:  # nor NaN
+        raise ValueError(
+            f"softmax_scale must be at most {LARGEST_SCALE} in magnitude, so that float32 tells scores "
+            f"apart, but came as {scale}; None is for 1 / sqrt(head_dim)."
+        )
     if window is not None:
         window = operator.index(window)
         if window < 1:
@@ -212,9 +226,10 @@ def _checked_options(
         if window >= LARGEST_INDEX:  # which no position reaches
             window = None
     if cap is not None:
-        if not 0 < cap < math.inf:
+        if not 0 < cap <= LARGEST_CAP:
             raise ValueError(
-                f"logits_soft_cap must be positive and finite, or None for no cap, but came as {cap}."
+                f"logits_soft_cap must be positive and at most {LARGEST_CAP}, as float32 loses scores over "
+                f"a larger one, but came as {cap}; None is for no cap."
             )
         cap = float(cap)
     return Options(scale, window, cap, config.num_pages_per_layer)
@@ -226,4 +241,8 @@ def _checked_sinks(sinks: ArrayLike, q_heads: int) -> jax.Array:
         raise ValueError(
             f"sinks must have shape (q_heads,) = ({q_heads},), but came with shape {sinks.shape}."
         )
-    return sinks.astype(jnp.float32)
+    sinks = sinks.astype(jnp.float32)
+    if not isinstance(sinks, jax.core.Tracer) and not np.all(np.asarray(sinks) < np.inf):  # nor NaN
+        raise ValueError(f"sinks must be logits below infinity, but came as {sinks}; -inf is for no sink.")
+    # Where they are traced: a row whose maximum is infinite would be NaN in the online softmax.
+    return jnp.minimum(sinks, jnp.finfo(jnp.float32).max)

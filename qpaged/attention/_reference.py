@@ -72,4 +72,4 @@ def _softmax(
     highest = jnp.where(jnp.isfinite(highest), highest, 0)
     weights = jnp.exp(scores - highest)
     total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sink[..., None] - highest)
-    return weights / jnp.where(total > 0, total, 1)
+    return weights / jnp.where(total == 0, 1, total)  # the total of a NaN sink stays NaN

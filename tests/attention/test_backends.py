@@ -164,7 +164,14 @@ BAD_ARGUMENTS = [
     ({"backend": "tpu"}, ValueError, "but 'tpu' declines: it .*"),
     ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1, .* came as 0"),
     ({"sliding_window": 2.5}, TypeError, "float"),
-    ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap must be positive and finite, .* came as -1.0"),
+    ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap must be positive and at most .* came as -1.0"),
+    ({"logits_soft_cap": 1e38}, ValueError, r"logits_soft_cap must be .* at most 1e\+30, .* came as 1e\+38"),
+    ({"logits_soft_cap": np.nan}, ValueError, "logits_soft_cap must be positive .* came as nan"),
+    ({"softmax_scale": np.inf}, ValueError, "softmax_scale must be at most 65536.0 .* came as inf"),
+    ({"softmax_scale": np.nan}, ValueError, "softmax_scale must be at most 65536.0 .* came as nan"),
+    ({"softmax_scale": -1e10}, ValueError, "softmax_scale must be at most 65536.0 .* came as -10000000000.0"),
+    ({"sinks": np.array([0, 0, np.inf, 0])}, ValueError, "sinks must be logits below infinity, but .* inf"),
+    ({"sinks": np.array([0, np.nan, 0, 0])}, ValueError, "sinks must be logits below infinity, but .* nan"),
     ({"sinks": np.zeros(3)}, ValueError, r"sinks must have shape \(q_heads,\) = \(4,\), .* \(3,\)"),
     ({"query": np.zeros((6, 4, 8), np.float32)}, ValueError, r"query must have shape .* \(6, 4, 8\)"),
     (
@@ -191,3 +198,21 @@ def test_bad_arguments_are_refused(change, error, message):
     } | change
     with pytest.raises(error, match=message):
         qpaged.paged_attention(arguments.pop("query"), **arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_traced_sinks_that_cannot_be_refused_do_the_same_on_every_backend(backend):
+    view, table = filled_view("int8", 2, 32)
+    metadata = decode_step(table)[0]
+    query = normal(len(LENGTHS), 4, 32, seed=5)
+
+    @jax.jit
+    def attend(sinks):
+        return qpaged.paged_attention(query, view, metadata, sinks=sinks, backend=backend)
+
+    without = qpaged.paged_attention(query, view, metadata, backend=backend)
+    out = np.asarray(attend(jnp.array([-jnp.inf, jnp.inf, jnp.nan, -3e38])))
+    active = np.asarray(metadata.decodes_position) >= 0
+    np.testing.assert_allclose(out[:, [0, 3]], without[:, [0, 3]], **TOLERANCE)
+    assert not out[:, 1].any()
+    assert np.isnan(out[active, 2]).all() and not out[~active].any()
