@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from qpaged._deprecated import renamed_argument
 from qpaged.cache import PagedAttentionCache, PagedAttentionCacheMetaData
 from qpaged.formats import CacheFormat
-from qpaged.models import DecoderConfig
+from qpaged.models import CacheSizes, DecoderConfig
 from qpaged.pools import count_bytes
 
 
@@ -75,7 +75,7 @@ class Plan:
 
 @renamed_argument("format", "quantizer")
 def plan(
-    config: DecoderConfig,
+    config: DecoderConfig | CacheSizes,
     quantizer: Any,
     *,
     memory_bytes: int,
@@ -94,7 +94,7 @@ def plan(
     device holds all of them.
 
     Args:
-        config: of the model.
+        config: of the model, or its sizes alone.
         quantizer: as :meth:`qpaged.CacheFormat.of` takes it.
         memory_bytes: the memory of one device.
         context: tokens of the longest sequence.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from qpaged.models._sizes import CacheSizes, read_cache_sizes, weights_bytes
 from qpaged.models.checkpoint import (
     checkpoint_sha256,
     load_checkpoint,
@@ -25,13 +26,14 @@ from qpaged.models.decoder import (
     output_logits,
     param_shapes,
 )
-from qpaged.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope
+from qpaged.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from qpaged.models.text import standard_library_files, standard_library_text
 from qpaged.models.tokenizer import Tokenizer, Tokens, load_tokenizer
 
 __all__ = [
     "Attend",
     "AttentionOptions",
+    "CacheSizes",
     "DecoderConfig",
     "LinearScaling",
     "Llama3Scaling",
@@ -40,6 +42,7 @@ __all__ = [
     "Rope",
     "Tokenizer",
     "Tokens",
+    "YarnScaling",
     "checkpoint_sha256",
     "final_hidden",
     "forward",
@@ -50,10 +53,12 @@ __all__ = [
     "output_logits",
     "param_shapes",
     "parameter_bytes",
+    "read_cache_sizes",
     "read_config",
     "save_checkpoint",
     "standard_library_files",
     "standard_library_text",
+    "weights_bytes",
 ]
 
 

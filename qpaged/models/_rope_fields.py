@@ -3,14 +3,15 @@
 import math
 from collections.abc import Callable
 
-from qpaged.models._json_fields import Json, read_integer, read_number, read_numbers, read_object
+from qpaged.models._json_fields import Json, read_flag, read_integer, read_number, read_numbers, read_object
 from qpaged.models.config import FULL, SLIDING
-from qpaged.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, Scaling
+from qpaged.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, Scaling, YarnScaling
 
 
 def read_ropes(fields: Json) -> tuple[Rope, Rope | None]:
     """Return the rotary positions of full layers, and of those with a window if they differ."""
-    rope_fields = read_object(fields, "rope_parameters") or read_object(fields, "rope_scaling")
+    # Newer files have rope_parameters alone. A rope_scaling that was added to one is meant to change it.
+    rope_fields = {**read_object(fields, "rope_parameters"), **_changed_by_scaling(fields)}
     has_local_base = "rope_local_base_freq" in fields
     local_fields = fields
     if has_local_base:
@@ -25,6 +26,15 @@ def read_ropes(fields: Json) -> tuple[Rope, Rope | None]:
     if sliding_rope == rope:
         return rope, None
     return rope, sliding_rope
+
+
+def _changed_by_scaling(fields: Json) -> Json:
+    """Return the fields of ``rope_scaling``, for full layers alone if each type of layer has its own."""
+    scaling = read_object(fields, "rope_scaling")
+    parameters = read_object(fields, "rope_parameters")
+    if FULL not in parameters or not scaling or FULL in scaling:
+        return scaling
+    return {FULL: {**read_object(parameters, FULL), **scaling}}
 
 
 def _read_rope(fields: Json, rope_fields: Json) -> Rope:
@@ -89,10 +99,38 @@ def _longrope_amplitude(rope_fields: Json, longest: int, original: int) -> float
     return math.sqrt(1 + math.log(ratio) / math.log(original))
 
 
+def _yarn_scaling(fields: Json, rope_fields: Json) -> Scaling:
+    factor = read_number(rope_fields, "factor")
+    longest = {"original_max_position_embeddings": fields.get("max_position_embeddings")}
+    given = {name: value for name, value in rope_fields.items() if value is not None}
+    options = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, **longest, **given}
+    return YarnScaling(
+        factor=factor,
+        original_max_position_embeddings=read_integer(options, "original_max_position_embeddings", 1),
+        amplitude=_yarn_amplitude(given, factor),
+        beta_fast=read_number(options, "beta_fast"),
+        beta_slow=read_number(options, "beta_slow"),
+        truncate=read_flag(options, "truncate"),
+    )
+
+
+def _yarn_amplitude(rope_fields: Json, factor: float) -> float:
+    """Return the factor of queries and keys: 1 + 0.1 · ln(factor), unless a file gives or weighs it."""
+    if "attention_factor" in rope_fields:
+        return read_number(rope_fields, "attention_factor")
+    log_factor = 0.1 * math.log(max(factor, 1.0))
+    if rope_fields.get("mscale") and rope_fields.get("mscale_all_dim"):
+        all_dims = 1 + read_number(rope_fields, "mscale_all_dim") * log_factor
+        return (1 + read_number(rope_fields, "mscale") * log_factor) / all_dims
+    return 1 + log_factor
+
+
 SCALINGS: dict[str, Callable[[Json, Json], Scaling | None]] = {
     "default": _no_scaling,
+    "dynamic": _no_scaling,  # it scales sequences that are longer than the model is made for
     "linear": _linear_scaling,
     "llama3": _llama3_scaling,
     "longrope": _longrope_scaling,
     "su": _longrope_scaling,  # longrope's first name
+    "yarn": _yarn_scaling,
 }

@@ -17,6 +17,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"BF16": jnp.dtype("bfloat16"), "F16": jnp.dtype("float16"), "F32": jnp.dtype("float32")}
 """The dtypes that a decoder's weights may have, by safetensors' name."""
+PIECE = 2**24
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,20 @@ class StoredTensor:
             array = array.astype(dtype)
         # Once the array is ready, the stored values can be freed, before the next tensor is read.
         return array.block_until_ready()
+
+    def has_values_of(self, other: "StoredTensor") -> bool:
+        """Return True if another tensor has the same values, read and compared a piece at a time."""
+        if (self.shape, self.dtype) != (other.shape, other.dtype):
+            return False
+        ours = np.memmap(self.path, np.uint8, "r", self.offset, self.nbytes)
+        others = np.memmap(other.path, np.uint8, "r", other.offset, other.nbytes)
+        pieces = [slice(start, start + PIECE) for start in range(0, self.nbytes, PIECE)]
+        return all(np.array_equal(ours[piece], others[piece]) for piece in pieces)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from qpaged.models._safetensors import (
     weight_files,
 )
 from qpaged.models.config import DecoderConfig
-from qpaged.models.decoder import OUTPUT, Params, param_shapes
+from qpaged.models.decoder import EMBEDDING, OUTPUT, Params, param_shapes
 from qpaged.models.families import decoder_config, llama_fields
 
 CONFIG_FILE = "config.json"
@@ -32,8 +34,10 @@ LAYOUTS = (
     (MODEL_PREFIX, OUTPUT_PREFIX),
     ("language_model.model.", "language_model.lm_head."),
     ("model.language_model.", OUTPUT_PREFIX),
+    ("", OUTPUT_PREFIX),
 )
-"""Prefixes of the names of a decoder's weights and of its output matrix: alone, and beside a vision tower."""
+"""Prefixes of the names of a decoder's weights and of its output matrix: alone, beside a vision tower, and
+saved without an output matrix."""
 
 BUFFERS = ("rotary_emb.inv_freq",)
 """Tensors of a layer that older checkpoints store though they follow from the configuration."""
@@ -46,7 +50,7 @@ def read_config(path: str | Path) -> DecoderConfig:
         FileNotFoundError: there is no such file.
         ValueError: a family or feature that is not implemented, or a malformed file.
     """
-    path = _config_path(path)
+    path = find_config(path)
     fields = read_json(path)
     try:
         return decoder_config(fields)
@@ -67,8 +71,8 @@ def load_checkpoint(directory: str | Path, dtype: DTypeLike | None = None) -> tu
             file.
         ImportError: safetensors is missing.
     """
-    path = _config_path(directory)
-    config, tensors = _used_tensors(path)
+    path = find_config(directory)
+    config, tensors = _used_tensors(path, compare_tied=True)
     if tensors is None:
         raise _no_weights(path.parent)
     return config, {name: tensor.read(dtype) for name, tensor in tensors.items()}
@@ -79,7 +83,7 @@ def parameter_bytes(path: str | Path) -> int | None:
 
     Only the headers of the files are read. `path` is as in `read_config`. Raises as `load_checkpoint`.
     """
-    _, tensors = _used_tensors(_config_path(path))
+    _, tensors = _used_tensors(find_config(path))
     if tensors is None:
         return None
     return sum(prod(tensor.shape) * DTYPES[tensor.dtype].itemsize for tensor in tensors.values())
@@ -93,7 +97,7 @@ def checkpoint_sha256(directory: str | Path) -> str:
         ValueError: a malformed index.
     """
     directory = Path(directory)
-    config_path = _config_path(directory)
+    config_path = find_config(directory)
     weight_paths = weight_files(directory)
     if not weight_paths:
         raise _no_weights(directory)
@@ -138,7 +142,7 @@ def _replace_file(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def _config_path(path: str | Path) -> Path:
+def find_config(path: str | Path) -> Path:
     """Return the path of a checkpoint's configuration, given the directory or the file itself."""
     path = Path(path)
     if path.is_dir() or path.suffix != ".json":
@@ -163,16 +167,28 @@ def _no_weights(directory: Path) -> Exception:
     )
 
 
-def _used_tensors(config_path: Path) -> tuple[DecoderConfig, dict[str, StoredTensor] | None]:
+def _used_tensors(
+    config_path: Path, compare_tied: bool = False
+) -> tuple[DecoderConfig, dict[str, StoredTensor] | None]:
     """Return a configuration, and the tensors that its decoder uses, by their names in `param_shapes`.
 
-    The tensors are None if there are no weights.
+    The tensors are None if there are no weights. Only ``compare_tied`` reads values: it unties an output
+    matrix that is stored beside the embedding and differs from it.
     """
     directory = config_path.parent
     config = read_config(config_path)
     stored = _with_plain_names(stored_tensors(directory))
     if not stored:
         return config, None
+    if config.tie_word_embeddings and OUTPUT in stored:
+        stored.setdefault(EMBEDDING, stored[OUTPUT])
+        if compare_tied and not stored[OUTPUT].has_values_of(stored[EMBEDDING]):
+            warnings.warn(
+                f"{config_path} says tie_word_embeddings, but the stored {OUTPUT} is not the embedding; the "
+                f"stored one is used.",
+                stacklevel=3,
+            )
+            config = replace(config, tie_word_embeddings=False)
     shapes = param_shapes(config)
     stored_shapes = {name: tensor.shape for name, tensor in stored.items()}
     for name, shape in shapes.items():

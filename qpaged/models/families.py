@@ -1,6 +1,6 @@
 """The model families of Hugging Face's `config.json`, and the defaults that each leaves unsaid there."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -215,13 +215,18 @@ def _check_required(fields: Json, required: Json) -> None:
             )
 
 
-def _read_sizes(fields: Json) -> dict[str, int]:
-    """Return all sizes, the derived ones computed if they are not given."""
-    missing = [name for name in SIZES if name not in DERIVED_SIZES and name not in fields]
+def read_head_sizes(fields: Json) -> dict[str, int]:
+    """Return the sizes of layers and heads, which any decoder has; see :func:`_read_sizes`."""
+    return _read_sizes(fields, [name for name in SIZES if name not in ("vocab_size", "intermediate_size")])
+
+
+def _read_sizes(fields: Json, names: Sequence[str] = SIZES) -> dict[str, int]:
+    """Return the sizes of these names, the derived ones computed if they are not given."""
+    missing = [name for name in names if name not in DERIVED_SIZES and name not in fields]
     if missing:
         raise ValueError(f"it lacks {', '.join(missing)}. Copy the file again.")
     sizes: dict[str, int] = {}
-    for name in SIZES:
+    for name in names:
         if name not in DERIVED_SIZES or fields.get(name) is not None:
             sizes[name] = read_integer(fields, name, 1)
     num_heads = sizes["num_attention_heads"]

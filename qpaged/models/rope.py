@@ -79,7 +79,50 @@ class LongRopeScaling:
         return frequencies / np.asarray(factors)
 
 
-Scaling = LinearScaling | Llama3Scaling | LongRopeScaling
+@dataclass(frozen=True)
+class YarnScaling:
+    """Divides low frequencies by ``factor``, keeps high ones, and blends those between (Peng et al. 2023).
+
+    The blend is linear in the pair's index, between the pairs that turn ``beta_fast`` and ``beta_slow`` times
+    within the original context.
+
+    Attributes:
+        factor: by which the context grows.
+        original_max_position_embeddings: length of the original context.
+        amplitude: factor of the rotated queries and keys.
+        beta_fast: turns from which a frequency is kept.
+        beta_slow: turns up to which it is divided.
+        truncate: True if the blend begins and ends at whole indices.
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    amplitude: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+        pairs = len(frequencies)
+        if pairs == 1:
+            return frequencies  # the one pair turns fastest
+        log_ratio = np.log(frequencies[0] / frequencies[-1]) / (pairs - 1)  # of two neighbours
+
+        def index_of(turns: float) -> float:
+            frequency = turns * 2 * math.pi / self.original_max_position_embeddings
+            return float(np.log(frequencies[0] / frequency) / log_ratio)
+
+        low, high = index_of(self.beta_fast), index_of(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, 2 * pairs - 1)
+        if low == high:
+            high += 0.001  # as the papers' code does
+        divided = np.clip((np.arange(pairs) - low) / (high - low), 0, 1)
+        return frequencies * (1 - divided + divided / self.factor)
+
+
+Scaling = LinearScaling | Llama3Scaling | LongRopeScaling | YarnScaling
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from qpaged.models._extras import need
+from qpaged.models._safetensors import read_json
 
 if TYPE_CHECKING:
     import tokenizers
 
 BYTES = "bytes"
 TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
 PIECE = 65_536
 """Characters that are encoded at once, so that memory is bounded."""
 
@@ -231,7 +234,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f'AutoTokenizer writes, or "{BYTES}" for a model of bytes.'
         )
     library = _open(file)
-    prefix = _read_prefix(library)
+    prefix = _configured_prefix(file, library, _read_prefix(library))
     # The post-processor would add the prefix to every piece, and take spaces out of what tokens span.
     library.post_processor = None
     library.encode_special_tokens = True  # a text that holds "<s>" means these three characters
@@ -260,6 +263,29 @@ def _read_prefix(library: tokenizers.Tokenizer) -> tuple[int, ...]:
             return tuple(prefix)
         prefix.append(token)
     return ()  # nothing but special tokens: there is no text that they come before
+
+
+def _configured_prefix(file: Path, library: tokenizers.Tokenizer, prefix: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the prefix as `add_bos_token` of the `tokenizer_config.json` beside the file has it.
+
+    Transformers follows that flag where it stands, whatever the template in `tokenizer.json` does.
+    """
+    config_file = file.with_name(CONFIG_FILE)
+    config = read_json(config_file) if config_file.is_file() else {}
+    add_bos = config.get("add_bos_token") if isinstance(config, dict) else None
+    if not isinstance(add_bos, bool):
+        return prefix
+    token = config.get("bos_token")
+    bos = library.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
+    if bos is None or add_bos == (bos in prefix):
+        return prefix
+    configured = (bos, *prefix) if add_bos else tuple(token for token in prefix if token != bos)
+    warnings.warn(
+        f"{file} puts {prefix} before a text, but add_bos_token of {CONFIG_FILE} says {add_bos}; it is "
+        f"followed, as transformers does: {configured}.",
+        stacklevel=3,
+    )
+    return configured
 
 
 def _vocab_size(library: tokenizers.Tokenizer, prefix: tuple[int, ...]) -> int:

@@ -23,6 +23,7 @@ from qpaged.models import (
     save_checkpoint,
 )
 from qpaged.models._safetensors import StoredTensor
+from qpaged.models.decoder import EMBEDDING, OUTPUT
 
 CONFIG = DecoderConfig(
     vocab_size=11,
@@ -146,9 +147,40 @@ def test_an_output_matrix_that_is_not_tied_must_be_there(directory):
         load_checkpoint(directory)
 
 
-def test_a_tied_output_matrix_is_not_read(directory):
+def test_a_tied_output_matrix_that_is_the_embedding_is_not_read(directory):
     edit_config(directory, tie_word_embeddings=True)
-    assert "lm_head.weight" not in load_checkpoint(directory)[1]
+    edit_weights(directory, lambda weights: weights.update({OUTPUT: weights[EMBEDDING]}))
+    assert OUTPUT not in load_checkpoint(directory)[1]
+
+
+def test_a_tied_output_matrix_that_is_stored_apart_is_read_with_a_warning(directory, params):
+    edit_config(directory, tie_word_embeddings=True)
+    with pytest.warns(
+        UserWarning, match=r"tie_word_embeddings, but the stored lm_head.weight is not the emb"
+    ):
+        config, loaded = load_checkpoint(directory)
+    assert not config.tie_word_embeddings
+    np.testing.assert_array_equal(loaded[OUTPUT], params[OUTPUT])
+
+
+def test_a_tied_checkpoint_may_store_the_output_matrix_alone(directory, params):
+    edit_config(directory, tie_word_embeddings=True)
+    edit_weights(directory, lambda weights: weights.pop(EMBEDDING))
+    np.testing.assert_array_equal(load_checkpoint(directory)[1][EMBEDDING], params[OUTPUT])
+
+
+def test_weights_that_were_saved_from_a_base_model_are_loaded(directory, params):
+    def edit(weights):
+        plain = {name.removeprefix("model."): weight for name, weight in weights.items() if name != OUTPUT}
+        weights.clear()
+        weights.update(plain)
+
+    edit_weights(directory, edit)
+    with pytest.raises(ValueError, match="has no tensor 'lm_head.weight'"):
+        load_checkpoint(directory)  # a base model has none
+    edit_config(directory, tie_word_embeddings=True)
+    _, loaded = load_checkpoint(directory)
+    np.testing.assert_array_equal(loaded[EMBEDDING], params[EMBEDDING])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from qpaged.models import (
     Llama3Scaling,
     LongRopeScaling,
     Rope,
+    YarnScaling,
     read_config,
 )
 from qpaged.models.families import FAMILIES, decoder_config
@@ -218,6 +219,18 @@ def test_llama3_keeps_high_frequencies_and_divides_low_ones():
     np.testing.assert_allclose(factors[exact], expected[exact], rtol=1e-12)
 
 
+def test_a_scaling_that_was_added_to_a_newer_file_counts():
+    parameters = {"rope_type": "default", "rope_theta": 1e6}
+    linear = {"rope_type": "linear", "factor": 4.0}
+    assert config("llama", rope_parameters=parameters, rope_scaling=linear).rope == Rope(
+        1e6, scaling=LinearScaling(4.0)
+    )
+    assert config("llama", rope_parameters=parameters, rope_scaling=None).rope == Rope(1e6)
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    both = config("llama", rope_parameters={"rope_theta": 1e6}, rope_scaling=yarn)
+    assert isinstance(both.rope.scaling, YarnScaling)
+
+
 def test_longrope_has_the_factors_of_one_context_at_a_time():
     short = config("phi3", **PHI3_LONG, rope_scaling=LONGROPE)
     assert short.max_position_embeddings == 100
@@ -261,8 +274,16 @@ def test_an_unknown_family_is_refused():
     [
         ("llama", {"hidden_act": "relu"}, "hidden_act = 'relu', but only silu and gelu_pytorch_tanh"),
         ("gemma2", {"hidden_activation": None}, "hidden_activation = None, but only"),
-        ("llama", {"rope_scaling": {"type": "yarn"}}, "rope_type 'yarn', but only default, linear, llama3"),
-        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope_type 'dynamic', but only"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "ntk"}},
+            "rope_type 'ntk', but only default, dynamic, linear, llama3",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "factor must be a positive number, but came as None",
+        ),
         ("llama", {"rope_parameters": {"rope_type": ["linear"]}}, r"rope_type \['linear'\], but only"),
         ("llama", {"sliding_window": 5}, "sliding_window = 5, but only None is supported .* type llama"),
         ("mistral", {"layer_types": [SLIDING] * 6}, "layer_types = .*, but only None"),

@@ -1,7 +1,10 @@
 """Tokens cover the text byte for byte, also when it is encoded in pieces."""
 
 import hashlib
+import json
+import shutil
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -112,6 +115,30 @@ def test_a_text_in_pieces_has_the_tokens_of_the_whole_text(directories, name, si
 def test_the_prefix_is_of_the_special_tokens_before_a_text(directories):
     assert load_tokenizer(directories["byte-level"]).prefix == (0,)
     assert load_tokenizer(directories["metaspace"]).prefix == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "prefix"),
+    [
+        ("byte-level", {"add_bos_token": False, "bos_token": "<s>"}, ()),
+        ("byte-level", {"add_bos_token": True, "bos_token": {"content": "<s>"}}, (0,)),
+        ("byte-level", {"add_bos_token": None, "bos_token": "<s>"}, (0,)),
+        ("byte-level", {"bos_token": "<s>"}, (0,)),
+        ("metaspace", {"add_bos_token": True, "bos_token": "<unk>"}, (0,)),
+        ("metaspace", {"add_bos_token": True, "bos_token": "of another"}, ()),
+        ("metaspace", [], ()),
+    ],
+)
+def test_add_bos_token_of_the_configuration_decides(directories, tmp_path, name, settings, prefix):
+    shutil.copy(directories[name] / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert load_tokenizer(tmp_path).prefix == prefix
+    disagree = prefix != load_tokenizer(directories[name]).prefix
+    assert ["add_bos_token of tokenizer_config.json says" in str(w.message) for w in seen] == [
+        True
+    ] * disagree
 
 
 def test_text_that_looks_like_a_special_token_is_plain_text(directories):

@@ -1,5 +1,6 @@
 """Every family agrees with transformers' own model in torch, on random checkpoints with all features on."""
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 
@@ -16,7 +17,7 @@ import transformers
 from support.dense_attention import dense_attention
 
 from qpaged import PagedAttentionCache, PagedAttentionCacheMetaData, PagedAttentionMetadata, paged_attention
-from qpaged.models import LinearScaling, Rope, forward, load_checkpoint
+from qpaged.models import LinearScaling, Rope, YarnScaling, forward, load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTH, PAGE = 40, 8
@@ -36,6 +37,7 @@ GEMMA = {
     "sliding_window": 7,
     "final_logit_softcapping": 8.0,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PAIRS = [1.0, 2.0, 3.0, 4.0]  # factors of the 4 pairs of a head of 8 channels
 TOKENS = np.random.default_rng(0).integers(1, SIZES["vocab_size"], LENGTH).astype(np.int32)
@@ -73,6 +75,26 @@ CASES = {
             "MLP biases": {"mlp_bias": False},
         },
         shard="20KB",
+    ),
+    "yarn": Case(
+        "Llama",
+        SIZES | {"head_dim": 32, "max_position_embeddings": 128, "rope_scaling": YARN},
+        {
+            "rope scaling": {"rope": Rope()},
+            "amplitude": {"rope": Rope(scaling=YarnScaling(4.0, 32, 1.0))},
+            "original context": {"rope": Rope(scaling=YarnScaling(4.0, 128, 1 + 0.1 * math.log(4)))},
+        },
+    ),
+    "yarn with factors of its own": Case(
+        "Qwen2",
+        SIZES
+        | {"max_position_embeddings": 64}
+        | {"rope_scaling": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.5}},
+        {"turns": {"rope": Rope(scaling=YarnScaling(4.0, 32, 1.5))}},
+    ),
+    "dynamic": Case(
+        "Llama",
+        SIZES | {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
     ),
     "mistral": Case(
         "Mistral",

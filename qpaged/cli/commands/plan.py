@@ -9,7 +9,7 @@ from typing import Any
 from qpaged import sweep
 from qpaged.cli._job import split_formats
 from qpaged.cli._output import FAILED, FINE, Subparsers, print_columns, say
-from qpaged.models import DecoderConfig, parameter_bytes, read_config
+from qpaged.models import CacheSizes, read_cache_sizes, weights_bytes
 from qpaged.plan import Plan, device_memory, plan
 
 BINARY_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -67,7 +67,10 @@ def add(subparsers: Subparsers) -> None:
     )
     add_argument("--formats", metavar="LIST", help=f"({DEFAULT_FORMATS}, those that fit)")
     add_argument(
-        "--weights", type=size, metavar="SIZE", help="of the whole model (the checkpoint's; 0 without one)"
+        "--weights",
+        type=size,
+        metavar="SIZE",
+        help="of the whole model (its files', or computed without any)",
     )
     add_argument(
         "--mesh",
@@ -89,8 +92,12 @@ def add(subparsers: Subparsers) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    config = read_config(args.model)
-    plans, errors = _plans(args, config)
+    config = read_cache_sizes(args.model)
+    weights, source = args.weights, ""
+    if weights is None:
+        weights, origin = weights_bytes(args.model)
+        source = f" ({origin})"
+    plans, errors = _plans(args, config, weights)
     if not plans:
         raise next(iter(errors.values()))
     for spelling, reason in errors.items():
@@ -98,17 +105,16 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"plans": [_record(each) for each in plans]}, indent=2))
     else:
-        _print_model(args, config, plans[0])
+        _print_model(args, config, plans[0], source)
         _print_table(plans)
     # Defaults that do not fit the model are no failure; formats that the user typed are.
     return FAILED if errors and args.formats else FINE
 
 
-def _plans(args: argparse.Namespace, config: DecoderConfig) -> tuple[list[Plan], dict[str, ValueError]]:
+def _plans(
+    args: argparse.Namespace, config: CacheSizes, weights: int
+) -> tuple[list[Plan], dict[str, ValueError]]:
     """Return the plan of each format, and the errors of those that do not fit."""
-    weights = args.weights
-    if weights is None:
-        weights = parameter_bytes(args.model) or 0
     memory = args.memory
     if memory is None:
         memory = device_memory()
@@ -141,7 +147,7 @@ def _record(each: Plan) -> dict[str, Any]:
     return {name: getattr(each, name) for name in (*names, *DERIVED)}
 
 
-def _print_model(args: argparse.Namespace, config: DecoderConfig, first: Plan) -> None:
+def _print_model(args: argparse.Namespace, config: CacheSizes, first: Plan, source: str) -> None:
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     print(f"{layers} layers of {heads} KV heads of {config.head_dim}, pages of {args.page_size} tokens.")
     if args.mesh > 1 and first.shards > 1:
@@ -151,10 +157,8 @@ def _print_model(args: argparse.Namespace, config: DecoderConfig, first: Plan) -
             f"On {args.mesh} devices: {heads} KV heads do not divide by that, so each holds all of them. "
             f"Of one of them:"
         )
-    print(
-        f"Of {_readable_bytes(first.memory)} the weights take {_readable_bytes(first.weights)}, and "
-        f"{_readable_bytes(first.reserve)} are left to everything else.\n"
-    )
+    memory, weights, reserve = map(_readable_bytes, (first.memory, first.weights, first.reserve))
+    print(f"Of {memory} the weights take {weights}{source}, and {reserve} are left to everything else.\n")
 
 
 def _print_table(plans: list[Plan]) -> None:
