@@ -86,9 +86,9 @@ CASES = {
         },
     ),
     "yarn with factors of its own": Case(
-        "Qwen2",
+        "Llama",
         SIZES
-        | {"max_position_embeddings": 64}
+        | {"head_dim": 32, "max_position_embeddings": 64}
         | {"rope_scaling": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 1.5}},
         {"turns": {"rope": Rope(scaling=YarnScaling(4.0, 32, 1.5))}},
     ),

@@ -190,7 +190,7 @@ def edit(model, **fields):
 
 
 COUNT = 2 * 64 * 64 + 2 * (4 * 64 * 512 - 2 * 64 * 256 + 3 * 64 * 64 + 2 * 64) + 64
-"""The weights of the model: two matrices of the vocabulary; of each layer attention, MLP and two norms; a norm."""
+"""Weights of the model: two matrices of the vocabulary; each layer's attention, MLP and norms; a norm."""
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [(None, 2), ("float16", 2), ("float32", 4)])
