@@ -121,7 +121,9 @@ class PagedAttentionCacheView(Serializable):
     ) -> Self:
         """Return the view with a prefill's keys and values written.
 
-        Token i goes to position ``prefill_position[i]``; tokens from ``prefill_length`` on are padding.
+        Token i goes to position ``prefill_position[i]``; tokens from ``prefill_length`` on are padding. A
+        slot may be written again, as after a rejected draft, but a scale that it shares with its page has
+        grown for good: reset the page and write its rows again, or take a format by token.
 
         Args:
             key: (padded_len, kv_heads, head_dim) floats.
