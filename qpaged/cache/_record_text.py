@@ -1,8 +1,6 @@
 """The text form of a record: arrays as base64, each with its name, and a digest of the whole."""
 
 import base64
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-DIGEST = "digest"
+from qpaged._files import DIGEST, has_own_digest
 
 
 def to_text_form(value: Any, name: str = "") -> Any:
@@ -24,16 +22,9 @@ def to_text_form(value: Any, name: str = "") -> Any:
     return value
 
 
-def digest(record: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a record in its text form, whatever order and spaces it was written with."""
-    content = {key: value for key, value in record.items() if key != DIGEST}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def check_digest(record: Mapping[str, Any]) -> None:
     """Raise ValueError unless the record is as it was written."""
-    if record.get(DIGEST) != digest(record):
+    if not has_own_digest(record):
         raise ValueError(
             f"data must have the digest of its content, but its digest is {record.get(DIGEST)!r}; it was "
             f"changed or damaged since it was written."

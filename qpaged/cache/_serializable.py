@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from qpaged import pools
-from qpaged.cache._record_text import DIGEST, array_of_text_form, check_digest, digest, to_text_form
+from qpaged._files import DIGEST, digest
+from qpaged.cache._record_text import array_of_text_form, check_digest, to_text_form
 from qpaged.formats import CacheFormat
 from qpaged.implicit import ImplicitArray
 

@@ -17,6 +17,9 @@ def say(args: argparse.Namespace, message: str) -> None:
     print(f"qpaged {args.command}: {' '.join(message.split())}", file=sys.stderr)
 
 
+FILES = "results.json", "report.html"
+
+
 def make_writable(directory: Path, option: str) -> None:
     """Make a directory for results.
 
@@ -31,6 +34,11 @@ def make_writable(directory: Path, option: str) -> None:
         ) from error
     if not os.access(directory, os.W_OK):
         raise ValueError(f"{option} {directory} cannot be written to; give another directory.")
+    for name in FILES:
+        if (directory / name).is_dir():
+            raise ValueError(
+                f"{option} {directory} has a directory {name}, where a file is to go; give another directory."
+            )
 
 
 def print_columns(head: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> None:

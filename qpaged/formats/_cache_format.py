@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qpaged._deprecated import renamed_argument
+from qpaged._files import write_whole
 from qpaged.formats._contract import Quantizer
 from qpaged.formats._registry import RegistryError, get_quantizer, quantizer_from_config
 
@@ -112,7 +113,7 @@ class CacheFormat:
             OSError: the file cannot be written.
         """
         text = json.dumps({"qpaged": FILE_KIND, "version": FILE_VERSION} | self.config, indent=2) + "\n"
-        Path(path).write_text(text, encoding="utf-8")
+        write_whole(Path(path), text)
 
     def __str__(self) -> str:
         """Return the spelling; with layers, a description for people, which :meth:`of` does not read."""

@@ -147,6 +147,12 @@ def _read_weight_map(directory: Path) -> dict[str, str]:
         raise _no_weight_map(path)
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise _no_weight_map(path)
+    elsewhere = [shard for shard in weight_map.values() if Path(shard).name != shard]
+    if elsewhere:
+        raise ValueError(
+            f"{path} must name files beside it, but names {elsewhere[0]!r}. Choose a checkpoint whose shards "
+            f"lie in its own directory."
+        )
     return weight_map
 
 

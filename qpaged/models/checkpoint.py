@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qpaged._files import write_whole
 from qpaged.models._extras import need
 from qpaged.models._safetensors import (
     DTYPES,
@@ -131,15 +132,8 @@ def save_checkpoint(
     # Transformers refuses a file that does not say which framework's layout it follows.
     data = need("safetensors.numpy").save(weights, metadata={"format": "pt"})
     directory.mkdir(parents=True, exist_ok=True)
-    _replace_file(directory / WEIGHTS_FILE, data)
-    _replace_file(directory / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    """Write a file in one step, so that a reader never meets half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    write_whole(directory / WEIGHTS_FILE, data)
+    write_whole(directory / CONFIG_FILE, (json.dumps(fields, indent=2) + "\n").encode())
 
 
 def find_config(path: str | Path) -> Path:

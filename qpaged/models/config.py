@@ -11,6 +11,8 @@ Activation = Literal["silu", "gelu_pytorch_tanh"]
 FULL: LayerType = "full_attention"
 SLIDING: LayerType = "sliding_attention"
 
+MOST_LAYERS = 10_000
+
 SIZES = (
     "vocab_size",
     "hidden_size",
@@ -99,6 +101,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in SIZES:
             check_size(name, getattr(self, name))
+        check_layers(self.num_hidden_layers)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 "num_attention_heads must be a multiple of num_key_value_heads, so that every KV head "
@@ -175,6 +178,12 @@ class DecoderConfig:
             return self
         long_rope = replace(self.rope, scaling=replace(scaling, long=True))
         return replace(self, rope=long_rope, max_position_embeddings=longest)
+
+
+def check_layers(layers: int) -> None:
+    """Raise ValueError for more layers than any model has: whatever goes over them would never end."""
+    if layers > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS:,}, but came as {layers:,}.")
 
 
 def check_size(name: str, value: object) -> None:

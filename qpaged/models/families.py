@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from qpaged.models._json_fields import Json, read_flag, read_integer, read_number, read_object
 from qpaged.models._rope_fields import read_ropes
-from qpaged.models.config import FULL, SIZES, SLIDING, Activation, DecoderConfig, LayerType
+from qpaged.models.config import FULL, SIZES, SLIDING, Activation, DecoderConfig, LayerType, check_layers
 from qpaged.models.rope import LongRopeScaling
 
 # Rules for which layers have a sliding window, for files without layer_types.
@@ -229,6 +229,7 @@ def _read_sizes(fields: Json, names: Sequence[str] = SIZES) -> dict[str, int]:
     for name in names:
         if name not in DERIVED_SIZES or fields.get(name) is not None:
             sizes[name] = read_integer(fields, name, 1)
+    check_layers(sizes["num_hidden_layers"])
     num_heads = sizes["num_attention_heads"]
     hidden_size = sizes["hidden_size"]
     if "head_dim" not in sizes:

@@ -297,7 +297,12 @@ def _vocab_size(library: tokenizers.Tokenizer, prefix: tuple[int, ...]) -> int:
     for token_id, token in library.get_added_tokens_decoder().items():
         if not token.special:
             ids.append(token_id)
-    return 1 + max(ids, default=-1)
+    largest = max(ids, default=-1)
+    if largest >= np.iinfo(np.int32).max:
+        raise ValueError(
+            f"tokens must have ids of 32 bits, but one has {largest:,}. Copy the tokenizer again."
+        )
+    return 1 + largest
 
 
 def _decode_utf8(data: bytes) -> str:

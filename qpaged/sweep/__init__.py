@@ -31,6 +31,7 @@ from qpaged.sweep.report import print_table, progress_bar, verdict, write_figure
 from qpaged.sweep.results import (
     RESULTS,
     SweepResult,
+    claimed,
     conditions,
     known_runs,
     same_conditions,
@@ -73,6 +74,7 @@ __all__ = [
     "Tune",
     "Tuned",
     "UnattainableError",
+    "claimed",
     "conditions",
     "default_candidates",
     "fitting",

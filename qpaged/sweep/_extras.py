@@ -4,7 +4,7 @@ from qpaged.models._extras import MissingExtraError, need
 
 __all__ = ["MissingExtraError", "need", "need_sweep_extra"]
 
-SWEEP = ("jinja2", "matplotlib", "rich", "safetensors")
+SWEEP = ("filelock", "jinja2", "matplotlib", "rich", "safetensors")
 
 
 def need_sweep_extra() -> None:

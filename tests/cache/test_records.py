@@ -29,7 +29,7 @@ from support.caches import (
 from support.records import first_version
 
 import qpaged
-from qpaged.cache._record_text import digest
+from qpaged._files import digest
 
 TABLE = np.array([3, 1, 5, 7])
 Quantized = qpaged.QuantizedArray

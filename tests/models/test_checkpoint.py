@@ -356,3 +356,11 @@ def test_the_error_without_safetensors_says_what_to_install(directory, params, m
     for call in (lambda: load_checkpoint(directory), lambda: save_checkpoint(directory, CONFIG, params)):
         with pytest.raises(ImportError, match=r'pip install "qpaged\[sweep\]"'):
             call()
+
+
+@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "a/b.safetensors"])
+def test_shards_outside_of_the_directory_are_refused(directory, shard):
+    (directory / "model.safetensors").rename(directory / "other.safetensors")
+    write_index(directory, {"model.norm.weight": shard})
+    with pytest.raises(ValueError, match="must name files beside it, but names"):
+        load_checkpoint(directory)

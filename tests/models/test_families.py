@@ -355,6 +355,7 @@ def test_features_that_are_not_implemented_are_refused(model_type, fields, messa
             {"rope_scaling": LONGROPE | {"long_factor": [2]}},
             "one number for each of the 4 pairs that turn, but have 4 and 1",
         ),
+        ("gemma2", {"num_hidden_layers": 10**12}, "num_hidden_layers must be at most 10,000"),
         ("mistral", {"sliding_window": 0}, "sliding_window must be a whole number of at least 1.* as 0"),
         ("gemma2", {"final_logit_softcapping": -1}, "final_logit_softcapping must be a positive number"),
         (

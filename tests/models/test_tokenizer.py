@@ -201,3 +201,12 @@ def test_the_error_without_the_library_says_what_to_install(tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r'tokenizers is needed here: pip install "qpaged\[sweep\]"'):
         load_tokenizer(tmp_path)
+
+
+def test_an_id_that_no_array_of_tokens_can_hold_is_refused(directories, tmp_path):
+    text = (directories["byte-level"] / "tokenizer.json").read_text()
+    fields = json.loads(text)
+    fields["model"]["vocab"]["of another world"] = 2**32 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"tokens must have ids of 32 bits, but one has 4,294,967,295"):
+        load_tokenizer(tmp_path)

@@ -72,6 +72,7 @@ def test_a_step_is_tuned(step, tmp_path):
         ),
         ("short", "the cache must hold 4 sequences of 48 tokens"),
         ("broken", "--step support.contiguous_step:broken: RuntimeError: no luck"),
+        ("leave", "--step support.contiguous_step:leave: SystemExit: 0"),
     ],
 )
 def test_a_step_that_cannot_be_swept_is_refused(step, function, message):

@@ -7,7 +7,7 @@ import pytest
 
 import qpaged
 from qpaged.cli import main
-from qpaged.sweep import DTYPES, METRICS
+from qpaged.sweep import DTYPES, METRICS, claimed
 
 SMALL = ("--tokens", 200, "--context", 48, "--page-size", 8)
 FORMATS = "raw,int8:token/int8"
@@ -305,6 +305,49 @@ def test_a_results_file_that_cannot_be_used_is_measured_anew(quick, sweep, text)
     assert sweep(*SMALL, "--formats", "int8").status == 0
     assert set(quick.ran) == {"plain", "int8"}
     assert json.loads((directory / "results.json").read_text())["version"] == 2
+
+
+def damaged(text, place):
+    return text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: damaged(text, text.index('"kl_mean": ', len(text) // 2) + len('"kl_mean": ')),
+        lambda text: damaged(text, len(text) // 3),
+        lambda text: text.replace('"kl_parts": [', '"kl_parts": [{}, '),
+        lambda text: text.replace('"runs": [', '"runs": [7, '),
+        lambda text: text[: len(text) // 2],
+        lambda text: "[" * 100_000,
+    ],
+)
+def test_a_damaged_results_file_is_set_aside_and_measured_anew(quick, sweep, damage):
+    directory = sweep(*SMALL, "--formats", "int8").directory
+    path = directory / "results.json"
+    text = damage(path.read_text())
+    path.write_text(text)
+    quick.ran.clear()
+    assert sweep(*SMALL, "--formats", "int8").status == 0
+    assert set(quick.ran) == {"plain", "int8"}
+    assert (directory / "results.old.json").read_text() == text
+
+
+def test_a_second_sweep_into_the_same_directory_is_refused(quick, sweep, tmp_path):
+    (tmp_path / "out").mkdir()
+    with claimed(tmp_path / "out"):
+        result = sweep(*SMALL, "--formats", "int8")
+    assert result.status == 2 and "--out must be a directory of its own for each sweep" in result.err
+    assert not quick.ran
+    assert sweep(*SMALL, "--formats", "int8").status == 0
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_directory_in_the_place_of_a_file_is_noticed_before_anything_is_measured(quick, sweep, tmp_path):
+    (tmp_path / "out/report.html").mkdir(parents=True)
+    result = sweep(*SMALL, "--formats", "int8")
+    assert result.status == 2 and "has a directory report.html, where a file is to go" in result.err
+    assert not quick.ran
 
 
 def test_results_are_on_disk_after_each_format(quick, sweep, tmp_path):

@@ -76,6 +76,9 @@ def test_a_journal_keeps_what_was_measured_under_the_same_conditions(journal):
     for text in ("{", "[]", '{"conditions": {"model": "a"}}'):
         journal.write_text(text)
         assert Journal(journal, {"model": "a"}).get("x") is None
+    Journal(journal, {"model": "a"}).keep("x", 1.5)
+    journal.write_text(journal.read_text().replace("1.5", "2.5"))  # a digit that changed
+    assert Journal(journal, {"model": "a"}).get("x") is None
 
 
 @pytest.fixture

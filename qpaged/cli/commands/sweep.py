@@ -51,6 +51,11 @@ def _run(args: argparse.Namespace) -> int:
         # Raise for bad spellings now, before the model is loaded.
         sweep.sweep_order(split_formats(args.formats))
     make_writable(args.out, "--out")
+    with sweep.claimed(args.out):
+        return _sweep(args, lists_installed)
+
+
+def _sweep(args: argparse.Namespace, lists_installed: bool) -> int:
     model, text, settings = load_job(args)
     if lists_installed:
         formats = _installed(args.formats == EVERYTHING, model.head_dim)

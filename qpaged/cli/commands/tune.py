@@ -44,6 +44,11 @@ def _run(args: argparse.Namespace) -> int:
     sweep.need_sweep_extra()
     budget = sweep.Budget(args.bits, args.max_kl)
     directory = _output_directory(args)
+    with sweep.claimed(directory):
+        return _tune(args, budget, directory)
+
+
+def _tune(args: argparse.Namespace, budget: sweep.Budget, directory: Path) -> int:
     if args.formats is not None:
         # Raise for bad spellings now, before the model is loaded.
         sweep.sweep_order(split_formats(args.formats))

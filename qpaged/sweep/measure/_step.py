@@ -190,6 +190,8 @@ def load_step(spelling: str, settings: Settings, tokenizer: str | None = None) -
         make_step = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--step {spelling} cannot be imported: {error}.") from error
+    except (Exception, SystemExit) as error:  # as modules raise that are scripts
+        raise ValueError(f"--step {spelling} cannot be imported: {error!r}.") from error
     text_tokenizer = load_tokenizer(tokenizer or "bytes")
     try:
         step, state = make_step(settings.batch, settings.context)
@@ -203,7 +205,7 @@ def load_step(spelling: str, settings: Settings, tokenizer: str | None = None) -
             path=spelling,
         )
         model.check(min(settings.chunk, settings.prefilled))
-    except Exception as error:  # The function is the user's and may raise anything.
+    except (Exception, SystemExit) as error:  # The function is the user's and may raise anything.
         raise ValueError(f"--step {spelling}: {type(error).__name__}: {error}") from error
     return model
 

@@ -1,6 +1,6 @@
 """Results of a sweep: ``results.json``, how it is written, resumed from and read."""
 
-from qpaged.sweep.results._files import RESULTS, known_runs, set_aside, write_json
+from qpaged.sweep.results._files import RESULTS, claimed, known_runs, set_aside, write_json
 from qpaged.sweep.results._reading import (
     CONFIDENT_ERRORS,
     Results,
@@ -27,6 +27,7 @@ __all__ = [
     "RunRecord",
     "SweepResult",
     "check",
+    "claimed",
     "closest_first",
     "conditions",
     "known_runs",

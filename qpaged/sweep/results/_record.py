@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 import qpaged
+from qpaged._files import DIGEST, digest
 from qpaged.sweep.measure import METRICS, AttentionProfile, Failure, Model, Run, Sweep
 
 VERSION = 2
@@ -53,7 +54,8 @@ class SweepResult:
         return record
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        record = self.to_dict()
+        return json.dumps({**record, DIGEST: digest(record)}, indent=2, allow_nan=False) + "\n"
 
 
 def conditions(sweep: Sweep) -> Record:

@@ -1,9 +1,10 @@
 """A file that keeps the measurements of a search, so that an interrupted search can be resumed."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from qpaged._files import DIGEST, digest, has_own_digest, write_whole
 
 
 class Journal:
@@ -22,9 +23,10 @@ class Journal:
             return
         try:
             earlier = json.loads(path.read_text(encoding="utf-8"))
-            if earlier["conditions"] == self._record["conditions"] and isinstance(earlier["values"], dict):
+            same_conditions = has_own_digest(earlier) and earlier["conditions"] == self._record["conditions"]
+            if same_conditions and isinstance(earlier["values"], dict):
                 self._record = earlier
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass  # The file is missing or no journal; a search may always start anew.
 
     def get(self, key: str) -> Any:
@@ -34,6 +36,5 @@ class Journal:
     def keep(self, key: str, value: Any) -> None:
         """Keep a JSON value, and write the file; an interrupt leaves the previous file."""
         self._record["values"][key] = value
-        partial = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(self._record), encoding="utf-8")
-        partial.replace(self.path)
+        self._record[DIGEST] = digest(self._record)
+        write_whole(self.path, json.dumps(self._record))

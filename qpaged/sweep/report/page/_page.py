@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qpaged._files import write_whole
 from qpaged.sweep._extras import need
 from qpaged.sweep._numbers import PLUS_MINUS, small
 from qpaged.sweep.measure import METRICS, Metric
@@ -52,7 +53,7 @@ def write_report(results: Results, directory: Path) -> Path:
     """
     check(results, RUN_FIELDS)
     path = directory / "report.html"
-    path.write_text(_render(results), encoding="utf-8")
+    write_whole(path, _render(results))
     return path
 
 

@@ -1,0 +1,40 @@
+"""Files that are written whole or not at all, and the digest by which damage is noticed."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DIGEST = "digest"
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file in one step: a reader never meets half of it, and a full disk leaves the previous file.
+
+    A symbolic link is replaced by the file, and what it leads to is left alone.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # The process's number keeps two processes from writing the same partial file.
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def digest(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the JSON of a record without its digest, whatever its order and spaces."""
+    content = {key: value for key, value in record.items() if key != DIGEST}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def has_own_digest(record: Any) -> bool:
+    """Return True if a record is as it was when its digest was taken."""
+    return isinstance(record, Mapping) and record.get(DIGEST) == digest(record)
