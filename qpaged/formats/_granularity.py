@@ -46,10 +46,11 @@ def _check_group(quantizer: "Quantizer", size: int, head_dim: int) -> None:
     """Raise ValueError unless groups of ``size`` divide ``head_dim``, naming granularities that do."""
     if head_dim % size == 0:
         return
+    fills_bytes = head_dim * quantizer.bits % 8 == 0
     fitting = []
     for granularity in quantizer.granularities:
         group = GROUP.fullmatch(granularity)
-        if group is None or head_dim % int(group[1]) == 0:
+        if fills_bytes and (group is None or head_dim % int(group[1]) == 0):
             fitting.append(granularity)
     fit = ", ".join(fitting) or "none; take another format, as int8:token"
     raise ValueError(

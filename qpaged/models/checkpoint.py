@@ -138,12 +138,15 @@ def save_checkpoint(
 
 def find_config(path: str | Path) -> Path:
     """Return the path of a checkpoint's configuration, given the directory or the file itself."""
-    path = Path(path)
+    given = path = Path(path)
     if path.is_dir() or path.suffix != ".json":
         path = path / CONFIG_FILE
     if not path.is_file():
+        hint = ""
+        if len(given.parts) == 2 and not given.exists():  # as meta-llama/Llama-3.1-8B
+            hint = f" A model of the Hugging Face Hub is downloaded by: hf download {given} --local-dir DIR"
         raise FileNotFoundError(
-            f"There is no {path}. Give the directory of a checkpoint, with its {CONFIG_FILE}."
+            f"There is no {path}. Give the directory of a checkpoint, with its {CONFIG_FILE}.{hint}"
         )
     return path
 

@@ -364,3 +364,8 @@ def test_shards_outside_of_the_directory_are_refused(directory, shard):
     write_index(directory, {"model.norm.weight": shard})
     with pytest.raises(ValueError, match="must name files beside it, but names"):
         load_checkpoint(directory)
+
+
+def test_the_name_of_a_model_on_the_hub_is_told_how_to_become_a_directory():
+    with pytest.raises(FileNotFoundError, match=r"hf download meta-llama/Llama-3.1-8B --local-dir DIR"):
+        load_checkpoint("meta-llama/Llama-3.1-8B")

@@ -173,3 +173,12 @@ def test_wrappers_made_by_hand_are_checked_too():
         quantizers.Rotate(inner="int8")
     with pytest.raises((TypeError, ValueError), match=r"inner must be a qpaged\.Quantizer"):
         quantizers.Rotate()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "fit"), [(33, "none; take another format, as int8:token"), (34, "token,")]
+)
+def test_of_an_odd_head_dim_only_granularities_that_fill_bytes_are_named(head_dim, fit):
+    shape = (1, 2, 16, head_dim)
+    with pytest.raises(ValueError, match=f"granularities of int4 that fit it: {fit}"):
+        qpaged.get_quantizer("int4").empty(shape, jnp.float32)
