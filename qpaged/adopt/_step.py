@@ -29,6 +29,7 @@ from qpaged.adopt._encode import check_layers, check_zeros, quantize_leaf, quant
 from qpaged.adopt._find import find_cache
 from qpaged.adopt._options import AxesOption, Where
 from qpaged.adopt._report import MaterializeError, Report, listed
+from qpaged.adopt._saving import register_with_flax
 from qpaged.arrays import QuantizedArray, is_quantized, overwrite
 from qpaged.formats import CacheFormat, Quantizer
 from qpaged.implicit import Materialization, record_materializations, use_implicit_args
@@ -213,6 +214,7 @@ class QuantizedStep:
             ValueError: another number of trees than of arguments that hold the cache, or one that lacks some
                 of its arrays.
         """
+        register_with_flax()
         names = self.found.arguments
         if len(cache) != len(names):
             raise ValueError(f"init must be given {', '.join(names)}, but {len(cache)} arguments came.")

@@ -15,7 +15,13 @@ Shape = tuple[int, ...]
 
 def block_shape(shape: Sequence[int], scale_shape: Sequence[int]) -> Shape:
     """Return the extent of one block along each axis; an empty axis counts as blocks of one."""
-    return tuple(max(1, length // max(1, count)) for length, count in zip(shape, scale_shape, strict=True))
+    return tuple(_extent(length, count) for length, count in zip(shape, scale_shape, strict=True))
+
+
+def _extent(length: int, count: int) -> int:
+    if length == count:  # all that can be said of lengths that are symbols, as in an exported program
+        return 1
+    return max(1, length // max(1, count))
 
 
 def check_block(shape: Sequence[int], block: Sequence[int]) -> None:
@@ -75,5 +81,6 @@ def refine(scales: jax.Array, axis: int, factor: int) -> jax.Array:
 def repeat_scales(scales: jax.Array, shape: Sequence[int]) -> jax.Array:
     """Return scales of larger blocks repeated to ``shape``, that of the scales of smaller ones."""
     for axis, (length, count) in enumerate(zip(shape, scales.shape, strict=True)):
-        scales = refine(scales, axis, length // max(1, count))
+        if length != count:
+            scales = refine(scales, axis, length // max(1, count))
     return scales

@@ -6,6 +6,7 @@ one byte index at a time, so that they need not be interleaved.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -118,17 +119,23 @@ def _dot_in_pieces(other: jax.Array, array: QuantizedArray, axes: DotAxes, param
 
 
 def _longest_axis(array: QuantizedArray) -> int | None:
-    """Return the longest axis along which an array can be cut: not the channels if packed or transformed."""
-    candidates = [
-        axis for axis in range(array.ndim) if not (channels_matter(array) and axis == array.channels)
-    ]
+    """Return the longest axis along which an array can be cut: not the channels if packed or transformed.
+
+    Nor an axis whose length is a symbol, as in a program that is exported for any batch.
+    """
+    candidates = []
+    for axis, length in enumerate(array.shape):
+        is_cut = not (channels_matter(array) and axis == array.channels)
+        if is_cut and isinstance(length, int):
+            candidates.append(axis)
     return max(candidates, key=lambda axis: array.shape[axis], default=None)
 
 
 def _piece_length(array: QuantizedArray, axis: int) -> int:
     """Return how long pieces along ``axis`` are: whole blocks, and few enough elements."""
     length, extent = array.shape[axis], array.block[axis]
-    longest = min(MAX_POSITIONS, MAX_ELEMENTS * length // array.size)
+    known_size = math.prod(length for length in array.shape if isinstance(length, int))
+    longest = min(MAX_POSITIONS, MAX_ELEMENTS * length // known_size)
     return max(extent, longest // extent * extent)
 
 

@@ -60,7 +60,7 @@ class DotAxes(NamedTuple):
 
 def scaled_dot(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: Params) -> jax.Array:
     """Return the dot in float32, for an array from :func:`with_float_scales`, which may have offsets."""
-    scaled_axes = [axis for axis, count in enumerate(array.block_scales.shape) if count > 1]
+    scaled_axes = [axis for axis, count in enumerate(array.block_scales.shape) if count != 1]
     contracted = [axis for axis in scaled_axes if axis in axes.contract]
     kept = [axis for axis in scaled_axes if axis in axes.kept(array.ndim)]
     if (contracted and kept) or _codes_are_fewer(other, array, axes, contracted + kept):
@@ -170,6 +170,6 @@ def _dot_offset(other: jax.Array, array: QuantizedArray, axes: DotAxes) -> jax.A
 def _refine_along(scales: jax.Array, array: QuantizedArray, axes: Sequence[int]) -> jax.Array:
     """Return scales repeated to one per element along ``axes``; axes with a single scale stay 1."""
     for axis in axes:
-        if scales.shape[axis] > 1:
+        if scales.shape[axis] != 1:
             scales = refine(scales, axis, array.block[axis])
     return scales

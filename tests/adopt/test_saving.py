@@ -1,0 +1,83 @@
+"""An adopted cache is saved by flax and read again, and an adopted step is exported and runs elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from support.arrays import normal
+from test_find_cache import CACHE, X, step
+
+from qpaged import adopt
+
+QUANTIZERS = ["int8", "int8:token", "int4", "int8:channel+offset/nvfp4"]
+
+
+def adopted(quantizer):
+    return adopt.quantize_cache(step, quantizer, example=(X, jnp.int32(0), CACHE))
+
+
+def filled(run, batch=2):
+    return run.init({name: normal(batch, 32, 2, 32, seed=len(name)) for name in CACHE})
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_step_is_exported_for_every_batch(quantizer):
+    batch_sizes = (1, 2, 5)
+    run = adopt.quantize_cache(step, quantizer, example=example_of(2))
+    (batch,) = export.symbolic_shape("batch")
+
+    def with_any_batch(leaf):
+        return jax.ShapeDtypeStruct((batch, *leaf.shape[1:]), leaf.dtype)
+
+    x, position, cache = example_of(2)
+    arguments = (
+        with_any_batch(x),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.tree_util.tree_map(with_any_batch, run.init(cache)),
+    )
+    exported = export.export(jax.jit(run))(*arguments)
+    for size in batch_sizes:
+        x, position, cache = example_of(size)
+        cache = run.init(cache)
+        out, after = exported.call(x, position, cache)
+        want, want_after = jax.jit(run)(x, position, cache)
+        np.testing.assert_allclose(out, want, rtol=1e-6)
+        assert jax.tree_util.tree_structure(after) == jax.tree_util.tree_structure(want_after)
+
+
+def example_of(batch):
+    cache = {name: normal(batch, 32, 2, 32, seed=len(name)) for name in CACHE}
+    return normal(batch, 1, 2, 32, seed=3), jnp.int32(5), cache
+
+
+def test_an_exported_step_is_read_again():
+    pytest.importorskip("flatbuffers")
+    run = adopt.quantize_cache(step, "int8:channel+offset", example=example_of(2))
+    x, position, cache = example_of(2)
+    cache = run.init(cache)
+    data = export.export(jax.jit(run))(x, position, cache).serialize()
+    out, after = export.deserialize(data).call(x, position, cache)
+    want, want_after = jax.jit(run)(x, position, cache)
+    np.testing.assert_array_equal(out, want)
+    assert jax.tree_util.tree_structure(after) == jax.tree_util.tree_structure(want_after)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_cache_goes_through_flax_and_back(quantizer):
+    serialization = pytest.importorskip("flax.serialization")
+    run = adopt.quantize_cache(step, quantizer, example=example_of(2))
+    _, _, cache = example_of(2)
+    cache = run.init(cache)
+    target = run.init({name: jnp.zeros((2, 32, 2, 32)) for name in CACHE})
+    back = serialization.from_bytes(target, serialization.to_bytes(cache))
+    assert jax.tree_util.tree_structure(back) == jax.tree_util.tree_structure(cache)
+    for got, want in zip(jax.tree_util.tree_leaves(back), jax.tree_util.tree_leaves(cache), strict=True):
+        np.testing.assert_array_equal(got, want)
+    other = adopt.quantize_cache(step, "fp8_e4m3", example=example_of(2)).init(target_of(3))
+    with pytest.raises(ValueError, match="state must be of a fp8_e4m3 array of shape"):
+        serialization.from_bytes(other, serialization.to_bytes(cache))
+
+
+def target_of(batch):
+    return {name: jnp.zeros((batch, 32, 2, 32)) for name in CACHE}
