@@ -9,9 +9,8 @@ from typing import Any
 from qpaged._deprecated import renamed_argument
 from qpaged._files import write_whole
 from qpaged.formats._contract import Quantizer
-from qpaged.formats._registry import RegistryError, get_quantizer, quantizer_from_config
+from qpaged.formats._registry import PLAIN, RegistryError, get_quantizer, quantizer_from_config
 
-PLAIN = "plain"  # the spelling of plain arrays
 FILE_KIND, FILE_VERSION = "cache format", 1  # the fields "qpaged" and "version" of a file
 
 Pair = tuple[Quantizer | None, Quantizer | None]

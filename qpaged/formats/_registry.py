@@ -18,6 +18,9 @@ GROUP = "qpaged.quantizers"
 PLUS = "+"  # what the names of wrappers begin with
 
 
+PLAIN = "plain"  # the spelling of plain arrays
+
+
 class RegistryError(ValueError):
     """A spelling that names no usable format: unknown, claimed twice, or broken."""
 
@@ -183,6 +186,11 @@ def _load(name: str, claims: dict[str, EntryPoint]) -> Callable[..., object]:
             f"uninstall all but one of them."
         )
     package, point = next(iter(claims.items()))
+    if name == PLAIN or name.endswith(".json"):
+        raise RegistryError(
+            f"the format {name!r} of package {package} cannot be asked for: {PLAIN!r} stands for plain arrays, "
+            f"and a name that ends in .json for a file; rename its entry point."
+        )
     try:
         return point.load()
     except (Exception, SystemExit) as error:  # whatever another package does as it is imported

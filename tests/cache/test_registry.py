@@ -18,6 +18,7 @@ from support.entry_points import Point
 from support.formats import EVERY_FORMAT
 
 import qpaged
+from qpaged.sweep import installed_formats
 
 ROOT = Path(__file__).parents[2]
 ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
@@ -410,3 +411,11 @@ def test_a_malformed_cache_format_is_refused(change, message):
     config = qpaged.CacheFormat.of("int8").config | change
     with pytest.raises(ValueError, match=re.escape(message)):
         qpaged.CacheFormat.from_config(config)
+
+
+@pytest.mark.parametrize("name", ["plain", "x.json"])
+def test_a_name_that_a_spelling_cannot_have_is_refused_and_the_others_stay(monkeypatch, name):
+    entry_points.install(monkeypatch, entry_points.Point(name, "shadows", type(qpaged.get_quantizer("int8"))))
+    infos, broken = installed_formats()
+    assert {"int8", "int4"} <= {info.spelling.split(":")[0] for info in infos}
+    assert list(broken) == [name] and "rename its entry point" in broken[name]
