@@ -188,8 +188,8 @@ def _load(name: str, claims: dict[str, EntryPoint]) -> Callable[..., object]:
     package, point = next(iter(claims.items()))
     if name == PLAIN or name.endswith(".json"):
         raise RegistryError(
-            f"the format {name!r} of package {package} cannot be asked for: {PLAIN!r} is for plain arrays, and "
-            f"a name that ends in .json for a file; rename its entry point."
+            f"the format {name!r} of package {package} cannot be asked for: {PLAIN!r} is for plain arrays, "
+            f"and a name that ends in .json for a file; rename its entry point."
         )
     try:
         return point.load()
