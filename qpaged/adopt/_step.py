@@ -334,6 +334,8 @@ class QuantizedStep:
             known = self._blocks.get(path)
             if not known or not is_quantized(array) or array.scales is None:
                 continue
+            if array.ndim != len(self._leaves[path].axes):
+                continue
             extents_with_scales = np.multiply(array.block, array.scales.shape)
             if array.block in known and array.shape == tuple(extents_with_scales):
                 continue
