@@ -391,3 +391,13 @@ def test_a_step_that_was_jitted_stays_jitted():
     for position in range(4):
         want_out, want = jax.jit(plain)(X, jnp.int32(position), want)
     np.testing.assert_array_equal(out, want_out)
+
+
+def test_a_step_names_its_function_and_its_format():
+    def step(x, cache):
+        return x @ cache.T, cache.at[:2].set(x)
+
+    step = adopt.quantize_cache(
+        step, "int8:token", example=(jnp.ones((2, 16)), jnp.ones((64, 16))), axes=("length", "head_dim")
+    )
+    assert repr(step) == "QuantizedStep(step, int8:token, 1 arrays of its cache)"

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 from support.caches import config, fresh, fresh_cache
 
 import qpaged
-from qpaged import adopt
 
 
 def test_a_cache_of_several_formats_has_a_line_for_each():
@@ -28,16 +27,6 @@ def test_a_view_and_a_pool_name_format_and_shape():
     assert repr(fresh("int8:token").key_pages) == (
         "QuantizedArray(int8:token float32[2,16,4,32]: codes int8[2,16,4,32], scales float32[2,16,4,1])"
     )
-
-
-def test_a_step_names_its_function_and_its_format():
-    def step(x, cache):
-        return x @ cache.T, cache.at[:2].set(x)
-
-    step = adopt.quantize_cache(
-        step, "int8:token", example=(jnp.ones((2, 16)), jnp.ones((64, 16))), axes=("length", "head_dim")
-    )
-    assert repr(step) == "QuantizedStep(step, int8:token, 1 arrays of its cache)"
 
 
 def test_trees_of_other_things_are_printed_too():
