@@ -1,8 +1,9 @@
 """The only module that knows how versions of JAX differ: a new JAX is a change to this file alone.
 
 Other modules use the public names that all supported versions have, and ask this one about the rest. Only
-public names are used here, too; nothing is imported from `jax._src`. This module also imports on JAX 0.4.35,
-which qax needs; most of its functions are never called there.
+public names are used here, too, but for what jitted functions know of themselves (`jit_options_of`); nothing is
+imported from `jax._src`. This module also imports on JAX 0.4.35, which qax needs; most of its functions are never
+called there.
 """
 
 from __future__ import annotations
@@ -326,11 +327,13 @@ def with_auto_axes(fun: Callable[..., Any], out_shardings: Pytree) -> Callable[.
 
 def reshard_primitives() -> list[Primitive]:
     """Return the primitive of `jax.sharding.reshard`, which JAX exports nowhere; none where it has none."""
-    try:
-        from jax._src.pjit import reshard_p
-    except ImportError:
+    if not has_explicit_meshes() or not hasattr(jax.sharding, "reshard"):
         return []
-    return [reshard_p]
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Explicit,))
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.make_jaxpr(lambda array: jax.sharding.reshard(array, PartitionSpec("x")))
+        equations = program(jax.ShapeDtypeStruct((1,), "float32")).eqns
+    return [equation.primitive for equation in equations if equation.primitive.name == "reshard"]
 
 
 def compiler_partitions_mesh() -> bool:

@@ -8,8 +8,15 @@ from typing import ParamSpec, TypeVar
 
 import jax
 
+from qpaged._compat import Pytree
+
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+def any_traced(*trees: Pytree) -> bool:
+    """Return True if a leaf of the trees is a tracer: what is done with them becomes part of a program."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(trees))
 
 
 def compiled_if_eager(static_argnums: Sequence[int] = ()) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -28,8 +35,7 @@ def compiled_if_eager(static_argnums: Sequence[int] = ()) -> Callable[[Callable[
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             arrays = [arg for index, arg in enumerate(args) if index not in static_argnums]
-            leaves = jax.tree_util.tree_leaves((arrays, kwargs))
-            if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            if any_traced(arrays, kwargs):
                 return function(*args, **kwargs)
             return compiled(*args, **kwargs)
 

@@ -67,6 +67,34 @@ class Arguments:
         return jax.tree_util.tree_unflatten(self._treedef, leaves)
 
 
+def example_arguments(
+    step: Callable[..., Any], example: Sequence[Any] | Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of an example by position and by name, or raise unless the step takes them."""
+    if isinstance(example, Mapping):
+        args, kwargs = (), dict(example)
+    elif isinstance(example, tuple | list):
+        args, kwargs = tuple(example), {}
+    else:
+        raise TypeError(
+            f"example must be a tuple of the step's arguments, or a dictionary of them by name, but came as "
+            f"{type(example).__name__}; of a single argument it is (argument,)."
+        )
+    try:
+        signature = inspect.signature(step)
+    except (TypeError, ValueError):  # builtins and some compiled functions have no signature
+        return args, kwargs
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        name = getattr(step, "__name__", "step")
+        raise TypeError(
+            f"example must hold the arguments of {name}{signature}, but does not: {error}; give those that "
+            f"are taken by name alone in a dictionary, with all the others."
+        ) from error
+    return args, kwargs
+
+
 def path_name(keys: KeyPath) -> str:
     """Return the keys of a pytree's path with slashes between."""
     return jax.tree_util.keystr(tuple(keys), simple=True, separator="/")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +15,13 @@ import numpy as np
 
 from qpaged._compat import jit_options_of
 from qpaged._deprecated import renamed_argument, warn_renamed
+from qpaged._eager import any_traced
 from qpaged.adopt._arguments import (
     Arguments,
     KeyPath,
     Pytree,
     as_arrays,
+    example_arguments,
     path_name,
     path_under,
 )
@@ -79,41 +80,13 @@ def quantize_cache(
     if not isinstance(page_size, numbers.Integral) or page_size < 1:
         raise ValueError(f"page_size must be a whole number, at least 1, but is {page_size!r}; 16 is usual.")
     cache_format = CacheFormat.of(quantizer)
-    args, kwargs = _example_arguments(step, example)
+    args, kwargs = example_arguments(step, example)
     found = find_cache(step, *args, where=where, axes=axes, **kwargs)
     check_layers(cache_format, found)
     check_zeros(cache_format, found)
     quantized_step = QuantizedStep(step, cache_format, found, page_size, strict)
     quantized_step._trace_example(args, kwargs)
     return quantized_step
-
-
-def _example_arguments(
-    step: Callable[..., Any], example: Sequence[Any] | Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of an example by position and by name, or raise unless the step takes them."""
-    if isinstance(example, Mapping):
-        args, kwargs = (), dict(example)
-    elif isinstance(example, tuple | list):
-        args, kwargs = tuple(example), {}
-    else:
-        raise TypeError(
-            f"example must be a tuple of the step's arguments, or a dictionary of them by name, but came as "
-            f"{type(example).__name__}; of a single argument it is (argument,)."
-        )
-    try:
-        signature = inspect.signature(step)
-    except (TypeError, ValueError):  # builtins and some compiled functions have no signature
-        return args, kwargs
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        name = getattr(step, "__name__", "step")
-        raise TypeError(
-            f"example must hold the arguments of {name}{signature}, but does not: {error}; give those that "
-            f"are taken by name alone in a dictionary, with all the others."
-        ) from error
-    return args, kwargs
 
 
 class QuantizedStep:
@@ -164,7 +137,7 @@ class QuantizedStep:
         Between steps, change the cache by :meth:`apply`: ``jax.tree.map`` alone reaches codes and scales
         apart, so that a cache that it rolled by a token, say, would be wrong without a word.
         """
-        if self._jitted is None or _any_traced(args, kwargs):
+        if self._jitted is None or any_traced(args, kwargs):
             return self._run_step(*args, **kwargs)
         return self._jitted(*args, **kwargs)
 
@@ -409,10 +382,6 @@ class QuantizedStep:
                 f"step must not decode its cache, since strict is set, but {listed(places)}\n"
                 f"Rewrite those lines, or leave strict out to have the cache decoded there."
             )
-
-
-def _any_traced(*trees: Pytree) -> bool:
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(trees))
 
 
 def _nbytes(structs: Pytree) -> int:

@@ -50,8 +50,8 @@ def claimed(directory: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise ValueError(
-            f"--out must be a directory of its own for each sweep that runs, but another one writes to "
-            f"{directory.resolve()}; wait for it, or choose another directory."
+            f"results must go to a directory of their own for each sweep or search that runs, but another "
+            f"one writes to {directory.resolve()}; wait for it, or choose another directory."
         ) from None
     try:
         yield
