@@ -1,9 +1,9 @@
 """The only module that knows how versions of JAX differ: a new JAX is a change to this file alone.
 
 Other modules use the public names that all supported versions have, and ask this one about the rest. Only
-public names are used here, too, but for what jitted functions know of themselves (`jit_options_of`); nothing is
-imported from `jax._src`. This module also imports on JAX 0.4.35, which qax needs; most of its functions are never
-called there.
+public names are used here, too, but for what jitted functions know of themselves (`jit_options_of`); nothing
+is imported from `jax._src`. This module also imports on JAX 0.4.35, which qax needs; most of its functions
+are never called there.
 """
 
 from __future__ import annotations

@@ -52,7 +52,6 @@ def example_of(batch):
 
 
 def test_an_exported_step_is_read_again():
-    pytest.importorskip("flatbuffers")
     run = adopt.quantize_cache(step, "int8:channel+offset", example=example_of(2))
     x, position, cache = example_of(2)
     cache = run.init(cache)
