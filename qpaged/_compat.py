@@ -37,6 +37,7 @@ Params: TypeAlias = dict[str, Any]
 Aval: TypeAlias = Any  # a ShapedArray, a ShapeDtypeStruct, or the abstract value of a reference
 Operand: TypeAlias = Any  # an array, traced or not, an implicit array, a literal, or a reference
 Pytree: TypeAlias = Any
+Atom: TypeAlias = jex.Var | jex.Literal
 DType: TypeAlias = Any  # a NumPy dtype, or an extended dtype of JAX, as random keys have
 
 
@@ -163,7 +164,7 @@ def source_line(eqn: Equation) -> Location | None:
     return Location(match.group(1), int(match.group(2)))
 
 
-def is_literal(atom: jex.Var | jex.Literal) -> TypeGuard[jex.Literal]:
+def is_literal(atom: Atom) -> TypeGuard[jex.Literal]:
     """Return True if an operand of an equation is a constant written into the jaxpr."""
     return isinstance(atom, jex.Literal)
 

@@ -38,10 +38,13 @@ def quantize_cache(
         tokens = model.generate(prompt, max_length=256).sequences
 
     The weights are shared. ``model.init_cache`` returns a quantized cache, and calling the model, by itself
-    or through ``generate``, takes one and returns one. ``model.quantized_step`` is the step, with its report.
+    or through ``generate``, takes one and returns one; of encoder-decoders it is ``model.decode`` that does,
+    and cross attention, which has no cache there, stays as it is. ``model.quantized_step`` is the step, with
+    its report.
 
     Args:
-        model: an instance of a Flax model for causal language modeling (transformers 4).
+        model: an instance of a Flax model that generates (transformers 4): for causal language modeling, or
+            an encoder-decoder, as Bart, T5 and Whisper.
         quantizer: as :func:`qpaged.adopt.quantize_cache` takes it.
         page_size: as :func:`qpaged.adopt.quantize_cache` takes it.
         strict: as :func:`qpaged.adopt.quantize_cache` takes it.
@@ -57,21 +60,29 @@ def quantize_cache(
         )
     quantized = copy.copy(model)  # a shallow copy, which shares the weights
     quantized.quantized_step = _quantized_step(model, quantizer, page_size, strict)
-    # A derived class: isinstance still holds, and generate, which calls self(...), finds the new __call__.
-    quantized.__class__ = type(type(model).__name__, (_WithQuantizedCache, type(model)), {})
+    # A derived class: isinstance still holds, and generate, which calls self(...), finds the new method.
+    decodes = {_decoding_method(model): _decode_quantized}
+    quantized.__class__ = type(type(model).__name__, (_WithQuantizedCache, type(model)), decodes)
     return quantized
 
 
+def _decoding_method(model: Any) -> str:
+    """Return the name of the method that takes a cache and returns it."""
+    return "decode" if model.config.is_encoder_decoder else "__call__"
+
+
+def _decode_quantized(self: _WithQuantizedCache, *args: Any, **kwargs: Any) -> Any:
+    """Do what the model's own method does, with a quantized cache."""
+    out = self.quantized_step(*args, **kwargs)
+    if isinstance(out, _Output):
+        return out.restore()
+    return out
+
+
 class _WithQuantizedCache:
-    """The methods of a model with quantized caches that differ from those of the model's own class."""
+    """The methods of all models with quantized caches that differ from those of the model's own class."""
 
     quantized_step: QuantizedStep
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        out = self.quantized_step(*args, **kwargs)
-        if isinstance(out, _Output):
-            return out.restore()
-        return out
 
     def init_cache(self, *args: Any, **kwargs: Any) -> Pytree:
         init_float_cache = super().init_cache  # type: ignore[misc]
@@ -119,11 +130,12 @@ class _Output:
 def _quantized_step(
     model: Any, quantizer: str | Path | Quantizer | CacheFormat | None, page_size: int, strict: bool
 ) -> QuantizedStep:
-    """Return the model's own call as a step with a quantized cache, which is found with one token."""
+    """Return the model's own method as a step with a quantized cache, which is found with one token."""
+    decode = getattr(model, _decoding_method(model))
 
-    @functools.wraps(model.__call__)
+    @functools.wraps(decode)
     def step(*args: Any, **kwargs: Any) -> Any:
-        return _Output.wrap(model(*args, **kwargs))
+        return _Output.wrap(decode(*args, **kwargs))
 
     return quantize_step(
         step,
@@ -136,16 +148,29 @@ def _quantized_step(
 
 
 def _example_arguments(model: Any) -> tuple[Any, ...]:
-    """Return positional arguments for a call of the model with one token, as shapes."""
+    """Return positional arguments for a decoding step of the model with one token, as shapes."""
     token = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    inputs = {
-        "input_ids": token,
-        "past_key_values": jax.eval_shape(lambda: model.init_cache(1, EXAMPLE_LENGTH)),
-        "attention_mask": jax.ShapeDtypeStruct((1, EXAMPLE_LENGTH), jnp.int32),
-        "position_ids": token,
-        "params": jax.eval_shape(lambda: model.params),
-    }
-    signature = inspect.signature(model.__call__)
+    mask = jax.ShapeDtypeStruct((1, EXAMPLE_LENGTH), jnp.int32)
+    params = jax.eval_shape(lambda: model.params)
+    if model.config.is_encoder_decoder:
+        encoded = (jax.ShapeDtypeStruct((1, EXAMPLE_LENGTH, model.config.hidden_size), model.dtype),)
+        inputs = {
+            "decoder_input_ids": token,
+            "encoder_outputs": encoded,
+            "past_key_values": jax.eval_shape(lambda out: model.init_cache(1, EXAMPLE_LENGTH, out), encoded),
+            "decoder_attention_mask": mask,
+            "decoder_position_ids": token,
+            "params": params,
+        }
+    else:
+        inputs = {
+            "input_ids": token,
+            "past_key_values": jax.eval_shape(lambda: model.init_cache(1, EXAMPLE_LENGTH)),
+            "attention_mask": mask,
+            "position_ids": token,
+            "params": params,
+        }
+    signature = inspect.signature(getattr(model, _decoding_method(model)))
     # Not every model takes all of these: some have no position_ids.
     accepted = {name: value for name, value in inputs.items() if name in signature.parameters}
     call = signature.bind(**accepted)

@@ -12,14 +12,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged._compat import primitive_exists, reshard_primitives
-from qpaged.arrays import _dot, _moves, _placement, _read_format, _windows
+from qpaged.arrays import _dot, _masks, _moves, _placement, _read_format, _windows
 from qpaged.arrays._explicit import on_explicit_meshes
 from qpaged.arrays._gather import gather
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._repeated import Repeated
 from qpaged.arrays._reshape import reshape
 from qpaged.arrays._writes import is_writable
-from qpaged.implicit import default_handler, primitive_handler, provider
+from qpaged.implicit import ImplicitArray, default_handler, primitive_handler, provider
+from qpaged.implicit._origins import is_zeros, unstretched
 
 if TYPE_CHECKING:
     Operand: TypeAlias = Any
@@ -130,10 +131,9 @@ def _reverse(primitive, array: QuantizedArray, *, dimensions, **params):
 
 @_handler("pad")
 def _pad(primitive, array: QuantizedArray, value: Operand, *, padding_config, **params):
-    """Return the array where nothing is padded."""
-    if isinstance(value, QuantizedArray) or any(any(widths) for widths in padding_config):
-        return NotImplemented
-    return array
+    if not any(any(widths) for widths in padding_config):
+        return array
+    return _or_not_implemented(_moves.pad(array, padding_config)) if is_zeros(value) else NotImplemented
 
 
 @_handler("convert_element_type")
@@ -193,9 +193,24 @@ def _unstack(primitive, array: QuantizedArray, *, axis, **params):
 
 @_handler("select_n", precedence=LAST)
 def _select(primitive, which: Operand, *cases: Operand, **params):
-    if jnp.ndim(which) > 0 or not _are_alike(cases):
+    if not _are_alike(cases):
+        return _keep_or_zero(which, cases)
+    if jnp.ndim(which) == 0:
+        return _moves.select(which, cases)
+    return _or_not_implemented(_masks.select(unstretched(which), cases))
+
+
+def _keep_or_zero(which: Operand, cases: Sequence[Operand]) -> Any:
+    """Return the one case that is quantized where ``which`` chooses it, and zeros where it chooses others."""
+    quantized = [index for index, case in enumerate(cases) if isinstance(case, QuantizedArray)]
+    others = [case for case in cases if not isinstance(case, QuantizedArray)]
+    if len(quantized) != 1 or not all(map(is_zeros, others)):
         return NotImplemented
-    return _moves.select(which, cases)
+    (index,) = quantized
+    mask = unstretched(which).astype(jnp.int32) == index
+    if jnp.ndim(mask) == 0:
+        mask = jnp.reshape(mask, (1,) * cases[index].ndim)
+    return _or_not_implemented(_masks.keep(cases[index], mask))
 
 
 def _are_alike(arrays: Sequence[Any]) -> TypeGuard[Sequence[QuantizedArray]]:
@@ -210,9 +225,11 @@ def _are_alike(arrays: Sequence[Any]) -> TypeGuard[Sequence[QuantizedArray]]:
 
 @_handler("mul")
 def _multiply(primitive, array: QuantizedArray, factor: Operand, **params):
-    if not _is_scalar(factor, array):
+    if _is_scalar(factor, array):
+        return _read_format.multiply_by_scalar(array, jnp.reshape(factor, ()))
+    if isinstance(factor, ImplicitArray) or jnp.ndim(factor) != array.ndim:
         return NotImplemented
-    return _read_format.multiply_by_scalar(array, jnp.reshape(factor, ()))
+    return _or_not_implemented(_masks.multiply(array, unstretched(factor)))
 
 
 @_handler("div")

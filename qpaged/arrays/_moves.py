@@ -208,7 +208,29 @@ def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedAr
     channels_stay = first.quantizer.transform is None and first.global_scale is None
     if dimension == first.channels and not channels_stay:
         return None
-    return _join(arrays, lambda parts: lax.concatenate(parts, dimension), first.channels)
+    return join(arrays, lambda parts: lax.concatenate(parts, dimension), first.channels)
+
+
+def pad(array: QuantizedArray, padding: Sequence[tuple[int, int, int]]) -> QuantizedArray | None:
+    """Pad with zeros, (low, high, between elements) along each axis; None unless it is at the ends of rows.
+
+    Codes and scales of 0 read as 0, as those of an empty array do.
+    """
+    if channels_matter(array) and any(padding[array.channels]):
+        return None
+    if any(low < 0 or high < 0 or between for low, high, between in padding):
+        return None
+
+    def pad_part(part: jax.Array, block: Sequence[int]) -> jax.Array:
+        in_blocks = []
+        for axis, (low, high, _) in enumerate(padding):
+            extent = math.gcd(block[axis], low, high)
+            part = refine(part, axis, block[axis] // extent)
+            in_blocks.append((low // extent, high // extent, 0))
+        return lax.pad(part, jnp.zeros((), part.dtype), in_blocks)
+
+    codes = lax.pad(array.codes, jnp.zeros((), array.codes.dtype), padding)
+    return moved(array, codes, pad_part)
 
 
 def tile(array: QuantizedArray, reps: Sequence[int]) -> QuantizedArray | None:
@@ -223,15 +245,15 @@ def stack(arrays: Sequence[QuantizedArray], axis: int) -> QuantizedArray:
     channels = arrays[0].channels
     if axis <= channels:
         channels += 1
-    return _join(arrays, lambda parts: jnp.stack(parts, axis), channels)
+    return join(arrays, lambda parts: jnp.stack(parts, axis), channels)
 
 
 def select(which: jax.Array, cases: Sequence[QuantizedArray]) -> QuantizedArray:
     """Return one of the cases, by a scalar predicate."""
-    return _join(cases, lambda parts: lax.select_n(which, *parts), cases[0].channels)
+    return join(cases, lambda parts: lax.select_n(which, *parts), cases[0].channels)
 
 
-def _join(
+def join(
     arrays: Sequence[QuantizedArray], join: Callable[[list[jax.Array]], jax.Array], channels: int
 ) -> QuantizedArray:
     """Join the codes and the parts of arrays of one format, whose channels are then on ``channels``."""

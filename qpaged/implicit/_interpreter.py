@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from qpaged import _compat
 from qpaged._compat import Aval, Equation, Jaxpr, OpenJaxpr, Operand, Params, Primitive, Pytree, Tracer
-from qpaged.implicit import _reports, _tree
+from qpaged.implicit import _origins, _reports, _tree
 from qpaged.implicit._dispatch import call_handler, registry
 from qpaged.implicit._fields import is_stored
 from qpaged.implicit._operands import as_array, checked_results
@@ -190,14 +190,15 @@ def _evaluate(closed: Jaxpr, args: Sequence[Operand]) -> list[Operand]:
     values: dict[Any, Operand] = dict(zip(jaxpr.constvars, consts, strict=True))
     for var, arg in zip(jaxpr.invars, args, strict=True):
         values[var] = _with_type_of(arg, var.aval)
-    for eqn, dead in zip(jaxpr.eqns, _dead_after_each_equation(jaxpr), strict=True):
-        operands = [atom.val if _compat.is_literal(atom) else values[atom] for atom in eqn.invars]
-        # Names of scopes and lines of code survive, so profiles and errors look as without implicit arrays.
-        with _compat.equation_context(eqn):
-            outs = _evaluate_equation(eqn, operands)
-        values.update(zip(eqn.outvars, outs, strict=True))
-        for var in dead:  # run eagerly, this frees intermediate arrays
-            del values[var]
+    with _origins.evaluation() as origins:
+        for eqn, dead in zip(jaxpr.eqns, _dead_after_each_equation(jaxpr), strict=True):
+            operands = [atom.val if _compat.is_literal(atom) else values[atom] for atom in eqn.invars]
+            # Names of scopes and lines of code survive, so profiles and errors look as they would without.
+            with _compat.equation_context(eqn):
+                outs = _evaluate_equation(eqn, operands, origins)
+            values.update(zip(eqn.outvars, outs, strict=True))
+            for var in dead:  # run eagerly, this frees intermediate arrays
+                origins.forget(values.pop(var))
     return [
         as_array(atom.val, atom.aval) if _compat.is_literal(atom) else values[atom] for atom in jaxpr.outvars
     ]
@@ -221,13 +222,18 @@ def _with_type_of(value: Operand, aval: Aval) -> Operand:
     return _tree.with_logical_type(value, aval.shape, aval.dtype)
 
 
-def _evaluate_equation(eqn: Equation, operands: list[Operand]) -> Sequence[Operand]:
+def _evaluate_equation(
+    eqn: Equation, operands: list[Operand], origins: _origins.Origins
+) -> Sequence[Operand]:
     """Evaluate an equation. If operands are implicit: by a handler, else by a rule, else materialized."""
     primitive, params = eqn.primitive, eqn.params
     first_implicit = next((operand for operand in operands if is_implicit(operand)), None)
     if first_implicit is None:
-        return _as_sequence(primitive, _compat.bind(primitive, operands, params))
+        outs = _as_sequence(primitive, _compat.bind(primitive, operands, params))
+        origins.follow(eqn, operands, outs)
+        return outs
     operands = [as_array(value, var.aval) for value, var in zip(operands, eqn.invars, strict=True)]
+    origins.note_zeros(eqn.invars, operands, operands)
     outs = _call_handler(primitive, first_implicit, operands, params)
     if outs is not NotImplemented:
         return checked_results(_as_sequence(primitive, outs), eqn)
@@ -268,6 +274,7 @@ def _apply_rule(eqn: Equation, operands: list[Operand]) -> list[Operand]:
         params=eqn.params,
         out_avals=[var.aval for var in eqn.outvars],
         location=_compat.source_line(eqn),
+        zeros=tuple(index for index, operand in enumerate(operands) if _origins.is_zeros(operand)),
         evaluate=_evaluate,
         materialize=_materialize_fully,
     )

@@ -17,7 +17,7 @@ from jax.sharding import Sharding
 
 from qpaged import _compat
 from qpaged._compat import Jaxpr, Operand
-from qpaged.implicit import _reports, _tree
+from qpaged.implicit import _origins, _reports, _tree
 from qpaged.implicit._dispatch import registry
 from qpaged.implicit._rule_context import Outputs, RuleContext
 from qpaged.implicit._value import is_implicit
@@ -28,14 +28,17 @@ Evaluate: TypeAlias = Callable[[Jaxpr, Sequence[Operand]], list[Operand]]
 class _CompiledJaxpr:
     """One inner function, compiled, which repeats the reports of its tracing at every call.
 
-    It is traced anew for operands of other types, and repeats the reports of these alone.
+    It is traced anew for operands of other types, and repeats the reports of these alone. The operands whose
+    numbers are ``zeros`` are known to be zeros.
     """
 
-    def __init__(self, jaxpr: Jaxpr, name: str, evaluate: Evaluate):
+    def __init__(self, jaxpr: Jaxpr, name: str, zeros: tuple[int, ...], evaluate: Evaluate):
         self._reports: defaultdict[Hashable, list[_reports.Report]] = defaultdict(list)
 
         def run(operands: list[Operand]) -> list[Operand]:
-            with _reports.collect_reports(self._reports[_tree.layout(operands)]):
+            known_zeros = [operands[index] for index in zeros]
+            reports = self._reports[_tree.layout(operands)]
+            with _reports.collect_reports(reports), _origins.evaluation(known_zeros):
                 return evaluate(jaxpr, operands)
 
         run.__name__ = run.__qualname__ = name  # the name that profiles and jaxprs show
@@ -48,9 +51,11 @@ class _CompiledJaxpr:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(jaxpr: Jaxpr, name: str, evaluate: Evaluate, registry_version: int) -> _CompiledJaxpr:
+def _compiled(
+    jaxpr: Jaxpr, name: str, zeros: tuple[int, ...], evaluate: Evaluate, registry_version: int
+) -> _CompiledJaxpr:
     del registry_version  # only part of the key: a new handler may change what the function does
-    return _CompiledJaxpr(jaxpr, name, evaluate)
+    return _CompiledJaxpr(jaxpr, name, zeros, evaluate)
 
 
 def jit(ctx: RuleContext, operands: list[Operand]) -> Outputs:
@@ -61,7 +66,7 @@ def jit(ctx: RuleContext, operands: list[Operand]) -> Outputs:
         outs = ctx.evaluate(jaxpr, operands)
     else:
         name = ctx.params.get("name", "jit")
-        outs = _compiled(jaxpr, name, ctx.evaluate, registry.version)(operands)
+        outs = _compiled(jaxpr, name, ctx.zeros, ctx.evaluate, registry.version)(operands)
     return _with_constraints(outs, ctx.params.get("out_shardings", ()))
 
 

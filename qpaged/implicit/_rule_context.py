@@ -24,12 +24,14 @@ class RuleContext:
 
     The interpreter passes itself in, so that rules do not import it: `evaluate(jaxpr, operands)` evaluates an
     inner jaxpr on implicit operands, and `materialize(value)` materializes all layers of an implicit array.
+    `zeros` are the numbers of the operands that the program shows to be zeros.
     """
 
     primitive: Primitive
     params: Params
     out_avals: Sequence[Aval]
     location: Location | None
+    zeros: tuple[int, ...]
     evaluate: Callable[[Jaxpr, Sequence[Operand]], list[Operand]]
     materialize: Callable[[ImplicitValue], jax.Array]
 

@@ -8,6 +8,7 @@ from support.packages import require_packages
 require_packages("flax", "transformers")
 
 import transformers
+from adopted import encoder_decoders
 from adopted import huggingface as cases
 
 import qpaged
@@ -32,6 +33,24 @@ def test_generate_runs_on_a_quantized_cache(name):
     np.testing.assert_array_equal(tokens[:, 16], model(PROMPT).logits[:, -1].argmax(axis=-1))
     assert not quantized.quantized_step.report()
     assert type(model) is not type(quantized) and isinstance(quantized, type(model))
+
+
+@pytest.mark.parametrize("name", encoder_decoders.MODELS)
+def test_generate_of_an_encoder_decoder(name):
+    """The decoder's own cache is quantized, also where beams change places; cross attention has none."""
+    model = encoder_decoders.model(name)
+    quantized = quantize_cache(model, "int8", strict=True)
+    encoder_input = encoder_decoders.encoder_input(name, batch=2)
+    settings = {"max_length": 24, "do_sample": False, "eos_token_id": None}
+    for num_beams in (1, 3):
+        want = model.generate(encoder_input, num_beams=num_beams, **settings).sequences
+        got = quantized.generate(encoder_input, num_beams=num_beams, **settings).sequences
+        # Weights are random, and later tokens may be near ties.
+        assert got.shape == want.shape
+        np.testing.assert_array_equal(got[:, :4], want[:, :4])
+    assert len(quantized.quantized_step.found.leaves) == 2 * encoder_decoders.LAYERS
+    assert not quantized.quantized_step.report()
+    assert isinstance(quantized, type(model))
 
 
 def test_the_loop_of_generate_makes_no_float_of_the_cache():

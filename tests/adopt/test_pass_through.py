@@ -27,6 +27,24 @@ def attend(x, position, cache):
     return jnp.einsum("bhts,bshd->bthd", weights, v), {"k": k, "v": v}
 
 
+def active(new, old):
+    """Return new rows of the first sequence alone."""
+    return jnp.where(jnp.array([True, False]).reshape(2, 1, 1, 1), new, old)
+
+
+def if_active(x, position, cache):
+    """Run the step on each sequence under a condition, which vmap makes a selection."""
+
+    def one(x, is_active, cache):
+        def run():
+            out, new = attend(x[None], position, jax.tree_util.tree_map(lambda array: array[None], cache))
+            return out[0], jax.tree_util.tree_map(lambda array: array[0], new)
+
+        return lax.cond(is_active, run, lambda: (jnp.zeros((1, HEADS, HEAD_DIM)), cache))
+
+    return jax.vmap(one)(x, jnp.array([True, False]), cache)
+
+
 def before(change):
     """Return the step with ``change`` applied to each array of the cache first."""
     return lambda x, position, cache: attend(x, position, jax.tree_util.tree_map(change, cache))
@@ -64,6 +82,8 @@ STEPS = {
     "rev, twice": before(lambda array: array[:, ::-1][:, ::-1]),
     "pad by nothing": before(lambda array: jnp.pad(array, ((0, 0),) * 4)),
     "copy": before(jnp.copy),
+    "pad, then cut": before(lambda array: jnp.pad(array, ((0, 0), (0, 16), (0, 0), (0, 0)))[:, :LENGTH]),
+    "roll by pages": before(lambda array: jnp.roll(jnp.roll(array, 32, 1), -32, 1)),
 }
 
 
@@ -83,6 +103,28 @@ def test_the_cache_stays_quantized(name, quantizer):
     for leaf, expected_leaf in zip(*map(jax.tree_util.tree_leaves, (cache, expected_cache)), strict=True):
         np.testing.assert_array_equal(leaf, expected_leaf)
     assert len(step.report()) == 0
+
+
+@pytest.mark.parametrize("quantizer", first_short(1, ["int8", "int4"]))
+def test_inactive_sequences_keep_their_rows(quantizer):
+    def selected(x, position, cache):
+        out, new = attend(x, position, cache)
+        return out, jax.tree_util.tree_map(active, new, cache)
+
+    inputs = jax.random.normal(jax.random.key(0), (2, BATCH, 1, 3, HEADS, HEAD_DIM))
+    for program in (selected, if_active):
+        example = (inputs[0], jnp.int32(0), CACHE)
+        step = adopt.quantize_cache(program, quantizer, example=example, strict=True)
+        direct = adopt.quantize_cache(attend, quantizer, example=example)
+        cache = expected_cache = step.init(CACHE)
+        for position, x in enumerate(inputs):
+            out, cache = jax.jit(step)(x, position, cache)
+            expected, expected_cache = jax.jit(direct)(x, position, expected_cache)
+            np.testing.assert_allclose(out[0], expected[0], rtol=1e-5, atol=1e-6)
+        for name in "kv":
+            values, expected_values = cache[name].dequantize(), expected_cache[name].dequantize()
+            np.testing.assert_array_equal(values[0], expected_values[0])
+            np.testing.assert_array_equal(values[1], 0)
 
 
 def test_an_array_is_reversed_with_its_scales():

@@ -114,6 +114,11 @@ def _gather(eqn: JaxprEqn, view: View) -> View:
     return view.with_axes(input_axes)
 
 
+@_each_view
+def _pad(eqn: JaxprEqn, view: View) -> View:
+    return view  # of what is padded; the number that it is padded with shows none
+
+
 def _unstack(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[Views]) -> Sequence[Views]:
     axis = eqn.params["axis"]
     outputs = []
@@ -197,6 +202,7 @@ MOVE_RULES: dict[str, Rule] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "gather": _gather,
+    "pad": _pad,
     "unstack": _unstack,
     "split": _split,
     "concatenate": _concatenate,
