@@ -15,8 +15,9 @@ def length_candidates(shape: Sequence[int], writes: Sequence[Write], reads: Sequ
     """
     partial = [write.partial_axes for write in writes if write.partial_axes]
     always_partial = frozenset.intersection(*partial) if partial else NO_AXES
-    # One sequence may be written at a time, but all of them are read by a dot that batches over them.
-    batched = NO_AXES.union(*(read.batch for read in reads))
+    # One sequence may be written at a time, but all of them are read by a dot that batches over them. A pool
+    # of slots, which is read by a gather of (batch, length) slots, has both along its length.
+    batched = NO_AXES.union(*(read.batch - read.free - read.contracting for read in reads))
     # One layer may be written at a time, but it is then read alone, too.
     selected_axes = [frozenset(axis for axis, _ in read.selected) for read in reads]
     always_selected = frozenset.intersection(*selected_axes)
@@ -49,9 +50,10 @@ def infer_axis_names(
         is_pair = "pair" not in names.values() and _separates_keys_from_values(axis, keys, values)
         names[axis] = "pair" if is_pair else "layers"
     # Nothing in a program tells the batch from the heads. Caches have them in this order, and to quantize
-    # them it makes no difference.
+    # them it makes no difference. Only a pool of slots has no batch apart.
     unnamed = [axis for axis in range(ndim) if axis not in names]
-    names.update(zip(unnamed, ("batch", "heads"), strict=False))
+    has_batch = not any(length in read.batch for read in (*keys, *values))
+    names.update(zip(unnamed, ("batch", "heads") if has_batch else ("heads",), strict=False))
     return tuple(names.get(axis, "layers") for axis in range(ndim))
 
 

@@ -74,9 +74,12 @@ class View:
         """Return the view of the part that holds one index alone along some axes of the value."""
         new: set[tuple[int, int | None]] = set()
         for axis, index in indices.items():
-            # An axis that merges several axes of the input has indices that are those of none of them.
-            if len(self.input_axes[axis]) == 1:
-                (input_axis,) = self.input_axes[axis]
+            # An axis that merges several axes of the input has indices that are those of none of them; and
+            # one chunk of a length that was cut into chunks holds more than one index of it.
+            runs_along = self.input_axes[axis]
+            others = self.input_axes[:axis] + self.input_axes[axis + 1 :]
+            if len(runs_along) == 1 and runs_along.isdisjoint(NO_AXES.union(*others)):
+                (input_axis,) = runs_along
                 new.add((input_axis, index))
         replaced_axes = {input_axis for input_axis, _ in new}
         kept = {(input_axis, index) for input_axis, index in self.selected if input_axis not in replaced_axes}
