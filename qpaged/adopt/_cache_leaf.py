@@ -27,8 +27,8 @@ class CacheLeaf:
             layers.
         output: the path of the output that returns it; None if none does.
         evidence: what the program does to it, and at which line.
-        zero_test: the comparison with zero by which the program tells slots that were not written; None if it
-            has none.
+        zero_test: the operation that takes slots for zeros to which nothing was written, a comparison with
+            zero or an addition; None if there is none.
     """
 
     path: str

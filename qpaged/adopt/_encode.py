@@ -32,7 +32,7 @@ def check_layers(quantizer: CacheFormat, found: FoundCache) -> None:
 
 
 def check_zeros(quantizer: CacheFormat, found: FoundCache) -> None:
-    """Raise ValueError where the program tells unwritten slots by zeros, and the format has none there."""
+    """Raise ValueError where the program relies on zeros in unwritten slots, where a format has none."""
     for leaf in found.leaves:
         chosen = quantizer_for(leaf, quantizer)
         if leaf.zero_test is None or chosen is None or _unwritten_reads_as_zero(chosen):
@@ -42,8 +42,8 @@ def check_zeros(quantizer: CacheFormat, found: FoundCache) -> None:
             bare = bare.inner
         advice = f"{bare.name}:token" if "token" in bare.granularities else "int8:token"
         raise ValueError(
-            f"quantizer must read slots that were not written as zeros, by which the step tells them "
-            f"({leaf.path}, compared by {leaf.zero_test}), but {chosen} has none in a page that is in use; "
+            f"quantizer must keep slots at zero to which nothing was written, since the step relies on it "
+            f"({leaf.path}, {leaf.zero_test}), but {chosen} does not in a page that is in use; "
             f"take a format whose scales are of a token, as {advice}."
         )
 

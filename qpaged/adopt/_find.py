@@ -65,7 +65,8 @@ def find_cache(
         raise CacheNotFoundError(_explain(len(leaves), rejected, where, num_chosen))
     _check_unique("arguments", arguments.paths, [leaf.path for leaf in leaves])
     _check_unique("outputs", output_paths, [leaf.output for leaf in leaves])
-    leaves = [_with_zero_test(leaf, arguments.paths, zero_tests) for leaf in leaves]
+    relied_on = _additions(dataflow) | zero_tests
+    leaves = [_with_zero_test(leaf, arguments.paths, relied_on) for leaf in leaves]
     return FoundCache(_number_layers(leaves, dataflow, arguments.paths))
 
 
@@ -89,6 +90,11 @@ def _trace(
     jaxpr, out = jax.make_jaxpr(program, return_shape=True)(*arguments.avals)
     outputs = [Output(path_name(keys), aval.shape) for keys, aval in jax.tree_util.tree_leaves_with_path(out)]
     return trace_dataflow(jaxpr), outputs, ZeroTests(jaxpr).found
+
+
+def _additions(dataflow: Dataflow) -> dict[int, Operation]:
+    """Return by input an operation that writes by adding, which takes unwritten slots for zeros."""
+    return {write.input_index: write.operation for write in dataflow.writes if write.adds}
 
 
 def _with_zero_test(leaf: CacheLeaf, paths: Sequence[str], zero_tests: Mapping[int, Operation]) -> CacheLeaf:

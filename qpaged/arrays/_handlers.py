@@ -12,7 +12,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged._compat import primitive_exists, reshard_primitives
-from qpaged.arrays import _dot, _masks, _moves, _placement, _read_format, _windows
+from qpaged.arrays import (
+    _dot,
+    _masks,
+    _moves,
+    _one_hot,
+    _placement,
+    _read_format,
+    _windows,
+)
+from qpaged.arrays._additions import add_rows
 from qpaged.arrays._explicit import on_explicit_meshes
 from qpaged.arrays._gather import gather
 from qpaged.arrays._quantized import QuantizedArray
@@ -194,23 +203,24 @@ def _unstack(primitive, array: QuantizedArray, *, axis, **params):
 @_handler("select_n", precedence=LAST)
 def _select(primitive, which: Operand, *cases: Operand, **params):
     if not _are_alike(cases):
-        return _keep_or_zero(which, cases)
+        kept = _keep_or_zero(which, cases)
+        return _or_not_implemented(_one_hot.select(which, cases) if kept is None else kept)
     if jnp.ndim(which) == 0:
         return _moves.select(which, cases)
     return _or_not_implemented(_masks.select(unstretched(which), cases))
 
 
-def _keep_or_zero(which: Operand, cases: Sequence[Operand]) -> Any:
+def _keep_or_zero(which: Operand, cases: Sequence[Operand]) -> QuantizedArray | None:
     """Return the one case that is quantized where ``which`` chooses it, and zeros where it chooses others."""
     quantized = [index for index, case in enumerate(cases) if isinstance(case, QuantizedArray)]
     others = [case for case in cases if not isinstance(case, QuantizedArray)]
     if len(quantized) != 1 or not all(map(is_zeros, others)):
-        return NotImplemented
+        return None
     (index,) = quantized
     mask = unstretched(which).astype(jnp.int32) == index
     if jnp.ndim(mask) == 0:
         mask = jnp.reshape(mask, (1,) * cases[index].ndim)
-    return _or_not_implemented(_masks.keep(cases[index], mask))
+    return _masks.keep(cases[index], mask)
 
 
 def _are_alike(arrays: Sequence[Any]) -> TypeGuard[Sequence[QuantizedArray]]:
@@ -227,9 +237,17 @@ def _are_alike(arrays: Sequence[Any]) -> TypeGuard[Sequence[QuantizedArray]]:
 def _multiply(primitive, array: QuantizedArray, factor: Operand, **params):
     if _is_scalar(factor, array):
         return _read_format.multiply_by_scalar(array, jnp.reshape(factor, ()))
+    cleared = _one_hot.multiply(array, factor)
+    if cleared is not None:
+        return cleared
     if isinstance(factor, ImplicitArray) or jnp.ndim(factor) != array.ndim:
         return NotImplemented
     return _or_not_implemented(_masks.multiply(array, unstretched(factor)))
+
+
+@_handler("add")
+def _add(primitive, array: QuantizedArray, row: Operand, **params):
+    return _or_not_implemented(_one_hot.add(array, row))
 
 
 @_handler("div")
@@ -274,6 +292,15 @@ def _scatter(
     if not is_writable(array):
         return NotImplemented
     return _or_not_implemented(_windows.scatter(array, index, updates, dimension_numbers, mode))
+
+
+@_handler("scatter_add")
+def _scatter_add(
+    primitive, array: QuantizedArray, index: Operand, updates: Operand, *, dimension_numbers, mode, **params
+):
+    if isinstance(updates, ImplicitArray) or not is_writable(array):
+        return NotImplemented
+    return _or_not_implemented(_windows.scatter(array, index, updates, dimension_numbers, mode, put=add_rows))
 
 
 def _is_scalar(factor: Operand, array: QuantizedArray) -> bool:

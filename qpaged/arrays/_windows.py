@@ -5,7 +5,8 @@ indexed: every element of the window along them becomes a row of its own.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._writes import takes_rows, write_rows
 
 Update = jax.Array | QuantizedArray
+Put: TypeAlias = Callable[..., QuantizedArray]
+"""put(array, axes, coordinates, rows): what is done with rows, ``write_rows`` or ``add_rows``."""
 
 
 def dynamic_update_slice(
@@ -42,8 +45,9 @@ def scatter(
     updates: Update,
     numbers: ScatterDimensionNumbers,
     mode: GatherScatterMode,
+    put: Put = write_rows,
 ) -> QuantizedArray | None:
-    """Return ``lax.scatter``, windows and batching dimensions included.
+    """Return ``lax.scatter``, windows and batching dimensions included; with ``add_rows``, ``scatter_add``.
 
     None where the format cannot be written to in such windows.
     """
@@ -63,7 +67,7 @@ def scatter(
     starts = _in_bounds(starts.reshape(count, array.ndim), array.shape, window, mode)
 
     windows_last = _transpose_update(updates, (*scatter_dims, *numbers.update_window_dims))
-    return _write_windows(array, starts, _reshape_update(windows_last, (count, *window)))
+    return _write_windows(array, starts, _reshape_update(windows_last, (count, *window)), put)
 
 
 def _in_bounds(
@@ -84,6 +88,7 @@ def _write_windows(
     array: QuantizedArray,
     starts: jax.Array,  # [count, ndim]
     windows: Update,  # [count, *window]
+    put: Put = write_rows,
 ) -> QuantizedArray | None:
     """Return ``array`` with ``windows`` written at ``starts``; None where the format cannot be."""
     window = windows.shape[1:]
@@ -101,7 +106,7 @@ def _write_windows(
     order = (0, *(axis + 1 for axis in (*indexed, *kept)))
     row_shape = (len(coordinates[0]), *(window[axis] for axis in kept))
     rows = _reshape_update(_transpose_update(windows, order), row_shape)
-    return write_rows(array, indexed, coordinates, rows)
+    return put(array, indexed, coordinates, rows)
 
 
 def _transpose_update(update: Update, order: Sequence[int]) -> Update:

@@ -73,7 +73,7 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
     if array.scales is None:
         codes = array.quantizer.encode(rows.astype(array.dtype))
         return array.like(_put_codes(array, axes, index, codes), array.parts)
-    row_channels = _channel_axis_of_rows(array, axes)
+    row_channels = channel_axis_of_rows(array, axes)
     rows = to_block_values(rows, array.quantizer, array.dtype, row_channels)
     return _quantize_rows(array, axes, index, rows)
 
@@ -108,7 +108,7 @@ def are_whole_blocks(array: QuantizedArray, axes: Axes, rows: QuantizedArray) ->
         if (part is None) != (row_part is None):
             return False
     if channels_matter(array):
-        same_channels = _channel_axis_of_rows(array, axes) == rows.channel_axis
+        same_channels = channel_axis_of_rows(array, axes) == rows.channel_axis
         if array.channels in axes or not same_channels:
             return False
     kept_block = tuple(extent for axis, extent in enumerate(array.block) if axis not in axes)
@@ -144,7 +144,7 @@ def _quantize_rows(
     # Entries without rows get infinities, and meaningless scales, which the scatter drops.
     low = jax.ops.segment_min(low, blocks.of_row, len(rows))
     high = jax.ops.segment_max(high, blocks.of_row, len(rows))
-    global_shape = global_scale_shape(quantizer, kept_grid, _channel_axis_of_rows(array, axes))
+    global_shape = global_scale_shape(quantizer, kept_grid, channel_axis_of_rows(array, axes))
     fitted = jax.vmap(lambda low, high: fit_scales(quantizer, low, high, global_shape))(low, high)
 
     new = NewExtremes(fitted.scales, low, high)
@@ -244,7 +244,7 @@ def _scatter_scales(part: jax.Array, blocks: jax.Array, new: jax.Array) -> jax.A
     return scatter_rows(part, PAGE_AND_SLOT, blocks, new)
 
 
-def _channel_axis_of_rows(array: QuantizedArray, axes: Sequence[int]) -> int:
+def channel_axis_of_rows(array: QuantizedArray, axes: Sequence[int]) -> int:
     """Return the channel axis of rows that leave out ``axes``, counted from the end."""
     after = range(array.channels + 1, array.ndim)
     return -1 - sum(axis not in axes for axis in after)
@@ -255,7 +255,7 @@ def _scatter_codes(
 ) -> jax.Array:
     """Return ``codes`` of an array with the codes ``new``, one an element, packed and put at ``index``."""
     if array.codes_per_byte == 1 or array.channels not in axes:
-        packed = pack(new, array.quantizer.bits, _channel_axis_of_rows(array, axes))
+        packed = pack(new, array.quantizer.bits, channel_axis_of_rows(array, axes))
         return scatter_rows(codes, axes, index, packed)
     return _scatter_into_bytes(array, codes, axes, index, new)
 

@@ -233,7 +233,7 @@ def _evaluate_equation(
         origins.follow(eqn, operands, outs)
         return outs
     operands = [as_array(value, var.aval) for value, var in zip(operands, eqn.invars, strict=True)]
-    origins.note_zeros(eqn.invars, operands, operands)
+    origins.note_zero_literals(eqn, operands)
     outs = _call_handler(primitive, first_implicit, operands, params)
     if outs is not NotImplemented:
         return checked_results(_as_sequence(primitive, outs), eqn)
@@ -274,7 +274,7 @@ def _apply_rule(eqn: Equation, operands: list[Operand]) -> list[Operand]:
         params=eqn.params,
         out_avals=[var.aval for var in eqn.outvars],
         location=_compat.source_line(eqn),
-        zeros=tuple(index for index, operand in enumerate(operands) if _origins.is_zeros(operand)),
+        facts=tuple(_origins.fact_of(operand) for operand in operands),
         evaluate=_evaluate,
         materialize=_materialize_fully,
     )

@@ -19,6 +19,7 @@ from qpaged import _compat
 from qpaged._compat import Jaxpr, Operand
 from qpaged.implicit import _origins, _reports, _tree
 from qpaged.implicit._dispatch import registry
+from qpaged.implicit._facts import Fact
 from qpaged.implicit._rule_context import Outputs, RuleContext
 from qpaged.implicit._value import is_implicit
 
@@ -28,17 +29,16 @@ Evaluate: TypeAlias = Callable[[Jaxpr, Sequence[Operand]], list[Operand]]
 class _CompiledJaxpr:
     """One inner function, compiled, which repeats the reports of its tracing at every call.
 
-    It is traced anew for operands of other types, and repeats the reports of these alone. The operands whose
-    numbers are ``zeros`` are known to be zeros.
+    It is traced anew for operands of other types, and repeats the reports of these alone. ``facts`` are
+    what is known of its operands.
     """
 
-    def __init__(self, jaxpr: Jaxpr, name: str, zeros: tuple[int, ...], evaluate: Evaluate):
+    def __init__(self, jaxpr: Jaxpr, name: str, facts: tuple[Fact | None, ...], evaluate: Evaluate):
         self._reports: defaultdict[Hashable, list[_reports.Report]] = defaultdict(list)
 
         def run(operands: list[Operand]) -> list[Operand]:
-            known_zeros = [operands[index] for index in zeros]
             reports = self._reports[_tree.layout(operands)]
-            with _reports.collect_reports(reports), _origins.evaluation(known_zeros):
+            with _reports.collect_reports(reports), _origins.evaluation(operands, facts):
                 return evaluate(jaxpr, operands)
 
         run.__name__ = run.__qualname__ = name  # the name that profiles and jaxprs show
@@ -52,10 +52,10 @@ class _CompiledJaxpr:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(
-    jaxpr: Jaxpr, name: str, zeros: tuple[int, ...], evaluate: Evaluate, registry_version: int
+    jaxpr: Jaxpr, name: str, facts: tuple[Fact | None, ...], evaluate: Evaluate, registry_version: int
 ) -> _CompiledJaxpr:
     del registry_version  # only part of the key: a new handler may change what the function does
-    return _CompiledJaxpr(jaxpr, name, zeros, evaluate)
+    return _CompiledJaxpr(jaxpr, name, facts, evaluate)
 
 
 def jit(ctx: RuleContext, operands: list[Operand]) -> Outputs:
@@ -66,7 +66,7 @@ def jit(ctx: RuleContext, operands: list[Operand]) -> Outputs:
         outs = ctx.evaluate(jaxpr, operands)
     else:
         name = ctx.params.get("name", "jit")
-        outs = _compiled(jaxpr, name, ctx.zeros, ctx.evaluate, registry.version)(operands)
+        outs = _compiled(jaxpr, name, ctx.facts, ctx.evaluate, registry.version)(operands)
     return _with_constraints(outs, ctx.params.get("out_shardings", ()))
 
 

@@ -1,7 +1,7 @@
-"""What a program shows of its plain values: what they were broadcast from, and which of them are zeros.
+"""What an evaluation knows of its plain values: facts that the program shows of them.
 
 A mask of rows meets a cache in `select_n` or `mul`, stretched to the shape of the cache. A handler that asks
-for the rows that it was made of need not read the stretched one, and may keep it in scales.
+along which axes it was stretched need not read all of it, and may keep it in scales.
 """
 
 from __future__ import annotations
@@ -9,55 +9,60 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from qpaged import _compat
-from qpaged._compat import Atom, Equation, Operand
+from qpaged._compat import Equation, Operand
+from qpaged.implicit import _facts
+from qpaged.implicit._facts import ZEROS, Fact, Facts, Kind, facts_of, known_facts
 
 
-class Broadcast(NamedTuple):
-    """A value that was broadcast: ``out`` is ``source`` with its axes on ``dimensions``."""
+class Origin(NamedTuple):
+    """What is known of a value.
 
-    out: jax.Array
-    source: jax.Array
-    dimensions: tuple[int, ...]
-
-
-@dataclass
-class Origins:
-    """What one evaluation of a jaxpr knows of its plain values, by their `id`.
-
-    The values are kept beside it, so that no other gets their id.
+    Attributes:
+        value: itself, kept so that no other value gets its `id`.
+        fact: what the program shows of it.
+        one_hot: of a row, the one-hot value that it was multiplied with or selected by.
     """
 
-    broadcasts: dict[int, Broadcast] = field(default_factory=dict)
-    zeros: dict[int, Operand] = field(default_factory=dict)
+    value: Operand
+    fact: Fact
+    one_hot: jax.Array | None = None
+
+
+class Origins:
+    """What one evaluation of a jaxpr knows of its plain values."""
+
+    def __init__(self, values: Sequence[Operand] = (), facts: Facts = ()):
+        self._by_id: dict[int, Origin] = {}
+        for value, fact in zip(values, facts, strict=True):
+            if fact is not None:
+                self._by_id[id(value)] = Origin(value, fact)
+
+    def find(self, value: Operand) -> Origin | None:
+        return self._by_id.get(id(value))
 
     def follow(self, eqn: Equation, operands: Sequence[Operand], outs: Sequence[Operand]) -> None:
-        """Note what an equation of plain operands shows of its result."""
-        name = eqn.primitive.name
-        if name == "broadcast_in_dim" and len(operands) == 1:
-            dimensions = eqn.params["broadcast_dimensions"]
-            self.broadcasts[id(outs[0])] = Broadcast(outs[0], operands[0], dimensions)
-        if name in ("broadcast_in_dim", "convert_element_type", "reshape"):
-            self.note_zeros(eqn.invars[:1], operands[:1], outs)
+        """Note what an equation of plain operands shows of its results."""
+        facts = facts_of(eqn, [fact_of(operand) for operand in operands])
+        for out, fact in zip(outs, facts, strict=True):
+            if fact is not None:
+                one_hot = _one_hot_among(operands) if fact.kind is Kind.ROW else None
+                self._by_id[id(out)] = Origin(out, fact, one_hot)
 
-    def note_zeros(self, atoms: Sequence[Atom], operands: Sequence[Operand], outs: Sequence[Operand]) -> None:
-        """Note of each of ``outs`` that it is zeros, if the operand that it was made of is."""
-        for atom, operand, out in zip(atoms, operands, outs, strict=True):
-            if is_zero_literal(atom) or is_zeros(operand):
-                self.zeros[id(out)] = out
+    def note_zero_literals(self, eqn: Equation, operands: Sequence[Operand]) -> None:
+        """Note the operands that are zeros written into the jaxpr, which became arrays only now."""
+        nothing = [None] * len(operands)
+        for operand, fact in zip(operands, known_facts(eqn.invars, nothing), strict=True):
+            if fact is not None:
+                self._by_id.setdefault(id(operand), Origin(operand, ZEROS))
 
     def forget(self, value: Operand) -> None:
         """Let go of a value that the program does not use any more."""
-        self.broadcasts.pop(id(value), None)
-        self.zeros.pop(id(value), None)
+        self._by_id.pop(id(value), None)
 
 
 # A context variable rather than a global, because threads trace at the same time; innermost evaluation last.
@@ -65,9 +70,9 @@ _evaluations: ContextVar[tuple[Origins, ...]] = ContextVar("evaluations", defaul
 
 
 @contextmanager
-def evaluation(zeros: Sequence[Operand] = ()) -> Iterator[Origins]:
-    """Collect what is known of values, of which ``zeros`` are zeros; yield the collection."""
-    origins = Origins(zeros={id(value): value for value in zeros})
+def evaluation(values: Sequence[Operand] = (), facts: Facts = ()) -> Iterator[Origins]:
+    """Collect what is known of values, which begins with ``facts`` of ``values``; yield the collection."""
+    origins = Origins(values, facts)
     token = _evaluations.set((*_evaluations.get(), origins))
     try:
         yield origins
@@ -75,25 +80,43 @@ def evaluation(zeros: Sequence[Operand] = ()) -> Iterator[Origins]:
         _evaluations.reset(token)
 
 
-def is_zero_literal(atom: Atom) -> bool:
-    """Return True for a zero that is written into a jaxpr."""
-    return _compat.is_literal(atom) and bool(np.all(np.equal(atom.val, 0)))
+def _origin_of(operand: Operand) -> Origin | None:
+    for origins in reversed(_evaluations.get()):
+        origin = origins.find(operand)
+        if origin is not None:
+            return origin
+    return None
+
+
+def fact_of(operand: Operand) -> Fact | None:
+    """Return what the program shows of a plain operand, if anything."""
+    origin = _origin_of(operand)
+    return None if origin is None else origin.fact
 
 
 def is_zeros(operand: Operand) -> bool:
     """Return True if the program shows a plain operand to be zeros; False also where it does not say."""
-    return any(id(operand) in origins.zeros for origins in _evaluations.get())
+    return _facts.is_zeros(fact_of(operand))
 
 
 def unstretched(operand: Operand) -> jax.Array:
     """Return a plain operand with length 1 along each axis that a broadcast stretched, as far as is known."""
-    for origins in _evaluations.get():
-        broadcast = origins.broadcasts.get(id(operand))
-        if broadcast is None:
-            continue
-        source = unstretched(broadcast.source)
-        shape = [1] * jnp.ndim(operand)
-        for length, axis in zip(jnp.shape(source), broadcast.dimensions, strict=True):
-            shape[axis] = length
-        return lax.broadcast_in_dim(source, shape, broadcast.dimensions)
+    fact = fact_of(operand)
+    for axis in () if fact is None else fact.repeats:
+        operand = lax.slice_in_dim(operand, 0, 1, axis=axis)
     return operand
+
+
+def one_hot_of(operand: Operand) -> jax.Array | None:
+    """Return the one-hot value of a row, :func:`unstretched`; None if it is not known any more."""
+    origin = _origin_of(operand)
+    return None if origin is None else origin.one_hot
+
+
+def _one_hot_among(operands: Sequence[Operand]) -> jax.Array | None:
+    """Return the one-hot value that makes a product or a selection of operands a row."""
+    for operand in operands:
+        fact = fact_of(operand)
+        if fact is not None and fact.kind is Kind.ONE_HOT:
+            return unstretched(operand)
+    return None

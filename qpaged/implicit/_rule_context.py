@@ -11,6 +11,7 @@ import jax
 from qpaged import _compat
 from qpaged._compat import Aval, Jaxpr, Location, Operand, Params, Primitive
 from qpaged.implicit import _reports, _tree
+from qpaged.implicit._facts import Fact
 from qpaged.implicit._value import ImplicitValue, is_implicit
 
 Outputs: TypeAlias = Sequence[Operand]
@@ -24,14 +25,14 @@ class RuleContext:
 
     The interpreter passes itself in, so that rules do not import it: `evaluate(jaxpr, operands)` evaluates an
     inner jaxpr on implicit operands, and `materialize(value)` materializes all layers of an implicit array.
-    `zeros` are the numbers of the operands that the program shows to be zeros.
+    `facts` are what the program shows of its plain operands.
     """
 
     primitive: Primitive
     params: Params
     out_avals: Sequence[Aval]
     location: Location | None
-    zeros: tuple[int, ...]
+    facts: tuple[Fact | None, ...]
     evaluate: Callable[[Jaxpr, Sequence[Operand]], list[Operand]]
     materialize: Callable[[ImplicitValue], jax.Array]
 

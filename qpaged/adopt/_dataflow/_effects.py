@@ -9,7 +9,9 @@ from typing import TypeAlias
 from jax.extend.core import JaxprEqn
 
 from qpaged import _compat
+from qpaged._compat import Atom
 from qpaged.adopt._dataflow._views import Axes, Operation, Selection, SourceLocation, Views
+from qpaged.implicit._facts import Fact, facts_of
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,13 @@ class Write:
         input_index: the number of the input.
         operation: the one that writes.
         partial_axes: the axes of the input along which less than everything is overwritten.
+        adds: whether it adds to what lies there, which must be zeros where nothing was written yet.
     """
 
     input_index: int
     operation: Operation
     partial_axes: Axes
+    adds: bool = False
 
     def __str__(self) -> str:
         axes = ", ".join(map(str, sorted(self.partial_axes)))
@@ -60,12 +64,28 @@ class Dataflow:
         reads: reads of inputs by dots.
         outputs: for each output of the program, what it shows of the inputs.
         call_location: the line of the innermost call that is being followed.
+        facts: what is known of the program's values, by variable.
     """
 
     writes: list[Write] = field(default_factory=list)
     reads: list[Read] = field(default_factory=list)
     outputs: list[Views] = field(default_factory=list)
     call_location: SourceLocation | None = None
+    facts: dict[Atom, Fact] = field(default_factory=dict)
+
+    def fact_of(self, atom: Atom) -> Fact | None:
+        """Return what is known of an operand."""
+        return None if _compat.is_literal(atom) else self.facts.get(atom)
+
+    def follow_facts(self, eqn: JaxprEqn) -> None:
+        """Note what is known of an equation's outputs."""
+        self.note_facts(eqn.outvars, facts_of(eqn, [self.fact_of(atom) for atom in eqn.invars]))
+
+    def note_facts(self, variables: Sequence[Atom], facts: Sequence[Fact | None]) -> None:
+        """Note what is known of variables."""
+        for variable, fact in zip(variables, facts, strict=True):
+            if fact is not None:
+                self.facts[variable] = fact
 
     def locate(self, eqn: JaxprEqn) -> SourceLocation | None:
         """Return the user's line of an equation: inside a function of JAX's own, the line that calls it."""
@@ -88,5 +108,5 @@ class Dataflow:
             self.reads.append(read)
 
 
-Rule: TypeAlias = Callable[[Dataflow, JaxprEqn, Sequence[Views]], Sequence[Views]]
-"""rule(dataflow, equation, views of its operands) -> views of its outputs."""
+Rule: TypeAlias = Callable[[Dataflow, JaxprEqn, Sequence[Views]], Sequence[Views] | None]
+"""rule(dataflow, equation, views of its operands) -> views of its outputs; None if it does not apply."""

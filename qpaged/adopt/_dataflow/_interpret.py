@@ -43,7 +43,10 @@ def _interpret(dataflow: Dataflow, jaxpr: AnyJaxpr, inputs: Sequence[Views]) -> 
         if any(operands):  # the rest of the model computes with nothing of any input
             rule = RULES.get(eqn.primitive.name, _call_or_elementwise)
             outputs = rule(dataflow, eqn, operands)
+            if outputs is None:
+                outputs = _elementwise(dataflow, eqn, operands)
             views.update(zip(eqn.outvars, outputs, strict=True))
+        dataflow.follow_facts(eqn)
     return [views_of(atom) for atom in opened.outvars]
 
 
@@ -54,6 +57,8 @@ def _call_or_elementwise(dataflow: Dataflow, eqn: JaxprEqn, operands: Sequence[V
     callee = _callee(eqn)
     if callee is None:
         return _elementwise(dataflow, eqn, operands)
+    opened, _ = _compat.jaxpr_and_consts(callee)
+    dataflow.note_facts(opened.invars, [dataflow.fact_of(atom) for atom in eqn.invars])
     caller_location = dataflow.call_location
     dataflow.call_location = dataflow.locate(eqn)
     outputs = _interpret(dataflow, callee, operands)

@@ -1,0 +1,122 @@
+"""Writes by arithmetic over a whole axis: a row selected, cleared or added where a one-hot mask says.
+
+What a program shows of its operands tells these from other arithmetic. Each function returns None where it
+does not, or where the format cannot be written to in such rows.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qpaged.arrays._additions import add_rows
+from qpaged.arrays._quantized import QuantizedArray
+from qpaged.arrays._writes import takes_rows, write_rows
+from qpaged.implicit import ImplicitArray
+from qpaged.implicit._facts import Kind
+from qpaged.implicit._origins import fact_of, one_hot_of, unstretched
+
+Operand: TypeAlias = jax.Array | ImplicitArray
+
+
+class RowMask(NamedTuple):
+    """Which row a value is about.
+
+    Attributes:
+        one_hot: bool; 1 long along each axis that it repeats itself along.
+        axis: the axis along which it is True at one index at most.
+    """
+
+    one_hot: jax.Array
+    axis: int
+
+
+class Targets(NamedTuple):
+    """Where rows go: the indexed axes, ascending, and (rows,) int32 coordinates along each of them."""
+
+    axes: tuple[int, ...]
+    coordinates: list[jax.Array]
+
+
+def select(which: jax.Array, cases: Sequence[Operand]) -> QuantizedArray | None:
+    """Return ``lax.select_n`` of a quantized array and a plain one of which no more than a row is chosen."""
+    if len(cases) != 2:
+        return None
+    for kind, (array, new) in ((Kind.ONE_HOT, cases), (Kind.ALL_BUT_ONE, cases[::-1])):
+        mask = _row_mask(which, kind)
+        if mask is not None and isinstance(array, QuantizedArray) and not isinstance(new, ImplicitArray):
+            return _write(array, mask, unstretched(new))
+    return None
+
+
+def add(array: QuantizedArray, row: Operand) -> QuantizedArray | None:
+    """Return ``array + row``, for a row that is zero but at one index of an axis."""
+    mask = _row_mask(row, Kind.ROW)
+    if mask is None or isinstance(row, ImplicitArray):
+        return None
+    targets = _targets(array, mask)
+    if not _takes(array, targets, mask.axis):
+        return None
+    return add_rows(array, *targets, _rows(array, mask, row))
+
+
+def multiply(array: QuantizedArray, factor: Operand) -> QuantizedArray | None:
+    """Return ``array * factor``, for a factor that is 0 at one index of an axis, and 1 at the others."""
+    mask = _row_mask(factor, Kind.ALL_BUT_ONE)
+    if mask is None:
+        return None
+    return _write(array, mask, jnp.zeros((1,) * array.ndim, array.dtype))
+
+
+def _row_mask(operand: Operand, kind: Kind) -> RowMask | None:
+    """Return the row that an operand is about, if the program shows it to be of a kind."""
+    fact = fact_of(operand)
+    if fact is None or fact.kind is not kind:
+        return None
+    if kind is Kind.ALL_BUT_ONE:
+        return RowMask(~unstretched(operand).astype(bool), fact.axis)
+    one_hot = one_hot_of(operand) if kind is Kind.ROW else unstretched(operand)
+    return None if one_hot is None else RowMask(one_hot.astype(bool), fact.axis)
+
+
+def _write(array: QuantizedArray, mask: RowMask, new: jax.Array) -> QuantizedArray | None:
+    """Return ``jnp.where(one_hot, new, array)``; ``new`` may be 1 long along axes."""
+    targets = _targets(array, mask)
+    if not _takes(array, targets, mask.axis):
+        return None
+    return write_rows(array, *targets, _rows(array, mask, new))
+
+
+def _takes(array: QuantizedArray, targets: Targets, axis: int) -> bool:
+    """Return True if rows can be written; rows that part blocks along other axes are computed as a whole."""
+    cuts_blocks = any(array.block[other] > 1 for other in targets.axes if other != axis)
+    return not cuts_blocks and takes_rows(array, targets.axes)
+
+
+def _targets(array: QuantizedArray, mask: RowMask) -> Targets:
+    """Return the coordinates at which a mask is True, those past the end where it is nowhere."""
+    one_hot, axis = mask
+    along = jnp.argmax(one_hot, axis).astype(jnp.int32)
+    along = jnp.where(one_hot.any(axis), along, array.shape[axis])
+    grid = tuple(length for other, length in enumerate(one_hot.shape) if other != axis and length != 1)
+    axes = tuple(other for other, length in enumerate(one_hot.shape) if other == axis or length != 1)
+    coordinates = [
+        lax.broadcasted_iota(jnp.int32, grid, position).reshape(-1) for position in range(len(grid))
+    ]
+    coordinates.insert(axes.index(axis), along.reshape(-1))
+    return Targets(axes, coordinates)
+
+
+def _rows(array: QuantizedArray, mask: RowMask, values: jax.Array) -> jax.Array:
+    """Return what ``values`` are where a mask is True: (rows, *extents of the other axes in order)."""
+    one_hot, axis = mask
+    if values.shape[axis] != 1:
+        values = jnp.where(one_hot, values, jnp.zeros((), values.dtype)).sum(axis, keepdims=True)
+    shape = [1 if other == axis else length for other, length in enumerate(array.shape)]
+    values = jnp.broadcast_to(values, shape).squeeze(axis)
+    varying = [other for other, length in enumerate(one_hot.shape) if other != axis and length != 1]
+    first = [other - (other > axis) for other in varying]
+    values = jnp.moveaxis(values, first, range(len(first)))
+    return values.reshape(-1, *values.shape[len(first) :])

@@ -1,0 +1,128 @@
+"""Rows that programs write by arithmetic over a whole axis go through the same writes as indexed ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.arrays import normal
+from support.implicit_arrays import needs_own_implementation
+
+import qpaged
+from qpaged.arrays import empty, is_quantized
+from qpaged.implicit import use_implicit_args
+
+pytestmark = [needs_own_implementation, pytest.mark.filterwarnings("error")]
+FORMATS = ("int8", "int8:token", "int8+offset", "int4:token+rotate", "int4:channel", "raw")
+SHAPE = (3, 32, 2, 64)
+NEW = normal(3, 1, 2, 64, seed=1)
+PER_SEQUENCE = jnp.array([4, 31, 0])
+
+
+def filled(spelling):
+    """Return an array with the first half of its length written."""
+    quantizer = qpaged.get_quantizer(spelling)
+    page, channels = quantizer.block((16, SHAPE[-1]))
+    array = empty(SHAPE, quantizer, (1, page, 1, channels), jnp.float32)
+    write = use_implicit_args(lambda array, rows: array.at[:, :16].set(rows))
+    return write(array, normal(3, 16, 2, 64, seed=2))
+
+
+def one_hot(position, dtype=bool):
+    """Return (1 or sequences, length, 1, 1)."""
+    return (jnp.arange(32) == jnp.reshape(position, (-1, 1)))[:, :, None, None].astype(dtype)
+
+
+def set_rows(array, position):
+    sequences = jnp.arange(3)
+    return array.at[sequences, jnp.broadcast_to(position, (3,))].set(NEW[:, 0], mode="drop")
+
+
+WAYS = {
+    "where": lambda array, position: jnp.where(one_hot(position), NEW, array),
+    "where not": lambda array, position: jnp.where(~one_hot(position), array, NEW),
+    "where, stretched": lambda array, position: jnp.where(
+        jnp.broadcast_to(one_hot(position), SHAPE), jnp.broadcast_to(NEW, SHAPE), array
+    ),
+    "where, of more rows": lambda array, position: jnp.where(
+        one_hot(position), normal(*SHAPE) * 0 + NEW, array
+    ),
+    "where both": lambda array, position: jnp.where(one_hot(position) & (NEW[:, :, :1, :1] < 99), NEW, array),
+    "unlike": lambda array, position: jnp.where(
+        (jnp.arange(32) != jnp.reshape(position, (-1, 1)))[:, :, None, None], array, NEW
+    ),
+}
+SUMS = {
+    "one_hot": lambda array, position: (
+        array + jax.nn.one_hot(jnp.reshape(position, (-1,)), 32)[:, :, None, None] * NEW
+    ),
+    "mixed": lambda array, position: (
+        array * (1 - one_hot(position, jnp.float32)) + NEW * one_hot(position, jnp.float32)
+    ),
+    "at add": lambda array, position: array.at[jnp.arange(3), jnp.broadcast_to(position, (3,))].add(
+        NEW[:, 0], mode="drop"
+    ),
+    "where zero": lambda array, position: array + jnp.where(one_hot(position), NEW, 0),
+}
+POSITIONS = {"one": jnp.int32(20), "per sequence": PER_SEQUENCE, "past the end": jnp.int32(32)}
+
+
+def assert_same_arrays(got, want):
+    assert is_quantized(got)
+    for a, b in zip(*map(jax.tree_util.tree_leaves, (got, want)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("spelling", FORMATS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_selected_row_is_written_as_by_an_index(way, spelling):
+    array = filled(spelling)
+    want = jax.jit(use_implicit_args(set_rows))
+    got = jax.jit(use_implicit_args(WAYS[way]))
+    for position in (POSITIONS["one"], PER_SEQUENCE, POSITIONS["past the end"]):
+        assert_same_arrays(got(array, position), want(array, position))
+
+
+@pytest.mark.parametrize("spelling", ["int8:token", "int4:token+rotate", "raw"])
+@pytest.mark.parametrize("way", SUMS)
+def test_a_row_that_is_added_to_zeros_is_written_as_by_an_index(way, spelling):
+    array = filled(spelling)
+    want, got = jax.jit(use_implicit_args(set_rows)), jax.jit(use_implicit_args(SUMS[way]))
+    for position in (jnp.int32(20), jnp.array([16, 31, 32])):
+        assert_same_arrays(got(array, position), want(array, position))
+
+
+@pytest.mark.parametrize("spelling", ["int8:token", "int8"])
+def test_a_row_is_added_to_what_lies_there(spelling):
+    array = filled(spelling)
+    got = use_implicit_args(SUMS["one_hot"])(array, jnp.int32(5))
+    want = array.dequantize().at[:, 5].add(NEW[:, 0])
+    np.testing.assert_allclose(got.dequantize(), want, atol=float(got.multipliers().max()))
+
+
+def test_rows_that_are_added_to_one_place_are_all_added():
+    array = filled("int8:token")
+    rows = normal(4, 3, 2, 64, seed=3)
+    add = use_implicit_args(
+        lambda array: array.at[:, jnp.array([20, 21, 20, 40])].add(jnp.moveaxis(rows, 0, 1))
+    )
+    want = array.dequantize().at[:, 20].add(rows[0] + rows[2]).at[:, 21].add(rows[1])
+    np.testing.assert_allclose(add(array).dequantize(), want, atol=float(add(array).multipliers().max()))
+
+
+NEAR_MISSES = {
+    "several rows": lambda array, p: jnp.where((jnp.arange(32) <= p)[None, :, None, None], NEW, array),
+    "a list of indices": lambda array, p: jnp.where(
+        (jnp.arange(32) == jnp.arange(32)[::-1])[None, :, None, None], NEW, array
+    ),
+    "two and a row": lambda array, p: array * (2 - one_hot(p, jnp.float32)) + NEW,
+    "any row": lambda array, p: array + NEW,
+    "one but for a row": lambda array, p: array + (1 - NEW * one_hot(p, jnp.float32)),
+}
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_other_arithmetic_has_its_own_values(name):
+    array = filled("int8:token")
+    with pytest.warns(qpaged.implicit.MaterializeWarning):
+        got = use_implicit_args(NEAR_MISSES[name])(array, jnp.int32(5))
+    np.testing.assert_allclose(got, NEAR_MISSES[name](array.dequantize(), jnp.int32(5)), rtol=1e-6)
