@@ -139,9 +139,10 @@ def bind(primitive: Primitive, operands: Sequence[Operand], params: Params) -> A
 
 def jit_options_of(function: Callable[..., Any]) -> dict[str, Any] | None:
     """Return the static and the donated arguments with which a function was jitted; None if it was not."""
-    info = getattr(function, "_jit_info", None)
-    if info is None:
+    # Methods of objects and functions made by functools.wraps have the attributes of what they call.
+    if type(function) is not type(jax.jit(lambda: None)):
         return None
+    info = function._jit_info  # type: ignore[attr-defined]
     names = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
     return {name: getattr(info, name) for name in names}
 
@@ -308,12 +309,13 @@ def has_placement(aval: Aval) -> bool:
     return sharding is not None and jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
 
 
-def explicit_sharding(array: jax.Array | np.ndarray) -> Any:
+def explicit_sharding(array: jax.Array | np.ndarray | jax.ShapeDtypeStruct) -> Any:
     """Return the sharding of an array on a mesh with Explicit axes; None on any other mesh or device."""
     if not hasattr(jax, "typeof"):
         return None
-    sharding = getattr(jax.typeof(array), "sharding", None)
-    if sharding is None or sharding.mesh.empty:
+    aval = array if isinstance(array, jax.ShapeDtypeStruct) else jax.typeof(array)
+    sharding = getattr(aval, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding) or sharding.mesh.empty:
         return None
     if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
         return None
@@ -322,8 +324,10 @@ def explicit_sharding(array: jax.Array | np.ndarray) -> Any:
 
 def with_auto_axes(fun: Callable[..., Any], out_shardings: Pytree) -> Callable[..., Any]:
     """Return `fun` with the mesh's Explicit axes as Auto axes inside, and its outputs sharded as given."""
-    axes = jax.tree_util.tree_leaves(out_shardings)[0].mesh.axis_names
-    return jax.sharding.auto_axes(fun, axes=axes, out_sharding=out_shardings)
+    mesh = jax.tree_util.tree_leaves(out_shardings)[0].mesh
+    explicit = jax.sharding.AxisType.Explicit
+    axes = [name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == explicit]
+    return jax.sharding.auto_axes(fun, axes=tuple(axes), out_sharding=out_shardings)
 
 
 def reshard_primitives() -> list[Primitive]:

@@ -40,7 +40,7 @@ class Arguments:
         for position, (keys, leaf) in enumerate(leaves_with_keys):
             self._leaves.append(leaf)
             # Python's numbers and flags stay as they are: a step may branch on them.
-            if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            if hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type):
                 self._array_positions.append(position)
                 self.paths.append(_argument_path(parameters, keys))
 
@@ -55,8 +55,7 @@ class Arguments:
         structs = []
         for array in self.arrays:
             leaf = array.stored if is_quantized(array) else array
-            sharding = None if isinstance(leaf, jax.ShapeDtypeStruct) else explicit_sharding(leaf)
-            structs.append(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding))
+            structs.append(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=explicit_sharding(leaf)))
         return structs
 
     def with_arrays(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

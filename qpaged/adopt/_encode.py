@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, Sharding
 
 from qpaged._compat import explicit_sharding
 from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache
 from qpaged.arrays import QuantizedArray, empty, quantize
 from qpaged.arrays._blocks import block_max
 from qpaged.arrays._explicit import placed_as
+from qpaged.arrays._placement import sharding_of_part
 from qpaged.formats import CacheFormat, Quantizer, Wrapper
 
 PlainArray: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
@@ -107,7 +110,8 @@ def quantize_leaf(leaf: CacheLeaf, array: PlainArray, quantizer: Quantizer, page
     block = _block(leaf, array.shape, quantizer, page_size)
     channel_axis = leaf.axis("head_dim") - len(array.shape)  # counted from the end
     if isinstance(array, jax.ShapeDtypeStruct):
-        return empty(array.shape, quantizer, block, array.dtype, channel_axis)
+        make = functools.partial(empty, array.shape, quantizer, block, array.dtype, channel_axis)
+        return _made_at(array.sharding, make)
     quantize_array = functools.partial(
         _quantize_written, quantizer=quantizer, block=block, channel_axis=channel_axis
     )
@@ -116,6 +120,16 @@ def quantize_leaf(leaf: CacheLeaf, array: PlainArray, quantizer: Quantizer, page
         return quantize_array(array)
     struct = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
     return placed_as(quantize_array, [array], struct)
+
+
+def _made_at(sharding: Sharding | None, make: Callable[[], QuantizedArray]) -> QuantizedArray:
+    """Return the array that ``make`` makes, each device making its own part of it."""
+    if not isinstance(sharding, NamedSharding):
+        return make()
+    shardings = jax.tree_util.tree_map(
+        lambda part: sharding_of_part(sharding, part.shape), jax.eval_shape(make)
+    )
+    return jax.jit(make, out_shardings=shardings)()
 
 
 def _check_array(leaf: CacheLeaf, array: PlainArray) -> None:

@@ -48,7 +48,11 @@ def find_cache(
         ValueError: ``axes`` has other names, or another number of them than an array has axes; ``where`` is
             no pattern; two arrays of the cache have the same path.
     """
-    arguments = Arguments(step, args, kwargs)
+    return find_in(step, Arguments(step, args, kwargs), where, axes)
+
+
+def find_in(step: Callable[..., Any], arguments: Arguments, where: Where, axes: AxesOption) -> FoundCache:
+    """Do what :func:`find_cache` does, for arguments of any names."""
     dataflow, outputs, zero_tests = _trace(step, arguments)
     output_paths = [output.path for output in outputs]
     is_chosen = path_filter(where)

@@ -25,6 +25,9 @@ class Report(tuple[Materialization, ...]):
 
     quantized: str
 
+    def __reduce__(self) -> tuple[type[Report], tuple[tuple[Materialization, ...], str]]:
+        return Report, (tuple(self), self.quantized)  # to copy and pickle it
+
     def __str__(self) -> str:
         return "\n".join([self.quantized, listed(self)])
 

@@ -57,6 +57,11 @@ def _state_of(array: QuantizedArray) -> dict[str, jax.Array]:
 
 def _with_state(array: QuantizedArray, state: dict[str, Any]) -> QuantizedArray:
     """Return an array with the children of a state, which must be of an array alike."""
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"state must be of a quantized array, but holds an array of {getattr(state, 'dtype', state)}, as "
+            f"of a float cache; restore it into a float cache, and pass that through step.init."
+        )
     current = _state_of(array)
     came = {name: (jnp.shape(child), jnp.dtype(child.dtype).name) for name, child in state.items()}
     wanted = {name: (jnp.shape(child), jnp.dtype(child.dtype).name) for name, child in current.items()}

@@ -6,11 +6,11 @@ import functools
 import numbers
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qpaged._compat import jit_options_of
@@ -27,7 +27,7 @@ from qpaged.adopt._arguments import (
 )
 from qpaged.adopt._cache_leaf import FoundCache
 from qpaged.adopt._encode import check_layers, check_zeros, quantize_leaf, quantizer_for
-from qpaged.adopt._find import find_cache
+from qpaged.adopt._find import find_in
 from qpaged.adopt._options import AxesOption, Where
 from qpaged.adopt._report import MaterializeError, Report, listed
 from qpaged.adopt._saving import register_with_flax
@@ -81,12 +81,29 @@ def quantize_cache(
         raise ValueError(f"page_size must be a whole number, at least 1, but is {page_size!r}; 16 is usual.")
     cache_format = CacheFormat.of(quantizer)
     args, kwargs = example_arguments(step, example)
-    found = find_cache(step, *args, where=where, axes=axes, **kwargs)
+    found = find_in(step, Arguments(step, args, kwargs), where, axes)
     check_layers(cache_format, found)
     check_zeros(cache_format, found)
     quantized_step = QuantizedStep(step, cache_format, found, page_size, strict)
     quantized_step._trace_example(args, kwargs)
     return quantized_step
+
+
+@dataclass
+class _History:
+    """What a step and its parts have met so far.
+
+    Attributes:
+        materialized: the places where arrays were decoded, in the order in which they were met.
+        blocks: by path, the blocks of the arrays that ``init`` and ``apply`` returned.
+        ran_on_floats: whether the last program that was traced had a cache of floats.
+        warned_of_floats: whether the user was told of one.
+    """
+
+    materialized: dict[Materialization, None] = field(default_factory=dict)
+    blocks: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
+    ran_on_floats: bool = False
+    warned_of_floats: bool = False
 
 
 class QuantizedStep:
@@ -112,11 +129,8 @@ class QuantizedStep:
         self._page_size = page_size
         self._strict = strict
         self._run = use_implicit_args(step)
-        self._warned_of_float_arrays = False
-        # An ordered set, which the parts of a step share with it.
-        self._materialized: dict[Materialization, None] = {}
+        self._history = _History()
         self._leaves = {leaf.path: leaf for leaf in found.leaves}
-        self._blocks: dict[str, set[tuple[int, ...]]] = {}  # of the arrays that init and apply returned
         self._jitted = self._jit_as_step()
         # So that jit and inspect see the step's own name and signature; its attributes are not copied.
         functools.update_wrapper(self, step, updated=())
@@ -166,7 +180,7 @@ class QuantizedStep:
     def restrict(self, step: Callable[..., Any], found: FoundCache) -> QuantizedStep:
         """Return a part of this step with a part of its cache: the same quantizers, and the same report."""
         part = QuantizedStep(step, self.quantizer, found, self._page_size, self._strict)
-        part._materialized = self._materialized
+        part._history = self._history
         return part
 
     def of(self, step: Callable[..., Any], found: FoundCache) -> QuantizedStep:
@@ -241,7 +255,7 @@ class QuantizedStep:
         if is_quantized(value):
             if (value.quantizer, value.block) == (before.quantizer, before.block):
                 return value  # whole pages or sequences were added or taken away
-            value = value.dequantize(before.dtype)
+            value = value.materialize()
         return self._quantize_array(path, value)
 
     def report(self) -> Report:
@@ -249,11 +263,11 @@ class QuantizedStep:
 
         The places are of all programs traced so far, the example's first; bytes are of the example's cache.
         """
-        return Report(self._materialized, self._quantized_bytes())
+        return Report(self._history.materialized, self._quantized_bytes())
 
     def _quantized_bytes(self) -> str:
         """Return a line that says which arrays of the example's cache are quantized, and their bytes."""
-        if self._warned_of_float_arrays:
+        if self._history.ran_on_floats:
             return (
                 "not quantized: the step ran on a cache of floats, which was not passed through step.init()"
             )
@@ -266,7 +280,7 @@ class QuantizedStep:
         )
 
     def _quantized_shape(self, path: str, struct: jax.ShapeDtypeStruct) -> Pytree:
-        return jax.eval_shape(lambda: self._quantize_array(path, jnp.zeros(struct.shape, struct.dtype)))
+        return jax.eval_shape(lambda: self._quantize_array(path, struct))
 
     def _trace_example(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Run the step on shapes: tracing shows what it materializes, as this does not depend on values."""
@@ -283,15 +297,15 @@ class QuantizedStep:
 
     def _warn_of_float_arrays(self, arguments: Arguments) -> None:
         """Warn, once, if arrays of the cache come as they were before :meth:`init`."""
-        if self._warned_of_float_arrays:
-            return
         plain = []
         for path, array in zip(arguments.paths, arguments.arrays, strict=True):
             leaf = self._leaves.get(path)
             if leaf and not is_quantized(array) and quantizer_for(leaf, self.quantizer) is not None:
                 plain.append(path)
-        if plain:
-            self._warned_of_float_arrays = True
+        warned = self._history.warned_of_floats
+        self._history.ran_on_floats = bool(plain)
+        if plain and not warned:
+            self._history.warned_of_floats = True
             warnings.warn(
                 f"step should get its cache as {self.quantizer}, but {len(plain)} arrays of it are floats, "
                 f"{plain[0]} first, and stay so; pass the cache through step.init() before the first step.",
@@ -304,7 +318,7 @@ class QuantizedStep:
         Shapes alone do not show it: the first 20 of 32 tokens beside both scales look like two pages of 10.
         """
         for path, array in zip(arguments.paths, arguments.arrays, strict=True):
-            known = self._blocks.get(path)
+            known = self._history.blocks.get(path)
             if not known or not is_quantized(array) or array.scales is None:
                 continue
             if array.ndim != len(self._leaves[path].axes):
@@ -347,7 +361,7 @@ class QuantizedStep:
     def _remember_blocks(self, path: str, array: Any) -> Any:
         """Return an array of a cache that goes out to the user, after noting its blocks."""
         if path in self._leaves and is_quantized(array):
-            self._blocks.setdefault(path, set()).add(array.block)
+            self._history.blocks.setdefault(path, set()).add(array.block)
         return array
 
     def _requantize_outputs(self, out: Pytree, arguments: Arguments) -> Pytree:
@@ -376,7 +390,7 @@ class QuantizedStep:
 
     def _add_to_report(self, places: Sequence[Materialization]) -> None:
         """Add places to the report; raise MaterializeError if there are any and the step is strict."""
-        self._materialized.update(dict.fromkeys(places))
+        self._history.materialized.update(dict.fromkeys(places))
         if self._strict and places:
             raise MaterializeError(
                 f"step must not decode its cache, since strict is set, but {listed(places)}\n"

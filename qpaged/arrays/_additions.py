@@ -21,7 +21,7 @@ def add_rows(
     axes = tuple(axes)
     index = jnp.stack([clip_to_int32(along_axis) for along_axis in coordinates], axis=-1)
     _, place = group_by_block(index, tuple(array.shape[axis] for axis in axes))
-    total = jax.ops.segment_sum(rows.astype(jnp.float32), place, len(rows))[place]
+    total = jax.ops.segment_sum(rows.astype(jnp.float32), place, rows.shape[0])[place]
     return write_rows(array, axes, coordinates, _read_rows(array, axes, index) + total)
 
 

@@ -30,11 +30,22 @@ def on_explicit_meshes(handler: F) -> F:
     def handle(primitive: Any, *operands: Any, **params: Any) -> Any:
         if not _are_explicit(operands):
             return handler(primitive, *operands, **params)
-        with_sharding = [_logical_struct(operand) for operand in operands]
-        plain = jax.eval_shape(lambda *xs: default_handler(primitive, *xs, **params), *with_sharding)
-        return placed_as(lambda *xs: handler(primitive, *xs, **params), operands, plain)
+        plain = _results_of_plain(primitive, operands, params)
+        # Where the results go is known by now, and with Auto axes a dot takes no sharding for its result.
+        inner = {**params, "out_sharding": None} if "out_sharding" in params else params
+        return placed_as(lambda *xs: handler(primitive, *xs, **inner), operands, plain)
 
     return handle  # type: ignore[return-value]
+
+
+def _results_of_plain(primitive: Any, operands: Sequence[Any], params: dict[str, Any]) -> Any:
+    """Return the types of a primitive's results for plain operands, with their shardings."""
+    structs = [_logical_struct(operand) for operand in operands]
+    # The shapes that eval_shape returns have no shardings on a mesh with axes of several kinds.
+    jaxpr, shapes = jax.make_jaxpr(lambda *xs: default_handler(primitive, *xs, **params), return_shape=True)(
+        *structs
+    )
+    return jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(shapes), jaxpr.out_avals)
 
 
 def placed_as(function: Callable[..., Any], operands: Sequence[Any], plain: Any) -> Any:

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 from numpy.typing import DTypeLike
 
-ARITHMETIC = "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"
-OTHER_OPERATORS = "getitem", "iter", "neg", "abs", "lt", "le", "gt", "ge"
+ARITHMETIC = "add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "matmul"
+OTHER_OPERATORS = "getitem", "iter", "len", "bool", "neg", "pos", "abs", "invert", "lt", "le", "gt", "ge"
+
+PLAIN = jax.Array, np.ndarray, np.generic, bool, int, float, complex
 
 
 class PlainUse:
@@ -20,6 +22,15 @@ class PlainUse:
     ``jax.Array`` and the functions of ``jax.numpy`` raise an error that says what to call: if they worked, a
     forgotten ``use_implicit_args`` would decode the whole array at each of them.
     """
+
+    __array_ufunc__ = None  # so that NumPy's arrays and numbers leave their operators to the ones here
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        """Return True for the array itself; elements are not compared outside of ``use_implicit_args``."""
+        if isinstance(other, PLAIN):
+            raise TypeError(_advice("comparison with numbers"))
+        return self is other
 
     def materialize(self) -> jax.Array:
         raise NotImplementedError

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from qpaged.arrays._blocks import check_block, scale_shape
 from qpaged.arrays._dtypes import float_dtype
 from qpaged.arrays._encoding import block_extremes, encode, fit_scales, global_scale_shape, to_block_values
+from qpaged.arrays._explicit import placed_as
 from qpaged.arrays._lane_rows import count_slots_per_row
 from qpaged.arrays._packing import BYTE, pack
 from qpaged.arrays._protocol import ArrayFormat
@@ -75,10 +76,18 @@ def empty(
 
 def overwrite(array: QuantizedArray, new: Any) -> QuantizedArray:
     """Return ``array`` with every element replaced by ``new``: fresh scales, the same blocks."""
+    sharding = array.explicit_sharding()
+    if sharding is None:
+        return _overwrite(array, new)
+    struct = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    return placed_as(_overwrite, [array, new], struct)
+
+
+def _overwrite(array: QuantizedArray, new: Any) -> QuantizedArray:
     if not isinstance(new, QuantizedArray):
         new = quantize(lax.stop_gradient(new), array.quantizer, array.block, array.dtype, array.channel_axis)
     elif (new.quantizer, new.block, new.channel_axis) != (array.quantizer, array.block, array.channel_axis):
-        return overwrite(array, new.dequantize())
+        return _overwrite(array, new.dequantize())
     return array.like(new.codes, new.parts)
 
 

@@ -75,8 +75,8 @@ class QuantizedArray(PlainUse, ImplicitArray):
     channel_axis: int = aux_field(default=-1)
     slots_per_row: int = aux_field(default=1)
 
-    # Compare by identity; qax's base class would compare the children, and could not be hashed.
-    __eq__ = object.__eq__
+    # qax's base class would compare the children, and could not be hashed.
+    __eq__ = PlainUse.__eq__
     __hash__ = object.__hash__
 
     def __post_init__(self) -> None:

@@ -82,6 +82,10 @@ def _convert(primitive, repeated: Repeated, *, new_dtype, **params):
 
 @primitive_handler(reshard_primitives())
 def _reshard(primitive, repeated: Repeated, *, dst_sharding, **params):
+    """Place the array itself; where the copies go to several devices, they are made first."""
+    spec = (*dst_sharding.spec, *[None] * repeated.ndim)
+    if spec[repeated.axis % repeated.ndim] is not None:
+        return NotImplemented
     return repeated.over(primitive.bind(repeated.array, dst_sharding=dst_sharding, **params))
 
 

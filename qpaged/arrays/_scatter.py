@@ -102,8 +102,8 @@ def group_by_block(
     ascending = flat[order]
     is_new = jnp.append(jnp.zeros(1, bool), ascending[1:] != ascending[:-1])
     group = jnp.cumsum(is_new, dtype=jnp.int32)
-    block_of_row = jnp.zeros(len(flat), jnp.int32).at[order].set(group)
-    distinct = jnp.full(len(flat), past_end, jnp.int32).at[group].set(ascending)
+    block_of_row = jnp.zeros(flat.shape[0], jnp.int32).at[order].set(group)
+    distinct = jnp.full(flat.shape[0], past_end, jnp.int32).at[group].set(ascending)
     # The leading coordinate is not taken modulo its extent: past the end it stays there.
     coordinates = [distinct // strides[0]]
     for stride, extent in zip(strides[1:], grid[1:], strict=True):

@@ -102,9 +102,9 @@ def _write_windows(
     for column, axis in enumerate(indexed):
         begin = starts[:, axis].reshape(-1, *[1] * len(indexed))
         along = begin + lax.broadcasted_iota(jnp.int32, (1, *sizes), column + 1)
-        coordinates.append(jnp.broadcast_to(along, (len(starts), *sizes)).reshape(-1))
+        coordinates.append(jnp.broadcast_to(along, (starts.shape[0], *sizes)).reshape(-1))
     order = (0, *(axis + 1 for axis in (*indexed, *kept)))
-    row_shape = (len(coordinates[0]), *(window[axis] for axis in kept))
+    row_shape = (coordinates[0].shape[0], *(window[axis] for axis in kept))
     rows = _reshape_update(_transpose_update(windows, order), row_shape)
     return put(array, indexed, coordinates, rows)
 

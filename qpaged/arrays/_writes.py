@@ -51,7 +51,7 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
     """
     axes = tuple(axes)
     index = jnp.stack([clip_to_int32(along_axis) for along_axis in coordinates], axis=-1)
-    if len(index) == 0:
+    if index.shape[0] == 0:
         return array
     if not isinstance(array, QuantizedArray):
         return scatter_rows(array, axes, index, jnp.asarray(rows).astype(array.dtype))
@@ -142,13 +142,13 @@ def _quantize_rows(
     kept_grid = tuple(count for axis, count in enumerate(grid) if axis not in axes)
     low, high = jax.vmap(lambda row: block_extremes(row, kept_grid))(rows)
     # Entries without rows get infinities, and meaningless scales, which the scatter drops.
-    low = jax.ops.segment_min(low, blocks.of_row, len(rows))
-    high = jax.ops.segment_max(high, blocks.of_row, len(rows))
+    low = jax.ops.segment_min(low, blocks.of_row, rows.shape[0])
+    high = jax.ops.segment_max(high, blocks.of_row, rows.shape[0])
     global_shape = global_scale_shape(quantizer, kept_grid, channel_axis_of_rows(array, axes))
     fitted = jax.vmap(lambda low, high: fit_scales(quantizer, low, high, global_shape))(low, high)
 
     new = NewExtremes(fitted.scales, low, high)
-    if _tpu_write.takes(array, axes, len(rows)) and _tpu_write.grows(array):
+    if _tpu_write.takes(array, axes, rows.shape[0]) and _tpu_write.grows(array):
         arguments = array, blocks, index, rows, new
         codes, scales = by_platform(*arguments, default=_grow_and_scatter, tpu=_grow_and_scatter_on_tpu)
         return array.like(codes, BlockParts(scales))
@@ -159,7 +159,8 @@ def _quantize_rows(
     codes = _encode_rows(array, rows, blocks.of_row, scales, fitted.global_scale)
     new_parts = BlockParts(scales, fitted.global_scale)
     return array.like(
-        _put_codes(array, axes, index, codes), _put_parts(array, axes, blocks.distinct, new_parts, len(rows))
+        _put_codes(array, axes, index, codes),
+        _put_parts(array, axes, blocks.distinct, new_parts, rows.shape[0]),
     )
 
 
@@ -205,7 +206,7 @@ def _grow_and_scatter_on_tpu(
 
 def _put_codes(array: QuantizedArray, axes: Axes, index: jax.Array, codes: jax.Array) -> jax.Array:
     """Return the codes of ``array`` with ``codes``, one an element, put at ``index``."""
-    if not _tpu_write.takes(array, axes, len(index)):
+    if not _tpu_write.takes(array, axes, index.shape[0]):
         return _scatter_codes(array, array.codes, axes, index, codes)
     without_parts = array.like(array.codes, BlockParts(None))  # all that is passed would be an operand
     return by_platform(without_parts, index, codes, default=_scatter_slots, tpu=_scatter_slots_on_tpu)

@@ -79,13 +79,30 @@ class ImplicitArray(ImplicitValue):
             _ = self.shape, self.dtype  # raises for the one that is missing
             raise
         except (TypeError, ValueError):
-            # Children stacked for vmap do not fit the shape of one; a shape and a dtype that are given are
-            # believed.
-            if None in (_fields.read_or_none(self, "shape"), _fields.read_or_none(self, "dtype")):
+            if not self._is_stack():
                 raise
             return
         self._set_or_compare("shape", materialized.shape)
         self._set_or_compare("dtype", materialized.dtype)
+
+    def _is_stack(self) -> bool:
+        """Return True if the children are those of several arrays, stacked for vmap: one of them fits.
+
+        A shape and a dtype that are given are then believed, and are those of one.
+        """
+        if None in (_fields.read_or_none(self, "shape"), _fields.read_or_none(self, "dtype")):
+            return False
+        one = self
+        while all(child.ndim for child in jax.tree_util.tree_leaves(one)):
+            one = jax.tree_util.tree_map(
+                lambda child: jax.ShapeDtypeStruct(child.shape[1:], child.dtype), one
+            )
+            try:
+                logical_struct(one)
+            except (TypeError, ValueError):
+                continue
+            return True
+        return False
 
     def _set_or_compare(self, name: str, materialized: Any) -> None:
         """Set the shape or dtype to that of `materialize()`, or warn if another was declared."""

@@ -371,26 +371,55 @@ def test_outputs_that_are_no_arrays_come_back():
 
 
 def test_a_step_that_was_jitted_stays_jitted():
-    traces = []
-
     @functools.partial(jax.jit, donate_argnames=("cache",), static_argnames=("causal",))
     def jitted(x, position, cache, causal):
-        traces.append(causal)
         return step(x, position, cache) if causal else (x, cache)
 
     run = adopted(step=jitted, example=(*EXAMPLE, True))
     first = run.init(CACHE)
     _, cache = run(X, 0, first, causal=True)
     assert all(leaf.is_deleted() for leaf in jax.tree_util.tree_leaves(first))  # donated, as before
-    count = len(traces)
+    run._run_step = None  # type: ignore[assignment]  # a call that traced it once more would fail
     for position in range(1, 4):  # a Python number is no constant of the program
         out, cache = run(X, position, cache, causal=True)
-    assert len(traces) == count
     want = adopted().init(CACHE)
     plain = adopted()
     for position in range(4):
         want_out, want = jax.jit(plain)(X, jnp.int32(position), want)
     np.testing.assert_array_equal(out, want_out)
+
+
+def test_what_only_calls_a_jitted_function_is_called_as_it_is():
+    """A method's argument numbers count its object, and a wrapper may look at values."""
+    jitted, positions = jax.jit(step, donate_argnums=2), []
+
+    @functools.wraps(jitted)
+    def checked(x, position, cache):
+        positions.append(int(position))
+        return jitted(x, position, cache)
+
+    run = adopt.quantize_cache(checked, "int8", example=(X, 0, CACHE))
+    for position in (1, 2):
+        run(X, position, run.init(CACHE))
+    assert positions[-2:] == [1, 2]
+
+    class Model:
+        @functools.partial(jax.jit, static_argnums=0, donate_argnames="cache")
+        def step(self, x, position, cache):
+            return step(x, position, cache)
+
+    run = adopt.quantize_cache(Model().step, "int8", example=EXAMPLE)
+    x = jnp.array(X)
+    run(x, jnp.int32(0), run.init(CACHE))
+    assert not x.is_deleted()
+
+
+def test_the_names_of_arguments_are_the_steps_own():
+    def named(x, where, axes):
+        return step(x, where, axes)
+
+    run = adopt.quantize_cache(named, "int8", example={"x": X, "where": jnp.int32(0), "axes": CACHE})
+    assert len(run.found.leaves) == 2
 
 
 def test_a_step_names_its_function_and_its_format():

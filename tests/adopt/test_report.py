@@ -1,6 +1,7 @@
 """The report names the lines of the model that decode its cache."""
 
 import inspect
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -29,3 +30,14 @@ def test_decoding_inside_a_function_of_jax_is_reported_at_its_call():
     lines, first_line = inspect.getsourcelines(step)
     (where_line,) = [first_line + offset for offset, line in enumerate(lines) if "jnp.where" in line]
     assert (place.primitive, place.file, place.line) == ("select_n", __file__, where_line)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_report_says_what_ran_last():
+    run = quantize_cache(step, "int8", example=(jnp.ones((2, 1, 16)), jnp.int32(0), CACHE))
+    part = run.restrict(step, run.found)
+    for cache, words in ((CACHE, "not quantized"), (run.init(CACHE), "2 of 2 arrays")):
+        part(jnp.ones((2, 1, 16)), jnp.int32(0), cache)
+        assert words in str(run.report()) and words in str(part.report())
+    copied = pickle.loads(pickle.dumps(run.report()))
+    assert str(copied) == str(run.report())

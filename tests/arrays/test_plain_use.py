@@ -23,7 +23,16 @@ USES = {
     "a sum with an array": lambda array: jnp.ones(4) + array,
     "a product": lambda array: 2 * array,
     "a comparison": lambda array: array < 0,
+    "an equation": lambda array: array == 0,
+    "an inequality": lambda array: np.float32(0) != array,
+    "a truth": bool,
+    "a length": len,
+    "a NumPy number": lambda array: np.float32(2) * array,
+    "a NumPy array": lambda array: np.ones(4) + array,
     "negation": operator.neg,
+    "plus": operator.pos,
+    "inversion": operator.invert,
+    "divmod": lambda array: divmod(array, 2),
     "jnp.asarray": jnp.asarray,
     "jnp.sum": jnp.sum,
     "jnp.roll": lambda array: jnp.roll(array, 1, axis=1),
@@ -45,6 +54,17 @@ def test_uses_that_need_an_implicit_program_name_it(use):
 def test_numpy_gets_the_values():
     np.testing.assert_array_equal(np.asarray(ARRAY), ARRAY.materialize())
     assert np.asarray(ARRAY, np.float64).dtype == np.float64
+
+
+def test_arrays_are_equal_to_themselves_alone():
+    other = quantize(normal(2, 8, 4), qpaged.get_quantizer("int8:token"), (1, 1, 4))
+    assert ARRAY == ARRAY and other != ARRAY and ARRAY != "x" and ARRAY is not None
+    assert ARRAY in [other, ARRAY] and len({ARRAY, other}) == 2
+
+
+def test_functions_of_numpy_do_not_decode_in_silence():
+    with pytest.raises(TypeError, match="QuantizedArray"):
+        np.exp(ARRAY)
 
 
 def test_an_unknown_attribute_is_reported_as_of_any_class():
