@@ -1,7 +1,7 @@
 """A reference decoder, its checkpoints and tokenizers, and a tiny model that comes with the package.
 
-The decoder computes Llama 2 and 3, Mistral, Qwen 2 and 3, Gemma 2 and 3 and Phi-3, from the checkpoints that
-Hugging Face stores.
+The decoder computes Llama 2 and 3, Mistral, Mixtral, Qwen 2 and 3, Qwen 3 MoE, Gemma 2 and 3 and Phi-3, from
+the checkpoints that Hugging Face stores.
 """
 
 from pathlib import Path
@@ -26,6 +26,7 @@ from qpaged.models.decoder import (
     output_logits,
     param_shapes,
 )
+from qpaged.models.experts import Experts
 from qpaged.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
 from qpaged.models.text import standard_library_files, standard_library_text
 from qpaged.models.tokenizer import Tokenizer, Tokens, load_tokenizer
@@ -35,6 +36,7 @@ __all__ = [
     "AttentionOptions",
     "CacheSizes",
     "DecoderConfig",
+    "Experts",
     "LinearScaling",
     "Llama3Scaling",
     "LongRopeScaling",

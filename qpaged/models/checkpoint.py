@@ -8,6 +8,7 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -24,8 +25,8 @@ from qpaged.models._safetensors import (
     weight_files,
 )
 from qpaged.models.config import DecoderConfig
-from qpaged.models.decoder import EMBEDDING, OUTPUT, Params, param_shapes
-from qpaged.models.families import decoder_config, llama_fields
+from qpaged.models.decoder import EMBEDDING, EXPERTS, OUTPUT, Params, Shapes, param_shapes
+from qpaged.models.families import FAMILIES, decoder_config, llama_fields
 
 CONFIG_FILE = "config.json"
 
@@ -62,7 +63,7 @@ def read_config(path: str | Path) -> DecoderConfig:
 def load_checkpoint(directory: str | Path, dtype: DTypeLike | None = None) -> tuple[DecoderConfig, Params]:
     """Read the configuration and weights of a checkpoint of one file or of shards, weights cast to `dtype`.
 
-    Weights keep their stored dtypes if None. They are read one by one: no more than the model and the tensor
+    Weights keep their stored dtypes if None. They are read one by one: no more than the model and the weight
     being read is in memory, and tensors that the decoder does not use are not read. If the checkpoint has no
     output matrix, the embedding is used for it.
 
@@ -76,7 +77,16 @@ def load_checkpoint(directory: str | Path, dtype: DTypeLike | None = None) -> tu
     config, tensors = _used_tensors(path, compare_tied=True)
     if tensors is None:
         raise _no_weights(path.parent)
-    return config, {name: tensor.read(dtype) for name, tensor in tensors.items()}
+    params: Params = {}
+    for name, shape in param_shapes(config).items():
+        parts = [tensors[part] for part in _part_shapes(config, name, shape)]
+        params[name] = _read_stack(parts, dtype) if EXPERTS in name else parts[0].read(dtype)
+    return config, params
+
+
+def _read_stack(parts: list[StoredTensor], dtype: DTypeLike | None) -> jax.Array:
+    # Once the stack is ready, its parts can be freed, before the next weight is read.
+    return jnp.stack([part.read(dtype) for part in parts]).block_until_ready()
 
 
 def parameter_bytes(path: str | Path) -> int | None:
@@ -167,7 +177,7 @@ def _no_weights(directory: Path) -> Exception:
 def _used_tensors(
     config_path: Path, compare_tied: bool = False
 ) -> tuple[DecoderConfig, dict[str, StoredTensor] | None]:
-    """Return a configuration, and the tensors that its decoder uses, by their names in `param_shapes`.
+    """Return a configuration, and the tensors that its decoder uses, by their names in `_stored_shapes`.
 
     The tensors are None if there are no weights. Only ``compare_tied`` reads values: it unties an output
     matrix that is stored beside the embedding and differs from it.
@@ -186,12 +196,31 @@ def _used_tensors(
                 stacklevel=3,
             )
             config = replace(config, tie_word_embeddings=False)
-    shapes = param_shapes(config)
+    shapes = _stored_shapes(config)
     stored_shapes = {name: tensor.shape for name, tensor in stored.items()}
     for name, shape in shapes.items():
         _check_weight(name, shape, stored_shapes, str(directory))
     _check_all_used(config, stored)
     return config, {name: stored[name] for name in shapes}
+
+
+def _stored_shapes(config: DecoderConfig) -> Shapes:
+    """Return the shape of every tensor that a decoder's weights are stored in, by name."""
+    shapes: Shapes = {}
+    for name, shape in param_shapes(config).items():
+        shapes |= _part_shapes(config, name, shape)
+    return shapes
+
+
+def _part_shapes(config: DecoderConfig, name: str, shape: tuple[int, ...]) -> Shapes:
+    """Return the shapes of the tensors that one weight is stored in: itself, or each expert's own."""
+    names = [name]
+    if EXPERTS in name:
+        names = [name.replace(EXPERTS, f"{EXPERTS}{expert}.") for expert in range(shape[0])]
+        shape = shape[1:]
+    for ours, stored in FAMILIES[config.model_type].stored_names.items():
+        names = [part.replace(ours, stored) for part in names]
+    return dict.fromkeys(names, shape)
 
 
 def _with_plain_names(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -232,7 +261,7 @@ def _check_weight(
 
 def _check_all_used(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -> None:
     """Raise ValueError if a tensor of the decoder would be left out: a bias or a norm changes the results."""
-    shapes = param_shapes(config)
+    shapes = _stored_shapes(config)
     for name, tensor in stored.items():
         # A tied output matrix may be stored beside the embedding; it is the same matrix.
         is_known = name in shapes or name == OUTPUT or name.endswith(BUFFERS)

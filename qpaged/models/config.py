@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from qpaged.models.experts import Experts
 from qpaged.models.rope import LongRopeScaling, Rope
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -11,7 +12,7 @@ Activation = Literal["silu", "gelu_pytorch_tanh"]
 FULL: LayerType = "full_attention"
 SLIDING: LayerType = "sliding_attention"
 
-MOST_LAYERS = 10_000
+MOST = 10_000
 
 SIZES = (
     "vocab_size",
@@ -45,6 +46,7 @@ class DecoderConfig:
     """Sizes and features of a decoder, named as by Hugging Face where possible. Defaults are a Llama's.
 
     Attributes:
+        intermediate_size: inner channels of an MLP, which is one expert's where there are experts.
         head_dim: channels of a head.
         tie_word_embeddings: the embedding is the output matrix too.
         max_position_embeddings: the longest sequence that the model is made for, in tokens.
@@ -61,6 +63,7 @@ class DecoderConfig:
         unit_offset: norms multiply by 1 + w rather than w (Gemma).
         scale_embeddings: embeddings are multiplied by sqrt(hidden_size) (Gemma).
         hidden_act: the activation of the MLP's gate.
+        experts: MLPs of which each token goes through a few (Mixtral, Qwen 3 MoE); one MLP for all if None.
         query_pre_attn_scalar: attention's scores are divided by its square root; by that of head_dim if None.
         attn_logit_softcapping: the cap of attention's scores; not capped if None.
         final_logit_softcapping: the cap of the logits; not capped if None.
@@ -93,6 +96,7 @@ class DecoderConfig:
     unit_offset: bool = False
     scale_embeddings: bool = False
     hidden_act: Activation = "silu"
+    experts: Experts | None = None
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -101,7 +105,9 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in SIZES:
             check_size(name, getattr(self, name))
-        check_layers(self.num_hidden_layers)
+        check_count("num_hidden_layers", self.num_hidden_layers)
+        if self.experts is not None:
+            check_count("num_experts", self.experts.num_experts)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 "num_attention_heads must be a multiple of num_key_value_heads, so that every KV head "
@@ -180,10 +186,10 @@ class DecoderConfig:
         return replace(self, rope=long_rope, max_position_embeddings=longest)
 
 
-def check_layers(layers: int) -> None:
-    """Raise ValueError for more layers than any model has: whatever goes over them would never end."""
-    if layers > MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS:,}, but came as {layers:,}.")
+def check_count(name: str, count: int) -> None:
+    """Raise ValueError for more layers or experts than any model has: to go over them would never end."""
+    if count > MOST:
+        raise ValueError(f"{name} must be at most {MOST:,}, but came as {count:,}.")
 
 
 def check_size(name: str, value: object) -> None:

@@ -13,10 +13,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qpaged.models.config import Activation, DecoderConfig
+from qpaged.models.experts import route
 from qpaged.models.rope import Rotation, rotary_angles, rotate
 
 Params = dict[str, jax.Array]
-"""Weights under their Hugging Face names; linear weights are (out, in)."""
+"""Weights under their Hugging Face names; linear weights are (out, in).
+
+Those of experts are stacked, (experts, out, in), under a name without the expert's number, which is Qwen's.
+"""
 
 Shapes = dict[str, tuple[int, ...]]
 """Shapes of weights by name."""
@@ -32,6 +36,8 @@ int; `DecoderConfig.attention` has the options of its attention.
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 OUTPUT = "lm_head.weight"
+EXPERTS = "mlp.experts."
+"""What stands for "mlp." in the names of stacked weights; in files, the number of an expert follows it."""
 
 ACTIVATIONS: dict[Activation, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -89,6 +95,16 @@ def _attention_shapes(config: DecoderConfig) -> Shapes:
 
 
 def _mlp_shapes(config: DecoderConfig) -> Shapes:
+    if config.experts is None:
+        return _gated_mlp_shapes(config)
+    num_experts = config.experts.num_experts
+    shapes: Shapes = {"mlp.gate.weight": (num_experts, config.hidden_size)}
+    for name, shape in _gated_mlp_shapes(config).items():
+        shapes[name.replace("mlp.", EXPERTS)] = (num_experts, *shape)
+    return shapes
+
+
+def _gated_mlp_shapes(config: DecoderConfig) -> Shapes:
     hidden_size = config.hidden_size
     inner_size = config.intermediate_size
     if config.fused_projections:
@@ -127,7 +143,7 @@ def _init_weight(name: str, shape: tuple[int, ...], config: DecoderConfig, key: 
     if len(shape) == 1:
         is_zero = name.endswith(".bias") or config.unit_offset
         return jnp.full(shape, 0 if is_zero else 1, jnp.float32)
-    scale = 0.02 if name in (EMBEDDING, OUTPUT) else shape[1] ** -0.5
+    scale = 0.02 if name in (EMBEDDING, OUTPUT) else shape[-1] ** -0.5
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         scale *= (2 * config.num_hidden_layers) ** -0.5
     return scale * jax.random.normal(key, shape, jnp.float32)
@@ -291,6 +307,30 @@ def _project(
 
 
 def _mlp(
+    weights: Params,
+    config: DecoderConfig,
+    hidden: jax.Array,  # [n, hidden_size]
+) -> jax.Array:  # [n, hidden_size]
+    """Compute the MLP, or the sum of each token's experts times their weights (Jiang et al. 2024)."""
+    if config.experts is None:
+        return _gated_mlp(weights, config, hidden)
+    stacked = {name: weights[name.replace("mlp.", EXPERTS)] for name in _gated_mlp_shapes(config)}
+    expert_weights = route(_linear(weights, "mlp.gate", hidden), config.experts)  # [n, experts]
+
+    # Every expert computes every token, one expert after another: simple, flat in memory, and enough where
+    # the cache is the subject. A server would compute the chosen ones alone. (XLA on CPU widens a layer's
+    # bfloat16 stacks to float32 before the loop; float32 and float16 ones are read in place.)
+    def add_expert(total: jax.Array, expert: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
+        mlp, weight = expert
+        weight = weight[:, None].astype(hidden.dtype)
+        # Chosen, not multiplied by 0: tokens may overflow in experts that never learned from their like.
+        return total + jnp.where(weight > 0, weight * _gated_mlp(mlp, config, hidden), 0), None
+
+    total, _ = jax.lax.scan(add_expert, jnp.zeros_like(hidden), (stacked, expert_weights.T))
+    return total
+
+
+def _gated_mlp(
     weights: Params,
     config: DecoderConfig,
     hidden: jax.Array,  # [n, hidden_size]

@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from qpaged.models._json_fields import Json, read_flag, read_integer, read_number, read_object
 from qpaged.models._rope_fields import read_ropes
-from qpaged.models.config import FULL, SIZES, SLIDING, Activation, DecoderConfig, LayerType, check_layers
+from qpaged.models.config import FULL, SIZES, SLIDING, Activation, DecoderConfig, LayerType, check_count
+from qpaged.models.experts import Experts
 from qpaged.models.rope import LongRopeScaling
 
 # Rules for which layers have a sliding window, for files without layer_types.
@@ -38,12 +39,18 @@ class Family:
         slides: (fields, layer) -> True if the layer has a sliding window, for files without `layer_types`.
         required: fields that must have this value, if they are there: another value is not implemented, or is
             understood in different ways by different libraries.
+        num_experts: the field that has the number of a layer's experts; None if layers have one MLP.
+        inner_size: the field that has the inner channels of an MLP.
+        stored_names: parts of our names of weights, and what a file has instead.
     """
 
     defaults: Json = field(default_factory=dict)
     features: Mapping[str, Any] = field(default_factory=dict)
     slides: Callable[[Json, int], bool] = _no_layer
     required: Json = field(default_factory=dict)
+    num_experts: str | None = None
+    inner_size: str = "intermediate_size"
+    stored_names: Mapping[str, str] = field(default_factory=dict)
 
 
 # The defaults are those of transformers' configuration classes, as files leave out what is at its default.
@@ -89,6 +96,31 @@ GEMMA3 = GEMMA | {
 }
 GEMMA_FEATURES = {"sandwich_norms": True, "unit_offset": True, "scale_embeddings": True}
 MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+MIXTRAL = {
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 131072,
+    "sliding_window": None,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+MIXTRAL_NAMES = {
+    ".mlp.": ".block_sparse_moe.",
+    ".gate_proj.": ".w1.",
+    ".down_proj.": ".w2.",
+    ".up_proj.": ".w3.",
+}
+QWEN3_MOE = {
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": False,
+}
+EXPERTS_IN_EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 PHI3 = {
     "rms_norm_eps": 1e-5,
     "max_position_embeddings": 4096,
@@ -106,9 +138,23 @@ FAMILIES = {
     ),
     "llama": Family(required=NO_LAYER_TYPES | {"sliding_window": None}),
     "mistral": Family(MISTRAL, slides=_every_layer, required=NO_LAYER_TYPES),
+    "mixtral": Family(
+        MIXTRAL,
+        slides=_every_layer,
+        required=NO_LAYER_TYPES | {"norm_topk_prob": True},
+        num_experts="num_local_experts",
+        stored_names=MIXTRAL_NAMES,
+    ),
     "phi3": Family(PHI3, {"fused_projections": True}, _every_layer, required=NO_LAYER_TYPES),
     "qwen2": Family(QWEN, {"attention_bias": True, "output_bias": False}, _upper_layers),
     "qwen3": Family(QWEN | {"head_dim": 128}, {"query_key_norm": True}, _upper_layers),
+    "qwen3_moe": Family(
+        QWEN3_MOE,
+        {"query_key_norm": True},
+        required=NO_LAYER_TYPES | EXPERTS_IN_EVERY_LAYER | {"use_sliding_window": False},
+        num_experts="num_experts",
+        inner_size="moe_intermediate_size",
+    ),
 }
 PARENTS = {"gemma3": "gemma3_text"}
 """Model types of text and images, by the type of their `text_config`."""
@@ -130,6 +176,7 @@ def decoder_config(fields: Json) -> DecoderConfig:
     _check_required(fields, family.required)
     fields = {**DEFAULTS, **family.defaults, **fields}
     sizes = _read_sizes(fields)
+    sizes["intermediate_size"] = read_integer(fields, family.inner_size, 1)
     rope, sliding_rope = read_ropes(fields)
     if isinstance(rope.scaling, LongRopeScaling):
         # The short factors hold up to here; `DecoderConfig.for_context` switches to the long ones.
@@ -143,6 +190,7 @@ def decoder_config(fields: Json) -> DecoderConfig:
         "output_bias": read_flag(fields, "attention_bias"),
         "mlp_bias": read_flag(fields, "mlp_bias"),
         "hidden_act": _read_activation(fields),
+        "experts": _read_experts(fields, family),
         "rope": rope,
         "sliding_rope": sliding_rope,
         "layer_types": _read_layer_types(fields, family, sizes["num_hidden_layers"]),
@@ -229,7 +277,7 @@ def _read_sizes(fields: Json, names: Sequence[str] = SIZES) -> dict[str, int]:
     for name in names:
         if name not in DERIVED_SIZES or fields.get(name) is not None:
             sizes[name] = read_integer(fields, name, 1)
-    check_layers(sizes["num_hidden_layers"])
+    check_count("num_hidden_layers", sizes["num_hidden_layers"])
     num_heads = sizes["num_attention_heads"]
     hidden_size = sizes["hidden_size"]
     if "head_dim" not in sizes:
@@ -253,6 +301,16 @@ def _read_activation(fields: Json) -> Activation:
             "Choose another checkpoint."
         )
     return fields[name]
+
+
+def _read_experts(fields: Json, family: Family) -> Experts | None:
+    if family.num_experts is None:
+        return None
+    return Experts(
+        num_experts=read_integer(fields, family.num_experts, 1),
+        num_experts_per_tok=read_integer(fields, "num_experts_per_tok", 1),
+        norm_topk_prob=read_flag(fields, "norm_topk_prob"),
+    )
 
 
 def _read_layer_types(fields: Json, family: Family, num_layers: int) -> tuple[LayerType, ...]:

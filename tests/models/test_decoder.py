@@ -11,6 +11,7 @@ from support.dense_attention import dense_attention
 
 from qpaged.models import (
     DecoderConfig,
+    Experts,
     LinearScaling,
     Rope,
     decoder,
@@ -62,6 +63,10 @@ CASES = {
         layer_types=("sliding_attention", "full_attention", "sliding_attention"),
         sliding_window=5,
     ),
+    "experts": dataclasses.replace(CONFIG, experts=Experts(5, 2, True)),
+    "experts whose weights are kept, biases, fused": dataclasses.replace(
+        CONFIG, experts=Experts(5, 3, False), mlp_bias=True, fused_projections=True
+    ),
 }
 
 
@@ -69,7 +74,7 @@ def random_params(config):
     """Return weights of which none has its neutral value, norms and biases included."""
     rng, params = np.random.default_rng(1), {}
     for name, shape in param_shapes(config).items():
-        weight = rng.normal(size=shape) * (0.3 if len(shape) == 1 else shape[1] ** -0.5)
+        weight = rng.normal(size=shape) * (0.3 if len(shape) == 1 else shape[-1] ** -0.5)
         params[name] = jnp.asarray(weight + ("norm" in name and not config.unit_offset), jnp.float32)
     return params
 
@@ -91,9 +96,10 @@ class NumpyLayer:
         self.params, self.config, self.options = params, config, config.attention(layer)
         self.prefix, self.rope = f"model.layers.{layer}.", config.layer_rope(layer)
 
-    def linear(self, name, x):
-        product = self.params[f"{self.prefix}{name}.weight"] @ x
-        return product + self.params.get(f"{self.prefix}{name}.bias", 0)
+    def linear(self, name, x, expert=...):
+        product = self.params[f"{self.prefix}{name}.weight"][expert] @ x
+        bias = self.params.get(f"{self.prefix}{name}.bias")
+        return product if bias is None else product + bias[expert]
 
     def norm(self, name, x):
         return numpy_norm(self.config, x, self.params[f"{self.prefix}{name}.weight"])
@@ -144,15 +150,24 @@ class NumpyLayer:
         return outputs
 
     def mlp(self, x):
+        experts = self.config.experts
+        if experts is None:
+            return self.gated_mlp("mlp", x)
+        weights = np.exp(self.linear("mlp.gate", x))
+        chosen = np.argsort(weights)[-experts.num_experts_per_tok :]
+        weights /= weights[chosen].sum() if experts.norm_topk_prob else weights.sum()
+        return sum(weights[expert] * self.gated_mlp("mlp.experts", x, expert) for expert in chosen)
+
+    def gated_mlp(self, name, x, expert=...):
         if self.config.fused_projections:
-            gate, up = np.split(self.linear("mlp.gate_up_proj", x), 2)
+            gate, up = np.split(self.linear(f"{name}.gate_up_proj", x, expert), 2)
         else:
-            gate, up = self.linear("mlp.gate_proj", x), self.linear("mlp.up_proj", x)
+            gate, up = (self.linear(f"{name}.{part}_proj", x, expert) for part in ("gate", "up"))
         if self.config.hidden_act == "silu":
             gate = gate / (1 + np.exp(-gate))
         else:
             gate = gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) / 2
-        return self.linear("mlp.down_proj", gate * up)
+        return self.linear(f"{name}.down_proj", gate * up, expert)
 
     def __call__(self, hidden, positions):
         attended = self.attention([self.norm("input_layernorm", x) for x in hidden], positions)

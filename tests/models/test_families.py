@@ -10,6 +10,7 @@ import pytest
 from qpaged.models import (
     AttentionOptions,
     DecoderConfig,
+    Experts,
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,
@@ -96,6 +97,18 @@ GEMMA = {
             | {"query_key_norm": True, "rope": vars(Rope(1e6)), "sliding_rope": vars(Rope(1e4))},
         ),
         (
+            "mixtral",
+            {},
+            {"experts": vars(Experts(8, 2, True)), "rms_norm_eps": 1e-5, "rope": vars(Rope(1e6))}
+            | {"max_position_embeddings": 131072},
+        ),
+        (
+            "qwen3_moe",
+            {"num_experts_per_tok": 4},
+            {"experts": vars(Experts(128, 4, False)), "intermediate_size": 768, "query_key_norm": True}
+            | {"max_position_embeddings": 32768},
+        ),
+        (
             "phi3",
             {},
             {"fused_projections": True, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
@@ -113,6 +126,9 @@ def test_a_family_has_its_own_defaults_and_features(model_type, fields, expected
         ("mistral", {}, [4096] * 6),
         ("mistral", {"sliding_window": 5}, [5] * 6),
         ("mistral", {"sliding_window": None}, [None] * 6),
+        ("mixtral", {}, [None] * 6),
+        ("mixtral", {"sliding_window": 5}, [5] * 6),
+        ("qwen3_moe", {"sliding_window": 5, "max_window_layers": 2}, [None] * 6),
         ("phi3", {}, [None] * 6),
         ("phi3", {"sliding_window": 5}, [5] * 6),
         ("qwen2", {"sliding_window": 5, "max_window_layers": 2}, [None] * 6),
@@ -264,7 +280,7 @@ def test_a_configuration_is_hashable():
 
 def test_an_unknown_family_is_refused():
     known = ", ".join(sorted([*FAMILIES, "gemma3"]))
-    for model_type in ("mamba", None, ["llama"]):
+    for model_type in ("mamba", "qwen2_moe", None, ["llama"]):
         with pytest.raises(ValueError, match=re.escape(f"model_type {model_type!r}, but only {known} can")):
             config(model_type)
 
@@ -301,6 +317,21 @@ def test_an_unknown_family_is_refused():
         ),
         ("qwen2", {"layer_types": [FULL] * 5}, "one for each of the 6 layers, but has 5"),
         ("qwen2", {"layer_types": [SLIDING] * 6}, "sliding_window must be a whole number .* came as None"),
+        ("mixtral", {"layer_types": [FULL] * 6}, "layer_types = .*, but only None is supported .* mixtral"),
+        ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob = False, but only True is supported"),
+        (
+            "qwen3_moe",
+            {"mlp_only_layers": [0]},
+            r"mlp_only_layers = \[0\], but only \[\] is supported for a model of type qwen3_moe. Choose a ch",
+        ),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2, but only 1 is supported"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True, but only False is supported"),
+        ("qwen3_moe", {"layer_types": [FULL] * 6}, "layer_types = .*, but only None is supported"),
+        (
+            "qwen3_moe",
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"weights are quantized \(fp8, as quantization_config says\), .* Choose the checkpoint that",
+        ),
         (
             "llama",
             {"quantization_config": {"quant_method": "gptq"}},
@@ -356,6 +387,25 @@ def test_features_that_are_not_implemented_are_refused(model_type, fields, messa
             "one number for each of the 4 pairs that turn, but have 4 and 1",
         ),
         ("gemma2", {"num_hidden_layers": 10**12}, "num_hidden_layers must be at most 10,000"),
+        (
+            "mixtral",
+            {"num_local_experts": 0},
+            "num_local_experts must be a whole number of at least 1.* as 0",
+        ),
+        ("mixtral", {"num_local_experts": 10**12}, "num_experts must be at most 10,000, but came as 1,000,0"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must be from 1 to .*, 8, but came as 9"),
+        ("qwen3_moe", {"num_experts": "128"}, "num_experts must be a whole number of at least 1.* as '128'"),
+        (
+            "qwen3_moe",
+            {"num_experts_per_tok": 0},
+            "num_experts_per_tok must be a whole number of at least 1.* as 0",
+        ),
+        ("qwen3_moe", {"norm_topk_prob": None}, "norm_topk_prob must be true or false, but came as None"),
+        (
+            "qwen3_moe",
+            {"moe_intermediate_size": 1.5},
+            "moe_intermediate_size must be a whole number of at least 1.* as 1.5",
+        ),
         ("mistral", {"sliding_window": 0}, "sliding_window must be a whole number of at least 1.* as 0"),
         ("gemma2", {"final_logit_softcapping": -1}, "final_logit_softcapping must be a positive number"),
         (

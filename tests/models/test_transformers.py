@@ -17,7 +17,7 @@ import transformers
 from support.dense_attention import dense_attention
 
 from qpaged import PagedAttentionCache, PagedAttentionCacheMetaData, PagedAttentionMetadata, paged_attention
-from qpaged.models import LinearScaling, Rope, YarnScaling, forward, load_checkpoint
+from qpaged.models import Experts, LinearScaling, Rope, YarnScaling, forward, load_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LENGTH, PAGE = 40, 8
@@ -171,6 +171,33 @@ CASES = {
         },
         {"windows": {"layer_types": ()}},
     ),
+    "mixtral": Case(
+        "Mixtral",
+        SIZES | {"head_dim": 16, "sliding_window": 7, "num_local_experts": 5, "num_experts_per_tok": 2},
+        {
+            "weights of experts that sum to 1": {"experts": Experts(5, 2, False)},
+            "second expert": {"experts": Experts(5, 1, True)},
+            "window": {"layer_types": ()},
+        },
+        shard="20KB",
+    ),
+    "qwen3_moe": Case(
+        "Qwen3Moe",
+        SIZES
+        | {"head_dim": 16, "attention_bias": True, "norm_topk_prob": True}
+        | {"moe_intermediate_size": 24, "num_experts": 9, "num_experts_per_tok": 3},
+        {
+            "norm of query and key": {"query_key_norm": False},
+            "biases": {"attention_bias": False},
+            "weights of experts that sum to 1": {"experts": Experts(9, 3, False)},
+            "third expert": {"experts": Experts(9, 2, True)},
+        },
+    ),
+    "qwen3_moe, weights of experts as they are": Case(
+        "Qwen3Moe",
+        SIZES | {"moe_intermediate_size": 24, "num_experts": 9, "num_experts_per_tok": 3},
+        {"weights of experts that sum to less than 1": {"experts": Experts(9, 3, True)}},
+    ),
     "phi3": Case(
         "Phi3",
         SIZES | {"partial_rotary_factor": 0.5, "sliding_window": 7, "hidden_size": 64},
@@ -243,7 +270,10 @@ def test_logits_differ_without_a_feature(loaded, name, feature):
 
 @partial(jax.jit, static_argnames="options", donate_argnums=0)
 def write_and_attend(view, query, key, value, metadata, options):
-    view = view.write_prefill_to_cache(key, value, metadata)
+    if metadata.is_decode_mode():
+        view = view.write_decodes_to_cache(key, value, metadata)
+    else:
+        view = view.write_prefill_to_cache(key, value, metadata)
     return view, paged_attention(query, view, metadata, **asdict(options))
 
 
@@ -265,22 +295,45 @@ def make_views(config):
     ]
 
 
+def prefill(start, stop):
+    return PagedAttentionMetadata.prefill(
+        position=np.arange(start, stop, dtype=np.int32), page_table=np.arange(LENGTH // PAGE, dtype=np.int32)
+    )
+
+
+def decode(position):
+    return PagedAttentionMetadata.decode(
+        position=np.array([position], np.int32), page_table=np.arange(LENGTH // PAGE, dtype=np.int32)[None]
+    )
+
+
+def step_logits(views, config, params, metadata):
+    """Return the positions of a step and its logits, after it has written to the views."""
+    positions = metadata.decodes_position if metadata.is_decode_mode() else metadata.prefill_position
+
+    def attend(layer, query, key, value):
+        views[layer], out = write_and_attend(
+            views[layer], query, key, value, metadata, config.attention(layer)
+        )
+        return out
+
+    return positions, forward(params, config, jnp.asarray(TOKENS[positions]), jnp.asarray(positions), attend)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_logits_agree_through_a_paged_cache_in_chunks(loaded, name):
     config, params, expected = loaded(name)
     views = make_views(config)
     for start in range(0, LENGTH, LENGTH // 2):
-        chunk = slice(start, start + LENGTH // 2)
-        positions = np.arange(chunk.start, chunk.stop, dtype=np.int32)
-        metadata = PagedAttentionMetadata.prefill(
-            position=positions, page_table=np.arange(LENGTH // PAGE, dtype=np.int32)
-        )
+        positions, logits = step_logits(views, config, params, prefill(start, start + LENGTH // 2))
+        assert relative_error(logits, expected[positions]) < 1e-4
 
-        def attend(layer, query, key, value, metadata=metadata):
-            views[layer], out = write_and_attend(
-                views[layer], query, key, value, metadata, config.attention(layer)
-            )
-            return out
 
-        chunk_logits = forward(params, config, jnp.asarray(TOKENS[chunk]), jnp.asarray(positions), attend)
-        assert relative_error(chunk_logits, expected[chunk]) < 1e-4
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe"])
+def test_logits_agree_through_a_paged_cache_token_by_token(loaded, name):
+    config, params, expected = loaded(name)
+    views = make_views(config)
+    step_logits(views, config, params, prefill(0, LENGTH - 5))
+    for position in range(LENGTH - 5, LENGTH):
+        positions, logits = step_logits(views, config, params, decode(position))
+        assert relative_error(logits, expected[positions]) < 1e-4
