@@ -22,12 +22,13 @@ class Case:
         packages: the distributions whose versions the results record.
         step: ``step(params, tokens, position, cache) -> (logits, cache)``, the package's own code. Tokens are
             int32 [batch, count], a whole prompt or one token each; the first is at ``position``, a scalar
-            int32. Logits are [batch, count, vocabulary].
+            int32. Logits are [batch, count, vocabulary], or [batch, 1, vocabulary] for the last token alone.
         params: the weights.
         cache: ``cache(batch, length)`` makes an empty float cache.
         vocabulary: the number of tokens.
         pads: True if the step masks PADDING tokens at the beginning of a prompt, in later steps, too.
         prompt: tokens of a text from which prompts are cut, for a model with trained weights.
+        mesh: the mesh that the package's callers set, or None.
     """
 
     name: str
@@ -38,3 +39,4 @@ class Case:
     vocabulary: int
     pads: bool = False
     prompt: np.ndarray | None = None
+    mesh: jax.sharding.Mesh | None = None

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,42 +86,63 @@ class Run:
 
 def measure(case: Case, formats: list[str], rounds: int = ROUNDS) -> Iterator[Result]:
     """Yield the results of a model for each format; with no rounds, nothing is timed."""
-    prompt = _prompt(case)
-    plain = _run(case.step, case, prompt, case.cache(BATCH, PROMPT + STEPS))
-    long = case.cache(BATCH, LONG)
-    example = (case.params, prompt[:, :1], jnp.int32(0), long)
-    steps = {spelling: adopt.quantize_cache(case.step, spelling, example=example) for spelling in formats}
+    with _mesh_of(case):
+        prompt = _prompt(case)
+        plain = _run(case.step, case, prompt, case.cache(BATCH, PROMPT + STEPS))
+        long = case.cache(BATCH, LONG)
+        example = (case.params, prompt[:, :1], jnp.int32(0), long)
+        steps = {spelling: adopt.quantize_cache(case.step, spelling, example=example) for spelling in formats}
     for spelling, step in steps.items():
-        empty = step.init(case.cache(BATCH, PROMPT + STEPS))
-        free = _run(step, case, prompt, empty)
-        forced = _run(step, case, prompt, step.init(case.cache(BATCH, PROMPT + STEPS)), plain.tokens)
-        kl = _kl(plain.logits, forced.logits)
-        other = (free.tokens != plain.tokens).any(axis=0)
-        floats, quantized = _bytes(step, case)
-        times = [math.nan] * 3
-        if rounds:
-            times = _times(case, step, long, rounds)
-        yield Result(
-            model=case.name,
-            format=spelling,
-            same_tokens=float((free.tokens == plain.tokens).mean()),
-            first_other=int(other.argmax()) if other.any() else None,
-            kl_mean=float(kl.mean()),
-            kl_max=float(kl.max()),
-            kl_padded=float(kl[1].mean()) if case.pads else None,
-            bytes_float=floats,
-            bytes_quantized=quantized,
-            ratio=quantized / floats,
-            ratio_bfloat16=quantized / (floats * 2 // _itemsize(step)),
-            full_size_floats=_full_size_floats(case, step, long),
-            materialized=len(step.report()),
-            compilations=free.compilations,
-            same_type=jax.tree_util.tree_structure(empty) == jax.tree_util.tree_structure(free.cache),
-            buffers_reused=_reuses(case, step, long),
-            ms_float=times[0],
-            ms_quantized=times[1],
-            ms_materialized=times[2],
-        )
+        with _mesh_of(case):  # not around the yield: what the caller does meanwhile is not on the mesh
+            result = _result(case, spelling, step, prompt, plain, long, rounds)
+        yield result
+
+
+def _mesh_of(case: Case) -> AbstractContextManager[object]:
+    """Return the context in which the case's mesh is set."""
+    return nullcontext() if case.mesh is None else jax.set_mesh(case.mesh)
+
+
+def _result(
+    case: Case,
+    spelling: str,
+    step: adopt.QuantizedStep,
+    prompt: jax.Array,
+    plain: Run,
+    long: Any,
+    rounds: int,
+) -> Result:
+    """Measure a model in one format against its run with the float cache."""
+    empty = step.init(case.cache(BATCH, PROMPT + STEPS))
+    free = _run(step, case, prompt, empty)
+    forced = _run(step, case, prompt, step.init(case.cache(BATCH, PROMPT + STEPS)), plain.tokens)
+    kl = _kl(plain.logits, forced.logits)
+    other = (free.tokens != plain.tokens).any(axis=0)
+    floats, quantized = _bytes(step, case)
+    times = [math.nan] * 3
+    if rounds:
+        times = _times(case, step, long, rounds)
+    return Result(
+        model=case.name,
+        format=spelling,
+        same_tokens=float((free.tokens == plain.tokens).mean()),
+        first_other=int(other.argmax()) if other.any() else None,
+        kl_mean=float(kl.mean()),
+        kl_max=float(kl.max()),
+        kl_padded=float(kl[1].mean()) if case.pads else None,
+        bytes_float=floats,
+        bytes_quantized=quantized,
+        ratio=quantized / floats,
+        ratio_bfloat16=quantized / (floats * 2 // _itemsize(step)),
+        full_size_floats=_full_size_floats(case, step, long),
+        materialized=len(step.report()),
+        compilations=free.compilations,
+        same_type=jax.tree_util.tree_structure(empty) == jax.tree_util.tree_structure(free.cache),
+        buffers_reused=_reuses(case, step, long),
+        ms_float=times[0],
+        ms_quantized=times[1],
+        ms_materialized=times[2],
+    )
 
 
 def _prompt(case: Case) -> jax.Array:

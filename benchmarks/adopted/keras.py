@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from adopted._case import Case
+from adopted._weights import random_weights
 
 os.environ["KERAS_BACKEND"] = "jax"  # Keras reads it when it is imported
 import keras
@@ -55,20 +56,10 @@ def _case(name: str, model: Any) -> Case:
         name=f"keras-hub {name}",
         packages=("keras-hub", "keras"),
         step=_step(model),
-        params=_random([variable.value for variable in model.variables]),
+        params=random_weights([variable.value for variable in model.variables], SIZES["hidden_dim"] ** -0.5),
         cache=cache,
         vocabulary=VOCABULARY,
     )
-
-
-def _random(params: list[jax.Array]) -> list[jax.Array]:
-    """Return random weights as large as trained ones; some of the package's own start small."""
-    keys = jax.random.split(jax.random.key(0), len(params))
-    scale = SIZES["hidden_dim"] ** -0.5
-    return [
-        leaf if leaf.ndim < 2 else jax.random.normal(key, leaf.shape, leaf.dtype) * scale
-        for key, leaf in zip(keys, params, strict=True)
-    ]
 
 
 def _step(model: Any) -> Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]:

@@ -16,6 +16,7 @@ from tunix.models.qwen2 import model as qwen2
 from tunix.models.qwen3 import model as qwen3
 
 from adopted._case import Case
+from adopted._weights import random_weights
 
 LAYERS = 2
 KV_HEADS = 2
@@ -52,7 +53,7 @@ def _gemma3(dtype: Any) -> gemma3.ModelConfig:
 
 def _case(name: str, model: nnx.Module) -> Case:
     graph, params = nnx.split(model)
-    params = _random(params)
+    params = random_weights(params, EMBED_DIM**-0.5)
     dtype = jax.tree.leaves(params)[0].dtype
     return Case(
         name=f"tunix {name}",
@@ -62,18 +63,6 @@ def _case(name: str, model: nnx.Module) -> Case:
         cache=lambda batch, length: sampler._init_cache(LAYERS, length, batch, KV_HEADS, HEAD_DIM, dtype),
         vocabulary=VOCABULARY,
     )
-
-
-def _random(params: Any) -> Any:
-    """Return random weights as large as trained ones; the package's own start small, or at zero."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    scale = EMBED_DIM**-0.5
-    randomized = [
-        leaf if leaf.ndim < 2 else jax.random.normal(key, leaf.shape, leaf.dtype) * scale
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    return jax.tree.unflatten(tree, randomized)
 
 
 def _step(graph: Any) -> Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]:
