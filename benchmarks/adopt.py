@@ -1,6 +1,6 @@
 """Runs models of other packages with a quantized cache, against their own float cache.
 
-    python benchmarks/adopt.py --models flax_attention,huggingface,penzai --out results.json
+    python benchmarks/adopt.py --models flax_attention,huggingface,encoder_decoders,penzai --out results.json
     python benchmarks/adopt.py --models jax_llm_examples,bonsai \\
         --source ../jax-llm-examples --source ../bonsai --out results.json
 
@@ -19,8 +19,7 @@ from adopted._measure import measure
 from record import circumstances, save
 
 FORMATS = "int8,int8:token,fp8_e4m3"
-# Encoder-decoders of transformers (Bart or T5, Whisper) are to be a group of their own, encoder_decoder.
-MODELS = "flax_attention,huggingface,penzai,jax_llm_examples,bonsai"
+MODELS = "flax_attention,huggingface,encoder_decoders,penzai,jax_llm_examples,bonsai"
 
 
 def main(argv: list[str]) -> int:
