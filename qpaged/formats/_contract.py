@@ -104,8 +104,8 @@ class Quantizer(abc.ABC):
     def decode(self, codes: jax.Array, dtype: DTypeLike) -> jax.Array:
         """Return the values of codes, in units of their scale, as ``dtype``; elementwise.
 
-        They must be exact in bfloat16, since attention contracts at the precision of its query. Fresh pages
-        hold code 0, which must decode to a finite number, whatever it means.
+        They must be exact in bfloat16 and float16, since attention contracts in the dtype of its query. Fresh
+        pages hold code 0, which must decode to a finite number, whatever it means.
         """
 
     # What few formats have: None, or an object.

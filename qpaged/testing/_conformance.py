@@ -133,7 +133,7 @@ class QuantizerConformance:
     def test_law_7_sameness_in_bfloat16(self, subject: Subject) -> None:
         """Codes are exact in the dtype that dots take."""
         for name, rows in inputs.every_kind(subject.shape, seeds=1):
-            sameness.exact_in_bfloat16(subject, rows, name)
+            sameness.exact_in_queries_dtypes(subject, rows, name)
 
     def test_law_8_travel(self, subject: Subject) -> None:
         """Scales go where their codes go."""

@@ -96,15 +96,16 @@ def decoded_sequence(subject: Subject, rows: np.ndarray) -> View:
     return subject.decode(subject.enlarged(subject.fresh()), batch, position, TABLES[:2])
 
 
-def exact_in_bfloat16(subject: Subject, rows: np.ndarray, case: str = "rows") -> None:
-    """Law 7: codes are exact in the dtype of a dot, so that bfloat16 attention sees what float32 would."""
+def exact_in_queries_dtypes(subject: Subject, rows: np.ndarray, case: str = "rows") -> None:
+    """Law 7: codes are exact in the dtype of a query, so that its dots see what float32 would."""
     view = subject.prefilled(rows)
     for (name, _), reading in zip(pools(view), subject.read(view, rows), strict=True):
-        is_exact = reading["units"] == reading["units_in_bfloat16"].astype(np.float32)
-        law(7, subject)(
-            is_exact.all(),
-            f"{name} of {case}, in units of their scales, are not exact in bfloat16, as dots ask",
-        )
+        for dtype in ("bfloat16", "float16"):
+            is_exact = reading["units"] == reading[f"units_in_{dtype}"].astype(np.float32)
+            law(7, subject)(
+                is_exact.all(),
+                f"{name} of {case}, in units of their scales, are not exact in {dtype}, as dots ask",
+            )
 
 
 def float64_attention(

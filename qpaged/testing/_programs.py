@@ -204,14 +204,15 @@ def _read_pool(pages: Pages, table: jax.Array, want: jax.Array) -> dict[str, jax
         sequence = jnp.moveaxis(jnp.take(pool, table, axis=1), 0, 2)
         return sequence.reshape(-1, *sequence.shape[2:])[: len(want)]
 
-    # Compared outside of the program: within one, XLA may leave out a round trip through bfloat16.
-    narrow = jnp.float32 if pages.scales is None else jnp.bfloat16
+    # Compared outside of the program: within one, XLA may leave out a round trip through a narrow dtype.
+    bfloat16, float16 = (jnp.float32,) * 2 if pages.scales is None else (jnp.bfloat16, jnp.float16)
     return {
         "values": slots(pages.dequantize()),
         "materialized": slots(pages.materialize()),
         "bound": pages.quantizer.error_bound(want, slots(element_scales(pages))),
         "units": slots(pages.values(jnp.float32)),
-        "units_in_bfloat16": slots(pages.values(narrow)),
+        "units_in_bfloat16": slots(pages.values(bfloat16)),
+        "units_in_float16": slots(pages.values(float16)),
     }
 
 

@@ -30,7 +30,8 @@ Reading = dict[str, np.ndarray]
 
 ``want`` is what should read back, ``values`` what does, ``materialized`` the same in the pool's dtype,
 ``bound`` the error that the format allows, ``units`` the values over their scales, and ``units_in_bfloat16``
-the same as bfloat16 attention reads them; of a format without scales, which is not decoded there, as floats.
+and ``units_in_float16`` the same as attention with such queries reads them; of a format without scales, which
+is not decoded there, as floats.
 """
 
 

@@ -46,7 +46,7 @@ def test_levels_follow_the_papers_rule():
     np.testing.assert_allclose(nf4.PUBLISHED, levels / np.abs(levels).max(), atol=2e-7)
 
 
-def test_levels_are_exact_in_bfloat16_and_near_the_published_ones():
+def test_levels_are_exact_in_queries_dtypes_and_near_the_published_ones():
     assert (nf4.LEVELS.astype("bfloat16").astype(np.float32) == nf4.LEVELS).all()
     assert np.abs(nf4.LEVELS / 16 - nf4.PUBLISHED).max() < 0.002
 

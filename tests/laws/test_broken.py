@@ -22,6 +22,7 @@ CASES = [
     ("test_law_6_truth_of_bits", Subject(broken_formats.SpareScales()), TOKEN),
     ("test_law_7_sameness_in_bfloat16", Subject(broken_formats.Thirds()), PAGE),
     ("test_law_7_sameness_in_bfloat16", Subject(broken_formats.DividedByThree()), TOKEN),
+    ("test_law_7_sameness_in_bfloat16", Subject(broken_formats.Wide()), PAGE),
     ("test_law_8_travel", Subject(broken_formats.AcrossPages()), PAGE),
     ("test_law_8_travel", broken_formats.LateScales(Int8Token()), TOKEN),
     ("test_law_2_order_of_scales", Subject(broken_formats.FallingScale()), TOKEN),

@@ -104,6 +104,16 @@ class DividedByThree(Int8Token):
         return super().encode(units * 3)
 
 
+class Wide(Int8Floor):
+    """Law 7: reads back 1024 c s, which bfloat16 holds and float16 does not."""
+
+    def decode(self, codes, dtype):
+        return super().decode(codes, dtype) * jnp.asarray(1024, dtype)
+
+    def multiplier(self, scales):
+        return super().multiplier(scales) / 1024
+
+
 class Forgetful(Int8Floor):
     """Law 8: leaves its options out of its configuration."""
 
