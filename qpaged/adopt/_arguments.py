@@ -88,8 +88,8 @@ def example_arguments(
     except TypeError as error:
         name = getattr(step, "__name__", "step")
         raise TypeError(
-            f"example must hold the arguments of {name}{signature}, but does not: {error}; give those that "
-            f"are taken by name alone in a dictionary, with all the others."
+            f"example must hold the arguments of {name}{signature}, but does not: {error}. Where some are "
+            f"taken by name alone, give all in a dictionary."
         ) from error
     return args, kwargs
 

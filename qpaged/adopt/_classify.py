@@ -112,7 +112,8 @@ def classify(candidate: Candidate, axis_names: tuple[str, ...] | None) -> CacheL
     try:
         return _classify_cache(candidate, axis_names)
     except UnclearError as error:
-        return Rejected(f"{candidate}: {error}; {NAME_THEM}", unclear=True)
+        advice = NAME_THEM if axis_names is None else f"axes= names them {axis_names}: check the order"
+        return Rejected(f"{candidate}: {error}; {advice}", unclear=True)
 
 
 def _reject_unwritten(candidate: Candidate) -> Rejected | None:
@@ -160,8 +161,10 @@ def _length_axis(candidate: Candidate, axis_names: tuple[str, ...] | None) -> in
     if axis_names is not None:
         return axis_names.index("length")
     axes = length_candidates(candidate.aval.shape, candidate.writes, candidate.reads)
+    if not axes and not any(write.partial_axes for write in candidate.writes):
+        raise UnclearError(f"{candidate.writes[0]}, so that the length is not clear; take a shorter example")
     if not axes:
-        raise UnclearError(f"no axis can be the length; {candidate.writes[0]}")
+        raise UnclearError(f"no axis is written in part and read as the length is; {candidate.writes[0]}")
     if len(axes) > 1:
         raise UnclearError(f"axes {sorted(axes)} may each be the length; {candidate.writes[0]}")
     (length,) = axes

@@ -137,6 +137,8 @@ def _check_array(leaf: CacheLeaf, array: PlainArray) -> None:
         raise TypeError(
             f"{leaf.path} must be an array or a jax.ShapeDtypeStruct, but came as {type(array).__name__}."
         )
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{leaf.path} must be of floats, but came as {jnp.dtype(array.dtype).name}.")
     if len(array.shape) != len(leaf.axes) or array.shape[leaf.axis("length")] == 0:
         raise ValueError(
             f"{leaf.path} must have the axes {leaf.axes}, with room for a token, "

@@ -13,7 +13,14 @@ from qpaged.adopt._arguments import Arguments, Pytree, as_arrays, path_name
 from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache, Role
 from qpaged.adopt._classify import Candidate, Rejected, classify
 from qpaged.adopt._dataflow import Dataflow, Operation, ZeroTests, trace_dataflow
-from qpaged.adopt._options import AxesOption, Where, axis_names_for, path_filter
+from qpaged.adopt._options import (
+    AxesOption,
+    Where,
+    axis_names_for,
+    check_patterns,
+    listed,
+    path_filter,
+)
 
 NEAR_MISSES = 8  # shown in an error, at most
 
@@ -56,6 +63,7 @@ def find_in(step: Callable[..., Any], arguments: Arguments, where: Where, axes: 
     dataflow, outputs, zero_tests = _trace(step, arguments)
     output_paths = [output.path for output in outputs]
     is_chosen = path_filter(where)
+    check_patterns(axes, arguments.paths)
     # Tokens and positions are integers, and a cache of integers is quantized already.
     candidates = [
         candidate
@@ -65,8 +73,7 @@ def find_in(step: Callable[..., Any], arguments: Arguments, where: Where, axes: 
     leaves, rejected = _classify_all(candidates, axes)
     # An unclear array may be half of the cache: to leave it as it is would quantize the keys alone, say.
     if not leaves or any(rejection.unclear for rejection in rejected):
-        num_chosen = sum(map(is_chosen, arguments.paths))
-        raise CacheNotFoundError(_explain(len(leaves), rejected, where, num_chosen))
+        raise CacheNotFoundError(_explain(len(leaves), rejected, where, arguments, is_chosen))
     _check_unique("arguments", arguments.paths, [leaf.path for leaf in leaves])
     _check_unique("outputs", output_paths, [leaf.output for leaf in leaves])
     relied_on = _additions(dataflow) | zero_tests
@@ -171,20 +178,32 @@ def _number_layers(
 # The message where no cache is found
 
 
-def _explain(num_leaves: int, rejected: Sequence[Rejected], where: Where, num_chosen: int) -> str:
+def _explain(
+    num_leaves: int,
+    rejected: Sequence[Rejected],
+    where: Where,
+    arguments: Arguments,
+    is_chosen: Callable[[str], bool],
+) -> str:
     """Return the message of a CacheNotFoundError: the near misses, and the argument that settles it."""
-    if num_chosen == 0:
-        return f"where must choose arrays among the arguments, but {where!r} fits none of their paths."
+    chosen = [aval for path, aval in zip(arguments.paths, arguments.avals, strict=True) if is_chosen(path)]
+    if not chosen:
+        return (
+            f"where must choose arrays among the arguments, but {where!r} fits none of their paths: "
+            f"{listed(arguments.paths)}."
+        )
     near_misses = _list_near_misses(rejected)
     if num_leaves:
         return (
             f"step must make clear what each array of its cache is; {num_leaves} are, but not{near_misses}\n"
             f"Leave out what is no cache with where=, a pattern of the paths to look at."
         )
-    advice = f"Nearest to one:{near_misses}" if rejected else "Give the step that decodes, cache included."
+    advice = f"Nearest to that:{near_misses}" if rejected else "Give the step that decodes, cache included."
+    if any(aval.dtype in (jnp.int8, jnp.uint8) for aval in chosen):
+        advice += "\nArrays of 8-bit integers are quantized already: turn the model's own quantization off."
     return (
         f"step must take a cache, write into it in part (dynamic_update_slice or scatter) and read it with "
-        f"dot_general, but none of its {num_chosen} arrays is one. {advice}"
+        f"dot_general, but it does so with none of its {len(chosen)} arrays. {advice}"
     )
 
 

@@ -12,6 +12,8 @@ from qpaged.adopt._classify import short_aval
 
 AXIS_NAMES = ("layers", "pair", "batch", "length", "heads", "head_dim")
 
+SHOWN = 6  # paths in an error
+
 Where: TypeAlias = str | Callable[[str], bool] | None
 AxesOption: TypeAlias = Sequence[str] | Mapping[str, Sequence[str]] | None
 
@@ -53,9 +55,30 @@ def axis_names_for(axes: AxesOption, path: str, aval: jax.ShapeDtypeStruct) -> t
         axes = next((names for pattern, names in axes.items() if re.search(pattern, path)), None)
     if axes is None:
         return None
+    if not isinstance(axes, Sequence):
+        raise ValueError(
+            f"axes must be the names of axes, or a dictionary of them by pattern, but came as {axes!r}."
+        )
     names = (axes,) if isinstance(axes, str) else tuple(axes)
     _check_axis_names(names, path, aval)
     return names
+
+
+def check_patterns(axes: AxesOption, paths: Sequence[str]) -> None:
+    """Raise ValueError for a pattern of ``axes`` that fits no path."""
+    if not isinstance(axes, Mapping):
+        return
+    for pattern in axes:
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(
+                f"axes must have patterns of the arrays' paths, but {pattern!r} fits none: {listed(paths)}."
+            )
+
+
+def listed(paths: Sequence[str]) -> str:
+    """Return some paths, with commas between."""
+    shown = ", ".join(paths[:SHOWN])
+    return f"{shown} and {len(paths) - SHOWN} more" if len(paths) > SHOWN else shown
 
 
 def _check_axis_names(names: tuple[str, ...], path: str, aval: jax.ShapeDtypeStruct) -> None:

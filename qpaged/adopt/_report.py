@@ -36,4 +36,5 @@ def listed(places: Collection[Materialization]) -> str:
     """Return the places one to a line, under a heading."""
     if not places:
         return "nothing was materialized"
-    return "\n".join([f"{len(places)} places materialized:", *(f"    {place}" for place in places)])
+    heading = "1 place materialized:" if len(places) == 1 else f"{len(places)} places materialized:"
+    return "\n".join([heading, *(f"    {place}" for place in places)])

@@ -79,6 +79,8 @@ def quantize_cache(
     """
     if not isinstance(page_size, numbers.Integral) or page_size < 1:
         raise ValueError(f"page_size must be a whole number, at least 1, but is {page_size!r}; 16 is usual.")
+    if not callable(step):
+        raise TypeError(f"step must be a function that takes a cache, but came as {type(step).__name__}.")
     cache_format = CacheFormat.of(quantizer)
     args, kwargs = example_arguments(step, example)
     found = find_in(step, Arguments(step, args, kwargs), where, axes)
@@ -204,7 +206,10 @@ class QuantizedStep:
         register_with_flax()
         names = self.found.arguments
         if len(cache) != len(names):
-            raise ValueError(f"init must be given {', '.join(names)}, but {len(cache)} arguments came.")
+            raise ValueError(
+                f"init takes {len(names)} argument{'s'[: len(names) > 1]}, {', '.join(names)}, but got "
+                f"{len(cache)}."
+            )
         quantized = [self._quantize_argument(name, tree) for name, tree in zip(names, cache, strict=True)]
         if len(quantized) == 1:
             return quantized[0]
@@ -318,6 +323,8 @@ class QuantizedStep:
         Shapes alone do not show it: the first 20 of 32 tokens beside both scales look like two pages of 10.
         """
         for path, array in zip(arguments.paths, arguments.arrays, strict=True):
+            if is_quantized(array):
+                self._check_format(path, array)
             known = self._history.blocks.get(path)
             if not known or not is_quantized(array) or array.scales is None:
                 continue
@@ -327,10 +334,10 @@ class QuantizedStep:
             if array.block in known and array.shape == tuple(extents_with_scales):
                 continue
             raise ValueError(
-                f"{path} must have the blocks in which step.init made it, {' or '.join(map(str, known))}, "
-                f"but codes of shape {array.codes.shape} came with scales of shape {array.scales.shape}: "
-                f"jax.tree.map reaches them apart. Change the cache by step.apply(function, cache); pass one "
-                f"that was made elsewhere through step.init() first."
+                f"{path} has codes {array.codes.shape} and scales {array.scales.shape}, which do not go "
+                f"together in blocks of {' or '.join(map(str, known))}, as step.init made them: jax.tree.map "
+                f"changes them apart. Use step.apply(function, cache). If the cache was made elsewhere, pass "
+                f"it through step.init() first."
             )
 
     def _quantize_argument(self, name: str, tree: Pytree) -> Pytree:
@@ -356,7 +363,20 @@ class QuantizedStep:
         quantizer = quantizer_for(leaf, self.quantizer)
         if quantizer is None:
             return array
-        return array if is_quantized(array) else quantize_leaf(leaf, array, quantizer, self._page_size)
+        if not is_quantized(array):
+            return quantize_leaf(leaf, array, quantizer, self._page_size)
+        self._check_format(path, array)
+        return array
+
+    def _check_format(self, path: str, array: QuantizedArray) -> None:
+        """Raise ValueError for an array of the cache that was quantized for another step."""
+        leaf = self._leaves.get(path)
+        quantizer = None if leaf is None else quantizer_for(leaf, self.quantizer)
+        if quantizer is not None and array.quantizer != quantizer:
+            raise ValueError(
+                f"{path} must be of {quantizer}, the format of this step, but came as {array.quantizer}; "
+                f"pass the float cache through this step's own init()."
+            )
 
     def _remember_blocks(self, path: str, array: Any) -> Any:
         """Return an array of a cache that goes out to the user, after noting its blocks."""
@@ -393,8 +413,8 @@ class QuantizedStep:
         self._history.materialized.update(dict.fromkeys(places))
         if self._strict and places:
             raise MaterializeError(
-                f"step must not decode its cache, since strict is set, but {listed(places)}\n"
-                f"Rewrite those lines, or leave strict out to have the cache decoded there."
+                f"step must not dequantize arrays of its cache as a whole, since strict is set, but "
+                f"{listed(places)}\nRewrite that, or leave strict out to have them dequantized there."
             )
 
 

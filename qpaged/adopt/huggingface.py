@@ -53,6 +53,10 @@ def quantize_cache(
         TypeError: not a Flax model with a cache of its own.
         CacheNotFoundError: as :func:`qpaged.adopt.quantize_cache`.
     """
+    if isinstance(model, _WithQuantizedCache):
+        raise TypeError("model has a quantized cache already; give the model that it was made of.")
+    if isinstance(model, type):
+        raise TypeError(f"model must be an instance, but is the class {model.__name__}; load or make one.")
     if not (hasattr(model, "init_cache") and hasattr(model, "generate") and hasattr(model, "params")):
         raise TypeError(
             f"model must be a Flax model of transformers with init_cache, generate and weights, but came as "

@@ -190,9 +190,10 @@ def _first_time(key: Hashable) -> bool:
 
 def _warn(record: Materialization) -> None:
     message = (
-        f"{record.array_type} has no handler for the primitive {record.primitive!r}, so it is materialized. "
-        f"Register one with primitive_handler({record.primitive!r}), or declare the class with "
-        f"warn_on_materialize=False."
+        f"{record.array_type} has no handler for the primitive {record.primitive!r} here, so it is "
+        f"materialized: the whole array is decoded. Rewrite this line if that costs too much. The author of "
+        f"the class may register a handler with primitive_handler({record.primitive!r}), or declare the "
+        f"class with warn_on_materialize=False."
     )
     # Not warnings.warn: the line is where the program was traced, which may no longer be on the stack.
     warnings.warn_explicit(message, MaterializeWarning, record.file, record.line, registry=_warning_registry)

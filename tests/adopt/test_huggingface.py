@@ -110,6 +110,11 @@ def test_the_kl_of_trained_weights_is_small():
 def test_errors_name_what_came():
     with pytest.raises(TypeError, match="but came as LlamaConfig"):
         quantize_cache(transformers.LlamaConfig(), "int8")
+    model = cases.model("Llama")
+    with pytest.raises(TypeError, match="must be an instance, but is the class FlaxLlamaForCausalLM"):
+        quantize_cache(type(model), "int8")
+    with pytest.raises(TypeError, match="has a quantized cache already"):
+        quantize_cache(quantize_cache(model, "int8"), "int8")
     with pytest.raises(qpaged.RegistryError, match="int9"):
         quantize_cache(cases.model("Llama"), "int9")
 

@@ -191,9 +191,7 @@ def test_places_that_materialize_are_reported_with_their_lines():
     assert (place.shape, place.dtype, place.nbytes) == ((2, 32, 2, 16), jnp.float32, 2 * 32 * 2 * 16 * 4)
     line = centered.__code__.co_firstlineno + 3
     assert (place.file, place.line) == (__file__, line)
-    assert f"places materialized:\n    {place.primitive} float32(2, 32, 2, 16), 8,192 bytes, at" in str(
-        run.report()
-    )
+    assert f"materialized:\n    {place.primitive} float32(2, 32, 2, 16), 8,192 bytes, at" in str(run.report())
     with pytest.warns(MaterializeWarning):
         out, cache = jax.jit(run)(X, jnp.int32(0), run.init(CACHE))
     want, _ = centered(X, jnp.int32(0), CACHE)
@@ -203,7 +201,9 @@ def test_places_that_materialize_are_reported_with_their_lines():
 
 @pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
 def test_a_strict_step_raises_where_it_would_materialize():
-    with pytest.raises(adopt.MaterializeError, match=r"since strict is set, but [12] places materialized:\n"):
+    with pytest.raises(
+        adopt.MaterializeError, match=r"since strict is set, but [12] places? materialized:\n"
+    ):
         adopted(step=centered, strict=True)
 
 
@@ -223,7 +223,7 @@ def test_errors_name_the_argument():
     run = adopted()
     with pytest.raises(ValueError, match="cache must hold the arrays of the example, but lacks cache/v"):
         run.init({"k": CACHE["k"]})
-    with pytest.raises(ValueError, match="init must be given cache, but 2 arguments came"):
+    with pytest.raises(ValueError, match="init takes 1 argument, cache, but got 2"):
         run.init(CACHE, CACHE)
     with pytest.raises(
         ValueError, match=r"cache/k must have the axes \('batch', .* came with shape \(32, 2, 16\)"
@@ -260,7 +260,7 @@ def test_a_cache_of_another_page_is_taken_after_init():
     run = adopted("int8")
     run.init(CACHE)
     cache = adopted("int8", page_size=8).init(CACHE)
-    with pytest.raises(ValueError, match=r"pass one that was made elsewhere through step\.init"):
+    with pytest.raises(ValueError, match=r"made elsewhere, pass it through step\.init"):
         run(X, jnp.int32(0), cache)
     _, cache = run(X, jnp.int32(0), run.init(cache))
     assert cache["k"].block == (1, 8, 1, 16)
@@ -324,9 +324,7 @@ def test_codes_and_scales_that_were_shortened_apart_are_refused(change):
     run = adopted("int8")
     cache = {name: jnp.zeros((2, 48, 2, 16)) for name in CACHE}
     cache = jax.tree_util.tree_map(SHORTENED_APART[change], run.init(cache))
-    with pytest.raises(
-        ValueError, match=r"cache/k must have the blocks in which step.init made it.* step\.apply"
-    ):
+    with pytest.raises(ValueError, match=r"cache/k has codes .* as step.init made them.* step\.apply"):
         jax.jit(run)(X, jnp.int32(0), cache)
 
 
