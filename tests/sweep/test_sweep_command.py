@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 import qpaged
+from qpaged._files import digest
 from qpaged.cli import main
+from qpaged.models.tokenizer import ByteTokenizer
 from qpaged.sweep import DTYPES, METRICS, claimed
 
 SMALL = ("--tokens", 200, "--context", 48, "--page-size", 8)
@@ -295,6 +297,28 @@ def test_other_conditions_are_measured_anew(quick, sweep, change):
     quick.ran.clear()
     assert sweep(*SMALL, "--formats", "int8", *change).status == 0
     assert set(quick.ran) == {"plain", "int8"}
+
+
+def test_other_tokens_before_each_text_are_measured_anew(quick, sweep, monkeypatch):
+    """They are no part of the tokenizer's hash: tokenizer_config.json decides on them."""
+    sweep(*SMALL, "--formats", "int8")
+    quick.ran.clear()
+    monkeypatch.setattr(
+        qpaged.sweep.measure._decoder, "load_tokenizer", lambda path: ByteTokenizer(prefix=(7,))
+    )
+    results = json.loads(sweep(*SMALL, "--formats", "int8", "--json").out)
+    assert set(quick.ran) == {"plain", "int8"}
+    assert results["text"]["prefix"] == [7] and results["text"]["tokenizer_sha256"] is None
+
+
+def test_results_that_do_not_say_what_stood_before_each_text_are_set_aside(quick, sweep):
+    directory = sweep(*SMALL, "--formats", "int8").directory
+    results = json.loads((directory / "results.json").read_text())
+    del results["text"]["prefix"]
+    (directory / "results.json").write_text(json.dumps(results | {"digest": digest(results)}))
+    quick.ran.clear()
+    assert sweep(*SMALL, "--formats", "int8").status == 0
+    assert set(quick.ran) == {"plain", "int8"} and (directory / "results.old.json").exists()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', '{"runs": 3}'])
