@@ -1,6 +1,9 @@
 """Files are written whole or not at all."""
 
 import errno
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,6 +41,52 @@ def test_a_symbolic_link_is_replaced_and_not_followed(tmp_path):
     link.symlink_to(target)
     write_whole(link, "new")
     assert target.read_text() == "kept" and link.read_text() == "new" and not link.is_symlink()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400])
+def test_a_file_keeps_its_mode(tmp_path, mode):
+    path = tmp_path / "file"
+    path.touch(mode)
+    path.chmod(mode)
+    write_whole(path, "new")
+    assert path.read_text() == "new" and stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_a_new_file_has_the_mode_that_others_have(tmp_path):
+    (tmp_path / "other").touch()
+    write_whole(tmp_path / "file", "new")
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no such pipes")
+def test_a_pipe_is_written_to_and_stays(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(path, "new")
+    assert path.is_fifo() and os.read(reader, 100) == b"new"
+    os.close(reader)
+
+
+def test_threads_may_write_one_file(tmp_path):
+    path = tmp_path / "file"
+    texts = [str(number) * 100_000 for number in range(8)]
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(write_whole, [path] * 80, texts * 10))
+    assert path.read_text() in texts and [*tmp_path.iterdir()] == [path]
+
+
+def test_an_interrupt_leaves_the_previous_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, "first")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "second")
+    assert path.read_text() == "first" and [*tmp_path.iterdir()] == [path]
 
 
 def test_a_digest_is_of_the_content_in_any_order():

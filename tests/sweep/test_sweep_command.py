@@ -129,7 +129,8 @@ def test_errors_of_keys_and_of_values_are_measured_apart(runs):
 def test_all_files_are_written(finished):
     written = {path.name for path in finished[0].iterdir()}
     assert written == {
-        "results.json", "report.html", "frontier.png", "frontier.svg", "layers.png", "layers.svg"
+        ".results.lock", "results.json", "report.html", "frontier.png", "frontier.svg", "layers.png",
+        "layers.svg",
     }  # fmt: skip
 
 
@@ -361,10 +362,21 @@ def test_a_second_sweep_into_the_same_directory_is_refused(quick, sweep, tmp_pat
     (tmp_path / "out").mkdir()
     with claimed(tmp_path / "out"):
         result = sweep(*SMALL, "--formats", "int8")
-    assert result.status == 2 and "results must go to a directory of their own for each sweep" in result.err
+    assert result.status == 2 and "--out must be for one sweep or search at a time, but" in result.err
     assert not quick.ran
     assert sweep(*SMALL, "--formats", "int8").status == 0
-    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_lock_that_was_opened_before_its_release_keeps_others_out(tmp_path):
+    fcntl = pytest.importorskip("fcntl", reason="this system locks files in another way")
+    with claimed(tmp_path):
+        late = (tmp_path / ".results.lock").open()
+    with late:
+        fcntl.flock(late, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="wait for it, or give another path"), claimed(tmp_path):
+            pass
+    with claimed(tmp_path):
+        pass
 
 
 def test_a_directory_in_the_place_of_a_file_is_noticed_before_anything_is_measured(quick, sweep, tmp_path):
