@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the digest by which damage is noticed."""
+"""Files that are written whole or not at all, files of JSON, and the digest by which damage is noticed."""
 
 import hashlib
 import json
@@ -37,6 +37,19 @@ def write_whole(path: Path, data: str | bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def read_json(path: Path, remedy: str = "Copy the file again.") -> Any:
+    """Return the contents of a JSON file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not JSON, or nested too deeply to be read; ``remedy`` ends the message.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). {remedy}") from error
 
 
 def digest(record: Mapping[str, Any]) -> str:

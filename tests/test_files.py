@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import qpaged
 from qpaged._files import digest, has_own_digest, write_whole
+from qpaged.models import read_config
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -87,6 +89,34 @@ def test_an_interrupt_leaves_the_previous_file_and_nothing_else(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         write_whole(path, "second")
     assert path.read_text() == "first" and [*tmp_path.iterdir()] == [path]
+
+
+NOT_JSON = ["{", "\xff", "[" * 200_000, '{"a":' * 200_000]
+
+
+@pytest.mark.parametrize("text", NOT_JSON)
+@pytest.mark.parametrize(
+    ("read", "remedy"),
+    [
+        (read_config, "Copy the file again"),
+        (qpaged.CacheFormat.of, "Write it with CacheFormat.save or qpaged tune"),
+    ],
+)
+def test_what_is_no_json_is_refused_by_name(tmp_path, text, read, remedy):
+    path = tmp_path / "file.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=rf"{path} is not valid JSON \(.*\). {remedy}."):
+        read(path)
+
+
+def test_a_format_nested_without_end_is_refused_by_name(tmp_path):
+    nested = '{"name": "+rotate", "inner":' * 2000 + '{"name": "int8", "granularity": "page"}' + "}" * 2000
+    path = tmp_path / "format.json"
+    path.write_text(
+        f'{{"qpaged": "cache format", "version": 1, "key": {nested}, "value": null, "layers": []}}'
+    )
+    with pytest.raises(ValueError, match=r"format.json (holds a cache format that cannot|is not valid JSON)"):
+        qpaged.CacheFormat.of(path)
 
 
 def test_a_digest_is_of_the_content_in_any_order():

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from qpaged._files import read_json
 from qpaged.models._extras import need
-from qpaged.models._safetensors import read_json
 
 if TYPE_CHECKING:
     import tokenizers
