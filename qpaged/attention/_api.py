@@ -5,6 +5,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from qpaged.implicit import use_implicit_args
 from qpaged.pools import Pages
 
 LARGEST_SCALE = 2.0**16
+LEAST_CAP = float(jnp.finfo(jnp.float32).tiny)  # a smaller one would become 0, and scores over it NaN
 LARGEST_CAP = 1e30  # scores under 1e-8 over it would be subnormal, and become zeros
 
 
@@ -87,8 +89,8 @@ def paged_attention(
         metadata: positions and page tables.
         softmax_scale: factor of the dot products, at most 65,536 in magnitude; 1 / sqrt(head_dim) if None.
         sliding_window: attend to the last so many positions, the query's own included; to all if None.
-        logits_soft_cap: scores become cap · tanh(score / cap) (Gemma 2), cap being at most 1e30; untouched if
-            None.
+        logits_soft_cap: scores become cap · tanh(score / cap) (Gemma 2), cap being from 1.2e-38 to 1e30;
+            untouched if None.
         sinks: (q_heads,) logits that join each head's softmax and carry no value (gpt-oss); none if None, and
             where -inf. Where they are traced, and cannot be refused, +inf takes all of the weight, which
             leaves zeros, and NaN makes the head's active rows NaN.
@@ -211,14 +213,20 @@ def _checked_options(
     config: PagedAttentionCacheMetaData, scale: float | None, window: int | None, cap: float | None
 ) -> Options:
     """Return the options of a call, or raise what is wrong with one."""
-    scale = 1 / math.sqrt(config.kv_head_dim_size) if scale is None else float(scale)
+    scale = 1 / math.sqrt(config.kv_head_dim_size) if scale is None else _as_float("softmax_scale", scale)
     if not abs(scale) <= LARGEST_SCALE:  # nor NaN
         raise ValueError(
             f"softmax_scale must be at most {LARGEST_SCALE} in magnitude, so that float32 tells scores "
             f"apart, but came as {scale}; None is for 1 / sqrt(head_dim)."
         )
     if window is not None:
-        window = operator.index(window)
+        try:
+            window = operator.index(window)
+        except TypeError as error:  # that of a traced value, too
+            raise TypeError(
+                f"sliding_window must be an integer that is known when the call is traced, or None for no "
+                f"window, but came as {window!r}."
+            ) from error
         if window < 1:
             raise ValueError(
                 f"sliding_window must be at least 1, or None for no window, but came as {window}."
@@ -226,13 +234,27 @@ def _checked_options(
         if window >= LARGEST_INDEX:  # which no position reaches
             window = None
     if cap is not None:
-        if not 0 < cap <= LARGEST_CAP:
+        cap = _as_float("logits_soft_cap", cap)
+        if not LEAST_CAP <= cap <= LARGEST_CAP:
             raise ValueError(
-                f"logits_soft_cap must be positive and at most {LARGEST_CAP}, as float32 loses scores over "
-                f"a larger one, but came as {cap}; None is for no cap."
+                f"logits_soft_cap must be from {LEAST_CAP:.3g} to {LARGEST_CAP}, as float32 loses scores "
+                f"over any other, but came as {cap}; None is for no cap."
             )
-        cap = float(cap)
     return Options(scale, window, cap, config.num_pages_per_layer)
+
+
+def _as_float(name: str, value: Any) -> float:
+    """Return an option as a float, or raise TypeError unless it is a real number with a known value."""
+    is_text = isinstance(value, str | bytes)  # of which float would read digits
+    try:
+        if not is_text and np.ndim(value) == 0 and not np.iscomplexobj(value):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):  # that of a traced value, too
+        pass
+    raise TypeError(
+        f"{name} must be a real number that is known when the call is traced, or None, but came as "
+        f"{value!r:.60}; make it static under jit."
+    )
 
 
 def _checked_sinks(sinks: ArrayLike, q_heads: int) -> jax.Array:
@@ -241,6 +263,8 @@ def _checked_sinks(sinks: ArrayLike, q_heads: int) -> jax.Array:
         raise ValueError(
             f"sinks must have shape (q_heads,) = ({q_heads},), but came with shape {sinks.shape}."
         )
+    if not any(jnp.issubdtype(sinks.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"sinks must be real numbers, but came as {sinks.dtype.name}; take .real, say.")
     sinks = sinks.astype(jnp.float32)
     if not isinstance(sinks, jax.core.Tracer) and not np.all(np.asarray(sinks) < np.inf):  # nor NaN
         raise ValueError(f"sinks must be logits below infinity, but came as {sinks}; -inf is for no sink.")

@@ -113,10 +113,11 @@ class PagedAttentionCache(Serializable):
 
 def _name_layers(layers: list[Any]) -> str:
     """Return "layer 2", "layers 0 to 31", or "layers 0, 2, 3": a run of them, or each."""
-    if len(layers) == 1:
-        return f"layer {layers[0]}"
-    is_run = layers == list(range(len(layers)))
-    return f"layers 0 to {layers[-1]}" if is_run else f"layers {', '.join(map(str, layers))}"
+    names = list(map(str, layers))  # compared as text: traced and stacked layers have no truth value
+    if len(names) == 1:
+        return f"layer {names[0]}"
+    is_run = names == list(map(str, range(len(names))))
+    return f"layers 0 to {names[-1]}" if is_run else f"layers {', '.join(names)}"
 
 
 jax.tree_util.register_dataclass(PagedAttentionCache, data_fields=["views"], meta_fields=[])

@@ -45,6 +45,17 @@ class PagedAttentionMetadata(Serializable):
             if isinstance(value, np.ndarray | np.integer) and value.dtype.kind in "iu" and value.itemsize > 2:
                 object.__setattr__(self, field.name, clip_to_int32(value))
 
+    def check_fields(self) -> None:
+        """Raise ValueError or TypeError unless fields are integers that fit each other; files are read so."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, list):
+                raise ValueError(f"{field.name} must be an array of integers, but a list came.")
+            as_indices(field.name, value)
+        # Both check the shapes of what they return.
+        self.prefill_tokens()
+        self.decodes_tokens()
+
     @classmethod
     def prefill(cls, *, position: ArrayLike, page_table: ArrayLike, length: ArrayLike | None = None) -> Self:
         """Return the metadata of a prefill of one sequence, or of a chunk of it.

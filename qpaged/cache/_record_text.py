@@ -14,6 +14,12 @@ from qpaged._files import DIGEST, has_own_digest
 def to_text_form(value: Any, name: str = "") -> Any:
     """Return a record with its arrays as dictionaries, named by the path that leads to them."""
     if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):  # JSON would make it one, and the digest another
+                raise TypeError(
+                    f"keys of a record must be strings, but {key!r} came in {name}; give the format a config "
+                    f"of plain JSON."
+                )
         return {key: to_text_form(part, f"{name}/{key}") for key, part in value.items()}
     if isinstance(value, list):
         return [to_text_form(part, f"{name}/{index}") for index, part in enumerate(value)]

@@ -17,6 +17,11 @@ from qpaged.implicit import ImplicitArray
 VERSION = 2
 READABLE = 1, VERSION  # the text of version 1 has no digest, and its arrays have no names
 ARRAYS_OF_PAGES = ("codes", "scales", "outer")  # in the record of a quantized pool
+FIELDS_OF_PARTS = {
+    "CacheFormat": {"key", "value", "layers"},
+    "QuantizedArray": {"quantizer", "dtype", *ARRAYS_OF_PAGES},
+    "array": {"name", "dtype", "shape", "data"},
+}
 
 
 R = TypeVar("R", bound="Serializable")
@@ -50,13 +55,15 @@ class Serializable:
             ValueError: another type or version, a missing or an unknown field, fields that do not fit each
                 other, or a digest that is not that of the data.
         """
-        version = None
-        if isinstance(data, Mapping):
-            version = data.get("version")
-            if DIGEST in data and version == VERSION:
+        return cls._read(data, needs_digest=False)
+
+    @classmethod
+    def _read(cls, data: Any, needs_digest: bool) -> Self:
+        version = data.get("version") if isinstance(data, Mapping) else None
+        try:
+            if version == VERSION and (needs_digest or DIGEST in data):
                 check_digest(data)
                 data = {name: value for name, value in data.items() if name != DIGEST}
-        try:
             return _Reader(version).read(cls, data, "")
         except (TypeError, AttributeError, LookupError, RecursionError, OverflowError, OSError) as error:
             raise ValueError(f"data of a {cls.__name__} cannot be read: {error!r}") from error
@@ -86,9 +93,7 @@ class Serializable:
             raise ValueError(
                 f"json_str must be the text of a {cls.__name__}, but {error!r} came of it."
             ) from error
-        if isinstance(data, Mapping) and data.get("version") == VERSION:
-            check_digest(data)
-        return cls.from_dict(data)
+        return cls._read(data, needs_digest=True)
 
 
 def _pack(value: Any) -> Any:
@@ -142,6 +147,12 @@ class _Reader:
         if not isinstance(value, Mapping):
             return value
         type_name = str(value.get("type"))
+        unknown = value.keys() - {"type"} - FIELDS_OF_PARTS.get(type_name, value.keys())
+        if unknown:
+            raise ValueError(
+                f"data of a {type_name} must hold no other fields than {sorted(FIELDS_OF_PARTS[type_name])}, "
+                f"but {sorted(unknown)} came."
+            )
         if type_name in Serializable._classes:
             return self.read(Serializable._classes[type_name], value, path)
         if type_name == "CacheFormat":

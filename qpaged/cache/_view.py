@@ -1,10 +1,12 @@
 """One layer's pools of keys and values."""
 
+import operator
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
@@ -84,11 +86,7 @@ class PagedAttentionCacheView(Serializable):
         quantizer: AnyQuantizer,
     ) -> Self:
         """Return what :meth:`init` does, without its warning, which a cache of many layers gives once."""
-        if not 0 <= layer_index < metadata.num_hidden_layers:
-            raise ValueError(
-                f"layer_index must be one of the {metadata.num_hidden_layers} layers, counted from 0, "
-                f"but came as {layer_index}."
-            )
+        layer_index = _checked_layer(layer_index, metadata.num_hidden_layers)
         formats = agreed_formats(metadata, quantizer, dtype)
         key_format, value_format = layer_formats(formats, layer_index)
         shape, dtype = metadata.pool_shape, float_dtype("dtype", dtype)
@@ -97,17 +95,21 @@ class PagedAttentionCacheView(Serializable):
         return cls(metadata, layer_index, keys, values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return nested dictionaries and lists; arrays stay arrays."""
+        """Return nested dictionaries and lists; arrays stay arrays.
+
+        Raises:
+            ValueError: the view is of several layers, stacked for a scan.
+        """
+        if np.ndim(self.layer_index):
+            raise ValueError(
+                f"a record is of one layer, but layer_index has shape {np.shape(self.layer_index)}, as of "
+                f"stacked layers; take them apart first: tree_map(lambda leaf: leaf[i], view)."
+            )
         return {**super().to_dict(), "layer_index": int(self.layer_index)}
 
     def check_fields(self) -> None:
         """Raise ValueError unless layer and pools are as the metadata says; files are read so."""
-        layers = self.metadata.num_hidden_layers
-        layer = self.layer_index
-        if type(layer) is not int or not 0 <= layer < layers:
-            raise ValueError(
-                f"layer_index must be one of the {layers} layers, counted from 0, but came as {layer!r}."
-            )
+        layer = _checked_layer(self.layer_index, self.metadata.num_hidden_layers)
         formats: tuple[PoolFormat, PoolFormat] | None = None
         if self.metadata.quantizer is not None:
             formats = layer_formats(self.metadata.quantizer, layer)
@@ -265,6 +267,19 @@ def _unflatten(aux: Any, children: Any) -> PagedAttentionCacheView:
 
 CHILDREN = tuple(map(jax.tree_util.GetAttrKey, ("key_pages", "value_pages", "layer_index")))
 jax.tree_util.register_pytree_with_keys(PagedAttentionCacheView, _flatten_with_keys, _unflatten, _flatten)
+
+
+def _checked_layer(layer: Any, layers: int) -> int:
+    """Return the number of a layer as a Python int, or raise ValueError unless there is such a layer."""
+    try:
+        index = -1 if isinstance(layer, bool) else operator.index(layer)
+    except TypeError:  # it is no integer
+        index = -1
+    if not 0 <= index < layers:
+        raise ValueError(
+            f"layer_index must be one of the {layers} layers, counted from 0, but came as {layer!r}."
+        )
+    return index
 
 
 def _check_pages(name: str, pages: Pages, quantizer: Any, metadata: PagedAttentionCacheMetaData) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qpaged._deprecated import renamed_argument
-from qpaged._files import write_whole
+from qpaged._files import read_json, write_whole
 from qpaged.formats._contract import Quantizer
 from qpaged.formats._registry import PLAIN, RegistryError, get_quantizer, quantizer_from_config
 
@@ -142,10 +142,7 @@ def _load(path: Path) -> CacheFormat:
     Raises:
         ValueError: the file does not hold a cache format of this version.
     """
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); write it with CacheFormat.save.") from error
+    config = read_json(path, "Write it with CacheFormat.save or qpaged tune.")
     if not isinstance(config, dict) or config.get("qpaged") != FILE_KIND:
         raise ValueError(
             f"{path} does not hold a cache format; write one with CacheFormat.save or qpaged tune."
@@ -157,7 +154,7 @@ def _load(path: Path) -> CacheFormat:
         )
     try:
         return CacheFormat.from_config(config)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds a cache format that cannot be made: {error}") from error
 
 

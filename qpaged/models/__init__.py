@@ -8,7 +8,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from qpaged.models._sizes import CacheSizes, read_cache_sizes, weights_bytes
+from qpaged.models._sizes import CacheSizes, read_cache_sizes
+from qpaged.models._weights import weights_bytes
 from qpaged.models.checkpoint import (
     checkpoint_sha256,
     load_checkpoint,

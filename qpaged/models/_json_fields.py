@@ -1,10 +1,15 @@
 """Read fields of a JSON object, with errors that name the field and what came."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 Json = Mapping[str, Any]
+
+# What is computed with is float32, so no more is taken, which float64 then multiplies without overflow.
+LEAST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+LARGEST_INTEGER = 2**63 - 1
 
 
 def read_object(fields: Json, name: str) -> Json:
@@ -32,16 +37,19 @@ def read_numbers(fields: Json, name: str) -> tuple[float, ...]:
 
 def _check_number(name: str, value: object) -> float:
     # True and False are ints to Python, but no numbers in JSON.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, but came as {value!r}.")
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and LEAST <= value <= LARGEST:
+        return float(value)
+    raise ValueError(f"{name} must be a positive number that float32 holds, but came as {value!r:.60}.")
 
 
 def read_integer(fields: Json, name: str, minimum: int) -> int:
     """Return the whole number in a field."""
     value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be a whole number of at least {minimum}, but came as {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= LARGEST_INTEGER:
+        raise ValueError(
+            f"{name} must be a whole number of at least {minimum} that 64 bits hold, but came as "
+            f"{value!r:.60}."
+        )
     return value
 
 

@@ -58,6 +58,11 @@ def _no_scaling(fields: Json, rope_fields: Json) -> None:
     return None
 
 
+def _dynamic_scaling(fields: Json, rope_fields: Json) -> None:
+    """Return None: it scales sequences that are longer than the model is made for; the factor is checked."""
+    read_number(rope_fields, "factor")
+
+
 def _linear_scaling(fields: Json, rope_fields: Json) -> Scaling:
     return LinearScaling(read_number(rope_fields, "factor"))
 
@@ -103,14 +108,16 @@ def _yarn_scaling(fields: Json, rope_fields: Json) -> Scaling:
     factor = read_number(rope_fields, "factor")
     longest = {"original_max_position_embeddings": fields.get("max_position_embeddings")}
     given = {name: value for name, value in rope_fields.items() if value is not None}
-    options = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, **longest, **given}
+    options = {"beta_fast": 32.0, "beta_slow": 1.0, **longest, **given}
+    # As transformers reads it, null is false where a missing field is true.
+    truncate = {"truncate": "truncate" not in rope_fields, **given}
     return YarnScaling(
         factor=factor,
         original_max_position_embeddings=read_integer(options, "original_max_position_embeddings", 1),
         amplitude=_yarn_amplitude(given, factor),
         beta_fast=read_number(options, "beta_fast"),
         beta_slow=read_number(options, "beta_slow"),
-        truncate=read_flag(options, "truncate"),
+        truncate=read_flag(truncate, "truncate"),
     )
 
 
@@ -127,7 +134,7 @@ def _yarn_amplitude(rope_fields: Json, factor: float) -> float:
 
 SCALINGS: dict[str, Callable[[Json, Json], Scaling | None]] = {
     "default": _no_scaling,
-    "dynamic": _no_scaling,  # it scales sequences that are longer than the model is made for
+    "dynamic": _dynamic_scaling,
     "linear": _linear_scaling,
     "llama3": _llama3_scaling,
     "longrope": _longrope_scaling,

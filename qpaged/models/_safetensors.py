@@ -4,13 +4,13 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qpaged._files import read_json
 from qpaged.models._extras import need
 
 WEIGHTS_FILE = "model.safetensors"
@@ -158,15 +158,3 @@ def _read_weight_map(directory: Path) -> dict[str, str]:
 
 def _no_weight_map(path: Path) -> ValueError:
     return ValueError(f"{path} has no weight_map of tensors to shards. Copy the file again.")
-
-
-def read_json(path: Path) -> Any:
-    """Return the contents of a JSON file.
-
-    Raises:
-        ValueError: it is not JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}). Copy the file again.") from error

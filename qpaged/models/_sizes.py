@@ -1,20 +1,29 @@
 """The sizes that plan a cache, read also from checkpoints that cannot be loaded here."""
 
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
-import jax.numpy as jnp
-
+from qpaged._files import read_json
 from qpaged.models._json_fields import Json, read_object
-from qpaged.models._safetensors import read_json
-from qpaged.models.checkpoint import find_config, read_config
-from qpaged.models.decoder import param_shapes
+from qpaged.models._rope_fields import read_ropes
+from qpaged.models.checkpoint import find_config
+from qpaged.models.config import FULL, SLIDING
 from qpaged.models.families import DEFAULTS, FAMILIES, PARENTS, read_head_sizes
+from qpaged.models.rope import YarnScaling
 
-PATTERNS = "model*.safetensors", "consolidated*.safetensors", "pytorch_model*.bin", "consolidated*.pth"
-"""Files that weights are stored in; a directory may hold the same weights under several of these."""
-DTYPE_NAMES = "dtype", "torch_dtype"
+COUNTED_LAYERS = FULL, SLIDING, "chunked_attention"
+"""Types of layers that keep the keys and values of all tokens, or could."""
+
+UNLIKE_LAYERS = (
+    "attn_layer_indices",
+    "attn_layer_period",
+    "full_attention_interval",
+    "hybrid_override_pattern",
+    "layers_block_type",
+    "linear_attn_config",
+    "num_kv_shared_layers",
+)
+"""Fields of models in which some layers have no keys and values of their own."""
 
 
 @dataclass(frozen=True)
@@ -39,55 +48,67 @@ def read_cache_sizes(path: str | Path) -> CacheSizes:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a size is missing or malformed, or the cache is none of keys and values for each head.
+        ValueError: a size is missing or malformed, or the cache is none of keys and values for each head of
+            each layer.
     """
     path = find_config(path)
     fields = read_json(path)
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: it must hold an object of fields, but holds {fields!r:.60}.")
-    text = {**fields, **read_object(fields, "text_config")}
-    if text.get("kv_lora_rank"):
-        raise ValueError(
-            f"{path}: it says kv_lora_rank, so its cache holds latents of all heads at once, which plan does "
-            f"not count."
-        )
     try:
-        sizes = read_head_sizes({**_defaults(fields), **text})
+        text: Json = {**fields, **read_object(fields, "text_config")}
+        _check_countable(text)
+        text = {**_defaults(text), **text}
+        sizes = read_head_sizes(text)
+        sizes["max_position_embeddings"] = _longest(text, sizes["max_position_embeddings"])
         return CacheSizes(**{name: sizes[name] for name in CacheSizes.__dataclass_fields__})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _defaults(fields: Json) -> Json:
-    """Return what files of the model's family leave out, of any family if it is not known."""
-    model_type = str(fields.get("model_type"))
-    family = FAMILIES.get(PARENTS.get(model_type, model_type))
-    return DEFAULTS if family is None else {**DEFAULTS, **family.defaults}
+def _check_countable(text: Json) -> None:
+    """Raise ValueError unless every layer has keys and values for each of its heads."""
+    if text.get("kv_lora_rank"):
+        raise ValueError(
+            "it says kv_lora_rank, so its cache holds latents of all heads at once, which plan does not "
+            "count."
+        )
+    unlike = [name for name in UNLIKE_LAYERS if text.get(name)]
+    layer_types = text.get("layer_types")
+    if isinstance(layer_types, list):
+        unlike += [kind for kind in layer_types if kind not in COUNTED_LAYERS]
+    if unlike:
+        raise ValueError(
+            f"it says {unlike[0]}, so some layers have no keys and values of their own, which plan does not "
+            f"count."
+        )
 
 
-def weights_bytes(path: str | Path) -> tuple[int, str]:
-    """Return the bytes of a checkpoint's weights, and where the number comes from.
-
-    It is the size of the files, of whatever kind. A configuration without weights has them computed.
+def _defaults(text: Json) -> Json:
+    """Return what files of the model's family leave out, of any family if it is not known.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
-        ValueError: there are no files, and the weights of such a model cannot be computed.
+        ValueError: the family is not known, and the file does not say how many KV heads there are. Each has a
+            rule and a name of its own for that, which may be one head for all (Falcon).
     """
-    path = find_config(path)
-    for pattern in PATTERNS:
-        files = sorted(path.parent.glob(pattern))
-        if files:
-            names = files[0].name if len(files) == 1 else f"{len(files)} files {pattern}"
-            return sum(file.stat().st_size for file in files), f"the size of {names}"
-    fields = read_json(path)
-    stored_as = next((fields[name] for name in DTYPE_NAMES if fields.get(name)), "bfloat16")
-    try:
-        itemsize = jnp.dtype(str(stored_as).removeprefix("torch.")).itemsize
-        count = sum(prod(shape) for shape in param_shapes(read_config(path)).values())
-    except (TypeError, ValueError) as error:
+    model_type = str(text.get("model_type"))
+    family = FAMILIES.get(PARENTS.get(model_type, model_type))
+    if family is not None:
+        return {**DEFAULTS, **family.defaults}
+    if text.get("num_key_value_heads") is None:
         raise ValueError(
-            f"{path.parent} has no weights, whose bytes cannot be computed: {error} Give them, as in "
-            f"--weights 16GB."
-        ) from error
-    return count * itemsize, f"computed from {path.name}, as {stored_as}"
+            f"it lacks num_key_value_heads, which a model of type {model_type} may count in another way; add "
+            f"the number to a copy of the file."
+        )
+    return DEFAULTS
+
+
+def _longest(text: Json, max_position_embeddings: int) -> int:
+    """Return the tokens of the longest sequence, which yarn extends."""
+    try:
+        rope, _ = read_ropes(text)
+    except ValueError:  # positions of a kind that cannot be computed here, which is not needed
+        return max_position_embeddings
+    if isinstance(rope.scaling, YarnScaling):
+        return rope.scaling.longest(max_position_embeddings)
+    return max_position_embeddings

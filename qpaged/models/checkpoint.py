@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from qpaged._files import write_whole
+from qpaged._files import read_json, write_whole
 from qpaged.models._extras import need
 from qpaged.models._safetensors import (
     DTYPES,
     INDEX_FILE,
     WEIGHTS_FILE,
     StoredTensor,
-    read_json,
     stored_tensors,
     weight_files,
 )

@@ -8,7 +8,7 @@ from qpaged.models._json_fields import Json, read_flag, read_integer, read_numbe
 from qpaged.models._rope_fields import read_ropes
 from qpaged.models.config import FULL, SIZES, SLIDING, Activation, DecoderConfig, LayerType, check_count
 from qpaged.models.experts import Experts
-from qpaged.models.rope import LongRopeScaling
+from qpaged.models.rope import LongRopeScaling, YarnScaling
 
 # Rules for which layers have a sliding window, for files without layer_types.
 
@@ -80,6 +80,8 @@ GEMMA = {
     "sliding_window": 4096,
 }
 GEMMA2 = GEMMA | {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 8192,
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
@@ -181,6 +183,8 @@ def decoder_config(fields: Json) -> DecoderConfig:
     if isinstance(rope.scaling, LongRopeScaling):
         # The short factors hold up to here; `DecoderConfig.for_context` switches to the long ones.
         sizes["max_position_embeddings"] = rope.scaling.original_max_position_embeddings
+    elif isinstance(rope.scaling, YarnScaling):
+        sizes["max_position_embeddings"] = rope.scaling.longest(sizes["max_position_embeddings"])
     described: dict[str, Any] = {
         **sizes,
         "model_type": fields["model_type"],

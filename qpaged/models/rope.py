@@ -102,6 +102,10 @@ class YarnScaling:
     beta_slow: float = 1.0
     truncate: bool = True
 
+    def longest(self, max_position_embeddings: int) -> int:
+        """Return the length of the longest sequence; files state that of the original one, or this one."""
+        return max(max_position_embeddings, int(self.factor * self.original_max_position_embeddings))
+
     def __call__(self, frequencies: np.ndarray) -> np.ndarray:
         pairs = len(frequencies)
         if pairs == 1:
@@ -138,6 +142,13 @@ class Rope:
     theta: float = 10000.0
     partial_rotary_factor: float = 1.0
     scaling: Scaling | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.scaling, YarnScaling) and self.theta <= 1:
+            raise ValueError(
+                f"rope_theta must be greater than 1 for yarn, which tells fast from slow frequencies, but "
+                f"came as {self.theta}."
+            )
 
     def rotary_dim(self, head_dim: int) -> int:
         """Return the number of channels of a head that are rotated."""

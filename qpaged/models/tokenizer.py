@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from qpaged._files import read_json
 from qpaged.models._extras import need
-from qpaged.models._safetensors import read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -276,7 +276,8 @@ def _configured_prefix(file: Path, library: tokenizers.Tokenizer, prefix: tuple[
     if not isinstance(add_bos, bool):
         return prefix
     token = config.get("bos_token")
-    bos = library.token_to_id(str(token.get("content") if isinstance(token, dict) else token))
+    content = token.get("content") if isinstance(token, dict) else token
+    bos = library.token_to_id(content) if isinstance(content, str) else None
     if bos is None or add_bos == (bos in prefix):
         return prefix
     configured = (bos, *prefix) if add_bos else tuple(token for token in prefix if token != bos)

@@ -163,10 +163,25 @@ BAD_ARGUMENTS = [
     ({"backend": "gpu"}, ValueError, "takes the call, but 'gpu' declines: it "),
     ({"backend": "tpu"}, ValueError, "but 'tpu' declines: it .*"),
     ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1, .* came as 0"),
-    ({"sliding_window": 2.5}, TypeError, "float"),
-    ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap must be positive and at most .* came as -1.0"),
-    ({"logits_soft_cap": 1e38}, ValueError, r"logits_soft_cap must be .* at most 1e\+30, .* came as 1e\+38"),
-    ({"logits_soft_cap": np.nan}, ValueError, "logits_soft_cap must be positive .* came as nan"),
+    ({"sliding_window": 2.5}, TypeError, "sliding_window must be an integer that is known .* came as 2.5"),
+    ({"sliding_window": "2"}, TypeError, "sliding_window must be an integer that is known .* came as '2'"),
+    ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap must be from 1.18e-38 to .* came as -1.0"),
+    ({"logits_soft_cap": 1e-40}, ValueError, "logits_soft_cap must be from 1.18e-38 to .* came as 1e-40"),
+    ({"logits_soft_cap": 1e38}, ValueError, r"logits_soft_cap must be from .* to 1e\+30, .* came as 1e\+38"),
+    ({"logits_soft_cap": np.nan}, ValueError, "logits_soft_cap must be from 1.18e-38 to .* came as nan"),
+    (
+        {"logits_soft_cap": "a"},
+        TypeError,
+        "logits_soft_cap must be a real number that is known .* came as 'a'",
+    ),
+    ({"logits_soft_cap": 1 + 0j}, TypeError, r"logits_soft_cap must be a real number .* came as \(1\+0j\)"),
+    ({"softmax_scale": [1.0]}, TypeError, r"softmax_scale must be a real number .* came as \[1.0\]; make it"),
+    ({"softmax_scale": np.ones(1)}, TypeError, r"softmax_scale must be a real number .* came as array\(\[1"),
+    ({"softmax_scale": b"1"}, TypeError, "softmax_scale must be a real number .* came as b'1'"),
+    ({"softmax_scale": 10**400}, TypeError, "softmax_scale must be a real number .* came as 1000"),
+    ({"softmax_scale": np.complex64(1)}, TypeError, "softmax_scale must be a real number"),
+    ({"sinks": np.zeros(4, np.complex64)}, TypeError, "sinks must be real numbers, but came as complex64"),
+    ({"sinks": np.zeros(4, bool)}, TypeError, "sinks must be real numbers, but came as bool"),
     ({"softmax_scale": np.inf}, ValueError, "softmax_scale must be at most 65536.0 .* came as inf"),
     ({"softmax_scale": np.nan}, ValueError, "softmax_scale must be at most 65536.0 .* came as nan"),
     ({"softmax_scale": -1e10}, ValueError, "softmax_scale must be at most 65536.0 .* came as -10000000000.0"),
@@ -198,6 +213,32 @@ def test_bad_arguments_are_refused(change, error, message):
     } | change
     with pytest.raises(error, match=message):
         qpaged.paged_attention(arguments.pop("query"), **arguments)
+
+
+@pytest.mark.parametrize("name", ["softmax_scale", "logits_soft_cap", "sliding_window"])
+def test_an_option_that_is_traced_is_refused(name):
+    view, table = filled_view("int8", 2, 16)
+    query, metadata = np.zeros((6, 4, 16), np.float32), decode_step(table)[0]
+    with pytest.raises(TypeError, match=f"{name} must be .* that is known when the call is traced, or None"):
+        jax.jit(lambda option: qpaged.paged_attention(query, view, metadata, **{name: option}))(1)
+
+
+@pytest.mark.parametrize("number", [2, np.float32(2), np.array(2), jnp.float32(2), jnp.bfloat16(2)])
+def test_an_option_may_be_any_scalar(number):
+    view, table = filled_view("int8", 2, 16)
+    query, metadata = normal(6, 4, 16, seed=5), decode_step(table)[0]
+    out = qpaged.paged_attention(query, view, metadata, softmax_scale=number, logits_soft_cap=number)
+    same = qpaged.paged_attention(query, view, metadata, softmax_scale=2.0, logits_soft_cap=2.0)
+    np.testing.assert_array_equal(out, same)
+
+
+@pytest.mark.parametrize("backend", ["reference", "xla"])
+def test_the_least_cap_leaves_numbers(backend):
+    view, table = filled_view("int8", 2, 16)
+    cap = float(jnp.finfo(jnp.float32).tiny)
+    query, metadata = normal(6, 4, 16, seed=5), decode_step(table)[0]
+    out = qpaged.paged_attention(query, view, metadata, logits_soft_cap=cap, backend=backend)
+    assert np.isfinite(out).all() and out.any()
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])

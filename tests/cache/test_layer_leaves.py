@@ -47,6 +47,27 @@ def test_layers_are_stacked_for_a_scan():
     assert int(third.layer_index) == 2 and bits(third) == bits(one)
 
 
+def test_stacked_layers_are_to_be_taken_apart_before_they_are_written():
+    stacked = jax.tree_util.tree_map(
+        lambda *leaves: jnp.stack(leaves), *cache_of("int8").with_layer_leaves().views
+    )
+    for write in (stacked.to_dict, stacked.to_json, qpaged.PagedAttentionCache([stacked, stacked]).to_json):
+        with pytest.raises(
+            ValueError, match=r"layer_index has shape \(4,\), as of stacked .* take them apart"
+        ):
+            write()
+
+
+def test_leaves_are_printed_wherever_they_are():
+    cache = cache_of("int8").with_layer_leaves()
+    assert "layers 0 to 3: keys and values int8" in repr(cache)
+    traced = []
+    jax.jit(lambda cache: traced.append(repr(cache)))(cache)
+    assert traced[0].startswith("PagedAttentionCache(4 layers, ") and "int8 float32" in traced[0]
+    stacked = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *cache.views)
+    assert "layers [0 1 2 3], [0 1 2 3]: " in repr(qpaged.PagedAttentionCache([stacked, stacked]))
+
+
 def test_records_hold_the_number():
     cache = cache_of("int8")
     assert cache.with_layer_leaves().to_json() == cache.to_json()

@@ -26,10 +26,9 @@ from support.caches import (
     tokens,
     write_prefill,
 )
-from support.records import first_version
+from support.records import first_version, with_digest
 
 import qpaged
-from qpaged._files import digest
 
 TABLE = np.array([3, 1, 5, 7])
 Quantized = qpaged.QuantizedArray
@@ -251,11 +250,6 @@ def test_missing_and_unknown_fields_are_refused():
 def test_a_count_that_is_wrong_is_refused():
     with pytest.raises(ValueError, match="page_size must be positive, but came as 0"):
         qpaged.PagedAttentionCacheMetaData.from_dict(config().to_dict() | {"page_size": 0})
-
-
-def with_digest(record):
-    """Return the text of a record with the digest of its content: a digest must not hide a missing check."""
-    return json.dumps(record | {"digest": digest(record)})
 
 
 def array_of(**changes):

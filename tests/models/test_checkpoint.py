@@ -15,6 +15,7 @@ from qpaged.models import (
     DecoderConfig,
     LinearScaling,
     Rope,
+    _safetensors,
     checkpoint_sha256,
     load_checkpoint,
     param_shapes,
@@ -151,6 +152,21 @@ def test_a_tied_output_matrix_that_is_the_embedding_is_not_read(directory):
     edit_config(directory, tie_word_embeddings=True)
     edit_weights(directory, lambda weights: weights.update({OUTPUT: weights[EMBEDDING]}))
     assert OUTPUT not in load_checkpoint(directory)[1]
+
+
+@pytest.mark.parametrize("place", [0, 2, -1])
+def test_tied_matrices_are_compared_to_their_end(directory, monkeypatch, place):
+    """A piece holds 16 of the 132 values, so the last piece is not whole."""
+    monkeypatch.setattr(_safetensors, "PIECE", 64)
+    edit_config(directory, tie_word_embeddings=True)
+
+    def edit(weights):
+        weights[OUTPUT] = weights[EMBEDDING].copy()
+        weights[OUTPUT].flat[16 * place if place > 0 else place] += 1
+
+    edit_weights(directory, edit)
+    with pytest.warns(UserWarning, match=r"the stored lm_head.weight is not the embedding"):
+        assert not load_checkpoint(directory)[0].tie_word_embeddings
 
 
 def test_a_tied_output_matrix_that_is_stored_apart_is_read_with_a_warning(directory, params):

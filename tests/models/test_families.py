@@ -12,7 +12,6 @@ from qpaged.models import (
     DecoderConfig,
     Experts,
     LinearScaling,
-    Llama3Scaling,
     LongRopeScaling,
     Rope,
     YarnScaling,
@@ -213,28 +212,6 @@ def test_older_and_newer_files_describe_the_same_model(model_type, older, newer)
     assert model.rope != config(model_type).rope  # the fields change something
 
 
-def test_frequencies_follow_base_scaling_and_rotary_dim():
-    plain = Rope(theta=100.0)
-    np.testing.assert_allclose(plain.frequencies(8), [1, 100**-0.25, 0.1, 100**-0.75], rtol=1e-6)
-    linear = dataclasses.replace(plain, scaling=LinearScaling(4.0))
-    np.testing.assert_allclose(linear.frequencies(8), plain.frequencies(8) / 4, rtol=1e-6)
-    partial = dataclasses.replace(plain, partial_rotary_factor=0.5)
-    np.testing.assert_allclose(partial.frequencies(16), plain.frequencies(8), rtol=1e-6)
-
-
-def test_llama3_keeps_high_frequencies_and_divides_low_ones():
-    """With an original context of 64 tokens, turns of 16 to 64 tokens are blended."""
-    scaling = Llama3Scaling(8.0, 1.0, 4.0, 64)
-    tokens_per_turn = np.array([1, 15.9, 16.1, 32, 63.9, 64.1, 1000])
-    frequencies = 2 * np.pi / tokens_per_turn
-    factors = scaling(frequencies) / frequencies
-    blend = (64 / 32 - 1) / (4 - 1)
-    expected = np.array([1, 1, 1, blend + (1 - blend) / 8, 1 / 8, 1 / 8, 1 / 8])
-    np.testing.assert_allclose(factors, expected, atol=0.03)
-    exact = [0, 1, 3, 5, 6]  # the others are near the ends of the blend
-    np.testing.assert_allclose(factors[exact], expected[exact], rtol=1e-12)
-
-
 def test_a_scaling_that_was_added_to_a_newer_file_counts():
     parameters = {"rope_type": "default", "rope_theta": 1e6}
     linear = {"rope_type": "linear", "factor": 4.0}
@@ -298,7 +275,7 @@ def test_an_unknown_family_is_refused():
         (
             "llama",
             {"rope_scaling": {"rope_type": "yarn"}},
-            "factor must be a positive number, but came",
+            "factor must be a positive number that float32 holds, but came",
         ),
         ("llama", {"rope_parameters": {"rope_type": ["linear"]}}, r"rope_type \['linear'\], but only"),
         ("llama", {"sliding_window": 5}, "sliding_window = 5, but only None is supported .* type llama"),
@@ -363,14 +340,22 @@ def test_features_that_are_not_implemented_are_refused(model_type, fields, messa
         ),
         ("llama", {"head_dim": 7}, "must be even.* got 7 of head_dim 7"),
         ("phi3", {"partial_rotary_factor": 1.5}, "must be even.* got 12 of head_dim 8"),
-        ("llama", {"rms_norm_eps": 0}, "rms_norm_eps must be a positive number, but came as 0"),
+        (
+            "llama",
+            {"rms_norm_eps": 0},
+            "rms_norm_eps must be a positive number that float32 holds, but came as 0",
+        ),
         ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings must be true or false, but came as 1"),
         (
             "llama",
             {"rope_scaling": "linear"},
             "rope_scaling must be an object of fields, but came as 'linear'",
         ),
-        ("llama", {"rope_scaling": {"type": "linear"}}, "factor must be a positive number, but came as None"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear"}},
+            "factor must be a positive number that float32 holds, but came as None",
+        ),
         (
             "llama",
             {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
@@ -380,6 +365,27 @@ def test_features_that_are_not_implemented_are_refused(model_type, fields, messa
             "phi3",
             {"rope_scaling": LONGROPE | {"long_factor": 2}},
             "long_factor must be a list of numbers, but came as 2",
+        ),
+        (
+            "llama",
+            {"rope_scaling": {"type": "dynamic", "factor": -4}},
+            "factor must be a positive number that float32 holds, but came as -4",
+        ),
+        ("llama", {"rope_theta": 10**400}, "rope_theta must be a positive number that float32 .* as 1000"),
+        (
+            "llama",
+            {"rope_theta": float("inf")},
+            "rope_theta must be a positive number that float32 .* as inf",
+        ),
+        (
+            "llama",
+            {"rope_theta": 1, "rope_scaling": LLAMA3 | {"rope_type": "yarn"}},
+            "rope_theta must be greater than 1 for yarn, .* as 1",
+        ),
+        (
+            "llama",
+            {"rope_scaling": LLAMA3 | {"rope_type": "yarn", "original_max_position_embeddings": 10**400}},
+            "original_max_position_embeddings must be a whole number .* that 64 bits hold, but came as 1000",
         ),
         (
             "phi3",

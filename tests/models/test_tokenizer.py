@@ -62,6 +62,11 @@ def train(library, trainer, **options):
     library.train_from_iterator(SEEN.split("\n"), trainer(vocab_size=400, show_progress=False, **options))
 
 
+def word():
+    """Return a tokenizer of one word, which is that of Python's for nothing."""
+    return Tokenizer(models.WordLevel({"None": 0}, unk_token="None"))
+
+
 KINDS = {"byte-level": byte_level, "byte fallback": byte_fallback, "metaspace": metaspace}
 EXACT = ("byte-level", "byte fallback")  # these decode to the text; the unigram model loses unseen characters
 
@@ -70,7 +75,7 @@ EXACT = ("byte-level", "byte fallback")  # these decode to the text; the unigram
 def directories(tmp_path_factory):
     """Return the directory of each kind of tokenizer."""
     paths = {}
-    for name, make in KINDS.items():
+    for name, make in {**KINDS, "a word None": word}.items():
         paths[name] = tmp_path_factory.mktemp(name.replace(" ", "_"))
         make().save(str(paths[name] / "tokenizer.json"))
     return paths
@@ -127,6 +132,10 @@ def test_the_prefix_is_of_the_special_tokens_before_a_text(directories):
         ("metaspace", {"add_bos_token": True, "bos_token": "<unk>"}, (0,)),
         ("metaspace", {"add_bos_token": True, "bos_token": "of another"}, ()),
         ("metaspace", [], ()),
+        ("a word None", {"add_bos_token": True}, ()),
+        ("a word None", {"add_bos_token": True, "bos_token": None}, ()),
+        ("a word None", {"add_bos_token": True, "bos_token": {"content": None}}, ()),
+        ("a word None", {"add_bos_token": True, "bos_token": ["None"]}, ()),
     ],
 )
 def test_add_bos_token_of_the_configuration_decides(directories, tmp_path, name, settings, prefix):

@@ -10,9 +10,8 @@ import pytest
 from jax.sharding import Mesh
 
 import qpaged
-from qpaged.cli import main
 from qpaged.cli.commands.plan import memory_size, size, token_count
-from qpaged.models import DecoderConfig, weights_bytes
+from qpaged.models import DecoderConfig
 from qpaged.plan import plan
 
 CONFIG = DecoderConfig(
@@ -80,29 +79,6 @@ def test_the_argument_format_is_called_quantizer_now():
     assert planned == plan(CONFIG, quantizer="int8", memory_bytes=MEMORY, context=100)
 
 
-@pytest.fixture
-def model(tmp_path):
-    """Return the directory of a configuration without weights."""
-    fields = {
-        "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64,
-        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
-        "max_position_embeddings": 512,
-    }  # fmt: skip
-    (tmp_path / "config.json").write_text(json.dumps(fields))
-    return tmp_path
-
-
-@pytest.fixture
-def command(model, capsys):
-    """Return ``run(*arguments)``: it plans for the model, and returns status, stdout and stderr."""
-
-    def run(*arguments, of=model):
-        status = main(["plan", str(of), *map(str, arguments)])
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def test_the_command_prints_the_plans(command):
     status, out, err = command(
         "--memory", "1MiB", "--formats", "int8,int8/int4", "--context", 100, "--weights", "48KiB"
@@ -161,7 +137,15 @@ def test_bad_arguments_are_refused(command, arguments, message):
 
 @pytest.mark.parametrize(
     ("text", "count"),
-    [("80GiB", 80 * 2**30), ("141GB", 141 * 10**9), ("0.5T", 2**39), ("12", 12), ("3 kb", None), ("x", None)],
+    [
+        ("80GiB", 80 * 2**30),
+        ("141GB", 141 * 10**9),
+        ("0.5T", 2**39),
+        ("12", 12),
+        ("3 kb", None),
+        ("x", None),
+        ("9" * 400, None),
+    ],
 )
 def test_sizes(text, count):
     if count is None:
@@ -182,66 +166,3 @@ def test_a_context_may_be_said_in_thousands():
     for text in ("32kk", "-5", "1.5k", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="is no number of tokens; 32768 or 32k is"):
             token_count(text)
-
-
-def edit(model, **fields):
-    path = model / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-COUNT = 2 * 64 * 64 + 2 * (4 * 64 * 512 - 2 * 64 * 256 + 3 * 64 * 64 + 2 * 64) + 64
-"""Weights of the model: two matrices of the vocabulary; each layer's attention, MLP and norms; a norm."""
-
-
-@pytest.mark.parametrize(("dtype", "itemsize"), [(None, 2), ("float16", 2), ("float32", 4)])
-def test_the_weights_of_a_configuration_alone_are_computed(model, dtype, itemsize):
-    edit(model, torch_dtype=dtype)
-    assert weights_bytes(model) == (COUNT * itemsize, f"computed from config.json, as {dtype or 'bfloat16'}")
-
-
-@pytest.mark.parametrize(
-    ("names", "source"),
-    [
-        (["model.safetensors", "pytorch_model.bin"], "the size of model.safetensors"),
-        (["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"], "2 files model"),
-        (["consolidated.safetensors"], "the size of consolidated.safetensors"),
-        (["pytorch_model-00001-of-00001.bin"], "the size of pytorch_model-00001-of-00001.bin"),
-        (["consolidated.00.pth"], "the size of consolidated.00.pth"),
-    ],
-)
-def test_weights_of_any_kind_count_as_their_files(command, model, names, source):
-    for name in names:
-        (model / name).write_bytes(bytes(100 * 1024))
-    status, out, _ = command("--memory", "1MiB", "--formats", "int8")
-    assert status == 0 and source in out
-    assert f"the weights take {200 if source.startswith('2') else 100}.00 KiB" in out
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"model_type": "mixtral", "num_local_experts": 8},
-        {"model_type": "qwen3_moe"},
-        {"quantization_config": {"quant_method": "fp8"}},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-        {"rope_scaling": {"rope_type": "of tomorrow"}},
-        {"hidden_act": "relu"},
-    ],
-    ids=str,
-)
-def test_models_that_cannot_be_loaded_are_planned(command, model, fields):
-    edit(model, **fields)
-    status, out, _ = command("--memory", "1MiB", "--formats", "int8", "--weights", "48KiB")
-    assert status == 0 and "2 layers of 4 KV heads of 64" in out
-
-
-def test_weights_that_cannot_be_computed_are_asked_for(command, model):
-    edit(model, model_type="mamba")
-    status, _, err = command("--memory", "1MiB", "--formats", "int8")
-    assert status == 2 and "has no weights, whose bytes cannot be computed" in err and "--weights 16GB" in err
-
-
-def test_a_cache_of_latents_is_not_counted(command, model):
-    edit(model, model_type="deepseek_v3", kv_lora_rank=512)
-    status, _, err = command("--memory", "1MiB", "--weights", "1KiB")
-    assert status == 2 and "its cache holds latents of all heads at once" in err

@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 import qpaged
+from qpaged._files import digest
 from qpaged.cli import main
+from qpaged.models.tokenizer import ByteTokenizer
 from qpaged.sweep import DTYPES, METRICS, claimed
 
 SMALL = ("--tokens", 200, "--context", 48, "--page-size", 8)
@@ -127,7 +129,8 @@ def test_errors_of_keys_and_of_values_are_measured_apart(runs):
 def test_all_files_are_written(finished):
     written = {path.name for path in finished[0].iterdir()}
     assert written == {
-        "results.json", "report.html", "frontier.png", "frontier.svg", "layers.png", "layers.svg"
+        ".results.lock", "results.json", "report.html", "frontier.png", "frontier.svg", "layers.png",
+        "layers.svg",
     }  # fmt: skip
 
 
@@ -297,6 +300,28 @@ def test_other_conditions_are_measured_anew(quick, sweep, change):
     assert set(quick.ran) == {"plain", "int8"}
 
 
+def test_other_tokens_before_each_text_are_measured_anew(quick, sweep, monkeypatch):
+    """They are no part of the tokenizer's hash: tokenizer_config.json decides on them."""
+    sweep(*SMALL, "--formats", "int8")
+    quick.ran.clear()
+    monkeypatch.setattr(
+        qpaged.sweep.measure._decoder, "load_tokenizer", lambda path: ByteTokenizer(prefix=(7,))
+    )
+    results = json.loads(sweep(*SMALL, "--formats", "int8", "--json").out)
+    assert set(quick.ran) == {"plain", "int8"}
+    assert results["text"]["prefix"] == [7] and results["text"]["tokenizer_sha256"] is None
+
+
+def test_results_that_do_not_say_what_stood_before_each_text_are_set_aside(quick, sweep):
+    directory = sweep(*SMALL, "--formats", "int8").directory
+    results = json.loads((directory / "results.json").read_text())
+    del results["text"]["prefix"]
+    (directory / "results.json").write_text(json.dumps(results | {"digest": digest(results)}))
+    quick.ran.clear()
+    assert sweep(*SMALL, "--formats", "int8").status == 0
+    assert set(quick.ran) == {"plain", "int8"} and (directory / "results.old.json").exists()
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"version": 1}', '{"runs": 3}'])
 def test_a_results_file_that_cannot_be_used_is_measured_anew(quick, sweep, text):
     directory = sweep(*SMALL, "--formats", "int8").directory
@@ -337,10 +362,21 @@ def test_a_second_sweep_into_the_same_directory_is_refused(quick, sweep, tmp_pat
     (tmp_path / "out").mkdir()
     with claimed(tmp_path / "out"):
         result = sweep(*SMALL, "--formats", "int8")
-    assert result.status == 2 and "results must go to a directory of their own for each sweep" in result.err
+    assert result.status == 2 and "--out must be for one sweep or search at a time, but" in result.err
     assert not quick.ran
     assert sweep(*SMALL, "--formats", "int8").status == 0
-    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_lock_that_was_opened_before_its_release_keeps_others_out(tmp_path):
+    fcntl = pytest.importorskip("fcntl", reason="this system locks files in another way")
+    with claimed(tmp_path):
+        late = (tmp_path / ".results.lock").open()
+    with late:
+        fcntl.flock(late, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="wait for it, or give another path"), claimed(tmp_path):
+            pass
+    with claimed(tmp_path):
+        pass
 
 
 def test_a_directory_in_the_place_of_a_file_is_noticed_before_anything_is_measured(quick, sweep, tmp_path):

@@ -60,6 +60,12 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks(sweep, tmp_path):
     assert "tokenizer must have at most the 200 tokens of the model, but bytes has 256" in message
 
 
+def test_a_tokenizer_without_the_checkpoint_that_it_belongs_to(sweep, tmp_path):
+    message = one_line(sweep("--tokenizer", tmp_path, model=None))
+    assert 'tokenizer must be "bytes" or left out for the bundled model' in message
+    assert f"but came as '{tmp_path}'; give the checkpoint that it belongs to" in message
+
+
 def test_context_longer_than_the_models(sweep):
     assert "must be from 1 to 64, the longest that the model is made for" in one_line(sweep("--context", 65))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import qpaged
-from qpaged.sweep import Journal, Tune, UnattainableError
+from qpaged.sweep import Journal, Tune, UnattainableError, claimed
 from qpaged.sweep.tune._solver import choose
 
 SMALL = ("--tokens", 400, "--context", 48, "--page-size", 8)
@@ -167,6 +167,17 @@ def test_a_uniform_format_that_keeps_the_budget_is_chosen_if_no_sum_does(tune, q
     monkeypatch.setattr(Tune, "_sensitivity", lambda self, names, *_: np.ones((2, 2, len(names))))
     results = json.loads(tune("--max-kl", 0.1, "--formats", "int8:token,int4:token", "--json").out)
     assert results["tune"]["layers"] == [["int4:token"] * 2] * 2 and results["tune"]["predicted_kl"] is None
+
+
+@pytest.mark.parametrize(("option", "name"), [("--out", "format.json"), ("--report", "format")])
+def test_a_second_search_for_the_same_file_or_report_is_refused(tune, quick, tmp_path, option, name):
+    (tmp_path / "format").mkdir()
+    other = ("--report", tmp_path / "other") if option == "--out" else ()
+    with claimed(tmp_path / name):
+        result = tune("--bits", 8, "--formats", "int8:token", *other)
+    assert result.status == 2 and not quick.ran
+    assert f"{option} must be for one sweep or search at a time, but" in result.err
+    assert f"writes to {tmp_path / name}; wait for it" in result.err
 
 
 def test_an_output_of_another_kind_is_refused(command, quick):

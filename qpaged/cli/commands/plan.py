@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
@@ -24,9 +25,12 @@ DERIVED = ("cache", "unused", "pages", "tokens", "sequences", "bytes_per_token")
 def size(text: str) -> int:
     """Return the bytes of ``"80GiB"``, ``"80GB"`` or a plain number; ``"80G"`` is 80GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2] not in UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; 80GiB, 141GB or a number of bytes is.")
-    return int(float(match[1]) * UNITS[match[2]])
+    count = math.inf
+    if match is not None and match[2] in UNITS:
+        count = float(match[1]) * UNITS[match[2]]
+    if count == math.inf:  # also of a number with more digits than a float has room for
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no size; 80GiB, 141GB or a number of bytes is.")
+    return int(count)
 
 
 def memory_size(text: str) -> int:

@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
     sweep.need_sweep_extra()
     budget = sweep.Budget(args.bits, args.max_kl)
     directory = _output_directory(args)
-    with sweep.claimed(directory):
+    with sweep.claimed(args.out), sweep.claimed(directory, "--report"):
         return _tune(args, budget, directory)
 
 

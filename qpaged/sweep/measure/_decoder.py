@@ -179,9 +179,14 @@ def load_model(
         context: tokens of the sequences, for models that compute differently on long ones.
 
     Raises:
-        OSError, ValueError: the checkpoint cannot be read.
+        OSError, ValueError: the checkpoint cannot be read, or a tokenizer was given without one.
         ImportError: safetensors or tokenizers is missing.
     """
+    if path is None and tokenizer not in (None, "bytes"):
+        raise ValueError(
+            'tokenizer must be "bytes" or left out for the bundled model, whose tokens are bytes, but came '
+            f"as {tokenizer!r}; give the checkpoint that it belongs to."
+        )
     if path is None:
         directory = Path(qpaged.models.__file__).parent / "tiny"
         name, tokenizer_source = "bundled tiny model", "bytes"

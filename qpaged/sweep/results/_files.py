@@ -38,26 +38,29 @@ def known_runs(sweep: Sweep, directory: Path) -> tuple[Run, ...]:
 
 
 @contextmanager
-def claimed(directory: Path) -> Iterator[None]:
-    """Keep a directory for one sweep while the context is open.
+def claimed(path: Path, option: str = "--out") -> Iterator[None]:
+    """Keep a directory, or a file and its journal, for one sweep or search while the context is open.
+
+    The lock, a hidden file in the directory or beside the file, stays: another process may have opened it
+    already, and would then hold one that nobody else sees.
+
+    Args:
+        option: what names the path on the command line.
 
     Raises:
-        ValueError: another sweep has it.
+        ValueError: another sweep or search has it.
     """
     filelock = need("filelock")
-    lock = filelock.FileLock(directory / LOCK, timeout=0)
+    lock = filelock.FileLock(path / LOCK if path.is_dir() else path.with_name(f".{path.name}.lock"))
     try:
-        lock.acquire()
+        held = lock.acquire(timeout=0)
     except filelock.Timeout:
         raise ValueError(
-            f"results must go to a directory of their own for each sweep or search that runs, but another "
-            f"one writes to {directory.resolve()}; wait for it, or choose another directory."
+            f"{option} must be for one sweep or search at a time, but another one writes to "
+            f"{path.resolve()}; wait for it, or give another path."
         ) from None
-    try:
+    with held:
         yield
-    finally:
-        lock.release()
-        (directory / LOCK).unlink(missing_ok=True)
 
 
 def set_aside(directory: Path) -> Path | None:

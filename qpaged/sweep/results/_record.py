@@ -69,6 +69,8 @@ def conditions(sweep: Sweep) -> Record:
             "sha256": text.sha256,
             "tokenizer": tokenizer.name,
             "tokenizer_sha256": tokenizer.sha256,
+            # Not in the hash: tokenizer_config.json, beside the tokenizer's file, has a say in it.
+            "prefix": list(tokenizer.prefix),
         },
         "reference": sweep.model.reference,
         "settings": {
@@ -86,11 +88,15 @@ def conditions(sweep: Sweep) -> Record:
 def same_conditions(record: Mapping[str, Any]) -> list[Any]:
     """Return the part of the conditions that must be equal for results to be resumed.
 
-    That is hashes, settings and versions; names and dates may differ.
+    That is hashes, the prefix, settings and versions; names and dates may differ.
+
+    Raises:
+        KeyError: the record is of an earlier version, which did not say all of that.
     """
+    text = record["text"]
     environment = {name: value for name, value in record["environment"].items() if name != "date"}
-    hashes = [record["model"]["sha256"], record["text"]["sha256"], record["text"]["tokenizer_sha256"]]
-    parts = [hashes, record["reference"], record["settings"], environment]
+    hashes = [record["model"]["sha256"], text["sha256"], text["tokenizer_sha256"]]
+    parts = [hashes, text["prefix"], record["reference"], record["settings"], environment]
     return json.loads(json.dumps(parts))  # so that values compare equal to those read from a file
 
 
