@@ -55,6 +55,8 @@ def byte_count(name: str, value: object) -> int:
 def as_array(name: str, values: object) -> jax.Array:
     """Return ``values`` as an array, or raise TypeError if they are none."""
     try:
+        if values is None:
+            raise TypeError("older versions of JAX make NaN of None")
         return jnp.asarray(values)
     except (TypeError, ValueError) as error:
         raise TypeError(
