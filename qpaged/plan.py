@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
+from qpaged._arguments import byte_count, check_type, positive
 from qpaged._deprecated import renamed_argument
 from qpaged.cache import PagedAttentionCache, PagedAttentionCacheMetaData
 from qpaged.formats import CacheFormat
@@ -106,9 +107,16 @@ def plan(
         name: the name of the format in the plan; its spelling if None.
 
     Raises:
-        ValueError: the weights or a single page do not fit, or the format does not go with the model.
+        TypeError: an argument of another kind.
+        ValueError: a count is not positive, the weights or a single page do not fit, or the format does not
+            go with the model.
     """
-    weights = -(-weights_bytes // mesh_size)
+    advice = "qpaged.models.read_cache_sizes(path) reads the sizes of a checkpoint"
+    rule = "a qpaged.models.DecoderConfig or CacheSizes"
+    check_type("config", config, DecoderConfig | CacheSizes, rule, advice)
+    memory_bytes = byte_count("memory_bytes", memory_bytes)
+    context, mesh_size = positive("context", context), positive("mesh_size", mesh_size)
+    weights = -(-byte_count("weights_bytes", weights_bytes) // mesh_size)
     free = memory_bytes - weights
     if free <= 0:
         raise ValueError(

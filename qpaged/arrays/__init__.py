@@ -3,7 +3,7 @@
 from qpaged._deprecated import renamed_attributes
 from qpaged.arrays import _handlers as _handlers  # registers the handlers
 from qpaged.arrays._dot import dot_general
-from qpaged.arrays._dtypes import common_dtype, float_dtype
+from qpaged.arrays._dtypes import common_dtype, dtype_of_floats, float_dtype, is_dtype
 from qpaged.arrays._elementwise import not_elementwise
 from qpaged.arrays._encoding import in_units
 from qpaged.arrays._indices import clip_to_int32
@@ -44,6 +44,7 @@ __all__ = [
     "copy_pages",
     "dot",
     "dot_general",
+    "dtype_of_floats",
     "empty",
     "extract_codes",
     "fill_lane_rows",
@@ -51,6 +52,7 @@ __all__ = [
     "gather_pages",
     "in_units",
     "invert_output",
+    "is_dtype",
     "is_quantized",
     "mask_slots",
     "not_elementwise",

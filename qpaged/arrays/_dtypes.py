@@ -7,28 +7,54 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qpaged._arguments import shown
 
-def float_dtype(name: str, dtype: Any) -> np.dtype:
-    """Return ``dtype`` as a NumPy dtype.
+
+def float_dtype(
+    name: str, dtype: Any, advice: str = "give 'bfloat16', 'float16' or 'float32', say"
+) -> np.dtype:
+    """Return an argument that is a dtype as a NumPy dtype.
 
     Raises:
         TypeError: not a real floating-point dtype, or one that JAX has not enabled; ``name`` is the argument.
     """
-    if dtype is None:
-        raise TypeError(
-            f"{name} must be a real floating-point dtype, but came as None; give jnp.bfloat16, say."
-        )
+    try:
+        found = None if dtype is None else jnp.dtype(dtype)  # to NumPy None is float64
+    except (TypeError, ValueError):
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        came = shown(dtype) if found is None else found.name
+        raise TypeError(f"{name} must be a real floating-point dtype, but got {came}; {advice}.")
+    return _enabled(name, found)
+
+
+def dtype_of_floats(name: str, dtype: DTypeLike) -> np.dtype:
+    """Return the dtype of an array.
+
+    Raises:
+        TypeError: not a real floating-point dtype, or one that JAX has not enabled; ``name`` is the argument.
+    """
     dtype = jnp.dtype(dtype)
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise TypeError(
-            f"{name} came as float64, which JAX has not enabled; use float32, or set jax_enable_x64."
-        )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{name} must have a real floating-point dtype, but came as {dtype.name}; "
             f"convert it first, for example with .astype(jnp.bfloat16)."
         )
+    return _enabled(name, dtype)
+
+
+def _enabled(name: str, dtype: np.dtype) -> np.dtype:
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise TypeError(
+            f"{name} came as {dtype.name}, which JAX has not enabled; use float32, or set jax_enable_x64."
+        )
     return dtype
+
+
+def is_dtype(value: object) -> bool:
+    """Return True for a dtype, and for the classes that stand for one, such as ``jnp.int8``."""
+    is_class = isinstance(value, type) and issubclass(value, np.generic | int | float)
+    return is_class or isinstance(value, np.dtype | type(jnp.int8))
 
 
 def common_dtype(first: DTypeLike, second: DTypeLike) -> np.dtype:

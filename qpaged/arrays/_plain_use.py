@@ -9,8 +9,15 @@ import jax
 import numpy as np
 from numpy.typing import DTypeLike
 
-ARITHMETIC = "add", "sub", "mul", "truediv", "floordiv", "mod", "divmod", "pow", "matmul"
-OTHER_OPERATORS = "getitem", "iter", "len", "bool", "neg", "pos", "abs", "invert", "lt", "le", "gt", "ge"
+ARITHMETIC = {
+    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%", "divmod": "divmod()",
+    "pow": "**", "matmul": "@",
+}  # fmt: skip
+OTHER_OPERATORS = {
+    "getitem": "indexing", "iter": "iteration", "len": "len()", "bool": "bool()", "neg": "-", "pos": "+",
+    "abs": "abs()", "invert": "~", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
+}  # fmt: skip
+"""Operators as messages call them, by the names of their methods."""
 
 PLAIN = jax.Array, np.ndarray, np.generic, bool, int, float, complex
 
@@ -39,7 +46,7 @@ class PlainUse:
         return np.asarray(self.materialize(), dtype=dtype)
 
     def __jax_array__(self) -> NoReturn:
-        raise TypeError(_advice("functions of jax.numpy"))
+        raise TypeError(_advice("a function of jax.numpy"))
 
     def __getattr__(self, name: str) -> Any:
         if hasattr(jax.Array, name) and not name.startswith("_"):
@@ -49,18 +56,20 @@ class PlainUse:
 
 def _advice(use: str) -> str:
     return (
-        f"a quantized array has no {use} outside of use_implicit_args; call step.apply(function, cache) on "
-        f"the cache of a qpaged.adopt step, jax.jit(qpaged.implicit.use_implicit_args(function)) on any "
-        f"other, and .materialize() for the values."
+        f"{use} does not work on a quantized array here. .materialize() gives its values; to compute on it, "
+        f"use step.apply(function, cache) of a qpaged.adopt step, or "
+        f"jax.jit(qpaged.implicit.use_implicit_args(function))."
     )
 
 
-def _refusal(name: str) -> Callable[..., NoReturn]:
+def _refusal(use: str) -> Callable[..., NoReturn]:
     def refuse(self: PlainUse, *_: Any) -> NoReturn:
-        raise TypeError(_advice(f"__{name}__"))
+        raise TypeError(_advice(use))
 
     return refuse
 
 
-for _name in (*ARITHMETIC, *(f"r{name}" for name in ARITHMETIC), *OTHER_OPERATORS):
-    setattr(PlainUse, f"__{_name}__", _refusal(_name))
+for _name, _use in (ARITHMETIC | OTHER_OPERATORS).items():
+    setattr(PlainUse, f"__{_name}__", _refusal(_use))
+for _name, _use in ARITHMETIC.items():
+    setattr(PlainUse, f"__r{_name}__", _refusal(_use))

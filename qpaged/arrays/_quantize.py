@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from qpaged.arrays._blocks import check_block, scale_shape
-from qpaged.arrays._dtypes import float_dtype
+from qpaged.arrays._dtypes import dtype_of_floats, float_dtype
 from qpaged.arrays._encoding import block_extremes, encode, fit_scales, global_scale_shape, to_block_values
 from qpaged.arrays._explicit import placed_as
 from qpaged.arrays._lane_rows import count_slots_per_row
@@ -39,7 +39,7 @@ def quantize(
         ValueError: the block does not divide the shape, or whole bytes of codes do not.
     """
     array = jnp.asarray(array)
-    dtype = float_dtype("array", array.dtype if dtype is None else dtype)
+    dtype = dtype_of_floats("array", array.dtype) if dtype is None else float_dtype("dtype", dtype)
     check_block(array.shape, block)
     _check_packing(array.shape, quantizer, channel_axis)
     if quantizer.scale_dtype is None:

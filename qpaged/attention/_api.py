@@ -14,14 +14,16 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from qpaged import pools
+from qpaged._arguments import as_array, check_type
 from qpaged._compat import with_auto_axes
 from qpaged._eager import compiled_if_eager
-from qpaged.arrays import float_dtype, invert_output, transform_query, untransformed
+from qpaged.arrays import dtype_of_floats, invert_output, transform_query, untransformed
 from qpaged.attention import _backends
 from qpaged.attention._backends import BACKENDS, AttentionBackend, AttentionCall
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.cache import PagedAttentionCacheMetaData, PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.cache._config import LARGEST_INDEX
+from qpaged.cache._metadata import check_step
 from qpaged.implicit import use_implicit_args
 from qpaged.pools import Pages
 
@@ -57,7 +59,7 @@ def attention_backends(
         query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata
     ) -> None:
         calls = []
-        for tokens in _split_tokens(jnp.asarray(query), view, metadata):
+        for tokens in _split_tokens(as_array("query", query), view, metadata):
             calls.append(_untransformed_call(tokens, view.key_pages, view.value_pages))
         traced_backends.append(_backends.list_backends(calls))
 
@@ -106,14 +108,23 @@ def paged_attention(
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, or None, but came as {backend!r}.")
-    query = jnp.asarray(query)
+    query = as_array("query", query)
     all_tokens = _split_tokens(query, view, metadata)
     options = _checked_options(view.metadata, softmax_scale, sliding_window, logits_soft_cap)
     if sinks is not None:
         sinks = _checked_sinks(sinks, query.shape[1])
     if not all_tokens:
         return jnp.zeros_like(query)
-    return _attend_pools(backend, options, query.dtype, view.key_pages, view.value_pages, all_tokens, sinks)
+    try:
+        return _attend_pools(
+            backend, options, query.dtype, view.key_pages, view.value_pages, all_tokens, sinks
+        )
+    except ValueError as error:
+        if "Only interpret mode is supported" not in str(error):  # JAX's words for a kernel on CPU
+            raise
+        raise ValueError(
+            f"backend {backend!r} runs on no CPU; leave it None for the first backend that takes the call."
+        ) from error
 
 
 @compiled_if_eager(static_argnums=(0, 1, 2))
@@ -182,6 +193,9 @@ def _split_tokens(
     query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata
 ) -> list[QueryTokens]:
     """Return the prefill's tokens and the decode's rows, whichever there are, with their queries."""
+    advice = "give cache.views[i], the view of layer i"
+    check_type("view", view, PagedAttentionCacheView, "a qpaged.PagedAttentionCacheView", advice)
+    check_step(metadata)
     config = view.metadata
     steps = [step for step in (metadata.prefill_tokens(), metadata.decodes_tokens()) if step is not None]
     count = sum(len(position) for position, _ in steps) if steps else None
@@ -198,14 +212,23 @@ def _split_tokens(
 
 def _check_query(query: jax.Array, count: int | None, config: PagedAttentionCacheMetaData) -> None:
     """Raise unless the query has ``count`` tokens, any number if None, of the cache's head size."""
-    float_dtype("query", query.dtype)
-    kv_heads, head_dim = config.num_kv_heads, config.kv_head_dim_size
-    fits = query.ndim == 3 and query.shape[2] == head_dim and count in (None, len(query))
-    if not fits or query.shape[1] == 0 or query.shape[1] % kv_heads:
+    dtype_of_floats("query", query.dtype)
+    if query.ndim != 3:
         raise ValueError(
-            f"query must have shape (tokens, q_heads, head_dim) with {'any' if count is None else count} "
-            f"tokens, as the metadata says, q_heads a multiple of the {kv_heads} KV heads, and head_dim "
-            f"{head_dim}, but came with shape {query.shape}."
+            f"query must have shape (tokens, q_heads, head_dim), but came with shape {query.shape}."
+        )
+    tokens, q_heads, head_dim = query.shape
+    kv_heads = config.num_kv_heads
+    fault = None
+    if count not in (None, tokens):
+        fault = f"a row for each of the {count} tokens of the metadata, but has {tokens} rows"
+    elif q_heads == 0 or q_heads % kv_heads:
+        fault = f"a multiple of the {kv_heads} KV heads, but has {q_heads} heads"
+    elif head_dim != config.kv_head_dim_size:
+        fault = f"the cache's head_dim {config.kv_head_dim_size}, but has {head_dim}"
+    if fault is not None:
+        raise ValueError(
+            f"query must have {fault}; its shape {query.shape} is read as (tokens, q_heads, head_dim)."
         )
 
 

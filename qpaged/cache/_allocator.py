@@ -1,13 +1,13 @@
 """Who owns which page: host-side, no JAX."""
 
-import operator
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
 
-from qpaged.cache._config import PagedAttentionCacheMetaData
+from qpaged._arguments import shown, whole_number
+from qpaged.cache._config import PagedAttentionCacheMetaData, check_metadata
 
 
 class AllocationError(RuntimeError):
@@ -24,6 +24,7 @@ class PageAllocator:
     """
 
     def __init__(self, metadata: PagedAttentionCacheMetaData):
+        check_metadata(metadata, "give the one that the cache is made for")
         self.metadata = metadata
         self._free = list(range(metadata.num_pages_per_layer - 1, -1, -1))
         self._pages: dict[Hashable, list[int]] = {}
@@ -61,21 +62,20 @@ class PageAllocator:
             AllocationError: more tokens than a sequence may have, or than there are pages free.
             TypeError, ValueError: a length that is no count, or None for a sequence.
         """
-        try:
-            length = operator.index(length)
-        except TypeError:
-            raise TypeError(f"length must be a whole number of tokens, but came as {length!r}.") from None
-        if length < 0 or sequence is None:
+        _check_hashable(sequence)
+        length = whole_number("length", length)
+        if length < 0:
+            raise ValueError(f"length must be a number of tokens, but got {length}; give 0 or more.")
+        if sequence is None:
             raise ValueError(
-                f"sequence and length must be a name other than None and a count of tokens, but came as "
-                f"{sequence!r} and {length}; None stands for an inactive row in page_table."
+                "sequence must not be None, which stands for an inactive row in page_table; give it a name."
             )
         config = self.metadata
         pages_needed = -(-length // config.page_size)
         if pages_needed > config.num_pages_per_sequence:
             limit = config.num_pages_per_sequence * config.page_size
             raise AllocationError(
-                f"length must be at most {limit} tokens, but {length} came for sequence {sequence!r}; "
+                f"length must be at most {limit} tokens, but got {length} for sequence {sequence!r}; "
                 f"make the metadata with a larger max_sequences."
             )
         with self._lock:
@@ -96,16 +96,18 @@ class PageAllocator:
         Raises:
             AllocationError: the sequence holds nothing.
         """
+        _check_hashable(sequence)
         with self._lock:
             pages = self._pages.pop(sequence, None)
             if pages is None:
                 raise AllocationError(
-                    f"sequence {sequence!r} holds no pages; it was never allocated or is freed."
+                    f"sequence {sequence!r} holds no pages: it was never allocated, or is freed already; "
+                    f"free each sequence once."
                 )
             self._free.extend(reversed(pages))
             return pages
 
-    def page_table(self, sequences: Sequence[Hashable]) -> np.ndarray:
+    def page_table(self, sequences: Iterable[Hashable | None]) -> np.ndarray:
         """Return a page table (len(sequences), num_pages_per_sequence), int32.
 
         Entries are "no page" (``num_pages_per_layer``) where a sequence has none, and all of them for None,
@@ -113,10 +115,14 @@ class PageAllocator:
 
         Raises:
             AllocationError: a sequence that holds nothing.
+            TypeError: no list of sequences.
         """
-        config = self.metadata
-        table = np.full((len(sequences), config.num_pages_per_sequence), config.num_pages_per_layer, np.int32)
-        for row, sequence in enumerate(sequences):
+        if isinstance(sequences, str | bytes) or not isinstance(sequences, Iterable):
+            raise TypeError(f"sequences must be a list, but got {sequences!r}; give [{sequences!r}].")
+        rows, config = list(sequences), self.metadata
+        table = np.full((len(rows), config.num_pages_per_sequence), config.num_pages_per_layer, np.int32)
+        for row, sequence in enumerate(rows):
+            _check_hashable(sequence)
             if sequence is None:
                 continue
             pages = self._pages.get(sequence)
@@ -124,3 +130,13 @@ class PageAllocator:
                 raise AllocationError(f"sequence {sequence!r} holds no pages; allocate it, or pass None.")
             table[row, : len(pages)] = pages
         return table
+
+
+def _check_hashable(sequence: object) -> None:
+    """Raise TypeError unless ``sequence`` can name a sequence."""
+    try:
+        hash(sequence)
+    except TypeError as error:
+        raise TypeError(
+            f"sequence must be hashable, but got {shown(sequence)}; name it by a number, a string or a tuple."
+        ) from error

@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from qpaged import pools
-from qpaged.cache._config import AnyQuantizer, PagedAttentionCacheMetaData
+from qpaged.cache._config import AnyQuantizer, PagedAttentionCacheMetaData, check_metadata
 from qpaged.cache._fresh import warn_of_narrow_floats
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver
@@ -25,6 +25,10 @@ class PagedAttentionCache(Serializable):
     """
 
     views: list[PagedAttentionCacheView]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.views, list | tuple) and not self.views:  # functions of trees make other things
+            raise ValueError("views must be a list with a view for each layer, but is empty; see init_cache.")
 
     def __repr__(self) -> str:
         """Return a line for the layers of each kind, and the bytes of all."""
@@ -49,8 +53,10 @@ class PagedAttentionCache(Serializable):
         """Return fresh pools for every layer; arguments are as for :meth:`PagedAttentionCacheView.init`.
 
         Raises:
+            TypeError: an argument of another kind.
             ValueError: the metadata was made for another format or dtype.
         """
+        check_metadata(metadata, "arguments go in the order mesh, dtype, metadata")
         views = []
         for layer in range(metadata.num_hidden_layers):
             views.append(
@@ -68,10 +74,10 @@ class PagedAttentionCache(Serializable):
             or not all(isinstance(v, PagedAttentionCacheView) for v in views)
             or not views
         ):
-            raise ValueError(f"views must be a list with a view for each layer, but {views!r:.80} came.")
+            raise ValueError(f"views must be a list with a view for each layer, but got {views!r:.80}.")
         layers, metadata = [view.layer_index for view in views], views[0].metadata
         if layers != list(range(metadata.num_hidden_layers)):
-            raise ValueError(f"views must be those of all layers in order, but layers {layers} came.")
+            raise ValueError(f"views must be those of all layers in order, but got layers {layers}.")
         if any(view.metadata != metadata for view in views):
             raise ValueError("views must have the same metadata, but those of some layers differ.")
 

@@ -1,6 +1,5 @@
 """The static configuration of a cache."""
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +10,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from qpaged.arrays import float_dtype
+from qpaged._arguments import byte_count, check_type, positive
+from qpaged.arrays import float_dtype, is_dtype
 from qpaged.cache._budget import available_bytes, bytes_per_page, default_device
-from qpaged.cache._fresh import MakePages, PoolFormat, round_to_shards
+from qpaged.cache._fresh import MakePages, PoolFormat, check_takes_zeros, round_to_shards
 from qpaged.cache._serializable import Serializable
-from qpaged.cache._sharding import Resolver
+from qpaged.cache._sharding import Resolver, check_layout
 from qpaged.formats import CacheFormat, Quantizer
 
 LARGEST_INDEX = 2**31 - 2  # one past the last page must still be an int32
@@ -73,15 +73,17 @@ class PagedAttentionCacheMetaData(Serializable):
 
     def __post_init__(self) -> None:
         for name in COUNTS:
-            object.__setattr__(self, name, _positive(name, getattr(self, name)))
+            object.__setattr__(self, name, positive(name, getattr(self, name)))
         object.__setattr__(self, "hbm_utilization", _utilization(self.hbm_utilization))
         if self.quantizer is not None:
             object.__setattr__(self, "quantizer", cache_pages(self.quantizer))
             check_layers(self.quantizer, self.num_hidden_layers)
         if self.dtype is not None:
-            object.__setattr__(self, "dtype", float_dtype("dtype", self.dtype).name)
-        _indexable("num_pages_per_layer", self.num_pages_per_layer)
-        _indexable("num_pages_per_sequence * page_size", self.num_pages_per_sequence * self.page_size)
+            object.__setattr__(self, "dtype", logical_dtype(self.dtype).name)
+        advice = "use fewer or larger pages"
+        _indexable("num_pages_per_layer", self.num_pages_per_layer, advice)
+        tokens = self.num_pages_per_sequence * self.page_size
+        _indexable("num_pages_per_sequence * page_size", tokens, "use fewer or smaller pages")
 
     @classmethod
     def create(
@@ -113,16 +115,25 @@ class PagedAttentionCacheMetaData(Serializable):
             partition_manager: how pools are laid over the mesh; see :class:`PartitionManager`.
 
         Raises:
+            TypeError: as the class, and for a mesh, dtype, quantizer or manager of another kind.
             ValueError: as the class; when not one page fits; when ``memory_bytes`` is not given for a mesh of
                 several processes, which must all plan the same size.
         """
+        check_layout(mesh, partition_manager)
         utilization = _utilization(hbm_utilization)
-        num_layers = _positive("num_hidden_layers", num_hidden_layers)
-        page_size = _positive("page_size", page_size)
-        kv_heads = _positive("num_kv_heads", num_kv_heads)
-        head_dim = _positive("kv_head_dim_size", kv_head_dim_size)
+        num_layers = positive("num_hidden_layers", num_hidden_layers)
+        page_size = positive("page_size", page_size)
+        kv_heads = positive("num_kv_heads", num_kv_heads)
+        head_dim = positive("kv_head_dim_size", kv_head_dim_size)
+        pages_per_sequence = -(-positive("max_sequences", max_sequences) // page_size)
+        _indexable(
+            "max_sequences, in whole pages,",
+            pages_per_sequence * page_size,
+            "give the tokens of the longest sequence",
+        )
+        memory_bytes = None if memory_bytes is None else byte_count("memory_bytes", memory_bytes)
         shape = (kv_heads, page_size, head_dim)
-        dtype = float_dtype("dtype", dtype)
+        dtype = logical_dtype(dtype)
         formats = cache_pages(quantizer)
         pool_formats = [pool for layer in range(num_layers) for pool in layer_formats(formats, layer)]
         page_bytes = bytes_per_page(pool_formats, shape, dtype, mesh, partition_manager)
@@ -140,7 +151,7 @@ class PagedAttentionCacheMetaData(Serializable):
             batch_size=batch_size,
             num_hidden_layers=num_layers,
             num_pages_per_layer=pages,
-            num_pages_per_sequence=-(-_positive("max_sequences", max_sequences) // page_size),
+            num_pages_per_sequence=pages_per_sequence,
             max_sequences=max_sequences,
             page_size=page_size,
             num_kv_heads=kv_heads,
@@ -173,11 +184,25 @@ class PagedAttentionCacheMetaData(Serializable):
 
 def cache_pages(quantizer: AnyQuantizer) -> CachePages:
     """Return what ``quantizer=`` stands for: a cache format, or a function that makes pages."""
-    if isinstance(quantizer, type) and issubclass(quantizer, Quantizer):
-        raise TypeError(f"quantizer must be an instance, but the class came; give {quantizer.__name__}().")
-    if callable(quantizer) and not isinstance(quantizer, Quantizer | CacheFormat):
+    is_format_class = isinstance(quantizer, type) and issubclass(quantizer, Quantizer)
+    if isinstance(quantizer, Quantizer | CacheFormat) or is_format_class or is_dtype(quantizer):
+        return CacheFormat.of(quantizer)  # which refuses the classes, though they are callable
+    if callable(quantizer):
+        check_takes_zeros(quantizer)
         return quantizer
     return CacheFormat.of(quantizer)
+
+
+def logical_dtype(dtype: DTypeLike) -> np.dtype:
+    """Return the dtype of keys and values, or raise TypeError if it is none of floats."""
+    advice = "give that of keys and values, such as 'bfloat16'; for pages of codes give quantizer='int8', say"
+    return float_dtype("dtype", dtype, advice)
+
+
+def check_metadata(metadata: object, advice: str) -> None:
+    """Raise TypeError unless ``metadata`` is the configuration of a cache."""
+    rule = "a qpaged.PagedAttentionCacheMetaData"
+    check_type("metadata", metadata, PagedAttentionCacheMetaData, rule, advice)
 
 
 def check_layers(formats: CachePages, num_layers: int) -> None:
@@ -206,7 +231,7 @@ def agreed_formats(
     Raises:
         ValueError: the metadata's pages were counted for another format, or another dtype.
     """
-    formats, dtype = cache_pages(quantizer), float_dtype("dtype", dtype)
+    formats, dtype = cache_pages(quantizer), logical_dtype(dtype)
     check_layers(formats, metadata.num_hidden_layers)
     if metadata.quantizer is not None and metadata.quantizer != formats:
         raise ValueError(
@@ -222,17 +247,6 @@ def agreed_formats(
     return formats
 
 
-def _positive(name: str, value: Any) -> int:
-    """Return ``value`` as a positive int, or raise what is wrong with it."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an integer, but came as {value!r}; give a whole number.") from None
-    if number < 1:
-        raise ValueError(f"{name} must be positive, but came as {number}; give at least 1.")
-    return number
-
-
 def _utilization(value: Any) -> float:
     if not isinstance(value, int | float | np.floating) or not 0 < value < 1:
         raise ValueError(
@@ -242,9 +256,9 @@ def _utilization(value: Any) -> float:
     return float(value)
 
 
-def _indexable(name: str, value: int) -> None:
+def _indexable(name: str, value: int, advice: str) -> None:
     if value > LARGEST_INDEX:
         raise ValueError(
             f"{name} must be at most {LARGEST_INDEX:,} so that int32 can index it, but came as {value:,}; "
-            f"use fewer or larger pages."
+            f"{advice}."
         )

@@ -1,5 +1,6 @@
 """Fresh pools: how one is made, of how many bytes, and on which devices."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from qpaged import pools
+from qpaged._arguments import shown
 from qpaged._compat import spec_axes
 from qpaged.cache._sharding import EMPTY, KV_HEAD, MODE, PartitionManager, Resolver, leaf_spec
 from qpaged.formats import Quantizer
@@ -34,10 +36,30 @@ def fresh_pages(
         pages = quantizer.empty(shape, dtype)
     else:
         pages = quantizer(jnp.zeros(shape, dtype))
+        if len(getattr(pages, "shape", ())) != len(shape):
+            raise TypeError(
+                f"quantizer must be a function that makes pages (kv_heads, pages, page_size, head_dim) of a "
+                f"pool's zeros, but {shown(quantizer)} made {shown(pages)}; return an array of four axes."
+            )
     slots_or_channels_are_partitioned = any(spec[2:])
     if slots_or_channels_are_partitioned:  # which rows of several slots would not survive
         return pages
     return pools.fill_lane_rows(pages)
+
+
+def check_takes_zeros(make_pages: MakePages) -> None:
+    """Raise TypeError unless a function takes one argument."""
+    try:
+        signature = inspect.signature(make_pages)
+    except ValueError:  # some of those written in C tell nothing
+        return
+    try:
+        signature.bind("zeros")
+    except TypeError as error:
+        raise TypeError(
+            f"quantizer must be a function of one argument, a pool's zeros, but {shown(make_pages)} takes "
+            f"{signature}; give such a function, or the spelling of a format."
+        ) from error
 
 
 def allocate_pages(

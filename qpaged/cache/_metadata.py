@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from qpaged._arguments import check_type
 from qpaged.arrays import clip_to_int32
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._slot_mapping import as_indices
@@ -145,6 +146,13 @@ class PagedAttentionMetadata(Serializable):
     def is_decode_mode(self) -> bool:
         """Return True if there is no prefill: its arrays have shape (). True of a placeholder, too."""
         return np.ndim(self.prefill_position) == 0
+
+
+def check_step(metadata: object) -> None:
+    """Raise TypeError unless ``metadata`` is that of a step."""
+    rule = "a qpaged.PagedAttentionMetadata"
+    advice = "PagedAttentionMetadata.prefill and .decode make it"
+    check_type("metadata", metadata, PagedAttentionMetadata, rule, advice)
 
 
 def _shaped(name: str, values: ArrayLike, shape: str, ndim: int) -> jax.Array:

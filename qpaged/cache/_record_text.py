@@ -32,8 +32,8 @@ def check_digest(record: Mapping[str, Any]) -> None:
     """Raise ValueError unless the record is as it was written."""
     if not has_own_digest(record):
         raise ValueError(
-            f"data must have the digest of its content, but its digest is {record.get(DIGEST)!r}; it was "
-            f"changed or damaged since it was written."
+            f"data was changed or damaged since it was written: its digest "
+            f"{'does not match' if DIGEST in record else 'is missing'}; write it again with to_json."
         )
 
 
@@ -61,7 +61,7 @@ def array_of_text_form(data: Mapping[str, Any], name: str | None) -> jax.Array |
     """
     if name is not None and data.get("name") != name:
         raise ValueError(
-            f"data must hold the array {name!r} in its place, but {data.get('name')!r} came; parts of it "
+            f"data must hold the array {name!r} in its place, but holds {data.get('name')!r}; parts of it "
             f"were exchanged."
         )
     try:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from qpaged import pools
+from qpaged._arguments import shown
 from qpaged._files import DIGEST, digest
 from qpaged.cache._record_text import array_of_text_form, check_digest, to_text_form
 from qpaged.formats import CacheFormat
@@ -89,9 +90,10 @@ class Serializable:
         """
         try:
             data = json.loads(json_str)
-        except (TypeError, RecursionError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
-                f"json_str must be the text of a {cls.__name__}, but {error!r} came of it."
+                f"json_str must be the text that to_json writes of a {cls.__name__}, but got "
+                f"{shown(json_str)}: {error}."
             ) from error
         return cls._read(data, needs_digest=True)
 
@@ -131,9 +133,14 @@ class _Reader:
         given = {name: value for name, value in data.items() if name not in ("type", "version")}
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
         if given.keys() != known:
+            differences = {"lacks": known - given.keys(), "has unknown": given.keys() - known}
+            faults = [
+                f"{fault} {', '.join(sorted(map(str, names)))}"
+                for fault, names in differences.items()
+                if names
+            ]
             raise ValueError(
-                f"data of a {cls.__name__} must hold exactly the fields {sorted(known)}, "
-                f"but {sorted(known ^ given.keys())} are missing or unknown."
+                f"data of a {cls.__name__} {' and '.join(faults)}; it must be what to_dict or to_json wrote."
             )
         cls.check_record(given)
         made = cls(**{name: self._part(value, f"{path}/{name}") for name, value in given.items()})

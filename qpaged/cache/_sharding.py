@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from qpaged._arguments import check_type, shown
 from qpaged._compat import spec_axes
 
 KV_HEAD = "__KV_HEAD__"
@@ -19,6 +20,17 @@ class Resolver(Protocol):
 
     def resolve(self, axes: Sequence[str], mode: str = MODE, shape: Sequence[int] = ()) -> PartitionSpec:
         """Return the partition of an array whose axes have these meanings."""
+
+
+def check_layout(mesh: object, manager: object) -> None:
+    """Raise TypeError unless these are a mesh and what lays pools over it, or None."""
+    rule, advice = "a jax.sharding.Mesh or None", "None is for the default device"
+    check_type("mesh", mesh, Mesh | AbstractMesh | None, rule, advice)
+    if manager is not None and not callable(getattr(manager, "resolve", None)):
+        raise TypeError(
+            f"partition_manager must be None or have a method resolve, but got {shown(manager)}; give a "
+            f"qpaged.PartitionManager, say."
+        )
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from qpaged._arguments import shown
 from qpaged.arrays import clip_to_int32
 from qpaged.pools import SlotMapping
 
@@ -16,16 +17,27 @@ def as_indices(name: str, values: ArrayLike) -> jax.Array:
 
     Raises:
         TypeError: the values are not integers; ``name`` is the argument.
+        ValueError: they are lists of several lengths.
     """
-    if not isinstance(values, jax.Array):
-        values = np.asarray(values)
-        if values.size == 0:  # an empty list is of floats to NumPy
-            values = values.astype(np.int32)
-    if not jnp.issubdtype(values.dtype, jnp.integer):
-        raise TypeError(
-            f"{name} must be integers, but came as {values.dtype.name}; convert with .astype(int32)."
-        )
-    return jnp.asarray(clip_to_int32(values))
+    array = values if isinstance(values, jax.Array) else _to_numpy(name, values)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        came = f"came as {array.dtype.name}; convert with .astype(np.int32)"
+        if array.dtype.kind in "OSU":  # objects and text
+            came = f"got {shown(values)}; give an array of integers, or a list"
+        raise TypeError(f"{name} must be integers, but {came}.")
+    return jnp.asarray(clip_to_int32(array))
+
+
+def _to_numpy(name: str, values: ArrayLike) -> np.ndarray:
+    """Return values that are no ``jax.Array`` as a NumPy array."""
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be integers in rows of one length, but got {shown(values)}; fill a page table up "
+            f"with num_pages_per_layer, which is no page."
+        ) from error
+    return array.astype(np.int32) if array.size == 0 else array  # an empty list is of floats to NumPy
 
 
 def slot_mapping(

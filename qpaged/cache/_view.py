@@ -11,12 +11,20 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from qpaged import pools
-from qpaged.arrays import float_dtype
-from qpaged.cache._config import AnyQuantizer, PagedAttentionCacheMetaData, agreed_formats, layer_formats
+from qpaged._arguments import as_array
+from qpaged.arrays import dtype_of_floats
+from qpaged.cache._config import (
+    AnyQuantizer,
+    PagedAttentionCacheMetaData,
+    agreed_formats,
+    check_metadata,
+    layer_formats,
+    logical_dtype,
+)
 from qpaged.cache._fresh import PoolFormat, allocate_pages, fresh_pages, warn_of_narrow_floats
-from qpaged.cache._metadata import PagedAttentionMetadata
+from qpaged.cache._metadata import PagedAttentionMetadata, check_step
 from qpaged.cache._serializable import Serializable
-from qpaged.cache._sharding import Resolver
+from qpaged.cache._sharding import Resolver, check_layout
 from qpaged.cache._slot_mapping import as_indices, slot_mapping
 from qpaged.implicit._tree import same_layout
 from qpaged.pools import Pages
@@ -68,7 +76,7 @@ class PagedAttentionCacheView(Serializable):
             quantizer: the format; see :meth:`PagedAttentionCacheMetaData.create`.
 
         Raises:
-            TypeError: the dtype is not a floating-point one.
+            TypeError: the dtype is not a floating-point one, or an argument is of another kind.
             ValueError: there is no such layer, or the metadata was made for another format or dtype.
         """
         view = cls.fresh(mesh, dtype, metadata, layer_index, partition_manager, quantizer)
@@ -86,10 +94,12 @@ class PagedAttentionCacheView(Serializable):
         quantizer: AnyQuantizer,
     ) -> Self:
         """Return what :meth:`init` does, without its warning, which a cache of many layers gives once."""
+        check_metadata(metadata, "arguments go in the order mesh, dtype, metadata, layer_index")
+        check_layout(mesh, partition_manager)
         layer_index = _checked_layer(layer_index, metadata.num_hidden_layers)
         formats = agreed_formats(metadata, quantizer, dtype)
         key_format, value_format = layer_formats(formats, layer_index)
-        shape, dtype = metadata.pool_shape, float_dtype("dtype", dtype)
+        shape, dtype = metadata.pool_shape, logical_dtype(dtype)
         keys = allocate_pages(key_format, shape, dtype, mesh, partition_manager)
         values = allocate_pages(value_format, shape, dtype, mesh, partition_manager)
         return cls(metadata, layer_index, keys, values)
@@ -135,9 +145,10 @@ class PagedAttentionCacheView(Serializable):
         Raises:
             TypeError, ValueError: floats, shapes or a mode other than these.
         """
+        check_step(metadata)
         tokens = metadata.prefill_tokens()
         if tokens is None:
-            return self._nothing_to_write("write_prefill_to_cache", metadata)
+            return self._nothing_to_write("prefill", "a decode", metadata)
         position, page_table = tokens
         return self._write(key, value, position, page_table, "prefill_position")
 
@@ -154,9 +165,10 @@ class PagedAttentionCacheView(Serializable):
         Raises:
             TypeError, ValueError: floats, shapes or a mode other than these.
         """
+        check_step(metadata)
         tokens = metadata.decodes_tokens()
         if tokens is None:
-            return self._nothing_to_write("write_decodes_to_cache", metadata)
+            return self._nothing_to_write("decode", "a prefill", metadata)
         position, page_table = tokens
         return self._write(key, value, position, page_table, "decodes_position")
 
@@ -217,14 +229,14 @@ class PagedAttentionCacheView(Serializable):
             "write_decodes_to_cache."
         )
 
-    def _nothing_to_write(self, method: str, metadata: PagedAttentionMetadata) -> Self:
+    def _nothing_to_write(self, mode: str, other: str, metadata: PagedAttentionMetadata) -> Self:
         """Return the view unchanged for a placeholder; raise ValueError for metadata of the other mode."""
         # Each says that the other mode is absent: a placeholder has neither.
         if metadata.is_prefill_mode() and metadata.is_decode_mode():
             return self
         raise ValueError(
-            f"metadata must hold what {method} writes, but holds only the other mode; "
-            f"ask is_prefill_mode() and is_decode_mode() first, or build it with .prefill or .decode."
+            f"metadata must be that of a {mode} (PagedAttentionMetadata.{mode}) for this write, but got that "
+            f"of {other}; is_prefill_mode() and is_decode_mode() tell them apart."
         )
 
     def _write(
@@ -284,7 +296,7 @@ def _checked_layer(layer: Any, layers: int) -> int:
 
 def _check_pages(name: str, pages: Pages, quantizer: Any, metadata: PagedAttentionCacheMetaData) -> None:
     """Raise ValueError unless pages that were read are laid out as fresh ones of this format."""
-    dtype = float_dtype(name, pages.dtype if metadata.dtype is None else metadata.dtype)
+    dtype = dtype_of_floats(name, pages.dtype if metadata.dtype is None else metadata.dtype)
     fresh = jax.eval_shape(lambda: fresh_pages(quantizer, metadata.pool_shape, dtype))
     if not same_layout(fresh, pages):
         raise ValueError(
@@ -304,11 +316,11 @@ def _page_indices(name: str, pages: ArrayLike) -> jax.Array:
 
 def _checked_rows(name: str, rows: ArrayLike, shape: tuple[int, ...], position_name: str) -> jax.Array:
     """Return ``rows`` as an array, or raise unless they are floats of this shape."""
-    rows = jnp.asarray(rows)
+    rows = as_array(name, rows)
     if tuple(rows.shape) != shape:
         raise ValueError(
             f"{name} must have shape (len({position_name}), kv_heads, head_dim) = {shape}, but came with "
             f"shape {tuple(rows.shape)}."
         )
-    float_dtype(name, rows.dtype)  # raises TypeError unless it is one
+    dtype_of_floats(name, rows.dtype)  # raises TypeError unless it is one
     return rows

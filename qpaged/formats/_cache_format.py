@@ -6,10 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qpaged._arguments import check_type, shown, whole_number
 from qpaged._deprecated import renamed_argument
 from qpaged._files import read_json, write_whole
 from qpaged.formats._contract import Quantizer
-from qpaged.formats._registry import PLAIN, RegistryError, get_quantizer, quantizer_from_config
+from qpaged.formats._registry import (
+    PLAIN,
+    RegistryError,
+    get_quantizer,
+    no_format,
+    quantizer_from_config,
+)
 
 FILE_KIND, FILE_VERSION = "cache format", 1  # the fields "qpaged" and "version" of a file
 
@@ -31,13 +38,20 @@ class CacheFormat:
     layers: tuple[tuple[int, Pair], ...] = ()
 
     def __post_init__(self) -> None:
-        layer_parts = [part for _, pair in self.layers for part in pair]
-        for part in (self.key, self.value, *layer_parts):
-            if part is not None and not isinstance(part, Quantizer):
-                raise TypeError(
-                    f"key and value must be quantizers or None, but {part!r} came; "
-                    f"CacheFormat.of takes spellings."
-                )
+        for name in ("key", "value"):
+            rule, advice = "a qpaged.Quantizer or None", "CacheFormat.of takes spellings"
+            check_type(name, getattr(self, name), Quantizer | None, rule, advice)
+        if not isinstance(self.layers, tuple) or not all(map(_is_layer, self.layers)):
+            raise TypeError(
+                f"layers must be a tuple of (layer, (key quantizer, value quantizer)), but got "
+                f"{shown(self.layers)}; with_layers takes a mapping, as {{0: 'int4'}}."
+            )
+        indices = [index for index, _ in self.layers]
+        if indices != sorted(set(indices)) or any(index < 0 for index in indices):
+            raise ValueError(
+                f"layers must be counted from 0, each once and ascending, but got layers {indices}; "
+                f"with_layers sorts them."
+            )
 
     @classmethod
     @renamed_argument("format", "quantizer")
@@ -60,17 +74,25 @@ class CacheFormat:
             return _load(Path(quantizer))
         if isinstance(quantizer, str):
             return cls(*_pair_of_spelling(quantizer))
-        both = None if quantizer is None else get_quantizer(quantizer)
-        return cls(both, both)
+        if quantizer is None or isinstance(quantizer, Quantizer):
+            return cls(quantizer, quantizer)
+        raise no_format(
+            quantizer,
+            "None, a spelling such as 'int8:token', the path of a .json file, a qpaged.Quantizer or a "
+            "qpaged.CacheFormat",
+        )
 
     def with_layers(self, formats: Mapping[int, Any]) -> "CacheFormat":
         """Return this format with others in the given layers, as ``{0: "raw", 3: "int8/int8:token"}``.
 
         Raises:
+            TypeError: no mapping, or a layer that is no integer.
             ValueError: a negative layer, or a format for a layer that itself differs by layer.
         """
+        check_type("formats", formats, Mapping, "a mapping from layers to formats", "give {0: 'raw'}, say")
         pairs = dict(self.layers)
-        for index, layer_format in formats.items():
+        for layer, layer_format in formats.items():
+            index = whole_number("the number of a layer", layer)
             pairs[index] = _pair_of_layer(index, layer_format)
         return CacheFormat(self.key, self.value, tuple(sorted(pairs.items())))
 
@@ -140,9 +162,18 @@ def _load(path: Path) -> CacheFormat:
     """Return the format in a file.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: the file does not hold a cache format of this version.
     """
-    config = read_json(path, "Write it with CacheFormat.save or qpaged tune.")
+    try:
+        config = read_json(path, "Write it with CacheFormat.save or qpaged tune.")
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"quantizer names a file that cannot be read: {error.strerror}; CacheFormat.save and qpaged tune "
+            f"write such files",
+            str(path),
+        ) from error
     if not isinstance(config, dict) or config.get("qpaged") != FILE_KIND:
         raise ValueError(
             f"{path} does not hold a cache format; write one with CacheFormat.save or qpaged tune."
@@ -161,18 +192,26 @@ def _load(path: Path) -> CacheFormat:
 def _new_layer(index: Any, layers: Mapping[int, CacheFormat]) -> int:
     """Return a layer's index as it stands in a configuration, or raise ValueError if it can be none."""
     if type(index) is not int or index in layers:
-        raise ValueError(f"layers must be named by integers, each once, but {index!r} came.")
+        raise ValueError(f"layers must be named by integers, each once, but got {index!r}.")
     return index
 
 
 def _pair_of_layer(index: int, quantizer: Any) -> Pair:
     """Return the formats of keys and of values that one layer is given."""
     if index < 0:
-        raise ValueError(f"layers must be counted from 0, but {index} came; give the layer's own index.")
+        raise ValueError(f"layers must be counted from 0, but got {index}; give the layer's own index.")
     both = CacheFormat.of(quantizer)
     if both.layers:
         raise ValueError(f"layer {index} must have one format, but came with formats by layer: {both}.")
     return both.key, both.value
+
+
+def _is_layer(entry: object) -> bool:
+    """Return True for (layer, (key format, value format))."""
+    match entry:
+        case tuple((int(), tuple((key, value)))):
+            return isinstance(key, Quantizer | None) and isinstance(value, Quantizer | None)
+    return False
 
 
 def _spell(quantizer: Quantizer | None) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import itertools
 import os
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from qpaged._arguments import shown
+from qpaged.arrays import is_dtype
 from qpaged.formats._contract import Quantizer
 from qpaged.formats._spelling import parse
 
@@ -83,10 +86,7 @@ def get_quantizer(spelling: "str | Quantizer") -> Quantizer:
     if isinstance(spelling, Quantizer):
         return spelling
     if not isinstance(spelling, str):
-        raise TypeError(
-            f"quantizer must be a spelling such as 'int8:token' or a qpaged.Quantizer, but came as "
-            f"{type(spelling).__name__}."
-        )
+        raise no_format(spelling, "a spelling such as 'int8:token' or a qpaged.Quantizer")
     try:
         name, granularity, wrappers = parse(spelling)
         bare = _build(name) if granularity is None else _build(name, granularity=granularity)
@@ -96,6 +96,16 @@ def get_quantizer(spelling: "str | Quantizer") -> Quantizer:
         return quantizer
     except (TypeError, ValueError) as error:
         raise RegistryError(f"{spelling!r}: {error}") from error
+
+
+def no_format(value: object, rule: str) -> TypeError:
+    """Return the error for what was given for a format and is none; ``rule`` says what may be given."""
+    advice = "qpaged.available_formats() lists the spellings"
+    if is_dtype(value):
+        advice = "for pages of codes give the spelling of a format, such as 'int8'"
+    elif isinstance(value, type) and issubclass(value, Quantizer) and not inspect.isabstract(value):
+        advice = f"give an instance, {value.__name__}()"
+    return TypeError(f"quantizer must be {rule}, but got {shown(value)}; {advice}.")
 
 
 def quantizer_from_config(config: Any) -> Quantizer:

@@ -103,8 +103,8 @@ class Pool(abc.ABC):
 def no_record_of(value: object) -> TypeError:
     """Return the error for what cannot be written to a record."""
     return TypeError(
-        f"only plain and QuantizedArray pages and named formats can be written to a record, but a "
-        f"{type(value).__name__} came; use a registered quantizer instead."
+        f"only plain and QuantizedArray pages and named formats can be written to a record, but got a "
+        f"{type(value).__name__}; use a registered quantizer instead."
     )
 
 

@@ -46,9 +46,27 @@ def test_uses_that_need_an_implicit_program_name_it(use):
     if provider().name == "qax" and use.startswith("jnp.sum"):
         pytest.skip("JAX 0.4.35 names the class that it does not take, before it asks the class")
     with pytest.raises(
-        (TypeError, AttributeError), match=r"step\.apply.*use_implicit_args.*\.materialize\(\)"
+        (TypeError, AttributeError), match=r"\.materialize\(\).*step\.apply.*use_implicit_args"
     ):
         USES[use](ARRAY)
+
+
+@pytest.mark.parametrize(
+    ("use", "name"),
+    [
+        ("a sum with a number", "+"),
+        ("a product", "*"),
+        ("an index", "indexing"),
+        ("iteration", "iteration"),
+        ("a comparison", "<"),
+        ("at", ".at"),
+        ("jnp.asarray", "a function of jax.numpy"),
+    ],
+)
+def test_a_use_is_called_as_it_is_written(use, name):
+    with pytest.raises((TypeError, AttributeError)) as error:
+        USES[use](ARRAY)
+    assert str(error.value).startswith(f"{name} does not work on a quantized array here. .materialize()")
 
 
 def test_numpy_gets_the_values():

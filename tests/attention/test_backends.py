@@ -188,13 +188,21 @@ BAD_ARGUMENTS = [
     ({"sinks": np.array([0, 0, np.inf, 0])}, ValueError, "sinks must be logits below infinity, but .* inf"),
     ({"sinks": np.array([0, np.nan, 0, 0])}, ValueError, "sinks must be logits below infinity, but .* nan"),
     ({"sinks": np.zeros(3)}, ValueError, r"sinks must have shape \(q_heads,\) = \(4,\), .* \(3,\)"),
-    ({"query": np.zeros((6, 4, 8), np.float32)}, ValueError, r"query must have shape .* \(6, 4, 8\)"),
+    ({"sliding_window": (1, 2)}, TypeError, r"sliding_window must be an integer, but came as \(1, 2\)"),
+    (
+        {"metadata": None},
+        TypeError,
+        "metadata must be a qpaged.PagedAttentionMetadata, but got None; .* make it",
+    ),
+    ({"query": None}, TypeError, "query must be an array of floats, but got None"),
+    ({"query": np.zeros((6, 16), np.float32)}, ValueError, r"query must have shape .* \(6, 16\)"),
+    ({"query": np.zeros((6, 4, 8), np.float32)}, ValueError, r"head_dim 16, but has 8; .* \(6, 4, 8\)"),
     (
         {"query": np.zeros((6, 3, 16), np.float32)},
         ValueError,
-        r"multiple of the 2 KV heads, .* \(6, 3, 16\)",
+        r"multiple of the 2 KV heads, but has 3 heads; .* \(6, 3, 16\)",
     ),
-    ({"query": np.zeros((5, 4, 16), np.float32)}, ValueError, r"with 6 tokens, .* \(5, 4, 16\)"),
+    ({"query": np.zeros((5, 4, 16), np.float32)}, ValueError, r"each of the 6 tokens .* but has 5 rows; "),
     (
         {"query": np.zeros((6, 4, 16), np.int32)},
         TypeError,
@@ -239,6 +247,27 @@ def test_the_least_cap_leaves_numbers(backend):
     query, metadata = normal(6, 4, 16, seed=5), decode_step(table)[0]
     out = qpaged.paged_attention(query, view, metadata, logits_soft_cap=cap, backend=backend)
     assert np.isfinite(out).all() and out.any()
+
+
+@pytest.mark.parametrize("call", [qpaged.paged_attention, qpaged.attention_backends])
+def test_a_cache_is_no_view(call):
+    view, table = filled_view("int8", 2, 16)
+    cache = qpaged.PagedAttentionCache([view])
+    with pytest.raises(
+        TypeError, match=r"view must be .*, but got a PagedAttentionCache; give cache.views\[i\]"
+    ):
+        call(np.zeros((6, 4, 16), np.float32), cache, decode_step(table)[0])
+
+
+def test_a_kernel_that_this_platform_does_not_run_is_named():
+    tpu = qpaged.attention_backends()[0]
+    if jax.default_backend() != "cpu" or not tpu.available:
+        pytest.skip("the kernel runs here, or is not there at all")
+    config = qpaged.PagedAttentionCacheMetaData(1, 1, 2, 2, 32, 16, 2, 64, 0.5)
+    view = qpaged.PagedAttentionCacheView.init(None, jnp.float32, config, 0, quantizer="int8:token")
+    step = qpaged.PagedAttentionMetadata.decode(position=[0], page_table=[[0, 1]])
+    with pytest.raises(ValueError, match="backend 'tpu' runs on no CPU; leave it None"):
+        qpaged.paged_attention(jnp.zeros((1, 4, 64)), view, step, backend="tpu")
 
 
 @pytest.mark.parametrize("backend", ["reference", "xla"])

@@ -113,7 +113,7 @@ def test_numpy_lengths(allocator):
 
 
 def test_too_long_a_sequence(allocator):
-    with pytest.raises(qpaged.AllocationError, match=r"at most 12 tokens, but 13 came for sequence 'a'"):
+    with pytest.raises(qpaged.AllocationError, match=r"at most 12 tokens, but got 13 for sequence 'a'"):
         allocator.allocate("a", 13)
     with pytest.raises(
         qpaged.AllocationError, match=r"sequence 'a' holds no pages; allocate it, or pass None"
@@ -138,7 +138,7 @@ def test_too_few_pages_are_free(allocator):
 
 
 def test_free_of_what_is_not_there(allocator):
-    with pytest.raises(qpaged.AllocationError, match=r"sequence 'a' holds no pages; it was never allocated"):
+    with pytest.raises(qpaged.AllocationError, match=r"sequence 'a' holds no pages: it was never allocated"):
         allocator.free("a")
     allocator.allocate("a", 1)
     allocator.free("a")

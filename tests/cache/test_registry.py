@@ -18,6 +18,7 @@ from support.entry_points import Point
 from support.formats import EVERY_FORMAT
 
 import qpaged
+from qpaged._arguments import shown
 from qpaged.sweep import installed_formats
 
 ROOT = Path(__file__).parents[2]
@@ -179,7 +180,7 @@ def test_wrappers_print_the_order_they_stand_in():
 
 @pytest.mark.parametrize("thing", [8, None, b"int8", object(), qpaged.Quantizer, ["int8"], np.int8])
 def test_what_is_no_spelling(thing):
-    with pytest.raises(TypeError, match=f"or a qpaged.Quantizer, but came as {type(thing).__name__}"):
+    with pytest.raises(TypeError, match=f"or a qpaged.Quantizer, but got {re.escape(shown(thing))}; "):
         qpaged.get_quantizer(thing)
 
 
@@ -360,12 +361,12 @@ def test_parts_that_name_nothing(spelling):
 
 @pytest.mark.parametrize("thing", [3, b"int8", ("int8", "int8")])
 def test_what_is_no_cache_format(thing):
-    with pytest.raises(TypeError, match=f"but came as {type(thing).__name__}"):
+    with pytest.raises(TypeError, match=f"quantizer must be None, .* but got {re.escape(repr(thing))}; "):
         CacheFormat.of(thing)
 
 
 def test_layers_that_cannot_be():
-    with pytest.raises(ValueError, match="counted from 0, but -1 came"):
+    with pytest.raises(ValueError, match="counted from 0, but got -1"):
         CacheFormat.of("int8").with_layers({-1: "raw"})
     by_layer = CacheFormat.of("int8").with_layers({0: "raw"})
     with pytest.raises(

@@ -93,14 +93,16 @@ def test_what_int32_cannot_index():
     ):
         config(num_pages_per_sequence=2**16, page_size=2**16)
     with pytest.raises(
-        ValueError, match=r"num_pages_per_sequence \* page_size must be .* came as 2,147,483,648"
+        ValueError, match=r"max_sequences, in whole pages, must be at most .* came as 2,147,483,648"
     ):
         create(max_sequences=2**31 - 3)
 
 
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.complex64, bool, "int32"])
 def test_a_cache_is_of_floats(dtype):
-    message = f"dtype must have a real floating-point dtype, but came as {jnp.dtype(dtype).name}"
+    message = (
+        f"dtype must be a real floating-point dtype, but got {jnp.dtype(dtype).name}; .*quantizer='int8'"
+    )
     with pytest.raises(TypeError, match=message):
         create(dtype=dtype)
     with pytest.raises(TypeError, match=message):
@@ -130,7 +132,7 @@ def test_a_format_that_is_not_there(name):
 
 
 def test_a_format_that_is_none():
-    with pytest.raises(TypeError, match=r"quantizer must be a spelling .* came as int"):
+    with pytest.raises(TypeError, match=r"quantizer must be None, a spelling .*, but got 8; "):
         create(quantizer=8)
 
 
@@ -253,9 +255,9 @@ def test_nothing_of_a_write_that_is_refused_was_done():
 
 def test_the_other_mode():
     key, value = tokens(2)
-    with pytest.raises(ValueError, match="what write_prefill_to_cache writes, but holds only the other mode"):
+    with pytest.raises(ValueError, match=r"metadata must be that of a prefill .* but got that of a decode"):
         fresh().write_prefill_to_cache(key, value, decode(np.arange(2), ROWS))
-    with pytest.raises(ValueError, match="what write_decodes_to_cache writes, but holds only the other mode"):
+    with pytest.raises(ValueError, match=r"metadata must be that of a decode .* but got that of a prefill"):
         fresh().write_decodes_to_cache(key, value, prefill(np.arange(2), TABLE))
 
 
@@ -275,7 +277,6 @@ FLOATS = np.arange(2.0, dtype=np.float32)
         (lambda: decode(jnp.arange(2.0), ROWS), "position", "float32"),
         (lambda: fresh().reset_pages(FLOATS), "pages", "float32"),
         (lambda: fresh_cache().reset_pages([True]), "pages", "bool"),
-        (lambda: prefill([2**64, 1], TABLE), "position", "object"),
     ],
 )
 def test_indices_that_are_not_integers(build, name, dtype):

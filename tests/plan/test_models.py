@@ -224,7 +224,7 @@ def test_models_that_cannot_be_loaded_are_planned(command, model, fields):
 
 
 def test_weights_that_cannot_be_computed_are_asked_for(command, model):
-    edit(model, model_type="mixtral")
+    edit(model, model_type="mamba")
     status, _, err = command("--memory", "1MiB", "--formats", "int8")
     assert status == 2 and "has no weights, whose bytes cannot be computed" in err and "--weights 16GB" in err
 

@@ -64,13 +64,37 @@ def test_only_whole_sequences_are_counted():
             "memory_bytes must be more than the weights, 1,000 bytes",
         ),
         ({"memory_bytes": 1000}, "one page of 2 layers takes"),
-        ({"memory_bytes": MEMORY, "context": 0}, "max_sequences must be positive"),
+        ({"memory_bytes": MEMORY, "context": 0}, "context must be positive"),
         ({"memory_bytes": MEMORY, "hbm_utilization": 1.5}, "hbm_utilization must lie between 0 and 1"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         plan(CONFIG, "int8", **{"context": 100} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mesh_size": 0}, ValueError, "mesh_size must be positive, but came as 0"),
+        (
+            {"memory_bytes": "1GB"},
+            TypeError,
+            "memory_bytes must be a number of bytes, but got '1GB'; 80 GiB are",
+        ),
+        ({"weights_bytes": "x"}, TypeError, "weights_bytes must be a number of bytes, but got 'x'"),
+        ({"config": "/x"}, TypeError, "config must be a .*, but got '/x'; .*read_cache_sizes"),
+        (
+            {"quantizer": jnp.int8},
+            TypeError,
+            "quantizer must be .*, but got the class int8; .* such as 'int8'",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(options, error, message):
+    arguments = {"config": CONFIG, "quantizer": "int8", "memory_bytes": MEMORY, "context": 100} | options
+    with pytest.raises(error, match=message):
+        plan(**arguments)
 
 
 def test_the_argument_format_is_called_quantizer_now():
