@@ -201,7 +201,7 @@ def test_replace():
     assert view.replace(layer_index=1).layer_index == 1
     assert view.layer_index == 0
     assert config().replace(page_size=8).page_size == 8
-    assert fresh_cache().replace(views=[]).views == []
+    assert fresh_cache().replace(views=[view]).views == [view]
     assert (
         int(qpaged.PagedAttentionMetadata.init_empty().replace(prefill_length=jnp.int32(3)).prefill_length)
         == 3
