@@ -21,8 +21,8 @@ STEPS = {"decode": decode(np.array([1, 6]), TABLES), "prefill": prefill(np.arang
 @pytest.mark.parametrize(
     ("mode", "changes", "message"),
     [
-        ("decode", {"decodes_position": "x"}, "decodes_position must be integers, but came as str"),
-        ("decode", {"decodes_position": None}, "decodes_position must be integers, but came as object"),
+        ("decode", {"decodes_position": "x"}, "decodes_position must be integers, but got"),
+        ("decode", {"decodes_position": None}, "decodes_position must be integers, but got"),
         (
             "decode",
             {"decodes_position": [1, 6]},
@@ -49,11 +49,11 @@ STEPS = {"decode": decode(np.array([1, 6]), TABLES), "prefill": prefill(np.arang
             {"decodes_page_table": np.array([0, 1])},
             r"must have shape \(batch, pages_per_sequence\)",
         ),
-        ("decode", {"prefill_length": 10**30}, "prefill_length must be integers, but came as object"),
+        ("decode", {"prefill_length": 10**30}, "prefill_length must be integers, but got 1"),
         ("prefill", {"prefill_page_table": TABLES}, r"prefill_page_table must have shape \(pages,\)"),
         ("prefill", {"prefill_length": 2.5}, "prefill_length must be integers, but came as float64"),
         ("prefill", {"prefill_length": True}, "prefill_length must be integers, but came as bool"),
-        ("prefill", {"decodes_position": "x"}, "decodes_position must be integers, but came as str"),
+        ("prefill", {"decodes_position": "x"}, "decodes_position must be integers, but got"),
     ],
 )
 def test_a_step_of_other_things_than_integers_that_fit_is_refused(mode, changes, message):
@@ -83,7 +83,7 @@ def test_an_unknown_field_is_refused_wherever_it_is(version, way, kind):
     part = functools.reduce(lambda part, name: part[name], way, record)
     part["extra"] = 3
     text = with_digest(record) if version == 2 else json.dumps(record)
-    with pytest.raises(ValueError, match=rf"data of a {kind} must hold .* but \['extra'\]"):
+    with pytest.raises(ValueError, match=rf"data of a {kind} has unknown extra"):
         qpaged.PagedAttentionCacheView.from_json(text)
 
 
