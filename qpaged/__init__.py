@@ -8,6 +8,7 @@ from qpaged.arrays import QuantizedArray
 from qpaged.attention import AttentionBackend, attention_backends, paged_attention
 from qpaged.cache import (
     AllocationError,
+    DroppedToken,
     HostMemoryWarning,
     NarrowFloatPoolWarning,
     PageAllocator,
@@ -16,6 +17,7 @@ from qpaged.cache import (
     PagedAttentionCacheView,
     PagedAttentionMetadata,
     PartitionManager,
+    dropped_tokens,
 )
 from qpaged.formats import (
     CacheFormat,
@@ -52,6 +54,7 @@ __all__ = [
     "AttentionBackend",
     "CacheFormat",
     "ChainedTransform",
+    "DroppedToken",
     "FitAgain",
     "GlobalScaleRule",
     "GrowthRule",
@@ -74,6 +77,7 @@ __all__ = [
     "available_formats",
     "available_quantizers",
     "available_wrappers",
+    "dropped_tokens",
     "get_quantizer",
     "paged_attention",
 ]

@@ -4,6 +4,7 @@ from qpaged.cache._allocator import AllocationError, PageAllocator
 from qpaged.cache._budget import HostMemoryWarning
 from qpaged.cache._cache import PagedAttentionCache
 from qpaged.cache._config import PagedAttentionCacheMetaData
+from qpaged.cache._dropped import DroppedToken, dropped_tokens
 from qpaged.cache._fresh import NarrowFloatPoolWarning
 from qpaged.cache._metadata import PagedAttentionMetadata
 from qpaged.cache._sharding import PartitionManager
@@ -11,6 +12,7 @@ from qpaged.cache._view import PagedAttentionCacheView
 
 __all__ = [
     "AllocationError",
+    "DroppedToken",
     "HostMemoryWarning",
     "NarrowFloatPoolWarning",
     "PageAllocator",
@@ -19,4 +21,5 @@ __all__ = [
     "PagedAttentionCacheView",
     "PagedAttentionMetadata",
     "PartitionManager",
+    "dropped_tokens",
 ]
