@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from qpaged._bad_argument import BadArgumentError
 from qpaged.models.rope import LongRopeScaling, Rope
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -170,9 +171,10 @@ class DecoderConfig:
         if isinstance(scaling, LongRopeScaling):
             longest = scaling.max_position_embeddings
         if not 1 <= length <= longest:
-            raise ValueError(
-                f"length must be from 1 to {longest:,}, the longest that the model is made for, "
-                f"but came as {length:,}."
+            raise BadArgumentError(
+                "length",
+                f"must be from 1 to {longest:,}, the longest that the model is made for, but came as "
+                f"{length:,}.",
             )
         if not isinstance(scaling, LongRopeScaling) or length <= self.max_position_embeddings:
             return self
