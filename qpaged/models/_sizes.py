@@ -44,14 +44,11 @@ def read_cache_sizes(path: str | Path) -> CacheSizes:
     path = find_config(path)
     fields = read_json(path)
     if not isinstance(fields, dict):
-        raise ValueError(f"{path}: it must hold an object of fields, but holds {fields!r:.60}.")
-    text = {**fields, **read_object(fields, "text_config")}
-    if text.get("kv_lora_rank"):
-        raise ValueError(
-            f"{path}: it says kv_lora_rank, so its cache holds latents of all heads at once, which plan does "
-            f"not count."
-        )
+        raise ValueError(f"{path}: it must be a JSON object, but holds {fields!r:.60}. Copy the file again.")
     try:
+        text = {**fields, **read_object(fields, "text_config")}
+        if text.get("kv_lora_rank"):
+            raise ValueError("it has kv_lora_rank (MLA). qpaged plan cannot count the caches of such models.")
         sizes = read_head_sizes({**_defaults(fields), **text})
         return CacheSizes(**{name: sizes[name] for name in CacheSizes.__dataclass_fields__})
     except ValueError as error:
@@ -86,8 +83,9 @@ def weights_bytes(path: str | Path) -> tuple[int, str]:
         itemsize = jnp.dtype(str(stored_as).removeprefix("torch.")).itemsize
         count = sum(prod(shape) for shape in param_shapes(read_config(path)).values())
     except (TypeError, ValueError) as error:
+        reason = str(error).partition(". ")[0].rstrip(".")  # without its advice to choose another file
         raise ValueError(
-            f"{path.parent} has no weights, whose bytes cannot be computed: {error} Give them, as in "
-            f"--weights 16GB."
+            f"{path.parent} has no weights, and their bytes cannot be computed ({reason}). Give the bytes, "
+            f"as in --weights 16GB."
         ) from error
     return count * itemsize, f"computed from {path.name}, as {stored_as}"
