@@ -4,12 +4,14 @@ import os
 
 import jax
 
+from qpaged.sweep._memory import is_out_of_memory
+
 
 def device_trouble(error: Exception) -> str | None:
     """Return what is wrong with the machine, if that is what the error comes from."""
     if not isinstance(error, RuntimeError | AssertionError | MemoryError):
         return None
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+    if is_out_of_memory(error):
         return "the memory is not enough; give a smaller --batch or --context."
     try:
         jax.devices()

@@ -141,7 +141,8 @@ def test_output_that_is_no_directory(sweep, text_file):
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "safetensors", "jinja2"])
 def test_missing_extra(sweep, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    assert f'{package} is needed here: pip install "qpaged[sweep]"' in one_line(sweep())
+    message = f'{package} is needed here: pip install -e ".[sweep]" in qpaged\'s checkout installs it.'
+    assert message in one_line(sweep())
 
 
 @pytest.mark.parametrize(
