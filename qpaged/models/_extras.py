@@ -3,7 +3,6 @@
 import importlib
 from types import ModuleType
 
-
 HOW_TO_INSTALL = """pip install -e ".[sweep]" in qpaged's checkout installs it."""
 
 

@@ -170,10 +170,12 @@ class DecoderConfig:
         longest = self.max_position_embeddings
         if isinstance(scaling, LongRopeScaling):
             longest = scaling.max_position_embeddings
-        if not 1 <= length <= longest:
+        if length < 1:
+            raise BadArgumentError("length", f"must be at least 1, but came as {length:,}.")
+        if length > longest:
             raise BadArgumentError(
                 "length",
-                f"must be from 1 to {longest:,}, the longest that the model is made for, but came as "
+                f"must be at most {longest:,}, the longest that the model is made for, but came as "
                 f"{length:,}.",
             )
         if not isinstance(scaling, LongRopeScaling) or length <= self.max_position_embeddings:

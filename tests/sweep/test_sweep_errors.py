@@ -70,7 +70,7 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks(sweep, tmp_path):
         ("--context 4k --tokens 1k", "--tokens must be at least the context, 4,096, but came as 1,024; give"),
         (
             "--context 65",
-            "--context must be from 1 to 64, the longest that the model is made for, but came as",
+            "--context must be at most 64, the longest that the model is made for, but came as 65.",
         ),
         ("--batch -1", "--batch must be at least 1, but came as -1."),
         ("--page-size 0", "--page-size must be at least 1, but came as 0."),
@@ -121,6 +121,20 @@ def test_a_format_of_a_layer_that_the_model_lacks_is_refused(sweep, tmp_path):
 def test_the_config_file_in_place_of_the_directory(sweep, checkpoint):
     message = one_line(sweep(model=checkpoint / "config.json"))
     assert f"The model must be a directory: give {checkpoint}, not its config.json." in message
+
+
+def test_the_tokenizer_of_the_bundled_model_is_read_too(sweep):
+    message = one_line(sweep("--tokenizer", "nowhere", model=None))
+    assert "There is no nowhere/tokenizer.json." in message
+
+
+def test_a_model_whose_logits_are_not_finite(sweep, tmp_path):
+    params = init_params(SIZES, jax.random.key(0))
+    params["lm_head.weight"] *= float("nan")
+    save_checkpoint(tmp_path / "nan", SIZES, params)
+    result = sweep("--tokens", 64, "--formats", "int8", model=tmp_path / "nan")
+    assert result.status == 2
+    assert "nan gives NaN or infinite logits on the plain cache; check its weights." in result.err
 
 
 def test_a_directory_in_use_is_named_by_its_flag(sweep, tmp_path):

@@ -206,6 +206,28 @@ def test_a_budget_that_no_format_keeps_fails(tune, quick, tmp_path):
     assert not (tmp_path / "format.json").exists()
 
 
+def test_formats_that_all_fail_are_told_why(tune, quick):
+    def fail():
+        raise RuntimeError("no luck")
+
+    quick.before |= {"int8:token": fail, "int4:token": fail}
+    result = tune("--bits", 8, "--formats", "int8:token,int4:token")
+    assert result.status == 1
+    message = "--formats must have one that can be measured; int8:token failed with: RuntimeError: no luck"
+    assert message in result.err
+
+
+def test_a_kl_that_no_choice_keeps_is_told_in_the_words_of_the_flag(tune, quick, monkeypatch):
+    monkeypatch.setattr(Tune, "_sensitivity", lambda self, names, *_: np.ones((2, 2, len(names))))
+    monkeypatch.setattr(Tune, "_best_uniform", lambda self, verifier: None)
+    result = tune("--max-kl", 0.1, "--formats", "int8:token,int4:token")
+    assert result.status == 1
+    message = (
+        "--max-kl must be at least about 4, what the closest choice of these formats has, but came as 0.1"
+    )
+    assert message in result.err
+
+
 def test_a_candidate_that_fails_leaves_the_others(tune, quick):
     def fail():
         raise RuntimeError("no luck")

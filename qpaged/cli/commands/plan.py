@@ -35,8 +35,8 @@ def memory_size(text: str) -> int:
     """Return a device's memory in bytes; a small number without a unit was meant to have one."""
     memory = size(text)
     has_unit = text.strip()[-1].isalpha()
-    if not has_unit and 0 < memory < LEAST_MEMORY:
-        raise argparse.ArgumentTypeError(f"{text!r} would be {memory} bytes; write {text}GiB.")
+    if not has_unit and 0 < float(text) < LEAST_MEMORY:
+        raise argparse.ArgumentTypeError(f"{text!r} would be {text} bytes; write {text}GiB.")
     return memory
 
 

@@ -185,7 +185,7 @@ def load_model(
     """
     if path is None:
         directory = Path(qpaged.models.__file__).parent / "tiny"
-        name, tokenizer_source = "bundled tiny model", "bytes"
+        name, tokenizer_source = "bundled tiny model", tokenizer or "bytes"
     else:
         directory = Path(path)
         if directory.name == "config.json":
