@@ -13,7 +13,7 @@ def named_formats(args: argparse.Namespace, default: str = "") -> list[tuple[str
     """Return what ``--formats`` lists as :func:`qpaged.sweep.sweep_order` does, or what ``default`` lists.
 
     Raises:
-        ValueError: a format that is not there; the message says which.
+        BadArgumentError: a format that is not there; the message says which.
     """
     given = default if args.formats is None else args.formats
     spellings = split_formats(given)
@@ -36,13 +36,14 @@ def named_formats(args: argparse.Namespace, default: str = "") -> list[tuple[str
 
 
 def check_layers(formats: Sequence[tuple[str, CacheFormat]], layers: int) -> None:
-    """Raise ValueError if a format is given for a layer that the model does not have."""
+    """Raise BadArgumentError if a format is given for a layer that the model does not have."""
     for name, cache_format in formats:
         for layer, _ in cache_format.layers:
             if layer >= layers:
-                raise ValueError(
-                    f"{name} names layer {layer}, but the model has layers 0 to {layers - 1}; "
-                    f"give a file that was made for this model."
+                raise BadArgumentError(
+                    "formats",
+                    f"{name} names layer {layer}, but the model has layers 0 to {layers - 1}; give a file "
+                    f"that was made for this model.",
                 )
 
 

@@ -117,7 +117,7 @@ def large(sequences, length):
 @pytest.mark.parametrize(
     ("spelling", "message"),
     [
-        ("made_steps", "--step must be MODULE:FUNCTION, as model:make_step, but came as 'made_steps'."),
+        ("made_steps", "--step must be MODULE:FUNCTION, as model:make_step for model.py in the working"),
         ("made_steps.py:none", "--step made_steps.py:none must leave out .py: made_steps:none."),
         ("made_step:none", "--step made_step:none cannot be imported: there is no module made_step, neither"),
         (

@@ -38,7 +38,9 @@ def load_step(spelling: str, settings: Settings, tokenizer: str | None = None) -
     module, _, name = spelling.partition(":")
     if not module or not name:
         raise BadArgumentError(
-            "step", f"must be MODULE:FUNCTION, as model:make_step, but came as {spelling!r}."
+            "step",
+            f"must be MODULE:FUNCTION, as model:make_step for model.py in the working directory, but came as "
+            f"{spelling!r}.",
         )
     if module.endswith(".py"):
         raise BadArgumentError("step", f"{spelling} must leave out .py: {module.removesuffix('.py')}:{name}.")
