@@ -9,7 +9,7 @@ from support.small_sweep import SIZES
 import qpaged
 from qpaged.cli import main
 from qpaged.models import DecoderConfig, init_params, save_checkpoint
-from qpaged.sweep import Sweep, claimed
+from qpaged.sweep import Sweep
 
 
 def one_line(result):
@@ -135,16 +135,6 @@ def test_a_model_whose_logits_are_not_finite(sweep, tmp_path):
     result = sweep("--tokens", 64, "--formats", "int8", model=tmp_path / "nan")
     assert result.status == 2
     assert "nan gives NaN or infinite logits on the plain cache; check its weights." in result.err
-
-
-def test_a_directory_in_use_is_named_by_its_flag(sweep, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    with claimed(out):
-        message = one_line(sweep())
-    assert message.startswith(
-        f"qpaged sweep: --out {out} is in use by another sweep or tune; wait for it, or"
-    )
 
 
 def test_output_that_is_no_directory(sweep, text_file):

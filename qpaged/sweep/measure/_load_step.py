@@ -132,7 +132,7 @@ def _failure(spelling: str, what: str, error: BaseException, file: str | None) -
     """Return the error for what the user's module raised, with the last line of its file that led there."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     if isinstance(error, SyntaxError):
-        lines, reason = [error.lineno], f"{error.msg}"
+        file, lines, reason = error.filename, [error.lineno], error.msg
     else:
         first_line = f"{type(error).__name__}: {error}".partition("\n")[0]
         reason = first_line.rstrip(".")

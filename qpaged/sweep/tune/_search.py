@@ -89,7 +89,7 @@ class Tune:
                     f"must be formats of all layers, but {spelling} has some by layer; leave it out.",
                 )
             if candidate.key != candidate.value:
-                apart = spelling.replace("/", ",")
+                apart = ",".join(str(CacheFormat(part, part)) for part in (candidate.key, candidate.value))
                 raise BadArgumentError(
                     "formats",
                     f"must not have {spelling}, as tune chooses keys and values apart; give {apart}.",
