@@ -165,7 +165,7 @@ def _load(path: Path) -> CacheFormat:
     try:
         return CacheFormat.from_config(config)
     except ValueError as error:
-        raise ValueError(f"{path} is no cache format: {error}") from error
+        raise ValueError(f"{path} holds a cache format that cannot be made: {error}") from error
 
 
 def _new_layer(index: Any, layers: Mapping[int, CacheFormat]) -> int:

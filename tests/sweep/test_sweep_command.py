@@ -337,10 +337,7 @@ def test_a_second_sweep_into_the_same_directory_is_refused(quick, sweep, tmp_pat
     (tmp_path / "out").mkdir()
     with claimed(tmp_path / "out"):
         result = sweep(*SMALL, "--formats", "int8")
-    assert (
-        result.status == 2
-        and f"--out {result.directory} is in use by another sweep or tune; wait for it" in result.err
-    )
+    assert result.status == 2 and "results must go to a directory of their own for each sweep" in result.err
     assert not quick.ran
     assert sweep(*SMALL, "--formats", "int8").status == 0
     assert not list((tmp_path / "out").glob(".*"))

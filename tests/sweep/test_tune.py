@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import qpaged
-from qpaged.sweep import Journal, Tune, UnattainableError, claimed
+from qpaged.sweep import Journal, Tune, UnattainableError
 from qpaged.sweep.tune._solver import choose
 
 SMALL = ("--tokens", 400, "--context", 48, "--page-size", 8)
@@ -190,12 +190,6 @@ def test_an_output_that_cannot_be_written_is_refused(command, quick, tmp_path, o
     assert result.status == 2
     path = tmp_path / out
     assert result.err == f"qpaged tune: --out {message.format(out=path, parent=path.parent)}\n"
-
-
-def test_a_report_in_use_is_named_by_its_flag(tune, quick, tmp_path):
-    with claimed(tmp_path):
-        result = tune("--bits", 9, "--report", tmp_path)
-    assert result.status == 2 and f"--report {tmp_path} is in use by another sweep or tune" in result.err
 
 
 def test_a_budget_that_no_format_keeps_fails(tune, quick, tmp_path):

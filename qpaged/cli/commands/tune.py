@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     sweep.need_sweep_extra()
     budget = sweep.Budget(args.bits, args.max_kl)
     directory = _output_directory(args)
-    with sweep.claimed(directory, "report"):
+    with sweep.claimed(directory):
         return _tune(args, budget, directory)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qpaged._bad_argument import BadArgumentError
 from qpaged._files import has_own_digest, write_whole
 from qpaged.sweep._extras import need
 from qpaged.sweep.measure import Run, Sweep
@@ -39,23 +38,20 @@ def known_runs(sweep: Sweep, directory: Path) -> tuple[Run, ...]:
 
 
 @contextmanager
-def claimed(directory: Path, argument: str = "out") -> Iterator[None]:
+def claimed(directory: Path) -> Iterator[None]:
     """Keep a directory for one sweep while the context is open.
 
-    Args:
-        argument: the argument that the directory came as.
-
     Raises:
-        BadArgumentError: another sweep has it.
+        ValueError: another sweep has it.
     """
     filelock = need("filelock")
     lock = filelock.FileLock(directory / LOCK, timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise BadArgumentError(
-            argument,
-            f"{directory} is in use by another sweep or tune; wait for it, or give another directory.",
+        raise ValueError(
+            f"results must go to a directory of their own for each sweep or search that runs, but another "
+            f"one writes to {directory.resolve()}; wait for it, or choose another directory."
         ) from None
     try:
         yield
