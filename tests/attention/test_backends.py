@@ -188,7 +188,11 @@ BAD_ARGUMENTS = [
     ({"sinks": np.array([0, 0, np.inf, 0])}, ValueError, "sinks must be logits below infinity, but .* inf"),
     ({"sinks": np.array([0, np.nan, 0, 0])}, ValueError, "sinks must be logits below infinity, but .* nan"),
     ({"sinks": np.zeros(3)}, ValueError, r"sinks must have shape \(q_heads,\) = \(4,\), .* \(3,\)"),
-    ({"sliding_window": (1, 2)}, TypeError, r"sliding_window must be an integer that is known .* came as \(1, 2\)"),
+    (
+        {"sliding_window": (1, 2)},
+        TypeError,
+        r"sliding_window must be an integer that is known .* came as \(1, 2\)",
+    ),
     (
         {"metadata": None},
         TypeError,
