@@ -1,6 +1,7 @@
 """The flag ``--formats``: a list of spellings, and of files of formats."""
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from qpaged import CacheFormat, sweep
@@ -25,11 +26,12 @@ def named_formats(args: argparse.Namespace, default: str = "") -> list[tuple[str
         raise BadArgumentError("formats", f"has an empty name in {given!r}; part names by one comma.")
     try:
         return sweep.sweep_order(spellings)
-    except OSError as error:
+    except OSError as error:  # whose strerror holds the library's advice, too
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise BadArgumentError(
             "formats",
-            f"{error.filename} cannot be read ({error.strerror}); give a file that qpaged tune wrote, or a "
-            f"format such as int8.",
+            f"{error.filename} cannot be read ({reason}); give a file that qpaged tune wrote, or a format "
+            f"such as int8.",
         ) from error
     except ValueError as error:
         raise BadArgumentError("formats", f"cannot be used: {error}") from error
