@@ -1,14 +1,18 @@
 """Plans memory: how many pages and tokens of each format fit beside a model's weights."""
 
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 from jax.typing import DTypeLike
 
-from qpaged._arguments import byte_count, check_type, positive
+from qpaged._arguments import byte_count, check_type, shown, whole_number
+from qpaged._bad_argument import BadArgumentError
 from qpaged._deprecated import renamed_argument
 from qpaged.cache import PagedAttentionCache, PagedAttentionCacheMetaData
+from qpaged.cache._budget import bytes_per_page
+from qpaged.cache._config import LARGEST_INDEX, layer_formats
 from qpaged.formats import CacheFormat
 from qpaged.models import CacheSizes, DecoderConfig
 from qpaged.pools import count_bytes
@@ -108,23 +112,37 @@ def plan(
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: a count is not positive, the weights or a single page do not fit, or the format does not
-            go with the model.
+        ValueError: an argument is out of its range, the weights or a single page do not fit, or the format
+            does not go with the model.
     """
     advice = "qpaged.models.read_cache_sizes(path) reads the sizes of a checkpoint"
     rule = "a qpaged.models.DecoderConfig or CacheSizes"
     check_type("config", config, DecoderConfig | CacheSizes, rule, advice)
     memory_bytes = byte_count("memory_bytes", memory_bytes)
-    context, mesh_size = positive("context", context), positive("mesh_size", mesh_size)
-    weights = -(-byte_count("weights_bytes", weights_bytes) // mesh_size)
+    weights_bytes = byte_count("weights_bytes", weights_bytes)
+    context, page_size = whole_number("context", context), whole_number("page_size", page_size)
+    mesh_size = whole_number("mesh_size", mesh_size)
+    _check_ranges(context, page_size, mesh_size, hbm_utilization)
+    weights = -(-weights_bytes // mesh_size)
     free = memory_bytes - weights
     if free <= 0:
-        raise ValueError(
-            f"memory_bytes must be more than the weights, {weights:,} bytes on each device, but came as "
-            f"{memory_bytes:,}; give larger devices, or more of them."
+        raise BadArgumentError(
+            "memory_bytes",
+            f"must be more than the weights, {readable_bytes(weights)} on each device, but came as "
+            f"{readable_bytes(memory_bytes)}; give more, or divide the model over more devices.",
         )
     shards = mesh_size if config.num_key_value_heads % mesh_size == 0 else 1
     cache_format = CacheFormat.of(quantizer)
+    page = (config.num_key_value_heads // shards, page_size, config.head_dim)
+    parts = [part for layer in range(config.num_hidden_layers) for part in layer_formats(cache_format, layer)]
+    page_bytes = int(bytes_per_page(parts, page, dtype, None, None))
+    room = int(free * hbm_utilization)
+    if page_bytes > room:
+        raise BadArgumentError(
+            "memory_bytes",
+            f"must leave the cache room for a page of every layer, {readable_bytes(page_bytes)}, but leaves "
+            f"it {readable_bytes(room)}; give more memory, or smaller pages.",
+        )
     metadata = PagedAttentionCacheMetaData.create(
         mesh=None,
         batch_size=1,
@@ -150,7 +168,7 @@ def plan(
         metadata=metadata,
         memory=memory_bytes,
         weights=weights,
-        reserve=free - int(free * metadata.hbm_utilization),
+        reserve=free - room,
         key_codes=sum(pool.codes for pool in keys),
         key_scales=sum(pool.scales for pool in keys),
         value_codes=sum(pool.codes for pool in values),
@@ -158,6 +176,30 @@ def plan(
         context=context,
         shards=shards,
     )
+
+
+def _check_ranges(context: int, page_size: int, mesh_size: int, hbm_utilization: float) -> None:
+    """Raise BadArgumentError for a number that no cache has."""
+    for argument, count in (("context", context), ("page_size", page_size), ("mesh_size", mesh_size)):
+        if count < 1:
+            raise BadArgumentError(argument, f"must be at least 1, but came as {count:,}.")
+    if page_size > LARGEST_INDEX:
+        raise BadArgumentError("page_size", f"must be at most {LARGEST_INDEX:,}, but came as {page_size:,}.")
+    longest = LARGEST_INDEX // page_size * page_size
+    if context > longest:
+        raise BadArgumentError("context", f"must be at most {longest:,}, but came as {context:,}.")
+    is_number = isinstance(hbm_utilization, numbers.Real)
+    if not is_number or not 0 < hbm_utilization < 1:
+        came = f"{hbm_utilization:g}" if is_number else shown(hbm_utilization)
+        raise BadArgumentError("hbm_utilization", f"must be between 0 and 1, as 0.9, but came as {came}.")
+
+
+def readable_bytes(count: int) -> str:
+    """Return a number of bytes in the largest unit that it fills."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:,.2f} {unit}"
+    return f"{count:,} B"
 
 
 def device_memory() -> int | None:

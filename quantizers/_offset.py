@@ -56,7 +56,7 @@ class Offset(Wrapper):
         if self.inner.levels is None or not one_scale:
             raise ValueError(
                 f"+offset goes with formats of evenly spaced codes and one scale per block, as int8, int4 "
-                f"and int2, but {self.inner} is none."
+                f"and int2, but {self.inner} is not one of these."
             )
 
     def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:

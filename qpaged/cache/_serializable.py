@@ -157,8 +157,8 @@ class _Reader:
         unknown = value.keys() - {"type"} - FIELDS_OF_PARTS.get(type_name, value.keys())
         if unknown:
             raise ValueError(
-                f"data of a {type_name} must hold no other fields than {sorted(FIELDS_OF_PARTS[type_name])}, "
-                f"but {sorted(unknown)} came."
+                f"data of a {type_name} has unknown {', '.join(sorted(map(str, unknown)))}; it must be what "
+                f"to_dict or to_json wrote."
             )
         if type_name in Serializable._classes:
             return self.read(Serializable._classes[type_name], value, path)

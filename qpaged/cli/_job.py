@@ -4,6 +4,8 @@ import argparse
 from typing import Any
 
 from qpaged import sweep
+from qpaged._bad_argument import BadArgumentError
+from qpaged.cli._arguments import token_count, whole_number
 from qpaged.cli._output import say
 
 
@@ -25,18 +27,35 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         help="a directory with a tokenizer.json, or bytes for models of bytes (the checkpoint's own; bytes "
         "with --step)",
     )
-    add("--tokens", type=int, metavar="N", default=defaults.tokens, help="tokens to predict (%(default)s)")
-    add("--context", type=int, metavar="N", help=f"tokens of a sequence (up to {defaults.context})")
+    add(
+        "--tokens",
+        type=token_count,
+        metavar="N",
+        default=defaults.tokens,
+        help="tokens to predict (%(default)s)",
+    )
+    add("--context", type=token_count, metavar="N", help=f"tokens of a sequence (up to {defaults.context})")
     add(
         "--batch",
-        type=int,
+        type=whole_number,
         metavar="N",
         default=defaults.batch,
         help="sequences in the cache at once (%(default)s)",
     )
-    add("--page-size", type=int, metavar="N", default=defaults.page_size, help="tokens a page (%(default)s)")
+    add(
+        "--page-size",
+        type=whole_number,
+        metavar="N",
+        default=defaults.page_size,
+        help="tokens a page (%(default)s)",
+    )
     add("--dtype", choices=sweep.DTYPES, default=defaults.dtype, help="caches' logical dtype (%(default)s)")
-    add("--seed", type=int, metavar="N", help="draw the sequences (they are spread evenly over the text)")
+    add(
+        "--seed",
+        type=whole_number,
+        metavar="N",
+        help="draw the sequences (they are spread evenly over the text)",
+    )
 
 
 def load_job(args: argparse.Namespace) -> tuple[sweep.Model, sweep.Text, sweep.Settings]:
@@ -47,7 +66,7 @@ def load_job(args: argparse.Namespace) -> tuple[sweep.Model, sweep.Text, sweep.S
     """
     if args.step is not None and args.model is not None:
         raise ValueError("MODEL_DIR and --step each name a model; give one of them.")
-    text = sweep.load_text(args.text)
+    text = _load_text(args.text)
     if args.step is not None:
         settings = _settings(args, args.context)
         return sweep.load_step(args.step, settings, args.tokenizer), text, settings
@@ -66,9 +85,14 @@ def say_job(args: argparse.Namespace, job: sweep.Sweep, work: str, files: str) -
         say(args, f"{job.text.source} is enough for {job.tokens:,} tokens only.")
 
 
-def split_formats(spellings: str) -> list[str]:
-    """Split a list of formats at its commas."""
-    return [spelling.strip() for spelling in spellings.split(",")]
+def _load_text(path: str | None) -> sweep.Text:
+    try:
+        return sweep.load_text(path)
+    except OSError as error:
+        if path is None:
+            raise
+        reason = f"{path!r} cannot be read ({error.strerror}); give a text file."
+        raise BadArgumentError("text", reason) from error
 
 
 def _settings(args: argparse.Namespace, context: int | None) -> sweep.Settings:

@@ -113,17 +113,22 @@ class CacheFormat:
         Raises:
             ValueError: a part is missing or malformed.
         """
+        missing = [name for name in ("key", "value", "layers") if name not in config]
+        if missing:
+            raise ValueError(
+                f"config lacks {', '.join(missing)}; give key, value and layers, as CacheFormat.config does."
+            )
+        key, value = _from_config(config["key"]), _from_config(config["value"])
+        layers: dict[int, CacheFormat] = {}
         try:
-            key, value = _from_config(config["key"]), _from_config(config["value"])
-            layers: dict[int, CacheFormat] = {}
             for index, (layer_key, layer_value) in config["layers"]:
                 layers[_new_layer(index, layers)] = cls(_from_config(layer_key), _from_config(layer_value))
         except RegistryError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
-                f"config must hold 'key', 'value' and 'layers' as CacheFormat.config writes them, "
-                f"but came as {config!r}."
+                f"layers must list [index, [key, value]] of each layer once, but came as "
+                f"{config['layers']!r:.80}."
             ) from error
         return cls(key, value).with_layers(layers)  # which sorts them, and refuses negative ones
 
@@ -150,7 +155,9 @@ def _pair_of_spelling(spelling: str) -> Pair:
     """Return the formats of keys and of values that ``key/value``, or one spelling for both, stands for."""
     parts = spelling.split("/")
     if len(parts) > 2:
-        raise RegistryError(f"{spelling!r}: at most one '/' may part the keys' format from the values'.")
+        raise RegistryError(f"{spelling!r} is no format; write KEYS/VALUES with one slash, as int8/int4.")
+    if len(parts) == 2 and "" in parts:
+        raise RegistryError(f"{spelling!r} must have a format on both sides of its slash, as int8/int4.")
     return _quantizer_or_plain(parts[0]), _quantizer_or_plain(parts[-1])
 
 

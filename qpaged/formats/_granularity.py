@@ -13,6 +13,8 @@ GROUP = re.compile(r"group([1-9][0-9]*)")
 def check_granularity(name: str, granularity: str, offered: Sequence[str]) -> None:
     """Raise ValueError unless the format ``name`` offers the granularity."""
     if granularity not in offered:
+        if len(offered) == 1:
+            raise ValueError(f"{name} takes only the granularity {offered[0]}, but {granularity!r} came.")
         raise ValueError(
             f"granularity must be one of {', '.join(offered)} for {name}, but came as {granularity!r}."
         )
@@ -52,8 +54,10 @@ def _check_group(quantizer: "Quantizer", size: int, head_dim: int) -> None:
         group = GROUP.fullmatch(granularity)
         if fills_bytes and (group is None or head_dim % int(group[1]) == 0):
             fitting.append(granularity)
-    fit = ", ".join(fitting) or "none; take another format, as int8:token"
+    advice = "another format, as int8:token"
+    if fitting:
+        advice = f"{quantizer.name} with a granularity that fits: {', '.join(fitting)}"
     raise ValueError(
-        f"head_dim must be a multiple of {size} for {quantizer}, whose groups have so many channels, but "
-        f"is {head_dim}; granularities of {quantizer.name} that fit it: {fit}."
+        f"head_dim must be a multiple of {size} for {quantizer}, as its groups have {size} channels, but is "
+        f"{head_dim}; take {advice}."
     )

@@ -1,6 +1,7 @@
 """Formats by name: the entry points ``qpaged.quantizers`` of whatever is installed, read when asked."""
 
 import contextlib
+import difflib
 import functools
 import inspect
 import itertools
@@ -8,7 +9,7 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -88,6 +89,7 @@ def get_quantizer(spelling: "str | Quantizer") -> Quantizer:
     if not isinstance(spelling, str):
         raise no_format(spelling, "a spelling such as 'int8:token' or a qpaged.Quantizer")
     try:
+        _check_is_quantizer(spelling)
         name, granularity, wrappers = parse(spelling)
         bare = _build(name) if granularity is None else _build(name, granularity=granularity)
         quantizer = bare
@@ -95,6 +97,8 @@ def get_quantizer(spelling: "str | Quantizer") -> Quantizer:
             quantizer = _wrap(quantizer, PLUS + wrapper)
         return quantizer
     except (TypeError, ValueError) as error:
+        if repr(spelling) in str(error):
+            raise RegistryError(str(error)) from error
         raise RegistryError(f"{spelling!r}: {error}") from error
 
 
@@ -108,6 +112,20 @@ def no_format(value: object, rule: str) -> TypeError:
     return TypeError(f"quantizer must be {rule}, but got {shown(value)}; {advice}.")
 
 
+def _check_is_quantizer(spelling: str) -> None:
+    """Raise ValueError for what :meth:`CacheFormat.of` alone takes: plain, files, keys and values apart."""
+    if spelling in _claims():
+        return  # a package has the name, which is refused as that package's
+    if spelling == PLAIN:
+        raise ValueError(f"{PLAIN!r} is no quantizer; give None, or CacheFormat.of({PLAIN!r}).")
+    if spelling.startswith((f"{PLAIN}:", f"{PLAIN}{PLUS}")):
+        raise ValueError(
+            f"{spelling!r} is no format: plain has no granularity or wrapper; write plain alone."
+        )
+    if "/" in spelling or spelling.endswith(".json"):
+        raise ValueError(f"{spelling!r} is no quantizer; CacheFormat.of takes files and KEYS/VALUES.")
+
+
 def quantizer_from_config(config: Any) -> Quantizer:
     """Return the quantizer that :attr:`Quantizer.config` describes.
 
@@ -115,14 +133,14 @@ def quantizer_from_config(config: Any) -> Quantizer:
         RegistryError: malformed, or the installed format of that name is another one.
     """
     try:
+        if not isinstance(config, Mapping) or not isinstance(config.get("name"), str):
+            raise TypeError("it must be an object with the name of a format, as {'name': 'int8'}.")
         options = dict(config)
         name = options.pop("name")
-        if not isinstance(name, str):
-            raise TypeError(f"its name must be a string, but came as {name!r}")
         if "inner" in options:
             options["inner"] = quantizer_from_config(options["inner"])
         quantizer = _build(name, **options)
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         if isinstance(error, RegistryError):
             raise
         raise RegistryError(f"no format can be made from {config!r}: {error}") from error
@@ -144,12 +162,10 @@ def _build(name: str, **options: Any) -> Quantizer:
     if name not in claims:
         kind = "wrapper" if name.startswith(PLUS) else "format"
         installed = sorted(other for other in claims if other.startswith(PLUS) == name.startswith(PLUS))
-        raise RegistryError(
-            f"no {kind} is named {name!r}; installed are {', '.join(installed) or 'none'}. "
-            f"They are found through the entry points {GROUP!r} of installed packages."
-        )
+        raise RegistryError(f"no {kind} is named {name!r}; {_advice(name, installed)}")
     factory = _load(name, claims[name])
     try:
+        _check_options(name, factory, options)
         quantizer = factory(**options)
     except (TypeError, ValueError):
         raise  # it refuses the options
@@ -163,6 +179,28 @@ def _build(name: str, **options: Any) -> Quantizer:
             f"the entry point {name!r} must make a qpaged.Quantizer, but made a {type(quantizer).__name__}."
         )
     return quantizer
+
+
+def _advice(name: str, installed: Sequence[str]) -> str:
+    """Return which names there are, and the one that was perhaps meant."""
+    if not installed:
+        return f"none is installed: a package has them in its entry points {GROUP!r}."
+    plain = "" if name.startswith(PLUS) else f", and {PLAIN}"
+    near = difflib.get_close_matches(name.lower(), installed, 1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    return f"there are {', '.join(installed)}{plain}.{hint}"
+
+
+def _check_options(name: str, factory: Callable[..., object], options: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option that the format does not have."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # it has no signature that Python could read
+        return
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    unknown = sorted(options.keys() - parameters.keys())
+    if unknown and not takes_any:
+        raise TypeError(f"{name} has no option {', '.join(unknown)}; leave it out.")
 
 
 def _claims() -> dict[str, dict[str, EntryPoint]]:

@@ -23,6 +23,9 @@ def parse(spelling: str) -> Spelling:
     """
     match = GRAMMAR.fullmatch(spelling)
     if match is None:
-        raise ValueError("it must read name[:granularity][+wrapper]..., as int8, int8:token or int8+rotate")
+        raise ValueError(
+            f"{spelling!r} is no format; write NAME, NAME:GRANULARITY or NAME+WRAPPER, as int8, int8:token "
+            f"or int8+rotate."
+        )
     wrappers = tuple(match["wrappers"].split("+")[1:])
     return Spelling(match["name"], match["granularity"], wrappers)

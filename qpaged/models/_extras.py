@@ -3,6 +3,8 @@
 import importlib
 from types import ModuleType
 
+HOW_TO_INSTALL = """pip install -e ".[sweep]" in qpaged's checkout installs it."""
+
 
 class MissingExtraError(ImportError):
     """An optional package is not installed; the message says how to install it."""
@@ -18,4 +20,4 @@ def need(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise MissingExtraError(f'{package} is needed here: pip install "qpaged[sweep]"') from error
+        raise MissingExtraError(f"{package} is needed here: {HOW_TO_INSTALL}") from error

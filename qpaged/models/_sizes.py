@@ -54,7 +54,7 @@ def read_cache_sizes(path: str | Path) -> CacheSizes:
     path = find_config(path)
     fields = read_json(path)
     if not isinstance(fields, dict):
-        raise ValueError(f"{path}: it must hold an object of fields, but holds {fields!r:.60}.")
+        raise ValueError(f"{path}: it must be a JSON object, but holds {fields!r:.60}. Copy the file again.")
     try:
         text: Json = {**fields, **read_object(fields, "text_config")}
         _check_countable(text)
@@ -69,10 +69,7 @@ def read_cache_sizes(path: str | Path) -> CacheSizes:
 def _check_countable(text: Json) -> None:
     """Raise ValueError unless every layer has keys and values for each of its heads."""
     if text.get("kv_lora_rank"):
-        raise ValueError(
-            "it says kv_lora_rank, so its cache holds latents of all heads at once, which plan does not "
-            "count."
-        )
+        raise ValueError("it has kv_lora_rank (MLA). qpaged plan cannot count the caches of such models.")
     unlike = [name for name in UNLIKE_LAYERS if text.get(name)]
     layer_types = text.get("layer_types")
     if isinstance(layer_types, list):

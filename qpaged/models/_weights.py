@@ -44,9 +44,10 @@ def weights_bytes(path: str | Path) -> tuple[int, str]:
         count = sum(prod(shape) for shape in param_shapes(read_config(path)).values())
         itemsize, stored_as = _stored_dtype(read_json(path))
     except (TypeError, ValueError) as error:
+        reason = str(error).partition(". ")[0].rstrip(".")  # without its advice to choose another file
         raise ValueError(
-            f"{path.parent} has no weights, whose bytes cannot be computed: {error} Give them, as in "
-            f"--weights 16GB."
+            f"{path.parent} has no weights, and their bytes cannot be computed ({reason}). Give the bytes, "
+            f"as in --weights 16GB."
         ) from error
     return count * itemsize, f"computed from {path.name}, as {stored_as}"
 

@@ -266,8 +266,9 @@ def _check_all_used(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -
         is_known = name in shapes or name == OUTPUT or name.endswith(BUFFERS)
         if not is_known:
             raise ValueError(
-                f"{tensor.path} has the tensor {tensor.name!r}, for which the configuration's decoder has no "
-                "use. Choose a checkpoint without it."
+                f"{tensor.path} has the tensor {tensor.name!r}, which {CONFIG_FILE} "
+                f"({config.num_hidden_layers} layers of a {config.model_type}) does not call for. Use the "
+                f"{CONFIG_FILE} that came with these weights."
             )
         if name in shapes and tensor.dtype not in DTYPES:
             raise ValueError(

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from qpaged._bad_argument import BadArgumentError
 from qpaged.models.experts import Experts
 from qpaged.models.rope import LongRopeScaling, Rope
 
@@ -122,8 +123,8 @@ class DecoderConfig:
         rotary_dim = rope.rotary_dim(self.head_dim)
         if rotary_dim % 2 or not 0 < rotary_dim <= self.head_dim:
             raise ValueError(
-                "the channels of a head that turn, in pairs, must be even in number, from 2 to head_dim; "
-                f"got {rotary_dim} of head_dim {self.head_dim}."
+                f"partial_rotary_factor {rope.partial_rotary_factor:g} of head_dim {self.head_dim} gives "
+                f"{rotary_dim} rotary channels; it must give an even number, from 2 to head_dim."
             )
         if isinstance(rope.scaling, LongRopeScaling):
             num_pairs = rotary_dim // 2
@@ -131,8 +132,8 @@ class DecoderConfig:
             num_long = len(rope.scaling.long_factor)
             if num_short != num_pairs or num_long != num_pairs:
                 raise ValueError(
-                    f"short_factor and long_factor must have one number for each of the {num_pairs} pairs "
-                    f"that turn, but have {num_short} and {num_long}."
+                    f"short_factor and long_factor must have one number for each of the {num_pairs} "
+                    f"rotary pairs, but have {num_short} and {num_long}."
                 )
 
     def _check_layer_types(self) -> None:
@@ -175,10 +176,13 @@ class DecoderConfig:
         longest = self.max_position_embeddings
         if isinstance(scaling, LongRopeScaling):
             longest = scaling.max_position_embeddings
-        if not 1 <= length <= longest:
-            raise ValueError(
-                f"length must be from 1 to {longest:,}, the longest that the model is made for, "
-                f"but came as {length:,}."
+        if length < 1:
+            raise BadArgumentError("length", f"must be at least 1, but came as {length:,}.")
+        if length > longest:
+            raise BadArgumentError(
+                "length",
+                f"must be at most {longest:,}, the longest that the model is made for, but came as "
+                f"{length:,}.",
             )
         if not isinstance(scaling, LongRopeScaling) or length <= self.max_position_embeddings:
             return self

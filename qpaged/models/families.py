@@ -1,5 +1,6 @@
 """The model families of Hugging Face's `config.json`, and the defaults that each leaves unsaid there."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -231,14 +232,16 @@ def llama_fields(config: DecoderConfig) -> dict[str, Any]:
 def _text_fields(fields: Json) -> Json:
     """Return the fields of the text decoder, checked to be of a model that can be loaded."""
     if not isinstance(fields, Mapping):
-        raise ValueError(f"it must hold an object of fields, but holds {fields!r}. Copy the file again.")
+        raise ValueError(f"it must be a JSON object, but holds {fields!r:.60}. Copy the file again.")
     # Model types are compared in tuples, as a malformed one may be a list, which is not hashable.
     if fields.get("model_type") in tuple(PARENTS):
         fields = _fields_of_text_config(fields)
     if fields.get("model_type") not in tuple(FAMILIES):
+        if fields.get("model_type") is None:
+            raise ValueError("it lacks model_type. Copy the file again.")
         known = ", ".join(sorted([*FAMILIES, *PARENTS]))
         raise ValueError(
-            f"it says model_type {fields.get('model_type')!r}, but only {known} can be loaded. "
+            f"it says model_type {fields['model_type']!r}, but only {known} can be loaded. "
             "Choose a checkpoint of one of these."
         )
     if fields.get("quantization_config"):
@@ -261,9 +264,10 @@ def _check_required(fields: Json, required: Json) -> None:
     """Raise ValueError if a field has another value than the one that is implemented."""
     for name, value in required.items():
         if fields.get(name) not in (None, value):
+            rule = "absent" if value is None else f"absent or {json.dumps(value)}"
             raise ValueError(
-                f"it says {name} = {fields[name]!r}, but only {value!r} is supported for a model of type "
-                f"{fields['model_type']}. Choose a checkpoint without it."
+                f"{name} must be {rule} for a model of type {fields['model_type']}, but came as "
+                f"{fields[name]!r:.60}. Choose a checkpoint without it."
             )
 
 

@@ -54,15 +54,17 @@ def fitting(formats: Iterable[str], head_dim: int) -> tuple[list[str], dict[str,
     return fit, reasons
 
 
-def bits_per_element(quantizer: Quantizer) -> float:
-    """Return the bits that the format's arrays take for each element of :data:`PAGE`."""
+def bits_per_element(
+    quantizer: Quantizer, page: tuple[int, int, int, int] = PAGE, dtype: str = "bfloat16"
+) -> float:
+    """Return the bits that the format's arrays take for each element of a page, of logical ``dtype``."""
 
     def quantize_page() -> object:
-        return quantizer.quantize(jnp.zeros(PAGE, jnp.bfloat16))
+        return quantizer.quantize(jnp.zeros(page, dtype))
 
     leaves = jax.tree_util.tree_leaves(jax.eval_shape(quantize_page))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    return 8 * size / math.prod(PAGE)
+    return 8 * size / math.prod(page)
 
 
 def _check_fit(spelling: str, head_dim: int) -> None:

@@ -268,7 +268,7 @@ def test_unused_tensors_are_not_read(directory, monkeypatch):
 )
 def test_a_tensor_that_the_configuration_has_no_use_for_is_refused(directory, name):
     edit_weights(directory, lambda weights: weights.update({name: np.ones(3, np.float32)}))
-    with pytest.raises(ValueError, match=f"has the tensor '{name}', for which .* no use"):
+    with pytest.raises(ValueError, match=f"has the tensor '{name}', which config.json .* does not call for"):
         load_checkpoint(directory)
 
 
@@ -370,7 +370,7 @@ def test_the_error_without_safetensors_says_what_to_install(directory, params, m
     for name in ("safetensors", "safetensors.numpy"):
         monkeypatch.setitem(sys.modules, name, None)
     for call in (lambda: load_checkpoint(directory), lambda: save_checkpoint(directory, CONFIG, params)):
-        with pytest.raises(ImportError, match=r'pip install "qpaged\[sweep\]"'):
+        with pytest.raises(ImportError, match=r'pip install -e "\.\[sweep\]" in'):
             call()
 
 

@@ -311,5 +311,5 @@ def test_heads_that_do_not_divide_are_refused():
 
 
 def test_an_odd_head_dim_is_refused():
-    with pytest.raises(ValueError, match=r"must be even.* got 7 of head_dim 7"):
+    with pytest.raises(ValueError, match="head_dim 7 gives 7 rotary channels; it must give an even number"):
         dataclasses.replace(CONFIG, head_dim=7)

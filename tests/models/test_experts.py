@@ -183,6 +183,7 @@ def test_experts_that_the_configuration_does_not_have_are_refused(checkpoint, pa
     name = name.replace(f"experts.0.{projection}", part.format(projection))
     edit_weights(checkpoint, lambda weights: weights.update({name: np.ones((20, 12), np.float32)}))
     with pytest.raises(
-        ValueError, match=f"has the tensor '{name}', for which .* no use. Choose a checkpoint"
+        ValueError,
+        match=f"has the tensor '{name}', which config.json .* does not call for. Use the config.json",
     ):
         load_checkpoint(checkpoint)

@@ -94,5 +94,5 @@ def test_yarn_extends_the_longest_sequence(fields, longest):
     scaling = YARN | {name: value for name, value in fields.items() if name.startswith("original")}
     model = config(max_position_embeddings=fields["max_position_embeddings"], rope_scaling=scaling)
     assert model.max_position_embeddings == longest and model.for_context(longest) is model
-    with pytest.raises(ValueError, match=f"length must be from 1 to {longest:,}, the longest"):
+    with pytest.raises(ValueError, match=f"length must be at most {longest:,}, the longest"):
         model.for_context(longest + 1)

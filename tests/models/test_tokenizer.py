@@ -208,7 +208,7 @@ def test_a_damaged_file_is_refused(tmp_path, content):
 def test_the_error_without_the_library_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r'tokenizers is needed here: pip install "qpaged\[sweep\]"'):
+    with pytest.raises(ImportError, match=r'tokenizers is needed here: pip install -e "\.\[sweep\]" in'):
         load_tokenizer(tmp_path)
 
 

@@ -10,7 +10,9 @@ import pytest
 from jax.sharding import Mesh
 
 import qpaged
-from qpaged.cli.commands.plan import memory_size, size, token_count
+from qpaged.cli import main
+from qpaged.cli._arguments import token_count
+from qpaged.cli.commands.plan import memory_size, size
 from qpaged.models import DecoderConfig
 from qpaged.plan import plan
 
@@ -61,11 +63,15 @@ def test_only_whole_sequences_are_counted():
     [
         (
             {"memory_bytes": 1000, "weights_bytes": 1000},
-            "memory_bytes must be more than the weights, 1,000 bytes",
+            "memory_bytes must be more than the weights, 1,000 B on each device, but came as 1,000 B",
         ),
-        ({"memory_bytes": 1000}, "one page of 2 layers takes"),
-        ({"memory_bytes": MEMORY, "context": 0}, "context must be positive"),
-        ({"memory_bytes": MEMORY, "hbm_utilization": 1.5}, "hbm_utilization must lie between 0 and 1"),
+        (
+            {"memory_bytes": 1000},
+            "memory_bytes must leave the cache room for a page of every layer, 16.02 KiB, but leaves it 900",
+        ),
+        ({"memory_bytes": MEMORY, "context": 0}, "context must be at least 1, but came as 0"),
+        ({"memory_bytes": MEMORY, "mesh_size": 0}, "mesh_size must be at least 1, but came as 0"),
+        ({"memory_bytes": MEMORY, "hbm_utilization": 1.5}, "hbm_utilization must be between 0 and 1"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused(options, message):
@@ -76,7 +82,9 @@ def test_a_plan_that_does_not_fit_is_refused(options, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"mesh_size": 0}, ValueError, "mesh_size must be positive, but came as 0"),
+        ({"mesh_size": 1.5}, TypeError, "mesh_size must be an integer, but came as 1.5"),
+        ({"page_size": "16"}, TypeError, "page_size must be an integer, but came as '16'"),
+        ({"hbm_utilization": "0.9"}, ValueError, "hbm_utilization must be between .* came as '0.9'"),
         (
             {"memory_bytes": "1GB"},
             TypeError,
@@ -147,26 +155,72 @@ def test_the_heads_on_each_device_of_a_mesh_are_shown(command):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "the device found does not tell its memory"),
-        (("--memory", "1MiB", "--mesh", 0), "--mesh must be at least 1, but came as 0"),
-        (("--memory", "1MiB", "--formats", "int9"), "int9"),
-        (("--memory", "1KiB", "--weights", "0"), "one page of 2 layers takes"),
+        ("", "--memory is needed, since the device here does not report its memory; give it, as 80GiB."),
+        ("--memory 1MiB --mesh 0", "--mesh must be at least 1, but came as 0."),
+        ("--memory 1MiB --page-size 0", "--page-size must be at least 1, but came as 0."),
+        ("--memory 1MiB --page-size 3000000000", "--page-size must be at most 2,147,483,646, but came as 3,"),
+        (
+            "--memory 1MiB --page-size 1000000",
+            "--memory must leave the cache room for a page of every layer,",
+        ),
+        ("--memory 1MiB --context 0", "--context must be at least 1, but came as 0."),
+        ("--memory 1MiB --context 2147483646", "--context must be at most 2,147,483,632, but came as 2,"),
+        ("--memory 1MiB --utilization 90", "--utilization must be between 0 and 1, as 0.9, but came as 90."),
+        (
+            "--memory 1KiB --weights 0",
+            "--memory must leave the cache room for a page of every layer, 32.00 KiB",
+        ),
+        ("--memory 1MiB --weights 2mib --mesh 2", "--memory must be more than the weights, 1.00 MiB on each"),
+        ("--memory 1MiB --formats int9", "--formats cannot be used: no format is named 'int9'"),
+        ("--memory 1MiB --formats=", "--formats has an empty name in ''; part names by one comma."),
+        ("--memory 1MiB --formats int8,", "--formats has an empty name in 'int8,'; part names by one comma."),
+        (
+            "--memory 1MiB --formats all",
+            "--formats must list formats, as int8,int4; all stands alone, and for",
+        ),
+        (
+            "--memory 1MiB --formats x.json",
+            "--formats x.json cannot be read (No such file or directory); give",
+        ),
     ],
 )
-def test_bad_arguments_are_refused(command, arguments, message):
-    status, out, err = command(*arguments)
-    assert (status, out) == (2, "")
-    assert message in err
+def test_bad_arguments_are_refused_in_the_words_of_the_flags(command, arguments, message):
+    status, out, err = command(*arguments.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"qpaged plan: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--memory 80xb", "--memory: '80xb' is no size; 80GiB, 141GB or the digits of its bytes are."),
+        ("--memory 1.5", "--memory: '1.5' would be 1.5 bytes; write 1.5GiB."),
+        ("--memory 0.5", "--memory: '0.5' would be 0.5 bytes; write 0.5GiB."),
+        ("--context 4kk", "--context: '4kk' is no number of tokens; 32768 or 32k is."),
+        ("--mesh 2x4", "--mesh: '2x4' is no whole number; 16 is."),
+        ("--utilization 90%", "--utilization: '90%' is no number; 5 and 0.9 are."),
+    ],
+)
+def test_what_cannot_be_parsed_is_refused_with_an_example(model, capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        main(["plan", str(model), *arguments.split()])
+    assert f"error: argument {message}" in capsys.readouterr().err
+
+
+def test_a_format_of_a_layer_that_the_model_lacks_is_refused(command, tmp_path):
+    qpaged.CacheFormat.of("int8").with_layers({99: "raw"}).save(tmp_path / "deep.json")
+    status, _, err = command("--memory", "1MiB", "--formats", tmp_path / "deep.json")
+    assert status == 2 and "deep.json names layer 99, but the model has layers 0 to 1; give" in err
 
 
 @pytest.mark.parametrize(
     ("text", "count"),
     [
         ("80GiB", 80 * 2**30),
-        ("141GB", 141 * 10**9),
+        ("141gb", 141 * 10**9),
         ("0.5T", 2**39),
         ("12", 12),
-        ("3 kb", None),
+        ("3 xb", None),
         ("x", None),
         ("9" * 400, None),
     ],
@@ -187,6 +241,6 @@ def test_memory_without_a_unit_is_asked_about():
 
 def test_a_context_may_be_said_in_thousands():
     assert token_count("32k") == token_count("32768") == 32768
-    for text in ("32kk", "-5", "1.5k", ""):
+    for text in ("32kk", "1.5k", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="is no number of tokens; 32768 or 32k is"):
             token_count(text)

@@ -18,12 +18,13 @@ SPELLINGS = {
     "int8:foo": ["granularity must be one of page, token, channel", "int8", "'foo'"],
     "int8:group32": ["granularity must be one of page, token, channel", "int8", "'group32'"],
     "int2:token": ["granularity must be one of group32, group64", "int2", "'token'"],
-    "mxfp4:group16": ["granularity must be one of group32", "mxfp4", "'group16'"],
-    "mxfp8:page": ["granularity must be one of group32", "mxfp8", "'page'"],
-    "nvfp4:group32": ["granularity must be one of group16", "nvfp4", "'group32'"],
-    "raw:page": ["granularity must be one of element", "raw", "'page'"],
-    "int3": ["no format is named 'int3'", "int2, int4, int8"],
-    "int8+turn": ["no wrapper is named '+turn'", "installed are", "+offset, +rotate"],
+    "mxfp4:group16": ["takes only the granularity group32", "mxfp4", "'group16'"],
+    "mxfp8:page": ["takes only the granularity group32", "mxfp8", "'page'"],
+    "nvfp4:group32": ["takes only the granularity group16", "nvfp4", "'group32'"],
+    "raw:page": ["takes only the granularity element", "raw", "'page'"],
+    "int3": ["no format is named 'int3'", "int2, int4, int8", "raw, and plain. Did you mean int8?"],
+    "plain:token": ["'plain:token' is no format: plain has no granularity or wrapper; write plain alone."],
+    "int8+turn": ["no wrapper is named '+turn'", "there are +offset, +rotate."],
     "int8+offset+offset": ["+offset may be given once", "int8+offset has it"],
     "int8:token+offset+offset": ["+offset may be given once", "int8:token+offset has it"],
     "int8+rotate+rotate": ["+rotate may be given once", "int8+rotate has it"],
@@ -31,22 +32,21 @@ SPELLINGS = {
     "int8+rotate+offset+rotate": ["+rotate may be given once"],
     "int4+rotate+offset+rotate+offset": ["may be given once"],
     "raw+rotate": ["+rotate goes with formats that have scales", "raw has none"],
-    "raw+offset": ["+offset goes with", "int8, int4 and int2", "raw is none"],
-    "fp8_e4m3+offset": ["+offset goes with", "int8, int4 and int2", "fp8_e4m3 is none"],
-    "fp8_e5m2:token+offset": ["+offset goes with", "fp8_e5m2:token is none"],
+    "raw+offset": ["+offset goes with", "int8, int4 and int2", "raw is not one of these"],
+    "fp8_e4m3+offset": ["+offset goes with", "int8, int4 and int2", "fp8_e4m3 is not one of these"],
+    "fp8_e5m2:token+offset": ["+offset goes with", "fp8_e5m2:token is not one of these"],
     "fp8_e4m3+rotate+offset": ["+offset goes with", "fp8_e4m3"],
-    "mxfp4+offset": ["+offset goes with", "int8, int4 and int2", "mxfp4 is none"],
-    "mxfp8+offset": ["+offset goes with", "mxfp8 is none"],
-    "nvfp4+offset": ["+offset goes with", "int8, int4 and int2", "nvfp4 is none"],
-    "+rotate": ["must read name[:granularity][+wrapper]"],
-    "int8+": ["must read name[:granularity][+wrapper]"],
-    "int4:": ["must read name[:granularity][+wrapper]"],
-    "int4:+offset": ["must read name[:granularity][+wrapper]"],
-    "int8++rotate": ["must read name[:granularity][+wrapper]"],
-    "int8+rotate:token": ["must read name[:granularity][+wrapper]"],
-    "int8 + rotate": ["must read name[:granularity][+wrapper]"],
-    "": ["must read name[:granularity][+wrapper]"],
-    "Int8": ["no format is named 'Int8'", "int8"],
+    "mxfp4+offset": ["+offset goes with", "int8, int4 and int2", "mxfp4 is not one of these"],
+    "mxfp8+offset": ["+offset goes with", "mxfp8 is not one of these"],
+    "nvfp4+offset": ["+offset goes with", "int8, int4 and int2", "nvfp4 is not one of these"],
+    "+rotate": ["is no format; write NAME, NAME:GRANULARITY or NAME+WRAPPER, as int8,"],
+    "int8+": ["is no format; write NAME, NAME:GRANULARITY or NAME+WRAPPER, as int8,"],
+    "int4:": ["is no format; write NAME, NAME:GRANULARITY or NAME+WRAPPER, as int8,"],
+    "int4:+offset": ["is no format; write NAME, NAME:GRANULARITY or NAME+WRAPPER, as int8,"],
+    "int8++rotate": ["is no format; write NAME, NAME:GRANULARITY or NAME+WRAPPER, as int8,"],
+    "int8+rotate:token": ["is no format; write NAME, NAME:GRANULARITY or NAME+WRAPPER, as int8,"],
+    "int8 + rotate": ["is no format; write NAME, NAME:GRANULARITY or NAME+WRAPPER, as int8,"],
+    "Int8": ["no format is named 'Int8'", "Did you mean int8?"],
 }
 
 
@@ -176,9 +176,10 @@ def test_wrappers_made_by_hand_are_checked_too():
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "fit"), [(33, "none; take another format, as int8:token"), (34, "token,")]
+    ("head_dim", "fit"),
+    [(33, "another format, as int8:token"), (34, "int4 with a granularity that fits: token,")],
 )
 def test_of_an_odd_head_dim_only_granularities_that_fill_bytes_are_named(head_dim, fit):
     shape = (1, 2, 16, head_dim)
-    with pytest.raises(ValueError, match=f"granularities of int4 that fit it: {fit}"):
+    with pytest.raises(ValueError, match=f"but is {head_dim}; take {fit}"):
         qpaged.get_quantizer("int4").empty(shape, jnp.float32)

@@ -1,6 +1,7 @@
 """``qpaged sweep --step``: a model with a cache of its own."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,15 +65,17 @@ def test_a_step_is_tuned(step, tmp_path):
     ("function", "message"),
     [
         ("no_cache", "cache"),
-        ("nothing", "--step support.contiguous_step:nothing cannot be imported"),
-        ("lose_state", "the state must come back in the structure, shapes and dtypes in which it came"),
+        ("lose_state", "the structure, shapes and dtypes in which it came, but state['cache']"),
         (
             "last_only",
             "logits must be (sequences, n, vocabulary), for 4 sequences of 24 tokens, but came as (4, 1,",
         ),
         ("short", "the cache must hold 4 sequences of 48 tokens"),
-        ("broken", "--step support.contiguous_step:broken: RuntimeError: no luck"),
-        ("leave", "--step support.contiguous_step:leave: SystemExit: 0"),
+        (
+            "broken",
+            "--step support.contiguous_step:broken failed with RuntimeError: no luck (contiguous_step.py, ",
+        ),
+        ("leave", "--step support.contiguous_step:leave failed with SystemExit: 0 (contiguous_step.py, line"),
     ],
 )
 def test_a_step_that_cannot_be_swept_is_refused(step, function, message):
@@ -89,10 +92,87 @@ def test_constants_inside_a_compiled_step_change_its_hash(step, monkeypatch):
     assert first == again != load_step("support.contiguous_step:closed_over", settings).sha256
 
 
-def test_a_spelling_without_a_function_is_refused(command):
-    result = command("sweep", "--step", "contiguous_step", *SMALL, model=None)
-    assert result.status == 2
-    assert "--step must be given as module:function, but came as 'contiguous_step'" in result.err
+MODULE = """import jax.numpy as jnp
+
+number = 3
+of_nothing = lambda: None
+none = lambda sequences, length: None
+three = lambda sequences, length: (1, 2, 3)
+narrow = lambda sequences, length: (lambda state: state, {})
+text = lambda sequences, length: (lambda state, tokens, positions: state, {"k": "abc"})
+
+def alone(sequences, length):
+    return lambda state, tokens, positions: state["k"], {"k": jnp.zeros((sequences, length, 2, 8))}
+
+def shorter(sequences, length):
+    def step(state, tokens, positions):
+        return jnp.zeros((*tokens.shape, 256)), {"k": state["k"][:, 1:]}
+    return step, {"k": jnp.zeros((sequences, length, 2, 8))}
+
+def large(sequences, length):
+    raise MemoryError
+"""
+
+
+@pytest.mark.parametrize(
+    ("spelling", "message"),
+    [
+        ("made_steps", "--step must be MODULE:FUNCTION, as model:make_step for model.py in the working"),
+        ("made_steps.py:none", "--step made_steps.py:none must leave out .py: made_steps:none."),
+        ("made_step:none", "--step made_step:none cannot be imported: there is no module made_step, neither"),
+        (
+            "no.such:none",
+            "--step no.such:none cannot be imported: ModuleNotFoundError: No module named 'no'.",
+        ),
+        (
+            "made_steps:nothing",
+            "--step made_steps:nothing cannot be imported: {directory}/made_steps.py has no",
+        ),
+        ("bad_syntax:f", "--step bad_syntax:f cannot be imported: invalid syntax (bad_syntax.py, line 1)."),
+        ("script:f", "--step script:f cannot be imported: SystemExit: 3 (script.py, line 2)."),
+        ("made_steps:number", "--step made_steps:number: it must be a function, but is of type int."),
+        (
+            "made_steps:of_nothing",
+            "--step made_steps:of_nothing: it must take (sequences, length), but takes ().",
+        ),
+        ("made_steps:none", "--step made_steps:none must return (step, state), but returned None."),
+        ("made_steps:three", "--step made_steps:three must return (step, state), but returned 3 values."),
+        (
+            "made_steps:narrow",
+            "--step made_steps:narrow: its step must take (state, tokens, positions), but takes",
+        ),
+        (
+            "made_steps:text",
+            "--step made_steps:text: its state must hold arrays alone, but state['k'] is of type",
+        ),
+        (
+            "made_steps:alone",
+            "--step made_steps:alone: its step must return (logits, state), but returned one",
+        ),
+        (
+            "made_steps:shorter",
+            "--step made_steps:shorter: the state must come back in the structure, shapes and",
+        ),
+        ("made_steps:large", "the memory is not enough; give a smaller --batch or --context."),
+    ],
+)
+def test_what_makes_no_step_is_refused(command, tmp_path, monkeypatch, spelling, message):
+    (tmp_path / "made_steps.py").write_text(MODULE)
+    (tmp_path / "bad_syntax.py").write_text("def (")
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "made_steps", raising=False)
+    result = command("sweep", "--step", spelling, *SMALL, "--formats", "int8", model=None)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert result.err.startswith(f"qpaged sweep: {message.format(directory=tmp_path)}")
+
+
+def test_the_leaf_of_the_state_that_changed_is_named(command, tmp_path, monkeypatch):
+    (tmp_path / "made_steps.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "made_steps", raising=False)
+    result = command("sweep", "--step", "made_steps:shorter", *SMALL, "--formats", "int8", model=None)
+    assert "but state['k'] was float32[4, 48, 2, 8], and is float32[4, 47, 2, 8].\n" in result.err
 
 
 def test_a_model_and_a_step_together_are_refused(command):

@@ -22,7 +22,8 @@ def one_line(result):
 def test_unknown_format(sweep):
     message = one_line(sweep("--formats", "int8,int9"))
     assert "no format is named 'int9'" in message
-    assert f"installed are {', '.join(qpaged.available_quantizers())}. They" in message
+    names = ", ".join(qpaged.available_quantizers())
+    assert f"there are {names}, and plain. Did you mean int8?" in message
 
 
 def test_unknown_granularity(sweep):
@@ -30,7 +31,7 @@ def test_unknown_granularity(sweep):
 
 
 def test_empty_list_of_formats(sweep):
-    assert "'': it must read name" in one_line(sweep("--formats", ""))
+    assert "--formats has an empty name in ''; part names by one comma." in one_line(sweep("--formats", ""))
 
 
 def test_missing_text(sweep, tmp_path):
@@ -57,39 +58,96 @@ def test_a_tokenizer_with_tokens_that_the_model_lacks(sweep, tmp_path):
     config = DecoderConfig(**vars(SIZES) | {"vocab_size": 200})
     save_checkpoint(tmp_path, config, init_params(config, jax.random.key(0)))
     message = one_line(sweep(model=tmp_path))
-    assert "tokenizer must have at most the 200 tokens of the model, but bytes has 256" in message
+    assert "--tokenizer must have at most the 200 tokens of the model, but bytes has 256" in message
 
 
 def test_a_tokenizer_without_the_checkpoint_that_it_belongs_to(sweep, tmp_path):
     message = one_line(sweep("--tokenizer", tmp_path, model=None))
-    assert 'tokenizer must be "bytes" or left out for the bundled model' in message
+    assert '--tokenizer must be "bytes" or left out for the bundled model' in message
     assert f"but came as '{tmp_path}'; give the checkpoint that it belongs to" in message
-
-
-def test_context_longer_than_the_models(sweep):
-    assert "must be from 1 to 64, the longest that the model is made for" in one_line(sweep("--context", 65))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--tokens", 63), "tokens must be at least 64"),
-        (("--context", 0), "context must be at least 2"),
-        (("--page-size", 0), "page_size must be at least 1"),
+        ("--tokens 63", "--tokens must be at least the context, 64, but came as 63; give more tokens, or"),
+        ("--tokens 0", "--tokens must be at least 1, but came as 0."),
+        ("--context 0", "--context must be at least 2, but came as 0."),
+        ("--context 4k --tokens 1k", "--tokens must be at least the context, 4,096, but came as 1,024; give"),
+        (
+            "--context 65",
+            "--context must be at most 64, the longest that the model is made for, but came as 65.",
+        ),
+        ("--batch -1", "--batch must be at least 1, but came as -1."),
+        ("--page-size 0", "--page-size must be at least 1, but came as 0."),
+        ("--page-size 99999999999", "--page-size must be at most 2,147,483,646, but came as 99,999,999,999."),
+        ("--seed -1", "--seed must be at least 0, but came as -1."),
+        ("--formats int8,,int4", "--formats has an empty name in 'int8,,int4'; part names by one comma."),
+        ("--formats all,int8", "--formats must list formats, as int8,int4; all stands alone, and for qpaged"),
+        (
+            "--formats int8/",
+            "--formats cannot be used: 'int8/' must have a format on both sides of its slash",
+        ),
+        (
+            "--formats gone.json",
+            "--formats gone.json cannot be read (No such file or directory); give a file",
+        ),
+        ("--text .", "--text '.' cannot be read (Is a directory); give a text file."),
+        (
+            "--text gone.txt",
+            "--text 'gone.txt' cannot be read (No such file or directory); give a text file.",
+        ),
+        ("--text=", "--text '' cannot be read (Is a directory); give a text file."),
     ],
 )
-def test_counts_that_are_too_small(sweep, arguments, message):
-    assert message in one_line(sweep(*arguments))
+def test_bad_arguments_are_refused_in_the_words_of_the_flags(sweep, arguments, message):
+    assert one_line(sweep(*arguments.split())).startswith(f"qpaged sweep: {message}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--tokens 16x", "--tokens: '16x' is no number of tokens; 32768 or 32k is."),
+        ("--batch 1.5", "--batch: '1.5' is no whole number; 16 is."),
+        ("--bits 5bits", "--bits: '5bits' is no number; 5 and 0.9 are."),
+    ],
+)
+def test_what_cannot_be_parsed_is_refused_with_an_example(capsys, arguments, message):
+    with pytest.raises(SystemExit):
+        main(["tune", *arguments.split()])
+    assert f"error: argument {message}" in capsys.readouterr().err
+
+
+def test_a_format_of_a_layer_that_the_model_lacks_is_refused(sweep, tmp_path):
+    qpaged.CacheFormat.of("int8").with_layers({99: "raw"}).save(tmp_path / "deep.json")
+    message = one_line(sweep("--formats", tmp_path / "deep.json"))
+    assert "deep.json names layer 99, but the model has layers 0 to 1; give" in message
+
+
+def test_the_config_file_in_place_of_the_directory(sweep, checkpoint):
+    message = one_line(sweep(model=checkpoint / "config.json"))
+    assert f"The model must be a directory: give {checkpoint}, not its config.json." in message
+
+
+def test_a_model_whose_logits_are_not_finite(sweep, tmp_path):
+    params = init_params(SIZES, jax.random.key(0))
+    params["lm_head.weight"] *= float("nan")
+    save_checkpoint(tmp_path / "nan", SIZES, params)
+    result = sweep("--tokens", 64, "--formats", "int8", model=tmp_path / "nan")
+    assert result.status == 2
+    assert "nan gives NaN or infinite logits on the plain cache; check its weights." in result.err
 
 
 def test_output_that_is_no_directory(sweep, text_file):
-    assert "text.txt" in one_line(sweep("--out", text_file))
+    message = f"--out {text_file} cannot be written: {text_file} is a file, not a directory."
+    assert message in one_line(sweep("--out", text_file))
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "safetensors", "jinja2"])
 def test_missing_extra(sweep, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    assert f'{package} is needed here: pip install "qpaged[sweep]"' in one_line(sweep())
+    message = f'{package} is needed here: pip install -e ".[sweep]" in qpaged\'s checkout installs it.'
+    assert message in one_line(sweep())
 
 
 @pytest.mark.parametrize(

@@ -145,22 +145,29 @@ def test_a_search_goes_on_where_it_was_interrupted(tune, quick, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "bits or max_kl must be given, or both"),
-        (("--bits", 0), "bits must be positive and finite, but came as 0"),
-        (("--max-kl", "nan"), "max_kl must be positive and finite, but came as nan"),
+        ("", "--bits or --max-kl is needed, or both, as in --bits 5 --max-kl 0.01."),
+        ("--bits 0", "--bits must be positive and finite, but came as 0."),
+        ("--max-kl nan", "--max-kl must be positive and finite, but came as nan."),
         (
-            ("--bits", 5, "--formats", "int8/int4:token"),
-            "one for keys and values alike, but 'int8/int4:token' came",
+            "--bits 9 --formats int8/int4:token",
+            "--formats must not have int8/int4:token, as tune chooses keys",
         ),
-        (("--bits", 5, "--formats", "int9"), "int9"),
-        (("--bits", 5, "--formats", "int8,plain"), "formats must be other than plain"),
-        (("--bits", 5, "--tokens", 48), "two sequences at least"),
+        ("--bits 9 --formats int9", "--formats cannot be used: no format is named 'int9'"),
+        ("--bits 9 --formats int8,plain", "--formats must not have plain, which tune compares with in any"),
+        (
+            "--bits 9 --tokens 48",
+            "--tokens must be at least twice the context, 48, but came as 48: one sequence",
+        ),
+        (
+            "--bits 9 --context 600 --tokens 200",
+            "--tokens must be at least the context, 600, but came as 200;",
+        ),
     ],
 )
-def test_bad_arguments_are_refused(tune, quick, arguments, message):
-    result = tune(*arguments)
-    assert (result.status, result.out) == (2, "")
-    assert message in result.err
+def test_bad_arguments_are_refused_in_the_words_of_the_flags(tune, quick, arguments, message):
+    result = tune(*arguments.split())
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert result.err.startswith(f"qpaged tune: {message}")
 
 
 def test_a_uniform_format_that_keeps_the_budget_is_chosen_if_no_sum_does(tune, quick, monkeypatch):
@@ -180,16 +187,50 @@ def test_a_second_search_for_the_same_file_or_report_is_refused(tune, quick, tmp
     assert f"writes to {tmp_path / name}; wait for it" in result.err
 
 
-def test_an_output_of_another_kind_is_refused(command, quick):
-    result = command("tune", *SMALL, "--bits", 5, out="format.txt")
-    assert result.status == 2 and "--out must be a file that ends in .json" in result.err
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("format.txt", "must name a file that ends in .json, as format.json, but came as '{out}'."),
+        (".json", "must name a file that ends in .json, as format.json, but came as '{out}'."),
+        ("file/format.json", "{out} cannot be written: {parent} is a file, not a directory."),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused(command, quick, tmp_path, out, message):
+    (tmp_path / "file").touch()
+    result = command("tune", *SMALL, "--bits", 5, out=out)
+    assert result.status == 2
+    path = tmp_path / out
+    assert result.err == f"qpaged tune: --out {message.format(out=path, parent=path.parent)}\n"
 
 
 def test_a_budget_that_no_format_keeps_fails(tune, quick, tmp_path):
     result = tune("--bits", 3, "--formats", "int8:token,int4:token")
     assert result.status == 1
-    assert "bits must be at least 5.000, which the smallest of the formats takes, but came as 3" in result.err
+    assert "--bits must be at least 5.000, what int4:token takes, but came as 3; give more" in result.err
+    assert not quick.ran  # it is known before anything is measured
     assert not (tmp_path / "format.json").exists()
+
+
+def test_formats_that_all_fail_are_told_why(tune, quick):
+    def fail():
+        raise RuntimeError("no luck")
+
+    quick.before |= {"int8:token": fail, "int4:token": fail}
+    result = tune("--bits", 8, "--formats", "int8:token,int4:token")
+    assert result.status == 1
+    message = "--formats must have one that can be measured; int8:token failed with: RuntimeError: no luck"
+    assert message in result.err
+
+
+def test_a_kl_that_no_choice_keeps_is_told_in_the_words_of_the_flag(tune, quick, monkeypatch):
+    monkeypatch.setattr(Tune, "_sensitivity", lambda self, names, *_: np.ones((2, 2, len(names))))
+    monkeypatch.setattr(Tune, "_best_uniform", lambda self, verifier: None)
+    result = tune("--max-kl", 0.1, "--formats", "int8:token,int4:token")
+    assert result.status == 1
+    message = (
+        "--max-kl must be at least about 4, what the closest choice of these formats has, but came as 0.1"
+    )
+    assert message in result.err
 
 
 def test_a_candidate_that_fails_leaves_the_others(tune, quick):

@@ -8,14 +8,16 @@ import re
 from typing import Any
 
 from qpaged import sweep
-from qpaged.cli._job import split_formats
-from qpaged.cli._output import FAILED, FINE, Subparsers, print_columns, say
+from qpaged._bad_argument import BadArgumentError
+from qpaged.cli._arguments import number, token_count, whole_number
+from qpaged.cli._formats import check_layers, named_formats
+from qpaged.cli._output import FAILED, FINE, Subparsers, in_words_of_flags, print_columns, say
 from qpaged.models import CacheSizes, read_cache_sizes, weights_bytes
-from qpaged.plan import Plan, device_memory, plan
+from qpaged.plan import Plan, device_memory, plan, readable_bytes
 
-BINARY_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-BINARY_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-DECIMAL_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BINARY_UNITS = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+BINARY_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+DECIMAL_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS = BINARY_UNITS | DECIMAL_UNITS
 LEAST_MEMORY = 2**16  # bytes; no device has less
 DEFAULT_FORMATS = "plain,int8,int8:token,int8/int4,int4+rotate"
@@ -24,29 +26,24 @@ DERIVED = ("cache", "unused", "pages", "tokens", "sequences", "bytes_per_token")
 
 def size(text: str) -> int:
     """Return the bytes of ``"80GiB"``, ``"80GB"`` or a plain number; ``"80G"`` is 80GiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     count = math.inf
     if match is not None and match[2] in UNITS:
         count = float(match[1]) * UNITS[match[2]]
     if count == math.inf:  # also of a number with more digits than a float has room for
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is no size; 80GiB, 141GB or a number of bytes is.")
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.60} is no size; 80GiB, 141GB or the digits of its bytes are."
+        )
     return int(count)
 
 
 def memory_size(text: str) -> int:
     """Return a device's memory in bytes; a small number without a unit was meant to have one."""
     memory = size(text)
-    if text.strip().isdigit() and 0 < memory < LEAST_MEMORY:
-        raise argparse.ArgumentTypeError(f"{text!r} would be {memory} bytes; write {text}GiB.")
+    has_unit = text.strip()[-1].isalpha()
+    if not has_unit and 0 < float(text) < LEAST_MEMORY:
+        raise argparse.ArgumentTypeError(f"{text!r} would be {text} bytes; write {text}GiB.")
     return memory
-
-
-def token_count(text: str) -> int:
-    """Return a number of tokens, as ``"32768"`` or ``"32k"``."""
-    match = re.fullmatch(r"(\d+)\s*([kK]?)", text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; 32768 or 32k is.")
-    return int(match[1]) * (1024 if match[2] else 1)
 
 
 def add(subparsers: Subparsers) -> None:
@@ -62,6 +59,7 @@ def add(subparsers: Subparsers) -> None:
     )
     add_argument(
         "--memory",
+        dest="memory_bytes",
         type=memory_size,
         metavar="SIZE",
         help="of one device, as 80GiB (what the device found has)",
@@ -72,23 +70,27 @@ def add(subparsers: Subparsers) -> None:
     add_argument("--formats", metavar="LIST", help=f"({DEFAULT_FORMATS}, those that fit)")
     add_argument(
         "--weights",
+        dest="weights_bytes",
         type=size,
         metavar="SIZE",
         help="of the whole model (its files', or computed without any)",
     )
     add_argument(
         "--mesh",
-        type=int,
+        dest="mesh_size",
+        type=whole_number,
         metavar="N",
         default=1,
         help="devices that the model is divided over (%(default)s)",
     )
-    add_argument("--page-size", type=int, metavar="N", default=16, help="tokens a page (%(default)s)")
+    add_argument(
+        "--page-size", type=whole_number, metavar="N", default=16, help="tokens a page (%(default)s)"
+    )
     add_argument(
         "--dtype", choices=sweep.DTYPES, default="bfloat16", help="caches' logical dtype (%(default)s)"
     )
     add_argument(
-        "--utilization", type=float, metavar="U", default=0.9,
+        "--utilization", dest="hbm_utilization", type=number, metavar="U", default=0.9,
         help="share for the cache of what the weights leave (%(default)s)",
     )  # fmt: skip
     add_argument("--json", action="store_true", help="print the JSON instead of the table")
@@ -97,15 +99,15 @@ def add(subparsers: Subparsers) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     config = read_cache_sizes(args.model)
-    weights, source = args.weights, ""
+    weights, source = args.weights_bytes, ""
     if weights is None:
         weights, origin = weights_bytes(args.model)
         source = f" ({origin})"
     plans, errors = _plans(args, config, weights)
     if not plans:
         raise next(iter(errors.values()))
-    for spelling, reason in errors.items():
-        say(args, f"{spelling} is left out: {reason}")
+    for spelling, error in errors.items():
+        say(args, f"{spelling} is left out: {in_words_of_flags(args, error)}")
     if args.json:
         print(json.dumps({"plans": [_record(each) for each in plans]}, indent=2))
     else:
@@ -119,25 +121,27 @@ def _plans(
     args: argparse.Namespace, config: CacheSizes, weights: int
 ) -> tuple[list[Plan], dict[str, ValueError]]:
     """Return the plan of each format, and the errors of those that do not fit."""
-    memory = args.memory
+    formats = named_formats(args, DEFAULT_FORMATS)
+    check_layers(formats, config.num_hidden_layers)
+    memory = args.memory_bytes
     if memory is None:
         memory = device_memory()
     if memory is None:
-        raise ValueError("the device found does not tell its memory; give it, as in --memory 80GiB.")
-    if args.mesh < 1:
-        raise ValueError(f"--mesh must be at least 1, but came as {args.mesh}.")
+        raise BadArgumentError(
+            "memory_bytes", "is needed, since the device here does not report its memory; give it, as 80GiB."
+        )
     context = args.context
     if context is None:
         context = config.max_position_embeddings
     plans: list[Plan] = []
     errors: dict[str, ValueError] = {}
-    for spelling, cache_format in sweep.sweep_order(split_formats(args.formats or DEFAULT_FORMATS)):
+    for spelling, cache_format in formats:
         try:
             plans.append(
                 plan(
                     config, cache_format, memory_bytes=memory, context=context, weights_bytes=weights,
-                    dtype=args.dtype, page_size=args.page_size, mesh_size=args.mesh,
-                    hbm_utilization=args.utilization, name=spelling,
+                    dtype=args.dtype, page_size=args.page_size, mesh_size=args.mesh_size,
+                    hbm_utilization=args.hbm_utilization, name=spelling,
                 )
             )  # fmt: skip
         except ValueError as error:
@@ -154,14 +158,14 @@ def _record(each: Plan) -> dict[str, Any]:
 def _print_model(args: argparse.Namespace, config: CacheSizes, first: Plan, source: str) -> None:
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     print(f"{layers} layers of {heads} KV heads of {config.head_dim}, pages of {args.page_size} tokens.")
-    if args.mesh > 1 and first.shards > 1:
-        print(f"On {args.mesh} devices, {heads // first.shards} KV heads on each. Of one of them:")
-    elif args.mesh > 1:
+    if args.mesh_size > 1 and first.shards > 1:
+        print(f"On {args.mesh_size} devices, {heads // first.shards} KV heads on each. Of one of them:")
+    elif args.mesh_size > 1:
         print(
-            f"On {args.mesh} devices: {heads} KV heads do not divide by that, so each holds all of them. "
-            f"Of one of them:"
+            f"On {args.mesh_size} devices: {heads} KV heads do not divide by that, so each holds all of "
+            f"them. Of one of them:"
         )
-    memory, weights, reserve = map(_readable_bytes, (first.memory, first.weights, first.reserve))
+    memory, weights, reserve = map(readable_bytes, (first.memory, first.weights, first.reserve))
     print(f"Of {memory} the weights take {weights}{source}, and {reserve} are left to everything else.\n")
 
 
@@ -177,17 +181,9 @@ def _print_table(plans: list[Plan]) -> None:
                 f"{each.pages:,}",
                 f"{each.tokens:,}",
                 f"{each.sequences:,}",
-                _readable_bytes(each.key_codes + each.value_codes),
-                _readable_bytes(each.key_scales + each.value_scales),
-                _readable_bytes(each.unused),
+                readable_bytes(each.key_codes + each.value_codes),
+                readable_bytes(each.key_scales + each.value_scales),
+                readable_bytes(each.unused),
             )
         )
     print_columns(head, rows, "<>>>>>>>")
-
-
-def _readable_bytes(count: int) -> str:
-    """Return a number of bytes in the largest unit that it fills."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:,.2f} {unit}"
-    return f"{count:,} B"

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import qpaged
 from qpaged import sweep
-from qpaged.cli._job import add_job, load_job, say_job, split_formats
+from qpaged.cli._formats import EVERYTHING, check_layers, named_formats, split_formats
+from qpaged.cli._job import add_job, load_job, say_job
 from qpaged.cli._output import INTERRUPTED, Subparsers, make_writable, say
 from qpaged.cli._publish import publish
 from qpaged.sweep._numbers import rough_duration
-
-EVERYTHING = "all"
 
 
 def add(subparsers: Subparsers) -> None:
@@ -49,8 +48,8 @@ def _run(args: argparse.Namespace) -> int:
     lists_installed = args.formats in (None, EVERYTHING)
     if not lists_installed:
         # Raise for bad spellings now, before the model is loaded.
-        sweep.sweep_order(split_formats(args.formats))
-    make_writable(args.out, "--out")
+        named_formats(args)
+    make_writable(args.out, f"--out {args.out}")
     with sweep.claimed(args.out):
         return _sweep(args, lists_installed)
 
@@ -62,6 +61,8 @@ def _sweep(args: argparse.Namespace, lists_installed: bool) -> int:
     else:
         formats = _Formats(split_formats(args.formats))
     job = sweep.Sweep(model, text, tuple(formats.spellings), settings)
+    if model.layers is not None:
+        check_layers(job.order, model.layers)
     known = _known_runs(args, job)
     _say_plan(args, job, known, formats)
     result = _measure(job, known, formats.failures, args.out)

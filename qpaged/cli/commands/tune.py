@@ -4,8 +4,18 @@ import argparse
 from pathlib import Path
 
 from qpaged import sweep
-from qpaged.cli._job import add_job, load_job, say_job, split_formats
-from qpaged.cli._output import FAILED, FINE, INTERRUPTED, Subparsers, make_writable, say
+from qpaged.cli._arguments import number
+from qpaged.cli._formats import named_formats, split_formats
+from qpaged.cli._job import add_job, load_job, say_job
+from qpaged.cli._output import (
+    FAILED,
+    FINE,
+    INTERRUPTED,
+    Subparsers,
+    in_words_of_flags,
+    make_writable,
+    say,
+)
 from qpaged.cli._publish import publish
 
 
@@ -19,9 +29,9 @@ def add(subparsers: Subparsers) -> None:
         "stopped.",
     )
     add_job(parser)
-    parser.add_argument("--bits", type=float, metavar="B", help="bits per element, scales included, at most")
+    parser.add_argument("--bits", type=number, metavar="B", help="bits per element, scales included, at most")
     parser.add_argument(
-        "--max-kl", type=float, metavar="KL", help="mean KL to the plain cache, at most, nats a token"
+        "--max-kl", type=number, metavar="KL", help="mean KL to the plain cache, at most, nats a token"
     )
     parser.add_argument(
         "--formats",
@@ -51,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace, budget: sweep.Budget, directory: Path) -> int:
     if args.formats is not None:
         # Raise for bad spellings now, before the model is loaded.
-        sweep.sweep_order(split_formats(args.formats))
+        named_formats(args)
     model, text, settings = load_job(args)
     if args.formats is None:
         formats = sweep.default_candidates(model.head_dim)
@@ -72,7 +82,7 @@ def _tune(args: argparse.Namespace, budget: sweep.Budget, directory: Path) -> in
         with sweep.progress_bar(tune.tokens, "tune") as progress:
             tuned = tune.run(journal, progress)
     except sweep.UnattainableError as error:
-        say(args, str(error))
+        say(args, in_words_of_flags(args, error))
         return FAILED
     except KeyboardInterrupt:
         say(args, f"interrupted; {journal.path} keeps what was measured, for a rerun.")
@@ -93,12 +103,14 @@ def _output_directory(args: argparse.Namespace) -> Path:
         ValueError: --out is no JSON file, or nothing can be written there.
     """
     if args.out.suffix != ".json":
-        raise ValueError(f"--out must be a file that ends in .json, but came as {args.out}.")
+        raise ValueError(
+            f"--out must name a file that ends in .json, as format.json, but came as {str(args.out)!r}."
+        )
     if args.out.is_dir():
         raise ValueError(f"--out must be a file, but {args.out} is a directory.")
     directory = args.report
     if directory is None:
         directory = args.out.with_suffix("")
-    make_writable(args.out.parent, "--out")
-    make_writable(directory, "--report")
+    make_writable(args.out.parent, f"--out {args.out}")
+    make_writable(directory, f"--report {directory}")
     return directory

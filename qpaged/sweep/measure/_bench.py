@@ -49,6 +49,10 @@ class Bench:
         self._progress = progress
         self._reference: Reference | None = None
         self._plain_predicted = self._predict(plain, PLAIN)
+        if not np.isfinite(self._plain_predicted.predictions.log_q).all():
+            raise ValueError(
+                f"{model.name} gives NaN or infinite logits on the plain cache; check its weights."
+            )
 
     @cached_property
     def plain(self) -> Run:

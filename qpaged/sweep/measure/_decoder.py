@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 import qpaged.models
+from qpaged._bad_argument import BadArgumentError
 from qpaged._deprecated import renamed_argument
 from qpaged.cache import NarrowFloatPoolWarning, PagedAttentionCache, PagedAttentionCacheMetaData
 from qpaged.formats import CacheFormat
@@ -183,19 +184,22 @@ def load_model(
         ImportError: safetensors or tokenizers is missing.
     """
     if path is None and tokenizer not in (None, "bytes"):
-        raise ValueError(
-            'tokenizer must be "bytes" or left out for the bundled model, whose tokens are bytes, but came '
-            f"as {tokenizer!r}; give the checkpoint that it belongs to."
+        raise BadArgumentError(
+            "tokenizer",
+            'must be "bytes" or left out for the bundled model, whose tokens are bytes, but came as '
+            f"{tokenizer!r}; give the checkpoint that it belongs to.",
         )
     if path is None:
         directory = Path(qpaged.models.__file__).parent / "tiny"
-        name, tokenizer_source = "bundled tiny model", "bytes"
+        name, tokenizer_source = "bundled tiny model", tokenizer or "bytes"
     else:
         directory = Path(path)
+        if directory.name == "config.json":
+            raise ValueError(f"The model must be a directory: give {directory.parent}, not its config.json.")
         name, tokenizer_source = directory.resolve().name, tokenizer or str(directory)
     config, params = load_checkpoint(directory)  # weights as they are stored
     if context is not None:
-        config = config.for_context(context)
+        config = _for_context(config, context)
     return Decoder(
         name=name,
         config=config,
@@ -204,6 +208,13 @@ def load_model(
         sha256=checkpoint_sha256(directory),
         path=None if path is None else str(path),
     )
+
+
+def _for_context(config: DecoderConfig, context: int) -> DecoderConfig:
+    try:
+        return config.for_context(context)
+    except BadArgumentError as error:
+        raise BadArgumentError("context", error.rule) from error
 
 
 def _cache_dtype(quantizer: CacheFormat, settings: Settings) -> str:

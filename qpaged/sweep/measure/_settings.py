@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from qpaged._bad_argument import BadArgumentError
+from qpaged.cache._config import LARGEST_INDEX
+
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -23,7 +26,7 @@ class Settings:
         seed: draws the sequences of the text; they are spread evenly over it if None.
 
     Raises:
-        ValueError: a count that is too small, or another dtype.
+        BadArgumentError: a count that is too small or too large, or another dtype.
     """
 
     tokens: int = 16_384
@@ -39,13 +42,22 @@ class Settings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        least = {"context": 2, "tokens": self.context, "decode": 0, "seed": 0}
+        least = {"context": 2, "decode": 0, "seed": 0}
         for name, value in vars(self).items():
             if isinstance(value, int) and value < least.get(name, 1):
-                remedy = "; a sweep needs one whole context of tokens." if name == "tokens" else "."
-                raise ValueError(f"{name} must be at least {least.get(name, 1)}, but came as {value}{remedy}")
+                raise BadArgumentError(name, f"must be at least {least.get(name, 1)}, but came as {value:,}.")
+            if isinstance(value, int) and value > LARGEST_INDEX and name != "seed":
+                raise BadArgumentError(name, f"must be at most {LARGEST_INDEX:,}, but came as {value:,}.")
+        if self.tokens < self.context:
+            raise BadArgumentError(
+                "tokens",
+                f"must be at least the context, {self.context:,}, but came as {self.tokens:,}; "
+                f"give more tokens, or a smaller context.",
+            )
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, but came as {self.dtype!r}.")
+            raise BadArgumentError(
+                "dtype", f"must be one of {', '.join(DTYPES)}, but came as {self.dtype!r}."
+            )
 
     @property
     def decoded(self) -> int:

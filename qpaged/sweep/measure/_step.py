@@ -1,31 +1,24 @@
 """A step function of any model that :mod:`qpaged.adopt` can adopt, as a model that can be swept."""
 
 import hashlib
-import importlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qpaged._bad_argument import BadArgumentError
 from qpaged._compat import inner_jaxprs
 from qpaged._deprecated import renamed_argument
 from qpaged.adopt import FoundCache, find_cache, quantize_cache
 from qpaged.formats import CacheFormat
-from qpaged.models import Tokenizer, load_tokenizer
+from qpaged.models import Tokenizer
 from qpaged.sweep.measure._run import PLAIN
 from qpaged.sweep.measure._settings import Settings
 from qpaged.sweep.measure._step_stream import Pytree, Step, StepStream
-
-MakeStep = Callable[[int, int], tuple[Step, Pytree]]
-"""make_step(sequences, length) returns (step, state) for so many sequences of up to so many tokens."""
-
-TreeShapes: TypeAlias = tuple[str, list[tuple[tuple[int, ...], Any]]]
 
 
 @dataclass(frozen=True)
@@ -67,28 +60,42 @@ class StepModel:
         """Check that the step keeps to :data:`Step`, for one token and for a chunk.
 
         Raises:
-            ValueError: it does not, or its cache is too small.
+            BadArgumentError: it does not, or its cache cannot be found or is too small.
         """
-        before = _shapes(self.state)
         for tokens in {1, chunk}:
-            logits, state = jax.eval_shape(self.step, *self._example(tokens))
-            if logits.shape[:-1] != (self.sequences, tokens):
-                raise ValueError(
+            returned = jax.eval_shape(self.step, *self._example(tokens))
+            if not is_pair(returned):
+                raise self._refusal(
+                    f"its step must return (logits, state), but returned {described(returned)}."
+                )
+            logits, state = returned
+            shape = getattr(logits, "shape", None)
+            if shape is None or shape[:-1] != (self.sequences, tokens):
+                raise self._refusal(
                     f"logits must be (sequences, n, vocabulary), for {self.sequences} sequences of {tokens} "
-                    f"tokens, but came as {logits.shape}; give those of every token."
+                    f"tokens, but came as {shape}; give those of every token."
                 )
-            if _shapes(state) != before:
-                raise ValueError(
-                    "the state must come back in the structure, shapes and dtypes in which it came."
+            difference = _difference(self.state, state)
+            if difference is not None:
+                raise self._refusal(
+                    f"the state must come back in the structure, shapes and dtypes in which it came, but "
+                    f"{difference}."
                 )
+        try:
+            _ = self.found
+        except ValueError as error:
+            raise self._refusal(str(error)) from error
         for leaf in self.found.leaves:
             sequences = leaf.shape[leaf.axis("batch")]
             length = leaf.shape[leaf.axis("length")]
             if sequences != self.sequences or length < self.longest:
-                raise ValueError(
+                raise self._refusal(
                     f"the cache must hold {self.sequences} sequences of {self.longest} tokens, as make_step "
                     f"is asked to, but {leaf.path} holds {sequences} of {length}."
                 )
+
+    def _refusal(self, reason: str) -> BadArgumentError:
+        return BadArgumentError("step", f"{self.name}: {reason}")
 
     @cached_property
     def in_cache(self) -> list[bool]:
@@ -168,48 +175,6 @@ class StepModel:
         return self.state, zeros, zeros
 
 
-def load_step(spelling: str, settings: Settings, tokenizer: str | None = None) -> StepModel:
-    """Load the model that the :data:`MakeStep` at ``"module:function"`` returns.
-
-    Modules in the working directory are found, too.
-
-    Args:
-        tokenizer: a directory with a ``tokenizer.json``; bytes if None.
-
-    Raises:
-        ValueError: a spelling without a colon, a module or function that does not exist, or a step whose
-            cache cannot be found.
-    """
-    module, _, name = spelling.partition(":")
-    if not module or not name:
-        raise ValueError(f"--step must be given as module:function, but came as {spelling!r}.")
-    working_directory = str(Path.cwd())
-    if working_directory not in sys.path:
-        sys.path.insert(0, working_directory)
-    try:
-        make_step = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--step {spelling} cannot be imported: {error}.") from error
-    except (Exception, SystemExit) as error:  # as modules raise that are scripts
-        raise ValueError(f"--step {spelling} cannot be imported: {error!r}.") from error
-    text_tokenizer = load_tokenizer(tokenizer or "bytes")
-    try:
-        step, state = make_step(settings.batch, settings.context)
-        model = StepModel(
-            name=spelling,
-            step=step,
-            state=jax.tree_util.tree_map(jnp.asarray, state),
-            sequences=settings.batch,
-            longest=settings.context,
-            tokenizer=text_tokenizer,
-            path=spelling,
-        )
-        model.check(min(settings.chunk, settings.prefilled))
-    except (Exception, SystemExit) as error:  # The function is the user's and may raise anything.
-        raise ValueError(f"--step {spelling}: {type(error).__name__}: {error}") from error
-    return model
-
-
 def _constants(program: Any) -> Iterator[jax.Array]:
     """Yield the arrays that a jaxpr closes over, and those of the jaxprs inside it."""
     yield from getattr(program, "consts", ())
@@ -218,7 +183,33 @@ def _constants(program: Any) -> Iterator[jax.Array]:
             yield from _constants(inner)
 
 
-def _shapes(state: Pytree) -> TreeShapes:
-    """Return the structure, and the shape and dtype of each leaf."""
-    leaves, tree = jax.tree_util.tree_flatten(state)
-    return str(tree), [(leaf.shape, leaf.dtype) for leaf in leaves]
+def is_pair(returned: Any) -> bool:
+    """Return True for a pair, as a step and what makes one return."""
+    return isinstance(returned, tuple | list) and len(returned) == 2
+
+
+def described(returned: Any) -> str:
+    """Return in words what a function returned instead of a pair."""
+    if isinstance(returned, tuple | list):
+        return f"{len(returned)} values"
+    if hasattr(returned, "shape"):
+        return "one array"
+    return "None" if returned is None else f"a {type(returned).__name__}"
+
+
+def _difference(before: Pytree, after: Pytree) -> str | None:
+    """Return how a state differs from the one before, in structure, shapes or dtypes; None if it does not."""
+    was, came = _leaves(before), _leaves(after)
+    for place in was | came:
+        if was.get(place) != came.get(place):
+            return f"state{place} was {was.get(place, 'not there')}, and is {came.get(place, 'not there')}"
+    tree, other_tree = map(jax.tree_util.tree_structure, (before, after))
+    return None if str(tree) == str(other_tree) else f"it was {tree}, and is {other_tree}"
+
+
+def _leaves(state: Pytree) -> dict[str, str]:
+    """Return the dtype and the shape of each leaf, by its place."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        leaves[jax.tree_util.keystr(path)] = f"{leaf.dtype}{list(leaf.shape)}"
+    return leaves

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from qpaged._bad_argument import BadArgumentError
 from qpaged._deprecated import renamed_argument
 from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._bench import Bench, Progress
@@ -59,15 +60,17 @@ class Sweep:
     def __post_init__(self) -> None:
         longest = self.model.longest
         if self.settings.context > longest:
-            raise ValueError(
-                f"context must be at most {longest:,}, the longest that {self.model.name} was made for, "
-                f"but came as {self.settings.context:,}."
+            raise BadArgumentError(
+                "context",
+                f"must be at most {longest:,}, the longest that {self.model.name} was made for, but came as "
+                f"{self.settings.context:,}.",
             )
         tokenizer = self.model.tokenizer
         if tokenizer.vocab_size > self.model.vocabulary:
-            raise ValueError(
-                f"tokenizer must have at most the {self.model.vocabulary:,} tokens of the model, but "
-                f"{tokenizer.name} has {tokenizer.vocab_size:,}; use the one that the model was trained with."
+            raise BadArgumentError(
+                "tokenizer",
+                f"must have at most the {self.model.vocabulary:,} tokens of the model, but {tokenizer.name} "
+                f"has {tokenizer.vocab_size:,}; give the one that the model was trained with.",
             )
         # Compute both now, so that bad formats and texts raise before any work is done.
         _ = self.order, self.sequences

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from qpaged._bad_argument import BadArgumentError
 from qpaged.sweep.measure import Run
 
 
@@ -23,11 +24,11 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.bits is None and self.max_kl is None:
-            raise ValueError("bits or max_kl must be given, or both, as in --bits 5 --max-kl 0.01.")
+            raise ValueError("--bits or --max-kl is needed, or both, as in --bits 5 --max-kl 0.01.")
         for name in ("bits", "max_kl"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, but came as {value}.")
+                raise BadArgumentError(name, f"must be positive and finite, but came as {value:g}.")
 
     @property
     def bits_or_inf(self) -> float:
@@ -58,5 +59,5 @@ class Budget:
         return " and ".join(bounds)
 
 
-class UnattainableError(ValueError):
+class UnattainableError(BadArgumentError):
     """No choice among the candidates keeps the budget; the message says what comes nearest."""

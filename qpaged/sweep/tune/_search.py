@@ -10,13 +10,15 @@ from functools import cached_property
 
 import numpy as np
 
+from qpaged._bad_argument import BadArgumentError
 from qpaged._deprecated import renamed_argument
 from qpaged.formats import CacheFormat
+from qpaged.sweep._formats import bits_per_element
 from qpaged.sweep.measure import PLAIN, Bench, Failure, Progress, Run, Sequences, Sweep, identity
 from qpaged.sweep.results import tied
 from qpaged.sweep.tune._budget import Budget, UnattainableError
 from qpaged.sweep.tune._journal import Journal
-from qpaged.sweep.tune._solver import Choice, choose
+from qpaged.sweep.tune._solver import Choice, choose, too_few_bits
 from qpaged.sweep.tune._tuned import SIDES, Tuned
 from qpaged.sweep.tune._verifier import Verifier
 
@@ -58,21 +60,39 @@ class Tune:
                 f"{self.sweep.model.name} must have an array for each layer, so that layers can differ in "
                 f"format, but holds several in one."
             )
+        tokens, context = self.sweep.settings.tokens, self.sweep.settings.context
+        if tokens < 2 * context:
+            raise BadArgumentError(
+                "tokens",
+                f"must be at least twice the context, {context:,}, but came as {tokens:,}: one sequence to "
+                f"choose by, one to verify with.",
+            )
         if len(self.sweep.sequences.tokens) < 2:
             raise ValueError(
-                "the text must hold two sequences at least, one to choose by and one to verify with, but "
-                "holds one; give a longer text or more tokens, or a smaller context."
+                f"{self.sweep.text.source} holds one sequence of {context:,} tokens, but tune needs two, one "
+                f"to choose by and one to verify with; give a longer text, or a smaller context."
             )
+        self._check_formats()
+
+    def _check_formats(self) -> None:
+        """Raise BadArgumentError for a format that is no candidate."""
         if not self.candidates or any(CacheFormat.of(format) == PLAIN for format in self.sweep.formats):
-            raise ValueError(
-                f"formats must be other than plain, but came as {', '.join(self.sweep.formats)}."
+            raise BadArgumentError(
+                "formats", "must not have plain, which tune compares with in any case; leave it out."
             )
         if self.name in self.candidates:
-            raise ValueError(f"--out must have another name than {self.name}, which is one of the formats.")
+            raise BadArgumentError("out", f"must not be {self.name}, one of the formats; give another name.")
         for spelling, candidate in self.candidates.items():
-            if candidate.layers or candidate.key != candidate.value:
-                raise ValueError(
-                    f"each of the formats must be one for keys and values alike, but {spelling!r} came."
+            if candidate.layers:
+                raise BadArgumentError(
+                    "formats",
+                    f"must be formats of all layers, but {spelling} has some by layer; leave it out.",
+                )
+            if candidate.key != candidate.value:
+                apart = ",".join(str(CacheFormat(part, part)) for part in (candidate.key, candidate.value))
+                raise BadArgumentError(
+                    "formats",
+                    f"must not have {spelling}, as tune chooses keys and values apart; give {apart}.",
                 )
 
     @cached_property
@@ -107,12 +127,16 @@ class Tune:
         Raises:
             UnattainableError: no choice keeps the budget.
         """
+        self._check_bits()
         verifier = Verifier(self.sweep, self.parts[1], journal, progress)
         verifier.verify(*self.sweep.order[0])  # the reference
         failures = self._verify_candidates(verifier)
         names = tuple(spelling for spelling in self.candidates if spelling in verifier.runs)
         if not names:
-            raise UnattainableError(f"none of the formats can be measured; the first: {failures[0].error}")
+            first = failures[0]
+            raise UnattainableError(
+                "formats", f"must have one that can be measured; {first.format} failed with: {first.error}"
+            )
         bits = np.array([verifier.runs[name].bits_per_element for name in names])
         if self.budget.bits is not None:
             # Raise for too few bits now, before the long part.
@@ -135,6 +159,22 @@ class Tune:
             better=better,
             budget=self.budget,
         )
+
+    def _check_bits(self) -> None:
+        """Raise UnattainableError if the smallest format takes too many bits, before anything is measured."""
+        smallest = min(self.candidates, key=self._bits)
+        if self.budget.bits_or_inf < self._bits(smallest) < math.inf:
+            raise too_few_bits(self._bits(smallest), smallest, self.budget.bits_or_inf)
+
+    def _bits(self, spelling: str) -> float:
+        """Return the bits per element of a candidate's pages; infinite if it does not fit the model."""
+        quantizer, settings = self.candidates[spelling].key, self.sweep.settings
+        assert quantizer is not None  # no candidate is plain
+        page = (1, 1, settings.page_size, self.sweep.model.head_dim)
+        try:
+            return bits_per_element(quantizer, page, settings.dtype)
+        except Exception:  # A plugin may raise anything; it fails again when it is measured.
+            return math.inf
 
     def _verify_candidates(self, verifier: Verifier) -> list[Failure]:
         """Measure each candidate in all layers, and return those that fail."""
@@ -229,8 +269,10 @@ class Tune:
             # % more, so that rounds do not creep up on it.
             bound *= 0.95 * max_kl / run.kl_mean
         raise UnattainableError(
-            f"no choice that was measured keeps {self.budget}: the last has KL {run.kl_mean:.2g} "
-            f"at {run.bits_per_element:.2f} bits per element; allow more KL, or give more accurate formats."
+            "max_kl",
+            f"must be more than {max_kl:g}, as no choice that was measured keeps it: the last has "
+            f"{run.kl_mean:.2g} at {run.bits_per_element:.2f} bits per element. Allow more, or give more "
+            f"accurate formats.",
         )
 
     def _cache_format(self, names: Sequence[str], choice: Choice) -> CacheFormat:

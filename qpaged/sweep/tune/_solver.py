@@ -45,23 +45,30 @@ def choose(
         allowed = math.floor(max_bits * grid * len(items) + 1e-6)
         room = min(room, allowed - len(items) * cost.min())
     if room < 0:
-        raise UnattainableError(
-            f"bits must be at least {bits.min():.3f}, which the smallest of the formats takes, "
-            f"but came as {max_bits:g}."
-        )
+        raise too_few_bits(float(bits.min()), "the smallest of the formats", max_bits)
     least, picks = _least_sums(items, extra, room)
     (affordable,) = np.nonzero(least <= max_kl)
     if not len(affordable):
         within = f" within {max_bits:g} bits" if max_bits < math.inf else ""
         raise UnattainableError(
-            f"max_kl must be at least about {least[-1]:.2g}, the least that the formats promise{within}, "
-            f"but {max_kl:.2g} was looked for; allow more, or give more accurate formats."
+            "max_kl",
+            f"must be at least about {least[-1]:.2g}, what the closest choice of these formats has{within}, "
+            f"but came as {max_kl:.2g}; allow more, or give more accurate formats.",
         )
     # The least sum never rises with what may be spent, so that the first that suffices is the cheapest.
     spent = affordable[0] if max_kl < math.inf else room
     chosen = _trace_back(picks, extra, spent)
     total = sum(kl[candidate] for kl, candidate in zip(items, chosen, strict=True))
     return tuple(zip(chosen[0::2], chosen[1::2], strict=True)), float(total)
+
+
+def too_few_bits(least: float, spelling: str, max_bits: float) -> UnattainableError:
+    """Return the error for a bound below what the smallest format takes."""
+    return UnattainableError(
+        "bits",
+        f"must be at least {least:.3f}, what {spelling} takes, but came as {max_bits:g}; give more bits, or "
+        f"a smaller format.",
+    )
 
 
 def _integer_cost(bits: np.ndarray) -> tuple[np.ndarray, int]:
