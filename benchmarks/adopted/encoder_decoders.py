@@ -23,6 +23,7 @@ SHAPE: dict[str, Any] = {
     "decoder_attention_heads": 4,
     "encoder_ffn_dim": 2 * WIDTH,
     "decoder_ffn_dim": 2 * WIDTH,
+    "init_std": 0.15,  # so that attention tells tokens apart, as with trained weights
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
