@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 import jax
 
 from qpaged._compat import Pytree
+from qpaged._promotion import promoting_ranks
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,6 +33,7 @@ def compiled_if_eager(static_argnums: Sequence[int] = ()) -> Callable[[Callable[
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         compiled = jax.jit(function, static_argnums=tuple(static_argnums))
 
+        @promoting_ranks
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             arrays = [arg for index, arg in enumerate(args) if index not in static_argnums]

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
 from qpaged._compat import explicit_sharding
+from qpaged._promotion import promoting_ranks
 from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache
 from qpaged.arrays import QuantizedArray, empty, quantize
 from qpaged.arrays._blocks import block_max
@@ -164,6 +165,7 @@ def _largest_divisor(number: int, limit: int) -> int:
     return 1
 
 
+@promoting_ranks
 @functools.partial(jax.jit, static_argnames=("quantizer", "block", "channel_axis"))
 def _quantize_written(
     array: jax.Array | np.ndarray, quantizer: Quantizer, block: tuple[int, ...], channel_axis: int

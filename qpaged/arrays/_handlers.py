@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged._compat import primitive_exists, reshard_primitives
+from qpaged._promotion import promoting_ranks
 from qpaged.arrays import (
     _dot,
     _masks,
@@ -48,7 +49,7 @@ def _handler(primitives: Any, **options: int) -> Callable[[F], F]:
     register = primitive_handler(primitives, **options)
 
     def decorate(function: F) -> F:
-        register(on_explicit_meshes(function))
+        register(promoting_ranks(on_explicit_meshes(function)))
         return function
 
     return decorate

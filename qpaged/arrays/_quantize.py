@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from qpaged._promotion import promoting_ranks
 from qpaged.arrays._blocks import check_block, scale_shape
 from qpaged.arrays._dtypes import dtype_of_floats, float_dtype
 from qpaged.arrays._encoding import block_extremes, encode, fit_scales, global_scale_shape, to_block_values
@@ -18,6 +19,7 @@ from qpaged.arrays._protocol import ArrayFormat
 from qpaged.arrays._quantized import QuantizedArray, logical_shape
 
 
+@promoting_ranks
 def quantize(
     array: ArrayLike,
     quantizer: ArrayFormat,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qpaged._compat import explicit_sharding, with_auto_axes
+from qpaged._promotion import promoting_ranks
 from qpaged.arrays._blocks import block_shape, expand_scales, split_blocks
 from qpaged.arrays._encoding import multipliers
 from qpaged.arrays._lane_rows import from_lane_rows, slot_shape, to_lane_rows
@@ -207,6 +208,7 @@ class QuantizedArray(PlainUse, ImplicitArray):
             return self.dequantize(self.dtype)
         return with_auto_axes(lambda array: array.dequantize(array.dtype), sharding)(self)
 
+    @promoting_ranks
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
         """Return the values as ``dtype``: computed in float32, rounded once, clipped to what is finite."""
         if self.scales is None or self.size == 0:  # the codes are the bits of values, and have no scales
