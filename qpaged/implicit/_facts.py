@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 from qpaged import _compat
-from qpaged._compat import Atom, Equation
+from qpaged._compat import Atom, Aval, Equation
 
 
 class Kind(Enum):
@@ -93,8 +94,25 @@ def _same(eqn: Equation, facts: Facts) -> Fact | None:
     return facts[0]
 
 
+def _converted(eqn: Equation, facts: Facts) -> Fact | None:
+    fact = facts[0]
+    if fact is not None and fact.kind is Kind.COUNT and not _counts(eqn.outvars[0], fact.axis):
+        return Fact(repeats=fact.repeats)
+    return fact
+
+
 def _iota(eqn: Equation, facts: Facts) -> Fact | None:
-    return Fact(Kind.COUNT, eqn.params["dimension"])
+    axis = eqn.params["dimension"]
+    return Fact(Kind.COUNT, axis) if _counts(eqn.outvars[0], axis) else None
+
+
+def _counts(atom: Atom, axis: int) -> bool:
+    """Return True if the dtype has a number of its own for each index: bfloat16 has not, beyond 256."""
+    aval: Aval = atom.aval
+    dtype, length = aval.dtype, aval.shape[axis]
+    if jnp.issubdtype(dtype, jnp.integer):
+        return length - 1 <= jnp.iinfo(dtype).max
+    return jnp.issubdtype(dtype, jnp.floating) and length <= 2 ** (jnp.finfo(dtype).nmant + 1)
 
 
 def _moved(axis_after: Callable[[Equation, int], int | None]) -> Callable[[Equation, Facts], Fact | None]:
@@ -185,7 +203,7 @@ def _product(eqn: Equation, facts: Facts) -> Fact | None:
 def _both(eqn: Equation, facts: Facts) -> Fact | None:
     for fact in facts:
         if fact is not None and fact.kind is Kind.ONE_HOT:
-            return fact
+            return Fact(Kind.ONE_HOT, fact.axis)  # what it repeats along, the other operand need not
     return None
 
 
@@ -199,7 +217,7 @@ def _selection(eqn: Equation, facts: Facts) -> Fact | None:
 RULES: dict[str, Callable[[Equation, Facts], Fact | None]] = {
     "and": _both,
     "broadcast_in_dim": _broadcast,
-    "convert_element_type": _same,
+    "convert_element_type": _converted,
     "copy": _same,
     "eq": _equals,
     "iota": _iota,

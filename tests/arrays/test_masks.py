@@ -14,7 +14,17 @@ from qpaged.arrays import quantize
 from qpaged.implicit import use_implicit_args
 
 pytestmark = [needs_own_implementation, pytest.mark.filterwarnings("error")]
-FORMATS = ("int8", "int8:token", "int4", "int4:token+rotate", "int4:channel", "mxfp8", "nvfp4", "fp8_e4m3")
+FORMATS = (
+    "int8",
+    "int8:token",
+    "int4",
+    "int4:token+rotate",
+    "int4:channel",
+    "mxfp8",
+    "nvfp4",
+    "fp8_e4m3",
+    "int8:token+offset",
+)
 SHAPE = (3, 32, 2, 64)
 MASKS = {
     "batch": jnp.array([True, False, True]).reshape(3, 1, 1, 1),

@@ -1,5 +1,7 @@
 """Rows that programs write by arithmetic over a whole axis go through the same writes as indexed ones."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,3 +129,34 @@ def test_other_arithmetic_has_its_own_values(name):
     with pytest.warns(qpaged.implicit.MaterializeWarning):
         got = use_implicit_args(NEAR_MISSES[name])(array, jnp.int32(5))
     np.testing.assert_allclose(got, NEAR_MISSES[name](array.dequantize(), jnp.int32(5)), rtol=1e-6)
+
+
+def test_a_mask_that_was_stretched_before_it_met_another():
+    """The row goes where both masks say, and not where the first says of each sequence."""
+    array, first = filled("int8:token"), jnp.array([True, False, False]).reshape(3, 1, 1, 1)
+
+    def write(array, position):
+        both = jnp.broadcast_to(one_hot(position), SHAPE) & jnp.broadcast_to(first, SHAPE)
+        return jnp.where(both, NEW, array)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", qpaged.implicit.MaterializeWarning)
+        got = use_implicit_args(write)(array, jnp.int32(20))
+    values = got.dequantize() if is_quantized(got) else got
+    want = write(array.dequantize(), jnp.int32(20))
+    np.testing.assert_allclose(values, want, atol=0.02)
+
+
+def test_numbers_that_a_dtype_does_not_tell_apart_are_no_index():
+    """In bfloat16, 1,000 and its neighbours are one number, so that several rows are written."""
+    quantizer = qpaged.get_quantizer("int8:token")
+    array = empty((1, 2048, 1, 8), quantizer, (1, 1, 1, 8), jnp.float32)
+
+    def write(array):
+        slots = jnp.arange(2048).astype(jnp.bfloat16)
+        return jnp.where((slots == jnp.bfloat16(1000))[None, :, None, None], jnp.float32(1), array)
+
+    with pytest.warns(qpaged.implicit.MaterializeWarning):
+        got = use_implicit_args(write)(array)
+    np.testing.assert_array_equal(got, write(array.dequantize()))
+    assert int((got != 0).all(axis=(0, 2, 3)).sum()) > 1

@@ -61,9 +61,8 @@ def _arithmetic_write(
 ) -> Sequence[Views] | None:
     """Record an operation with another operand of a kind as a write; return None if there is none such."""
     for position, atom in enumerate(eqn.invars):
-        fact = dataflow.fact_of(atom)
-        if fact is not None and fact.kind is kind:
-            cache = operands[1 - position]
+        fact, cache = dataflow.fact_of(atom), operands[1 - position]
+        if cache and fact is not None and fact.kind is kind:
             return _record_write(dataflow, eqn, cache, operands[position], [fact.axis], adds)
     return None
 
