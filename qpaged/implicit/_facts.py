@@ -110,6 +110,8 @@ def _counts(atom: Atom, axis: int) -> bool:
     """Return True if the dtype has a number of its own for each index: bfloat16 has not, beyond 256."""
     aval: Aval = atom.aval
     dtype, length = aval.dtype, aval.shape[axis]
+    if not isinstance(length, int):
+        return False  # a length of symbols, as `jax.export` has them, is compared with nothing
     if jnp.issubdtype(dtype, jnp.integer):
         return length - 1 <= jnp.iinfo(dtype).max
     return jnp.issubdtype(dtype, jnp.floating) and length <= 2 ** (jnp.finfo(dtype).nmant + 1)
