@@ -23,7 +23,7 @@ from qpaged.arrays._read_format import (
     untransformed,
     with_float_scales,
 )
-from qpaged.arrays._scaled_dot import DimensionNumbers, DotAxes, Params, scaled_dot
+from qpaged.arrays._scaled_dot import DimensionNumbers, DotAxes, Params, scaled_dot, with_operands_swapped
 
 # A piece has at most so many positions along the axis that is cut, and elements in all, unless one block has
 # more. An array shorter than two pieces is not cut: a loop over one piece and a rest saves no memory.
@@ -55,11 +55,7 @@ def dot_general(
     other = jnp.asarray(rhs)
     axes = DotAxes.of(rhs_contract, lhs_contract, rhs_batch, lhs_batch)
     out = _dot(other, lhs, axes, preferred_element_type, params)
-    # (batch, kept of rhs, kept of lhs) -> (batch, kept of lhs, kept of rhs)
-    batch = len(lhs_batch)
-    rhs_kept = other.ndim - len(rhs_contract) - batch
-    order = (*range(batch), *range(batch + rhs_kept, out.ndim), *range(batch, batch + rhs_kept))
-    return lax.transpose(out, order)
+    return with_operands_swapped(out, len(rhs_batch), other.ndim - len(rhs_contract))
 
 
 def _dot(

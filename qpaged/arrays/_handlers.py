@@ -25,6 +25,7 @@ from qpaged.arrays import (
 from qpaged.arrays._additions import add_rows
 from qpaged.arrays._explicit import on_explicit_meshes
 from qpaged.arrays._gather import gather
+from qpaged.arrays._joined import Joined
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._repeated import Repeated
 from qpaged.arrays._reshape import reshape
@@ -40,7 +41,7 @@ else:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-REPEATS_LAZILY = provider().name == "qpaged"  # qax does not look into arrays inside of arrays
+LAZILY = provider().name == "qpaged"  # qax does not look into arrays inside of arrays
 LAST = -1  # the precedence of handlers of any operands, which must not stand in the way of others
 
 
@@ -83,7 +84,7 @@ def _broadcast(primitive, array: QuantizedArray, *rest, shape, broadcast_dimensi
     for axis, dimension in enumerate(broadcast_dimensions):
         unstretched[dimension] = array.shape[axis]
     stretched = [axis for axis, length in enumerate(shape) if length != unstretched[axis]]
-    if not REPEATS_LAZILY or len(stretched) != 1 or shape[stretched[0]] == 0:
+    if not LAZILY or len(stretched) != 1 or shape[stretched[0]] == 0:
         return _or_not_implemented(_moves.broadcast_in_dim(array, shape, broadcast_dimensions))
     once = _moves.broadcast_in_dim(array, unstretched, broadcast_dimensions)
     if once is None:
@@ -175,11 +176,22 @@ def _gather(
     return _or_not_implemented(gather(array, index, dimension_numbers, slice_sizes, mode, fill_value))
 
 
-@_handler("concatenate", precedence=LAST)
+@primitive_handler("concatenate", precedence=LAST)
 def _concatenate(primitive, array: Operand, *rest: Operand, dimension, **params):
     arrays = (array, *rest)
-    if not _are_alike(arrays):
+    if _are_alike(arrays):
+        whole = _concatenate_codes(primitive, *arrays, dimension=dimension)
+        if whole is not NotImplemented:
+            return whole
+    others = [array for array in arrays if not isinstance(array, QuantizedArray | Repeated | Joined)]
+    if not LAZILY or any(isinstance(other, ImplicitArray) for other in others):
         return NotImplemented
+    return Joined(arrays, dimension - array.ndim)
+
+
+@promoting_ranks
+@on_explicit_meshes
+def _concatenate_codes(primitive: Any, *arrays: QuantizedArray, dimension: int) -> Any:
     return _or_not_implemented(_moves.concatenate(arrays, dimension))
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged._compat import reshard_primitives
+from qpaged.arrays._scaled_dot import with_operands_swapped
 from qpaged.implicit import ImplicitArray, aux_field, primitive_handler, use_implicit_args
 
 if TYPE_CHECKING:
@@ -122,8 +123,7 @@ def _dot_left(primitive, lhs: Repeated, rhs: Operand, *, dimension_numbers, **pa
     out = _dot(rhs, lhs, swapped, params)
     if out is NotImplemented:
         return out
-    batch, free = len(lhs_batch), jnp.ndim(rhs) - len(rhs_contract) - len(rhs_batch)
-    return lax.transpose(out, (*range(batch), *range(batch + free, out.ndim), *range(batch, batch + free)))
+    return with_operands_swapped(out, len(rhs_batch), jnp.ndim(rhs) - len(rhs_contract))
 
 
 @primitive_handler("dot_general", precedence=BEFORE_OTHERS)

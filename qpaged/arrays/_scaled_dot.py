@@ -58,6 +58,14 @@ class DotAxes(NamedTuple):
         return tuple(axis for axis in range(ndim) if axis not in self.contract + self.batch)
 
 
+def with_operands_swapped(out: jax.Array, batch: int, kept_end: int) -> jax.Array:
+    """Return a dot's result (batch, kept of the first, kept of the second) with the kept axes swapped.
+
+    ``batch`` axes come first; those kept of the first operand end before axis ``kept_end``.
+    """
+    return lax.transpose(out, (*range(batch), *range(kept_end, out.ndim), *range(batch, kept_end)))
+
+
 def scaled_dot(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: Params) -> jax.Array:
     """Return the dot in float32, for an array from :func:`with_float_scales`, which may have offsets."""
     scaled_axes = [axis for axis, count in enumerate(array.block_scales.shape) if count != 1]

@@ -51,6 +51,9 @@ class ImplicitArray(ImplicitValue):
     has_derivative: ClassVar[bool] = True
     """False for a class whose children carry no derivative, as codes and scales that are fitted to data: such
     arrays pass through functions with custom derivatives as they are."""
+    materializes_children_first: ClassVar[bool] = False
+    """True for a class whose `materialize` is given arrays in place of its implicit children: what it does to
+    implicit ones would make an array of its own class again, without end."""
     shape: Any = aux_field(kw_only=True, default=None)  # noqa: RUF009 - a dataclass field
     dtype: Any = aux_field(kw_only=True, default=None)  # noqa: RUF009
 

@@ -56,6 +56,9 @@ def materialize_nested(implicit_arr: Operand, full: bool = False) -> Operand:
     """
     value = implicit_arr
     while is_implicit(value):
+        if value.materializes_children_first:
+            children, structure = _tree.flatten_one_layer(value)
+            value = _tree.unflatten_one_layer(structure, [_materialize_fully(child) for child in children])
         value = _call_one_layer_down(type(value).materialize, value)
         if not full:
             break

@@ -26,6 +26,7 @@ class ImplicitValue(ArrayValue):
     commute_ops: ClassVar[bool]
     warn_on_materialize: ClassVar[bool]
     has_derivative: ClassVar[bool]
+    materializes_children_first: ClassVar[bool]
     shape: Any
     dtype: Any
 

@@ -228,6 +228,14 @@ def read_weighted(x, position, k, v):
     return attend(x, position, k * seen, v * seen)
 
 
+def read_with_the_new_row(x, position, k, v):
+    """Attend to the rows before, and to the new one as it is given, concatenated to them."""
+    keys, values = jnp.concatenate([k, x[:, :, 1]], axis=1), jnp.concatenate([v, x[:, :, 2]], axis=1)
+    slots = jnp.arange(LENGTH + 1)
+    seen = (slots < position) | (slots == LENGTH)
+    return attend(x, position, jnp.repeat(keys, 2, axis=2)[:, :, ::2], values, seen)
+
+
 READS = {
     "repeated heads": read_repeated,
     "matmul": read_with_matmul,
@@ -235,6 +243,7 @@ READS = {
     "scanned chunks": read_by_scanning_chunks,
     "sliced chunks": read_by_slicing_chunks,
     "a window": read_a_window,
+    "beside the new row": read_with_the_new_row,
     "zeroed values": read_zeroed,
     "weighted rows": read_weighted,
     "scaled keys": lambda x, position, k, v: attend(x, position, k * 2 / 2, v),

@@ -9,10 +9,12 @@ import pytest
 from jax import lax
 from support.arrays import normal, quantized
 from support.formats import FORMATS, WITH_LONG
+from support.implicit_arrays import needs_own_implementation
 
 import qpaged
+from qpaged.arrays._joined import Joined
 from qpaged.arrays._repeated import Repeated
-from qpaged.implicit import ImplicitArray, materialize_nested, use_implicit_args
+from qpaged.implicit import ImplicitArray, MaterializeWarning, materialize_nested, use_implicit_args
 
 SCALED = [format for format in FORMATS if format != "raw"]
 
@@ -71,8 +73,38 @@ CUTS = {
 
 SCALINGS = {"times": lambda a: a * 0.3, "over": lambda a: a / 0.3, "negative": lambda a: -a}
 
+NEW = normal(2, 6, 1, 32, seed=6)
+PAGE = normal(2, 1, 16, 32, seed=7)
+
+
+def with_page(a):
+    return jnp.concatenate([a, PAGE.astype(a.dtype)], 1)
+
+
+JOINS = {
+    "a page": with_page,
+    "a page before": lambda a: jnp.concatenate([PAGE, a], 1),
+    "a slot": lambda a: jnp.concatenate([a, NEW], 2),
+    "itself, scaled": lambda a: jnp.concatenate([a, a * 0.5, PAGE], 1),
+    "a page, then another": lambda a: jnp.concatenate([with_page(a), PAGE], 1),
+    "transpose": lambda a: with_page(a).transpose(2, 0, 3, 1),
+    "squeeze": lambda a: with_page(a)[:1].squeeze(0),
+    "expand": lambda a: with_page(a)[:, None, ..., None],
+    "reshape": lambda a: with_page(a).reshape(2, 7, 4, 4, 32),
+    "broadcast": lambda a: jnp.broadcast_to(with_page(a)[:, :, None], (2, 7, 3, 16, 32)),
+    "repeat": lambda a: jnp.repeat(with_page(a), 2, axis=0),
+    "convert": lambda a: with_page(a).astype(jnp.float16),
+    "times": lambda a: with_page(a) * 0.5,
+    "negative": lambda a: -with_page(a),
+    "slice": lambda a: with_page(a)[1:, 2:, 4:8],
+    "slice of one part": lambda a: with_page(a)[:, 1:3],
+    "slice of the other": lambda a: with_page(a)[:, 6:],
+    "slice of other axes": lambda a: with_page(a)[:, :, ::2],
+}
+
 P = normal(2, 3, 96, seed=2)
 Q = normal(2, 3, 32, seed=3)
+P_WITH_PAGE = normal(2, 3, 7, 16, seed=8)
 WIDE = normal(2, 300, 32, seed=4)
 
 DOTS = {
@@ -90,6 +122,16 @@ DOTS = {
         "hgd,hgpsd->hgps", Q, jnp.broadcast_to(a[:, None], (2, 3, 6, 16, 32))
     ),
 }  # fmt: skip
+
+
+DOTS_OF_JOINS = {
+    "scores": lambda a: jnp.einsum("hgd,hpsd->hgps", Q, with_page(a)),
+    "scores, keys first": lambda a: jnp.einsum("hpsd,hgd->hpsg", with_page(a), Q),
+    "values": lambda a: jnp.einsum("hgps,hpsd->hgd", P_WITH_PAGE, with_page(a)),
+    "values, transposed": lambda a: jnp.einsum("hpsd,hgps->dhg", with_page(a), P_WITH_PAGE),
+    "of copies": lambda a: jnp.einsum("hgd,hpsd->hgps", jnp.repeat(Q, 2, 0), jnp.repeat(with_page(a), 2, 0)),
+    "everything contracted": lambda a: jnp.einsum("hpsd,hpsd->", with_page(a), normal(2, 7, 16, 32, seed=5)),
+}
 
 
 def lazily(program, array):
@@ -178,6 +220,31 @@ def test_dots_fold_their_scales(array):
             atol=6144 * 2.0**-24 if want.ndim == 0 else 2e-6 * float(jnp.abs(want).max()),
             err_msg=name,
         )
+
+
+@needs_own_implementation
+def test_joins_are_exact(array):
+    for name, lazy, out, want in both_ways(JOINS, array):
+        assert isinstance(lazy, Joined | qpaged.QuantizedArray), name
+        assert lazy.dtype == out.dtype == want.dtype and lazy.shape == out.shape == want.shape, name
+        np.testing.assert_array_equal(out, want, err_msg=name)
+
+
+@needs_own_implementation
+def test_dots_of_joins_are_taken_of_each_part(array):
+    for name, lazy, out, want in both_ways(DOTS_OF_JOINS, array):
+        assert isinstance(lazy, jax.Array) and (out.shape, out.dtype) == (want.shape, want.dtype), name
+        # float32 sums in another order: of at most 112 products, or of 7168 where all is contracted
+        atol = 7168 * 2.0**-24 if want.ndim == 0 else 2e-6 * float(jnp.abs(want).max())
+        np.testing.assert_allclose(out, want, rtol=2e-6, atol=atol, err_msg=name)
+
+
+@needs_own_implementation
+@pytest.mark.filterwarnings("default")
+def test_what_a_join_cannot_do_is_said_at_its_line():
+    with pytest.warns(MaterializeWarning, match="Joined has no handler for the primitive 'exp'"):
+        out = lazily(lambda a: jnp.exp(with_page(a)), quantized("int8"))
+    assert out.shape == (2, 7, 16, 32)
 
 
 @pytest.mark.parametrize("format", FORMATS)
