@@ -25,7 +25,7 @@ def test_it_is_forbidden_here():
         jnp.ones((2, 3)) + jnp.ones(3)
 
 
-@pytest.mark.parametrize("spelling", first_short(2, FORMATS))
+@pytest.mark.parametrize("spelling", first_short(1, FORMATS))
 def test_a_paged_cache(spelling):
     quantizer = qpaged.CacheFormat.of(spelling)
     config = qpaged.PagedAttentionCacheMetaData(1, 1, 8, 4, 32, 16, 2, 64, 0.9)
@@ -38,11 +38,10 @@ def test_a_paged_cache(spelling):
         view = view.write_prefill_to_cache(rows, rows, prefill)
         view = view.write_decodes_to_cache(rows[:2], rows[:2], decode).copy_pages([0], [5])
         query, outs = normal(20, 4, 64, seed=1), []
+        options = {"sliding_window": 8, "logits_soft_cap": 30.0, "sinks": jnp.zeros(4)}
         for backend in ("xla", "reference"):
-            for options in ({}, {"sliding_window": 8, "logits_soft_cap": 30.0, "sinks": jnp.zeros(4)}):
-                options = {"backend": backend, **options}
-                outs.append(qpaged.paged_attention(query, view, prefill, **options))
-                outs.append(qpaged.paged_attention(query[:2], view, decode, **options))
+            outs.append(qpaged.paged_attention(query, view, prefill, backend=backend, **options))
+            outs.append(qpaged.paged_attention(query[:2], view, decode, backend=backend, **options))
         return outs
 
     for eager, jitted in zip(run(view), jax.jit(run)(view), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -151,7 +152,10 @@ class FileTokenizer:
 
     def _encode_piece(self, text: str, start: int, size: int) -> _EncodedPiece:
         stop = min(start + size, len(text))
-        encoding = self.library.encode(text[start:stop], add_special_tokens=False)
+        with _panics_as_errors(
+            f"{self.name}/{TOKENIZER_FILE} cannot encode the text between characters {start:,} and {stop:,}"
+        ):
+            encoding = self.library.encode(text[start:stop], add_special_tokens=False)
         spans = start + np.array(encoding.offsets, np.int64).reshape(-1, 2)  # [n, 2], also for n = 0
         ids = np.array(encoding.ids, np.int32)
         return _EncodedPiece(start, stop, ids, starts=spans[:, 0], ends=spans[:, 1])
@@ -234,7 +238,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f'AutoTokenizer writes, or "{BYTES}" for a model of bytes.'
         )
     library = _open(file)
-    prefix = _configured_prefix(file, library, _read_prefix(library))
+    prefix = _configured_prefix(file, library, _read_prefix(file, library))
     # The post-processor would add the prefix to every piece, and take spaces out of what tokens span.
     library.post_processor = None
     library.encode_special_tokens = True  # a text that holds "<s>" means these three characters
@@ -246,7 +250,8 @@ def _open(file: Path) -> tokenizers.Tokenizer:
     """Return the library's tokenizer of a file, which is neither to truncate nor to pad."""
     tokenizers = need("tokenizers")
     try:
-        library = tokenizers.Tokenizer.from_file(str(file))
+        with _panics_as_errors(f"{file} cannot be read"):
+            library = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{file} is not a tokenizer ({error}). Copy the file again.") from error
     library.no_truncation()
@@ -254,9 +259,27 @@ def _open(file: Path) -> tokenizers.Tokenizer:
     return library
 
 
-def _read_prefix(library: tokenizers.Tokenizer) -> tuple[int, ...]:
+@contextmanager
+def _panics_as_errors(what: str) -> Iterator[None]:
+    """Raise ValueError where the tokenizers library panics: its regular expressions have a limit of steps.
+
+    Its exception for that has no public name, and is no `Exception`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"{what}: the tokenizers library gave up ({error}). Use the model's own tokenizer, or "
+            f"take every byte as a token with --tokenizer {BYTES}."
+        ) from error
+
+
+def _read_prefix(file: Path, library: tokenizers.Tokenizer) -> tuple[int, ...]:
     """Return the special tokens that the tokenizer puts before a text; there may be others after it."""
-    encoding = library.encode("a")
+    with _panics_as_errors(f'{file} cannot encode "a"'):
+        encoding = library.encode("a")
     prefix: list[int] = []
     for token, is_special in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
         if not is_special:

@@ -410,15 +410,15 @@ def test_it_reads_what_it_wrote(name):
     assert {leaf.role for leaf in step.found.leaves} in ({"key", "value"}, {"key and value"})
 
     def run(step, cache):
-        outs = []
-        for number, x in enumerate(inputs):
-            out, cache = step(x, jnp.int32(number * program.tokens), cache)
-            outs.append(out)
-        return jnp.stack(outs), cache
+        def body(cache, xs):
+            out, cache = step(*xs, cache)
+            return cache, out
 
-    want, _ = jax.jit(lambda cache: run(program.step, cache))(program.cache())
+        return lax.scan(body, cache, (inputs, jnp.arange(3, dtype=jnp.int32) * program.tokens))
+
+    _, want = jax.jit(lambda cache: run(program.step, cache))(program.cache())
     before = step.init(program.cache())
-    got, after = jax.jit(lambda cache: run(step, cache))(before)
+    after, got = jax.jit(lambda cache: run(step, cache))(before)
     assert jax.tree_util.tree_structure(before) == jax.tree_util.tree_structure(after)
     want = np.asarray(want, np.float32)
     assert np.linalg.norm(np.asarray(got, np.float32) - want) < 0.03 * np.linalg.norm(want)

@@ -35,7 +35,9 @@ def one_hot(position, dtype=bool):
     return (jnp.arange(32) == jnp.reshape(position, (-1, 1)))[:, :, None, None].astype(dtype)
 
 
-def set_rows(array, position):
+@jax.jit
+@use_implicit_args
+def by_index(array, position):
     sequences = jnp.arange(3)
     return array.at[sequences, jnp.broadcast_to(position, (3,))].set(NEW[:, 0], mode="drop")
 
@@ -75,23 +77,22 @@ def assert_same_arrays(got, want):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("spelling", first_short(2, FORMATS))
+@pytest.mark.parametrize("spelling", first_short(1, FORMATS))
 @pytest.mark.parametrize("way", WAYS)
 def test_a_selected_row_is_written_as_by_an_index(way, spelling):
     array = filled(spelling)
-    want = jax.jit(use_implicit_args(set_rows))
     got = jax.jit(use_implicit_args(WAYS[way]))
     for position in (POSITIONS["one"], PER_SEQUENCE, POSITIONS["past the end"]):
-        assert_same_arrays(got(array, position), want(array, position))
+        assert_same_arrays(got(array, position), by_index(array, position))
 
 
 @pytest.mark.parametrize("spelling", first_short(1, ["int8:token", "int4:token+rotate", "raw"]))
 @pytest.mark.parametrize("way", SUMS)
 def test_a_row_that_is_added_to_zeros_is_written_as_by_an_index(way, spelling):
     array = filled(spelling)
-    want, got = jax.jit(use_implicit_args(set_rows)), jax.jit(use_implicit_args(SUMS[way]))
+    got = jax.jit(use_implicit_args(SUMS[way]))
     for position in (jnp.int32(20), jnp.array([16, 31, 32])):
-        assert_same_arrays(got(array, position), want(array, position))
+        assert_same_arrays(got(array, position), by_index(array, position))
 
 
 @pytest.mark.parametrize("spelling", ["int8:token", "int8"])

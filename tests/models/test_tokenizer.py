@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from qpaged.models import load_tokenizer, tokenizer
 
@@ -201,6 +201,29 @@ def test_a_missing_file_is_named(tmp_path):
 @pytest.mark.parametrize("content", ["", "{", "{}", "\xff"])
 def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer .* Copy the file again"):
+        load_tokenizer(tmp_path)
+
+
+def with_pattern(pattern, directory):
+    library = Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    library.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    library.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def test_a_regular_expression_that_takes_too_many_steps_is_an_error(tmp_path):
+    slow = load_tokenizer(with_pattern("(a+)+$", tmp_path))
+    message = (
+        r"tokenizer.json cannot encode the text between characters 0 and 65: .*retry-limit.*--tokenizer bytes"
+    )
+    with pytest.raises(ValueError, match=message):
+        slow.encode(b"a" * 64 + b"b")
+
+
+def test_a_regular_expression_that_cannot_be_read_is_an_error(tmp_path):
+    file = with_pattern("REPLACED", tmp_path) / "tokenizer.json"
+    file.write_text(file.read_text().replace("REPLACED", "(a"))
     with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer .* Copy the file again"):
         load_tokenizer(tmp_path)
 
