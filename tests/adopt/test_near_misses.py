@@ -81,3 +81,15 @@ def test_the_evidence_names_lines_of_the_model():
 
     (found, _) = find_cache(attend(update), X, jnp.int32(3), CACHE).leaves
     assert all(__file__ in line for line in found.evidence[:-1])
+
+
+def test_what_a_call_knows_of_its_operands_is_forgotten_in_the_next():
+    put = jax.jit(lambda mask, x, array: jnp.where(mask, x, array))
+
+    def step(x, position, cache):
+        slots = lax.broadcasted_iota(jnp.int32, SHAPE, 1)
+        keys, values = put(slots == position, x, cache[0]), put(slots >= position, x, cache[1])
+        scores = jnp.einsum("btd,bsd->bts", x, keys)
+        return jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores), values), (keys, values)
+
+    assert [leaf.role for leaf in find_cache(step, X, jnp.int32(3), CACHE).leaves] == ["key"]

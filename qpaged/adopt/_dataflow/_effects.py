@@ -71,7 +71,7 @@ class Dataflow:
     reads: list[Read] = field(default_factory=list)
     outputs: list[Views] = field(default_factory=list)
     call_location: SourceLocation | None = None
-    facts: dict[Atom, Fact] = field(default_factory=dict)
+    facts: dict[Atom, Fact | None] = field(default_factory=dict)
 
     def fact_of(self, atom: Atom) -> Fact | None:
         """Return what is known of an operand."""
@@ -82,10 +82,8 @@ class Dataflow:
         self.note_facts(eqn.outvars, facts_of(eqn, [self.fact_of(atom) for atom in eqn.invars]))
 
     def note_facts(self, variables: Sequence[Atom], facts: Sequence[Fact | None]) -> None:
-        """Note what is known of variables."""
-        for variable, fact in zip(variables, facts, strict=True):
-            if fact is not None:
-                self.facts[variable] = fact
+        """Note what is known of variables, in place of what an earlier call of their function knew."""
+        self.facts.update(zip(variables, facts, strict=True))
 
     def locate(self, eqn: JaxprEqn) -> SourceLocation | None:
         """Return the user's line of an equation: inside a function of JAX's own, the line that calls it."""
