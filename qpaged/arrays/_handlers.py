@@ -250,17 +250,19 @@ def _are_alike(arrays: Sequence[Any]) -> TypeGuard[Sequence[QuantizedArray]]:
 def _multiply(primitive, array: QuantizedArray, factor: Operand, **params):
     if _is_scalar(factor, array):
         return _read_format.multiply_by_scalar(array, jnp.reshape(factor, ()))
+    if _stretches(factor, array):
+        return NotImplemented
     cleared = _one_hot.multiply(array, factor)
     if cleared is not None:
         return cleared
-    if isinstance(factor, ImplicitArray) or jnp.ndim(factor) != array.ndim:
+    if isinstance(factor, ImplicitArray):
         return NotImplemented
     return _or_not_implemented(_masks.multiply(array, unstretched(factor)))
 
 
 @_handler("add")
 def _add(primitive, array: QuantizedArray, row: Operand, **params):
-    return _or_not_implemented(_one_hot.add(array, row))
+    return NotImplemented if _stretches(row, array) else _or_not_implemented(_one_hot.add(array, row))
 
 
 @_handler("div")
@@ -321,3 +323,8 @@ def _is_scalar(factor: Operand, array: QuantizedArray) -> bool:
     if isinstance(factor, QuantizedArray):
         return False
     return jnp.ndim(factor) == 0 or (jnp.size(factor) == 1 and array.size > 1)
+
+
+def _stretches(other: Operand, array: QuantizedArray) -> bool:
+    """Return True if arithmetic with ``other`` repeats an array that is 1 long along an axis."""
+    return jnp.broadcast_shapes(array.shape, jnp.shape(other)) != array.shape

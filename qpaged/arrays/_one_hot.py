@@ -4,7 +4,7 @@ What a program shows of its operands tells these from other arithmetic. Each fun
 does not, or where the format cannot be written to in such rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
 import jax
@@ -19,6 +19,9 @@ from qpaged.implicit._facts import Kind
 from qpaged.implicit._origins import fact_of, one_hot_of, unstretched
 
 Operand: TypeAlias = jax.Array | ImplicitArray
+Put: TypeAlias = Callable[
+    [QuantizedArray, Sequence[int], Sequence[jax.Array], jax.Array], QuantizedArray
+]  # write_rows or add_rows
 
 
 class RowMask(NamedTuple):
@@ -45,54 +48,52 @@ def select(which: jax.Array, cases: Sequence[Operand]) -> QuantizedArray | None:
     if len(cases) != 2:
         return None
     for kind, (array, new) in ((Kind.ONE_HOT, cases), (Kind.ALL_BUT_ONE, cases[::-1])):
-        mask = _row_mask(which, kind)
-        if mask is not None and isinstance(array, QuantizedArray) and not isinstance(new, ImplicitArray):
-            return _write(array, mask, unstretched(new))
+        if isinstance(array, QuantizedArray) and not isinstance(new, ImplicitArray):
+            mask = _row_mask(array, which, kind)
+            if mask is not None:
+                return _put(array, mask, unstretched(new))
     return None
 
 
 def add(array: QuantizedArray, row: Operand) -> QuantizedArray | None:
     """Return ``array + row``, for a row that is zero but at one index of an axis."""
-    mask = _row_mask(row, Kind.ROW)
+    mask = _row_mask(array, row, Kind.ROW)
     if mask is None or isinstance(row, ImplicitArray):
         return None
-    targets = _targets(array, mask)
-    if not _takes(array, targets, mask.axis):
-        return None
-    return add_rows(array, *targets, _rows(array, mask, row))
+    return _put(array, mask, row, add_rows)
 
 
 def multiply(array: QuantizedArray, factor: Operand) -> QuantizedArray | None:
     """Return ``array * factor``, for a factor that is 0 at one index of an axis, and 1 at the others."""
-    mask = _row_mask(factor, Kind.ALL_BUT_ONE)
-    if mask is None:
-        return None
-    return _write(array, mask, jnp.zeros((1,) * array.ndim, array.dtype))
+    mask = _row_mask(array, factor, Kind.ALL_BUT_ONE)
+    return None if mask is None else _put(array, mask, jnp.zeros((1,) * array.ndim, array.dtype))
 
 
-def _row_mask(operand: Operand, kind: Kind) -> RowMask | None:
-    """Return the row that an operand is about, if the program shows it to be of a kind."""
+def _row_mask(array: QuantizedArray, operand: Operand, kind: Kind) -> RowMask | None:
+    """Return the row of an array that an operand is about, if the program shows it to be of a kind."""
     fact = fact_of(operand)
-    if fact is None or fact.kind is not kind:
-        return None
+    if fact is None or fact.kind is not kind or operand.shape[fact.axis] != array.shape[fact.axis]:
+        return None  # also where a mask of one index is stretched to all of them
     if kind is Kind.ALL_BUT_ONE:
         return RowMask(~unstretched(operand).astype(bool), fact.axis)
-    one_hot = one_hot_of(operand) if kind is Kind.ROW else unstretched(operand)
+    one_hot = one_hot_of(operand)
     return None if one_hot is None else RowMask(one_hot.astype(bool), fact.axis)
 
 
-def _write(array: QuantizedArray, mask: RowMask, new: jax.Array) -> QuantizedArray | None:
-    """Return ``jnp.where(one_hot, new, array)``; ``new`` may be 1 long along axes."""
+def _put(
+    array: QuantizedArray, mask: RowMask, values: jax.Array, put: Put = write_rows
+) -> QuantizedArray | None:
+    """Return ``array`` with rows of ``values`` put where a mask is True; values may be 1 long along axes.
+
+    None for rows that part blocks along other axes, which are computed as a whole.
+    """
+    if array.size == 0:
+        return array
     targets = _targets(array, mask)
-    if not _takes(array, targets, mask.axis):
+    cuts_blocks = any(array.block[other] > 1 for other in targets.axes if other != mask.axis)
+    if cuts_blocks or not takes_rows(array, targets.axes):
         return None
-    return write_rows(array, *targets, _rows(array, mask, new))
-
-
-def _takes(array: QuantizedArray, targets: Targets, axis: int) -> bool:
-    """Return True if rows can be written; rows that part blocks along other axes are computed as a whole."""
-    cuts_blocks = any(array.block[other] > 1 for other in targets.axes if other != axis)
-    return not cuts_blocks and takes_rows(array, targets.axes)
+    return put(array, *targets, _rows(array, mask, values))
 
 
 def _targets(array: QuantizedArray, mask: RowMask) -> Targets:

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import NamedTuple, TypeAlias
 
-import jax.numpy as jnp
 import numpy as np
 
 from qpaged import _compat
-from qpaged._compat import Atom, Aval, Equation
+from qpaged._compat import Atom, Equation
 
 
 class Kind(Enum):
@@ -36,11 +35,14 @@ class Fact(NamedTuple):
         kind: None if nothing of the kinds is known.
         axis: the axis that the kind is about.
         repeats: the axes along which the value is the same all along, as after a broadcast.
+        source: of a row or a one-hot value, which operand of its equation is one along the same axis, and
+            zero nowhere that the value is not; None if not known.
     """
 
     kind: Kind | None = None
     axis: int = 0
     repeats: tuple[int, ...] = ()
+    source: int | None = None
 
 
 Facts: TypeAlias = Sequence[Fact | None]
@@ -75,46 +77,58 @@ def is_zeros(fact: Fact | None) -> bool:
 
 def _facts_of_call(eqn: Equation, facts: Facts) -> list[Fact | None]:
     called, _ = _compat.jaxpr_and_consts(_compat.called_jaxpr(eqn.params))
-    known = dict(zip(called.invars, facts, strict=True))
+    known: dict[Atom, Fact | None] = {}
+    for number, (variable, fact) in enumerate(zip(called.invars, facts, strict=True)):
+        known[variable] = _with_source(fact, number)
 
     def fact_of(atom: Atom) -> Fact | None:
         return None if _compat.is_literal(atom) else known.get(atom)
 
     for inner in called.eqns:
         inner_facts = facts_of(inner, [fact_of(atom) for atom in inner.invars])
-        known.update(zip(inner.outvars, inner_facts, strict=True))
+        for variable, fact in zip(inner.outvars, inner_facts, strict=True):
+            source = None if fact is None or fact.source is None else fact_of(inner.invars[fact.source])
+            known[variable] = _with_source(fact, None if source is None else source.source)
     return known_facts(called.outvars, [fact_of(atom) for atom in called.outvars])
+
+
+def _with_source(fact: Fact | None, source: int | None) -> Fact | None:
+    return None if fact is None else fact._replace(source=source)
 
 
 def _shape(atom: Atom) -> tuple[int, ...]:
     return tuple(getattr(atom.aval, "shape", ()))
 
 
+def _dtype(atom: Atom) -> np.dtype | None:
+    return getattr(atom.aval, "dtype", None)
+
+
 def _same(eqn: Equation, facts: Facts) -> Fact | None:
-    return facts[0]
+    return _with_source(facts[0], 0)
 
 
 def _converted(eqn: Equation, facts: Facts) -> Fact | None:
     fact = facts[0]
-    if fact is not None and fact.kind is Kind.COUNT and not _counts(eqn.outvars[0], fact.axis):
-        return Fact(repeats=fact.repeats)
-    return fact
+    if fact is None:
+        return None
+    result = eqn.outvars[0]
+    numbers = _shape(result)[fact.axis] if fact.kind is Kind.COUNT else 2
+    return _with_source(fact, 0) if _holds(result, numbers) else Fact(repeats=fact.repeats)
 
 
 def _iota(eqn: Equation, facts: Facts) -> Fact | None:
-    axis = eqn.params["dimension"]
-    return Fact(Kind.COUNT, axis) if _counts(eqn.outvars[0], axis) else None
+    axis, result = eqn.params["dimension"], eqn.outvars[0]
+    return Fact(Kind.COUNT, axis) if _holds(result, _shape(result)[axis]) else None
 
 
-def _counts(atom: Atom, axis: int) -> bool:
-    """Return True if the dtype has a number of its own for each index: bfloat16 has not, beyond 256."""
-    aval: Aval = atom.aval
-    dtype, length = aval.dtype, aval.shape[axis]
-    if not isinstance(length, int):
+def _holds(atom: Atom, count: int) -> bool:
+    """Return True if the dtype has the numbers 0, 1, 2 and so on, ``count`` of them: bfloat16 has 257."""
+    if not isinstance(count, int):
         return False  # a length of symbols, as `jax.export` has them, is compared with nothing
-    if jnp.issubdtype(dtype, jnp.integer):
-        return length - 1 <= jnp.iinfo(dtype).max
-    return jnp.issubdtype(dtype, jnp.floating) and length <= 2 ** (jnp.finfo(dtype).nmant + 1)
+    numbers = np.arange(count)
+    with np.errstate(all="ignore"):
+        return np.array_equal(numbers.astype(_dtype(atom)).astype(np.float64), numbers)
 
 
 def _moved(axis_after: Callable[[Equation, int], int | None]) -> Callable[[Equation, Facts], Fact | None]:
@@ -137,8 +151,10 @@ def _moved(axis_after: Callable[[Equation, int], int | None]) -> Callable[[Equat
 def _broadcast(eqn: Equation, facts: Facts) -> Fact | None:
     fact = _moved(_axis_after_broadcast)(eqn, facts) or Fact()
     moved = [_axis_after_broadcast(eqn, axis) for axis in range(len(_shape(eqn.invars[0])))]
-    stretched = [axis for axis, length in enumerate(eqn.params["shape"]) if axis not in moved and length != 1]
-    return fact._replace(repeats=(*fact.repeats, *stretched))
+    shape = eqn.params["shape"]
+    stretched = [axis for axis, length in enumerate(shape) if axis not in moved and length not in (0, 1)]
+    source = 0 if len(moved) == len(shape) else None
+    return fact._replace(repeats=(*fact.repeats, *stretched), source=source)
 
 
 def _axis_after_broadcast(eqn: Equation, axis: int) -> int | None:
@@ -154,6 +170,8 @@ def _axis_after_squeeze(eqn: Equation, axis: int) -> int | None:
 
 def _axis_after_reshape(eqn: Equation, axis: int) -> int | None:
     """Return the axis of the same length with as many elements before it; a reshape keeps their order."""
+    if eqn.params.get("dimensions") is not None:
+        return None  # the order that is kept is that of the axes transposed
     before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
     for new_axis, length in enumerate(after):
         if length == before[axis] != 1 and math.prod(after[:new_axis]) == math.prod(before[:axis]):
@@ -186,26 +204,30 @@ def _counted_axis(eqn: Equation, facts: Facts) -> int | None:
 
 
 def _complement(eqn: Equation, facts: Facts) -> Fact | None:
-    """Return the fact of ``1 - x`` or ``not x``."""
-    fact = facts[-1]
-    if eqn.primitive.name == "sub" and not _is_literal(eqn.invars[0], 1):
-        return None
-    if fact is None or fact.kind not in (Kind.ONE_HOT, Kind.ALL_BUT_ONE):
+    """Return the fact of ``1 - x``, or of ``not x`` of truth values."""
+    fact, first = facts[-1], eqn.invars[0]
+    complements = _is_literal(first, 1) if eqn.primitive.name == "sub" else _dtype(first) == np.dtype(bool)
+    if not complements or fact is None or fact.kind not in (Kind.ONE_HOT, Kind.ALL_BUT_ONE):
         return None
     return Fact(Kind.ALL_BUT_ONE if fact.kind is Kind.ONE_HOT else Kind.ONE_HOT, fact.axis)
 
 
 def _product(eqn: Equation, facts: Facts) -> Fact | None:
-    for atom, fact in zip(eqn.invars, facts, strict=True):
-        if fact is not None and fact.kind in (Kind.ONE_HOT, Kind.ROW) and _shape(atom)[fact.axis] != 1:
-            return Fact(Kind.ROW, fact.axis)
-    return None
+    return _within_one(eqn, facts, Kind.ROW)
 
 
 def _both(eqn: Equation, facts: Facts) -> Fact | None:
-    for fact in facts:
-        if fact is not None and fact.kind is Kind.ONE_HOT:
-            return Fact(Kind.ONE_HOT, fact.axis)  # what it repeats along, the other operand need not
+    return _within_one(eqn, facts, Kind.ONE_HOT)
+
+
+def _within_one(eqn: Equation, facts: Facts, kind: Kind) -> Fact | None:
+    """Return the fact of a kind of what is zero wherever an operand is that is one-hot or of that kind."""
+    result = _shape(eqn.outvars[0])
+    for number, (atom, fact) in enumerate(zip(eqn.invars, facts, strict=True)):
+        if fact is None or fact.kind not in (Kind.ONE_HOT, kind):
+            continue
+        if _shape(atom)[fact.axis] == result[fact.axis]:  # rather than stretched by the other operand
+            return Fact(kind, fact.axis, source=number)  # what it repeats along, the other need not
     return None
 
 
@@ -213,7 +235,7 @@ def _selection(eqn: Equation, facts: Facts) -> Fact | None:
     which, *cases = facts
     if which is None or len(cases) != 2 or which.kind is not Kind.ONE_HOT or not is_zeros(cases[0]):
         return None
-    return Fact(Kind.ROW, which.axis)
+    return Fact(Kind.ROW, which.axis, source=0)
 
 
 RULES: dict[str, Callable[[Equation, Facts], Fact | None]] = {

@@ -25,7 +25,7 @@ class Origin(NamedTuple):
     Attributes:
         value: itself, kept so that no other value gets its `id`.
         fact: what the program shows of it.
-        one_hot: of a row, the one-hot value that it was multiplied with or selected by.
+        one_hot: of a row, the one-hot value that it was multiplied with or selected by, if known.
     """
 
     value: Operand
@@ -50,7 +50,8 @@ class Origins:
         facts = facts_of(eqn, [fact_of(operand) for operand in operands])
         for out, fact in zip(outs, facts, strict=True):
             if fact is not None:
-                one_hot = _one_hot_among(operands) if fact.kind is Kind.ROW else None
+                source = fact.source if fact.kind is Kind.ROW else None
+                one_hot = None if source is None else one_hot_of(operands[source])
                 self._by_id[id(out)] = Origin(out, fact, one_hot)
 
     def note_zero_literals(self, eqn: Equation, operands: Sequence[Operand]) -> None:
@@ -108,15 +109,8 @@ def unstretched(operand: Operand) -> jax.Array:
 
 
 def one_hot_of(operand: Operand) -> jax.Array | None:
-    """Return the one-hot value of a row, :func:`unstretched`; None if it is not known any more."""
+    """Return the one-hot value of a row, or an operand that is one, :func:`unstretched`; None if unknown."""
     origin = _origin_of(operand)
-    return None if origin is None else origin.one_hot
-
-
-def _one_hot_among(operands: Sequence[Operand]) -> jax.Array | None:
-    """Return the one-hot value that makes a product or a selection of operands a row."""
-    for operand in operands:
-        fact = fact_of(operand)
-        if fact is not None and fact.kind is Kind.ONE_HOT:
-            return unstretched(operand)
-    return None
+    if origin is None:
+        return None
+    return unstretched(operand) if origin.fact.kind is Kind.ONE_HOT else origin.one_hot

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from support.arrays import normal
 from support.implicit_arrays import needs_own_implementation
 from support.long import first_short
 
 import qpaged
-from qpaged.arrays import empty, is_quantized
+from qpaged.arrays import empty, is_quantized, quantize
 from qpaged.implicit import use_implicit_args
 
 pytestmark = [needs_own_implementation, pytest.mark.filterwarnings("error")]
@@ -67,6 +68,15 @@ SUMS = {
         NEW[:, 0], mode="drop"
     ),
     "where zero": lambda array, position: array + jnp.where(one_hot(position), NEW, 0),
+    "by another's one-hot": lambda array, position: (
+        array
+        + jax.jit(lambda _, mask, row: mask * row)(
+            one_hot(3, jnp.float32), one_hot(position, jnp.float32), NEW
+        )
+    ),
+    "converted": lambda array, position: (
+        array + (one_hot(position, jnp.bfloat16) * jnp.bfloat16(1)).astype(jnp.float32) * NEW
+    ),
 }
 POSITIONS = {"one": jnp.int32(20), "per sequence": PER_SEQUENCE, "past the end": jnp.int32(32)}
 
@@ -132,30 +142,103 @@ def test_other_arithmetic_has_its_own_values(name):
     np.testing.assert_allclose(got, NEAR_MISSES[name](array.dequantize(), jnp.int32(5)), rtol=1e-6)
 
 
-def test_a_mask_that_was_stretched_before_it_met_another():
-    """The row goes where both masks say, and not where the first says of each sequence."""
-    array, first = filled("int8:token"), jnp.array([True, False, False]).reshape(3, 1, 1, 1)
-
-    def write(array, position):
-        both = jnp.broadcast_to(one_hot(position), SHAPE) & jnp.broadcast_to(first, SHAPE)
-        return jnp.where(both, NEW, array)
-
+def assert_same_values(function, array):
+    """Check a function of a quantized array, which may be materialized, against that of its values."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", qpaged.implicit.MaterializeWarning)
-        got = use_implicit_args(write)(array, jnp.int32(20))
+        got = use_implicit_args(function)(array)
     values = got.dequantize() if is_quantized(got) else got
-    want = write(array.dequantize(), jnp.int32(20))
-    np.testing.assert_allclose(values, want, atol=0.02)
+    np.testing.assert_allclose(values, function(array.dequantize()), atol=0.02)
 
 
-def test_numbers_that_a_dtype_does_not_tell_apart_are_no_index():
+def index_of(axis, index, shape=SHAPE, dtype=bool):
+    """Return True or 1 at one index of an axis, 1 long along the others."""
+    lengths = [length if other == axis else 1 for other, length in enumerate(shape)]
+    return (lax.broadcasted_iota(jnp.int32, lengths, axis) == index).astype(dtype)
+
+
+def transposed(mask):
+    """Return a mask of four by four with its first two axes in the other order, by a reshape."""
+    return lax.reshape(jnp.broadcast_to(mask, (4, 4, 1, 1)), (4, 4, 1, 1), (1, 0, 2, 3))
+
+
+FIRST = jnp.array([True, False, False]).reshape(3, 1, 1, 1)
+MASKS = {
+    "stretched before it meets another": lambda a: jnp.where(
+        jnp.broadcast_to(index_of(1, 20), SHAPE) & jnp.broadcast_to(FIRST, SHAPE), NEW, a
+    ),
+    "of one index, stretched by another": lambda a: jnp.where(index_of(0, 0, (1,) * 4) & ~FIRST, NEW, a),
+    "of one index, stretched by the array": lambda a: a + jnp.where(index_of(1, 0, (3, 1, 1, 1)), NEW, 0),
+    "of a row, times one of sequences": lambda a: (
+        a + index_of(1, 5, dtype=jnp.float32) * NEW * index_of(0, 2, dtype=jnp.float32)
+    ),
+    "beside one of another axis in a jit": lambda a: (
+        a
+        + jax.jit(lambda _, mask, row: mask * row)(
+            index_of(0, 2, dtype=jnp.float32), index_of(1, 5, dtype=jnp.float32), NEW
+        )
+    ),
+    "beside one of fewer axes in a jit": lambda a: (
+        a
+        + jax.jit(lambda _, mask, row: mask * row)(
+            jax.nn.one_hot(2, 32), index_of(1, 5, dtype=jnp.float32), NEW
+        )
+    ),
+    "of integers, inverted bit by bit": lambda a: a * (~one_hot(5, jnp.int32)).astype(jnp.float32),
+}
+SQUARE = (4, 4, 2, 64)
+OTHER_SHAPES = {
+    "a reshape that transposes a mask": (
+        SQUARE,
+        lambda a: jnp.where(transposed(index_of(1, 1, SQUARE)) & True, NEW[:1], a),
+    ),
+    "a reshape that transposes what repeats": (
+        SQUARE,
+        lambda a: jnp.where(transposed(jnp.arange(4).reshape(1, 4, 1, 1) < 2), a, 0),
+    ),
+    "an array that a row stretches": ((1, 32, 2, 64), lambda a: a + one_hot(5, jnp.float32) * NEW),
+    "an array that a factor stretches": (
+        (1, 32, 2, 64),
+        lambda a: a * (1 - one_hot(PER_SEQUENCE, jnp.float32)),
+    ),
+    "heads that weights stretch": ((3, 32, 1, 64), lambda a: a * jnp.arange(3.0).reshape(1, 1, 3, 1)),
+    "no sequences": (
+        (0, 32, 2, 64),
+        lambda a: a * (1 - one_hot(5, jnp.float32)) + one_hot(5, jnp.float32) * NEW[:1],
+    ),
+    "no length": ((3, 0, 2, 64), lambda a: a + index_of(1, 5, (3, 0, 2, 64), jnp.float32) * NEW),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_mask(name):
+    """Rows go where it says, and nowhere else."""
+    assert_same_values(MASKS[name], filled("int8:token"))
+
+
+@pytest.mark.parametrize("name", OTHER_SHAPES)
+def test_of_other_shapes(name):
+    shape, function = OTHER_SHAPES[name]
+    array = empty(shape, qpaged.get_quantizer("int8:token"), (1, 1, 1, shape[-1]), jnp.float32)
+    if array.size:
+        array = quantize(normal(*shape), array.quantizer, array.block)
+    assert_same_values(function, array)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "index"), [("bfloat16", 2048, 1000), ("float8_e3m4", 32, 31), ("uint8", 300, 5)]
+)
+def test_numbers_that_a_dtype_does_not_tell_apart_are_no_index(dtype, length, index):
     """In bfloat16, 1,000 and its neighbours are one number, so that several rows are written."""
+    if not hasattr(jnp, dtype):
+        pytest.skip(f"this JAX has no {dtype}")
     quantizer = qpaged.get_quantizer("int8:token")
-    array = empty((1, 2048, 1, 8), quantizer, (1, 1, 1, 8), jnp.float32)
+    array = empty((1, length, 1, 8), quantizer, (1, 1, 1, 8), jnp.float32)
 
     def write(array):
-        slots = jnp.arange(2048).astype(jnp.bfloat16)
-        return jnp.where((slots == jnp.bfloat16(1000))[None, :, None, None], jnp.float32(1), array)
+        slots = jnp.arange(length).astype(dtype)
+        at_index = slots == jnp.asarray(index).astype(dtype)
+        return jnp.where(at_index[None, :, None, None], jnp.float32(1), array)
 
     with pytest.warns(qpaged.implicit.MaterializeWarning):
         got = use_implicit_args(write)(array)
