@@ -5,7 +5,7 @@ from typing import Any
 
 from qpaged._deprecated import renamed_attributes
 from qpaged.arrays import QuantizedArray
-from qpaged.attention import AttentionBackend, attention_backends, paged_attention
+from qpaged.attention import AttentionBackend, attention_backends, merge_attention, paged_attention
 from qpaged.cache import (
     AllocationError,
     DroppedToken,
@@ -79,5 +79,6 @@ __all__ = [
     "available_wrappers",
     "dropped_tokens",
     "get_quantizer",
+    "merge_attention",
     "paged_attention",
 ]

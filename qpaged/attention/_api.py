@@ -5,7 +5,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from qpaged._eager import compiled_if_eager
 from qpaged.arrays import dtype_of_floats, invert_output, transform_query, untransformed
 from qpaged.attention import _backends
 from qpaged.attention._backends import BACKENDS, AttentionBackend, AttentionCall
+from qpaged.attention._merge import Part, with_sinks
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.cache import PagedAttentionCacheMetaData, PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.cache._config import LARGEST_INDEX
@@ -68,6 +69,36 @@ def attention_backends(
     return traced_backends[0]
 
 
+@overload
+def paged_attention(
+    query: ArrayLike,
+    view: PagedAttentionCacheView,
+    metadata: PagedAttentionMetadata,
+    *,
+    softmax_scale: float | None = None,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    backend: str | None = None,
+    return_lse: Literal[False] = False,
+) -> jax.Array: ...
+
+
+@overload
+def paged_attention(
+    query: ArrayLike,
+    view: PagedAttentionCacheView,
+    metadata: PagedAttentionMetadata,
+    *,
+    softmax_scale: float | None = None,
+    sliding_window: int | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    backend: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
+
+
 def paged_attention(
     query: ArrayLike,  # [tokens, q_heads, head_dim]
     view: PagedAttentionCacheView,
@@ -78,7 +109,8 @@ def paged_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,  # [q_heads]
     backend: str | None = None,
-) -> jax.Array:
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Return the attention of queries over the pages of their sequences, causal, with grouped-query heads.
 
     A query at position p attends to the slots 0 to p of its sequence, p included, in float32
@@ -99,9 +131,12 @@ def paged_attention(
         backend: the name of one of :func:`attention_backends`, which never falls back. None for the first of
             them that takes the call and is for the platform that the program is lowered for, be it there or
             not. Only ``reference`` can be differentiated in reverse.
+        return_lse: return the log-sum-exp of the scores too, for :func:`merge_attention`.
 
     Returns:
-        (as query) in the query's dtype; zeros for padding and for inactive rows.
+        (as query) in the query's dtype; zeros for padding and for inactive rows. With ``return_lse`` the same
+        in float32, and (tokens, q_heads) float32: the natural logarithm of the sum of exp(score) over the
+        slots that the query sees and the sink, after scale and soft cap; -inf where it sees nothing.
 
     Raises:
         TypeError, ValueError: a shape, dtype or option other than these, or a backend that declines the call.
@@ -114,17 +149,18 @@ def paged_attention(
     if sinks is not None:
         sinks = _checked_sinks(sinks, query.shape[1])
     if not all_tokens:
-        return jnp.zeros_like(query)
+        out, lse = jnp.zeros_like(query), jnp.full(query.shape[:2], -jnp.inf, jnp.float32)
+        return (out.astype(jnp.float32), lse) if return_lse else out
+    dtype = jnp.float32 if return_lse else query.dtype
     try:
-        return _attend_pools(
-            backend, options, query.dtype, view.key_pages, view.value_pages, all_tokens, sinks
-        )
+        out, lse = _attend_pools(backend, options, dtype, view.key_pages, view.value_pages, all_tokens, sinks)
     except ValueError as error:
         if "Only interpret mode is supported" not in str(error):  # JAX's words for a kernel on CPU
             raise
         raise ValueError(
             f"backend {backend!r} runs on no CPU; leave it None for the first backend that takes the call."
         ) from error
+    return (out, lse) if return_lse else out
 
 
 @compiled_if_eager(static_argnums=(0, 1, 2))
@@ -136,15 +172,15 @@ def _attend_pools(
     values: Pages,  # [kv_heads, pages, page_size, head_dim]
     all_tokens: list[QueryTokens],
     sinks: jax.Array | None,  # [q_heads]
-) -> jax.Array:
+) -> Part:
     """Return the attention over pools of any kind, wherever they lie."""
-    attend: Callable[..., jax.Array] = functools.partial(_attend_all, backend, options, dtype)
+    attend: Callable[..., Part] = functools.partial(_attend_all, backend, options, dtype)
     sharding = pools.explicit_sharding_of(keys, values)
     if pools.needs_implicit_args(keys, values):
         attend = use_implicit_args(attend)
     elif sharding is not None:
-        over_heads = PartitionSpec(None, sharding.spec[0], None)  # as the pools' heads are
-        attend = with_auto_axes(attend, sharding.update(spec=over_heads))
+        over_heads = sharding.update(spec=PartitionSpec(None, sharding.spec[0]))  # as the pools' heads are
+        attend = with_auto_axes(attend, over_heads)
     return attend(keys, values, all_tokens, sinks)
 
 
@@ -156,10 +192,11 @@ def _attend_all(
     values: Pages,  # [kv_heads, pages, page_size, head_dim]
     all_tokens: list[QueryTokens],
     sinks: jax.Array | None,  # [q_heads]
-) -> jax.Array:
+) -> Part:
     """Return the attention of the prefill's tokens and of the decode's rows, one after the other."""
-    outs = [_attend(backend, options, keys, values, tokens, sinks) for tokens in all_tokens]
-    return jnp.concatenate(outs).astype(dtype)
+    parts = [_attend(backend, options, keys, values, tokens, sinks) for tokens in all_tokens]
+    out, lse = (jnp.concatenate(of_each) for of_each in zip(*parts, strict=True))
+    return Part(out.astype(dtype), lse)
 
 
 def _attend(
@@ -169,18 +206,25 @@ def _attend(
     values: Pages,
     tokens: QueryTokens,
     sinks: jax.Array | None,
-) -> jax.Array:
-    """Return the float32 attention of tokens of one kind, on the backend asked for."""
+) -> Part:
+    """Return the attention of tokens of one kind, on the backend asked for."""
     if not tokens.query.size or not tokens.table.shape[-1]:
-        return jnp.zeros(tokens.query.shape, jnp.float32)
+        shape = tokens.query.shape
+        return Part(jnp.zeros(shape, jnp.float32), jnp.full(shape[:2], -jnp.inf, jnp.float32))
     call = _untransformed_call(tokens, keys, values)
     if backend is None:
-        out = _backends.attend(call, sinks, options)
+        part = _backends.attend(call, options)
     else:
-        out = _backends.attend_by_name(backend, call, sinks, options)
-    if sinks is not None:  # a NaN sink reaches every row that it is given to, but not those that are inactive
-        out = jnp.where(tokens.position[:, None, None] >= 0, out, 0)
-    return invert_output(out, values)
+        part = _backends.attend_by_name(backend, call, options)
+    part = Part(invert_output(part.out, values), part.lse)
+    return part if sinks is None else _with_sinks_of_active(part, tokens.position, sinks)
+
+
+def _with_sinks_of_active(part: Part, position: jax.Array, sinks: jax.Array) -> Part:
+    """Return a part with the sinks, which may be NaN, of the rows that are active alone."""
+    out, lse = with_sinks(part, sinks)
+    is_active = (position >= 0)[:, None]
+    return Part(jnp.where(is_active[..., None], out, 0), jnp.where(is_active, lse, -jnp.inf))
 
 
 def _untransformed_call(tokens: QueryTokens, keys: Pages, values: Pages) -> AttentionCall:

@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
-
 from qpaged._platforms import by_platform
 from qpaged.attention import _gpu, _reference, _tpu, _xla
+from qpaged.attention._merge import Part
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.pools import Pages
 
@@ -66,7 +65,7 @@ class Implementation:
     Attributes:
         name: what ``backend=`` takes.
         platform: the one platform that it is compiled for; None for any.
-        attend: attention of query tokens over pages, (tokens, q_heads, head_dim) float32.
+        attend: attention of query tokens over pages.
         call_refusal: returns why it does not take a call; None if it does.
         refusal: returns why it takes no call at all; None if it does.
         by_name_only: True if it is taken only when it is asked for.
@@ -74,7 +73,7 @@ class Implementation:
 
     name: str
     platform: str | None
-    attend: Callable[[QueryTokens, Pages, Pages, jax.Array | None, Options], jax.Array]
+    attend: Callable[[QueryTokens, Pages, Pages, Options], Part]
     call_refusal: Callable[[QueryTokens, Pages, Pages], str | None] = takes_any_call
     refusal: Callable[[], str | None] = is_always_there
     by_name_only: bool = False
@@ -112,10 +111,10 @@ def decline_reason(implementation: Implementation, calls: Sequence[AttentionCall
     return None
 
 
-def attend(call: AttentionCall, sinks: jax.Array | None, options: Options) -> jax.Array:
+def attend(call: AttentionCall, options: Options) -> Part:
     """Return attention on the first backend that is for the platform that the program is lowered for."""
     default: Implementation | None = None
-    kernels: dict[str, Callable[..., jax.Array]] = {}
+    kernels: dict[str, Callable[..., Part]] = {}
     for implementation in IMPLEMENTATIONS:
         if implementation.by_name_only or decline_reason(implementation, [call]) is not None:
             continue
@@ -125,11 +124,11 @@ def attend(call: AttentionCall, sinks: jax.Array | None, options: Options) -> ja
             default = implementation
     assert default is not None  # xla takes every call
     if not kernels:
-        return default.attend(*call, sinks, options)
-    return by_platform(*call, sinks, default=_with_options(default, options), **kernels)
+        return default.attend(*call, options)
+    return by_platform(*call, default=_with_options(default, options), **kernels)
 
 
-def attend_by_name(name: str, call: AttentionCall, sinks: jax.Array | None, options: Options) -> jax.Array:
+def attend_by_name(name: str, call: AttentionCall, options: Options) -> Part:
     """Return attention on the backend of that name and no other.
 
     Raises:
@@ -142,16 +141,14 @@ def attend_by_name(name: str, call: AttentionCall, sinks: jax.Array | None, opti
             f"backend must be one that takes the call, but {name!r} declines: it {reason}. "
             f"Leave it None for the first that does, or see qpaged.attention_backends."
         )
-    return implementation.attend(*call, sinks, options)
+    return implementation.attend(*call, options)
 
 
 @functools.lru_cache(maxsize=256)
-def _with_options(implementation: Implementation, options: Options) -> Callable[..., jax.Array]:
+def _with_options(implementation: Implementation, options: Options) -> Callable[..., Part]:
     """Return the same function object for the same options, so that JAX traces it once."""
 
-    def attend_with_options(
-        tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None
-    ) -> jax.Array:
-        return implementation.attend(tokens, keys, values, sinks, options)
+    def attend_with_options(tokens: QueryTokens, keys: Pages, values: Pages) -> Part:
+        return implementation.attend(tokens, keys, values, options)
 
     return attend_with_options

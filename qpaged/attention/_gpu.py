@@ -14,9 +14,10 @@ from qpaged.attention._layout import (
     stored_codes,
     stored_scales,
     tile_query,
-    tile_sinks,
+    untile_rows,
     visible_range,
 )
+from qpaged.attention._merge import Part
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.pools import Pages
 
@@ -71,10 +72,8 @@ def _pool_refusal(pool: Pages) -> str | None:
     return None
 
 
-def attend(
-    tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None, options: Options
-) -> jax.Array:
-    """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
+def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Part:
+    """Return the attention of each token over its sequence's pages."""
     from qpaged.attention import _gpu_kernel, _gpu_refs
 
     k_layout, v_layout = Layout.of(keys), Layout.of(values)
@@ -115,10 +114,10 @@ def attend(
         _gpu_refs.GMEMPool(stored_codes(keys), _kernel_scales(keys)),
         _gpu_refs.GMEMPool(stored_codes(values), _kernel_scales(values)),
     )
-    if sinks is not None:
-        sinks = pad_to_multiple(tile_sinks(sinks, q_tile, kv_heads), q_rows, 0, axis=1)
-    out = _merge_splits(acc, row_max, row_sum, sinks)[..., :used_rows]
-    return _untile_output(out, v_layout, q_tile)[:num_tokens]
+    out, lse = _merge_splits(acc, row_max, row_sum)
+    out = _untile_output(out[:, :, :used_rows], v_layout, q_tile)
+    lse = untile_rows(lse[:, :, :used_rows], q_tile)
+    return Part(out[:num_tokens], lse[:num_tokens])
 
 
 def _num_splits(programs: int, kv_tiles: int) -> int:
@@ -148,16 +147,14 @@ def _split_channels(
 
 
 def _untile_output(
-    out: jax.Array,  # [num_q_tiles, kv_heads, head_dim, q_rows], channels as the codes of a byte split them
+    out: jax.Array,  # [num_q_tiles, kv_heads, q_rows, head_dim], channels as the codes of a byte split them
     layout: Layout,  # of the values
     q_tile: int,
 ) -> jax.Array:
     """Return an output as [tokens, q_heads, head_dim]."""
-    num_q_tiles, kv_heads, head_dim, q_rows = out.shape
-    q_heads_per_kv = q_rows // q_tile
-    out = out.reshape(num_q_tiles, kv_heads, layout.codes_per_byte, layout.slot_width, q_tile, q_heads_per_kv)
-    out = out.transpose(0, 4, 1, 5, 3, 2)
-    return out.reshape(num_q_tiles * q_tile, kv_heads * q_heads_per_kv, head_dim)
+    *rows, head_dim = out.shape
+    out = out.reshape(*rows, layout.codes_per_byte, layout.slot_width).swapaxes(-1, -2)
+    return untile_rows(out.reshape(*rows, head_dim), q_tile)
 
 
 def _kernel_scales(pool: Pages) -> jax.Array | None:
@@ -174,18 +171,9 @@ def _merge_splits(
     acc: jax.Array,  # [splits, num_q_tiles, kv_heads, head_dim, q_rows]
     row_max: jax.Array,  # [splits, num_q_tiles, kv_heads, q_rows]
     row_sum: jax.Array,  # [splits, num_q_tiles, kv_heads, q_rows]
-    sinks: jax.Array | None,  # [kv_heads, q_rows]
-) -> jax.Array:
-    """Return the attention of all splits together, [num_q_tiles, kv_heads, head_dim, q_rows].
-
-    A sink takes a share of the weight and adds no value.
-    """
-    total_max = row_max.max(axis=0)
-    if sinks is not None:
-        total_max = jnp.maximum(total_max, sinks)
-    alpha = jnp.exp(row_max - total_max)
-    total_sum = (row_sum * alpha).sum(axis=0)
-    if sinks is not None:
-        total_sum = total_sum + jnp.exp(sinks - total_max)
-    total_sum = jnp.where(total_sum > 0, total_sum, 1)[..., None, :]
-    return (acc * alpha[..., None, :]).sum(axis=0) / total_sum
+) -> Part:
+    """Return the attention of all splits together, [num_q_tiles, kv_heads, q_rows, head_dim]."""
+    highest = row_max.max(axis=0)
+    alpha = jnp.exp(row_max - highest)
+    acc = (acc * alpha[..., None, :]).sum(axis=0).swapaxes(-1, -2)
+    return Part.of_sums(acc, highest, (row_sum * alpha).sum(axis=0))

@@ -150,13 +150,15 @@ def tile_query(
     return query.reshape(num_q_tiles, kv_heads, q_tile * q_heads_per_kv, head_dim)
 
 
-def tile_sinks(
-    sinks: jax.Array,  # [q_heads]
+def untile_rows(
+    rows: jax.Array,  # [num_q_tiles, kv_heads, q_rows, ...]
     q_tile: int,
-    kv_heads: int,
 ) -> jax.Array:
-    """Return the sink of every query row of a query tile, [kv_heads, q_rows]."""
-    return jnp.tile(sinks.reshape(kv_heads, -1), (1, q_tile))
+    """Return something of each query row as [tokens, q_heads, ...], the inverse of :func:`tile_query`."""
+    num_q_tiles, kv_heads, q_rows, *rest = rows.shape
+    q_heads_per_kv = q_rows // q_tile
+    rows = rows.reshape(num_q_tiles, kv_heads, q_tile, q_heads_per_kv, *rest).swapaxes(1, 2)
+    return rows.reshape(num_q_tiles * q_tile, kv_heads * q_heads_per_kv, *rest)
 
 
 def visible_range(

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from qpaged.arrays import mask_slots, to_float32
+from qpaged.attention._merge import Part
 from qpaged.attention._options import (
     Options,
     QueryTokens,
@@ -13,15 +15,14 @@ from qpaged.attention._options import (
 from qpaged.pools import Pages, gather_slots
 
 
-def attend(
-    tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None, options: Options
-) -> jax.Array:
-    """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
+def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Part:
+    """Return the attention of each token over its sequence's pages."""
     if tokens.is_prefill:
-        return _attend_sequence(tokens.query, tokens.position, tokens.table, keys, values, sinks, options)
+        return _attend_sequence(tokens.query, tokens.position, tokens.table, keys, values, options)
 
-    def attend_row(query: jax.Array, position: jax.Array, table: jax.Array) -> jax.Array:
-        return _attend_sequence(query[None], position[None], table, keys, values, sinks, options)[0]
+    def attend_row(query: jax.Array, position: jax.Array, table: jax.Array) -> Part:
+        out, lse = _attend_sequence(query[None], position[None], table, keys, values, options)
+        return Part(out[0], lse[0])
 
     return jax.vmap(attend_row)(tokens.query, tokens.position, tokens.table)
 
@@ -32,9 +33,8 @@ def _attend_sequence(
     table: jax.Array,  # [pages]
     keys: Pages,  # [kv_heads, num_pages, page_size, head_dim]
     values: Pages,
-    sinks: jax.Array | None,  # [q_heads]
     options: Options,
-) -> jax.Array:
+) -> Part:
     kv_heads, _, page_size, _ = keys.shape
     tokens = len(query)
     q_heads_per_kv = query.shape[1] // kv_heads
@@ -47,29 +47,18 @@ def _attend_sequence(
     q = group_query_heads(query, kv_heads).astype(jnp.float32)  # [kv_heads, q_rows, head_dim]
     scores = options.scale_and_cap(jnp.einsum("hqd,hsd->hqs", q, k, precision="highest"))
     mask = jnp.repeat(mask, q_heads_per_kv, axis=0)  # [q_rows, slots]
-    weights = _softmax(scores, mask, _sink_of_each_row(sinks, kv_heads, tokens, q_heads_per_kv))
-    return ungroup_query_heads(jnp.einsum("hqs,hsd->hqd", weights, v, precision="highest"), tokens)
+    weights, row_max = _weights(scores, mask)
+    acc = jnp.einsum("hqs,hsd->hqd", weights, v, precision="highest")
+    out, lse = Part.of_sums(acc, row_max, weights.sum(axis=-1))
+    return Part(ungroup_query_heads(out, tokens), ungroup_query_heads(lse[..., None], tokens)[..., 0])
 
 
-def _sink_of_each_row(sinks: jax.Array | None, kv_heads: int, tokens: int, q_heads_per_kv: int) -> jax.Array:
-    """Return the sink of every query row, [kv_heads, q_rows]; -inf where there are no sinks."""
-    if sinks is None:
-        return jnp.full((kv_heads, tokens * q_heads_per_kv), -jnp.inf, jnp.float32)
-    return jnp.tile(sinks.reshape(kv_heads, q_heads_per_kv), tokens)
-
-
-def _softmax(
+def _weights(
     scores: jax.Array,  # [kv_heads, q_rows, slots]
     mask: jax.Array,  # [q_rows, slots]
-    sink: jax.Array,  # [kv_heads, q_rows]
-) -> jax.Array:
-    """Return the softmax weights of the slots. A sink takes a share of the weight and adds no value.
-
-    The weights of a row that sees nothing are zeros.
-    """
+) -> tuple[jax.Array, jax.Array]:
+    """Return exp(score - highest) of each slot, 0 if not seen, and the highest score [kv_heads, q_rows]."""
     scores = jnp.where(mask, scores, -jnp.inf)
-    highest = jnp.maximum(scores.max(axis=-1, initial=-jnp.inf), sink)[..., None]
-    highest = jnp.where(jnp.isfinite(highest), highest, 0)
-    weights = jnp.exp(scores - highest)
-    total = weights.sum(axis=-1, keepdims=True) + jnp.exp(sink[..., None] - highest)
-    return weights / jnp.where(total == 0, 1, total)  # the total of a NaN sink stays NaN
+    highest = scores.max(axis=-1, initial=-jnp.inf)
+    highest = lax.stop_gradient(jnp.where(highest == -jnp.inf, 0, highest))
+    return jnp.exp(scores - highest[..., None]), highest

@@ -13,9 +13,10 @@ from qpaged.attention._layout import (
     pool_refusal,
     stored_scales,
     tile_query,
-    tile_sinks,
+    untile_rows,
     visible_range,
 )
+from qpaged.attention._merge import Part
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.attention._tpu_layout import TPULayout
 from qpaged.pools import Pages
@@ -67,23 +68,21 @@ def _pool_refusal(pool: Pages) -> str | None:
     return pool_refusal(pool, layout.decode_dtype)
 
 
-def attend(
-    tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None, options: Options
-) -> jax.Array:
-    """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
+def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Part:
+    """Return the attention of each token over its sequence's pages."""
     dtype = common_dtype(compute_dtype(tokens.query, keys), compute_dtype(tokens.query, values))
     if dtype != jnp.bfloat16:
         dtype = jnp.float32
     tokens = dataclasses.replace(tokens, query=tokens.query.astype(dtype))
     if tokens.is_prefill:
-        return _call_kernel(tokens, keys, values, sinks, options)
+        return _call_kernel(tokens, keys, values, options)
     rows = len(tokens.query)
     rows_per_call = _rows_per_call(tokens, keys, values)
     if rows_per_call == rows:
-        return _call_kernel(tokens, keys, values, sinks, options)
+        return _call_kernel(tokens, keys, values, options)
 
-    def attend_chunk(chunk: QueryTokens) -> jax.Array:
-        return _call_kernel(chunk, keys, values, sinks, options)
+    def attend_chunk(chunk: QueryTokens) -> Part:
+        return _call_kernel(chunk, keys, values, options)
 
     padded = QueryTokens(
         pad_to_multiple(tokens.query, rows_per_call, 0),
@@ -91,8 +90,8 @@ def attend(
         pad_to_multiple(tokens.table, rows_per_call, 0),
     )
     chunks = jax.tree_util.tree_map(lambda x: x.reshape(-1, rows_per_call, *x.shape[1:]), padded)
-    out = lax.map(attend_chunk, chunks)  # [chunks, rows_per_call, q_heads, head_dim]
-    return out.reshape(-1, *out.shape[2:])[:rows]
+    parts = lax.map(attend_chunk, chunks)  # [chunks, rows_per_call, ...]
+    return Part(*(part.reshape(-1, *part.shape[2:])[:rows] for part in parts))
 
 
 def _rows_per_call(tokens: QueryTokens, keys: Pages, values: Pages) -> int:
@@ -110,14 +109,12 @@ def _scale_bytes(pool: Pages, pages: int) -> int:
     return scales.nbytes // pool.shape[1] * pages
 
 
-def _call_kernel(
-    tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None, options: Options
-) -> jax.Array:
+def _call_kernel(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Part:
     """Return :func:`attend` in one call of the kernel."""
     from qpaged.attention import _tpu_kernel, _tpu_refs
 
     k_layout, v_layout = TPULayout.of(keys), TPULayout.of(values)
-    kv_heads, _, page_size, head_dim = keys.shape
+    kv_heads, _, page_size, _ = keys.shape
     num_tokens, q_heads, _ = tokens.query.shape
     q_heads_per_kv = q_heads // kv_heads
     kv_tile = _kv_tile(kv_heads, k_layout, v_layout)
@@ -142,23 +139,19 @@ def _call_kernel(
     )
     visible = visible_range(position.reshape(num_q_tiles, q_tile), options.sliding_window)
     query = k_layout.repeat_for_slots(tile_query(query, q_tile, kv_heads)).swapaxes(2, 3)
-    if sinks is not None:
-        sinks = tile_sinks(sinks, q_tile, kv_heads).reshape(kv_heads, call.q_rows, 1)
     k_scales = k_layout.gather_scales(keys, table, call.pages_per_tile)
     v_scales = v_layout.gather_scales(values, table, call.pages_per_tile)
-    out = _tpu_kernel.attend(
+    out, lse = _tpu_kernel.attend(
         call,
         visible.reshape(-1),
         position,
         table.reshape(-1),
         query,
-        sinks,
         _tpu_refs.HBMPool(k_layout.page_rows_of(keys), k_scales),
         _tpu_refs.HBMPool(v_layout.page_rows_of(values), v_scales),
     )
     out = v_layout.sum_over_slots(out.swapaxes(2, 3))  # [num_q_tiles, kv_heads, q_rows, head_dim]
-    out = out.reshape(num_q_tiles, kv_heads, q_tile, q_heads_per_kv, head_dim).swapaxes(1, 2)
-    return out.reshape(num_q_tiles * q_tile, q_heads, head_dim)[:num_tokens]
+    return Part(untile_rows(out, q_tile)[:num_tokens], untile_rows(lse, q_tile)[:num_tokens])
 
 
 def _kv_tile(kv_heads: int, k_layout: TPULayout, v_layout: TPULayout) -> int | None:

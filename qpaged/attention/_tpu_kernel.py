@@ -33,12 +33,12 @@ def attend(
     position: jax.Array,  # [num_q_tiles * q_tile] int32, of each query
     table: jax.Array,  # [sequences * table_pages] int32
     query: jax.Array,  # [num_q_tiles, kv_heads, codes_per_byte, q_rows, row_width]
-    sinks: jax.Array | None,  # [kv_heads, q_rows, 1] float32
     keys: HBMPool,
     values: HBMPool,
-) -> jax.Array:
-    """Return the attention as [num_q_tiles, kv_heads, codes_per_byte, q_rows, row_width] float32.
+) -> tuple[jax.Array, jax.Array]:
+    """Return the attention and the log-sum-exps, float32.
 
+    They are [num_q_tiles, kv_heads, codes_per_byte, q_rows, row_width] and [num_q_tiles, kv_heads, q_rows].
     Where several slots share a row, the lanes of place i in the row hold the sum over the slots that lie at
     place i: :meth:`TPULayout.sum_over_slots` adds these up.
     """
@@ -47,17 +47,22 @@ def attend(
         call.num_q_tiles, kv_heads, call.values.codes_per_byte, call.q_rows, call.values.row_width,
     )  # fmt: skip
     buffers = Buffers.specs(call, call.keys, keys), Buffers.specs(call, call.values, values)
-    inputs = query, sinks, (keys, values)
+    lse_shape = call.num_q_tiles, kv_heads, call.q_rows
+    inputs = query, (keys, values)
+    operands = visible_range, position, table, inputs
     return pl.pallas_call(
         functools.partial(_kernel, call),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(call.num_q_tiles,),
-            in_specs=(_per_q_tile(query.shape), _same_for_all(sinks), _in_hbm((keys, values))),
-            out_specs=_per_q_tile(out_shape),
+            in_specs=(_per_q_tile(query.shape), _in_hbm((keys, values))),
+            out_specs=(_per_q_tile(out_shape), _per_q_tile(lse_shape)),
             scratch_shapes=(buffers, State.specs(call, kv_heads)),
         ),
-        out_shape=kernel_output(out_shape, jnp.float32, (visible_range, position, table, inputs)),
+        out_shape=(
+            kernel_output(out_shape, jnp.float32, operands),
+            kernel_output(lse_shape, jnp.float32, operands),
+        ),
         name="paged_attention",
     )(visible_range, position, table, *inputs)
 
@@ -71,14 +76,6 @@ def _per_q_tile(shape: tuple[int, ...]) -> pl.BlockSpec:
     return pl.BlockSpec((1, *shape[1:]), block_index)
 
 
-def _same_for_all(array: jax.Array | None) -> pl.BlockSpec | None:
-    """Return the specification of an array that all query tiles read, if there is one."""
-    if array is None:
-        return None
-    ndim = array.ndim
-    return pl.BlockSpec(array.shape, lambda *_: (0,) * ndim)
-
-
 def _in_hbm(pools: tuple[HBMPool, HBMPool]) -> Any:
     """Return specifications that leave arrays in HBM, for the kernel to copy from."""
     return jax.tree_util.tree_map(lambda _: pl.BlockSpec(memory_space=pl.ANY), pools)
@@ -90,9 +87,9 @@ def _kernel(
     position_ref: Ref,  # [num_q_tiles * q_tile]
     table_ref: Ref,  # [sequences * table_pages]
     query_ref: Ref,  # [1, kv_heads, codes_per_byte, q_rows, row_width]
-    sinks_ref: Ref | None,  # [kv_heads, q_rows, 1]
     pools: tuple[HBMPool, HBMPool],
     out_ref: Ref,  # [1, kv_heads, codes_per_byte, q_rows, row_width]
+    lse_ref: Ref,  # [1, kv_heads, q_rows]
     buffers: tuple[Buffers, Buffers],
     state: State,
 ) -> None:
@@ -111,7 +108,7 @@ def _kernel(
         state.tiles_done[0] = 0
         start_copies(refs, q_tile_index, first, 0)
 
-    _initialize_state(refs, sinks_ref)
+    _initialize_state(refs)
 
     def attend_kv_tile(kv_tile_index: jax.Array, _: None) -> None:
         # Tiles are counted over all query tiles: their two buffers alternate, also from one query tile to the
@@ -138,25 +135,21 @@ def _kernel(
 
     lax.fori_loop(first, end, attend_kv_tile, None)
     # Query rows that see nothing have a sum of 0, and give 0.
-    total = jnp.where(state.row_sum[...] > 0, state.row_sum[...], 1)
-    out_ref[0] = state.acc[...] / total[:, None]  # [kv_heads, 1, q_rows, 1]
+    row_sum = state.row_sum[...]  # [kv_heads, q_rows, 1]
+    is_seen = row_sum > 0
+    total = jnp.where(is_seen, row_sum, 1)
+    out_ref[0] = state.acc[...] / total[:, None]
+    lse_ref[0] = jnp.where(is_seen, state.row_max[...] + jnp.log(total), -jnp.inf)[..., 0]
 
 
-def _initialize_state(refs: Refs, sinks_ref: Ref | None) -> None:
-    """Set the state before the first slot: empty, or the sinks.
-
-    A sink's score is the maximum so far, and so its weight exp(0) = 1.
-    """
+def _initialize_state(refs: Refs) -> None:
+    """Set the state before the first slot."""
     call, state = refs.call, refs.state
     row = lax.broadcasted_iota(jnp.int32, (call.q_rows, 1), 0)
     state.position[...] = _load_positions(refs, lax.div(row, call.q_heads_per_kv))
     state.acc[...] = jnp.zeros(state.acc.shape, jnp.float32)
-    if sinks_ref is None:
-        state.row_max[...] = jnp.full(state.row_max.shape, MASK_VALUE, jnp.float32)
-        state.row_sum[...] = jnp.zeros(state.row_sum.shape, jnp.float32)
-    else:
-        state.row_max[...] = sinks_ref[...]
-        state.row_sum[...] = jnp.ones(state.row_sum.shape, jnp.float32)
+    state.row_max[...] = jnp.full(state.row_max.shape, MASK_VALUE, jnp.float32)
+    state.row_sum[...] = jnp.zeros(state.row_sum.shape, jnp.float32)
 
 
 def _load_positions(refs: Refs, query_index: jax.Array) -> jax.Array:

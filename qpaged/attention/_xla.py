@@ -14,6 +14,7 @@ from jax import lax
 from qpaged._compat import vary_like
 from qpaged.arrays import compute_dtype, dot, mask_slots
 from qpaged.attention._layout import pad_to_multiple
+from qpaged.attention._merge import Part
 from qpaged.attention._options import (
     MASK_VALUE,
     Options,
@@ -35,7 +36,6 @@ class XLACall(NamedTuple):
 
     keys: Pages  # [kv_heads, num_pages, page_size, head_dim]
     values: Pages
-    sinks: jax.Array | None  # [q_heads]
     options: Options
     pages_per_tile: int
 
@@ -53,19 +53,18 @@ class SoftmaxState(NamedTuple):
     acc: jax.Array  # [kv_heads, q_rows, head_dim]
 
 
-def attend(
-    tokens: QueryTokens, keys: Pages, values: Pages, sinks: jax.Array | None, options: Options
-) -> jax.Array:
-    """Return the attention of each token over its sequence's pages, [tokens, q_heads, head_dim] float32."""
+def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Part:
+    """Return the attention of each token over its sequence's pages."""
     pages_per_tile = max(1, min(KV_TILE // keys.shape[2], tokens.table.shape[-1]))
     table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=-1)
-    call = XLACall(keys, values, sinks, options, pages_per_tile)
+    call = XLACall(keys, values, options, pages_per_tile)
     if tokens.is_prefill:
         return _attend_prefill(call, tokens.query, tokens.position, table)
 
-    def attend_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    def attend_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> Part:
         query, position, table = row
-        return _attend_q_tile(call, query[None], position[None], table)[0]
+        out, lse = _attend_q_tile(call, query[None], position[None], table)
+        return Part(out[0], lse[0])
 
     return lax.map(attend_row, (tokens.query, tokens.position, table))
 
@@ -75,17 +74,18 @@ def _attend_prefill(
     query: jax.Array,  # [tokens, q_heads, head_dim]
     position: jax.Array,  # [tokens]
     table: jax.Array,  # [pages]
-) -> jax.Array:
+) -> Part:
     tokens = len(query)
     q_tile = min(Q_TILE, tokens)
     query = pad_to_multiple(query, q_tile, 0)
     position = pad_to_multiple(position, q_tile, -1)
 
-    def attend_tile(tile: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def attend_tile(tile: tuple[jax.Array, jax.Array]) -> Part:
         return _attend_q_tile(call, tile[0], tile[1], table)
 
     tiles = query.reshape(-1, q_tile, *query.shape[1:]), position.reshape(-1, q_tile)
-    return lax.map(attend_tile, tiles).reshape(query.shape)[:tokens]
+    out, lse = lax.map(attend_tile, tiles)
+    return Part(out.reshape(query.shape)[:tokens], lse.reshape(query.shape[:2])[:tokens])
 
 
 def _attend_q_tile(
@@ -93,7 +93,7 @@ def _attend_q_tile(
     query: jax.Array,  # [tokens, q_heads, head_dim]
     position: jax.Array,  # [tokens]
     table: jax.Array,  # [pages], a multiple of call.pages_per_tile
-) -> jax.Array:
+) -> Part:
     kv_heads = call.keys.shape[0]
     tokens, q_heads, _ = query.shape
     q = group_query_heads(query, kv_heads)  # [kv_heads, q_rows, head_dim]
@@ -112,12 +112,13 @@ def _attend_q_tile(
         l_next = l_prev * alpha + weights.astype(jnp.float32).sum(axis=-1)
         return SoftmaxState(m_next, l_next, acc * alpha[..., None] + dot(weights, v, PV))
 
-    state = _initial_state(call, q, tokens)
+    state = _initial_state(q)
     # Inside shard_map the carry must vary along the mesh axes that the operands vary along.
     state = vary_like(state, (query, position, table, call.keys, call.values, state))
     first, end = _visible_kv_tiles(position, call.kv_tile, call.options.sliding_window)
-    _, row_sum, acc = lax.fori_loop(first, end, attend_kv_tile, state)
-    return ungroup_query_heads(acc / jnp.where(row_sum > 0, row_sum, 1)[..., None], tokens)
+    row_max, row_sum, acc = lax.fori_loop(first, end, attend_kv_tile, state)
+    out, lse = Part.of_sums(acc, row_max, row_sum)
+    return Part(ungroup_query_heads(out, tokens), ungroup_query_heads(lse[..., None], tokens)[..., 0])
 
 
 def _read_kv_tile(
@@ -138,19 +139,11 @@ def _read_kv_tile(
 
 
 def _initial_state(
-    call: XLACall,
     q: jax.Array,  # [kv_heads, q_rows, head_dim]
-    tokens: int,
 ) -> SoftmaxState:
-    """Return the state before the first slot: only the sinks, whose weights are exp(0) = 1."""
-    kv_heads, q_rows, head_dim = q.shape
-    if call.sinks is None:
-        row_max = jnp.full((kv_heads, q_rows), MASK_VALUE, jnp.float32)
-        row_sum = jnp.zeros((kv_heads, q_rows), jnp.float32)
-    else:
-        row_max = jnp.tile(call.sinks.reshape(kv_heads, -1), tokens)
-        row_sum = jnp.ones((kv_heads, q_rows), jnp.float32)
-    return SoftmaxState(row_max, row_sum, jnp.zeros((kv_heads, q_rows, head_dim), jnp.float32))
+    """Return the state before the first slot."""
+    row_max = jnp.full(q.shape[:2], MASK_VALUE, jnp.float32)
+    return SoftmaxState(row_max, jnp.zeros_like(row_max), jnp.zeros(q.shape, jnp.float32))
 
 
 def _visible_kv_tiles(

@@ -48,7 +48,7 @@ def attend_interpreted(query, view, metadata, **options):
         return attend(query, view, metadata, backend="tpu", **options)
 
 
-@functools.partial(jax.jit, static_argnames=("backend", "sliding_window", "logits_soft_cap"))
+@functools.partial(jax.jit, static_argnames=("backend", "sliding_window", "logits_soft_cap", "return_lse"))
 def attend(query, view, metadata, sinks=None, **options):
     return qpaged.paged_attention(query, view, metadata, sinks=sinks, **options)
 
@@ -73,6 +73,9 @@ def test_the_interpreted_kernel_agrees_with_the_reference(spelling, monkeypatch)
     out = attend_interpreted(query, view, metadata, **options)
     assert not out[CHUNK : PADDED_CHUNK + 1].any()  # padding, and the inactive row
     np.testing.assert_allclose(out, expected, **TOLERANCE)
+    _, expected = attend(query, view, metadata, backend="reference", return_lse=True, **options)
+    _, lse = attend_interpreted(query, view, metadata, return_lse=True, **options)
+    np.testing.assert_allclose(lse, expected, **TOLERANCE)
 
     permuted, permuted_table = permute_pages(view, table)
     metadata = combined_step(permuted_table, SEQUENCES)

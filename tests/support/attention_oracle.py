@@ -3,7 +3,13 @@
 import numpy as np
 
 
-def attention(
+def attention(*arguments, **options):
+    """Return the attention of each query, [tokens, q_heads, head_dim], as :func:`attention_and_lse` does."""
+    out, _ = attention_and_lse(*arguments, **options)
+    return out
+
+
+def attention_and_lse(
     query,  # [tokens, q_heads, head_dim]
     keys,  # [kv_heads, num_pages, page_size, head_dim]
     values,  # [kv_heads, num_pages, page_size, head_dim]
@@ -14,8 +20,8 @@ def attention(
     cap=None,
     sinks=None,  # [q_heads]
 ):
-    """Return the attention of each query, [tokens, q_heads, head_dim]."""
-    out = np.zeros(query.shape)
+    """Return attention [tokens, q_heads, head_dim] and log-sum-exps [tokens, q_heads]."""
+    out, lse = np.zeros(query.shape), np.full(query.shape[:2], -np.inf)
     kv_heads, num_pages, page_size, _ = keys.shape
     q_heads_per_kv = query.shape[1] // kv_heads
     for token, position in enumerate(positions):
@@ -36,5 +42,7 @@ def attention(
             sink = -np.inf if sinks is None else sinks[q_head]
             highest = max(scores.max(), sink)
             weights = np.exp(scores - highest)
-            out[token, q_head] = weights @ v / (weights.sum() + np.exp(sink - highest))
-    return out
+            total = weights.sum() + np.exp(sink - highest)
+            out[token, q_head] = weights @ v / total
+            lse[token, q_head] = highest + np.log(total)
+    return out, lse
