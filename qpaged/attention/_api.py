@@ -20,7 +20,7 @@ from qpaged._eager import compiled_if_eager
 from qpaged.arrays import dtype_of_floats, invert_output, transform_query, untransformed
 from qpaged.attention import _backends
 from qpaged.attention._backends import BACKENDS, AttentionBackend, AttentionCall
-from qpaged.attention._merge import Part, with_sinks
+from qpaged.attention._merge import Partial, with_sinks
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.cache import PagedAttentionCacheMetaData, PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.cache._config import LARGEST_INDEX
@@ -172,9 +172,9 @@ def _attend_pools(
     values: Pages,  # [kv_heads, pages, page_size, head_dim]
     all_tokens: list[QueryTokens],
     sinks: jax.Array | None,  # [q_heads]
-) -> Part:
+) -> Partial:
     """Return the attention over pools of any kind, wherever they lie."""
-    attend: Callable[..., Part] = functools.partial(_attend_all, backend, options, dtype)
+    attend: Callable[..., Partial] = functools.partial(_attend_all, backend, options, dtype)
     sharding = pools.explicit_sharding_of(keys, values)
     if pools.needs_implicit_args(keys, values):
         attend = use_implicit_args(attend)
@@ -192,11 +192,11 @@ def _attend_all(
     values: Pages,  # [kv_heads, pages, page_size, head_dim]
     all_tokens: list[QueryTokens],
     sinks: jax.Array | None,  # [q_heads]
-) -> Part:
+) -> Partial:
     """Return the attention of the prefill's tokens and of the decode's rows, one after the other."""
-    parts = [_attend(backend, options, keys, values, tokens, sinks) for tokens in all_tokens]
-    out, lse = (jnp.concatenate(of_each) for of_each in zip(*parts, strict=True))
-    return Part(out.astype(dtype), lse)
+    partials = [_attend(backend, options, keys, values, tokens, sinks) for tokens in all_tokens]
+    out, lse = (jnp.concatenate(of_each) for of_each in zip(*partials, strict=True))
+    return Partial(out.astype(dtype), lse)
 
 
 def _attend(
@@ -206,25 +206,25 @@ def _attend(
     values: Pages,
     tokens: QueryTokens,
     sinks: jax.Array | None,
-) -> Part:
+) -> Partial:
     """Return the attention of tokens of one kind, on the backend asked for."""
     if not tokens.query.size or not tokens.table.shape[-1]:
         shape = tokens.query.shape
-        return Part(jnp.zeros(shape, jnp.float32), jnp.full(shape[:2], -jnp.inf, jnp.float32))
+        return Partial(jnp.zeros(shape, jnp.float32), jnp.full(shape[:2], -jnp.inf, jnp.float32))
     call = _untransformed_call(tokens, keys, values)
     if backend is None:
-        part = _backends.attend(call, options)
+        partial = _backends.attend(call, options)
     else:
-        part = _backends.attend_by_name(backend, call, options)
-    part = Part(invert_output(part.out, values), part.lse)
-    return part if sinks is None else _with_sinks_of_active(part, tokens.position, sinks)
+        partial = _backends.attend_by_name(backend, call, options)
+    partial = Partial(invert_output(partial.out, values), partial.lse)
+    return partial if sinks is None else _with_sinks_of_active(partial, tokens.position, sinks)
 
 
-def _with_sinks_of_active(part: Part, position: jax.Array, sinks: jax.Array) -> Part:
-    """Return a part with the sinks, which may be NaN, of the rows that are active alone."""
-    out, lse = with_sinks(part, sinks)
+def _with_sinks_of_active(partial: Partial, position: jax.Array, sinks: jax.Array) -> Partial:
+    """Return a partial with the sinks, which may be NaN, in the rows that are active alone."""
+    out, lse = with_sinks(partial, sinks)
     is_active = (position >= 0)[:, None]
-    return Part(jnp.where(is_active[..., None], out, 0), jnp.where(is_active, lse, -jnp.inf))
+    return Partial(jnp.where(is_active[..., None], out, 0), jnp.where(is_active, lse, -jnp.inf))
 
 
 def _untransformed_call(tokens: QueryTokens, keys: Pages, values: Pages) -> AttentionCall:

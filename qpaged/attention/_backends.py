@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from qpaged._platforms import by_platform
 from qpaged.attention import _gpu, _reference, _tpu, _xla
-from qpaged.attention._merge import Part
+from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.pools import Pages
 
@@ -73,7 +73,7 @@ class Implementation:
 
     name: str
     platform: str | None
-    attend: Callable[[QueryTokens, Pages, Pages, Options], Part]
+    attend: Callable[[QueryTokens, Pages, Pages, Options], Partial]
     call_refusal: Callable[[QueryTokens, Pages, Pages], str | None] = takes_any_call
     refusal: Callable[[], str | None] = is_always_there
     by_name_only: bool = False
@@ -111,10 +111,10 @@ def decline_reason(implementation: Implementation, calls: Sequence[AttentionCall
     return None
 
 
-def attend(call: AttentionCall, options: Options) -> Part:
+def attend(call: AttentionCall, options: Options) -> Partial:
     """Return attention on the first backend that is for the platform that the program is lowered for."""
     default: Implementation | None = None
-    kernels: dict[str, Callable[..., Part]] = {}
+    kernels: dict[str, Callable[..., Partial]] = {}
     for implementation in IMPLEMENTATIONS:
         if implementation.by_name_only or decline_reason(implementation, [call]) is not None:
             continue
@@ -128,7 +128,7 @@ def attend(call: AttentionCall, options: Options) -> Part:
     return by_platform(*call, default=_with_options(default, options), **kernels)
 
 
-def attend_by_name(name: str, call: AttentionCall, options: Options) -> Part:
+def attend_by_name(name: str, call: AttentionCall, options: Options) -> Partial:
     """Return attention on the backend of that name and no other.
 
     Raises:
@@ -145,10 +145,10 @@ def attend_by_name(name: str, call: AttentionCall, options: Options) -> Part:
 
 
 @functools.lru_cache(maxsize=256)
-def _with_options(implementation: Implementation, options: Options) -> Callable[..., Part]:
+def _with_options(implementation: Implementation, options: Options) -> Callable[..., Partial]:
     """Return the same function object for the same options, so that JAX traces it once."""
 
-    def attend_with_options(tokens: QueryTokens, keys: Pages, values: Pages) -> Part:
+    def attend_with_options(tokens: QueryTokens, keys: Pages, values: Pages) -> Partial:
         return implementation.attend(tokens, keys, values, options)
 
     return attend_with_options

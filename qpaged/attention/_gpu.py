@@ -17,7 +17,7 @@ from qpaged.attention._layout import (
     untile_rows,
     visible_range,
 )
-from qpaged.attention._merge import Part
+from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.pools import Pages
 
@@ -72,7 +72,7 @@ def _pool_refusal(pool: Pages) -> str | None:
     return None
 
 
-def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Part:
+def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token over its sequence's pages."""
     from qpaged.attention import _gpu_kernel, _gpu_refs
 
@@ -117,7 +117,7 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
     out, lse = _merge_splits(acc, row_max, row_sum)
     out = _untile_output(out[:, :, :used_rows], v_layout, q_tile)
     lse = untile_rows(lse[:, :, :used_rows], q_tile)
-    return Part(out[:num_tokens], lse[:num_tokens])
+    return Partial(out[:num_tokens], lse[:num_tokens])
 
 
 def _num_splits(programs: int, kv_tiles: int) -> int:
@@ -171,9 +171,9 @@ def _merge_splits(
     acc: jax.Array,  # [splits, num_q_tiles, kv_heads, head_dim, q_rows]
     row_max: jax.Array,  # [splits, num_q_tiles, kv_heads, q_rows]
     row_sum: jax.Array,  # [splits, num_q_tiles, kv_heads, q_rows]
-) -> Part:
+) -> Partial:
     """Return the attention of all splits together, [num_q_tiles, kv_heads, q_rows, head_dim]."""
     highest = row_max.max(axis=0)
     alpha = jnp.exp(row_max - highest)
     acc = (acc * alpha[..., None, :]).sum(axis=0).swapaxes(-1, -2)
-    return Part.of_sums(acc, highest, (row_sum * alpha).sum(axis=0))
+    return Partial.of_sums(acc, highest, (row_sum * alpha).sum(axis=0))

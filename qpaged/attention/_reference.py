@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged.arrays import mask_slots, to_float32
-from qpaged.attention._merge import Part
+from qpaged.attention._merge import Partial
 from qpaged.attention._options import (
     Options,
     QueryTokens,
@@ -15,14 +15,14 @@ from qpaged.attention._options import (
 from qpaged.pools import Pages, gather_slots
 
 
-def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Part:
+def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token over its sequence's pages."""
     if tokens.is_prefill:
         return _attend_sequence(tokens.query, tokens.position, tokens.table, keys, values, options)
 
-    def attend_row(query: jax.Array, position: jax.Array, table: jax.Array) -> Part:
+    def attend_row(query: jax.Array, position: jax.Array, table: jax.Array) -> Partial:
         out, lse = _attend_sequence(query[None], position[None], table, keys, values, options)
-        return Part(out[0], lse[0])
+        return Partial(out[0], lse[0])
 
     return jax.vmap(attend_row)(tokens.query, tokens.position, tokens.table)
 
@@ -34,7 +34,7 @@ def _attend_sequence(
     keys: Pages,  # [kv_heads, num_pages, page_size, head_dim]
     values: Pages,
     options: Options,
-) -> Part:
+) -> Partial:
     kv_heads, _, page_size, _ = keys.shape
     tokens = len(query)
     q_heads_per_kv = query.shape[1] // kv_heads
@@ -49,8 +49,8 @@ def _attend_sequence(
     mask = jnp.repeat(mask, q_heads_per_kv, axis=0)  # [q_rows, slots]
     weights, row_max = _weights(scores, mask)
     acc = jnp.einsum("hqs,hsd->hqd", weights, v, precision="highest")
-    out, lse = Part.of_sums(acc, row_max, weights.sum(axis=-1))
-    return Part(ungroup_query_heads(out, tokens), ungroup_query_heads(lse[..., None], tokens)[..., 0])
+    out, lse = Partial.of_sums(acc, row_max, weights.sum(axis=-1))
+    return Partial(ungroup_query_heads(out, tokens), ungroup_query_heads(lse[..., None], tokens)[..., 0])
 
 
 def _weights(

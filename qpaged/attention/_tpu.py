@@ -16,7 +16,7 @@ from qpaged.attention._layout import (
     untile_rows,
     visible_range,
 )
-from qpaged.attention._merge import Part
+from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.attention._tpu_layout import TPULayout
 from qpaged.pools import Pages
@@ -68,7 +68,7 @@ def _pool_refusal(pool: Pages) -> str | None:
     return pool_refusal(pool, layout.decode_dtype)
 
 
-def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Part:
+def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token over its sequence's pages."""
     dtype = common_dtype(compute_dtype(tokens.query, keys), compute_dtype(tokens.query, values))
     if dtype != jnp.bfloat16:
@@ -81,7 +81,7 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
     if rows_per_call == rows:
         return _call_kernel(tokens, keys, values, options)
 
-    def attend_chunk(chunk: QueryTokens) -> Part:
+    def attend_chunk(chunk: QueryTokens) -> Partial:
         return _call_kernel(chunk, keys, values, options)
 
     padded = QueryTokens(
@@ -90,8 +90,8 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
         pad_to_multiple(tokens.table, rows_per_call, 0),
     )
     chunks = jax.tree_util.tree_map(lambda x: x.reshape(-1, rows_per_call, *x.shape[1:]), padded)
-    parts = lax.map(attend_chunk, chunks)  # [chunks, rows_per_call, ...]
-    return Part(*(part.reshape(-1, *part.shape[2:])[:rows] for part in parts))
+    out, lse = lax.map(attend_chunk, chunks)  # [chunks, rows_per_call, ...]
+    return Partial(out.reshape(-1, *out.shape[2:])[:rows], lse.reshape(-1, *lse.shape[2:])[:rows])
 
 
 def _rows_per_call(tokens: QueryTokens, keys: Pages, values: Pages) -> int:
@@ -109,7 +109,7 @@ def _scale_bytes(pool: Pages, pages: int) -> int:
     return scales.nbytes // pool.shape[1] * pages
 
 
-def _call_kernel(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Part:
+def _call_kernel(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return :func:`attend` in one call of the kernel."""
     from qpaged.attention import _tpu_kernel, _tpu_refs
 
@@ -151,7 +151,7 @@ def _call_kernel(tokens: QueryTokens, keys: Pages, values: Pages, options: Optio
         _tpu_refs.HBMPool(v_layout.page_rows_of(values), v_scales),
     )
     out = v_layout.sum_over_slots(out.swapaxes(2, 3))  # [num_q_tiles, kv_heads, q_rows, head_dim]
-    return Part(untile_rows(out, q_tile)[:num_tokens], untile_rows(lse, q_tile)[:num_tokens])
+    return Partial(untile_rows(out, q_tile)[:num_tokens], untile_rows(lse, q_tile)[:num_tokens])
 
 
 def _kv_tile(kv_heads: int, k_layout: TPULayout, v_layout: TPULayout) -> int | None:

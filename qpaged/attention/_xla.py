@@ -14,7 +14,7 @@ from jax import lax
 from qpaged._compat import vary_like
 from qpaged.arrays import compute_dtype, dot, mask_slots
 from qpaged.attention._layout import pad_to_multiple
-from qpaged.attention._merge import Part
+from qpaged.attention._merge import Partial
 from qpaged.attention._options import (
     MASK_VALUE,
     Options,
@@ -53,7 +53,7 @@ class SoftmaxState(NamedTuple):
     acc: jax.Array  # [kv_heads, q_rows, head_dim]
 
 
-def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Part:
+def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token over its sequence's pages."""
     pages_per_tile = max(1, min(KV_TILE // keys.shape[2], tokens.table.shape[-1]))
     table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=-1)
@@ -61,10 +61,10 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
     if tokens.is_prefill:
         return _attend_prefill(call, tokens.query, tokens.position, table)
 
-    def attend_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> Part:
+    def attend_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> Partial:
         query, position, table = row
         out, lse = _attend_q_tile(call, query[None], position[None], table)
-        return Part(out[0], lse[0])
+        return Partial(out[0], lse[0])
 
     return lax.map(attend_row, (tokens.query, tokens.position, table))
 
@@ -74,18 +74,18 @@ def _attend_prefill(
     query: jax.Array,  # [tokens, q_heads, head_dim]
     position: jax.Array,  # [tokens]
     table: jax.Array,  # [pages]
-) -> Part:
+) -> Partial:
     tokens = len(query)
     q_tile = min(Q_TILE, tokens)
     query = pad_to_multiple(query, q_tile, 0)
     position = pad_to_multiple(position, q_tile, -1)
 
-    def attend_tile(tile: tuple[jax.Array, jax.Array]) -> Part:
+    def attend_tile(tile: tuple[jax.Array, jax.Array]) -> Partial:
         return _attend_q_tile(call, tile[0], tile[1], table)
 
     tiles = query.reshape(-1, q_tile, *query.shape[1:]), position.reshape(-1, q_tile)
     out, lse = lax.map(attend_tile, tiles)
-    return Part(out.reshape(query.shape)[:tokens], lse.reshape(query.shape[:2])[:tokens])
+    return Partial(out.reshape(query.shape)[:tokens], lse.reshape(query.shape[:2])[:tokens])
 
 
 def _attend_q_tile(
@@ -93,7 +93,7 @@ def _attend_q_tile(
     query: jax.Array,  # [tokens, q_heads, head_dim]
     position: jax.Array,  # [tokens]
     table: jax.Array,  # [pages], a multiple of call.pages_per_tile
-) -> Part:
+) -> Partial:
     kv_heads = call.keys.shape[0]
     tokens, q_heads, _ = query.shape
     q = group_query_heads(query, kv_heads)  # [kv_heads, q_rows, head_dim]
@@ -117,8 +117,8 @@ def _attend_q_tile(
     state = vary_like(state, (query, position, table, call.keys, call.values, state))
     first, end = _visible_kv_tiles(position, call.kv_tile, call.options.sliding_window)
     row_max, row_sum, acc = lax.fori_loop(first, end, attend_kv_tile, state)
-    out, lse = Part.of_sums(acc, row_max, row_sum)
-    return Part(ungroup_query_heads(out, tokens), ungroup_query_heads(lse[..., None], tokens)[..., 0])
+    out, lse = Partial.of_sums(acc, row_max, row_sum)
+    return Partial(ungroup_query_heads(out, tokens), ungroup_query_heads(lse[..., None], tokens)[..., 0])
 
 
 def _read_kv_tile(

@@ -62,8 +62,8 @@ def test_parts_of_a_sequence_merge_to_the_whole(spelling, sinks):
     want, want_lse = attend(query, view, decode(position, table), **options)
     first = decode(np.minimum(position, PAGE_SIZE - 1), table[:, :1])
     others = decode(np.maximum(position - PAGE_SIZE, -1), table[:, 1:])
-    parts = [attend(query, view, first, **options), attend(query, view, others)]
-    out, lse = jax.jit(qpaged.merge_attention)(parts)
+    partials = [attend(query, view, first, **options), attend(query, view, others)]
+    out, lse = jax.jit(qpaged.merge_attention)(partials)
     tolerance = {"rtol": 2**-7, "atol": 2**-7}  # of weights in bfloat16
     np.testing.assert_allclose(out, want, **tolerance)
     np.testing.assert_allclose(lse, want_lse, **tolerance)
@@ -111,14 +111,14 @@ def test_gradients_are_finite_where_a_row_sees_nothing():
 
 
 @pytest.mark.parametrize(
-    ("parts", "error", "message"),
+    ("partials", "error", "message"),
     [
-        ([], ValueError, "parts must be at least one"),
-        ([jnp.zeros((1, 2, 8))], TypeError, r"parts\[0\] must be \(out, lse\), .*return_lse=True"),
+        ([], ValueError, "partials must be at least one"),
+        ([jnp.zeros((1, 2, 8))], TypeError, r"partials\[0\] must be \(out, lse\), .*return_lse=True"),
         (
             [(jnp.zeros((1, 2, 8)), jnp.zeros((1, 3)))],
             ValueError,
-            r"parts\[0\] must be .* \(1, 2, 8\) and \(1, 3\)",
+            r"partials\[0\] must be .* \(1, 2, 8\) and \(1, 3\)",
         ),
         (
             [(jnp.zeros((1, 2, 8)), jnp.zeros((1, 2))), (jnp.zeros((3, 2, 8)), jnp.zeros((3, 2)))],
@@ -127,6 +127,6 @@ def test_gradients_are_finite_where_a_row_sees_nothing():
         ),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(parts, error, message):
+def test_partials_that_do_not_fit_are_refused(partials, error, message):
     with pytest.raises(error, match=message):
-        qpaged.merge_attention(parts)
+        qpaged.merge_attention(partials)
