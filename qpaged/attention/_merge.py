@@ -31,7 +31,7 @@ class Partial(NamedTuple):
 
     @classmethod
     def of_sums(cls, acc: jax.Array, row_max: jax.Array, row_sum: jax.Array) -> Partial:
-        """Return the partial of weights exp(score - row_max), their sum, and that of their products with values.
+        """Return the partial of an online softmax: its weights are exp(score - row_max).
 
         Args:
             acc: [..., head_dim], the sum of the weighted values.
