@@ -2,35 +2,37 @@
 
 import dataclasses
 import functools
-import math
-import operator
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from qpaged import pools
 from qpaged._arguments import as_array, check_type
 from qpaged._compat import with_auto_axes
 from qpaged._eager import compiled_if_eager
-from qpaged.arrays import dtype_of_floats, invert_output, transform_query, untransformed
+from qpaged.arrays import invert_output, transform_query, untransformed
 from qpaged.attention import _backends
 from qpaged.attention._backends import BACKENDS, AttentionBackend, AttentionCall
-from qpaged.attention._merge import Partial, with_sinks
+from qpaged.attention._checks import (
+    check_consecutive,
+    check_query,
+    checked_new,
+    checked_options,
+    checked_sinks,
+)
+from qpaged.attention._merge import Partial, merge, with_sinks
+from qpaged.attention._new_tokens import NewTokens, attend_new, before_new
 from qpaged.attention._options import Options, QueryTokens
-from qpaged.cache import PagedAttentionCacheMetaData, PagedAttentionCacheView, PagedAttentionMetadata
+from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.cache._config import LARGEST_INDEX
 from qpaged.cache._metadata import check_step
 from qpaged.implicit import use_implicit_args
 from qpaged.pools import Pages
-
-LARGEST_SCALE = 2.0**16
-LEAST_CAP = float(jnp.finfo(jnp.float32).tiny)  # a smaller one would become 0, and scores over it NaN
-LARGEST_CAP = 1e30  # scores under 1e-8 over it would be subnormal, and become zeros
 
 
 def attention_backends(
@@ -60,7 +62,7 @@ def attention_backends(
         query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata
     ) -> None:
         calls = []
-        for tokens in _split_tokens(as_array("query", query), view, metadata):
+        for tokens, _ in _requests(as_array("query", query), view, metadata):
             calls.append(_untransformed_call(tokens, view.key_pages, view.value_pages))
         traced_backends.append(_backends.list_backends(calls))
 
@@ -80,6 +82,7 @@ def paged_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     backend: str | None = None,
+    new: tuple[ArrayLike, ArrayLike] | None = None,
     return_lse: Literal[False] = False,
 ) -> jax.Array: ...
 
@@ -95,6 +98,7 @@ def paged_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     backend: str | None = None,
+    new: tuple[ArrayLike, ArrayLike] | None = None,
     return_lse: Literal[True],
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -109,12 +113,13 @@ def paged_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,  # [q_heads]
     backend: str | None = None,
+    new: tuple[ArrayLike, ArrayLike] | None = None,  # [tokens, kv_heads, head_dim] each
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Return the attention of queries over the pages of their sequences, causal, with grouped-query heads.
 
     A query at position p attends to the slots 0 to p of its sequence, p included, in float32
-    accumulation: softmax(softmax_scale · q·k) · v. Write its keys and values first.
+    accumulation: softmax(softmax_scale · q·k) · v. Write its keys and values first, or give them as ``new``.
 
     Args:
         query: (batch, q_heads, head_dim) in a decode, (padded_len, q_heads, head_dim) in a prefill, and the
@@ -131,6 +136,10 @@ def paged_attention(
         backend: the name of one of :func:`attention_backends`, which never falls back. None for the first of
             them that takes the call and is for the platform that the program is lowered for, be it there or
             not. Only ``reference`` can be differentiated in reverse.
+        new: (key, value) of the call's own tokens, (tokens, kv_heads, head_dim) each: attend to these as they
+            are given, and to older ones as ``view`` has them, and write them afterwards. The format then
+            rounds nothing between a query and the tokens of its own call. The positions of a prefill must
+            follow one another. None if ``view`` holds them already.
         return_lse: return the log-sum-exp of the scores too, for :func:`merge_attention`.
 
     Returns:
@@ -144,16 +153,16 @@ def paged_attention(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, or None, but came as {backend!r}.")
     query = as_array("query", query)
-    all_tokens = _split_tokens(query, view, metadata)
-    options = _checked_options(view.metadata, softmax_scale, sliding_window, logits_soft_cap)
+    requests = _requests(query, view, metadata, new)
+    options = checked_options(view.metadata, softmax_scale, sliding_window, logits_soft_cap)
     if sinks is not None:
-        sinks = _checked_sinks(sinks, query.shape[1])
-    if not all_tokens:
-        out, lse = jnp.zeros_like(query), jnp.full(query.shape[:2], -jnp.inf, jnp.float32)
-        return (out.astype(jnp.float32), lse) if return_lse else out
-    dtype = jnp.float32 if return_lse else query.dtype
+        sinks = checked_sinks(sinks, query.shape[1])
+    method = Method(backend, options, jnp.dtype(jnp.float32) if return_lse else query.dtype)
+    if not requests:
+        out, lse = jnp.zeros(query.shape, method.dtype), jnp.full(query.shape[:2], -jnp.inf, jnp.float32)
+        return (out, lse) if return_lse else out
     try:
-        out, lse = _attend_pools(backend, options, dtype, view.key_pages, view.value_pages, all_tokens, sinks)
+        out, lse = _attend_pools(method, view.key_pages, view.value_pages, requests, sinks)
     except ValueError as error:
         if "Only interpret mode is supported" not in str(error):  # JAX's words for a kernel on CPU
             raise
@@ -163,61 +172,77 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-@compiled_if_eager(static_argnums=(0, 1, 2))
+class Method(NamedTuple):
+    """How attention is computed, apart from arrays.
+
+    Attributes:
+        backend: the backend asked for; None for the first that takes the call.
+        options: checked.
+        dtype: of the output.
+    """
+
+    backend: str | None
+    options: Options
+    dtype: np.dtype
+
+
+class Request(NamedTuple):
+    """Queries of one kind, and the keys and values of their own tokens; None if the cache holds these."""
+
+    tokens: QueryTokens
+    new: NewTokens | None
+
+
+@compiled_if_eager(static_argnums=(0,))
 def _attend_pools(
-    backend: str | None,
-    options: Options,
-    dtype: DTypeLike,
+    method: Method,
     keys: Pages,  # [kv_heads, pages, page_size, head_dim]
     values: Pages,  # [kv_heads, pages, page_size, head_dim]
-    all_tokens: list[QueryTokens],
+    requests: list[Request],
     sinks: jax.Array | None,  # [q_heads]
 ) -> Partial:
     """Return the attention over pools of any kind, wherever they lie."""
-    attend: Callable[..., Partial] = functools.partial(_attend_all, backend, options, dtype)
+    attend: Callable[..., Partial] = functools.partial(_attend_all, method)
     sharding = pools.explicit_sharding_of(keys, values)
     if pools.needs_implicit_args(keys, values):
         attend = use_implicit_args(attend)
     elif sharding is not None:
         over_heads = sharding.update(spec=PartitionSpec(None, sharding.spec[0]))  # as the pools' heads are
         attend = with_auto_axes(attend, over_heads)
-    return attend(keys, values, all_tokens, sinks)
+    return attend(keys, values, requests, sinks)
 
 
 def _attend_all(
-    backend: str | None,
-    options: Options,
-    dtype: DTypeLike,
-    keys: Pages,  # [kv_heads, pages, page_size, head_dim]
-    values: Pages,  # [kv_heads, pages, page_size, head_dim]
-    all_tokens: list[QueryTokens],
-    sinks: jax.Array | None,  # [q_heads]
+    method: Method, keys: Pages, values: Pages, requests: list[Request], sinks: jax.Array | None
 ) -> Partial:
     """Return the attention of the prefill's tokens and of the decode's rows, one after the other."""
-    partials = [_attend(backend, options, keys, values, tokens, sinks) for tokens in all_tokens]
+    partials = [_attend(method, keys, values, request, sinks) for request in requests]
     out, lse = (jnp.concatenate(of_each) for of_each in zip(*partials, strict=True))
-    return Partial(out.astype(dtype), lse)
+    return Partial(out.astype(method.dtype), lse)
 
 
-def _attend(
-    backend: str | None,
-    options: Options,
-    keys: Pages,
-    values: Pages,
-    tokens: QueryTokens,
-    sinks: jax.Array | None,
-) -> Partial:
-    """Return the attention of tokens of one kind, on the backend asked for."""
+def _attend(method: Method, keys: Pages, values: Pages, request: Request, sinks: jax.Array | None) -> Partial:
+    """Return the attention of queries of one kind: to pages, to their own tokens, and to the sinks."""
+    tokens, new = request
     if not tokens.query.size or not tokens.table.shape[-1]:
         shape = tokens.query.shape
         return Partial(jnp.zeros(shape, jnp.float32), jnp.full(shape[:2], -jnp.inf, jnp.float32))
-    call = _untransformed_call(tokens, keys, values)
-    if backend is None:
-        partial = _backends.attend(call, options)
+    if new is None:
+        partial = _attend_pages(method, keys, values, tokens)
     else:
-        partial = _backends.attend_by_name(backend, call, options)
-    partial = Partial(invert_output(partial.out, values), partial.lse)
+        of_new = attend_new(method.backend, tokens, new, keys.shape[2], method.options)
+        partial = merge([_attend_pages(method, keys, values, before_new(tokens)), of_new])
     return partial if sinks is None else _with_sinks_of_active(partial, tokens.position, sinks)
+
+
+def _attend_pages(method: Method, keys: Pages, values: Pages, tokens: QueryTokens) -> Partial:
+    """Return the attention to pages, on the backend asked for."""
+    call = _untransformed_call(tokens, keys, values)
+    if method.backend is None:
+        partial = _backends.attend(call, method.options)
+    else:
+        partial = _backends.attend_by_name(method.backend, call, method.options)
+    return Partial(invert_output(partial.out, values), partial.lse)
 
 
 def _with_sinks_of_active(partial: Partial, position: jax.Array, sinks: jax.Array) -> Partial:
@@ -233,9 +258,12 @@ def _untransformed_call(tokens: QueryTokens, keys: Pages, values: Pages) -> Atte
     return AttentionCall(dataclasses.replace(tokens, query=query), untransformed(keys), untransformed(values))
 
 
-def _split_tokens(
-    query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata
-) -> list[QueryTokens]:
+def _requests(
+    query: jax.Array,
+    view: PagedAttentionCacheView,
+    metadata: PagedAttentionMetadata,
+    new: tuple[ArrayLike, ArrayLike] | None = None,
+) -> list[Request]:
     """Return the prefill's tokens and the decode's rows, whichever there are, with their queries."""
     advice = "give cache.views[i], the view of layer i"
     check_type("view", view, PagedAttentionCacheView, "a qpaged.PagedAttentionCacheView", advice)
@@ -243,97 +271,18 @@ def _split_tokens(
     config = view.metadata
     steps = [step for step in (metadata.prefill_tokens(), metadata.decodes_tokens()) if step is not None]
     count = sum(len(position) for position, _ in steps) if steps else None
-    _check_query(query, count, config)
-    all_tokens, start = [], 0
+    check_query(query, count, config)
+    new_tokens = None if new is None else checked_new(new, len(query), config)
+    requests, start = [], 0
     for position, table in steps:
         table = table[..., : LARGEST_INDEX // config.page_size]  # no int32 position lies further
         position = jnp.where(position < table.shape[-1] * config.page_size, position, -1)
-        end = start + len(position)
-        all_tokens.append(QueryTokens(query[start:end], position, table))
-        start = end
-    return all_tokens
-
-
-def _check_query(query: jax.Array, count: int | None, config: PagedAttentionCacheMetaData) -> None:
-    """Raise unless the query has ``count`` tokens, any number if None, of the cache's head size."""
-    dtype_of_floats("query", query.dtype)
-    if query.ndim != 3:
-        raise ValueError(
-            f"query must have shape (tokens, q_heads, head_dim), but came with shape {query.shape}."
-        )
-    tokens, q_heads, head_dim = query.shape
-    kv_heads = config.num_kv_heads
-    fault = None
-    if count not in (None, tokens):
-        fault = f"a row for each of the {count} tokens of the metadata, but has {tokens} rows"
-    elif q_heads == 0 or q_heads % kv_heads:
-        fault = f"a multiple of the {kv_heads} KV heads, but has {q_heads} heads"
-    elif head_dim != config.kv_head_dim_size:
-        fault = f"the cache's head_dim {config.kv_head_dim_size}, but has {head_dim}"
-    if fault is not None:
-        raise ValueError(
-            f"query must have {fault}; its shape {query.shape} is read as (tokens, q_heads, head_dim)."
-        )
-
-
-def _checked_options(
-    config: PagedAttentionCacheMetaData, scale: float | None, window: int | None, cap: float | None
-) -> Options:
-    """Return the options of a call, or raise what is wrong with one."""
-    scale = 1 / math.sqrt(config.kv_head_dim_size) if scale is None else _as_float("softmax_scale", scale)
-    if not abs(scale) <= LARGEST_SCALE:  # nor NaN
-        raise ValueError(
-            f"softmax_scale must be at most {LARGEST_SCALE} in magnitude, so that float32 tells scores "
-            f"apart, but came as {scale}; None is for 1 / sqrt(head_dim)."
-        )
-    if window is not None:
-        try:
-            window = operator.index(window)
-        except TypeError as error:  # that of a traced value, too
-            raise TypeError(
-                f"sliding_window must be an integer that is known when the call is traced, or None for no "
-                f"window, but came as {window!r}."
-            ) from error
-        if window < 1:
-            raise ValueError(
-                f"sliding_window must be at least 1, or None for no window, but came as {window}."
-            )
-        if window >= LARGEST_INDEX:  # which no position reaches
-            window = None
-    if cap is not None:
-        cap = _as_float("logits_soft_cap", cap)
-        if not LEAST_CAP <= cap <= LARGEST_CAP:
-            raise ValueError(
-                f"logits_soft_cap must be from {LEAST_CAP:.3g} to {LARGEST_CAP}, as float32 loses scores "
-                f"over any other, but came as {cap}; None is for no cap."
-            )
-    return Options(scale, window, cap, config.num_pages_per_layer)
-
-
-def _as_float(name: str, value: Any) -> float:
-    """Return an option as a float, or raise TypeError unless it is a real number with a known value."""
-    is_text = isinstance(value, str | bytes)  # of which float would read digits
-    try:
-        if not is_text and np.ndim(value) == 0 and not np.iscomplexobj(value):
-            return float(value)
-    except (TypeError, ValueError, OverflowError):  # that of a traced value, too
-        pass
-    raise TypeError(
-        f"{name} must be a real number that is known when the call is traced, or None, but came as "
-        f"{value!r:.60}; make it static under jit."
-    )
-
-
-def _checked_sinks(sinks: ArrayLike, q_heads: int) -> jax.Array:
-    sinks = jnp.asarray(sinks)
-    if sinks.shape != (q_heads,):
-        raise ValueError(
-            f"sinks must have shape (q_heads,) = ({q_heads},), but came with shape {sinks.shape}."
-        )
-    if not any(jnp.issubdtype(sinks.dtype, kind) for kind in (jnp.floating, jnp.integer)):
-        raise TypeError(f"sinks must be real numbers, but came as {sinks.dtype.name}; take .real, say.")
-    sinks = sinks.astype(jnp.float32)
-    if not isinstance(sinks, jax.core.Tracer) and not np.all(np.asarray(sinks) < np.inf):  # nor NaN
-        raise ValueError(f"sinks must be logits below infinity, but came as {sinks}; -inf is for no sink.")
-    # Where they are traced: a row whose maximum is infinite would be NaN in the online softmax.
-    return jnp.minimum(sinks, jnp.finfo(jnp.float32).max)
+        here = slice(start, start + len(position))
+        no_end = jnp.full(table.shape[:-1], LARGEST_INDEX, jnp.int32)
+        tokens = QueryTokens(query[here], position, table, no_end)
+        own = None if new_tokens is None else NewTokens(new_tokens.key[here], new_tokens.value[here])
+        requests.append(Request(tokens, own))
+        start = here.stop
+    if new is not None and not metadata.is_decode_mode():
+        check_consecutive(requests[0].tokens.position)
+    return requests

@@ -101,7 +101,7 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
         table_pages=table.shape[1],
         one_sequence=tokens.is_prefill,
     )
-    visible = visible_range(position, options.sliding_window)
+    visible = visible_range(position, tokens.end, options.sliding_window)
     position = pad_to_multiple(jnp.repeat(position, q_heads_per_kv, axis=1), q_rows, -1, axis=1)
     query = pad_to_multiple(tile_query(query, q_tile, kv_heads), q_rows, 0, axis=2)
     acc, row_max, row_sum = _gpu_kernel.attend(

@@ -202,7 +202,7 @@ def _attend_kv_tile(
     scores = _scores(call, queries, dots, k_scales)
 
     slot_has_page = _slot_has_page(call, tile_pages.pages)
-    mask = _attention_mask(call, queries, kv_tile, slot_has_page)
+    mask = _attention_mask(refs, queries, kv_tile, slot_has_page)
     m_next = jnp.maximum(m_prev, jnp.where(mask, scores, MASK_VALUE).max(axis=0))
     alpha = jnp.exp(m_prev - m_next)
     weights = jnp.where(mask, jnp.exp(scores - _repeat_rows(m_next)), 0.0)
@@ -265,14 +265,15 @@ def _scores(
 
 
 def _attention_mask(
-    call: GPUCall,
+    refs: Refs,
     queries: QueryRows,
     kv_tile: jax.Array,
     slot_has_page: jax.Array,  # [KV_TILE]
 ) -> jax.Array:
     """Return [KV_TILE, q_rows], True where a query sees a slot of the tile."""
+    call = refs.call
     slot = kv_tile * KV_TILE + plgpu.broadcasted_iota(jnp.int32, (KV_TILE, call.q_rows), 0, layout=MATRIX)
-    mask = call.options.position_mask(_repeat_rows(queries.position), slot)
+    mask = call.options.position_mask(_repeat_rows(queries.position), slot) & (slot <= refs.last_visible)
     return mask & _repeat_columns(slot_has_page, call.q_rows)
 
 

@@ -28,6 +28,7 @@ class Options:
     def attention_mask(
         self,
         position: jax.Array,  # [queries]
+        end: jax.Array,  # []
         table: jax.Array,  # [pages]
         slot: jax.Array,  # [slots], counted from the sequence's first
         page_size: int,
@@ -35,10 +36,12 @@ class Options:
         """Return [queries, slots], True where a query sees a slot.
 
         A query sees the last ``sliding_window`` slots up to its own position, that one included, as far as
-        the page table has pages for them. A query at a negative position sees nothing.
+        they are before ``end`` and the page table has pages for them. A query at a negative position sees
+        nothing.
         """
         page = table[slot // page_size]
-        return self.position_mask(position[:, None], slot) & (page >= 0) & (page < self.num_pages)
+        exists = (slot < end) & (page >= 0) & (page < self.num_pages)
+        return self.position_mask(position[:, None], slot) & exists
 
     def position_mask(self, position: jax.Array, slot: jax.Array) -> jax.Array:
         """Return True where a query at ``position`` sees ``slot``, if the slot's page exists; broadcasts."""
@@ -67,11 +70,13 @@ class QueryTokens:
         query: [tokens, q_heads, head_dim].
         position: [tokens] int32; negative for padding and inactive rows, whose output is zeros.
         table: the page table, [pages] int32 for a prefill and [tokens, pages] for decode rows.
+        end: the slot from which on none is seen, [] int32 for a prefill and [tokens] for decode rows.
     """
 
     query: jax.Array
     position: jax.Array
     table: jax.Array
+    end: jax.Array
 
     @property
     def is_prefill(self) -> bool:
@@ -79,7 +84,9 @@ class QueryTokens:
         return self.table.ndim == 1
 
 
-jax.tree_util.register_dataclass(QueryTokens, data_fields=["query", "position", "table"], meta_fields=[])
+jax.tree_util.register_dataclass(
+    QueryTokens, data_fields=["query", "position", "table", "end"], meta_fields=[]
+)
 
 
 def group_query_heads(query: jax.Array, kv_heads: int) -> jax.Array:

@@ -18,28 +18,28 @@ from qpaged.pools import Pages, gather_slots
 def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token over its sequence's pages."""
     if tokens.is_prefill:
-        return _attend_sequence(tokens.query, tokens.position, tokens.table, keys, values, options)
+        return _attend_sequence(tokens, keys, values, options)
 
-    def attend_row(query: jax.Array, position: jax.Array, table: jax.Array) -> Partial:
-        out, lse = _attend_sequence(query[None], position[None], table, keys, values, options)
+    def attend_row(row: QueryTokens) -> Partial:
+        as_sequence = QueryTokens(row.query[None], row.position[None], row.table, row.end)
+        out, lse = _attend_sequence(as_sequence, keys, values, options)
         return Partial(out[0], lse[0])
 
-    return jax.vmap(attend_row)(tokens.query, tokens.position, tokens.table)
+    return jax.vmap(attend_row)(tokens)
 
 
 def _attend_sequence(
-    query: jax.Array,  # [tokens, q_heads, head_dim]
-    position: jax.Array,  # [tokens]
-    table: jax.Array,  # [pages]
+    tokens: QueryTokens,
     keys: Pages,  # [kv_heads, num_pages, page_size, head_dim]
     values: Pages,
     options: Options,
 ) -> Partial:
+    """Return the attention of queries over one sequence."""
+    query, table = tokens.query, tokens.table
     kv_heads, _, page_size, _ = keys.shape
-    tokens = len(query)
     q_heads_per_kv = query.shape[1] // kv_heads
     slot = jnp.arange(len(table) * page_size, dtype=jnp.int32)
-    mask = options.attention_mask(position, table, slot, page_size)  # [tokens, slots]
+    mask = options.attention_mask(tokens.position, tokens.end, table, slot, page_size)  # [tokens, slots]
 
     table = options.visible_pages(table, mask)
     k = to_float32(gather_slots(keys, table))  # [kv_heads, slots, head_dim]
@@ -50,7 +50,9 @@ def _attend_sequence(
     weights, row_max = _weights(scores, mask)
     acc = jnp.einsum("hqs,hsd->hqd", weights, v, precision="highest")
     out, lse = Partial.of_sums(acc, row_max, weights.sum(axis=-1))
-    return Partial(ungroup_query_heads(out, tokens), ungroup_query_heads(lse[..., None], tokens)[..., 0])
+    return Partial(
+        ungroup_query_heads(out, len(query)), ungroup_query_heads(lse[..., None], len(query))[..., 0]
+    )
 
 
 def _weights(

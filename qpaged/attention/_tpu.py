@@ -88,6 +88,7 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
         pad_to_multiple(tokens.query, rows_per_call, 0),
         pad_to_multiple(tokens.position, rows_per_call, -1),
         pad_to_multiple(tokens.table, rows_per_call, 0),
+        pad_to_multiple(tokens.end, rows_per_call, 0),
     )
     chunks = jax.tree_util.tree_map(lambda x: x.reshape(-1, rows_per_call, *x.shape[1:]), padded)
     out, lse = lax.map(attend_chunk, chunks)  # [chunks, rows_per_call, ...]
@@ -137,7 +138,7 @@ def _call_kernel(tokens: QueryTokens, keys: Pages, values: Pages, options: Optio
         table_pages=table.shape[1],
         one_sequence=tokens.is_prefill,
     )
-    visible = visible_range(position.reshape(num_q_tiles, q_tile), options.sliding_window)
+    visible = visible_range(position.reshape(num_q_tiles, q_tile), tokens.end, options.sliding_window)
     query = k_layout.repeat_for_slots(tile_query(query, q_tile, kv_heads)).swapaxes(2, 3)
     k_scales = k_layout.gather_scales(keys, table, call.pages_per_tile)
     v_scales = v_layout.gather_scales(values, table, call.pages_per_tile)

@@ -175,7 +175,10 @@ def _mark_visible(refs: Refs, kv: KVRefs, kv_tile_index: jax.Array) -> None:
     visible = jnp.zeros(visible_ref.shape, jnp.float32)
     for slot_in_row in range(layout.slots_per_row):
         slot = kv_tile_index * call.kv_tile + row * layout.slots_per_row + slot_in_row
-        mask = jnp.where(call.options.position_mask(position, slot), 1.0, 0.0)  # [rows, q_tile]
+        is_visible = call.options.position_mask(position, slot) & (
+            slot <= refs.last_visible(refs.q_tile_index)
+        )
+        mask = jnp.where(is_visible, 1.0, 0.0)  # [rows, q_tile]
         any_query = jnp.broadcast_to(mask.max(axis=1, keepdims=True), visible_ref.shape)
         visible += layout.select_slot(any_query, slot_in_row)
     visible_ref[...] = visible
@@ -227,7 +230,8 @@ def _attention_masks(refs: Refs, tile: KVTile, scores: list[jax.Array]) -> list[
         slot_in_tile = row * call.keys.slots_per_row + slot_in_row
         # "No page" was not copied: the buffer holds an earlier tile's keys there.
         slot = tile.index * call.kv_tile + slot_in_tile
-        masks.append(call.options.position_mask(position, slot) & tile.copied)
+        is_before_end = slot <= tile.last_visible
+        masks.append(call.options.position_mask(position, slot) & is_before_end & tile.copied)
     return masks
 
 

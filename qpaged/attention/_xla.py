@@ -13,7 +13,7 @@ from jax import lax
 
 from qpaged._compat import vary_like
 from qpaged.arrays import compute_dtype, dot, mask_slots
-from qpaged.attention._layout import pad_to_multiple
+from qpaged.attention._layout import pad_to_multiple, visible_range
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import (
     MASK_VALUE,
@@ -59,14 +59,14 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
     table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=-1)
     call = XLACall(keys, values, options, pages_per_tile)
     if tokens.is_prefill:
-        return _attend_prefill(call, tokens.query, tokens.position, table)
+        return _attend_prefill(call, tokens.query, tokens.position, table, tokens.end)
 
-    def attend_row(row: tuple[jax.Array, jax.Array, jax.Array]) -> Partial:
-        query, position, table = row
-        out, lse = _attend_q_tile(call, query[None], position[None], table)
+    def attend_row(row: tuple[jax.Array, ...]) -> Partial:
+        query, position, table, end = row
+        out, lse = _attend_q_tile(call, query[None], position[None], table, end)
         return Partial(out[0], lse[0])
 
-    return lax.map(attend_row, (tokens.query, tokens.position, table))
+    return lax.map(attend_row, (tokens.query, tokens.position, table, tokens.end))
 
 
 def _attend_prefill(
@@ -74,6 +74,7 @@ def _attend_prefill(
     query: jax.Array,  # [tokens, q_heads, head_dim]
     position: jax.Array,  # [tokens]
     table: jax.Array,  # [pages]
+    end: jax.Array,  # []
 ) -> Partial:
     tokens = len(query)
     q_tile = min(Q_TILE, tokens)
@@ -81,7 +82,7 @@ def _attend_prefill(
     position = pad_to_multiple(position, q_tile, -1)
 
     def attend_tile(tile: tuple[jax.Array, jax.Array]) -> Partial:
-        return _attend_q_tile(call, tile[0], tile[1], table)
+        return _attend_q_tile(call, tile[0], tile[1], table, end)
 
     tiles = query.reshape(-1, q_tile, *query.shape[1:]), position.reshape(-1, q_tile)
     out, lse = lax.map(attend_tile, tiles)
@@ -93,13 +94,14 @@ def _attend_q_tile(
     query: jax.Array,  # [tokens, q_heads, head_dim]
     position: jax.Array,  # [tokens]
     table: jax.Array,  # [pages], a multiple of call.pages_per_tile
+    end: jax.Array,  # []
 ) -> Partial:
     kv_heads = call.keys.shape[0]
     tokens, q_heads, _ = query.shape
     q = group_query_heads(query, kv_heads)  # [kv_heads, q_rows, head_dim]
 
     def attend_kv_tile(tile_index: jax.Array, state: SoftmaxState) -> SoftmaxState:
-        k, v, mask = _read_kv_tile(call, position, table, tile_index)
+        k, v, mask = _read_kv_tile(call, position, table, end, tile_index)
         mask = jnp.repeat(mask, q_heads // kv_heads, axis=0)  # [q_rows, slots]
         dots = dot(q.astype(compute_dtype(query, call.keys)), k, QK)
         scores = call.options.scale_and_cap(dots)
@@ -114,9 +116,9 @@ def _attend_q_tile(
 
     state = _initial_state(q)
     # Inside shard_map the carry must vary along the mesh axes that the operands vary along.
-    state = vary_like(state, (query, position, table, call.keys, call.values, state))
-    first, end = _visible_kv_tiles(position, call.kv_tile, call.options.sliding_window)
-    row_max, row_sum, acc = lax.fori_loop(first, end, attend_kv_tile, state)
+    state = vary_like(state, (query, position, table, end, call.keys, call.values, state))
+    first_tile, end_tile = _visible_kv_tiles(position, end, call.kv_tile, call.options.sliding_window)
+    row_max, row_sum, acc = lax.fori_loop(first_tile, end_tile, attend_kv_tile, state)
     out, lse = Partial.of_sums(acc, row_max, row_sum)
     return Partial(ungroup_query_heads(out, tokens), ungroup_query_heads(lse[..., None], tokens)[..., 0])
 
@@ -125,12 +127,13 @@ def _read_kv_tile(
     call: XLACall,
     position: jax.Array,  # [tokens]
     table: jax.Array,  # [pages]
+    end: jax.Array,  # []
     tile_index: jax.Array,
 ) -> tuple[Pages, Pages, jax.Array]:
     """Return a tile's keys and values [kv_heads, slots, head_dim] and its mask [tokens, slots]."""
     pages = lax.dynamic_slice_in_dim(table, tile_index * call.pages_per_tile, call.pages_per_tile)
     slot = tile_index * call.kv_tile + jnp.arange(call.kv_tile, dtype=jnp.int32)
-    mask = call.options.attention_mask(position, table, slot, call.keys.shape[2])
+    mask = call.options.attention_mask(position, end, table, slot, call.keys.shape[2])
     pages = call.options.visible_pages(pages, mask)
     k = gather_slots(call.keys, pages)
     # A masked value may be NaN, and its weight of zero would not hide that.
@@ -148,12 +151,10 @@ def _initial_state(
 
 def _visible_kv_tiles(
     position: jax.Array,  # [tokens]
+    end: jax.Array,  # []
     kv_tile: int,
     window: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the first tile that any query sees, and one past the last."""
-    end = position.max() // kv_tile + 1
-    if window is None:
-        return jnp.int32(0), end
-    lowest = jnp.where(position >= 0, position, position.max()).min()
-    return jnp.maximum(lowest - window + 1, 0) // kv_tile, end
+    first_slot, last_slot = visible_range(position[None], end, window)[0]
+    return first_slot // kv_tile, last_slot // kv_tile + 1

@@ -1,0 +1,140 @@
+"""Checks of what :func:`paged_attention` is given."""
+
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from qpaged._arguments import as_array
+from qpaged.arrays import dtype_of_floats
+from qpaged.attention._new_tokens import NewTokens
+from qpaged.attention._options import Options
+from qpaged.cache import PagedAttentionCacheMetaData
+from qpaged.cache._config import LARGEST_INDEX
+
+LARGEST_SCALE = 2.0**16
+LEAST_CAP = float(jnp.finfo(jnp.float32).tiny)  # a smaller one would become 0, and scores over it NaN
+LARGEST_CAP = 1e30  # scores under 1e-8 over it would be subnormal, and become zeros
+
+
+def check_query(query: jax.Array, count: int | None, config: PagedAttentionCacheMetaData) -> None:
+    """Raise unless the query has ``count`` tokens, any number if None, of the cache's head size."""
+    dtype_of_floats("query", query.dtype)
+    if query.ndim != 3:
+        raise ValueError(
+            f"query must have shape (tokens, q_heads, head_dim), but came with shape {query.shape}."
+        )
+    tokens, q_heads, head_dim = query.shape
+    kv_heads = config.num_kv_heads
+    fault = None
+    if count not in (None, tokens):
+        fault = f"a row for each of the {count} tokens of the metadata, but has {tokens} rows"
+    elif q_heads == 0 or q_heads % kv_heads:
+        fault = f"a multiple of the {kv_heads} KV heads, but has {q_heads} heads"
+    elif head_dim != config.kv_head_dim_size:
+        fault = f"the cache's head_dim {config.kv_head_dim_size}, but has {head_dim}"
+    if fault is not None:
+        raise ValueError(
+            f"query must have {fault}; its shape {query.shape} is read as (tokens, q_heads, head_dim)."
+        )
+
+
+def checked_options(
+    config: PagedAttentionCacheMetaData, scale: float | None, window: int | None, cap: float | None
+) -> Options:
+    """Return the options of a call, or raise what is wrong with one."""
+    scale = 1 / math.sqrt(config.kv_head_dim_size) if scale is None else _as_float("softmax_scale", scale)
+    if not abs(scale) <= LARGEST_SCALE:  # nor NaN
+        raise ValueError(
+            f"softmax_scale must be at most {LARGEST_SCALE} in magnitude, so that float32 tells scores "
+            f"apart, but came as {scale}; None is for 1 / sqrt(head_dim)."
+        )
+    if window is not None:
+        try:
+            window = operator.index(window)
+        except TypeError as error:  # that of a traced value, too
+            raise TypeError(
+                f"sliding_window must be an integer that is known when the call is traced, or None for no "
+                f"window, but came as {window!r}."
+            ) from error
+        if window < 1:
+            raise ValueError(
+                f"sliding_window must be at least 1, or None for no window, but came as {window}."
+            )
+        if window >= LARGEST_INDEX:  # which no position reaches
+            window = None
+    if cap is not None:
+        cap = _as_float("logits_soft_cap", cap)
+        if not LEAST_CAP <= cap <= LARGEST_CAP:
+            raise ValueError(
+                f"logits_soft_cap must be from {LEAST_CAP:.3g} to {LARGEST_CAP}, as float32 loses scores "
+                f"over any other, but came as {cap}; None is for no cap."
+            )
+    return Options(scale, window, cap, config.num_pages_per_layer)
+
+
+def _as_float(name: str, value: Any) -> float:
+    """Return an option as a float, or raise TypeError unless it is a real number with a known value."""
+    is_text = isinstance(value, str | bytes)  # of which float would read digits
+    try:
+        if not is_text and np.ndim(value) == 0 and not np.iscomplexobj(value):
+            return float(value)
+    except (TypeError, ValueError, OverflowError):  # that of a traced value, too
+        pass
+    raise TypeError(
+        f"{name} must be a real number that is known when the call is traced, or None, but came as "
+        f"{value!r:.60}; make it static under jit."
+    )
+
+
+def checked_sinks(sinks: ArrayLike, q_heads: int) -> jax.Array:
+    """Return sinks as float32, or raise what is wrong with them."""
+    sinks = jnp.asarray(sinks)
+    if sinks.shape != (q_heads,):
+        raise ValueError(
+            f"sinks must have shape (q_heads,) = ({q_heads},), but came with shape {sinks.shape}."
+        )
+    if not any(jnp.issubdtype(sinks.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"sinks must be real numbers, but came as {sinks.dtype.name}; take .real, say.")
+    sinks = sinks.astype(jnp.float32)
+    if not isinstance(sinks, jax.core.Tracer) and not np.all(np.asarray(sinks) < np.inf):  # nor NaN
+        raise ValueError(f"sinks must be logits below infinity, but came as {sinks}; -inf is for no sink.")
+    # Where they are traced: a row whose maximum is infinite would be NaN in the online softmax.
+    return jnp.minimum(sinks, jnp.finfo(jnp.float32).max)
+
+
+def checked_new(
+    new: tuple[ArrayLike, ArrayLike], tokens: int, config: PagedAttentionCacheMetaData
+) -> NewTokens:
+    """Return the keys and values of a call's own tokens, or raise what is wrong with them."""
+    shape = (tokens, config.num_kv_heads, config.kv_head_dim_size)
+    if not isinstance(new, tuple | list) or len(new) != 2:
+        raise TypeError(
+            f"new must be (key, value), but came as a {type(new).__name__}; give both in a tuple."
+        )
+    rows = [as_array(f"new[{index}]", array) for index, array in enumerate(new)]
+    for index, array in enumerate(rows):
+        if array.shape != shape:
+            raise ValueError(
+                f"new[{index}] must have shape (tokens, kv_heads, head_dim) = {shape}, as writes take it, "
+                f"but came with shape {array.shape}."
+            )
+        dtype_of_floats(f"new[{index}]", array.dtype)
+    return NewTokens(*rows)
+
+
+def check_consecutive(position: jax.Array) -> None:
+    """Raise unless the positions of a prefill, as far as they are known, follow one another up to padding."""
+    if isinstance(position, jax.core.Tracer):
+        return
+    known = np.asarray(position)
+    tokens = int((known >= 0).sum())
+    if not np.array_equal(known[:tokens], known[:1] + np.arange(tokens)):
+        raise ValueError(
+            f"new must be the tokens at positions that follow one another, but prefill_position is "
+            f"{known[:8].tolist()}{' and so on' * (len(known) > 8)}; write first, and attend without new."
+        )
