@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from qpaged._compat import jit_options_of
 from qpaged._deprecated import renamed_argument, warn_renamed
@@ -25,6 +24,7 @@ from qpaged.adopt._arguments import (
     path_name,
     path_under,
 )
+from qpaged.adopt._blocks import KnownBlocks
 from qpaged.adopt._cache_leaf import FoundCache
 from qpaged.adopt._encode import check_layers, check_zeros, quantize_leaf, quantizer_for
 from qpaged.adopt._find import find_in
@@ -32,6 +32,7 @@ from qpaged.adopt._options import AxesOption, Where
 from qpaged.adopt._report import MaterializeError, Report, listed
 from qpaged.adopt._saving import register_with_flax
 from qpaged.arrays import QuantizedArray, is_quantized, overwrite
+from qpaged.arrays._joined import Joined
 from qpaged.formats import CacheFormat, Quantizer
 from qpaged.implicit import Materialization, record_materializations, use_implicit_args
 from qpaged.implicit._tree import same_layout
@@ -97,13 +98,13 @@ class _History:
 
     Attributes:
         materialized: the places where arrays were decoded, in the order in which they were met.
-        blocks: by path, the blocks of the arrays that ``init`` and ``apply`` returned.
+        blocks: the blocks of the arrays that ``init`` and ``apply`` returned.
         ran_on_floats: whether the last program that was traced had a cache of floats.
         warned_of_floats: whether the user was told of one.
     """
 
     materialized: dict[Materialization, None] = field(default_factory=dict)
-    blocks: dict[str, set[tuple[int, ...]]] = field(default_factory=dict)
+    blocks: KnownBlocks = field(default_factory=KnownBlocks)
     ran_on_floats: bool = False
     warned_of_floats: bool = False
 
@@ -175,7 +176,8 @@ class QuantizedStep:
         with record_materializations() as records:
             out = self._run(*args, **kwargs)
         # Weights may be implicit arrays of other classes, and may be decoded as they like.
-        decoded = [record for record in records if record.array_type == QuantizedArray.__name__]
+        of_cache = {kind.__name__ for kind in (QuantizedArray, Joined)}
+        decoded = [record for record in records if record.array_type in of_cache]
         self._add_to_report(decoded)
         return self._requantize_outputs(out, arguments)
 
@@ -318,27 +320,11 @@ class QuantizedStep:
             )
 
     def _check_blocks(self, arguments: Arguments) -> None:
-        """Raise ValueError if something has changed the codes and the scales of an array apart.
-
-        Shapes alone do not show it: the first 20 of 32 tokens beside both scales look like two pages of 10.
-        """
+        """Raise ValueError for an array of another format, or of codes and scales that were changed apart."""
         for path, array in zip(arguments.paths, arguments.arrays, strict=True):
             if is_quantized(array):
                 self._check_format(path, array)
-            known = self._history.blocks.get(path)
-            if not known or not is_quantized(array) or array.scales is None:
-                continue
-            if array.ndim != len(self._leaves[path].axes):
-                continue
-            extents_with_scales = np.multiply(array.block, array.scales.shape)
-            if array.block in known and array.shape == tuple(extents_with_scales):
-                continue
-            raise ValueError(
-                f"{path} has codes {array.codes.shape} and scales {array.scales.shape}, which do not go "
-                f"together in blocks of {' or '.join(map(str, known))}, as step.init made them: jax.tree.map "
-                f"changes them apart. Use step.apply(function, cache). If the cache was made elsewhere, pass "
-                f"it through step.init() first."
-            )
+                self._history.blocks.check(path, array)
 
     def _quantize_argument(self, name: str, tree: Pytree) -> Pytree:
         """Return an argument with the arrays of the cache in it quantized."""
@@ -381,7 +367,7 @@ class QuantizedStep:
     def _remember_blocks(self, path: str, array: Any) -> Any:
         """Return an array of a cache that goes out to the user, after noting its blocks."""
         if path in self._leaves and is_quantized(array):
-            self._history.blocks.setdefault(path, set()).add(array.block)
+            self._history.blocks.note(path, array)
         return array
 
     def _requantize_outputs(self, out: Pytree, arguments: Arguments) -> Pytree:

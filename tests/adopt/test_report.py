@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from qpaged.adopt import quantize_cache
+from qpaged.adopt import MaterializeError, quantize_cache
 
 LENGTH = 32
 CACHE = (jnp.zeros((2, LENGTH, 16)), jnp.zeros((2, LENGTH, 16)))
@@ -41,3 +41,24 @@ def test_the_report_says_what_ran_last():
         assert words in str(run.report()) and words in str(part.report())
     copied = pickle.loads(pickle.dumps(run.report()))
     assert str(copied) == str(run.report())
+
+
+def clipped_step(x, position, cache):
+    """Attend to the rows beside the new one, whose keys are clipped after they are joined."""
+    keys, values = (jnp.concatenate([array, x], axis=1) for array in cache)
+    scores = jnp.einsum("btd,bsd->bts", x, jnp.clip(keys, -9, 9))
+    out = jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores), values)
+    written = [lax.dynamic_update_slice(array, x, (0, position, 0)) for array in cache]
+    return out, tuple(written)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_cache_that_is_decoded_after_rows_were_joined_to_it_is_reported():
+    arguments = jnp.ones((2, 1, 16)), jnp.int32(0), CACHE
+    run = quantize_cache(clipped_step, "int8", example=arguments)
+    (place,) = run.report()
+    lines, first_line = inspect.getsourcelines(clipped_step)
+    (line,) = [first_line + offset for offset, text in enumerate(lines) if "jnp.clip" in text]
+    assert (place.shape, place.file, place.line) == ((2, LENGTH + 1, 16), __file__, line)
+    with pytest.raises(MaterializeError, match="must not dequantize"):
+        quantize_cache(clipped_step, "int8", example=arguments, strict=True)
