@@ -62,7 +62,7 @@ def attention_backends(
         query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata
     ) -> None:
         calls = []
-        for tokens, _ in _requests(as_array("query", query), view, metadata):
+        for tokens, _ in _token_groups(as_array("query", query), view, metadata):
             calls.append(_untransformed_call(tokens, view.key_pages, view.value_pages))
         traced_backends.append(_backends.list_backends(calls))
 
@@ -136,33 +136,36 @@ def paged_attention(
         backend: the name of one of :func:`attention_backends`, which never falls back. None for the first of
             them that takes the call and is for the platform that the program is lowered for, be it there or
             not. Only ``reference`` can be differentiated in reverse.
-        new: (key, value) of the call's own tokens, (tokens, kv_heads, head_dim) each: attend to these as they
-            are given, and to older ones as ``view`` has them, and write them afterwards. The format then
+        new: (key, value) of the call's own tokens, floats (tokens, kv_heads, head_dim): attend to these as
+            they are given, and to older ones as ``view`` has them, and write them afterwards. The format then
             rounds nothing between a query and the tokens of its own call. The positions of a prefill must
-            follow one another. None if ``view`` holds them already.
+            follow one another, padding last; where they are traced, and cannot be refused, others make its
+            rows NaN. A decode row sees of the new tokens its own alone: give each sequence one row. None if
+            ``view`` holds the tokens already.
         return_lse: return the log-sum-exp of the scores too, for :func:`merge_attention`.
 
     Returns:
         (as query) in the query's dtype; zeros for padding and for inactive rows. With ``return_lse`` the same
         in float32, and (tokens, q_heads) float32: the natural logarithm of the sum of exp(score) over the
-        slots that the query sees and the sink, after scale and soft cap; -inf where it sees nothing.
+        slots that the query sees and the sink, after scale and soft cap; -inf where there are neither.
 
     Raises:
-        TypeError, ValueError: a shape, dtype or option other than these, or a backend that declines the call.
+        TypeError, ValueError: a shape, dtype, option or position other than these, or a backend that declines
+            the call.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, or None, but came as {backend!r}.")
     query = as_array("query", query)
-    requests = _requests(query, view, metadata, new)
+    groups = _token_groups(query, view, metadata, new)
     options = checked_options(view.metadata, softmax_scale, sliding_window, logits_soft_cap)
     if sinks is not None:
         sinks = checked_sinks(sinks, query.shape[1])
     method = Method(backend, options, jnp.dtype(jnp.float32) if return_lse else query.dtype)
-    if not requests:
-        out, lse = jnp.zeros(query.shape, method.dtype), jnp.full(query.shape[:2], -jnp.inf, jnp.float32)
-        return (out, lse) if return_lse else out
+    if not groups:
+        out = jnp.zeros_like(query, method.dtype)
+        return (out, jnp.full_like(query[..., 0], -jnp.inf, jnp.float32)) if return_lse else out
     try:
-        out, lse = _attend_pools(method, view.key_pages, view.value_pages, requests, sinks)
+        out, lse = _attend_pools(method, view.key_pages, view.value_pages, groups, sinks)
     except ValueError as error:
         if "Only interpret mode is supported" not in str(error):  # JAX's words for a kernel on CPU
             raise
@@ -186,8 +189,8 @@ class Method(NamedTuple):
     dtype: np.dtype
 
 
-class Request(NamedTuple):
-    """Queries of one kind, and the keys and values of their own tokens; None if the cache holds these."""
+class TokenGroup(NamedTuple):
+    """Queries of one kind, and the keys and values of their tokens; None if the cache holds these."""
 
     tokens: QueryTokens
     new: NewTokens | None
@@ -198,7 +201,7 @@ def _attend_pools(
     method: Method,
     keys: Pages,  # [kv_heads, pages, page_size, head_dim]
     values: Pages,  # [kv_heads, pages, page_size, head_dim]
-    requests: list[Request],
+    groups: list[TokenGroup],
     sinks: jax.Array | None,  # [q_heads]
 ) -> Partial:
     """Return the attention over pools of any kind, wherever they lie."""
@@ -209,21 +212,23 @@ def _attend_pools(
     elif sharding is not None:
         over_heads = sharding.update(spec=PartitionSpec(None, sharding.spec[0]))  # as the pools' heads are
         attend = with_auto_axes(attend, over_heads)
-    return attend(keys, values, requests, sinks)
+    return attend(keys, values, groups, sinks)
 
 
 def _attend_all(
-    method: Method, keys: Pages, values: Pages, requests: list[Request], sinks: jax.Array | None
+    method: Method, keys: Pages, values: Pages, groups: list[TokenGroup], sinks: jax.Array | None
 ) -> Partial:
     """Return the attention of the prefill's tokens and of the decode's rows, one after the other."""
-    partials = [_attend(method, keys, values, request, sinks) for request in requests]
+    partials = [_attend(method, keys, values, group, sinks) for group in groups]
     out, lse = (jnp.concatenate(of_each) for of_each in zip(*partials, strict=True))
     return Partial(out.astype(method.dtype), lse)
 
 
-def _attend(method: Method, keys: Pages, values: Pages, request: Request, sinks: jax.Array | None) -> Partial:
-    """Return the attention of queries of one kind: to pages, to their own tokens, and to the sinks."""
-    tokens, new = request
+def _attend(
+    method: Method, keys: Pages, values: Pages, group: TokenGroup, sinks: jax.Array | None
+) -> Partial:
+    """Return the attention of queries of one kind: to pages, to new tokens, and to the sinks."""
+    tokens, new = group
     if not tokens.query.size or not tokens.table.shape[-1]:
         shape = tokens.query.shape
         return Partial(jnp.zeros(shape, jnp.float32), jnp.full(shape[:2], -jnp.inf, jnp.float32))
@@ -258,12 +263,12 @@ def _untransformed_call(tokens: QueryTokens, keys: Pages, values: Pages) -> Atte
     return AttentionCall(dataclasses.replace(tokens, query=query), untransformed(keys), untransformed(values))
 
 
-def _requests(
+def _token_groups(
     query: jax.Array,
     view: PagedAttentionCacheView,
     metadata: PagedAttentionMetadata,
     new: tuple[ArrayLike, ArrayLike] | None = None,
-) -> list[Request]:
+) -> list[TokenGroup]:
     """Return the prefill's tokens and the decode's rows, whichever there are, with their queries."""
     advice = "give cache.views[i], the view of layer i"
     check_type("view", view, PagedAttentionCacheView, "a qpaged.PagedAttentionCacheView", advice)
@@ -273,16 +278,16 @@ def _requests(
     count = sum(len(position) for position, _ in steps) if steps else None
     check_query(query, count, config)
     new_tokens = None if new is None else checked_new(new, len(query), config)
-    requests, start = [], 0
+    groups, start = [], 0
     for position, table in steps:
         table = table[..., : LARGEST_INDEX // config.page_size]  # no int32 position lies further
         position = jnp.where(position < table.shape[-1] * config.page_size, position, -1)
         here = slice(start, start + len(position))
-        no_end = jnp.full(table.shape[:-1], LARGEST_INDEX, jnp.int32)
-        tokens = QueryTokens(query[here], position, table, no_end)
+        no_end = np.full(table.shape[:-1], LARGEST_INDEX, np.int32)  # of NumPy, which dispatches nothing
+        tokens = QueryTokens(query[here], position, table, no_end)  # type: ignore[arg-type]
         own = None if new_tokens is None else NewTokens(new_tokens.key[here], new_tokens.value[here])
-        requests.append(Request(tokens, own))
+        groups.append(TokenGroup(tokens, own))
         start = here.stop
     if new is not None and not metadata.is_decode_mode():
-        check_consecutive(requests[0].tokens.position)
-    return requests
+        check_consecutive(groups[0].tokens.position)
+    return groups

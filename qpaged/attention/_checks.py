@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from qpaged._arguments import as_array
+from qpaged._arguments import as_array, shown
 from qpaged.arrays import dtype_of_floats
-from qpaged.attention._new_tokens import NewTokens
+from qpaged.attention._new_tokens import NewTokens, are_consecutive
 from qpaged.attention._options import Options
 from qpaged.cache import PagedAttentionCacheMetaData
 from qpaged.cache._config import LARGEST_INDEX
@@ -113,15 +113,13 @@ def checked_new(
     """Return the keys and values of a call's own tokens, or raise what is wrong with them."""
     shape = (tokens, config.num_kv_heads, config.kv_head_dim_size)
     if not isinstance(new, tuple | list) or len(new) != 2:
-        raise TypeError(
-            f"new must be (key, value), but came as a {type(new).__name__}; give both in a tuple."
-        )
+        raise TypeError(f"new must be (key, value), but came as {shown(new)}; give both in a tuple.")
     rows = [as_array(f"new[{index}]", array) for index, array in enumerate(new)]
     for index, array in enumerate(rows):
         if array.shape != shape:
             raise ValueError(
-                f"new[{index}] must have shape (tokens, kv_heads, head_dim) = {shape}, as writes take it, "
-                f"but came with shape {array.shape}."
+                f"new[{index}] must have shape (tokens, kv_heads, head_dim) = {shape}, but came with "
+                f"shape {array.shape}; give what is written to the view."
             )
         dtype_of_floats(f"new[{index}]", array.dtype)
     return NewTokens(*rows)
@@ -131,10 +129,9 @@ def check_consecutive(position: jax.Array) -> None:
     """Raise unless the positions of a prefill, as far as they are known, follow one another up to padding."""
     if isinstance(position, jax.core.Tracer):
         return
-    known = np.asarray(position)
-    tokens = int((known >= 0).sum())
-    if not np.array_equal(known[:tokens], known[:1] + np.arange(tokens)):
+    if not bool(are_consecutive(position)):
+        known = np.asarray(position)
         raise ValueError(
-            f"new must be the tokens at positions that follow one another, but prefill_position is "
+            f"new must be of tokens whose positions follow one another, padding last, but they are at "
             f"{known[:8].tolist()}{' and so on' * (len(known) > 8)}; write first, and attend without new."
         )

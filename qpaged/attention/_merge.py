@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._arguments import as_array
+from qpaged._arguments import as_array, check_type, shown
+from qpaged.arrays import dtype_of_floats
 
 
 class Partial(NamedTuple):
@@ -50,9 +51,9 @@ def merge_attention(partials: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[ja
     caches, or not all in pages.
 
     Args:
-        partials: (out, lse) of each, as :func:`paged_attention` returns them with ``return_lse=True``:
-            (tokens, q_heads, head_dim) and (tokens, q_heads). At least one. Each slot is in one of them
-            alone, and so are the attention sinks.
+        partials: (out, lse) of each, as :func:`paged_attention` returns them with ``return_lse=True``: finite
+            floats (tokens, q_heads, head_dim), and natural logarithms (tokens, q_heads). At least one. Each
+            slot is in one of them alone, and so are the attention sinks.
 
     Returns:
         (out, lse) of all together in float32; zeros and -inf where a query sees nothing in any of them.
@@ -60,6 +61,7 @@ def merge_attention(partials: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[ja
     Raises:
         TypeError, ValueError: no partials, or partials whose shapes do not fit.
     """
+    check_type("partials", partials, Sequence, "a sequence of (out, lse)", "give a list of them")
     checked = [_checked_partial(index, partial) for index, partial in enumerate(partials)]
     if not checked:
         raise ValueError("partials must be at least one (out, lse), but there are none; give all of them.")
@@ -69,37 +71,44 @@ def merge_attention(partials: Sequence[tuple[jax.Array, jax.Array]]) -> tuple[ja
             f"partials must be of the same queries, but have outputs of shapes {sorted(shapes)}; give "
             f"those of one step."
         )
-    return merge(checked)
+    out, lse = merge(checked)  # as a plain tuple, which loops can carry
+    return out, lse
 
 
 def _checked_partial(index: int, partial: tuple[jax.Array, jax.Array]) -> Partial:
-    try:
-        out, lse = partial
-    except (TypeError, ValueError) as error:
+    name = f"partials[{index}]"
+    if not isinstance(partial, tuple | list) or len(partial) != 2:
         raise TypeError(
-            f"partials[{index}] must be (out, lse), as paged_attention returns with return_lse=True, but is "
-            f"a {type(partial).__name__}."
-        ) from error
-    out, lse = as_array(f"partials[{index}][0]", out), as_array(f"partials[{index}][1]", lse)
-    if out.ndim == 0 or lse.shape != out.shape[:-1]:
+            f"{name} must be (out, lse), but came as {shown(partial)}; give what paged_attention returns "
+            f"with return_lse=True."
+        )
+    out, lse = (as_array(f"{name}[{part}]", array) for part, array in enumerate(partial))
+    for part, array in enumerate((out, lse)):
+        dtype_of_floats(f"{name}[{part}]", array.dtype)
+    if out.ndim != 3 or lse.shape != out.shape[:-1]:
         raise ValueError(
-            f"partials[{index}] must be (tokens, q_heads, head_dim) and (tokens, q_heads), but has shapes "
-            f"{out.shape} and {lse.shape}."
+            f"{name} must have shapes (tokens, q_heads, head_dim) and (tokens, q_heads), but came with "
+            f"{out.shape} and {lse.shape}; give what paged_attention returns with return_lse=True."
         )
     return Partial(out.astype(jnp.float32), lse.astype(jnp.float32))
 
 
 def merge(partials: Sequence[Partial]) -> Partial:
     """Return attention over all slots of the partials."""
-    highest = functools.reduce(jnp.maximum, [partial.lse for partial in partials])
-    highest = lax.stop_gradient(jnp.where(highest == -jnp.inf, 0, highest))  # -inf - -inf would be NaN
+    highest = _highest([partial.lse for partial in partials])
     weights = [jnp.exp(partial.lse - highest) for partial in partials]
     weighted = [weight[..., None] * partial.out for weight, partial in zip(weights, partials, strict=True)]
-    acc = functools.reduce(jnp.add, weighted)
-    return Partial.of_sums(acc, highest, functools.reduce(jnp.add, weights))
+    return Partial.of_sums(functools.reduce(jnp.add, weighted), highest, functools.reduce(jnp.add, weights))
 
 
 def with_sinks(partial: Partial, sinks: jax.Array) -> Partial:
     """Return a partial with each head's sink (q_heads,): a score that carries no value."""
-    of_sinks = Partial(jnp.zeros_like(partial.out), jnp.broadcast_to(sinks, partial.lse.shape))
-    return merge([partial, of_sinks])
+    highest = _highest([partial.lse, sinks])
+    weight = jnp.exp(partial.lse - highest)
+    return Partial.of_sums(weight[..., None] * partial.out, highest, weight + jnp.exp(sinks - highest))
+
+
+def _highest(scores: Sequence[jax.Array]) -> jax.Array:
+    """Return the highest of scores, or 0 where all are -inf, whose difference would be NaN."""
+    highest = functools.reduce(jnp.maximum, scores)
+    return lax.stop_gradient(jnp.where(highest == -jnp.inf, 0, highest))

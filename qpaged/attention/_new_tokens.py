@@ -24,18 +24,29 @@ class NewTokens(NamedTuple):
 def before_new(tokens: QueryTokens) -> QueryTokens:
     """Return the queries with an end before the first of their own tokens, which the cache does not hold yet.
 
-    The positions of a prefill follow one another.
+    The positions of a prefill follow one another: see :func:`are_consecutive`.
     """
     end = tokens.position[0] if tokens.is_prefill else tokens.position
     return dataclasses.replace(tokens, end=jnp.maximum(end, 0))
 
 
+def are_consecutive(position: jax.Array) -> jax.Array:
+    """Return [] bool, True if positions [tokens] follow one another, and padding (negative) follows them."""
+    is_token = position >= 0
+    index = jnp.arange(len(position), dtype=jnp.int32)
+    padding_is_last = is_token == (index < is_token.sum())
+    return jnp.all(padding_is_last & (~is_token | (position == position[:1] + index)))
+
+
 def attend_new(
     backend: str | None, tokens: QueryTokens, new: NewTokens, page_size: int, options: Options
 ) -> Partial:
-    """Return the causal attention of a call's queries to its own tokens."""
+    """Return the causal attention of a call's queries to its new tokens.
+
+    Each decode row sees its own alone. Rows of a prefill whose positions do not follow one another are NaN.
+    """
     if not tokens.is_prefill:
-        return _attend_own(tokens, new, options)
+        return _attend_new_decodes(tokens, new, options)
     keys, values = (_as_pages(rows, page_size) for rows in new)
     pages = keys.shape[1]
     index = jnp.arange(len(tokens.position), dtype=jnp.int32)
@@ -46,9 +57,12 @@ def attend_new(
         end=jnp.int32(len(index)),
     )
     call, options = AttentionCall(local, keys, values), dataclasses.replace(options, num_pages=pages)
-    if backend == "reference":  # the only one with derivatives in reverse
-        return _backends.attend_by_name(backend, call, options)
-    return _backends.attend(call, options)
+    if backend in ("xla", "reference"):  # which take any call
+        out, lse = _backends.attend_by_name(backend, call, options)
+    else:
+        out, lse = _backends.attend(call, options)
+    is_right = are_consecutive(tokens.position) | (tokens.position < 0)
+    return Partial(jnp.where(is_right[:, None, None], out, jnp.nan), lse)
 
 
 def _as_pages(rows: jax.Array, page_size: int) -> jax.Array:
@@ -57,14 +71,22 @@ def _as_pages(rows: jax.Array, page_size: int) -> jax.Array:
     return rows.reshape(rows.shape[0], -1, page_size, rows.shape[2])
 
 
-def _attend_own(tokens: QueryTokens, new: NewTokens, options: Options) -> Partial:
+def _attend_new_decodes(tokens: QueryTokens, new: NewTokens, options: Options) -> Partial:
     """Return the attention of each decode row to its own token alone."""
     rows, q_heads, head_dim = tokens.query.shape
     kv_heads = new.key.shape[1]
-    dtype = common_dtype(tokens.query.dtype, new.key.dtype)
-    query = tokens.query.reshape(rows, kv_heads, -1, head_dim).astype(dtype)
-    dots = jnp.einsum("nhgd,nhd->nhg", query, new.key.astype(dtype), preferred_element_type=jnp.float32)
+    is_active = (tokens.position >= 0)[:, None, None]
+    key, value = (
+        jnp.where(is_active, array, jnp.zeros((), array.dtype)) for array in new
+    )  # which may be NaN
+    dtype = common_dtype(tokens.query.dtype, key.dtype)
+    dots = jnp.einsum(
+        "nhgd,nhd->nhg",
+        tokens.query.reshape(rows, kv_heads, -1, head_dim).astype(dtype),
+        key.astype(dtype),
+        precision="highest",  # or a TPU would round float32 to bfloat16
+        preferred_element_type=jnp.float32,
+    )
     scores = options.scale_and_cap(dots).reshape(rows, q_heads)
-    values = jnp.repeat(new.value.astype(jnp.float32), q_heads // kv_heads, axis=1)
-    is_active = (tokens.position >= 0)[:, None]
-    return Partial(jnp.where(is_active[..., None], values, 0), jnp.where(is_active, scores, -jnp.inf))
+    out = jnp.repeat(value.astype(jnp.float32), q_heads // kv_heads, axis=1)
+    return Partial(out, jnp.where(is_active[..., 0], scores, -jnp.inf))

@@ -70,7 +70,7 @@ class QueryTokens:
         query: [tokens, q_heads, head_dim].
         position: [tokens] int32; negative for padding and inactive rows, whose output is zeros.
         table: the page table, [pages] int32 for a prefill and [tokens, pages] for decode rows.
-        end: the slot from which on none is seen, [] int32 for a prefill and [tokens] for decode rows.
+        end: the first slot that no query sees, [] int32 for a prefill and [tokens] for decode rows.
     """
 
     query: jax.Array

@@ -136,7 +136,7 @@ def _kernel(
     lax.fori_loop(first, end, attend_kv_tile, None)
     # Query rows that see nothing have a sum of 0, and give 0.
     row_sum = state.row_sum[...]  # [kv_heads, q_rows, 1]
-    is_seen = row_sum > 0
+    is_seen = row_sum != 0  # also where the sum is NaN, which is to be seen
     total = jnp.where(is_seen, row_sum, 1)
     out_ref[0] = state.acc[...] / total[:, None]
     lse_ref[0] = jnp.where(is_seen, state.row_max[...] + jnp.log(total), -jnp.inf)[..., 0]

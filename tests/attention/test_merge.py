@@ -114,11 +114,18 @@ def test_gradients_are_finite_where_a_row_sees_nothing():
     ("partials", "error", "message"),
     [
         ([], ValueError, "partials must be at least one"),
-        ([jnp.zeros((1, 2, 8))], TypeError, r"partials\[0\] must be \(out, lse\), .*return_lse=True"),
+        (None, TypeError, r"partials must be a sequence of \(out, lse\), but got None"),
+        ([(jnp.zeros((1, 2, 8), int), jnp.zeros((1, 2)))], TypeError, r"partials\[0\]\[0\] must have a real"),
+        ([(jnp.zeros(8), jnp.zeros(()))], ValueError, r"partials\[0\] must have shapes \(tokens, q_heads"),
+        (
+            [jnp.zeros((1, 2, 8))],
+            TypeError,
+            r"partials\[0\] must be \(out, lse\), but came as a .*return_lse=True",
+        ),
         (
             [(jnp.zeros((1, 2, 8)), jnp.zeros((1, 3)))],
             ValueError,
-            r"partials\[0\] must be .* \(1, 2, 8\) and \(1, 3\)",
+            r"partials\[0\] must have shapes .* \(1, 2, 8\) and \(1, 3\)",
         ),
         (
             [(jnp.zeros((1, 2, 8)), jnp.zeros((1, 2))), (jnp.zeros((3, 2, 8)), jnp.zeros((3, 2)))],
@@ -130,3 +137,13 @@ def test_gradients_are_finite_where_a_row_sees_nothing():
 def test_partials_that_do_not_fit_are_refused(partials, error, message):
     with pytest.raises(error, match=message):
         qpaged.merge_attention(partials)
+
+
+def test_partials_are_merged_in_a_loop():
+    """What is merged is of the tree that is given, as a loop over devices or pages carries it."""
+    partial = (normal(3, 2, 8), jnp.zeros((3, 2)))
+    (out, lse), _ = jax.lax.scan(
+        lambda total, _: (qpaged.merge_attention([total, partial]), None), partial, None, length=3
+    )
+    np.testing.assert_allclose(out, partial[0], rtol=1e-6)
+    np.testing.assert_allclose(lse, np.log(4), rtol=1e-6)

@@ -1,6 +1,7 @@
 """Attention before the write: to a call's own tokens as they are given, and to older ones as the view has."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -151,11 +152,35 @@ def test_new_tokens_of_other_kinds_are_refused(name):
         qpaged.paged_attention(jnp.zeros((6, Q_HEADS, 32)), view, decode(table), new=new)
 
 
-def test_positions_with_gaps_are_refused():
+@pytest.mark.parametrize("position", [[3, 4, 6], [-1, 0, 1], [4, 3, 5], [2, -1, 4]], ids=str)
+def test_positions_that_do_not_follow_one_another_are_refused_or_give_nan(position):
     view, table = filled_view("int8", KV_HEADS, 32)
-    step = qpaged.PagedAttentionMetadata.prefill(position=[3, 4, 6], page_table=table[-1])
+    step = qpaged.PagedAttentionMetadata.prefill(position=position, page_table=table[-1])
     query, key, value = rows_of(step, 32)
     with pytest.raises(
-        ValueError, match=r"follow one another, but prefill_position is \[3, 4, 6\]; write first"
+        ValueError, match=rf"padding last, but they are at {re.escape(str(position))}; write first"
     ):
         qpaged.paged_attention(query, view, step, new=(key, value))
+    out = attend(query, view, step, new=(key, value))  # where positions are traced
+    active = np.array(position) >= 0
+    assert np.isnan(out[active]).all() and not out[~active].any()
+
+
+@pytest.mark.skipif(not qpaged.attention_backends()[0].available, reason="needs the tpu backend")
+@pytest.mark.parametrize(("backend", "kernels"), [("xla", 0), ("reference", 0), (None, 2)])
+def test_a_backend_that_is_named_attends_to_new_tokens_too(backend, kernels):
+    view = qpaged.PagedAttentionCacheView.fresh(
+        None,
+        jnp.bfloat16,
+        qpaged.PagedAttentionCacheMetaData(1, 1, 8, 4, 64, 16, 2, 128, 0.5),
+        0,
+        None,
+        "int8",
+    )
+    step = qpaged.PagedAttentionMetadata.prefill(position=np.arange(16), page_table=np.arange(4))
+    query, key, value = (rows.astype(jnp.bfloat16) for rows in rows_of(step, 128))
+    lowered = jax.jit(
+        lambda *rows: qpaged.paged_attention(rows[0], view, step, new=rows[1:], backend=backend)
+    )
+    text = lowered.trace(query, key, value).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == kernels
