@@ -34,7 +34,7 @@ def are_consecutive(position: jax.Array) -> jax.Array:
     """Return [] bool, True if positions [tokens] follow one another, and padding (negative) follows them."""
     is_token = position >= 0
     index = jnp.arange(len(position), dtype=jnp.int32)
-    padding_is_last = is_token == (index < is_token.sum())
+    padding_is_last = is_token == (index < is_token.sum(dtype=jnp.int32))
     return jnp.all(padding_is_last & (~is_token | (position == position[:1] + index)))
 
 

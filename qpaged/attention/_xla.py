@@ -157,4 +157,5 @@ def _visible_kv_tiles(
 ) -> tuple[jax.Array, jax.Array]:
     """Return the first tile that any query sees, and one past the last."""
     first_slot, last_slot = visible_range(position[None], end, window)[0]
-    return lax.div(first_slot, kv_tile), lax.div(last_slot + kv_tile, kv_tile)
+    slots = jnp.int32(kv_tile)
+    return lax.div(first_slot, slots), lax.div(last_slot + slots, slots)

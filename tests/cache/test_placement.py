@@ -371,6 +371,23 @@ def test_sixty_four_bits(format):
     assert bits(after) == bits(write_decodes(expected, KEY[:2], VALUE[:2], decode(rows, ROWS)))
 
 
+@pytest.mark.parametrize("step", ["prefill", "decode"])
+def test_attention_before_the_write_with_sixty_four_bits(step):
+    steps = {"prefill": prefill(np.arange(8), TABLE), "decode": decode(np.array([9, 2]), ROWS)}
+    count = {"prefill": 8, "decode": 2}[step]
+
+    def attend(view):
+        new = (KEY[:count], VALUE[:count])
+        part = qpaged.paged_attention(KEY[:count], view, steps[step], new=new, return_lse=True)
+        return qpaged.merge_attention([part])
+
+    want = jax.jit(attend)(filled("int8"))
+    with x64():
+        for got, expected in zip(jax.jit(attend)(filled("int8")), want, strict=True):
+            assert got.dtype == jnp.float32
+            np.testing.assert_array_equal(got, expected)
+
+
 def test_a_pool_of_float64():
     with x64():
         view = make_view(None, jnp.float64)
