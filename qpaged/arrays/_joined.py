@@ -6,7 +6,6 @@ the results are joined, or added where the axis is contracted: a quantized part 
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,6 +18,7 @@ from qpaged._compat import reshard_primitives
 from qpaged.arrays._dtypes import common_dtype
 from qpaged.arrays._scaled_dot import DotAxes, with_operands_swapped
 from qpaged.implicit import ImplicitArray, aux_field, materialize_nested, primitive_handler
+from qpaged.implicit._facts import axis_after_reshape
 
 if TYPE_CHECKING:
     Operand: TypeAlias = Any
@@ -117,18 +117,10 @@ def _squeeze(primitive, joined: Joined, *, dimensions, **params):
 def _reshape(primitive, joined: Joined, *rest, new_sizes, dimensions=None, **params):
     """Reshape each part, where the joined axis stays an axis, with as many elements before it."""
     axis = joined.axis % joined.ndim
-    after = _axis_after_reshape(joined.shape, axis, new_sizes)
+    after = axis_after_reshape(joined.shape, axis, new_sizes)
     if dimensions is not None or after is None:
         return NotImplemented
     return joined.map(lambda part: lax.reshape(part, _resized(new_sizes, after, part, axis)), after)
-
-
-def _axis_after_reshape(shape: Sequence[int], axis: int, new_sizes: Sequence[int]) -> int | None:
-    """Return the axis of the same length that has as many elements before it; None if there is none."""
-    for after, length in enumerate(new_sizes):
-        if length == shape[axis] and math.prod(new_sizes[:after]) == math.prod(shape[:axis]):
-            return after
-    return None
 
 
 @primitive_handler("broadcast_in_dim")
@@ -158,7 +150,8 @@ def _slice(primitive, joined: Joined, *, start_indices, limit_indices, strides, 
         limit[axis] = min(max(limit[axis] - begin, 0), length)
         parts.append(lax.slice(part, start, limit, steps))
         begin += length
-    return Joined(tuple(parts), joined.axis)
+    parts = [part for part in parts if part.shape[axis]] or parts[:1]
+    return parts[0] if len(parts) == 1 else Joined(tuple(parts), joined.axis)
 
 
 def _resized(shape: Sequence[int], axis: int, part: Any, axis_of_part: int) -> tuple[int, ...]:
@@ -204,8 +197,7 @@ def _dot(
         return lax.concatenate(outs, outs[0].ndim - kept_from_end)
     cut = axes.other_contract[axes.contract.index(axis)]
     ends = list(itertools.accumulate(joined.lengths))[:-1]
-    sums = [
-        dot(rows, part, jnp.float32)  # which are rounded once, when they are added
-        for rows, part in zip(jnp.split(other, ends, axis=cut), joined.parts, strict=True)
-    ]
+    wide = jnp.promote_types(dtype, jnp.float32)  # in which the sums are added, to be rounded once
+    rows_of_parts = jnp.split(other, ends, axis=cut)
+    sums = [dot(rows, part, wide) for rows, part in zip(rows_of_parts, joined.parts, strict=True)]
     return functools.reduce(jnp.add, sums).astype(dtype)

@@ -167,11 +167,12 @@ def visible_range(
     window: int | None,
 ) -> jax.Array:
     """Return the first and the last slot that any query of a tile sees, [q_tiles, 2]; 0 and -1 for none."""
-    last = jnp.minimum(position.max(axis=1), end - 1)
+    highest = position.max(axis=1)
+    last = jnp.minimum(highest, end - 1)
     if window is None:
         first = jnp.zeros_like(last)
     else:
-        lowest = jnp.where(position >= 0, position, position.max(axis=1)[:, None]).min(axis=1)
+        lowest = jnp.where(position >= 0, position, highest[:, None]).min(axis=1)
         first = jnp.maximum(lowest - (window - 1), 0)
     sees_any = first <= last
     return jnp.stack([jnp.where(sees_any, first, 0), jnp.where(sees_any, last, -1)], axis=1)

@@ -97,8 +97,9 @@ def group_query_heads(query: jax.Array, kv_heads: int) -> jax.Array:
     return query.reshape(kv_heads, tokens * q_heads_per_kv, head_dim)
 
 
-def ungroup_query_heads(out: jax.Array, tokens: int) -> jax.Array:
-    """Undo :func:`group_query_heads`: return [tokens, q_heads, head_dim]."""
-    kv_heads, q_rows, head_dim = out.shape
-    out = out.reshape(kv_heads, tokens, q_rows // tokens, head_dim).swapaxes(0, 1)
-    return out.reshape(tokens, -1, head_dim)
+def ungroup_query_heads(rows: jax.Array, tokens: int) -> jax.Array:
+    """Undo :func:`group_query_heads`: return rows [kv_heads, q_rows, ...] as [tokens, q_heads, ...]."""
+    kv_heads, q_rows, *rest = rows.shape
+    q_heads_per_kv = q_rows // tokens
+    rows = rows.reshape(kv_heads, tokens, q_heads_per_kv, *rest).swapaxes(0, 1)
+    return rows.reshape(tokens, kv_heads * q_heads_per_kv, *rest)

@@ -50,9 +50,7 @@ def _attend_sequence(
     weights, row_max = _weights(scores, mask)
     acc = jnp.einsum("hqs,hsd->hqd", weights, v, precision="highest")
     out, lse = Partial.of_sums(acc, row_max, weights.sum(axis=-1))
-    return Partial(
-        ungroup_query_heads(out, len(query)), ungroup_query_heads(lse[..., None], len(query))[..., 0]
-    )
+    return Partial(ungroup_query_heads(out, len(query)), ungroup_query_heads(lse, len(query)))
 
 
 def _weights(

@@ -120,7 +120,7 @@ def _attend_q_tile(
     first_tile, end_tile = _visible_kv_tiles(position, end, call.kv_tile, call.options.sliding_window)
     row_max, row_sum, acc = lax.fori_loop(first_tile, end_tile, attend_kv_tile, state)
     out, lse = Partial.of_sums(acc, row_max, row_sum)
-    return Partial(ungroup_query_heads(out, tokens), ungroup_query_heads(lse[..., None], tokens)[..., 0])
+    return Partial(ungroup_query_heads(out, tokens), ungroup_query_heads(lse, tokens))
 
 
 def _read_kv_tile(

@@ -169,12 +169,18 @@ def _axis_after_squeeze(eqn: Equation, axis: int) -> int | None:
 
 
 def _axis_after_reshape(eqn: Equation, axis: int) -> int | None:
-    """Return the axis of the same length with as many elements before it; a reshape keeps their order."""
     if eqn.params.get("dimensions") is not None:
         return None  # the order that is kept is that of the axes transposed
-    before, after = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
-    for new_axis, length in enumerate(after):
-        if length == before[axis] != 1 and math.prod(after[:new_axis]) == math.prod(before[:axis]):
+    return axis_after_reshape(_shape(eqn.invars[0]), axis, _shape(eqn.outvars[0]))
+
+
+def axis_after_reshape(shape: Sequence[int], axis: int, new_shape: Sequence[int]) -> int | None:
+    """Return the axis of the same length with as many elements before it; a reshape keeps their order.
+
+    None if there is none, or if the length is 1, of which there may be several.
+    """
+    for new_axis, length in enumerate(new_shape):
+        if length == shape[axis] != 1 and math.prod(new_shape[:new_axis]) == math.prod(shape[:axis]):
             return new_axis
     return None
 

@@ -107,6 +107,7 @@ def test_gradients_are_finite_where_a_row_sees_nothing():
         slope = (loss(query + shifts[0], SINKS + shifts[1]) - loss(query - shifts[0], SINKS - shifts[1])) / (
             2 * step
         )
+        # a central difference of sums in float32
         np.testing.assert_allclose(gradient.sum(), slope, rtol=2e-2, atol=1e-3)
 
 
