@@ -11,7 +11,6 @@ from qpaged.cli import main
 from qpaged.models.tokenizer import ByteTokenizer
 from qpaged.sweep import DTYPES, METRICS, claimed
 
-pytestmark = pytest.mark.xdist_group("sweep command")  # one process makes `finished`, once
 SMALL = ("--tokens", 200, "--context", 48, "--page-size", 8)
 FORMATS = "raw,int8:token/int8"
 
