@@ -32,6 +32,7 @@ from qpaged.adopt._options import AxesOption, Where
 from qpaged.adopt._report import MaterializeError, Report, listed
 from qpaged.adopt._saving import register_with_flax
 from qpaged.arrays import QuantizedArray, is_quantized, overwrite
+from qpaged.arrays._deferred import Deferred
 from qpaged.arrays._joined import Joined
 from qpaged.formats import CacheFormat, Quantizer
 from qpaged.implicit import Materialization, record_materializations, use_implicit_args
@@ -176,7 +177,7 @@ class QuantizedStep:
         with record_materializations() as records:
             out = self._run(*args, **kwargs)
         # Weights may be implicit arrays of other classes, and may be decoded as they like.
-        of_cache = {kind.__name__ for kind in (QuantizedArray, Joined)}
+        of_cache = {kind.__name__ for kind in (QuantizedArray, Joined, Deferred)}
         decoded = [record for record in records if record.array_type in of_cache]
         self._add_to_report(decoded)
         return self._requantize_outputs(out, arguments)

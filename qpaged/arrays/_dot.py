@@ -7,7 +7,8 @@ one byte index at a time, so that they need not be interleaved.
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,27 +92,58 @@ def _dot_in_pieces(other: jax.Array, array: QuantizedArray, axes: DotAxes, param
     if length < 2 * piece_length:
         return _dot_by_byte_index(other, array, axes, params)
 
+    def dot_piece(start: int | jax.Array, other_piece: jax.Array, extent: int) -> jax.Array:
+        return _dot_by_byte_index(other_piece, _slice_array(array, axis, start, extent), axes, params)
+
+    return dot_in_pieces(other, axes, Cut(array.ndim, axis, length, piece_length), dot_piece)
+
+
+class Cut(NamedTuple):
+    """How an operand of ``ndim`` axes is cut: along ``axis``, into pieces of ``piece_length`` and a rest."""
+
+    ndim: int
+    axis: int
+    length: int
+    piece_length: int
+
+
+def dot_in_pieces(
+    other: jax.Array,
+    axes: DotAxes,
+    cut: Cut,
+    dot_of_piece: Callable[[int | jax.Array, jax.Array, int], jax.Array],
+) -> jax.Array:
+    """Return a dot of a plain operand and one that is cut: added up, or joined, from the dots of its pieces.
+
+    Args:
+        other: the plain operand.
+        axes: of the dot.
+        cut: into two pieces or more.
+        dot_of_piece: takes where a piece starts, what of ``other`` meets it, and how long it is; returns a
+            float32 dot with the same axes.
+    """
+    axis = cut.axis
+
     # Recomputed for a gradient, which would otherwise keep all that was decoded. The other operand is an
     # argument, so that what is made of it is recomputed, too.
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
     def dot_piece(start: int | jax.Array, other: jax.Array, extent: int) -> jax.Array:
-        other_piece = _slice_other(other, axes, axis, start, extent)
-        return _dot_by_byte_index(other_piece, _slice_array(array, axis, start, extent), axes, params)
+        return dot_of_piece(start, _slice_other(other, axes, axis, start, extent), extent)
 
-    count, rest = divmod(length, piece_length)
-    starts = piece_length * jnp.arange(count, dtype=jnp.int32)
-    last = dot_piece(count * piece_length, other, rest) if rest else None
+    count, rest = divmod(cut.length, cut.piece_length)
+    starts = cut.piece_length * jnp.arange(count, dtype=jnp.int32)
+    last = dot_piece(count * cut.piece_length, other, rest) if rest else None
     if axis in axes.contract:
         # The first piece is summed outside of the scan, whose carry must have its shape.
-        first = dot_piece(0, other, piece_length)
+        first = dot_piece(0, other, cut.piece_length)
 
         def add_piece(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
-            return total + dot_piece(start, other, piece_length), None
+            return total + dot_piece(start, other, cut.piece_length), None
 
         total, _ = lax.scan(add_piece, first, starts[1:])
         return total if last is None else total + last
-    outs = lax.map(lambda start: dot_piece(start, other, piece_length), starts)
-    return _join_pieces(outs, last, axes, axis, array.ndim)
+    outs = lax.map(lambda start: dot_piece(start, other, cut.piece_length), starts)
+    return _join_pieces(outs, last, axes, axis, cut.ndim)
 
 
 def _longest_axis(array: QuantizedArray) -> int | None:
@@ -129,10 +161,14 @@ def _longest_axis(array: QuantizedArray) -> int | None:
 
 def _piece_length(array: QuantizedArray, axis: int) -> int:
     """Return how long pieces along ``axis`` are: whole blocks, and few enough elements."""
-    length, extent = array.shape[axis], array.block[axis]
-    known_size = math.prod(length for length in array.shape if isinstance(length, int))
-    longest = min(MAX_POSITIONS, MAX_ELEMENTS * length // known_size)
-    return max(extent, longest // extent * extent)
+    extent = array.block[axis]
+    return max(extent, length_of_pieces(array.shape, axis) // extent * extent)
+
+
+def length_of_pieces(shape: Sequence[int], axis: int) -> int:
+    """Return how long pieces along ``axis`` may be, for few enough elements."""
+    known_size = math.prod(length for length in shape if isinstance(length, int))
+    return max(1, min(MAX_POSITIONS, MAX_ELEMENTS * shape[axis] // known_size))
 
 
 def _slice_other(

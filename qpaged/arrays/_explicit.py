@@ -28,7 +28,7 @@ def on_explicit_meshes(handler: F) -> F:
 
     @functools.wraps(handler)
     def handle(primitive: Any, *operands: Any, **params: Any) -> Any:
-        if not _are_explicit(operands):
+        if not are_explicit(operands):
             return handler(primitive, *operands, **params)
         plain = _results_of_plain(primitive, operands, params)
         # Where the results go is known by now, and with Auto axes a dot takes no sharding for its result.
@@ -78,7 +78,8 @@ def placed_as(function: Callable[..., Any], operands: Sequence[Any], plain: Any)
     return with_auto_axes(function, jax.tree_util.tree_unflatten(tree, shardings))(*operands)
 
 
-def _are_explicit(operands: Sequence[Any]) -> bool:
+def are_explicit(operands: Sequence[Any]) -> bool:
+    """Return True if any leaf of the operands lies on a mesh with Explicit axes."""
     leaves = jax.tree_util.tree_leaves(list(operands))
     return any(explicit_sharding(leaf) is not None for leaf in leaves)
 

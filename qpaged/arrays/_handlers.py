@@ -4,6 +4,8 @@ A handler returns NotImplemented for what it cannot keep quantized; the array is
 user warned. Handlers take ``**params``, because primitives gain parameters over time.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
 
@@ -23,14 +25,15 @@ from qpaged.arrays import (
     _windows,
 )
 from qpaged.arrays._additions import add_rows
+from qpaged.arrays._deferred import Deferred, defer
 from qpaged.arrays._explicit import on_explicit_meshes
 from qpaged.arrays._gather import gather
-from qpaged.arrays._joined import Joined
+from qpaged.arrays._joined import Joined, part_by_part
 from qpaged.arrays._quantized import QuantizedArray
-from qpaged.arrays._repeated import Repeated
+from qpaged.arrays._repeated import Repeated, stretched_axes
 from qpaged.arrays._reshape import reshape
 from qpaged.arrays._writes import is_writable
-from qpaged.implicit import ImplicitArray, default_handler, primitive_handler, provider
+from qpaged.implicit import ImplicitArray, default_handler, primitive_handler, provider, use_implicit_args
 from qpaged.implicit._origins import is_zeros, unstretched
 
 if TYPE_CHECKING:
@@ -56,6 +59,23 @@ def _handler(primitives: Any, **options: int) -> Callable[[F], F]:
     return decorate
 
 
+def _deferring_handler(primitives: Any) -> Callable[[F], F]:
+    """Register a function as :func:`_handler` does; what it leaves is deferred, where that can be."""
+
+    def decorate(function: F) -> F:
+        handle = promoting_ranks(on_explicit_meshes(function))
+
+        @functools.wraps(function)
+        def handle_or_defer(primitive: Any, *operands: Any, **params: Any) -> Any:
+            out = handle(primitive, *operands, **params)
+            return defer(primitive, operands, params) if out is NotImplemented else out
+
+        primitive_handler(primitives)(handle_or_defer)
+        return function
+
+    return decorate
+
+
 def _if_it_exists(name: str) -> list[str]:
     """Return the primitive's name in a list, which is empty where this JAX has no such primitive."""
     return [name] if primitive_exists(name) else []
@@ -71,7 +91,7 @@ def _transpose(primitive, array: QuantizedArray, *, permutation, **params):
     return _moves.transpose(array, permutation)
 
 
-@_handler("reshape")
+@_deferring_handler("reshape")
 def _reshape(primitive, array: QuantizedArray, *rest, new_sizes, dimensions=None, **params):
     if dimensions is not None:
         return NotImplemented
@@ -80,10 +100,7 @@ def _reshape(primitive, array: QuantizedArray, *rest, new_sizes, dimensions=None
 
 @_handler("broadcast_in_dim")
 def _broadcast(primitive, array: QuantizedArray, *rest, shape, broadcast_dimensions, **params):
-    unstretched = [1] * len(shape)
-    for axis, dimension in enumerate(broadcast_dimensions):
-        unstretched[dimension] = array.shape[axis]
-    stretched = [axis for axis, length in enumerate(shape) if length != unstretched[axis]]
+    unstretched, stretched = stretched_axes(array, shape, broadcast_dimensions)
     if not LAZILY or len(stretched) != 1 or shape[stretched[0]] == 0:
         return _or_not_implemented(_moves.broadcast_in_dim(array, shape, broadcast_dimensions))
     once = _moves.broadcast_in_dim(array, unstretched, broadcast_dimensions)
@@ -154,14 +171,9 @@ def _convert(primitive, array: QuantizedArray, *, new_dtype, **params):
     return _read_format.convert(array, new_dtype)
 
 
-@_handler("slice")
+@_deferring_handler("slice")
 def _slice(primitive, array: QuantizedArray, *, start_indices, limit_indices, strides, **params):
     return _or_not_implemented(_moves.slice_(array, start_indices, limit_indices, strides))
-
-
-@_handler(_if_it_exists("split"))
-def _split(primitive, array: QuantizedArray, *, sizes, axis, **params):
-    return _or_not_implemented(_moves.split(array, sizes, axis))
 
 
 @_handler("dynamic_slice")
@@ -183,10 +195,23 @@ def _concatenate(primitive, array: Operand, *rest: Operand, dimension, **params)
         whole = _concatenate_codes(primitive, *arrays, dimension=dimension)
         if whole is not NotImplemented:
             return whole
-    others = [array for array in arrays if not isinstance(array, QuantizedArray | Repeated | Joined)]
+    if _mixes_pieces(arrays, dimension):
+        return defer(primitive, arrays, {"dimension": dimension})
+    if all(isinstance(array, Joined) for array in arrays):
+        return part_by_part(primitive, arrays, {"dimension": dimension})
+    lazy = QuantizedArray | Repeated | Joined | Deferred
+    others = [array for array in arrays if not isinstance(array, lazy)]
     if not LAZILY or any(isinstance(other, ImplicitArray) for other in others):
         return NotImplemented
     return Joined(arrays, dimension - array.ndim)
+
+
+def _mixes_pieces(arrays: Sequence[Operand], dimension: int) -> bool:
+    """Return True if arrays are joined along channels, or another axis along which none is cut."""
+    for array in arrays:
+        if isinstance(array, Deferred):
+            return dimension != array.axis % array.ndim
+    return all(isinstance(array, QuantizedArray) and dimension == array.channels for array in arrays)
 
 
 @promoting_ranks
@@ -202,19 +227,50 @@ def _tile(primitive, array: QuantizedArray, *, reps, **params):
     return _or_not_implemented(_moves.tile(array, reps))
 
 
-@_handler(_if_it_exists("stack"), precedence=LAST)
+@primitive_handler(_if_it_exists("stack"), precedence=LAST)
 def _stack(primitive, array: Operand, *rest: Operand, axis, **params):
     arrays = (array, *rest)
-    return _moves.stack(arrays, axis) if _are_alike(arrays) else NotImplemented
+    if _are_alike(arrays):
+        return _stack_codes(primitive, *arrays, axis=axis)
+    return defer(primitive, arrays, {"axis": axis, **params})
 
 
-@_handler(_if_it_exists("unstack"))
-def _unstack(primitive, array: QuantizedArray, *, axis, **params):
-    return _or_not_implemented(_moves.unstack(array, axis))
+@on_explicit_meshes
+def _stack_codes(primitive: Any, *arrays: QuantizedArray, axis: int) -> Any:
+    return _moves.stack(arrays, axis)
 
 
-@_handler("select_n", precedence=LAST)
+@primitive_handler(_if_it_exists("split"))
+def _split(primitive, array: QuantizedArray | Joined | Deferred, *, sizes, axis, **params):
+    return _slices(array, sizes, axis)
+
+
+@primitive_handler(_if_it_exists("unstack"))
+def _unstack(primitive, array: QuantizedArray | Joined | Deferred, *, axis, **params):
+    return _elements(array, axis)
+
+
+@use_implicit_args
+def _slices(array: jax.Array, sizes: Sequence[int], axis: int) -> list[jax.Array]:
+    ends = list(itertools.accumulate(sizes))
+    starts = [0, *ends[:-1]]
+    return [lax.slice_in_dim(array, *bounds, axis=axis) for bounds in zip(starts, ends, strict=True)]
+
+
+@use_implicit_args
+def _elements(array: jax.Array, axis: int) -> list[jax.Array]:
+    return [lax.squeeze(element, (axis,)) for element in _slices(array, [1] * array.shape[axis], axis)]
+
+
+@primitive_handler("select_n", precedence=LAST)
 def _select(primitive, which: Operand, *cases: Operand, **params):
+    out = _select_codes(primitive, which, *cases)
+    return defer(primitive, (which, *cases), params) if out is NotImplemented else out
+
+
+@promoting_ranks
+@on_explicit_meshes
+def _select_codes(primitive, which: Operand, *cases: Operand):
     if not _are_alike(cases):
         kept = _keep_or_zero(which, cases)
         return _or_not_implemented(_one_hot.select(which, cases) if kept is None else kept)
@@ -246,7 +302,7 @@ def _are_alike(arrays: Sequence[Any]) -> TypeGuard[Sequence[QuantizedArray]]:
     return len(kinds) == 1
 
 
-@_handler("mul")
+@_deferring_handler("mul")
 def _multiply(primitive, array: QuantizedArray, factor: Operand, **params):
     if _is_scalar(factor, array):
         return _read_format.multiply_by_scalar(array, jnp.reshape(factor, ()))
@@ -260,17 +316,32 @@ def _multiply(primitive, array: QuantizedArray, factor: Operand, **params):
     return _or_not_implemented(_masks.multiply(array, unstretched(factor)))
 
 
-@_handler("add")
+@_deferring_handler("add")
 def _add(primitive, array: QuantizedArray, row: Operand, **params):
     return NotImplemented if _stretches(row, array) else _or_not_implemented(_one_hot.add(array, row))
 
 
-@_handler("div")
+@_deferring_handler("div")
 def _divide(primitive, array: QuantizedArray, divisor: Operand, **params):
     if not _is_scalar(divisor, array):
         return NotImplemented
     factor = 1 / jnp.reshape(divisor, ()).astype(jnp.float32)
     return _read_format.multiply_by_scalar(array, factor)
+
+
+@primitive_handler(["max", "min", "sub"])
+def _arithmetic_left(primitive, array: QuantizedArray, other: Operand, **params):
+    return defer(primitive, (array, other), params)
+
+
+@primitive_handler(["div", "sub"])
+def _arithmetic_right(primitive, other: Operand, array: QuantizedArray, **params):
+    return defer(primitive, (other, array), params)
+
+
+@primitive_handler(["div", "sub"])
+def _arithmetic_both(primitive, array: QuantizedArray, other: QuantizedArray, **params):
+    return defer(primitive, (array, other), params)
 
 
 @_handler("neg")

@@ -6,7 +6,7 @@ the results are joined, or added where the axis is contracted: a quantized part 
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,18 +14,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import reshard_primitives
+from qpaged._compat import Primitive, reshard_primitives
+from qpaged.arrays._along_axis import axis_after, params_of_piece
 from qpaged.arrays._dtypes import common_dtype
 from qpaged.arrays._scaled_dot import DotAxes, with_operands_swapped
 from qpaged.implicit import ImplicitArray, aux_field, materialize_nested, primitive_handler
-from qpaged.implicit._facts import axis_after_reshape
 
 if TYPE_CHECKING:
     Operand: TypeAlias = Any
 else:
     Operand = object  # what qax dispatches on as anything whatever
 
-BEFORE_REPEATED = 2
+BEFORE_REPEATED = 3
+ARITHMETIC = ["add", "div", "max", "min", "mul", "sub"]
 
 
 @dataclass(eq=False)
@@ -79,16 +80,62 @@ class Joined(ImplicitArray):
         return Joined(parts, self.axis if axis is None else axis - parts[0].ndim)
 
 
-@primitive_handler(["convert_element_type", "neg"])
-def _each_element(primitive, joined: Joined, **params):
-    return joined.map(lambda part: primitive.bind(part, **params))
+@primitive_handler([
+    "broadcast_in_dim", "convert_element_type", "neg", "reshape", "squeeze", "transpose",
+])  # fmt: skip
+def _each_part(primitive, joined: Joined, *rest, **params):
+    return NotImplemented if rest else part_by_part(primitive, [joined], params)
 
 
-@primitive_handler(["mul", "div"])
-def _scale(primitive, joined: Joined, factor: Operand, **params):
-    if isinstance(factor, ImplicitArray) or jnp.ndim(factor):
+@primitive_handler(ARITHMETIC, precedence=BEFORE_REPEATED)
+def _arithmetic_left(primitive, left: Joined, right: Operand, **params):
+    return part_by_part(primitive, [left, right], params)
+
+
+@primitive_handler(ARITHMETIC, precedence=BEFORE_REPEATED)
+def _arithmetic_right(primitive, left: Operand, right: Joined, **params):
+    return part_by_part(primitive, [left, right], params)
+
+
+@primitive_handler(ARITHMETIC, precedence=BEFORE_REPEATED)
+def _arithmetic_both(primitive, left: Joined, right: Joined, **params):
+    return part_by_part(primitive, [left, right], params)
+
+
+def part_by_part(primitive: Primitive, operands: Sequence[Operand], params: Mapping[str, Any]) -> Any:
+    """Return the joined results of a primitive for the parts of its operands, some of which are joined.
+
+    NotImplemented where it mixes the parts, or where operands are joined of other parts.
+    """
+    joined = next(operand for operand in operands if isinstance(operand, Joined))
+    axis = joined.axis % joined.ndim
+    after = axis_after(primitive.name, params, joined.shape, axis)
+    pieces = [_pieces(operand, joined) for operand in operands]
+    if after is None or None in pieces:
         return NotImplemented
-    return joined.map(lambda part: primitive.bind(part, factor, **params))
+    parts = []
+    inner: Sequence[Operand]
+    for length, *inner in zip(joined.lengths, *pieces, strict=True):
+        parts.append(primitive.bind(*inner, **params_of_piece(primitive.name, params, after, length)))
+    return Joined(tuple(parts), after - parts[0].ndim)
+
+
+def _pieces(operand: Operand, joined: Joined) -> Sequence[Operand] | None:
+    """Return the pieces of an operand that belong to the parts of another; None if they are not to be had."""
+    if isinstance(operand, Joined):
+        alike = (operand.axis, operand.lengths) == (joined.axis, joined.lengths)
+        return operand.parts if alike else None
+    if isinstance(operand, ImplicitArray):
+        return None
+    if jnp.ndim(operand) == 0:
+        return [operand] * len(joined.parts)
+    return _cut(operand, joined.lengths, joined.axis % joined.ndim)
+
+
+def _cut(operand: jax.Array, lengths: Sequence[int], axis: int) -> list[jax.Array]:
+    ends = list(itertools.accumulate(lengths))
+    bounds = zip([0, *ends], ends, strict=False)
+    return [lax.slice_in_dim(operand, start, end, axis=axis) for start, end in bounds]
 
 
 @primitive_handler(reshard_primitives())
@@ -98,42 +145,6 @@ def _reshard(primitive, joined: Joined, *, dst_sharding, **params):
     if spec[joined.axis % joined.ndim] is not None:
         return NotImplemented
     return joined.map(lambda part: primitive.bind(part, dst_sharding=dst_sharding, **params))
-
-
-@primitive_handler("transpose")
-def _transpose(primitive, joined: Joined, *, permutation, **params):
-    axis = tuple(permutation).index(joined.axis % joined.ndim)
-    return joined.map(lambda part: lax.transpose(part, permutation), axis)
-
-
-@primitive_handler("squeeze")
-def _squeeze(primitive, joined: Joined, *, dimensions, **params):
-    axis = joined.axis % joined.ndim
-    after = axis - sum(dimension < axis for dimension in dimensions)
-    return joined.map(lambda part: lax.squeeze(part, dimensions), after)
-
-
-@primitive_handler("reshape")
-def _reshape(primitive, joined: Joined, *rest, new_sizes, dimensions=None, **params):
-    """Reshape each part, where the joined axis stays an axis, with as many elements before it."""
-    axis = joined.axis % joined.ndim
-    after = axis_after_reshape(joined.shape, axis, new_sizes)
-    if dimensions is not None or after is None:
-        return NotImplemented
-    return joined.map(lambda part: lax.reshape(part, _resized(new_sizes, after, part, axis)), after)
-
-
-@primitive_handler("broadcast_in_dim")
-def _broadcast(primitive, joined: Joined, *rest, shape, broadcast_dimensions, **params):
-    axis = joined.axis % joined.ndim
-    after = broadcast_dimensions[axis]
-    if shape[after] != joined.shape[axis]:
-        return NotImplemented
-
-    def stretch(part: Any) -> Any:
-        return lax.broadcast_in_dim(part, _resized(shape, after, part, axis), broadcast_dimensions)
-
-    return joined.map(stretch, after)
 
 
 @primitive_handler("slice")
@@ -152,11 +163,6 @@ def _slice(primitive, joined: Joined, *, start_indices, limit_indices, strides, 
         begin += length
     parts = [part for part in parts if part.shape[axis]] or parts[:1]
     return parts[0] if len(parts) == 1 else Joined(tuple(parts), joined.axis)
-
-
-def _resized(shape: Sequence[int], axis: int, part: Any, axis_of_part: int) -> tuple[int, ...]:
-    """Return a shape with a part's length along the joined axis."""
-    return (*shape[:axis], part.shape[axis_of_part], *shape[axis + 1 :])
 
 
 @primitive_handler("dot_general", precedence=BEFORE_REPEATED)
@@ -196,8 +202,7 @@ def _dot(
         kept_from_end = len(axes.kept(joined.ndim)) - axes.kept(joined.ndim).index(axis)
         return lax.concatenate(outs, outs[0].ndim - kept_from_end)
     cut = axes.other_contract[axes.contract.index(axis)]
-    ends = list(itertools.accumulate(joined.lengths))[:-1]
-    wide = jnp.promote_types(dtype, jnp.float32)  # in which the sums are added, to be rounded once
-    rows_of_parts = jnp.split(other, ends, axis=cut)
+    wide = common_dtype(dtype, jnp.float32)  # in which the sums are added, to be rounded once
+    rows_of_parts = _cut(other, joined.lengths, cut)
     sums = [dot(rows, part, wide) for rows, part in zip(rows_of_parts, joined.parts, strict=True)]
     return functools.reduce(jnp.add, sums).astype(dtype)

@@ -131,31 +131,6 @@ def _slice_scales(
     return lax.slice_in_dim(fine, start // fine_extent, limit // fine_extent, stride, axis)
 
 
-def split(array: QuantizedArray, sizes: Sequence[int], axis: int) -> list[QuantizedArray] | None:
-    pieces, begin = [], 0
-    for size in sizes:
-        piece = _slice_axis(array, axis, begin, begin + size)
-        if piece is None:
-            return None
-        pieces.append(piece)
-        begin += size
-    return pieces
-
-
-def unstack(array: QuantizedArray, axis: int) -> list[QuantizedArray] | None:
-    if channels_matter(array) and axis == array.channels:
-        unpacked = free_channels(array)
-        return None if unpacked is None else unstack(unpacked, axis)
-    pieces = split(array, [1] * array.shape[axis], axis)
-    return None if pieces is None else [squeeze(piece, (axis,)) for piece in pieces]
-
-
-def _slice_axis(array: QuantizedArray, axis: int, begin: int, end: int) -> QuantizedArray | None:
-    start, limit = [0] * array.ndim, list(array.shape)
-    start[axis], limit[axis] = begin, end
-    return slice_(array, start, limit, None)
-
-
 def dynamic_slice(
     array: QuantizedArray, start: Sequence[jax.Array], sizes: Sequence[int]
 ) -> QuantizedArray | None:

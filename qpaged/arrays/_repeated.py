@@ -4,6 +4,7 @@ What models with grouped heads make of their keys and values before a dot. The d
 itself, with the other operand's axis taken apart into groups, and nothing is copied.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 else:
     Operand = object  # what qax dispatches on as anything whatever
 
-BEFORE_OTHERS = 1
+BEFORE_DEFERRED = 2
 
 
 @dataclass(eq=False)
@@ -66,6 +67,16 @@ class Repeated(ImplicitArray, warn_on_materialize=False):
     def over(self, array: Any) -> "Repeated":
         """The same of another array."""
         return Repeated(array, self.axis, self.times)
+
+
+def stretched_axes(
+    array: Any, shape: Sequence[int], dimensions: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Return what ``broadcast_in_dim`` makes of an array's shape, and which of its axes it then stretches."""
+    lengths = [1] * len(shape)
+    for axis, dimension in enumerate(dimensions):
+        lengths[dimension] = array.shape[axis]
+    return lengths, [axis for axis, length in enumerate(shape) if length != lengths[axis]]
 
 
 @use_implicit_args
@@ -116,7 +127,7 @@ def _reshape(primitive, repeated: Repeated, *rest, new_sizes, dimensions=None, *
     return Repeated(lax.squeeze(repeated.array, (at,)), repeated.axis, repeated.times)
 
 
-@primitive_handler("dot_general", precedence=BEFORE_OTHERS)
+@primitive_handler("dot_general", precedence=BEFORE_DEFERRED)
 def _dot_left(primitive, lhs: Repeated, rhs: Operand, *, dimension_numbers, **params):
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     swapped = (rhs_contract, lhs_contract), (rhs_batch, lhs_batch)
@@ -126,12 +137,12 @@ def _dot_left(primitive, lhs: Repeated, rhs: Operand, *, dimension_numbers, **pa
     return with_operands_swapped(out, len(rhs_batch), jnp.ndim(rhs) - len(rhs_contract))
 
 
-@primitive_handler("dot_general", precedence=BEFORE_OTHERS)
+@primitive_handler("dot_general", precedence=BEFORE_DEFERRED)
 def _dot_right(primitive, lhs: Operand, rhs: Repeated, *, dimension_numbers, **params):
     return _dot(lhs, rhs, dimension_numbers, params)
 
 
-@primitive_handler("dot_general", precedence=BEFORE_OTHERS)
+@primitive_handler("dot_general", precedence=BEFORE_DEFERRED)
 def _dot_both(primitive, lhs: Repeated, rhs: Repeated, *, dimension_numbers, **params):
     return NotImplemented
 

@@ -189,6 +189,13 @@ def _axis_after_transpose(eqn: Equation, axis: int) -> int | None:
     return tuple(eqn.params["permutation"]).index(axis)
 
 
+def _sliced(eqn: Equation, facts: Facts) -> Fact | None:
+    fact = facts[0]
+    if fact is None:
+        return None
+    return Fact(fact.kind if is_zeros(fact) else None, repeats=fact.repeats)
+
+
 def _equals(eqn: Equation, facts: Facts) -> Fact | None:
     axis = _counted_axis(eqn, facts)
     return None if axis is None else Fact(Kind.ONE_HOT, axis)
@@ -256,6 +263,7 @@ RULES: dict[str, Callable[[Equation, Facts], Fact | None]] = {
     "not": _complement,
     "reshape": _moved(_axis_after_reshape),
     "select_n": _selection,
+    "slice": _sliced,
     "squeeze": _moved(_axis_after_squeeze),
     "stop_gradient": _same,
     "sub": _complement,

@@ -41,10 +41,25 @@ def use_implicit_args(f: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(f)
     def implicit_f(*args: Any, **kwargs: Any) -> Any:
-        with _reports.report_each_location_once():
-            return _interpret(f, args, kwargs)
+        with _reports.report_each_location_once() as is_outermost:
+            outs = _interpret(f, args, kwargs)
+            return _with_deferred_done(outs) if is_outermost else outs
 
     return implicit_f
+
+
+def _with_deferred_done(outs: Pytree) -> Pytree:
+    """Return results of a function for its caller: arrays that only defer work are materialized."""
+
+    def do(leaf: Operand) -> Operand:
+        deferred = leaf.deferred() if is_implicit(leaf) else None
+        if deferred is None:
+            return leaf
+        primitive, location = deferred
+        _reports.report(primitive, leaf, location)
+        return materialize_nested(leaf, full=True)
+
+    return jax.tree_util.tree_map(do, outs, is_leaf=is_implicit)
 
 
 def materialize_nested(implicit_arr: Operand, full: bool = False) -> Operand:

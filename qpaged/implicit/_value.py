@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeGuard
 
 import jax
 
-from qpaged._compat import Operand, Params, Primitive
+from qpaged._compat import Location, Operand, Params, Primitive
 
 
 class ArrayValue(ABC):  # noqa: B024 - a type to annotate with; it has no methods to require
@@ -37,6 +37,13 @@ class ImplicitValue(ArrayValue):
         """Return the sharding of the array on a mesh with Explicit axes, if the class can tell; else None.
 
         The trace of `materialize` says it otherwise.
+        """
+        return None
+
+    def deferred(self) -> tuple[str, Location | None] | None:
+        """Return the primitive whose work an array only defers, and its line of code; None for other classes.
+
+        Such arrays are for the program alone: where it ends, its caller gets them materialized.
         """
         return None
 
