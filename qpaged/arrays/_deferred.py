@@ -18,12 +18,13 @@ from qpaged._compat import Location, Primitive, source_line
 from qpaged.arrays import _moves
 from qpaged.arrays._along_axis import ELEMENTWISE, axis_after, params_of_piece
 from qpaged.arrays._dot import Cut, dot_in_pieces, length_of_pieces
-from qpaged.arrays._dtypes import common_dtype
+from qpaged.arrays._dtypes import are_floats, common_dtype
 from qpaged.arrays._explicit import are_explicit
+from qpaged.arrays._lazily import LAZILY
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._repeated import Repeated, stretched_axes
 from qpaged.arrays._scaled_dot import DotAxes, with_operands_swapped
-from qpaged.implicit import ImplicitArray, aux_field, default_handler, primitive_handler, provider
+from qpaged.implicit import ImplicitArray, aux_field, default_handler, primitive_handler
 from qpaged.implicit._origins import unstretched
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 else:
     Operand = object  # what qax dispatches on as anything whatever
 
-LAZILY = provider().name == "qpaged"  # qax does not tell what it knows of plain operands
 BEFORE_QUANTIZED = 1
+MOST_STEPS = 64  # of one array: what is used twice is done twice, and would soon be done thousands of times
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Deferred(ImplicitArray):
         operation: static; does the same to each piece of an axis.
         axis_of_operands: static; that axis, counted from the end.
         axis: static; the axis of the result on which the pieces lie, counted from the end.
+        steps: static; how many primitives are deferred, those of the operands included.
     """
 
     leaves: tuple[jax.Array, ...]
@@ -61,6 +63,7 @@ class Deferred(ImplicitArray):
     operation: Operation = aux_field()  # noqa: RUF009
     axis_of_operands: int = aux_field()
     axis: int = aux_field()
+    steps: int = aux_field()
 
     def __post_init__(self) -> None:
         """Nothing to infer: shape and dtype are given."""
@@ -115,7 +118,10 @@ def defer(primitive: Primitive, operands: Sequence[Operand], params: Mapping[str
     """Return a primitive's result, deferred; NotImplemented where it is not made piece by piece."""
     lazy = [operand for operand in operands if isinstance(operand, QuantizedArray | Deferred)]
     known = len(lazy) == sum(isinstance(operand, ImplicitArray) for operand in operands)
-    if not LAZILY or not known or are_explicit(operands):
+    if not LAZILY or not known or are_explicit(operands) or not are_floats(*lazy):
+        return NotImplemented
+    steps = 1 + sum(operand.steps for operand in lazy if isinstance(operand, Deferred))
+    if steps > MOST_STEPS:
         return NotImplemented
     axis, fixed = _cut_axis(lazy), _hashable(params)
     if axis is None or fixed is None:
@@ -125,15 +131,18 @@ def defer(primitive: Primitive, operands: Sequence[Operand], params: Mapping[str
         return NotImplemented
     structs = [jax.ShapeDtypeStruct(jnp.shape(operand), operand.dtype) for operand in operands]
     jaxpr, out = jax.make_jaxpr(lambda *xs: _bind(primitive, xs, params), return_shape=True)(*structs)
-    if primitive.name in ELEMENTWISE:
+    if out.size == 0 or not jnp.issubdtype(out.dtype, jnp.floating):
+        return NotImplemented
+    if primitive.name in ELEMENTWISE and all(array.shape == out.shape for array in lazy):
         operands = [x if isinstance(x, ImplicitArray) else unstretched(x) for x in operands]
     leaves, structure = jax.tree_util.tree_flatten(list(operands))
     return Deferred(
         tuple(leaves),
         structure,
-        Operation(primitive, fixed, source_line(jaxpr.eqns[-1])),
+        Operation(primitive, fixed, source_line(jaxpr.eqns[-1]) if jaxpr.eqns else None),
         axis_of_operands=axis - lazy[0].ndim,
         axis=after - len(out.shape),
+        steps=steps,
         shape=out.shape,
         dtype=out.dtype,
     )
@@ -174,7 +183,7 @@ def _unary(primitive, deferred: Deferred, *rest, **params):
 @primitive_handler("broadcast_in_dim")
 def _broadcast_in_dim(primitive, deferred: Deferred, *rest, shape, broadcast_dimensions, **params):
     lengths, stretched = stretched_axes(deferred, shape, broadcast_dimensions)
-    if rest or len(stretched) > 1:
+    if rest or len(stretched) > 1 or 0 in shape:
         return NotImplemented
     params |= {"shape": tuple(lengths), "broadcast_dimensions": broadcast_dimensions}
     once = defer(primitive, [deferred], params)
@@ -222,15 +231,17 @@ def _dot(
     other: Operand, deferred: Deferred, axes: DotAxes, *, preferred_element_type: Any = None, **params: Any
 ) -> Any:
     """Return the dot of a plain operand and a deferred one, in that order, a piece at a time."""
-    if isinstance(other, ImplicitArray):
+    if isinstance(other, ImplicitArray) or not are_floats(other):
         return NotImplemented
     dtype = preferred_element_type or common_dtype(other.dtype, deferred.dtype)
     piece_length = length_of_pieces(deferred.shape, deferred.axis % deferred.ndim)
     wide = common_dtype(dtype, jnp.float32)  # in which sums are added, to be rounded once
 
     def dot_of_piece(start: int | jax.Array, other_piece: jax.Array, length: int) -> jax.Array:
-        piece = deferred.piece(start, length)
-        return lax.dot_general(other_piece, piece, axes.numbers, preferred_element_type=wide, **params)
+        piece = deferred.piece(start, length).astype(wide)  # XLA's CPU has not all dots of bfloat16
+        return lax.dot_general(
+            other_piece.astype(wide), piece, axes.numbers, preferred_element_type=wide, **params
+        )
 
     if deferred.length < 2 * piece_length:
         return dot_of_piece(0, other, deferred.length).astype(dtype)

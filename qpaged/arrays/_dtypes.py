@@ -57,6 +57,11 @@ def is_dtype(value: object) -> bool:
     return is_class or isinstance(value, np.dtype | type(jnp.int8))
 
 
+def are_floats(*arrays: Any) -> bool:
+    """Return True if arrays, plain or implicit, are all of real floats."""
+    return all(jnp.issubdtype(array.dtype, jnp.floating) for array in arrays)
+
+
 def common_dtype(first: DTypeLike, second: DTypeLike) -> np.dtype:
     """Return the dtype in which two floats meet: their own if they agree, else float32 or wider.
 

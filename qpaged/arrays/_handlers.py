@@ -29,11 +29,12 @@ from qpaged.arrays._deferred import Deferred, defer
 from qpaged.arrays._explicit import on_explicit_meshes
 from qpaged.arrays._gather import gather
 from qpaged.arrays._joined import Joined, part_by_part
+from qpaged.arrays._lazily import LAZILY, lazily
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._repeated import Repeated, stretched_axes
 from qpaged.arrays._reshape import reshape
 from qpaged.arrays._writes import is_writable
-from qpaged.implicit import ImplicitArray, default_handler, primitive_handler, provider, use_implicit_args
+from qpaged.implicit import ImplicitArray, default_handler, primitive_handler
 from qpaged.implicit._origins import is_zeros, unstretched
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ else:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-LAZILY = provider().name == "qpaged"  # qax does not look into arrays inside of arrays
 LAST = -1  # the precedence of handlers of any operands, which must not stand in the way of others
 
 
@@ -250,14 +250,14 @@ def _unstack(primitive, array: QuantizedArray | Joined | Deferred, *, axis, **pa
     return _elements(array, axis)
 
 
-@use_implicit_args
+@lazily
 def _slices(array: jax.Array, sizes: Sequence[int], axis: int) -> list[jax.Array]:
     ends = list(itertools.accumulate(sizes))
     starts = [0, *ends[:-1]]
     return [lax.slice_in_dim(array, *bounds, axis=axis) for bounds in zip(starts, ends, strict=True)]
 
 
-@use_implicit_args
+@lazily
 def _elements(array: jax.Array, axis: int) -> list[jax.Array]:
     return [lax.squeeze(element, (axis,)) for element in _slices(array, [1] * array.shape[axis], axis)]
 

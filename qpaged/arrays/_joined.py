@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import Primitive, reshard_primitives
+from qpaged._compat import Location, Primitive, reshard_primitives
 from qpaged.arrays._along_axis import axis_after, params_of_piece
-from qpaged.arrays._dtypes import common_dtype
+from qpaged.arrays._dtypes import are_floats, common_dtype
 from qpaged.arrays._scaled_dot import DotAxes, with_operands_swapped
 from qpaged.implicit import ImplicitArray, aux_field, materialize_nested, primitive_handler
 
@@ -74,6 +74,14 @@ class Joined(ImplicitArray):
         parts = [materialize_nested(part, full=True) for part in self.parts]  # if a program calls this
         return lax.concatenate(parts, self.axis % self.ndim)
 
+    def deferred(self) -> tuple[str, Location | None] | None:
+        """Return what one of the parts defers."""
+        for part in self.parts:
+            deferred = part.deferred() if isinstance(part, ImplicitArray) else None
+            if deferred is not None:
+                return deferred
+        return None
+
     def map(self, function: Callable[[Any], Any], axis: int | None = None) -> "Joined":
         """Return the array of ``function(part)`` of each part, joined along ``axis`` from the start."""
         parts = tuple(map(function, self.parts))
@@ -127,8 +135,10 @@ def _pieces(operand: Operand, joined: Joined) -> Sequence[Operand] | None:
         return operand.parts if alike else None
     if isinstance(operand, ImplicitArray):
         return None
-    if jnp.ndim(operand) == 0:
+    if jnp.ndim(operand) == 0 or operand.shape[joined.axis] == 1 != joined.shape[joined.axis]:
         return [operand] * len(joined.parts)
+    if operand.shape[joined.axis] != joined.shape[joined.axis]:
+        return None  # it stretches the joined array
     return _cut(operand, joined.lengths, joined.axis % joined.ndim)
 
 
@@ -190,7 +200,7 @@ def _dot(
 ) -> Any:
     """Return the dot of a plain operand and joined parts, in that order."""
     axis = joined.axis % joined.ndim
-    if isinstance(other, ImplicitArray) or axis in axes.batch:
+    if isinstance(other, ImplicitArray) or axis in axes.batch or not are_floats(other, joined):
         return NotImplemented
 
     def dot(other: jax.Array, part: Any, dtype: Any) -> jax.Array:

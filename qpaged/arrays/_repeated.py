@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import reshard_primitives
+from qpaged._compat import Location, reshard_primitives
+from qpaged.arrays._lazily import lazily
 from qpaged.arrays._scaled_dot import with_operands_swapped
-from qpaged.implicit import ImplicitArray, aux_field, primitive_handler, use_implicit_args
+from qpaged.implicit import ImplicitArray, aux_field, primitive_handler
 
 if TYPE_CHECKING:
     Operand: TypeAlias = Any
@@ -64,6 +65,13 @@ class Repeated(ImplicitArray, warn_on_materialize=False):
         """The copies, of the kind that the array is."""
         return _copies(self.array, self.axis, self.times)
 
+    def deferred(self) -> tuple[str, Location | None] | None:
+        """Return what the array defers."""
+        deferred: tuple[str, Location | None] | None = None
+        if isinstance(self.array, ImplicitArray):
+            deferred = self.array.deferred()
+        return deferred
+
     def over(self, array: Any) -> "Repeated":
         """The same of another array."""
         return Repeated(array, self.axis, self.times)
@@ -79,7 +87,7 @@ def stretched_axes(
     return lengths, [axis for axis, length in enumerate(shape) if length != lengths[axis]]
 
 
-@use_implicit_args
+@lazily
 def _copies(array: Any, axis: int, times: int) -> Any:
     at = axis % array.ndim
     apart = lax.reshape(array, (*array.shape[: at + 1], 1, *array.shape[at + 1 :]))

@@ -193,7 +193,8 @@ def _sliced(eqn: Equation, facts: Facts) -> Fact | None:
     fact = facts[0]
     if fact is None:
         return None
-    return Fact(fact.kind if is_zeros(fact) else None, repeats=fact.repeats)
+    repeats = tuple(axis for axis in fact.repeats if _shape(eqn.outvars[0])[axis])
+    return Fact(fact.kind if is_zeros(fact) else None, repeats=repeats)
 
 
 def _equals(eqn: Equation, facts: Facts) -> Fact | None:

@@ -27,6 +27,8 @@ from qpaged.implicit._value import ImplicitValue, is_implicit
 
 # Two-operand primitives whose operands may be swapped, so that an implicit one comes first.
 COMMUTATIVE = frozenset({"add", "add_any", "and", "eq", "max", "min", "mul", "ne", "or", "xor"})
+# Rules that slice, stack or divide implicit arrays leaf by leaf, which is wrong for work that was deferred.
+LEAFWISE = frozenset({"cond", "scan", "shard_map", "while"})
 _TRACED = object()
 
 
@@ -39,27 +41,35 @@ def use_implicit_args(f: Callable[..., Any]) -> Callable[..., Any]:
     as they are. The result can be jitted, differentiated, vectorised and so on.
     """
 
+    lazy_f = use_implicit_args_lazily(f)
+
     @functools.wraps(f)
     def implicit_f(*args: Any, **kwargs: Any) -> Any:
-        with _reports.report_each_location_once() as is_outermost:
-            outs = _interpret(f, args, kwargs)
-            return _with_deferred_done(outs) if is_outermost else outs
+        with _reports.report_each_location_once():
+            return jax.tree_util.tree_map(_with_work_done, lazy_f(*args, **kwargs), is_leaf=is_implicit)
 
     return implicit_f
 
 
-def _with_deferred_done(outs: Pytree) -> Pytree:
-    """Return results of a function for its caller: arrays that only defer work are materialized."""
+def use_implicit_args_lazily(f: Callable[..., Any]) -> Callable[..., Any]:
+    """Do what :func:`use_implicit_args` does, but return arrays that defer work as they are: for handlers."""
 
-    def do(leaf: Operand) -> Operand:
-        deferred = leaf.deferred() if is_implicit(leaf) else None
-        if deferred is None:
-            return leaf
-        primitive, location = deferred
-        _reports.report(primitive, leaf, location)
-        return materialize_nested(leaf, full=True)
+    @functools.wraps(f)
+    def implicit_f(*args: Any, **kwargs: Any) -> Any:
+        with _reports.report_each_location_once():
+            return _interpret(f, args, kwargs)
 
-    return jax.tree_util.tree_map(do, outs, is_leaf=is_implicit)
+    return implicit_f
+
+
+def _with_work_done(value: Operand) -> Operand:
+    """Return a value that may leave an evaluation: one that defers work is reported and materialized."""
+    deferred = value.deferred() if is_implicit(value) else None
+    if deferred is None:
+        return value
+    primitive, location = deferred
+    _reports.report(primitive, value, location)
+    return _materialize_fully(value)
 
 
 def materialize_nested(implicit_arr: Operand, full: bool = False) -> Operand:
@@ -222,6 +232,11 @@ def _evaluate(closed: Jaxpr, args: Sequence[Operand]) -> list[Operand]:
     ]
 
 
+def _evaluate_all(closed: Jaxpr, args: Sequence[Operand]) -> list[Operand]:
+    """Evaluate a jaxpr, and do the work that its results defer."""
+    return [_with_work_done(out) for out in _evaluate(closed, args)]
+
+
 def _dead_after_each_equation(jaxpr: OpenJaxpr) -> list[set[Any]]:
     """Return, for each equation, the variables that no later equation or output uses."""
     used_later = {atom for atom in jaxpr.outvars if not _compat.is_literal(atom)}
@@ -287,13 +302,17 @@ def _call_handler(
 
 def _apply_rule(eqn: Equation, operands: list[Operand]) -> list[Operand]:
     """Evaluate an equation by the rule for its primitive, and bring stored shapes of results up to date."""
+    evaluate = _evaluate
+    if eqn.primitive.name in LEAFWISE:
+        operands = [_with_work_done(operand) for operand in operands]
+        evaluate = _evaluate_all
     ctx = RuleContext(
         primitive=eqn.primitive,
         params=eqn.params,
         out_avals=[var.aval for var in eqn.outvars],
         location=_compat.source_line(eqn),
         facts=tuple(_origins.fact_of(operand) for operand in operands),
-        evaluate=_evaluate,
+        evaluate=evaluate,
         materialize=_materialize_fully,
     )
     with _reports.fallback_location(ctx.location):

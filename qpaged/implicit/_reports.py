@@ -88,14 +88,14 @@ _LIBRARY_FOLDERS = tuple(
 
 
 @contextmanager
-def report_each_location_once() -> Iterator[bool]:
-    """Report every location once until the outermost of these contexts is left; yield True if it is this."""
+def report_each_location_once() -> Iterator[None]:
+    """Report every location once until the outermost of these contexts is left."""
     if _reported.get() is not None:
-        yield False
+        yield
         return
     token = _reported.set(set())
     try:
-        yield True
+        yield
     finally:
         _reported.reset(token)
 

@@ -41,9 +41,9 @@ class ImplicitValue(ArrayValue):
         return None
 
     def deferred(self) -> tuple[str, Location | None] | None:
-        """Return the primitive whose work an array only defers, and its line of code; None for other classes.
+        """Return a primitive whose work an array defers, and its line of code; None if it defers none.
 
-        Such arrays are for the program alone: where it ends, its caller gets them materialized.
+        Such arrays stay within one program: what leaves it, or enters a loop, is materialized.
         """
         return None
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from support.arrays import normal
 from support.formats import FORMATS
 from support.implicit_arrays import needs_own_implementation
@@ -163,3 +164,95 @@ def test_gradients_pass_through():
 
     got = jax.grad(use_implicit_args(loss))(Q[:, :H], array)
     np.testing.assert_allclose(got, jax.grad(loss)(Q[:, :H], array.dequantize()), rtol=1e-5, atol=1e-3)
+
+
+SMALL = normal(2, 12, 4, 32, seed=9)
+GAIN = normal(1, 1, 1, 32, seed=10)
+QUERY = normal(2, 4, 32, seed=11)
+
+
+def small_scores(keys):
+    return jnp.einsum("bhd,blhd->bhl", QUERY, keys)
+
+
+def over(xs, body):
+    return lax.scan(lambda carry, x: (carry, body(x)), 0.0, xs)[1]
+
+
+def repeatedly(k):
+    for _ in range(12):
+        k = (k + k) * 0.5
+    return small_scores(k)
+
+
+EDGES = {
+    "scanned": lambda k: over(jnp.stack([k - SMALL, k + SMALL], 2)[:, :2], lambda x: x.sum(0)),
+    "stacked by a scan": lambda k: over(jnp.arange(3.0), lambda x: jnp.stack([k - x, k + x], 2)),
+    "turned by a scan": lambda k: over(jnp.arange(3.0), lambda x: jnp.swapaxes(jnp.maximum(k, x), 1, 2)),
+    "carried": lambda k: lax.fori_loop(0, 3, lambda _, k: k - GAIN, k),
+    "of a branch": lambda k: lax.cond(k[0, 0, 0, 0] > 0, lambda: k - GAIN, lambda: jnp.maximum(k, GAIN)),
+    "rows that a plain operand stretches": lambda k: k[:, :1] - jnp.broadcast_to(GAIN, SMALL.shape),
+    "heads that a plain operand stretches": lambda k: small_scores(k[:, :, :1] * GAIN - SMALL),
+    "integers": lambda k: jnp.einsum(
+        "bhd,blhd->bhl", jnp.ones(QUERY.shape, jnp.int32), (k * SMALL * 1e7).astype(jnp.int32)
+    ),
+    "one head for all": lambda k: small_scores(jnp.broadcast_to((k - GAIN)[:, :, :1], SMALL.shape)),
+    "no copies": lambda k: jnp.broadcast_to((k - GAIN)[:, :, :1], (2, 12, 0, 32)),
+    "joined, times a gain": lambda k: small_scores(jnp.concatenate([k, SMALL], 1) * GAIN),
+    "joined, stretched": lambda k: jnp.concatenate([k[:, :1], SMALL[:, :0]], 1) - SMALL,
+    "no rows": lambda k: small_scores(k[:, :0] - jnp.broadcast_to(GAIN, SMALL.shape)[:, :0]),
+    "no channels": lambda k: (k - GAIN)[..., :0],
+    "within a function of its own": lambda k: small_scores(use_implicit_args(lambda k: k - SMALL)(k)),
+    "joined and returned": lambda k: jnp.concatenate([k - SMALL, SMALL], 1),
+    "repeated and returned": lambda k: jnp.repeat(k - SMALL, 2, axis=2),
+    "used again and again": repeatedly,
+}
+
+
+@pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
+@pytest.mark.parametrize("name", EDGES)
+def test_what_comes_out_is_an_array_with_the_values_of_plain_ones(name):
+    array = quantize(normal(2, 12, 4, 32), qpaged.get_quantizer("int8"), (1, 4, 1, 32))
+    out = jax.jit(use_implicit_args(EDGES[name]))(array)
+    want = EDGES[name](array.dequantize())
+    assert isinstance(out, jax.Array) and (out.shape, out.dtype) == (want.shape, want.dtype)
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
+@pytest.mark.parametrize("name", ["joined and returned", "repeated and returned", "turned by a scan"])
+def test_arrays_that_vmap_stacks(name):
+    arrays = quantize(normal(3, 2, 12, 4, 32), qpaged.get_quantizer("int8"), (1, 1, 4, 1, 32))
+    out = jax.vmap(use_implicit_args(EDGES[name]))(arrays)
+    np.testing.assert_allclose(out, jax.vmap(EDGES[name])(arrays.dequantize()), rtol=1e-6)
+
+
+def test_bfloat16_dots_over_the_length():
+    array = quantize(
+        normal(*SHAPE).astype(jnp.bfloat16), qpaged.get_quantizer("int8"), (1, 4, 1, D), jnp.bfloat16
+    )
+    weights = normal(L, 3).astype(jnp.bfloat16)
+
+    def read(k):
+        return jnp.einsum("lo,blhd->obhd", weights, k + 1)
+
+    out = jax.jit(use_implicit_args(read))(array)
+    want = jnp.einsum(
+        "lo,blhd->obhd", weights.astype(jnp.float32), (array.materialize() + 1).astype(jnp.float32)
+    )
+    np.testing.assert_allclose(out.astype(jnp.float32), want, rtol=2**-8, atol=2**-7)
+
+
+@pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
+def test_work_that_is_deferred_is_done_before_it_is_divided_over_devices():
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    array = quantize(normal(4, 12, 4, 32), qpaged.get_quantizer("int8"), (1, 4, 1, 32))
+    spec = jax.sharding.PartitionSpec("x")
+
+    def read(k):
+        divided = jax.shard_map(lambda a: a.sum(1), mesh=mesh, in_specs=spec, out_specs=spec)
+        return divided(jnp.maximum(k, 0.3))
+
+    np.testing.assert_allclose(
+        jax.jit(use_implicit_args(read))(array), read(array.dequantize()), rtol=1e-5, atol=1e-5
+    )
