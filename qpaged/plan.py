@@ -11,7 +11,7 @@ from qpaged._arguments import byte_count, check_type, shown, whole_number
 from qpaged._bad_argument import BadArgumentError
 from qpaged._deprecated import renamed_argument
 from qpaged.cache import PagedAttentionCache, PagedAttentionCacheMetaData
-from qpaged.cache._budget import bytes_per_page
+from qpaged.cache._budget import cache_bytes
 from qpaged.cache._config import LARGEST_INDEX, layer_formats
 from qpaged.formats import CacheFormat
 from qpaged.models import CacheSizes, DecoderConfig
@@ -135,7 +135,8 @@ def plan(
     cache_format = CacheFormat.of(quantizer)
     page = (config.num_key_value_heads // shards, page_size, config.head_dim)
     parts = [part for layer in range(config.num_hidden_layers) for part in layer_formats(cache_format, layer)]
-    page_bytes = int(bytes_per_page(parts, page, dtype, None, None))
+    of_page, beside = cache_bytes(parts, page, dtype, 1, None, None)
+    page_bytes = int(of_page) + beside
     room = int(free * hbm_utilization)
     if page_bytes > room:
         raise BadArgumentError(

@@ -18,7 +18,7 @@ from qpaged.arrays import QuantizedArray, empty, quantize
 from qpaged.arrays._blocks import block_max
 from qpaged.arrays._explicit import placed_as
 from qpaged.arrays._placement import sharding_of_part
-from qpaged.formats import CacheFormat, Quantizer, Wrapper
+from qpaged.formats import CacheFormat, ExactFormat, Quantizer, Wrapper
 
 PlainArray: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
@@ -80,11 +80,17 @@ def _key_and_value_quantizers(
 ) -> tuple[Quantizer | None, Quantizer | None]:
     """Return the quantizers of keys and of values in the layer or layers that an array holds."""
     if leaf.layer is not None:
-        return quantizer.layer(leaf.layer)
-    common = (quantizer.key, quantizer.value)
-    if any(pair != common for _, pair in quantizer.layers):
-        raise _must_be_the_same("layers", leaf, quantizer)
-    return common
+        key, value = quantizer.layer(leaf.layer)
+    else:
+        key, value = common = (quantizer.key, quantizer.value)
+        if any(pair != common for _, pair in quantizer.layers):
+            raise _must_be_the_same("layers", leaf, quantizer)
+    if isinstance(key, ExactFormat) or isinstance(value, ExactFormat):
+        raise ValueError(
+            f"quantizer must have no exact pages for the arrays of a model's own cache, which have none, but "
+            f"came as {quantizer}; leave out +exact and +sink, or keep the cache in qpaged's pages."
+        )
+    return key, value
 
 
 def _must_be_the_same(kind: str, leaf: CacheLeaf, quantizer: CacheFormat) -> ValueError:

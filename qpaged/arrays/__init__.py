@@ -9,7 +9,7 @@ from qpaged.arrays._encoding import in_units
 from qpaged.arrays._indices import clip_to_int32
 from qpaged.arrays._lane_rows import LANES
 from qpaged.arrays._packing import extract_codes
-from qpaged.arrays._pages import clear_pages, copy_pages
+from qpaged.arrays._pages import clear_pages, copy_pages, final_targets, put_pages
 from qpaged.arrays._protocol import ArrayFormat, GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.arrays._quantize import check_parts, empty, fill_lane_rows, overwrite, quantize
 from qpaged.arrays._quantized import BlockParts, QuantizedArray, is_quantized
@@ -48,6 +48,7 @@ __all__ = [
     "empty",
     "extract_codes",
     "fill_lane_rows",
+    "final_targets",
     "float_dtype",
     "gather_pages",
     "in_units",
@@ -57,6 +58,7 @@ __all__ = [
     "mask_slots",
     "not_elementwise",
     "overwrite",
+    "put_pages",
     "quantize",
     "to_float32",
     "transform_query",

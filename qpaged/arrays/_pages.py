@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from qpaged._platforms import by_platform
 from qpaged.arrays import _tpu_write
+from qpaged.arrays._quantize import quantize
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._scatter import gather_rows, scatter_rows
 
@@ -40,7 +41,7 @@ def copy_pages(
     All sources are read before any target is written. A pair with a page out of range is dropped; of several
     pairs with one target the last counts.
     """
-    target = _final_targets(source, target, pool.shape[PAGE_AXIS])
+    target = final_targets(source, target, pool.shape[PAGE_AXIS])
     if not isinstance(pool, QuantizedArray):
         return _copy(pool, source, target)
 
@@ -49,6 +50,37 @@ def copy_pages(
 
     stored = _copy(pool.stored, source, target)
     return pool.with_stored(stored, pool.parts.map(copy_scales))
+
+
+def put_pages(
+    pool: PoolArray,
+    pages: jax.Array,  # [kv_heads, n, page_size, head_dim] floats
+    target: jax.Array,  # [n] int32, each once
+) -> PoolArray:
+    """Return a pool with whole pages in place of those at ``target``, quantized as the pool is, if it is.
+
+    A scale is chosen from its whole block, whatever was there before. Out of range is dropped.
+    """
+    if not isinstance(pool, QuantizedArray):
+        return _put(pool, target, pages.astype(pool.dtype))
+    block = (1, 1, *pool.block[2:])
+    new = quantize(pages, pool.quantizer, block, pool.dtype, pool.channel_axis)
+    new = new.like(new.codes, new.parts, slots_per_row=pool.slots_per_row)
+    stored = _put(pool.stored, target, new.stored)
+
+    def put_scales(part: jax.Array, of_new: jax.Array) -> jax.Array:
+        return by_platform(part, target, of_new, default=_put, tpu=_put_on_tpu)
+
+    return pool.with_stored(stored, pool.parts.map(put_scales, new.parts))
+
+
+def _put(part: jax.Array, target: jax.Array, pages: jax.Array) -> jax.Array:
+    return scatter_rows(part, (PAGE_AXIS,), target[:, None], pages.swapaxes(0, 1))
+
+
+def _put_on_tpu(scales: jax.Array, target: jax.Array, pages: jax.Array) -> jax.Array:
+    """Return what :func:`_put` does, of scales: XLA would copy all of them into another layout and back."""
+    return _tpu_write.scatter_scales(scales, target, pages.swapaxes(0, 1))
 
 
 def _clear(part: jax.Array, pages: jax.Array) -> jax.Array:
@@ -72,7 +104,7 @@ def _copy_on_tpu(scales: jax.Array, source: jax.Array, target: jax.Array) -> jax
     return _tpu_write.scatter_scales(scales, target, _tpu_write.gather_scales(scales, source))
 
 
-def _final_targets(source: jax.Array, target: jax.Array, num_pages: int) -> jax.Array:
+def final_targets(source: jax.Array, target: jax.Array, num_pages: int) -> jax.Array:
     """Return ``target``, but "no page" for pairs out of range and all but the last pair of a target."""
     inside = (source >= 0) & (source < num_pages) & (target >= 0) & (target < num_pages)
     target = jnp.where(inside, target, num_pages)

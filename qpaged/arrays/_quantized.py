@@ -34,9 +34,11 @@ class BlockParts(NamedTuple):
     global_scale: jax.Array | None = None
     offset: jax.Array | None = None
 
-    def map(self, change: Callable[[jax.Array], jax.Array]) -> "BlockParts":
-        """Return the parts with ``change`` applied to each that is there."""
-        changed = [None if part is None else change(part) for part in self]
+    def map(self, change: Callable[..., jax.Array], *others: "BlockParts") -> "BlockParts":
+        """Return the parts with ``change`` applied to each that is there, with those of ``others``."""
+        changed = []
+        for part, *beside in zip(self, *others, strict=True):
+            changed.append(None if part is None else change(part, *beside))
         return BlockParts(*changed)
 
 

@@ -16,7 +16,7 @@ from qpaged._arguments import as_array, check_type
 from qpaged._compat import with_auto_axes
 from qpaged._eager import compiled_if_eager
 from qpaged.arrays import invert_output, transform_query, untransformed
-from qpaged.attention import _backends
+from qpaged.attention import _backends, _exact_pages
 from qpaged.attention._backends import BACKENDS, AttentionBackend, AttentionCall
 from qpaged.attention._checks import (
     check_consecutive,
@@ -63,7 +63,9 @@ def attention_backends(
     ) -> None:
         calls = []
         for tokens, _ in _token_groups(as_array("query", query), view, metadata):
-            calls.append(_untransformed_call(tokens, view.key_pages, view.value_pages))
+            calls.append(
+                _untransformed_call(tokens, pools.packed(view.key_pages), pools.packed(view.value_pages))
+            )
         traced_backends.append(_backends.list_backends(calls))
 
     # Traced, since shapes are enough; what it finds are no arrays, and go out by the list.
@@ -241,7 +243,19 @@ def _attend(
 
 
 def _attend_pages(method: Method, keys: Pages, values: Pages, tokens: QueryTokens) -> Partial:
-    """Return the attention to pages, on the backend asked for."""
+    """Return the attention to pages: to those that are packed, and to those that are exact."""
+    exact = _exact_pages.is_exact(tokens.table, keys, values)
+    if exact is None:
+        return _attend_packed(method, keys, values, tokens)
+    table = jnp.where(exact, method.options.num_pages, tokens.table)
+    of_packed = _attend_packed(
+        method, pools.packed(keys), pools.packed(values), dataclasses.replace(tokens, table=table)
+    )
+    return merge([of_packed, _exact_pages.attend(tokens, exact, keys, values, method.options)])
+
+
+def _attend_packed(method: Method, keys: Pages, values: Pages, tokens: QueryTokens) -> Partial:
+    """Return the attention to pages that are all in the codes, on the backend asked for."""
     call = _untransformed_call(tokens, keys, values)
     if method.backend is None:
         partial = _backends.attend(call, method.options)

@@ -3,6 +3,7 @@
 import os
 import warnings
 from fractions import Fraction
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -70,18 +71,34 @@ def _free_host_bytes() -> int:
     )
 
 
-def bytes_per_page(
+class CacheBytes(NamedTuple):
+    """The bytes of a cache on one device: of each page index, and of what it has beside its pages."""
+
+    of_page: Fraction
+    beside: int
+
+
+def cache_bytes(
     formats: list[PoolFormat],  # of every pool: keys and values of every layer
     shape: tuple[int, int, int],  # (kv_heads, page_size, head_dim)
     dtype: DTypeLike,
+    sequences: int,
     mesh: Mesh | None,
     manager: Resolver | None,
-) -> Fraction:
-    """Return the bytes that one page index takes on one device, over all the pools."""
+) -> CacheBytes:
+    """Return the bytes of all the pools together on one device.
+
+    ``sequences`` of them, at most, have exact pages at once.
+    """
     kv_heads, page_size, head_dim = shape
     pages = 1 if mesh is None else mesh.devices.size  # so that partitioned pages are counted right
-    pool = (kv_heads, pages, page_size, head_dim)
-    pool_bytes = {}
-    for quantizer in set(formats):
-        pool_bytes[quantizer] = device_bytes(quantizer, pool, dtype, mesh, manager)
-    return Fraction(sum(pool_bytes[quantizer] for quantizer in formats), pages)
+
+    def bytes_of(quantizer: PoolFormat, pages: int) -> int:
+        pool = (kv_heads, pages, page_size, head_dim)
+        return device_bytes(quantizer, pool, dtype, sequences, mesh, manager)
+
+    once = {quantizer: bytes_of(quantizer, pages) for quantizer in set(formats)}
+    twice = {quantizer: bytes_of(quantizer, 2 * pages) for quantizer in set(formats)}
+    total = sum(once[quantizer] for quantizer in formats)
+    of_pages = sum(twice[quantizer] for quantizer in formats) - total
+    return CacheBytes(Fraction(of_pages, pages), total - of_pages)

@@ -12,15 +12,15 @@ from jax.typing import DTypeLike
 
 from qpaged._arguments import byte_count, check_type, positive
 from qpaged.arrays import float_dtype, is_dtype
-from qpaged.cache._budget import available_bytes, bytes_per_page, default_device
+from qpaged.cache._budget import available_bytes, cache_bytes, default_device
 from qpaged.cache._fresh import MakePages, PoolFormat, check_takes_zeros, round_to_shards
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
-from qpaged.formats import CacheFormat, Quantizer
+from qpaged.formats import CacheFormat, PoolQuantizer, Quantizer
 
 LARGEST_INDEX = 2**31 - 2  # one past the last page must still be an int32
 
-AnyQuantizer: TypeAlias = CacheFormat | Quantizer | MakePages | str | Path | None
+AnyQuantizer: TypeAlias = CacheFormat | PoolQuantizer | MakePages | str | Path | None
 """What every ``quantizer=`` takes: a spelling, a file, a quantizer, a cache format, a function, or None."""
 CachePages: TypeAlias = CacheFormat | MakePages
 """What a ``quantizer=`` stands for: the formats of all pools, or a function that makes the pages of each."""
@@ -136,9 +136,10 @@ class PagedAttentionCacheMetaData(Serializable):
         dtype = logical_dtype(dtype)
         formats = cache_pages(quantizer)
         pool_formats = [pool for layer in range(num_layers) for pool in layer_formats(formats, layer)]
-        page_bytes = bytes_per_page(pool_formats, shape, dtype, mesh, partition_manager)
+        sequences = positive("batch_size", batch_size)
+        page_bytes, beside = cache_bytes(pool_formats, shape, dtype, sequences, mesh, partition_manager)
         device = default_device() if mesh is None else mesh.devices.flat[0]
-        room = available_bytes(mesh, device, utilization, memory_bytes)
+        room = available_bytes(mesh, device, utilization, memory_bytes) - beside
         pages = min(int(room / page_bytes), LARGEST_INDEX)
         pages = round_to_shards(pages, shape, mesh, partition_manager)
         if pages < 1:
@@ -185,7 +186,7 @@ class PagedAttentionCacheMetaData(Serializable):
 def cache_pages(quantizer: AnyQuantizer) -> CachePages:
     """Return what ``quantizer=`` stands for: a cache format, or a function that makes pages."""
     is_format_class = isinstance(quantizer, type) and issubclass(quantizer, Quantizer)
-    if isinstance(quantizer, Quantizer | CacheFormat) or is_format_class or is_dtype(quantizer):
+    if isinstance(quantizer, PoolQuantizer | CacheFormat) or is_format_class or is_dtype(quantizer):
         return CacheFormat.of(quantizer)  # which refuses the classes, though they are callable
     if callable(quantizer):
         check_takes_zeros(quantizer)

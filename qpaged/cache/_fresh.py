@@ -15,23 +15,32 @@ from qpaged import pools
 from qpaged._arguments import shown
 from qpaged._compat import spec_axes
 from qpaged.cache._sharding import EMPTY, KV_HEAD, MODE, PartitionManager, Resolver, leaf_spec
-from qpaged.formats import Quantizer
-from qpaged.pools import Pages
+from qpaged.formats import ExactFormat, PoolQuantizer, Quantizer, get_quantizer
+from qpaged.pools import ExactPages, Pages
 
 REPLICATED = PartitionSpec()
 
 MakePages: TypeAlias = Callable[[jax.Array], Any]
 """A function that turns a pool's zeros into its pages."""
-PoolFormat: TypeAlias = Quantizer | MakePages | None
+PoolFormat: TypeAlias = PoolQuantizer | MakePages | None
 """The format of one pool; None for plain arrays."""
 
 
 def fresh_pages(
-    quantizer: PoolFormat, shape: Sequence[int], dtype: DTypeLike, spec: PartitionSpec = REPLICATED
+    quantizer: PoolFormat,
+    shape: Sequence[int],
+    dtype: DTypeLike,
+    sequences: int,
+    spec: PartitionSpec = REPLICATED,
 ) -> Pages:
-    """Return a pool (kv_heads, pages, page_size, head_dim) that reads as exact zeros; traceable."""
-    if quantizer is None:
-        pages: Pages = jnp.zeros(shape, dtype)
+    """Return a pool (kv_heads, pages, page_size, head_dim) that reads as exact zeros; traceable.
+
+    ``sequences`` of them, at most, have exact pages at once, if the format has such pages.
+    """
+    if isinstance(quantizer, ExactFormat):
+        pages: Pages = _with_exact_pages(quantizer, shape, dtype, sequences)
+    elif quantizer is None:
+        pages = jnp.zeros(shape, dtype)
     elif isinstance(quantizer, Quantizer):
         pages = quantizer.empty(shape, dtype)
     else:
@@ -45,6 +54,16 @@ def fresh_pages(
     if slots_or_channels_are_partitioned:  # which rows of several slots would not survive
         return pages
     return pools.fill_lane_rows(pages)
+
+
+def _with_exact_pages(
+    quantizer: ExactFormat, shape: Sequence[int], dtype: DTypeLike, sequences: int
+) -> ExactPages:
+    kv_heads, _, page_size, head_dim = shape
+    window, sinks = quantizer.window(page_size), quantizer.sink_pages(page_size)
+    capacity = sequences * (window + sinks)
+    rows = get_quantizer("raw").empty((kv_heads, capacity, page_size, head_dim), dtype)
+    return ExactPages.fresh(quantizer.inner.empty(shape, dtype), rows, window, sinks)
 
 
 def check_takes_zeros(make_pages: MakePages) -> None:
@@ -66,6 +85,7 @@ def allocate_pages(
     quantizer: PoolFormat,
     shape: Sequence[int],
     dtype: DTypeLike,
+    sequences: int,
     mesh: Mesh | None,
     manager: Resolver | None,
 ) -> Pages:
@@ -74,10 +94,10 @@ def allocate_pages(
     spec = pages_spec(shape, mesh, manager)
     shardings = None
     if mesh is not None:
-        shardings = pages_shardings(quantizer, shape, dtype, mesh, spec)
+        shardings = pages_shardings(quantizer, shape, dtype, sequences, mesh, spec)
     # Static arguments of one function: the pools of all layers share a compilation.
-    fresh = jax.jit(fresh_pages, static_argnums=(0, 1, 2, 3), out_shardings=shardings)
-    return fresh(quantizer, shape, dtype, spec)
+    fresh = jax.jit(fresh_pages, static_argnums=(0, 1, 2, 3, 4), out_shardings=shardings)
+    return fresh(quantizer, shape, dtype, sequences, spec)
 
 
 def pages_spec(shape: Sequence[int], mesh: Mesh | None, manager: Resolver | None) -> PartitionSpec:
@@ -91,11 +111,24 @@ def pages_spec(shape: Sequence[int], mesh: Mesh | None, manager: Resolver | None
 
 
 def pages_shardings(
-    quantizer: PoolFormat, shape: Sequence[int], dtype: DTypeLike, mesh: Mesh, spec: PartitionSpec
+    quantizer: PoolFormat,
+    shape: Sequence[int],
+    dtype: DTypeLike,
+    sequences: int,
+    mesh: Mesh,
+    spec: PartitionSpec,
 ) -> Any:
-    """Return the sharding of every leaf: the codes' partition, as far as the leaf's axes divide."""
-    leaves = jax.eval_shape(lambda: fresh_pages(quantizer, shape, dtype, spec))
-    return jax.tree_util.tree_map(lambda leaf: NamedSharding(mesh, leaf_spec(spec, leaf.shape, mesh)), leaves)
+    """Return the sharding of every leaf: the codes' partition, as far as the leaf's axes divide.
+
+    Lists of pages are on every device.
+    """
+    leaves = jax.eval_shape(lambda: fresh_pages(quantizer, shape, dtype, sequences, spec))
+
+    def sharding(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        of_leaf = leaf_spec(spec, leaf.shape, mesh) if leaf.ndim == len(shape) else REPLICATED
+        return NamedSharding(mesh, of_leaf)
+
+    return jax.tree_util.tree_map(sharding, leaves)
 
 
 def check_divides(spec: PartitionSpec, shape: Sequence[int], mesh: Mesh) -> None:
@@ -129,16 +162,17 @@ def device_bytes(
     quantizer: PoolFormat,
     shape: Sequence[int],
     dtype: DTypeLike,
+    sequences: int,
     mesh: Mesh | None,
     manager: Resolver | None,
 ) -> int:
     """Return the bytes of a pool on one device, scales included: what the format's own arrays take there."""
     spec = pages_spec(shape, mesh, manager)
-    pool = jax.eval_shape(lambda: fresh_pages(quantizer, tuple(shape), dtype, spec))
+    pool = jax.eval_shape(lambda: fresh_pages(quantizer, tuple(shape), dtype, sequences, spec))
     leaves = jax.tree_util.tree_leaves(pool)
     shapes = [leaf.shape for leaf in leaves]
     if mesh is not None:
-        shardings = jax.tree_util.tree_leaves(pages_shardings(quantizer, shape, dtype, mesh, spec))
+        shardings = jax.tree_util.tree_leaves(pages_shardings(quantizer, shape, dtype, sequences, mesh, spec))
         shapes = [sharding.shard_shape(shape) for sharding, shape in zip(shardings, shapes, strict=True)]
     return sum(int(np.prod(shape)) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves, strict=True))
 

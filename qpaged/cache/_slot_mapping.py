@@ -54,7 +54,7 @@ def slot_mapping(
     logical_page, slot = position // page_size, position % page_size
     pages_per_sequence = page_table.shape[-1]
     if pages_per_sequence == 0:
-        return SlotMapping(jnp.full_like(position, num_pages), slot)
+        return SlotMapping(jnp.full_like(position, num_pages), slot, logical_page, page_table)
     inside = (position >= 0) & (logical_page < pages_per_sequence)
     logical_page = jnp.where(inside, logical_page, 0)
     if page_table.ndim == 1:
@@ -62,4 +62,4 @@ def slot_mapping(
     else:
         page = jnp.take_along_axis(page_table, logical_page[:, None], axis=1)[:, 0]
     is_page = inside & (page >= 0) & (page < num_pages)
-    return SlotMapping(jnp.where(is_page, page, num_pages), slot)
+    return SlotMapping(jnp.where(is_page, page, num_pages), slot, logical_page, page_table)

@@ -100,8 +100,9 @@ class PagedAttentionCacheView(Serializable):
         formats = agreed_formats(metadata, quantizer, dtype)
         key_format, value_format = layer_formats(formats, layer_index)
         shape, dtype = metadata.pool_shape, logical_dtype(dtype)
-        keys = allocate_pages(key_format, shape, dtype, mesh, partition_manager)
-        values = allocate_pages(value_format, shape, dtype, mesh, partition_manager)
+        sequences = metadata.batch_size
+        keys = allocate_pages(key_format, shape, dtype, sequences, mesh, partition_manager)
+        values = allocate_pages(value_format, shape, dtype, sequences, mesh, partition_manager)
         return cls(metadata, layer_index, keys, values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -216,6 +217,32 @@ class PagedAttentionCacheView(Serializable):
             value_pages=pools.copy_pages(self.value_pages, sources, targets),
         )
 
+    def pack_pages(self, pages: ArrayLike, lengths: ArrayLike) -> Self:
+        """Return the view with these pages quantized now, if they are exact, from their first slots.
+
+        For pages that are parked or shared: an exact page takes the place of a sequence that decodes. Pages
+        that are packed already, out of range, or of a format without exact pages stay as they are.
+
+        Args:
+            pages: (n,) integers, or one.
+            lengths: (n,) integers, or one: how many slots of each page were written. The others become
+                zeros, since rows of rejected drafts may lie there.
+
+        Raises:
+            TypeError: pages or lengths are not integers.
+            ValueError: there are not as many lengths as pages, or they have more than one axis.
+        """
+        indices, counts = _page_indices("pages", pages), _page_indices("lengths", lengths)
+        if len(indices) != len(counts):
+            raise ValueError(
+                f"pages and lengths must be as many, but came with {len(indices)} and {len(counts)}; give "
+                f"the length of each page."
+            )
+        return self.replace(
+            key_pages=pools.pack_pages(self.key_pages, indices, counts),
+            value_pages=pools.pack_pages(self.value_pages, indices, counts),
+        )
+
     def concatenate_to_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise NotImplementedError: pages are written by the two methods above.
 
@@ -297,7 +324,7 @@ def _checked_layer(layer: Any, layers: int) -> int:
 def _check_pages(name: str, pages: Pages, quantizer: Any, metadata: PagedAttentionCacheMetaData) -> None:
     """Raise ValueError unless pages that were read are laid out as fresh ones of this format."""
     dtype = dtype_of_floats(name, pages.dtype if metadata.dtype is None else metadata.dtype)
-    fresh = jax.eval_shape(lambda: fresh_pages(quantizer, metadata.pool_shape, dtype))
+    fresh = jax.eval_shape(lambda: fresh_pages(quantizer, metadata.pool_shape, dtype, metadata.batch_size))
     if not same_layout(fresh, pages):
         raise ValueError(
             f"{name} must be {'plain' if quantizer is None else quantizer} pages of {dtype.name} and of the "

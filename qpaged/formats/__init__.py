@@ -3,6 +3,7 @@
 from qpaged.arrays import GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.formats._cache_format import CacheFormat
 from qpaged.formats._contract import Quantizer
+from qpaged.formats._exact import ExactFormat, PoolQuantizer
 from qpaged.formats._growth import FitAgain
 from qpaged.formats._power_of_two import PowerOfTwoQuantizer
 from qpaged.formats._registry import (
@@ -19,10 +20,12 @@ from qpaged.formats._wrapper import Wrapper
 __all__ = [
     "CacheFormat",
     "ChainedTransform",
+    "ExactFormat",
     "FitAgain",
     "GlobalScaleRule",
     "GrowthRule",
     "OffsetRule",
+    "PoolQuantizer",
     "PowerOfTwoQuantizer",
     "Quantizer",
     "RegistryError",

@@ -9,18 +9,12 @@ from typing import Any
 from qpaged._arguments import check_type, shown, whole_number
 from qpaged._deprecated import renamed_argument
 from qpaged._files import read_json, write_whole
-from qpaged.formats._contract import Quantizer
-from qpaged.formats._registry import (
-    PLAIN,
-    RegistryError,
-    get_quantizer,
-    no_format,
-    quantizer_from_config,
-)
+from qpaged.formats._exact import PoolQuantizer, pool_quantizer, pool_quantizer_from_config
+from qpaged.formats._registry import PLAIN, RegistryError, no_format
 
 FILE_KIND, FILE_VERSION = "cache format", 1  # the fields "qpaged" and "version" of a file
 
-Pair = tuple[Quantizer | None, Quantizer | None]
+Pair = tuple[PoolQuantizer | None, PoolQuantizer | None]
 
 
 @dataclass(frozen=True)
@@ -33,14 +27,14 @@ class CacheFormat:
         layers: (layer index, (key format, value format)) for the layers that differ, ascending.
     """
 
-    key: Quantizer | None = None
-    value: Quantizer | None = None
+    key: PoolQuantizer | None = None
+    value: PoolQuantizer | None = None
     layers: tuple[tuple[int, Pair], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("key", "value"):
             rule, advice = "a qpaged.Quantizer or None", "CacheFormat.of takes spellings"
-            check_type(name, getattr(self, name), Quantizer | None, rule, advice)
+            check_type(name, getattr(self, name), PoolQuantizer | None, rule, advice)
         if not isinstance(self.layers, tuple) or not all(map(_is_layer, self.layers)):
             raise TypeError(
                 f"layers must be a tuple of (layer, (key quantizer, value quantizer)), but got "
@@ -74,7 +68,7 @@ class CacheFormat:
             return _load(Path(quantizer))
         if isinstance(quantizer, str):
             return cls(*_pair_of_spelling(quantizer))
-        if quantizer is None or isinstance(quantizer, Quantizer):
+        if quantizer is None or isinstance(quantizer, PoolQuantizer):
             return cls(quantizer, quantizer)
         raise no_format(
             quantizer,
@@ -161,8 +155,8 @@ def _pair_of_spelling(spelling: str) -> Pair:
     return _quantizer_or_plain(parts[0]), _quantizer_or_plain(parts[-1])
 
 
-def _quantizer_or_plain(spelling: str) -> Quantizer | None:
-    return None if spelling == PLAIN else get_quantizer(spelling)
+def _quantizer_or_plain(spelling: str) -> PoolQuantizer | None:
+    return None if spelling == PLAIN else pool_quantizer(spelling)
 
 
 def _load(path: Path) -> CacheFormat:
@@ -217,17 +211,17 @@ def _is_layer(entry: object) -> bool:
     """Return True for (layer, (key format, value format))."""
     match entry:
         case tuple((int(), tuple((key, value)))):
-            return isinstance(key, Quantizer | None) and isinstance(value, Quantizer | None)
+            return isinstance(key, PoolQuantizer | None) and isinstance(value, PoolQuantizer | None)
     return False
 
 
-def _spell(quantizer: Quantizer | None) -> str:
+def _spell(quantizer: PoolQuantizer | None) -> str:
     return PLAIN if quantizer is None else str(quantizer)
 
 
-def _config(quantizer: Quantizer | None) -> dict[str, Any] | None:
+def _config(quantizer: PoolQuantizer | None) -> dict[str, Any] | None:
     return None if quantizer is None else quantizer.config
 
 
-def _from_config(config: Any) -> Quantizer | None:
-    return None if config is None else quantizer_from_config(config)
+def _from_config(config: Any) -> PoolQuantizer | None:
+    return None if config is None else pool_quantizer_from_config(config)

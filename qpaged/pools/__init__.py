@@ -6,6 +6,7 @@ kind is a subclass of :class:`Pool`, in a file of its own. A pytree of a new kin
 itself, and needs no entry anywhere.
 """
 
+from qpaged.pools._exact import ExactPages
 from qpaged.pools._kinds import (
     as_quantized,
     clear_pages,
@@ -17,15 +18,20 @@ from qpaged.pools._kinds import (
     format_of,
     from_record,
     gather_slots,
+    has_exact_pages,
+    is_exact,
     is_narrow_float,
     mesh_of,
     needs_implicit_args,
+    pack_pages,
+    packed,
     to_record,
     write_slots,
 )
 from qpaged.pools._pool import Pages, Pool, PoolBytes, SlotMapping, Slots, no_record_of
 
 __all__ = [
+    "ExactPages",
     "Pages",
     "Pool",
     "PoolBytes",
@@ -41,10 +47,14 @@ __all__ = [
     "format_of",
     "from_record",
     "gather_slots",
+    "has_exact_pages",
+    "is_exact",
     "is_narrow_float",
     "mesh_of",
     "needs_implicit_args",
     "no_record_of",
+    "pack_pages",
+    "packed",
     "to_record",
     "write_slots",
 ]

@@ -30,4 +30,4 @@ class ArrayPool(Pool):
 
 def write_slots(pages: Pages, mapping: SlotMapping, rows: jax.Array) -> Pages:
     """Return ``pages`` with ``rows`` (tokens, kv_heads, head_dim) written at (page, slot)."""
-    return arrays.write_rows(pages, (1, 2), mapping, rows)
+    return arrays.write_rows(pages, (1, 2), (mapping.page, mapping.slot), rows)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qpaged._compat import explicit_sharding
@@ -32,7 +33,7 @@ def _pool_of(pages: Pages) -> Pool:
 @compiled_if_eager()
 def write_slots(
     pages: Pages,
-    slot_mapping: tuple[jax.Array, jax.Array],  # (page, slot), [tokens] each
+    slot_mapping: SlotMapping | tuple[jax.Array, jax.Array],  # (page, slot), [tokens] each
     rows: jax.Array,  # [tokens, kv_heads, head_dim]
 ) -> Pages:
     """Return a pool with ``rows`` written at (page, slot); rows out of range are dropped."""
@@ -66,6 +67,31 @@ def copy_pages(
     pairs with one target the last counts.
     """
     return _pool_of(pages).copy_pages(source, target)
+
+
+def is_exact(pages: Pages, indices: jax.Array) -> jax.Array | None:
+    """Return True where page indices of any shape are of exact pages; None for pools that have none."""
+    return _pool_of(pages).is_exact(indices)
+
+
+def has_exact_pages(*all_pages: Pages) -> bool:
+    """Return True if any of the pools keeps exact pages beside its codes."""
+    none = jnp.zeros(0, jnp.int32)
+    return any(is_exact(pages, none) is not None for pages in all_pages)
+
+
+def packed(pages: Pages) -> Pages:
+    """Return the pool that attention reads where pages are not exact: of most kinds, itself."""
+    return _pool_of(pages).packed() if isinstance(pages, Pool) else pages
+
+
+def pack_pages(
+    pages: Pages,
+    indices: jax.Array,  # [n]
+    lengths: jax.Array,  # [n]
+) -> Pages:
+    """Return a pool with exact pages at ``indices`` packed; slots from ``lengths`` on are zeros then."""
+    return _pool_of(pages).pack_pages(indices, lengths) if isinstance(pages, Pool) else pages
 
 
 def count_bytes(pages: Pages) -> PoolBytes:

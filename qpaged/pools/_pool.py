@@ -24,10 +24,15 @@ class SlotMapping(NamedTuple):
     Attributes:
         page: (tokens,) int32.
         slot: (tokens,) int32; within the page.
+        logical_page: (tokens,) int32; the page's place in its sequence. None if not known.
+        page_table: (pages_per_sequence,) int32, of the one sequence that all tokens are of, or
+            (tokens, pages_per_sequence), of each token's sequence. None if not known.
     """
 
     page: jax.Array
     slot: jax.Array
+    logical_page: jax.Array | None = None
+    page_table: jax.Array | None = None
 
 
 class PoolBytes(NamedTuple):
@@ -82,6 +87,21 @@ class Pool(abc.ABC):
     @abc.abstractmethod
     def count_bytes(self) -> PoolBytes:
         """Return the bytes of the pages, whose leaves may be ShapeDtypeStructs."""
+
+    def is_exact(self, indices: jax.Array) -> jax.Array | None:
+        """Return, for page indices of any shape, True where a page is to be read by :meth:`gather_slots`.
+
+        None for kinds without such pages, all of whose pages are in :meth:`packed`.
+        """
+        return None
+
+    def packed(self) -> Pages:
+        """Return the pool that attention reads where pages are not exact."""
+        return self
+
+    def pack_pages(self, indices: jax.Array, lengths: jax.Array) -> Pages:
+        """Return the pages with those at ``indices`` (n,) packed, slots from ``lengths`` (n,) on as zeros."""
+        return self
 
     def fill_lane_rows(self) -> Pages:
         """Return pages, to which nothing was written yet, in rows that fill a TPU's lanes, if possible."""

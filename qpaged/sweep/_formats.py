@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from qpaged.formats import Quantizer, available_quantizers, get_quantizer
+from qpaged.formats import ExactFormat, PoolQuantizer, Quantizer, available_quantizers, get_quantizer
 
 PAGE = (1, 1, 16, 128)
 """The page that formats are sized on: (kv_heads, pages, page_size, head_dim)."""
@@ -55,12 +55,16 @@ def fitting(formats: Iterable[str], head_dim: int) -> tuple[list[str], dict[str,
 
 
 def bits_per_element(
-    quantizer: Quantizer, page: tuple[int, int, int, int] = PAGE, dtype: str = "bfloat16"
+    quantizer: PoolQuantizer, page: tuple[int, int, int, int] = PAGE, dtype: str = "bfloat16"
 ) -> float:
-    """Return the bits that the format's arrays take for each element of a page, of logical ``dtype``."""
+    """Return the bits that the format's arrays take for each element of a page, of logical ``dtype``.
+
+    Of a packed page, where the format has exact ones.
+    """
+    packed = quantizer.inner if isinstance(quantizer, ExactFormat) else quantizer
 
     def quantize_page() -> object:
-        return quantizer.quantize(jnp.zeros(page, dtype))
+        return packed.quantize(jnp.zeros(page, dtype))
 
     leaves = jax.tree_util.tree_leaves(jax.eval_shape(quantize_page))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)

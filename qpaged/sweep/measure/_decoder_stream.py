@@ -16,6 +16,7 @@ from qpaged.cache import (
     PagedAttentionMetadata,
 )
 from qpaged.models import Attend, AttentionOptions, DecoderConfig
+from qpaged.pools import has_exact_pages
 from qpaged.sweep.measure._model import Prefilled
 from qpaged.sweep.measure._settings import Settings
 
@@ -72,6 +73,9 @@ class DecoderStream:
         self._hidden = hidden
         self._settings = settings
         self._batch = metadata.batch_size
+        # The early queries of a chunk would see more recent rows exact, or packed, than in a decode.
+        has_exact = any(has_exact_pages(view.key_pages, view.value_pages) for view in cache.views)
+        self._chunk = min(settings.chunk, metadata.page_size) if has_exact else settings.chunk
         self._allocator = PageAllocator(metadata)
         self._sequences = 0
 
@@ -90,7 +94,7 @@ class DecoderStream:
     def prefill(self, tokens: np.ndarray) -> Iterator[Prefilled]:
         """Feed the beginning of each sequence, [sequences, n], one sequence and chunk after another."""
         for row, sequence in enumerate(tokens):
-            for chunk in chunks(sequence, self._settings.chunk):
+            for chunk in chunks(sequence, self._chunk):
                 metadata = chunk.metadata(self.table[row])
                 hidden = self._forward(chunk.tokens, metadata.prefill_position, metadata)
                 columns = slice(chunk.start, chunk.start + chunk.length)

@@ -1,0 +1,145 @@
+"""Attention to exact pages, which pools keep beside their codes: in plain JAX, at the cost of these pages."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qpaged import pools
+from qpaged.arrays import QuantizedArray, common_dtype
+from qpaged.attention._layout import pad_to_multiple
+from qpaged.attention._merge import Partial
+from qpaged.attention._options import Options, QueryTokens, group_query_heads, ungroup_query_heads
+from qpaged.pools import ExactPages, Pages
+
+Q_TILE = 128  # queries of a prefill whose scores are there at once
+ROWS = 32  # decode rows whose exact pages are gathered at once
+
+
+class ShortTable(NamedTuple):
+    """The exact pages of sequences, [..., n] int32 each; where there are fewer, the pages are "no page"."""
+
+    page: jax.Array
+    logical_page: jax.Array
+
+
+def is_exact(table: jax.Array, keys: Pages, values: Pages) -> jax.Array | None:
+    """Return True for entries of a page table that are exact among keys or values; None if none can be."""
+    marks = [pools.is_exact(pages, table) for pages in (keys, values)]
+    there = [mark for mark in marks if mark is not None]
+    if not there:
+        return None
+    return jnp.stack(there).any(axis=0)
+
+
+def attend(tokens: QueryTokens, exact: jax.Array, keys: Pages, values: Pages, options: Options) -> Partial:
+    """Return the attention of each token to the exact pages of its sequence.
+
+    Args:
+        tokens: the queries.
+        exact: True for the entries of their page table that are exact.
+        keys: [kv_heads, pages, page_size, head_dim], at least one of them with exact pages.
+        values: likewise.
+        options: of the call.
+    """
+    most = _most_exact(keys, values)
+
+    def shorten(table: jax.Array, exact: jax.Array) -> ShortTable:
+        return _short_table(table, exact, most, options.num_pages)
+
+    short = (shorten if tokens.is_prefill else jax.vmap(shorten))(tokens.table, exact)
+
+    def attend_tile(tile: tuple[jax.Array, ...]) -> Partial:
+        query, position, end, page, logical_page = tile
+        return _attend(query, position, end, ShortTable(page, logical_page), keys, values, options)
+
+    if not tokens.is_prefill:
+
+        def attend_row(row: tuple[jax.Array, ...]) -> Partial:
+            query, position, *others = row
+            out, lse = attend_tile((query[None], position[None], *others))
+            return Partial(out[0], lse[0])
+
+        rows = (tokens.query, tokens.position, tokens.end, *short)
+        return lax.map(attend_row, rows, batch_size=min(ROWS, len(tokens.query)))
+    count = len(tokens.query)
+    q_tile = min(Q_TILE, count)
+    query = pad_to_multiple(tokens.query, q_tile, 0)
+    position = pad_to_multiple(tokens.position, q_tile, -1)
+    tiles = query.reshape(-1, q_tile, *query.shape[1:]), position.reshape(-1, q_tile)
+    out, lse = lax.map(lambda tile: attend_tile((*tile, tokens.end, *short)), tiles)
+    return Partial(out.reshape(query.shape)[:count], lse.reshape(query.shape[:2])[:count])
+
+
+def _most_exact(keys: Pages, values: Pages) -> int:
+    """Return how many pages of a sequence are exact at most."""
+    kinds = [pages for pages in (keys, values) if isinstance(pages, ExactPages)]
+    return max(pages.window for pages in kinds) + max(pages.sinks for pages in kinds)
+
+
+def _short_table(
+    table: jax.Array,  # [pages]
+    exact: jax.Array,  # [pages]
+    most: int,
+    num_pages: int,
+) -> ShortTable:
+    """Return the first ``most`` exact pages of a sequence, in order."""
+    rank = jnp.where(exact, jnp.cumsum(exact, dtype=jnp.int32) - 1, most)
+    logical_page = jnp.arange(len(table), dtype=jnp.int32)
+    return ShortTable(
+        jnp.full(most, num_pages, jnp.int32).at[rank].set(table, mode="drop"),
+        jnp.zeros(most, jnp.int32).at[rank].set(logical_page, mode="drop"),
+    )
+
+
+def _attend(
+    query: jax.Array,  # [tokens, q_heads, head_dim]
+    position: jax.Array,  # [tokens]
+    end: jax.Array,  # []
+    table: ShortTable,  # of [n]
+    keys: Pages,
+    values: Pages,
+    options: Options,
+) -> Partial:
+    """Return the attention of queries to some pages of one sequence."""
+    kv_heads, _, page_size, _ = keys.shape
+    slot = table.logical_page[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
+    exists = (slot < end) & (table.page < options.num_pages)[:, None]
+    mask = options.position_mask(position[:, None], slot.reshape(-1)) & exists.reshape(-1)  # [tokens, slots]
+    k, v = _gather(keys, values, table.page)
+    v = jnp.where(mask.any(axis=0)[:, None], v, jnp.zeros((), v.dtype))  # NaN, perhaps, where no one sees it
+    q = group_query_heads(query, kv_heads)
+    dtype = common_dtype(q.dtype, k.dtype)
+    dots = jnp.einsum(
+        "hqd,hsd->hqs",
+        q.astype(dtype),
+        k.astype(dtype),
+        precision="highest",  # or a TPU would round float32 to bfloat16
+        preferred_element_type=jnp.float32,
+    )
+    scores = jnp.where(
+        jnp.repeat(mask, q.shape[1] // len(query), axis=0), options.scale_and_cap(dots), -jnp.inf
+    )
+    highest = scores.max(axis=-1, initial=-jnp.inf)
+    highest = lax.stop_gradient(jnp.where(highest == -jnp.inf, 0, highest))
+    weights = jnp.exp(scores - highest[..., None])
+    acc = jnp.einsum("hqs,hsd->hqd", weights, v.astype(jnp.float32), precision="highest")
+    out, lse = Partial.of_sums(acc, highest, weights.sum(axis=-1))
+    return Partial(ungroup_query_heads(out, len(query)), ungroup_query_heads(lse, len(query)))
+
+
+def _gather(keys: Pages, values: Pages, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the slots of pages [kv_heads, slots, head_dim] as floats, exact ones as they were written."""
+    if _are_alike(keys, values):
+        return keys.gather_exact(indices), values.gather_exact(indices)
+    slots = [pools.gather_slots(pages, indices) for pages in (keys, values)]
+    k, v = (array.materialize() if isinstance(array, QuantizedArray) else array for array in slots)
+    return k, v
+
+
+def _are_alike(keys: Pages, values: Pages) -> bool:
+    """Return True if the same pages are exact in both, to which the same tokens were written."""
+    if not isinstance(keys, ExactPages) or not isinstance(values, ExactPages):
+        return False
+    return (keys.window, keys.sinks, keys.capacity) == (values.window, values.sinks, values.capacity)
