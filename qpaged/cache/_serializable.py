@@ -18,8 +18,11 @@ from qpaged.implicit import ImplicitArray
 VERSION = 2
 READABLE = 1, VERSION  # the text of version 1 has no digest, and its arrays have no names
 ARRAYS_OF_PAGES = ("codes", "scales", "outer")  # in the record of a quantized pool
+PARTS_OF_EXACT_PAGES = ("codes", "rows", "page", "opened", "is_full", "is_sink")
+PARTS_OF_POOLS = {"ExactPages": PARTS_OF_EXACT_PAGES, "QuantizedArray": ARRAYS_OF_PAGES}
 FIELDS_OF_PARTS = {
     "CacheFormat": {"key", "value", "layers"},
+    "ExactPages": {"window", "sinks", *PARTS_OF_EXACT_PAGES},
     "QuantizedArray": {"quantizer", "dtype", *ARRAYS_OF_PAGES},
     "array": {"name", "dtype", "shape", "data"},
 }
@@ -166,11 +169,10 @@ class _Reader:
             return CacheFormat.from_config(value)
         if type_name == "array":
             return array_of_text_form(value, None if self.version == 1 else path)
-        if type_name == "QuantizedArray":
-            arrays = {
-                name: self._part(value[name], f"{path}/{name}") for name in ARRAYS_OF_PAGES if name in value
-            }
-            return pools.from_record({**value, **arrays})
+        if type_name in PARTS_OF_POOLS:
+            names = [name for name in PARTS_OF_POOLS[type_name] if name in value]
+            parts = {name: self._part(value[name], f"{path}/{name}") for name in names}
+            return pools.from_record({**value, **parts})
         raise ValueError(
             f"data holds a part of unknown type {type_name!r}; it was not written by this version of qpaged."
         )

@@ -6,16 +6,23 @@ before they are chosen, and rows that are written again, as after a rejected dra
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qpaged import arrays
 from qpaged.arrays import QuantizedArray
+from qpaged.formats import ExactFormat
 from qpaged.pools import _exact_write
 from qpaged.pools._pool import Pool, PoolBytes, SlotMapping, bytes_of
+from qpaged.pools._quantized import QuantizedPool
 from qpaged.pools._sharding import keep_sharding
+
+POOLS = "codes", "rows"  # the fields that are pools themselves
 
 
 @functools.partial(
@@ -76,6 +83,13 @@ class ExactPages(Pool):
         return self.codes.dtype
 
     @property
+    def format(self) -> ExactFormat:
+        """The format, with as many exact tokens as the pages give room for."""
+        page_size = self.shape[2]
+        tokens, sinks = (self.window - 1) * page_size + 1, self.sinks * page_size
+        return ExactFormat(self.codes.quantizer, tokens, sinks)  # type: ignore[arg-type]  # a cache's is one
+
+    @property
     def capacity(self) -> int:
         """How many pages may be exact at once."""
         return self.rows.shape[1]
@@ -116,6 +130,11 @@ class ExactPages(Pool):
         codes, rows = arrays.fill_lane_rows(self.codes), arrays.fill_lane_rows(self.rows)
         return dataclasses.replace(self, codes=codes, rows=rows)
 
+    def to_record(self) -> dict[str, Any]:
+        record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        pools = {name: QuantizedPool(record[name]).to_record() for name in POOLS}
+        return {"type": "ExactPages", **record, **pools}
+
     def is_exact(self, indices: jax.Array) -> jax.Array:
         return self.find(indices) < self.capacity
 
@@ -130,3 +149,24 @@ class ExactPages(Pool):
         place = jnp.minimum(place, self.capacity - 1)
         is_there = (ascending[place] == pages) & (pages < self.shape[1])
         return jnp.where(is_there, order[place], self.capacity).astype(jnp.int32)
+
+
+def from_record(data: Mapping[str, Any]) -> ExactPages:
+    """Return the pool that :meth:`ExactPages.to_record` wrote, whose pools and arrays have been read already.
+
+    Raises:
+        ValueError: parts are missing, or the exact pages are not each a page of its own.
+    """
+    names = [field.name for field in dataclasses.fields(ExactPages)]
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ValueError(f"data holds pages that are not whole: it lacks {', '.join(missing)}.")
+    pool = ExactPages(**{name: data[name] for name in names})
+    page, num_pages = np.asarray(pool.page), pool.shape[1]
+    used = page[page != num_pages]
+    if len(set(used.tolist())) != len(used) or ((used < 0) | (used > num_pages)).any():
+        raise ValueError(
+            f"page must name each of the {num_pages} pages once at most, but came as {page.tolist()}; the "
+            f"data was not written whole."
+        )
+    return pool

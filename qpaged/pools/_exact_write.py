@@ -143,10 +143,11 @@ def _pack(
     def pack_one(index: jax.Array, codes: arrays.QuantizedArray) -> arrays.QuantizedArray:
         number = order[index]
         target = pages[number][None]
-        before = jnp.where(
+        # A branch, since XLA on CPU would fuse the read into the writes, and copy all scales to keep them apart.
+        before = lax.cond(
             number < pool.capacity,
-            gather(pool.rows, number[None]),
-            gather(codes, target),
+            lambda: gather(pool.rows, number[None]),
+            lambda: gather(codes, target),
         )
         slots = jnp.where(page == target, slot, page_size)
         token = jnp.full(page_size, -1, jnp.int32).at[slots].max(jnp.arange(tokens, dtype=jnp.int32))

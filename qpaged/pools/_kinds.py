@@ -11,8 +11,9 @@ from qpaged._compat import explicit_sharding
 from qpaged._eager import compiled_if_eager
 from qpaged.arrays import ArrayFormat, QuantizedArray
 from qpaged.arrays._quantized import short
+from qpaged.formats import ExactFormat
 from qpaged.implicit import ImplicitArray
-from qpaged.pools import _quantized
+from qpaged.pools import _exact, _quantized
 from qpaged.pools._implicit import ImplicitPool
 from qpaged.pools._plain import PlainPool
 from qpaged.pools._pool import Pages, Pool, PoolBytes, SlotMapping, Slots
@@ -109,10 +110,10 @@ def as_quantized(pages: Pages) -> QuantizedArray | None:
     return _pool_of(pages).as_quantized()
 
 
-def format_of(pages: Pages) -> ArrayFormat | None:
-    """Return the format of a quantized pool; None of any other."""
-    quantized = as_quantized(pages)
-    return None if quantized is None else quantized.quantizer
+def format_of(pages: Pages) -> ArrayFormat | ExactFormat | None:
+    """Return the format of a quantized pool, with exact pages or without; None of any other."""
+    made_with: ArrayFormat | ExactFormat | None = _pool_of(pages).format
+    return made_with
 
 
 def is_narrow_float(pages: Pages) -> bool:
@@ -160,5 +161,5 @@ def to_record(pages: Pages) -> Any:
 
 
 def from_record(data: Mapping[str, Any]) -> Pages:
-    """Return the quantized pool of a dictionary that :func:`to_record` made; plain pools are arrays there."""
-    return _quantized.from_record(data)
+    """Return the pool of a dictionary that :func:`to_record` made; plain pools are arrays there."""
+    return _exact.from_record(data) if data["type"] == "ExactPages" else _quantized.from_record(data)

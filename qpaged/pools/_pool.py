@@ -64,6 +64,11 @@ class Pool(abc.ABC):
         """True if the pages are floats of fewer than 32 bits, which XLA on CPU copies whole at each write."""
         return False
 
+    @property
+    def format(self) -> Any:
+        """The format that fresh pages like these are made with; None if a quantizer does not make them."""
+        return None
+
     @abc.abstractmethod
     def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> Pages:
         """Return the pages with ``rows`` (tokens, kv_heads, head_dim) written; out of range is dropped."""

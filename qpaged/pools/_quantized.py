@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from qpaged.arrays import (
+    ArrayFormat,
     QuantizedArray,
     check_parts,
     fill_lane_rows,
@@ -22,6 +23,10 @@ class QuantizedPool(ArrayPool):
     """A pool that is a :class:`QuantizedArray`."""
 
     pages: QuantizedArray
+
+    @property
+    def format(self) -> ArrayFormat:
+        return self.pages.quantizer
 
     def count_bytes(self) -> PoolBytes:
         codes = bytes_of(self.pages.stored)
