@@ -143,7 +143,7 @@ def _pack(
     def pack_one(index: jax.Array, codes: arrays.QuantizedArray) -> arrays.QuantizedArray:
         number = order[index]
         target = pages[number][None]
-        # A branch, since XLA on CPU would fuse the read into the writes, and copy all scales to keep them apart.
+        # A branch: XLA on CPU would fuse the read into the writes, and copy all scales to keep them apart.
         before = lax.cond(
             number < pool.capacity,
             lambda: gather(pool.rows, number[None]),

@@ -146,7 +146,7 @@ def assert_holds(view, model):
         np.testing.assert_array_equal(got[page], model.content(page), err_msg=f"page {page}")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", first_short(1, range(3)))
 @pytest.mark.parametrize("spelling", first_short(3, FORMATS))
 def test_pages_are_as_the_rules_say(spelling, seed):
     rng = np.random.default_rng(seed)
