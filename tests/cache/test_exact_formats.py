@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from support.caches import BATCH, HEAD_DIM, HEADS, SEQUENCE_PAGES, bits, decode, make_view
 from support.exact_pages import filled
+from support.implicit_arrays import needs_own_implementation
 
 import qpaged
 from qpaged import pools
@@ -72,6 +73,7 @@ def test_it_says_what_it_is():
     )
 
 
+@needs_own_implementation
 def test_adopt_has_no_exact_pages():
     def step(x, position, cache):
         cache = jax.lax.dynamic_update_slice(cache, x, (0, position, 0))
@@ -108,4 +110,4 @@ def test_memory_does_not_grow_with_the_pool():
 
         program = jax.jit(write_and_attend, donate_argnums=0).lower(view, key, query, step).compile()
         sizes.append(program.memory_analysis().temp_size_in_bytes)
-    assert sizes[0] == sizes[1]
+    assert sizes[1] <= sizes[0]
