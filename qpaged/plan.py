@@ -13,6 +13,7 @@ from qpaged._deprecated import renamed_argument
 from qpaged.cache import PagedAttentionCache, PagedAttentionCacheMetaData
 from qpaged.cache._budget import cache_bytes
 from qpaged.cache._config import LARGEST_INDEX, layer_formats
+from qpaged.cache._fresh import Sequences
 from qpaged.formats import CacheFormat
 from qpaged.models import CacheSizes, DecoderConfig
 from qpaged.pools import count_bytes
@@ -135,7 +136,7 @@ def plan(
     cache_format = CacheFormat.of(quantizer)
     page = (config.num_key_value_heads // shards, page_size, config.head_dim)
     parts = [part for layer in range(config.num_hidden_layers) for part in layer_formats(cache_format, layer)]
-    of_page, beside = cache_bytes(parts, page, dtype, 1, None, None)
+    of_page, beside = cache_bytes(parts, page, dtype, Sequences(1, -(-context // page_size)), None, None)
     page_bytes = int(of_page) + beside
     room = int(free * hbm_utilization)
     if page_bytes > room:

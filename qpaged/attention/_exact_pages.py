@@ -1,6 +1,7 @@
 """Attention to exact pages, which pools keep beside their codes: in plain JAX, at the cost of these pages."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,10 @@ from qpaged.pools import ExactPages, Pages
 
 Q_TILE = 128  # queries of a prefill whose scores are there at once
 ROWS = 32  # decode rows whose exact pages are gathered at once
+
+
+AttendTile: TypeAlias = Callable[[tuple[jax.Array, ...]], Partial]
+"""Takes queries, positions, and the end and the short table of their sequence."""
 
 
 class ShortTable(NamedTuple):
@@ -33,8 +38,21 @@ def is_exact(table: jax.Array, keys: Pages, values: Pages) -> jax.Array | None:
     return jnp.stack(there).any(axis=0)
 
 
+def _is_seen(tokens: QueryTokens, page_size: int, options: Options) -> jax.Array:
+    """Return, for each entry of the page tables, True if a query of the sequence sees slots of the page."""
+    first = jnp.arange(tokens.table.shape[-1], dtype=jnp.int32)[None] * page_size
+    position = tokens.position[:, None]
+    is_seen = (first <= position) & (position >= 0)
+    if options.sliding_window is not None:
+        is_seen &= first + page_size > position - options.sliding_window + 1
+    return is_seen.any(axis=0) if tokens.is_prefill else is_seen
+
+
 def attend(tokens: QueryTokens, exact: jax.Array, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token to the exact pages of its sequence.
+
+    Where it sees more pages than are ever exact behind a write to its page, as after writes to pages far
+    behind, rows are NaN.
 
     Args:
         tokens: the queries.
@@ -43,7 +61,8 @@ def attend(tokens: QueryTokens, exact: jax.Array, keys: Pages, values: Pages, op
         values: likewise.
         options: of the call.
     """
-    most = _most_exact(keys, values)
+    most = min(_most_exact(keys, values), exact.shape[-1])
+    exact = exact & _is_seen(tokens, keys.shape[2], options)
 
     def shorten(table: jax.Array, exact: jax.Array) -> ShortTable:
         return _short_table(table, exact, most, options.num_pages)
@@ -54,15 +73,26 @@ def attend(tokens: QueryTokens, exact: jax.Array, keys: Pages, values: Pages, op
         query, position, end, page, logical_page = tile
         return _attend(query, position, end, ShortTable(page, logical_page), keys, values, options)
 
-    if not tokens.is_prefill:
+    partial = (
+        _attend_prefill(attend_tile, tokens, short)
+        if tokens.is_prefill
+        else _attend_rows(attend_tile, tokens, short)
+    )
+    fits = exact.sum(axis=-1, dtype=jnp.int32) <= most
+    return Partial(jnp.where(fits[..., None, None], partial.out, jnp.nan), partial.lse)
 
-        def attend_row(row: tuple[jax.Array, ...]) -> Partial:
-            query, position, *others = row
-            out, lse = attend_tile((query[None], position[None], *others))
-            return Partial(out[0], lse[0])
 
-        rows = (tokens.query, tokens.position, tokens.end, *short)
-        return lax.map(attend_row, rows, batch_size=min(ROWS, len(tokens.query)))
+def _attend_rows(attend_tile: AttendTile, tokens: QueryTokens, short: ShortTable) -> Partial:
+    def attend_row(row: tuple[jax.Array, ...]) -> Partial:
+        query, position, *others = row
+        out, lse = attend_tile((query[None], position[None], *others))
+        return Partial(out[0], lse[0])
+
+    rows = (tokens.query, tokens.position, tokens.end, *short)
+    return lax.map(attend_row, rows, batch_size=min(ROWS, len(tokens.query)))
+
+
+def _attend_prefill(attend_tile: AttendTile, tokens: QueryTokens, short: ShortTable) -> Partial:
     count = len(tokens.query)
     q_tile = min(Q_TILE, count)
     query = pad_to_multiple(tokens.query, q_tile, 0)

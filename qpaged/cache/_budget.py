@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from qpaged.cache._fresh import PoolFormat, device_bytes
+from qpaged.cache._fresh import PoolFormat, Sequences, device_bytes
 from qpaged.cache._sharding import Resolver
 
 
@@ -82,14 +82,11 @@ def cache_bytes(
     formats: list[PoolFormat],  # of every pool: keys and values of every layer
     shape: tuple[int, int, int],  # (kv_heads, page_size, head_dim)
     dtype: DTypeLike,
-    sequences: int,
+    sequences: Sequences,
     mesh: Mesh | None,
     manager: Resolver | None,
 ) -> CacheBytes:
-    """Return the bytes of all the pools together on one device.
-
-    ``sequences`` of them, at most, have exact pages at once.
-    """
+    """Return the bytes of all the pools together on one device, with exact pages for ``sequences``."""
     kv_heads, page_size, head_dim = shape
     pages = 1 if mesh is None else mesh.devices.size  # so that partitioned pages are counted right
 

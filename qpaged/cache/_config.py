@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from qpaged._arguments import byte_count, check_type, positive
 from qpaged.arrays import float_dtype, is_dtype
 from qpaged.cache._budget import available_bytes, cache_bytes, default_device
-from qpaged.cache._fresh import MakePages, PoolFormat, check_takes_zeros, round_to_shards
+from qpaged.cache._fresh import MakePages, PoolFormat, Sequences, check_takes_zeros, round_to_shards
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
 from qpaged.formats import CacheFormat, PoolQuantizer, Quantizer
@@ -136,17 +136,19 @@ class PagedAttentionCacheMetaData(Serializable):
         dtype = logical_dtype(dtype)
         formats = cache_pages(quantizer)
         pool_formats = [pool for layer in range(num_layers) for pool in layer_formats(formats, layer)]
-        sequences = positive("batch_size", batch_size)
+        sequences = Sequences(positive("batch_size", batch_size), pages_per_sequence)
         page_bytes, beside = cache_bytes(pool_formats, shape, dtype, sequences, mesh, partition_manager)
         device = default_device() if mesh is None else mesh.devices.flat[0]
-        room = available_bytes(mesh, device, utilization, memory_bytes) - beside
-        pages = min(int(room / page_bytes), LARGEST_INDEX)
+        room = available_bytes(mesh, device, utilization, memory_bytes)
+        pages = min(int((room - beside) / page_bytes), LARGEST_INDEX)
         pages = round_to_shards(pages, shape, mesh, partition_manager)
         if pages < 1:
+            exact = f", and exact pages of {batch_size} sequences {beside:,}" if beside else ""
             raise ValueError(
-                f"memory: one page of {num_layers} layers takes {int(page_bytes):,} bytes on a device, but "
-                f"the cache may take {max(room, 0):,}; raise memory_bytes or hbm_utilization, choose a "
-                f"smaller page_size or format, or partition the KV heads over more devices."
+                f"memory: one page of {num_layers} layers takes {int(page_bytes):,} bytes on a device"
+                f"{exact}, but the cache may take {max(room, 0):,}; raise memory_bytes or hbm_utilization, "
+                f"choose a smaller {'batch_size, ' if beside else ''}page_size or format, or partition the "
+                f"KV heads over more devices."
             )
         return cls(
             batch_size=batch_size,
@@ -176,6 +178,11 @@ class PagedAttentionCacheMetaData(Serializable):
                 f"data of a {cls.__name__} must hold integers, a CacheFormat and the name of a dtype, "
                 f"but holds {wrong}."
             )
+
+    @property
+    def sequences(self) -> Sequences:
+        """How many sequences are decoded at once, at most, and the pages of the longest."""
+        return Sequences(self.batch_size, self.num_pages_per_sequence)
 
     @property
     def pool_shape(self) -> tuple[int, int, int, int]:

@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,14 @@ from qpaged.pools import ExactPages, Pages
 
 REPLICATED = PartitionSpec()
 
+
+class Sequences(NamedTuple):
+    """The sequences of a cache: how many are decoded at once, and the pages of the longest."""
+
+    number: int
+    pages: int
+
+
 MakePages: TypeAlias = Callable[[jax.Array], Any]
 """A function that turns a pool's zeros into its pages."""
 PoolFormat: TypeAlias = PoolQuantizer | MakePages | None
@@ -30,12 +38,12 @@ def fresh_pages(
     quantizer: PoolFormat,
     shape: Sequence[int],
     dtype: DTypeLike,
-    sequences: int,
+    sequences: Sequences,
     spec: PartitionSpec = REPLICATED,
 ) -> Pages:
     """Return a pool (kv_heads, pages, page_size, head_dim) that reads as exact zeros; traceable.
 
-    ``sequences`` of them, at most, have exact pages at once, if the format has such pages.
+    Exact pages, if the format has them, are those of ``sequences``.
     """
     if isinstance(quantizer, ExactFormat):
         pages: Pages = _with_exact_pages(quantizer, shape, dtype, sequences)
@@ -57,11 +65,12 @@ def fresh_pages(
 
 
 def _with_exact_pages(
-    quantizer: ExactFormat, shape: Sequence[int], dtype: DTypeLike, sequences: int
+    quantizer: ExactFormat, shape: Sequence[int], dtype: DTypeLike, sequences: Sequences
 ) -> ExactPages:
     kv_heads, _, page_size, head_dim = shape
-    window, sinks = quantizer.window(page_size), quantizer.sink_pages(page_size)
-    capacity = sequences * (window + sinks)
+    window = min(quantizer.window(page_size), sequences.pages)
+    sinks = min(quantizer.sink_pages(page_size), sequences.pages - window)
+    capacity = sequences.number * (window + sinks)
     rows = get_quantizer("raw").empty((kv_heads, capacity, page_size, head_dim), dtype)
     return ExactPages.fresh(quantizer.inner.empty(shape, dtype), rows, window, sinks)
 
@@ -85,7 +94,7 @@ def allocate_pages(
     quantizer: PoolFormat,
     shape: Sequence[int],
     dtype: DTypeLike,
-    sequences: int,
+    sequences: Sequences,
     mesh: Mesh | None,
     manager: Resolver | None,
 ) -> Pages:
@@ -114,7 +123,7 @@ def pages_shardings(
     quantizer: PoolFormat,
     shape: Sequence[int],
     dtype: DTypeLike,
-    sequences: int,
+    sequences: Sequences,
     mesh: Mesh,
     spec: PartitionSpec,
 ) -> Any:
@@ -162,7 +171,7 @@ def device_bytes(
     quantizer: PoolFormat,
     shape: Sequence[int],
     dtype: DTypeLike,
-    sequences: int,
+    sequences: Sequences,
     mesh: Mesh | None,
     manager: Resolver | None,
 ) -> int:

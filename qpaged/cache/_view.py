@@ -100,7 +100,7 @@ class PagedAttentionCacheView(Serializable):
         formats = agreed_formats(metadata, quantizer, dtype)
         key_format, value_format = layer_formats(formats, layer_index)
         shape, dtype = metadata.pool_shape, logical_dtype(dtype)
-        sequences = metadata.batch_size
+        sequences = metadata.sequences
         keys = allocate_pages(key_format, shape, dtype, sequences, mesh, partition_manager)
         values = allocate_pages(value_format, shape, dtype, sequences, mesh, partition_manager)
         return cls(metadata, layer_index, keys, values)
@@ -324,7 +324,7 @@ def _checked_layer(layer: Any, layers: int) -> int:
 def _check_pages(name: str, pages: Pages, quantizer: Any, metadata: PagedAttentionCacheMetaData) -> None:
     """Raise ValueError unless pages that were read are laid out as fresh ones of this format."""
     dtype = dtype_of_floats(name, pages.dtype if metadata.dtype is None else metadata.dtype)
-    fresh = jax.eval_shape(lambda: fresh_pages(quantizer, metadata.pool_shape, dtype, metadata.batch_size))
+    fresh = jax.eval_shape(lambda: fresh_pages(quantizer, metadata.pool_shape, dtype, metadata.sequences))
     if not same_layout(fresh, pages):
         raise ValueError(
             f"{name} must be {'plain' if quantizer is None else quantizer} pages of {dtype.name} and of the "

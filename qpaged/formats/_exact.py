@@ -9,16 +9,16 @@ from qpaged.formats._contract import Quantizer
 from qpaged.formats._registry import get_quantizer, quantizer_from_config
 
 NAME = "+exact"  # in configurations
-SUFFIX = re.compile(r"(?P<inner>.*?)(\+exact(?P<exact>\d+))?(\+sink(?P<sink>\d+))?")
+SUFFIX = re.compile(r"(?P<inner>.*?)(\+exact(?P<exact>[0-9]+))?(\+sink(?P<sink>[0-9]+))?")
 
 
 @dataclass(frozen=True)
 class ExactFormat:
     """A format of a pool with exact pages, spelled ``int4+exact128`` or ``int4+exact128+sink16``.
 
-    A query sees at least the last ``tokens`` tokens, and the first ``sinks``, as they were written; a page is
-    quantized once, from all of its rows, when it is left behind. ``+sinkN`` alone stands for
-    ``+exact1+sinkN``: the page that is not yet full is exact, too.
+    A query sees at least the last ``tokens`` tokens up to the furthest that was written, and the first
+    ``sinks``, as they were written; a page is quantized once, from all of its rows, when it is left behind.
+    ``+sinkN`` alone stands for ``+exact1+sinkN``: the page that is not yet full is exact, too.
 
     Attributes:
         inner: the format of the other pages.

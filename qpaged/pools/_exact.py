@@ -34,9 +34,9 @@ POOLS = "codes", "rows"  # the fields that are pools themselves
 class ExactPages(Pool):
     """A pool of quantized pages, and beside it a small one of exact pages.
 
-    After a write to logical page i of a sequence, its exact pages are among the ``window`` pages up to i and
-    its first ``sinks`` pages. Where there are more than there is room for, the full page that has been exact
-    for longest is packed early, then open ones, and sinks last.
+    A write to logical page i of a sequence packs what is exact of the pages before the last ``window`` up to
+    i, but for the first ``sinks``. Where there are more than there is room for, the full page that has been
+    exact for longest is packed early, then open ones, and sinks last.
 
     Attributes:
         codes: (kv_heads, pages, page_size, head_dim); of a page that is exact, undefined.
@@ -85,7 +85,7 @@ class ExactPages(Pool):
     @property
     def format(self) -> ExactFormat:
         """The format, with as many exact tokens as the pages give room for."""
-        page_size = self.shape[2]
+        page_size = self.shape[-2]  # with layers in front, if they are stacked
         tokens, sinks = (self.window - 1) * page_size + 1, self.sinks * page_size
         return ExactFormat(self.codes.quantizer, tokens, sinks)  # type: ignore[arg-type]  # a cache's is one
 
@@ -100,6 +100,8 @@ class ExactPages(Pool):
                 "slot_mapping must have the logical pages and page tables of its tokens for pages with exact "
                 "ones, but came without; write through a view, or give a qpaged.pools.SlotMapping with them."
             )
+        if not len(rows):
+            return self
         return keep_sharding(_exact_write.write, self)(self, mapping, rows)
 
     def gather_slots(self, indices: jax.Array) -> jax.Array:

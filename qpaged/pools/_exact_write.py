@@ -40,7 +40,8 @@ def write(
     rows = rows.astype(pool.dtype)
     number = pool.find(page)
     is_written = _mark(number, pool.capacity)
-    is_behind, leaves = _left_behind(pool, mapping, page, is_written)
+    is_behind, leaves = _left_behind(pool, mapping, page)
+    is_behind |= leaves.at[number].get(mode="fill", fill_value=False)  # through another sequence's table, too
     opens = in_pool & (number == pool.capacity) & ~is_behind
     rank, is_first = _distinct(page, opens, num_pages)
     leaves |= _packed_early(pool, leaves, is_written, needed=is_first.sum(dtype=jnp.int32))
@@ -66,12 +67,10 @@ def _left_behind(
     pool: ExactPages,
     mapping: SlotMapping,
     page: jax.Array,  # [tokens]
-    is_written: jax.Array,  # [exact pages]
 ) -> tuple[jax.Array, jax.Array]:
     """Return which tokens are of pages that are left behind [tokens], and which exact pages are.
 
-    A sequence leaves behind the pages before its newest ``window`` ones, but for its first ``sinks``; and
-    those after its newest, if this call does not write to them: it was rewound.
+    A sequence leaves behind the pages before its newest ``window`` ones, but for its first ``sinks``.
     """
     nothing = jnp.zeros(page.shape, bool), jnp.zeros(pool.capacity, bool)
     if mapping.logical_page is None or mapping.page_table is None or not mapping.page_table.shape[-1]:
@@ -83,9 +82,7 @@ def _left_behind(
     place = jnp.arange(table.shape[1], dtype=jnp.int32)
     is_active = newest[:, None] >= 0
     is_before = is_active & (place >= pool.sinks) & (place <= newest[:, None] - pool.window)
-    is_after = is_active & (place > newest[:, None])
-    number = pool.find(table)
-    leaves = _mark(number, pool.capacity, is_before) | (_mark(number, pool.capacity, is_after) & ~is_written)
+    leaves = _mark(pool.find(table), pool.capacity, is_before)
     place_of_token = jnp.clip(logical_page, 0, table.shape[1] - 1)
     is_behind = is_before[:, place_of_token] & (table[:, place_of_token] == page)  # [sequences, tokens]
     return is_behind.any(axis=0), leaves
@@ -120,7 +117,7 @@ def _packed_early(pool: ExactPages, leaves: jax.Array, is_written: jax.Array, ne
 def _free_places(pool: ExactPages, leaves: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the numbers of all exact pages, free ones first, and how many are free."""
     is_free = leaves | (pool.page == pool.shape[1])
-    return jnp.argsort(~is_free), is_free.sum(dtype=jnp.int32)
+    return jnp.argsort(~is_free).astype(jnp.int32), is_free.sum(dtype=jnp.int32)
 
 
 def _pack(
@@ -214,8 +211,8 @@ def pack_pages(
     """Return a pool with the exact pages among ``indices`` packed; slots from ``lengths`` on are zeros."""
     num_pages, page_size = pool.shape[1:3]
     number = pool.find(indices)
-    is_kept = jnp.arange(page_size, dtype=jnp.int32) < lengths[:, None]
-    content = jnp.where(is_kept[:, :, None], _pages(pool, number), jnp.zeros((), pool.dtype))
+    is_kept = jnp.arange(page_size, dtype=jnp.int32)[None] < lengths[:, None]
+    content = jnp.where(is_kept[None, :, :, None], _pages(pool, number), jnp.zeros((), pool.dtype))
     target = arrays.final_targets(indices, jnp.where(number < pool.capacity, indices, num_pages), num_pages)
     packed = dataclasses.replace(pool, codes=arrays.put_pages(pool.codes, content, target))
     return _freed(packed, _mark(number, pool.capacity))

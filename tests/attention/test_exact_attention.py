@@ -11,14 +11,16 @@ from support.attention_oracle import attention_and_lse
 from support.caches import (
     HEAD_DIM,
     HEADS,
+    SEQUENCE_PAGES,
     attend,
+    bits,
     decode,
     make_view,
     prefill,
     write_decodes,
     write_prefill,
 )
-from support.exact_pages import filled, rows, slots_of
+from support.exact_pages import NO_PAGE, filled, rows, slots_of
 from support.long import first_short
 
 import qpaged
@@ -122,3 +124,50 @@ def test_new_tokens_are_read_as_given_before_they_are_written():
     np.testing.assert_allclose(
         out, attend(query, write_decodes(view, key, value, step), step), rtol=1e-5, atol=1e-5
     )
+
+
+def test_stale_entries_of_a_table_mix_no_rows():
+    """A page that one sequence released and another has now is packed; the rows of both stay theirs."""
+    view = make_view("int8+exact1")
+    released, other = np.array([3, 1, 7, 2]), np.array([9, 3, NO_PAGE, NO_PAGE])
+    key = rows(np.random.default_rng(1), 9)
+    view = write_prefill(view, key[:5], key[:5], prefill(np.arange(5), other))
+    view = write_prefill(view, key[:4], key[:4], prefill(np.arange(8, 12), np.array([NO_PAGE, 1, 7, 2])))
+    view = write_decodes(view, key[5:7], key[5:7], decode(np.array([12, 4]), np.stack([released, other])))
+    held = slots_of(view.key_pages)
+    np.testing.assert_array_equal(held[:, 2, 0], key[5])
+    np.testing.assert_allclose(held[:, 3, 0], key[6], atol=0.05)
+
+
+def test_pages_that_no_query_sees_take_no_place():
+    view = make_view("int8+exact1")
+    key = rows(np.random.default_rng(1), 1)
+    view = write_prefill(view, key, key, prefill(np.array([12]), np.array([5, 5, 5, 2])))
+    view = write_prefill(view, key, key, prefill(np.array([0]), np.array([5, NO_PAGE, NO_PAGE, NO_PAGE])))
+    step = decode(np.array([12]), np.array([[5, 5, 5, 2]]))
+    query = np.ones((1, 2, HEAD_DIM), np.float32)
+    out = qpaged.paged_attention(query, view, step, sliding_window=1)
+    np.testing.assert_allclose(out, key, rtol=1e-6)
+
+
+def test_more_exact_pages_than_a_write_leaves_give_nan():
+    view = make_view("int8+exact1")
+    key, table = rows(np.random.default_rng(1), 14), np.array([3, 1, 7, 2])
+    view = write_prefill(view, key, key, prefill(np.arange(14), table))
+    view = write_prefill(view, key[:1], key[:1], prefill(np.array([5]), table))  # far behind the newest
+    query, step = np.ones((1, 2, HEAD_DIM), np.float32), decode(np.array([13]), table[None])
+    assert np.isnan(attend(query, view, step)).all()
+    view = write_decodes(view, key[:1], key[:1], step)
+    assert np.isfinite(attend(query, view, step)).all()
+
+
+@pytest.mark.parametrize("write", ["prefill", "decode"])
+def test_no_tokens_are_written(write):
+    view, table = make_view("int8+exact5"), np.array([3, 1, 7, 2])
+    nothing = np.zeros((0, HEADS, HEAD_DIM), np.float32)
+    if write == "prefill":
+        after = write_prefill(view, nothing, nothing, prefill(np.zeros(0, np.int32), table))
+    else:
+        step = decode(np.zeros(0, np.int32), np.zeros((0, SEQUENCE_PAGES), np.int32))
+        after = write_decodes(view, nothing, nothing, step)
+    assert bits(after) == bits(view)

@@ -111,3 +111,18 @@ def test_memory_does_not_grow_with_the_pool():
         program = jax.jit(write_and_attend, donate_argnums=0).lower(view, key, query, step).compile()
         sizes.append(program.memory_analysis().temp_size_in_bytes)
     assert sizes[1] <= sizes[0]
+
+
+def test_no_more_pages_are_exact_than_a_sequence_has():
+    pages = make_view("int8+exact100000+sink9").key_pages
+    assert (pages.window, pages.sinks, pages.capacity) == (SEQUENCE_PAGES, 0, BATCH * SEQUENCE_PAGES)
+
+
+def test_too_little_memory_for_exact_pages():
+    counts = {"batch_size": 9, "num_hidden_layers": 2, "max_sequences": 64, "page_size": 4}
+    counts |= {"num_kv_heads": 2, "kv_head_dim_size": 32, "hbm_utilization": 0.5}
+    text = r"one page of 2 layers takes 1,032 bytes on a device, and exact pages of 9 sequences [0-9,]+, but"
+    with pytest.raises(ValueError, match=text):
+        qpaged.PagedAttentionCacheMetaData.create(
+            None, **counts, quantizer="int8+exact8", memory_bytes=40_000
+        )

@@ -72,16 +72,13 @@ class Model:
             newest.setdefault(key, []).append(position // PAGE_SIZE)
         written = {table[position // PAGE_SIZE] for table, position, _ in tokens}
         behind = set()
-        after = set()
         for table, numbers in newest.items():
             for place, page in enumerate(table):
                 if not 0 <= page < PAGES:
                     continue
                 if place >= self.sinks and place <= max(numbers) - self.window:
                     behind.add(page)
-                if place > min(numbers):
-                    after.add(page)
-        leaving = [page for page in self.exact if page in behind or (page in after and page not in written)]
+        leaving = [page for page in self.exact if page in behind]
         direct = [page for page in written if page in behind]
         opens = []
         for table, position, _ in sorted(tokens, key=lambda token: token[0][token[1] // PAGE_SIZE]):
