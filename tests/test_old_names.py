@@ -55,8 +55,8 @@ def test_a_materialization_has_its_old_name_in_adopt():
 
 
 def test_arrays_have_no_other_names():
-    with pytest.raises(AttributeError, match=r"module 'qpaged.arrays' has no attribute 'put_pages'"):
-        _ = arrays.put_pages
+    with pytest.raises(AttributeError, match=r"module 'qpaged.arrays' has no attribute 'swap_pages'"):
+        _ = arrays.swap_pages
 
 
 def test_the_module_of_formats_has_its_old_name_as_an_attribute(monkeypatch):

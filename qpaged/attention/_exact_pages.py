@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged import pools
-from qpaged.arrays import QuantizedArray, common_dtype
+from qpaged.arrays import common_dtype, to_float32
 from qpaged.attention._layout import pad_to_multiple
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens, group_query_heads, ungroup_query_heads
@@ -163,8 +163,7 @@ def _gather(keys: Pages, values: Pages, indices: jax.Array) -> tuple[jax.Array, 
     """Return the slots of pages [kv_heads, slots, head_dim] as floats, exact ones as they were written."""
     if _are_alike(keys, values):
         return keys.gather_exact(indices), values.gather_exact(indices)
-    slots = [pools.gather_slots(pages, indices) for pages in (keys, values)]
-    k, v = (array.materialize() if isinstance(array, QuantizedArray) else array for array in slots)
+    k, v = (to_float32(pools.gather_slots(pages, indices)) for pages in (keys, values))
     return k, v
 
 

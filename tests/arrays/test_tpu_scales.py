@@ -64,7 +64,7 @@ def test_scales_of_pages_are_cleared_and_copied_as_elsewhere(shape):
 
     @jax.jit
     def run(scales, pages, targets):
-        targets = _pages._final_targets(pages, targets, shape[1])
+        targets = _pages.final_targets(pages, targets, shape[1])
         cleared = _pages._clear(scales, pages), _pages._clear_on_tpu(scales, pages)
         copied = _pages._copy(scales, pages, targets), _pages._copy_on_tpu(scales, pages, targets)
         return cleared, copied
