@@ -94,6 +94,11 @@ class PagedAttentionCache(Serializable):
         """Copy pages in every layer, as :meth:`PagedAttentionCacheView.copy_pages` does; return the cache."""
         return self.replace(views=[view.copy_pages(source, target) for view in self.views])
 
+    def pack_pages(self, pages: ArrayLike, lengths: ArrayLike) -> Self:
+        """Pack exact pages in every layer, as :meth:`PagedAttentionCacheView.pack_pages` does; return the
+        cache."""
+        return self.replace(views=[view.pack_pages(pages, lengths) for view in self.views])
+
     def with_layer_leaves(self) -> Self:
         """Return the cache with the layers' numbers as int32 leaves of their views, beside the pools.
 

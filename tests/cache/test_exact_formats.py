@@ -5,9 +5,20 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from support.caches import BATCH, HEAD_DIM, HEADS, SEQUENCE_PAGES, bits, decode, make_view
-from support.exact_pages import filled
+from support.caches import (
+    BATCH,
+    HEAD_DIM,
+    HEADS,
+    SEQUENCE_PAGES,
+    bits,
+    decode,
+    fresh_cache,
+    make_view,
+    prefill,
+)
+from support.exact_pages import filled, rows
 from support.implicit_arrays import needs_own_implementation
 
 import qpaged
@@ -94,6 +105,18 @@ def test_pages_need_the_tables_of_their_tokens():
 def test_lengths_are_as_many_as_pages():
     with pytest.raises(ValueError, match="pages and lengths must be as many, but came with 2 and 1"):
         make_view("int4+exact8").pack_pages([1, 2], [4])
+
+
+def test_a_cache_packs_the_pages_of_every_layer():
+    cache = fresh_cache("int4+exact8")
+    key, step = rows(np.random.default_rng(0), 5), prefill(np.arange(5), np.array([3, 1]))
+    cache = cache.replace(views=[view.write_prefill_to_cache(key, key, step) for view in cache.views])
+    packed = cache.pack_pages([3, 1], [4, 1])
+    pages = jnp.array([3, 1])
+    for before, after in zip(cache.views, packed.views, strict=True):
+        assert pools.is_exact(before.value_pages, pages).all()
+        assert not pools.is_exact(after.value_pages, pages).any()
+        assert bits(after) == bits(before.pack_pages([3, 1], [4, 1]))
 
 
 def test_memory_does_not_grow_with_the_pool():
