@@ -175,8 +175,13 @@ def _hashable(params: Mapping[str, Any]) -> tuple[tuple[str, Any], ...] | None:
     return fixed
 
 
-@primitive_handler(["convert_element_type", "neg", "reshape", "slice", "squeeze", "transpose"])
-def _unary(primitive, deferred: Deferred, *rest, **params):
+@primitive_handler(["convert_element_type", "neg", "slice", "squeeze", "transpose"])
+def _unary(primitive, deferred: Deferred, **params):
+    return defer(primitive, [deferred], params)
+
+
+@primitive_handler("reshape")
+def _reshape(primitive, deferred: Deferred, *rest, **params):
     return NotImplemented if rest else defer(primitive, [deferred], params)
 
 

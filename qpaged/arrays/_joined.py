@@ -88,10 +88,13 @@ class Joined(ImplicitArray):
         return Joined(parts, self.axis if axis is None else axis - parts[0].ndim)
 
 
-@primitive_handler([
-    "broadcast_in_dim", "convert_element_type", "neg", "reshape", "squeeze", "transpose",
-])  # fmt: skip
-def _each_part(primitive, joined: Joined, *rest, **params):
+@primitive_handler(["convert_element_type", "neg", "squeeze", "transpose"])
+def _each_part(primitive, joined: Joined, **params):
+    return part_by_part(primitive, [joined], params)
+
+
+@primitive_handler(["broadcast_in_dim", "reshape"])
+def _each_part_resized(primitive, joined: Joined, *rest, **params):
     return NotImplemented if rest else part_by_part(primitive, [joined], params)
 
 
