@@ -95,7 +95,7 @@ class ExactPages(Pool):
         return self.rows.shape[1]
 
     def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> "ExactPages":
-        if mapping.page_table is None:
+        if mapping.logical_page is None or mapping.page_table is None:
             raise TypeError(
                 "slot_mapping must have the logical pages and page tables of its tokens for pages with exact "
                 "ones, but came without; write through a view, or give a qpaged.pools.SlotMapping with them."

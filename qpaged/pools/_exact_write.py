@@ -34,6 +34,7 @@ def write(
     Pages that a call opens and leaves behind go straight to the codes, and so do those that there is no room
     for.
     """
+    assert mapping.logical_page is not None and mapping.page_table is not None  # as the pool has checked
     num_pages, page_size = pool.shape[1:3]
     in_pool = (mapping.page >= 0) & (mapping.page < num_pages)
     page = jnp.where(in_pool, mapping.page, num_pages)
@@ -49,9 +50,11 @@ def write(
     has_room = opens & (rank < count)
     place = jnp.where(has_room, places[jnp.minimum(rank, pool.capacity - 1)], number)
     place = jnp.where(is_behind, pool.capacity, place)
-    _, is_first_direct = _distinct(page, in_pool & (number == place) & (place == pool.capacity), num_pages)
+    is_never_exact = in_pool & (number == pool.capacity) & (place == pool.capacity)
+    _, is_first_direct = _distinct(page, is_never_exact, num_pages)
     pool = _pack(pool, leaves, page, mapping.slot, rows, is_first_direct)
-    pool = _open(pool, page, jnp.where(is_first & has_room, place, pool.capacity), rank, mapping.logical_page)
+    first_place = jnp.where(is_first & has_room, place, pool.capacity)
+    pool = _open(pool, page, first_place, rank, mapping.logical_page < pool.sinks)
     is_full = pool.is_full.at[place].max(mapping.slot == page_size - 1, mode="drop")
     written = arrays.write_rows(pool.rows, (1, 2), (place, mapping.slot), rows)
     return dataclasses.replace(pool, rows=written, is_full=is_full)
@@ -72,9 +75,9 @@ def _left_behind(
 
     A sequence leaves behind the pages before its newest ``window`` ones, but for its first ``sinks``.
     """
-    nothing = jnp.zeros(page.shape, bool), jnp.zeros(pool.capacity, bool)
-    if mapping.logical_page is None or mapping.page_table is None or not mapping.page_table.shape[-1]:
-        return nothing
+    assert mapping.logical_page is not None and mapping.page_table is not None  # as the pool has checked
+    if not mapping.page_table.shape[-1]:
+        return jnp.zeros(page.shape, bool), jnp.zeros(pool.capacity, bool)
     logical_page = jnp.where(page < pool.shape[1], mapping.logical_page, -1)
     is_one_sequence = mapping.page_table.ndim == 1
     newest = logical_page.max(keepdims=True) if is_one_sequence else logical_page  # [sequences]
@@ -170,7 +173,7 @@ def _open(
     page: jax.Array,  # [tokens]
     place: jax.Array,  # [tokens]; one token of each page that becomes exact has its number, others capacity
     rank: jax.Array,  # [tokens]
-    logical_page: jax.Array | None,  # [tokens]
+    is_sink: jax.Array,  # [tokens]
 ) -> ExactPages:
     """Return a pool in which pages are exact at free places; they hold what their codes say."""
     opens = place < pool.capacity
@@ -181,7 +184,6 @@ def _open(
         content = gather(pool.codes, page[token])[:, None]
         return arrays.put_pages(rows, content, place[token])
 
-    is_sink = jnp.zeros_like(opens) if logical_page is None else logical_page < pool.sinks
     return dataclasses.replace(
         pool,
         rows=lax.fori_loop(0, opens.sum(dtype=jnp.int32), open_one, pool.rows),
