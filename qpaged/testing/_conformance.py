@@ -2,15 +2,18 @@
 
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 import qpaged
 from qpaged.testing import _inputs as inputs
 from qpaged.testing import _laws_cost as cost
 from qpaged.testing import _laws_error as errors
+from qpaged.testing import _laws_exact as exact
 from qpaged.testing import _laws_locality as locality
 from qpaged.testing import _laws_sameness as sameness
 from qpaged.testing import _laws_travel as travel
+from qpaged.testing._exact_subject import ExactSubject
 from qpaged.testing._subject import Subject
 
 Format = str | qpaged.Quantizer
@@ -32,20 +35,22 @@ class QuantizerConformance:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run a test that takes a ``subject`` for every format; those of one format run one after another."""
-        if "subject" not in metafunc.fixturenames:
+        made = {"subject": Subject, "exact_subject": ExactSubject}
+        (fixture, *_) = [*(made.keys() & metafunc.fixturenames), None]
+        if fixture is None:
             return
         if not hasattr(self, "format"):
             raise pytest.UsageError(f"{type(self).__name__} must name a format to test: format = 'myformat'.")
         formats = self.format if isinstance(self.format, list | tuple) else [self.format]
         parameters = []
         for each in formats:
-            subject = Subject(each)
+            subject = made[fixture](each)
             marks = []
             if metafunc.config.pluginmanager.hasplugin("xdist"):
                 # One process runs all tests of a format, so that it compiles their programs once.
                 marks = [pytest.mark.xdist_group(str(each))]
             parameters.append(pytest.param(subject, id=str(subject), marks=marks))
-        metafunc.parametrize("subject", parameters, scope="class")
+        metafunc.parametrize(fixture, parameters, scope="class")
 
     def test_law_1_error(self, subject: Subject) -> None:
         """Values of every magnitude read back within the bound, in whatever order they were written."""
@@ -164,3 +169,53 @@ class QuantizerConformance:
     def test_law_9_reuse_of_fresh_pages(self, subject: Subject) -> None:
         """Fresh pages read as exact zeros."""
         locality.fresh_pages(subject, inputs.rows(inputs.GAUSSIAN, 0, subject.shape))
+
+    def test_law_1_error_with_exact_pages(self, exact_subject: ExactSubject) -> None:
+        """With exact pages, the newest and first tokens read as written, and the others within the bound."""
+        for turn, (name, rows) in enumerate(inputs.every_kind(exact_subject.shape, seeds=1)):
+            order, chunks = exact.write_order(turn)
+            exact.keeps_tokens(exact_subject, rows, chunks, f"{name} written {order}")
+        exact.rewinds(exact_subject, *_gaussians(exact_subject))
+
+    def test_law_2_order_with_exact_pages(self, exact_subject: ExactSubject) -> None:
+        """With exact pages, chunks, decodes and rejected drafts leave the bits that one prefill leaves."""
+        for turn, kind in enumerate((inputs.GAUSSIAN, "growing", "wild", "outliers")):
+            rows = inputs.rows(kind, turn, exact_subject.shape)
+            order, chunks = exact.write_order(turn)
+            exact.order(exact_subject, rows, chunks, f"{kind} values written {order}")
+        exact.order_of_decodes(exact_subject, inputs.rows("growing", 0, exact_subject.shape))
+
+    def test_law_3_locality_with_exact_pages(self, exact_subject: ExactSubject) -> None:
+        """With exact pages, a sequence leaves others' bits alone; pages packed early are within the bound."""
+        exact.locality(exact_subject, *_gaussians(exact_subject))
+
+    def test_law_4_totality_with_exact_pages(self, exact_subject: ExactSubject) -> None:
+        """With exact pages, what is out of range is dropped, and packs nothing."""
+        exact.totality(exact_subject, inputs.rows("growing", 0, exact_subject.shape))
+
+    def test_law_5_cost_with_exact_pages(self, exact_subject: ExactSubject) -> None:
+        """With exact pages, a decode step and attention make nothing of the size of the pool."""
+        exact.cost(exact_subject)
+
+    def test_law_6_truth_with_exact_pages(self, exact_subject: ExactSubject) -> None:
+        """The bytes of exact pages are planned and reported, too."""
+        exact.truth(exact_subject)
+
+    def test_law_7_sameness_with_exact_pages(self, exact_subject: ExactSubject) -> None:
+        """With exact pages, attention is attention over what packed and exact pages hold."""
+        rows, _ = _gaussians(exact_subject)
+        exact.sameness(exact_subject, rows, exact.queries(exact_subject.shape))
+
+    def test_law_8_travel_with_exact_pages(self, exact_subject: ExactSubject) -> None:
+        """Exact pages are copied, packed and saved with what they hold."""
+        exact.travel(exact_subject, inputs.rows("growing", 0, exact_subject.shape))
+
+    def test_law_9_reuse_with_exact_pages(self, exact_subject: ExactSubject) -> None:
+        """Pages that were exact and are reset are fresh, and leave their room to others."""
+        exact.reuse(exact_subject, inputs.rows("huge", 0, exact_subject.shape), _gaussians(exact_subject)[0])
+
+
+def _gaussians(subject: ExactSubject) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows of two sequences."""
+    first, second = (inputs.rows(inputs.GAUSSIAN, seed, subject.shape) for seed in (0, 2))
+    return first, second

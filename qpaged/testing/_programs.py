@@ -30,7 +30,7 @@ from qpaged.testing._pools import (
     head_dim,
 )
 
-KEPT = 16  # formats whose programs are cached; tests of one format run one after another
+KEPT = 4  # formats whose programs are cached; tests of one format run one after another
 
 Pytree = Any
 Jaxpr = Any  # jax.extend.core.ClosedJaxpr, whose home differs between the versions of JAX
@@ -55,7 +55,13 @@ def compile_program(
 
     Most of a test's time is compilation, so the compiler optimizes little unless ``optimize`` is set.
     """
-    traced = jax.jit(function, donate_argnums=donate).trace(*arguments)
+
+    def run(
+        *arguments: Pytree,
+    ) -> Pytree:  # of this call alone, so that JAX's caches drop it with its program
+        return function(*arguments)
+
+    traced = jax.jit(run, donate_argnums=donate).trace(*arguments)
     options = None if optimize else {"xla_backend_optimization_level": 0}
     return Program(traced.lower().compile(compiler_options=options), traced.jaxpr)
 
