@@ -1,26 +1,30 @@
 """int4: two codes to a byte."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
-
-import jax
-import jax.numpy as jnp
+from typing import ClassVar
 
 from qpaged import Quantizer
-from quantizers._bfloat16 import NAN, away_from_zero, of_word, word
 from quantizers._floor import Floor
+from quantizers._nearest import Nearest, Whole
 
 GRANULARITIES = ("group32", "group64", "group128", "token", "page", "channel")
 SHARED = ("page", "channel")
 
 
-def int4(granularity: str = "group32") -> Quantizer:
-    """The int4 format of a granularity: floors where tokens share scales, nearest where they do not."""
+def int4(granularity: str = "group32", whole: bool = False) -> Quantizer:
+    """Return the int4 format of a granularity: floors where tokens share scales, nearest where they do not.
+
+    Args:
+        granularity: one of GRANULARITIES.
+        whole: True for nearest codes also where tokens share scales, of pages that are quantized once.
+    """
+    if whole:
+        return Int4Whole(granularity)
     return Int4Floor(granularity) if granularity in SHARED else Int4(granularity)
 
 
 @dataclass(frozen=True)
-class Int4(Quantizer):
+class Int4(Nearest):
     """c = round(x / s), s = extreme / -8: the value of largest magnitude maps to -8, whatever its sign.
 
     All 16 codes are used, and none is spent on a magnitude that does not occur (ggml's q4_0 does the same).
@@ -34,36 +38,29 @@ class Int4(Quantizer):
     name: ClassVar[str] = "int4"
     granularities: ClassVar = GRANULARITIES
     bits: ClassVar[int] = 4
-    scale_dtype: ClassVar[Any] = jnp.uint16
-    nan_scale: ClassVar[int] = NAN
-    bound: ClassVar[float] = 1.0 + 2.0**-18
-    levels: ClassVar = (-8.0, 7.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.granularity in SHARED:
             raise ValueError(f"granularity must not be {self.granularity} for Int4; that is Int4Floor.")
 
-    def scale(self, absmax: jax.Array) -> jax.Array:
-        return self.fit(-absmax, jnp.zeros_like(absmax))
 
-    def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
-        extreme = jnp.where(high > -low, high, low)
-        scale = away_from_zero(extreme * jnp.float32(-1 / 8))
-        return word(jnp.where(extreme == 0, 0, scale))
+@dataclass(frozen=True)
+class Int4Whole(Whole):
+    """What :class:`Int4` does with a group, for a page or a channel of it that is quantized once.
 
-    def multiplier(self, scales: jax.Array) -> jax.Array:
-        return of_word(scales)
+    4 bits an element and 16 per block: 5 at ``channel`` and 16 tokens a page, 4.25 at 64.
+    """
 
-    def encode(self, units: jax.Array) -> jax.Array:
-        return jnp.clip(jnp.round(units), -8, 7).astype(jnp.int8)
+    whole: bool = True
 
-    def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        return codes.astype(dtype)
+    name: ClassVar[str] = "int4"
+    granularities: ClassVar = GRANULARITIES
+    bits: ClassVar[int] = 4
 
-    def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
-        beyond = x / jnp.where(multipliers != 0, multipliers, 1) - 7
-        return jnp.abs(multipliers) * (jnp.maximum(beyond, 0.5) + 2.0**-18)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shared(self, SHARED, "Int4")
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,17 @@ class Int4Floor(Floor):
     bits: ClassVar[int] = 4
     headroom: ClassVar[int] = 3
 
+    @property
+    def of_whole_blocks(self) -> Int4Whole:
+        return Int4Whole(self.granularity)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.granularity not in SHARED:
-            raise ValueError(
-                f"granularity must be one of {', '.join(SHARED)} for Int4Floor; others are Int4."
-            )
+        check_shared(self, SHARED, "Int4")
+
+
+def check_shared(quantizer: Quantizer, shared: tuple[str, ...], others: str) -> None:
+    """Raise ValueError if tokens share no scales at the granularity; ``others`` is the class for that."""
+    if quantizer.granularity not in shared:
+        name = type(quantizer).__name__
+        raise ValueError(f"granularity must be one of {', '.join(shared)} for {name}; others are {others}.")

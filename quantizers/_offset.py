@@ -1,25 +1,13 @@
 """+offset: one offset per block, for values that do not lie around zero (KIVI, Liu et al. 2024)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from qpaged import Quantizer, Wrapper
+from qpaged import Wrapper
 from quantizers._bfloat16 import NAN, away_from_zero, first_of, paired, second_of, toward_zero
-from quantizers._floor import Floor
-from quantizers._offset_floor import OffsetFloor
-
-
-def offset(inner: Quantizer) -> Quantizer:
-    """Return the inner format with an offset: floors where tokens share scales, nearest where they do not.
-
-    A rotation stays outermost: the offsets are those of rotated values either way.
-    """
-    if isinstance(inner, Wrapper) and inner.transform is not None:
-        return replace(inner, inner=offset(inner.inner))
-    return OffsetFloor(inner=inner) if isinstance(inner, Floor) else Offset(inner=inner)
 
 
 class OffsetInLowerHalf:
@@ -66,7 +54,9 @@ class Offset(Wrapper):
         absmax = jnp.maximum(-low, high)
         down = jnp.where(absmax > 1, jnp.float32(0.25), jnp.float32(1))  # so that no sum overflows
         low, high = low * down, high * down
-        center = toward_zero(low + (high - low) * share_below)
+        # The maximum changes no number. It keeps compilers from fusing the product and the sum, which would
+        # round once instead of twice, and in some programs only.
+        center = toward_zero(low + jnp.maximum((high - low) * share_below, 0))
         above = (high - center) * jnp.float32(1 / highest)
         below = (low - center) * jnp.float32(1 / lowest)
         return paired(away_from_zero(jnp.maximum(above, below) / down), center / down)

@@ -1,19 +1,30 @@
 """The ``+offset`` wrapper of floor formats: each block has a window of codes, found from its values alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from qpaged import PowerOfTwoQuantizer, Wrapper
+from qpaged import PowerOfTwoQuantizer, Quantizer, Wrapper
 from quantizers._floor import Floor, floor_toward_negative
+from quantizers._offset import Offset
 
 OFFSET_BITS = 8
 REACH = 128  # an offset byte holds z / g, from -128 to 127
 REACH_DOUBLINGS = 6  # from the reach of the codes, 2^(bits - 1) s, to that of the byte, 128 granules
 LARGEST_FLOAT32 = float(jnp.finfo(jnp.float32).max)
 LARGEST_QUOTIENT = 2.0**30  # beyond any window, and within int32
+
+
+def offset(inner: Quantizer) -> Quantizer:
+    """Return the inner format with an offset: floors where tokens share scales, nearest where they do not.
+
+    A rotation stays outermost: the offsets are those of rotated values either way.
+    """
+    if isinstance(inner, Wrapper) and inner.transform is not None:
+        return replace(inner, inner=offset(inner.inner))
+    return OffsetFloor(inner=inner) if isinstance(inner, Floor) else Offset(inner=inner)
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,10 @@ class OffsetFloor(Wrapper):
     scale_dtype: ClassVar[Any] = jnp.uint16
     nan_scale: ClassVar[int] = PowerOfTwoQuantizer.nan_scale << OFFSET_BITS
     levels: ClassVar[None] = None
+
+    @property
+    def of_whole_blocks(self) -> Offset:
+        return Offset(inner=self.inner.of_whole_blocks)
 
     @property
     def growth(self) -> "GrowWindows":

@@ -24,7 +24,7 @@ from qpaged.arrays._slots import (
     transform_query,
     untransformed,
 )
-from qpaged.arrays._writes import write_rows
+from qpaged.arrays._writes import takes_rows, write_rows
 
 __all__ = [
     "LANES",
@@ -60,6 +60,7 @@ __all__ = [
     "overwrite",
     "put_pages",
     "quantize",
+    "takes_rows",
     "to_float32",
     "transform_query",
     "untransformed",

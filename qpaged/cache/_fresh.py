@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from qpaged import pools
+from qpaged import arrays, pools
 from qpaged._arguments import shown
 from qpaged._compat import spec_axes
 from qpaged.cache._sharding import EMPTY, KV_HEAD, MODE, PartitionManager, Resolver, leaf_spec
@@ -19,6 +19,7 @@ from qpaged.formats import ExactFormat, PoolQuantizer, Quantizer, get_quantizer
 from qpaged.pools import ExactPages, Pages
 
 REPLICATED = PartitionSpec()
+SLOT_AXES = 1, 2  # of a pool: a token names a page and a slot of it
 
 
 class Sequences(NamedTuple):
@@ -51,6 +52,11 @@ def fresh_pages(
         pages = jnp.zeros(shape, dtype)
     elif isinstance(quantizer, Quantizer):
         pages = quantizer.empty(shape, dtype)
+        if not arrays.takes_rows(pages, SLOT_AXES):
+            raise ValueError(
+                f"quantizer must take tokens one by one, but scales of {quantizer} are shared by several "
+                f"and do not grow; keep the page that is not yet full exact: {quantizer}+exact1."
+            )
     else:
         pages = quantizer(jnp.zeros(shape, dtype))
         if len(getattr(pages, "shape", ())) != len(shape):

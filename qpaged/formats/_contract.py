@@ -145,6 +145,14 @@ class Quantizer(abc.ABC):
         return 0.0
 
     @property
+    def of_whole_blocks(self) -> "Quantizer":
+        """The format of pages that are quantized once, from all their rows, as beside exact ones: itself.
+
+        Override it in a format whose scales grow, if a block that is seen whole can be held better.
+        """
+        return self
+
+    @property
     def writable(self) -> bool:
         """True: arrays of a quantizer can be written to, those that lazy reads make of them cannot."""
         return True

@@ -21,7 +21,8 @@ class ExactFormat:
     ``+sinkN`` alone stands for ``+exact1+sinkN``: the page that is not yet full is exact, too.
 
     Attributes:
-        inner: the format of the other pages.
+        inner: the format of the other pages; what is given, :attr:`of whole blocks
+            <qpaged.Quantizer.of_whole_blocks>`.
         tokens: at least 1.
         sinks: at least 0.
 
@@ -39,6 +40,7 @@ class ExactFormat:
         for name, least in (("tokens", 1), ("sinks", 0)):
             if whole_number(name, getattr(self, name)) < least:
                 raise ValueError(f"{name} must be at least {least}, but came as {getattr(self, name)}.")
+        object.__setattr__(self, "inner", self.inner.of_whole_blocks)
 
     def window(self, page_size: int) -> int:
         """Return how many of a sequence's newest pages are exact: the open one, and as many as are needed."""

@@ -63,6 +63,10 @@ class Wrapper(Quantizer):
     def order_bound(self) -> float:
         return self.inner.order_bound
 
+    @property
+    def of_whole_blocks(self) -> Quantizer:
+        return dataclasses.replace(self, inner=self.inner.of_whole_blocks)
+
     def code_dtype(self, dtype: Any) -> Any:
         return self.inner.code_dtype(dtype)
 

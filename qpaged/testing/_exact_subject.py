@@ -52,7 +52,7 @@ class ExactSubject:
     @cached_property
     def quantizer(self) -> qpaged.Quantizer:
         """The quantizer of the packed pages."""
-        return qpaged.get_quantizer(self.format)
+        return qpaged.get_quantizer(self.format).of_whole_blocks
 
     @property
     def shape(self) -> tuple[int, int, int]:

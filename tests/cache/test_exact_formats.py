@@ -57,7 +57,7 @@ def test_exact_pages_are_counted():
     cache = qpaged.PagedAttentionCache.init_cache(None, "float32", metadata, quantizer="int8+exact8+sink4")
     leaves = jax.tree_util.tree_leaves(cache)
     assert cache.nbytes == sum(leaf.nbytes for leaf in leaves) <= 1_000_000
-    page = 2 * 2 * (2 * 4 * 32 + 2 * 4)  # codes of a page, and its scales
+    page = 2 * 2 * (2 * 4 * 32 + 2 * 2)  # codes of a page, and its scales
     assert cache.nbytes + page > 1_000_000
     assert cache.views[0].key_pages.capacity == 3 * 4
 
@@ -144,7 +144,7 @@ def test_no_more_pages_are_exact_than_a_sequence_has():
 def test_too_little_memory_for_exact_pages():
     counts = {"batch_size": 9, "num_hidden_layers": 2, "max_sequences": 64, "page_size": 4}
     counts |= {"num_kv_heads": 2, "kv_head_dim_size": 32, "hbm_utilization": 0.5}
-    text = r"one page of 2 layers takes 1,032 bytes on a device, and exact pages of 9 sequences [0-9,]+, but"
+    text = r"one page of 2 layers takes 1,040 bytes on a device, and exact pages of 9 sequences [0-9,]+, but"
     with pytest.raises(ValueError, match=text):
         qpaged.PagedAttentionCacheMetaData.create(
             None, **counts, quantizer="int8+exact8", memory_bytes=40_000
