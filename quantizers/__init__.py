@@ -1,8 +1,25 @@
 """The built-in formats: plugins like any other, found through the entry points ``qpaged.quantizers``."""
 
 from quantizers._fp8 import Fp8E4M3, Fp8E5M2
+from quantizers._int import (
+    Int3,
+    Int3Floor,
+    Int3Whole,
+    Int4,
+    Int4Floor,
+    Int4Whole,
+    Int5,
+    Int5Floor,
+    Int5Whole,
+    Int6,
+    Int6Floor,
+    Int6Whole,
+    int3,
+    int4,
+    int5,
+    int6,
+)
 from quantizers._int2 import Int2
-from quantizers._int4 import Int4, Int4Floor, Int4Whole, int4
 from quantizers._int8 import Int8Floor, Int8Token, Int8Whole, int8
 from quantizers._mx import Mxfp4, Mxfp8
 from quantizers._nvfp4 import Nvfp4
@@ -15,9 +32,18 @@ __all__ = [
     "Fp8E4M3",
     "Fp8E5M2",
     "Int2",
+    "Int3",
+    "Int3Floor",
+    "Int3Whole",
     "Int4",
     "Int4Floor",
     "Int4Whole",
+    "Int5",
+    "Int5Floor",
+    "Int5Whole",
+    "Int6",
+    "Int6Floor",
+    "Int6Whole",
     "Int8Floor",
     "Int8Token",
     "Int8Whole",
@@ -28,7 +54,10 @@ __all__ = [
     "OffsetFloor",
     "Raw",
     "Rotate",
+    "int3",
     "int4",
+    "int5",
+    "int6",
     "int8",
     "offset",
 ]

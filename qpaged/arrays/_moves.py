@@ -14,6 +14,7 @@ from jax import lax
 
 from qpaged.arrays._blocks import block_shape, refine
 from qpaged.arrays._indices import clip_to_int32
+from qpaged.arrays._packing import has_planes, stored_length
 from qpaged.arrays._quantized import BlockParts, QuantizedArray
 from qpaged.arrays._read_format import channels_matter, free_channels
 
@@ -40,8 +41,9 @@ def moved(
 def codes_shape(array: QuantizedArray, shape: Sequence[int], channels: int | None = None) -> list[int]:
     """Return the shape of codes for a logical ``shape`` with channels on the axis ``channels``."""
     lengths = list(shape)
-    if array.codes_per_byte > 1:
-        lengths[array.channels if channels is None else channels] //= array.codes_per_byte
+    axis = array.channels if channels is None else channels
+    if channels_matter(array):
+        lengths[axis] = stored_length(array.quantizer.bits, lengths[axis])
     return lengths
 
 
@@ -112,7 +114,8 @@ def _slices_whole_bytes(
     channels = array.channels
     if (start[channels], limit[channels], strides[channels]) == (0, array.shape[channels], 1):
         return True
-    if array.quantizer.transform is not None or strides[channels] != 1:
+    keeps_all = array.quantizer.transform is not None or has_planes(array.quantizer.bits)
+    if keeps_all or strides[channels] != 1:
         return False
     return start[channels] % array.codes_per_byte == 0 and limit[channels] % array.codes_per_byte == 0
 

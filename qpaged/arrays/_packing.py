@@ -1,52 +1,119 @@
-"""Packing: codes of 4 or 2 bits, several to a byte along one axis, the first in the lowest bits."""
+"""Packing: codes of fewer than 8 bits, several to a byte along one axis, the first in the lowest bits.
 
-from typing import Any
+Codes of 3, 5 and 6 bits are stored in two planes, one behind the other along that axis: their low 2 or 4
+bits are packed as codes of so many bits are, and so are their high bits. Where a byte of the high plane has
+r times as many codes as one of the low plane, which has w bytes, byte m of the high plane holds the high bits
+of the codes in bytes m, m + w / r, and so on, of the low one: no single code moves when they are unpacked.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 BYTE = 8
+PLANES = {8: (8,), 6: (4, 2), 5: (4, 1), 4: (4,), 3: (2, 1), 2: (2,)}
+"""Bits of the planes of a code, by its bits; the low plane first."""
+
+
+def codes_per_byte(bits: int) -> int:
+    """Return how many codes a byte of the low plane has."""
+    return BYTE // PLANES[bits][0]
+
+
+def codes_together(bits: int) -> int:
+    """Return of how many codes, along the axis that is packed, there must be a multiple."""
+    return BYTE // PLANES[bits][-1]
+
+
+def has_planes(bits: int) -> bool:
+    """Return True if codes are stored in several planes."""
+    return len(PLANES[bits]) > 1
+
+
+def stored_length(bits: int, length: int) -> int:
+    """Return the bytes that ``length`` codes of fewer than 8 bits take; of 8 bits or more, the elements."""
+    return length * bits // BYTE
+
+
+def logical_length(bits: int, stored: int) -> int:
+    """Return of how many codes :func:`stored_length` is ``stored``."""
+    return stored * BYTE // bits
 
 
 def pack(codes: jax.Array, bits: int, axis: int) -> jax.Array:
-    """Return codes, one an element, packed into uint8 with 8 / ``bits`` in each, along ``axis``."""
+    """Return codes, one an element, packed into uint8 along ``axis``; those of 8 bits as they are."""
     if bits == BYTE:
         return codes
     axis %= codes.ndim
-    codes_per_byte = BYTE // bits
-    shape = (
-        *codes.shape[:axis],
-        codes.shape[axis] // codes_per_byte,
-        codes_per_byte,
-        *codes.shape[axis + 1 :],
-    )
-    low_bits = codes.astype(jnp.uint8) & jnp.uint8((1 << bits) - 1)
-    shifted = low_bits.reshape(shape) << _bit_positions(bits, axis + 1, len(shape))
-    return lax.reduce(shifted, jnp.uint8(0), lax.bitwise_or, (axis + 1,))
+    codes = codes.astype(jnp.uint8)
+    low, *high = PLANES[bits]
+    planes = [_pack_plane(codes, low, axis)]
+    for plane_bits in high:
+        planes.append(_pack_plane(_to_high_order(codes >> jnp.uint8(low), bits, axis), plane_bits, axis))
+    return planes[0] if len(planes) == 1 else lax.concatenate(planes, axis)
 
 
-def unpack(packed: jax.Array, bits: int, axis: int, dtype: Any) -> jax.Array:
+def unpack(packed: jax.Array, bits: int, axis: int, dtype: DTypeLike) -> jax.Array:
     """Return the codes that :func:`pack` took, in the 8-bit ``dtype``, with their sign if that has one."""
     if bits == BYTE:
         return packed
     axis %= packed.ndim
-    positions = _bit_positions(bits, axis + 1, packed.ndim + 1)
-    # Each code is shifted to the top of its byte and from there down, which extends its sign.
-    top = jnp.expand_dims(packed, axis + 1) << (jnp.uint8(BYTE - bits) - positions)
-    codes = top.astype(dtype) >> jnp.asarray(BYTE - bits, dtype)
-    length = packed.shape[axis] * (BYTE // bits)
-    return codes.reshape(*packed.shape[:axis], length, *packed.shape[axis + 1 :])
+    low, *high = PLANES[bits]
+    low_plane, high_plane = _split_planes(packed, bits, axis)
+    codes = _unpack_plane(low_plane, low, axis)
+    for plane_bits in high:
+        high_codes = _from_high_order(_unpack_plane(high_plane, plane_bits, axis), bits, axis)
+        codes = codes | (high_codes << jnp.uint8(low))
+    return _with_sign(codes, bits, dtype)
 
 
-def extract_codes(packed: jax.Array, bits: int, byte_index: int, dtype: Any) -> jax.Array:
+def extract_codes(
+    packed: jax.Array, bits: int, byte_index: int, dtype: DTypeLike, axis: int = -1
+) -> jax.Array:
     """Return the code at ``byte_index`` (0 is the lowest) of each byte, with its sign if ``dtype`` has one.
 
     Args:
         packed: uint8; or int32 with a byte in each, since kernels shift 32-bit integers alone.
+        bits: of a code.
+        byte_index: which code of a byte of the low plane.
+        dtype: of the result.
+        axis: along which planes lie behind each other, where codes have several.
     """
+    if not has_planes(bits):
+        return _extract(packed, bits, byte_index, dtype)
+    low, high = PLANES[bits]
+    low_plane, high_plane = _split_planes(packed, bits, axis % packed.ndim)
+    codes = _extract_low(low_plane, low, byte_index)
+    parts = [
+        _extract_low(high_plane, high, index)
+        for index in range(byte_index, BYTE // high, codes_per_byte(bits))
+    ]
+    high_codes = lax.concatenate(parts, axis % packed.ndim)
+    return _with_sign(codes | (high_codes << jnp.asarray(low, packed.dtype)), bits, dtype)
+
+
+def _extract(packed: jax.Array, bits: int, byte_index: int, dtype: DTypeLike) -> jax.Array:
     width = BYTE * packed.dtype.itemsize
     top = lax.shift_left(packed, jnp.asarray(width - bits * (byte_index + 1), packed.dtype))
+    return _from_top(top, bits, dtype)
+
+
+def _extract_low(packed: jax.Array, bits: int, byte_index: int) -> jax.Array:
+    """Return the code at ``byte_index`` of each byte, in the dtype of ``packed`` and without sign."""
+    down = lax.shift_right_logical(packed, jnp.asarray(bits * byte_index, packed.dtype))
+    return down & jnp.asarray((1 << bits) - 1, packed.dtype)
+
+
+def _with_sign(codes: jax.Array, bits: int, dtype: DTypeLike) -> jax.Array:
+    """Return codes of so many low bits as ``dtype``, with their sign if that has one."""
+    width = BYTE * codes.dtype.itemsize
+    return _from_top(lax.shift_left(codes, jnp.asarray(width - bits, codes.dtype)), bits, dtype)
+
+
+def _from_top(top: jax.Array, bits: int, dtype: DTypeLike) -> jax.Array:
+    """Return the codes in the highest bits of integers as ``dtype``; the shift down extends their sign."""
+    width = BYTE * top.dtype.itemsize
     if width == BYTE:
         top = top.astype(dtype)  # int8, if the shift down is to extend the sign
     shift_right = lax.shift_right_logical
@@ -56,10 +123,55 @@ def extract_codes(packed: jax.Array, bits: int, byte_index: int, dtype: Any) -> 
 
 
 def insert_codes(packed: jax.Array, codes: jax.Array, byte_index: jax.Array, bits: int) -> jax.Array:
-    """Return ``packed`` with the code at ``byte_index`` (0 is the lowest) of each byte replaced."""
+    """Return ``packed``, of one plane, with the code at ``byte_index`` (0 is the lowest) of each replaced."""
     position = byte_index.astype(jnp.uint8) * jnp.uint8(bits)
     mask = jnp.uint8((1 << bits) - 1)
     return (packed & ~(mask << position)) | ((codes.astype(jnp.uint8) & mask) << position)
+
+
+def _pack_plane(codes: jax.Array, bits: int, axis: int) -> jax.Array:
+    """Return the low ``bits`` of uint8 codes, packed."""
+    per_byte = BYTE // bits
+    shape = (*codes.shape[:axis], codes.shape[axis] // per_byte, per_byte, *codes.shape[axis + 1 :])
+    low_bits = codes & jnp.uint8((1 << bits) - 1)
+    shifted = low_bits.reshape(shape) << _bit_positions(bits, axis + 1, len(shape))
+    return lax.reduce(shifted, jnp.uint8(0), lax.bitwise_or, (axis + 1,))
+
+
+def _unpack_plane(packed: jax.Array, bits: int, axis: int) -> jax.Array:
+    """Return the uint8 codes, without sign, that :func:`_pack_plane` took."""
+    positions = _bit_positions(bits, axis + 1, packed.ndim + 1)
+    codes = (jnp.expand_dims(packed, axis + 1) >> positions) & jnp.uint8((1 << bits) - 1)
+    length = packed.shape[axis] * (BYTE // bits)
+    return codes.reshape(*packed.shape[:axis], length, *packed.shape[axis + 1 :])
+
+
+def _split_planes(packed: jax.Array, bits: int, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Return the low plane and what lies behind it."""
+    width = packed.shape[axis] * PLANES[bits][0] // bits
+    low = lax.slice_in_dim(packed, 0, width, axis=axis)
+    return low, lax.slice_in_dim(packed, width, packed.shape[axis], axis=axis)
+
+
+def _to_high_order(codes: jax.Array, bits: int, axis: int) -> jax.Array:
+    """Return codes in the order in which the high plane has them."""
+    return _swap_order(codes, (codes_together(bits) // codes_per_byte(bits), -1), bits, axis)
+
+
+def _from_high_order(codes: jax.Array, bits: int, axis: int) -> jax.Array:
+    """Return the codes that :func:`_to_high_order` took."""
+    return _swap_order(codes, (-1, codes_together(bits) // codes_per_byte(bits)), bits, axis)
+
+
+def _swap_order(codes: jax.Array, counts: tuple[int, int], bits: int, axis: int) -> jax.Array:
+    """Return codes along ``axis``, in bytes of the low plane, with two groupings of these bytes exchanged."""
+    leading, length, trailing = codes.shape[:axis], codes.shape[axis], codes.shape[axis + 1 :]
+    in_byte = codes_per_byte(bits)
+    known = max(counts)
+    other = length // in_byte // known
+    sizes = [other if count == -1 else count for count in counts]
+    grouped = codes.reshape(*leading, *sizes, in_byte, *trailing)
+    return jnp.swapaxes(grouped, axis, axis + 1).reshape(codes.shape)
 
 
 def _bit_positions(bits: int, axis: int, ndim: int) -> jax.Array:

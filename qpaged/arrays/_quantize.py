@@ -14,7 +14,7 @@ from qpaged.arrays._dtypes import dtype_of_floats, float_dtype
 from qpaged.arrays._encoding import block_extremes, encode, fit_scales, global_scale_shape, to_block_values
 from qpaged.arrays._explicit import placed_as
 from qpaged.arrays._lane_rows import count_slots_per_row
-from qpaged.arrays._packing import BYTE, pack
+from qpaged.arrays._packing import BYTE, codes_together, pack
 from qpaged.arrays._protocol import ArrayFormat
 from qpaged.arrays._quantized import QuantizedArray, logical_shape
 
@@ -103,11 +103,11 @@ def fill_lane_rows(array: QuantizedArray) -> QuantizedArray:
 
 def _check_packing(shape: Sequence[int], quantizer: ArrayFormat, channel_axis: int) -> None:
     """Raise ValueError unless codes along the channel axis fill whole bytes."""
-    codes_per_byte = BYTE // quantizer.bits
-    if codes_per_byte > 1 and shape[channel_axis] % codes_per_byte:
+    together = codes_together(quantizer.bits)
+    if together > 1 and shape[channel_axis] % together:
         raise ValueError(
-            f"array must have a multiple of {codes_per_byte} channels, of which {quantizer} packs "
-            f"{codes_per_byte} to a byte, but came with shape {tuple(shape)}; take a format of 8 bits."
+            f"array must have a multiple of {together} channels, of which {quantizer} packs "
+            f"{together} to a byte, but came with shape {tuple(shape)}; take a format of 8 bits."
         )
 
 
@@ -122,7 +122,7 @@ def check_parts(
     global_dtype = None if quantizer.global_scale is None else quantizer.global_scale.dtype
     fits = _codes_fit(codes, quantizer, dtype)
     if fits:
-        shape = logical_shape(codes.shape, BYTE // quantizer.bits, -1)
+        shape = logical_shape(codes.shape, quantizer.bits, -1)
         fits = _part_fits(scales, quantizer.scale_dtype, shape) and _part_fits(
             global_scale, global_dtype, shape
         )

@@ -14,7 +14,7 @@ from qpaged._promotion import promoting_ranks
 from qpaged.arrays._blocks import block_shape, expand_scales, split_blocks
 from qpaged.arrays._encoding import multipliers
 from qpaged.arrays._lane_rows import from_lane_rows, slot_shape, to_lane_rows
-from qpaged.arrays._packing import BYTE, unpack
+from qpaged.arrays._packing import codes_per_byte, logical_length, unpack
 from qpaged.arrays._plain_use import PlainUse
 from qpaged.arrays._protocol import ArrayFormat
 from qpaged.implicit import ImplicitArray, aux_field
@@ -88,7 +88,7 @@ class QuantizedArray(PlainUse, ImplicitArray):
     @property  # type: ignore[misc]  # in place of a field, as the base class allows
     def shape(self) -> tuple[int, ...]:
         codes_shape = slot_shape(self.stored.shape, self.slots_per_row)
-        return logical_shape(codes_shape, self.codes_per_byte, self.channel_axis)
+        return logical_shape(codes_shape, self.quantizer.bits, self.channel_axis)
 
     @shape.setter
     def shape(self, _: Any) -> None:
@@ -104,7 +104,7 @@ class QuantizedArray(PlainUse, ImplicitArray):
 
     @property
     def codes(self) -> jax.Array:
-        """Integers (..., slots, width), out of their lane rows; those of 4 or 2 bits are still packed."""
+        """Integers (..., slots, width), out of their lane rows; those of under 8 bits are packed."""
         return from_lane_rows(self.stored, self.slots_per_row)
 
     @property
@@ -125,7 +125,8 @@ class QuantizedArray(PlainUse, ImplicitArray):
 
     @property
     def codes_per_byte(self) -> int:
-        return BYTE // self.quantizer.bits
+        """Codes in a byte; of codes in two planes, in one of the low plane."""
+        return codes_per_byte(self.quantizer.bits)
 
     @property
     def block(self) -> tuple[int, ...]:
@@ -271,9 +272,9 @@ def is_quantized(leaf: Any) -> TypeGuard[QuantizedArray]:
     return isinstance(leaf, QuantizedArray)
 
 
-def logical_shape(shape: Sequence[int], codes_per_byte: int, channel_axis: int) -> tuple[int, ...]:
-    """Return the shape of an array whose codes have ``shape``."""
+def logical_shape(shape: Sequence[int], bits: int, channel_axis: int) -> tuple[int, ...]:
+    """Return the shape of an array whose codes of ``bits`` have ``shape``."""
     lengths = list(shape)
-    if codes_per_byte > 1:
-        lengths[channel_axis] *= codes_per_byte
+    if lengths:
+        lengths[channel_axis] = logical_length(bits, lengths[channel_axis])
     return tuple(lengths)

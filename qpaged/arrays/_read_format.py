@@ -145,7 +145,7 @@ def split_bytes(array: QuantizedArray) -> list[QuantizedArray] | None:
     code_dtype = array.quantizer.code_dtype(array.dtype)
     arrays = []
     for byte_index in range(codes_per_byte):
-        codes = extract_codes(array.codes, array.quantizer.bits, byte_index, code_dtype)
+        codes = extract_codes(array.codes, array.quantizer.bits, byte_index, code_dtype, axis)
         parts = array.parts
         if extent == 1:
             parts = _every_nth(parts, byte_index, codes_per_byte, axis)

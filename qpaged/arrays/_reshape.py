@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from qpaged.arrays._blocks import refine
 from qpaged.arrays._moves import codes_shape, moved
+from qpaged.arrays._packing import has_planes
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._read_format import channels_matter, free_channels, unpack_codes
 
@@ -52,7 +53,8 @@ def _channels_after(array: QuantizedArray, shape: Sequence[int]) -> int | None:
     """Return the axis that a reshape puts the channels on; None where it takes them apart.
 
     Packed codes stay together where the channels come last of what is merged or split, and the new last axis
-    is of whole bytes. A transform needs all the channels, and no other elements, on one axis.
+    is of whole bytes. A transform, and codes in two planes, need all the channels, and no other
+    elements, on one axis.
     """
     for old_axes, new_axes in axis_groups(array.shape, shape):
         if array.channels not in old_axes:
@@ -62,7 +64,8 @@ def _channels_after(array: QuantizedArray, shape: Sequence[int]) -> int | None:
         if not old_axes or not new_axes or old_axes[-1] != array.channels:
             return None
         length = shape[new_axes[-1]]
-        if array.quantizer.transform is not None and length != array.shape[array.channels]:
+        keeps_all = array.quantizer.transform is not None or has_planes(array.quantizer.bits)
+        if keeps_all and length != array.shape[array.channels]:
             return None
         return new_axes[-1] if length % array.codes_per_byte == 0 else None
     return None

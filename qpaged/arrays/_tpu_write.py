@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from qpaged._compat import has_pallas_tpu
 from qpaged.arrays._elementwise import not_elementwise
 from qpaged.arrays._lane_rows import LANES, from_lane_rows
+from qpaged.arrays._packing import has_planes
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._tpu_scales import ScaleOrder
 
@@ -37,7 +38,7 @@ def takes(array: QuantizedArray, axes: tuple[int, ...], num_rows: int) -> bool:
     """Return True if the kernel can write so many rows at (page, slot) of the array."""
     if array.ndim != 4 or axes != (1, 2) or not has_pallas_tpu():
         return False
-    if array.channel_axis != -1 or num_rows > MOST_ROWS:
+    if array.channel_axis != -1 or num_rows > MOST_ROWS or has_planes(array.quantizer.bits):
         return False
     heads, _, page_size, channels = array.shape
     width = channels // array.codes_per_byte  # stored elements of a slot

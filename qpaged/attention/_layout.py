@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from qpaged.arrays import extract_codes, not_elementwise
+from qpaged.arrays import extract_codes, has_planes, not_elementwise
 from qpaged.pools import Pages, Pool, as_quantized
 
 BYTE_BITS = 8
@@ -61,7 +61,7 @@ class Layout:
             dtype=pool.dtype,
             page_size=page_size,
             head_dim=head_dim,
-            slot_bytes=head_dim // quantized.codes_per_byte * quantized.stored.dtype.itemsize,
+            slot_bytes=quantized.codes.shape[3] * quantized.stored.dtype.itemsize,
             codes_per_byte=quantized.codes_per_byte,
             scale_groups=scale_groups,
             scales_per_slot=scales_per_slot,
@@ -107,6 +107,8 @@ def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:
     quantizer = quantized.quantizer
     if quantized.global_scale is not None:
         return f"{quantizer} has scales of two levels"
+    if has_planes(quantizer.bits):
+        return f"{quantizer} has codes in two planes"
     if quantized.offset is not None:
         return f"{quantizer} comes from a lazy read, with offsets beside its scales"
     if not quantizer.elementwise:

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+from qpaged.arrays import PLANES
+
 if TYPE_CHECKING:
     from qpaged.formats._contract import Quantizer
 
-PACKED_BITS = (8, 4, 2)
+PACKED_BITS = tuple(PLANES)
 TILE = jax.ShapeDtypeStruct((8, 128), jnp.float32)  # slots and channels, which encode may combine
 
 RENAMED = {

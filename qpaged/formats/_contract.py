@@ -59,7 +59,7 @@ class Quantizer(abc.ABC):
     """What ``granularity`` may be; the first is the default. A scale that tokens share (``page``,
     ``channel``) grows as tokens arrive: see :attr:`growth`."""
     bits: ClassVar[int] = 8
-    """Bits of a code: 4 or 2, which are packed into bytes, or 8 for one code of :meth:`code_dtype` per
+    """Bits of a code: 2 to 6, which are packed into bytes, or 8 for one code of :meth:`code_dtype` per
     element, however wide that is."""
     scale_dtype: ClassVar[DTypeLike | None] = jnp.float32
     """Dtype of a stored scale, float32 or an integer one; None for a format without scales. A nonzero scale

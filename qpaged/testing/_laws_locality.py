@@ -65,8 +65,9 @@ def same_outside_token(
             box[0] = head, head + 1
             if not spreads:
                 box[3] = block_span(channel, old.block[3])
-        new_parts = parts(new)
-        for part, stored in parts(old).items():
+        # One code an element, since those of one channel may lie in several bytes.
+        new_parts = parts(new) | {"codes": np.asarray(new.unpacked())}
+        for part, stored in (parts(old) | {"codes": np.asarray(old.unpacked())}).items():
             old_rest = zero_inside(stored, old.shape, box)
             new_rest = zero_inside(new_parts[part], old.shape, box)
             check(

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 import jax.numpy as jnp
 
 import qpaged
+from qpaged.arrays._packing import codes_per_byte, has_planes
 from support.long import first_short
 
 EVERY_FORMAT = qpaged.available_formats(wrapped=True)
@@ -35,7 +36,8 @@ def features(spelling):
     granularity = re.sub(r"\d+", "", quantizer.granularity)
     return {
         ("granularity", granularity),
-        ("bits", quantizer.bits, granularity in ("page", "channel")),
+        ("bytes", codes_per_byte(quantizer.bits), has_planes(quantizer.bits)),
+        ("shared", quantizer.bits < 8, granularity in ("page", "channel")),
         ("scales", str(quantizer.scale_dtype), quantizer.global_scale is None),
         ("shifts", quantizer.growth is not None, "+offset" in spelling),
         ("transforms", quantizer.bits < 8, quantizer.transform is not None),
