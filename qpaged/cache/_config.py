@@ -35,6 +35,7 @@ COUNTS = (
     "num_kv_heads",
     "kv_head_dim_size",
 )
+MOST_LAYERS = 10_000  # more than any model has: the format of each is looked at
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ class PagedAttentionCacheMetaData(Serializable):
         check_layout(mesh, partition_manager)
         utilization = _utilization(hbm_utilization)
         num_layers = positive("num_hidden_layers", num_hidden_layers)
+        if num_layers > MOST_LAYERS:
+            raise ValueError(
+                f"num_hidden_layers must be at most {MOST_LAYERS:,}, but came as {num_layers:,}; give the "
+                f"layers of the model."
+            )
         page_size = positive("page_size", page_size)
         kv_heads = positive("num_kv_heads", num_kv_heads)
         head_dim = positive("kv_head_dim_size", kv_head_dim_size)

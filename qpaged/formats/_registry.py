@@ -243,6 +243,7 @@ def _load(name: str, claims: dict[str, EntryPoint]) -> Callable[..., object]:
         return point.load()
     except (Exception, SystemExit) as error:  # whatever another package does as it is imported
         raise RegistryError(
-            f"the format {name!r} of package {package} cannot be loaded from {point.value!r}: {error}. "
+            f"the format {name!r} of package {package} cannot be loaded from {point.value!r}: "
+            f"{type(error).__name__}: {error}. "
             f"Reinstall that package, and see that no other package hides its modules."
         ) from error

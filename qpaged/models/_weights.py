@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from qpaged._files import read_json
 from qpaged.models._json_fields import Json, read_object
 from qpaged.models._safetensors import weight_files
-from qpaged.models.checkpoint import find_config, read_config
+from qpaged.models.checkpoint import find_config
 from qpaged.models.decoder import param_shapes
+from qpaged.models.families import decoder_config
 
 PATTERNS = (
     "model-*-of-*.safetensors",
@@ -21,6 +22,7 @@ PATTERNS = (
     "consolidated.*.pth",
 )
 """Files that hold all weights, beside those that can be loaded; a directory may have several such sets."""
+FP8 = "fp8"  # what transformers calls weights of float8_e4m3fn with scales for blocks, which are few
 LFS_POINTER = b"version https://git-lfs"
 DTYPE_NAMES = "dtype", "torch_dtype"
 
@@ -41,15 +43,33 @@ def weights_bytes(path: str | Path) -> tuple[int, str]:
         names = files[0].name if len(files) == 1 else f"{len(files)} files like {files[0].name}"
         return sum(_file_bytes(file) for file in files), f"the size of {names}"
     try:
-        count = sum(prod(shape) for shape in param_shapes(read_config(path)).values())
-        itemsize, stored_as = _stored_dtype(read_json(path))
+        count, stored_as = _computed_bytes(read_json(path))
+        return count, f"computed from {path.name}, as {stored_as}"
     except (TypeError, ValueError) as error:
         reason = str(error).partition(". ")[0].rstrip(".")  # without its advice to choose another file
         raise ValueError(
             f"{path.parent} has no weights, and their bytes cannot be computed ({reason}). Give the bytes, "
             f"as in --weights 16GB."
         ) from error
-    return count * itemsize, f"computed from {path.name}, as {stored_as}"
+
+
+def _computed_bytes(fields: Json) -> tuple[int, str]:
+    """Return the bytes of the weights that a configuration describes, and the names of their dtypes.
+
+    Raises:
+        TypeError, ValueError: no such model can be read, or its dtype is none of numbers.
+    """
+    itemsize, stored_as = _stored_dtype(fields)
+    method = read_object(fields, "quantization_config").get("quant_method")
+    if method != FP8:
+        return itemsize * sum(map(prod, param_shapes(decoder_config(fields)).values())), stored_as
+    shapes = param_shapes(decoder_config({**fields, "quantization_config": None}))
+    # The matrices of layers take a byte an element; embeddings and vectors stay as they were.
+    count = 0
+    for name, shape in shapes.items():
+        is_fp8 = "layers." in name and len(shape) > 1
+        count += prod(shape) * (1 if is_fp8 else itemsize)
+    return count, f"{FP8}, and {stored_as} outside of layers"
 
 
 def _weight_files(directory: Path) -> list[Path]:

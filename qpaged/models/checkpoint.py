@@ -168,6 +168,12 @@ def _no_weights(directory: Path) -> Exception:
             f"{directory} has its weights in {pickled[0].name}, but only safetensors can be loaded. "
             "Convert them: load the model with transformers and save it with save_pretrained."
         )
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if others:
+        return FileNotFoundError(
+            f"{directory} has {others[0]}, but neither {WEIGHTS_FILE} nor {INDEX_FILE}, which says where "
+            f"each weight is. Copy the index too, or save the model again with save_pretrained."
+        )
     return FileNotFoundError(
         f"There is no {directory / WEIGHTS_FILE}, and no {INDEX_FILE}. Give a directory with weights."
     )

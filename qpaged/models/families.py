@@ -123,6 +123,7 @@ QWEN3_MOE = {
     "num_experts_per_tok": 8,
     "norm_topk_prob": False,
 }
+EXPERT_COUNTS = "num_experts", "num_local_experts"  # transformers 5 writes the second of Qwen3-MoE, too
 EXPERTS_IN_EVERY_LAYER = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 PHI3 = {
     "rms_norm_eps": 1e-5,
@@ -177,7 +178,7 @@ def decoder_config(fields: Json) -> DecoderConfig:
     fields = _text_fields(fields)
     family = FAMILIES[fields["model_type"]]
     _check_required(fields, family.required)
-    fields = {**DEFAULTS, **family.defaults, **fields}
+    fields = {**DEFAULTS, **family.defaults, **_with_count_of_experts(fields, family)}
     sizes = _read_sizes(fields)
     sizes["intermediate_size"] = read_integer(fields, family.inner_size, 1)
     rope, sliding_rope = read_ropes(fields)
@@ -309,6 +310,15 @@ def _read_activation(fields: Json) -> Activation:
             "Choose another checkpoint."
         )
     return fields[name]
+
+
+def _with_count_of_experts(fields: Json, family: Family) -> Json:
+    """Return the fields with the number of experts under the family's name, which not all writers use."""
+    name = family.num_experts
+    others = [other for other in EXPERT_COUNTS if other in fields]
+    if name is None or name in fields or not others:
+        return fields
+    return {**fields, name: fields[others[0]]}
 
 
 def _read_experts(fields: Json, family: Family) -> Experts | None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from qpaged.arrays import (
@@ -69,4 +70,14 @@ def from_record(data: Mapping[str, Any]) -> QuantizedArray:
     pages = QuantizedArray(
         stored=codes, scales=scales, global_scale=global_scale, quantizer=quantizer, dtype=dtype
     )
+    if scales is not None and _reads_nan(pages):
+        raise ValueError(
+            f"codes and scales must read as numbers, but some of these read as NaN, which {quantizer} never "
+            f"writes; the data was not written whole."
+        )
     return fill_lane_rows(pages)
+
+
+@jax.jit
+def _reads_nan(pages: QuantizedArray) -> jax.Array:
+    return jnp.isnan(pages.dequantize()).any()

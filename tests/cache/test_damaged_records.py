@@ -106,6 +106,21 @@ def test_pages_labelled_as_another_format_of_the_same_bytes_are_refused():
         qpaged.PagedAttentionCache.from_json(with_digest(record))
 
 
+@pytest.mark.parametrize(
+    ("format", "part"),
+    [("int8", "scales"), ("int4", "scales"), ("int8:token+rotate", "scales"), ("fp8_e4m3", "codes"),
+     ("nvfp4", "scales"), ("int4:channel+offset", "scales")],
+)  # fmt: skip
+def test_pages_that_read_as_nan_are_refused(format, part):
+    record = json.loads(cache_of(format).to_json())
+    stored = record["views"][0]["key_pages"][part]
+    stored["data"] = base64.b64encode(b"\xff" * len(base64.b64decode(stored["data"]))).decode()
+    with pytest.raises(
+        ValueError, match="codes and scales must read as numbers, but some of these read as NaN"
+    ):
+        qpaged.PagedAttentionCache.from_json(with_digest(record))
+
+
 @pytest.mark.parametrize("dtype", ["int32", "bool", "bfloat16", "uint8"])
 def test_plain_pages_of_another_dtype_are_refused(dtype):
     record = json.loads(cache_of(None, "plain").to_json())

@@ -291,12 +291,12 @@ def pages_with(**changes):
 
 
 def test_pages_of_a_format_that_is_not_installed_are_refused():
-    record = pages_with(quantizer={"name": "int5", "granularity": "page"})
-    with pytest.raises(qpaged.RegistryError, match="no format is named 'int5'; there are"):
+    record = pages_with(quantizer={"name": "int7", "granularity": "page"})
+    with pytest.raises(qpaged.RegistryError, match="no format is named 'int7'; there are"):
         qpaged.PagedAttentionCacheView.from_dict(record)
     metadata = config(quantizer=qpaged.CacheFormat.of("int8")).to_dict()
-    metadata["quantizer"] = metadata["quantizer"] | {"key": {"name": "int5", "granularity": "page"}}
-    with pytest.raises(qpaged.RegistryError, match="no format is named 'int5'; there are"):
+    metadata["quantizer"] = metadata["quantizer"] | {"key": {"name": "int7", "granularity": "page"}}
+    with pytest.raises(qpaged.RegistryError, match="no format is named 'int7'; there are"):
         qpaged.PagedAttentionCacheMetaData.from_dict(metadata)
 
 

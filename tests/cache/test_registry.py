@@ -119,7 +119,7 @@ def test_formats_are_told_apart():
     assert len({qpaged.get_quantizer(spelling) for spelling in EVERY_FORMAT}) == len(EVERY_FORMAT)
 
 
-@pytest.mark.parametrize("spelling", ["int5", "INT8", "None", "int5:token+rotate"])
+@pytest.mark.parametrize("spelling", ["int7", "INT8", "None", "int7:token+rotate"])
 def test_an_unknown_name_lists_what_is_installed(spelling):
     with pytest.raises(qpaged.RegistryError, match=f"there are {', '.join(NAMES)}, and plain."):
         qpaged.get_quantizer(spelling)
@@ -243,7 +243,10 @@ def fails(error):
         (lambda **_: floats(), "'slip': Floats.encode must return integers, but returns float32"),
         (fails(KeyError("x")), "the format 'slip' of package slips cannot be made: KeyError: 'x'. Tell the"),
         (fails(SystemExit(3)), "the format 'slip' of package slips cannot be made: SystemExit: 3"),
-        (SystemExit("no"), "the format 'slip' of package slips cannot be loaded from 'package:Format': no"),
+        (
+            SystemExit("no"),
+            "the format 'slip' of package slips cannot be loaded from 'package:Format': SystemExit: no",
+        ),
     ],
 )
 def test_a_format_that_cannot_be_had_is_warned_of_and_left_out(install, make, reason):
@@ -286,7 +289,8 @@ def test_a_package_that_cannot_be_imported(install, error):
     install(Point("odd", "oddities", error, "oddlib:Odd"))
     assert "odd" in qpaged.available_quantizers()
     with pytest.raises(
-        qpaged.RegistryError, match=r"'odd' of package oddities cannot be loaded from 'oddlib:Odd': no oddlib"
+        qpaged.RegistryError,
+        match=r"'odd' of package oddities cannot be loaded from 'oddlib:Odd': \w+: no oddlib",
     ):
         qpaged.get_quantizer("odd")
     assert qpaged.get_quantizer("int8").name == "int8"
@@ -367,7 +371,7 @@ def test_too_many_parts(spelling):
         CacheFormat.of(spelling)
 
 
-@pytest.mark.parametrize("spelling", ["int8/", "/int8", "", "/", "plain:token", "int5/int8", "int8/int5"])
+@pytest.mark.parametrize("spelling", ["int8/", "/int8", "", "/", "plain:token", "int7/int8", "int8/int7"])
 def test_parts_that_name_nothing(spelling):
     with pytest.raises(
         qpaged.RegistryError, match=r"no format is named|is no format|both sides of its slash"

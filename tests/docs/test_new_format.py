@@ -31,10 +31,10 @@ def test_a_format_without_a_section_gets_one_before_the_wrappers():
 
 
 def test_a_name_without_an_entry_point_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["new_format", "int5"])
+    monkeypatch.setattr("sys.argv", ["new_format", "int7"])
     with pytest.raises(SystemExit):
         new_format.main()
-    assert "qpaged has no entry point 'int5'; add it to pyproject.toml" in capsys.readouterr().err
+    assert "qpaged has no entry point 'int7'; add it to pyproject.toml" in capsys.readouterr().err
 
 
 def test_a_run_for_a_finished_format_changes_nothing(monkeypatch):

@@ -331,6 +331,13 @@ def test_pickled_weights_are_refused(directory):
         load_checkpoint(directory)
 
 
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "model-00001-of-00002.safetensors"])
+def test_weights_under_another_name_are_named(directory, name):
+    (directory / "model.safetensors").rename(directory / name)
+    with pytest.raises(FileNotFoundError, match=rf"has {name}, but neither model.safetensors nor {INDEX}"):
+        load_checkpoint(directory)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 @pytest.mark.parametrize("read", [load_checkpoint, checkpoint_sha256])
 def test_a_missing_file_is_named(directory, name, read):

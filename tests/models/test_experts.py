@@ -160,6 +160,15 @@ def test_models_that_people_run_have_their_published_numbers_of_parameters(tmp_p
     assert weights_bytes(tmp_path)[0] == 2 * parameters
 
 
+@pytest.mark.parametrize(
+    ("fields", "name"), [(MIXTRAL_8X7B, "num_experts"), (QWEN3_30B_A3B, "num_local_experts")]
+)
+def test_experts_may_be_counted_under_either_name(tmp_path, fields, name):
+    counted = {key: value for key, value in fields.items() if key != "num_experts"} | {name: 9}
+    (tmp_path / "config.json").write_text(json.dumps(counted))
+    assert read_config(tmp_path).experts.num_experts == 9
+
+
 def test_a_missing_expert_is_named_as_it_is_stored(checkpoint):
     name = expert_name(checkpoint, "down_proj", 1)
     edit_weights(checkpoint, lambda weights: weights.pop(name))

@@ -223,6 +223,16 @@ def test_models_that_cannot_be_loaded_are_planned(command, model, fields):
     assert status == 0 and "2 layers of 4 KV heads of 64" in out
 
 
+def test_weights_of_fp8_are_computed(model):
+    whole, _ = weights_bytes(model)
+    edit(model, quantization_config={"quant_method": "fp8"})
+    count, source = weights_bytes(model)
+    assert whole / 2 < count < whole
+    assert source.startswith("computed from config.json, as fp8, and ") and source.endswith(
+        "outside of layers"
+    )
+
+
 def test_weights_that_cannot_be_computed_are_asked_for(command, model):
     edit(model, model_type="mamba")
     status, _, err = command("--memory", "1MiB", "--formats", "int8")

@@ -31,13 +31,13 @@ class Sound(qpaged.Quantizer):
 @pytest.mark.parametrize(
     ("bits", "advice"),
     [
-        *((bits, "take the next larger one") for bits in (1, 3, 5, 6, 7)),
+        *((bits, "take the next larger one") for bits in (1, 7)),
         (16, "take 8 for one code per element"),
         ("4", "take 8 for one code per element"),
     ],
 )
 def test_bits_that_nothing_packs_are_refused_where_the_class_is_defined(bits, advice):
-    message = rf"Odd.bits must be one of 8, 4, 2, .* but is {bits!r}; {advice}"
+    message = rf"Odd.bits must be one of 8, 6, 5, 4, 3, 2, .* but is {bits!r}; {advice}"
     with pytest.raises(TypeError, match=message):
         type("Odd", (Sound,), {"bits": bits})
 

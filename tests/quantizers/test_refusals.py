@@ -22,7 +22,11 @@ SPELLINGS = {
     "mxfp8:page": ["takes only the granularity group32", "mxfp8", "'page'"],
     "nvfp4:group32": ["takes only the granularity group16", "nvfp4", "'group32'"],
     "raw:page": ["takes only the granularity element", "raw", "'page'"],
-    "int3": ["no format is named 'int3'", "int2, int4, int8", "raw, and plain. Did you mean int8?"],
+    "int7": [
+        "no format is named 'int7'",
+        "int2, int3, int4, int5, int6, int8",
+        "raw, and plain. Did you mean int8?",
+    ],
     "plain:token": ["'plain:token' is no format: plain has no granularity or wrapper; write plain alone."],
     "int8+turn": ["no wrapper is named '+turn'", "there are +offset, +rotate."],
     "int8+offset+offset": ["+offset may be given once", "int8+offset has it"],

@@ -113,7 +113,7 @@ def _say_plan(
     elif not args.fresh:
         kept = sweep.set_aside(args.out)
         if kept is not None:
-            say(args, f"{results} was of another sweep, and is kept as {kept.name}.")
+            say(args, f"{results} was of another sweep, or damaged, and is kept as {kept.name}.")
     if formats.unfit:
         head_dim, unfit = job.model.head_dim, ", ".join(formats.unfit)
         say(args, f"left out, since they do not go with head_dim {head_dim}: {unfit}.")

@@ -15,6 +15,7 @@ from qpaged.sweep.results._reading import (
 from qpaged.sweep.results._record import (
     SweepResult,
     conditions,
+    is_number,
     run_from_record,
     run_record,
     same_conditions,
@@ -30,6 +31,7 @@ __all__ = [
     "claimed",
     "closest_first",
     "conditions",
+    "is_number",
     "known_runs",
     "log_floor",
     "pareto_front",

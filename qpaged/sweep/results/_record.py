@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -118,6 +119,7 @@ def run_from_record(record: Mapping[str, Any]) -> Run:
 
     Raises:
         KeyError: a field or a metric is missing.
+        ValueError: a metric is no finite number, or a field is of another type.
     """
     values: Record = {}
     for attribute in fields(Run):
@@ -127,7 +129,17 @@ def run_from_record(record: Mapping[str, Any]) -> Run:
             values["attention"] = _recorded_attention(record)
         else:
             values[attribute.name] = record[attribute.name]
+    types = {"format": str, "identity": str, "key": str, "value": str, "dtype": str, "tokens": int}
+    wrong = [name for name, kind in types.items() if type(values[name]) is not kind]
+    parts = values["kl_parts"]
+    if wrong or not isinstance(parts, list) or not all(map(is_number, [values["seconds"], *parts])):
+        raise ValueError(f"runs must have {', '.join(types)}, seconds and kl_parts of their types.")
     return Run(**values)
+
+
+def is_number(value: Any) -> bool:
+    """Return True for a finite number, as of JSON."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _recorded_metrics(record: Mapping[str, Any]) -> dict[str, float | None]:
@@ -136,6 +148,11 @@ def _recorded_metrics(record: Mapping[str, Any]) -> dict[str, float | None]:
         metrics[metric.key] = record[metric.key]
         if metric.has_error:
             metrics[f"{metric.key}_se"] = record[f"{metric.key}_se"]
+    wrong = [key for key, value in metrics.items() if value is not None and not is_number(value)]
+    if wrong or not is_number(metrics["kl_mean"]):
+        raise ValueError(
+            f"metrics must be finite numbers, or null, but {', '.join(wrong) or 'kl_mean'} is not."
+        )
     return metrics
 
 

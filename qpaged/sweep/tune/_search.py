@@ -15,7 +15,7 @@ from qpaged._deprecated import renamed_argument
 from qpaged.formats import CacheFormat
 from qpaged.sweep._formats import bits_per_element
 from qpaged.sweep.measure import PLAIN, Bench, Failure, Progress, Run, Sequences, Sweep, identity
-from qpaged.sweep.results import tied
+from qpaged.sweep.results import is_number, tied
 from qpaged.sweep.tune._budget import Budget, UnattainableError
 from qpaged.sweep.tune._journal import Journal
 from qpaged.sweep.tune._solver import Choice, choose, too_few_bits
@@ -196,7 +196,7 @@ class Tune:
             place, candidate = f"layer {layer}, {SIDES[side]}", self.candidates[names[index]]
             key = f"{place}: {identity(candidate)}"
             kl = journal.get(key)
-            if kl is None:
+            if not is_number(kl):
                 if bench is None:
                     bench = Bench(self.sweep.model, self.parts[0], settings, "plain", progress)
                 kl = bench.mean_kl(f"{place}: {names[index]}", _one_side(layer, side, candidate))

@@ -29,14 +29,20 @@ class Verifier:
         """Return the run of a format under this spelling."""
         self.formats[spelling] = cache_format
         key = f"run: {identity(cache_format)}"
-        record = self._journal.get(key)
-        if record is None:
+        run = self._kept(key)
+        if run is None:
             run = self._bench.measure(spelling, cache_format)
             self._journal.keep(key, run_record(run))
-        else:
-            run = dataclasses.replace(run_from_record(record), format=spelling)
+        run = dataclasses.replace(run, format=spelling)
         self.runs[spelling] = run
         return run
+
+    def _kept(self, key: str) -> Run | None:
+        """Return the run that the journal keeps under ``key``; None if it has none, or a damaged one."""
+        try:
+            return run_from_record(self._journal.get(key))
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return None
 
     @cached_property
     def _bench(self) -> Bench:
