@@ -5,7 +5,7 @@ of each layer, and ``report`` shows results.
 """
 
 from qpaged.sweep._extras import MissingExtraError, need_sweep_extra
-from qpaged.sweep._formats import FormatInfo, fitting, installed_formats
+from qpaged.sweep._formats import FormatInfo, default_formats, fitting, installed_formats
 from qpaged.sweep.measure import (
     DTYPES,
     METRICS,
@@ -77,6 +77,7 @@ __all__ = [
     "claimed",
     "conditions",
     "default_candidates",
+    "default_formats",
     "fitting",
     "installed_formats",
     "known_runs",

@@ -1,5 +1,6 @@
 """Lists the installed formats, and those that fit a model."""
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,10 +8,28 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from qpaged.formats import ExactFormat, PoolQuantizer, Quantizer, available_quantizers, get_quantizer
+from qpaged.formats import (
+    CacheFormat,
+    ExactFormat,
+    PoolQuantizer,
+    Quantizer,
+    available_quantizers,
+    get_quantizer,
+)
 
 PAGE = (1, 1, 16, 128)
 """The page that formats are sized on: (kv_heads, pages, page_size, head_dim)."""
+
+BUILT_IN = "quantizers"  # the package of the formats that come along
+
+LADDER = (
+    "int8:channel", "int8:token+rotate", "int8:token", "int8+rotate", "int8", "fp8_e4m3:token",
+    "int6:token+rotate", "int5:token+rotate",
+    "int4:channel+offset+exact1/int4:token+rotate+exact1", "int4:token+rotate", "int4+rotate",
+    "int4+rotate+exact128", "nvfp4",
+    "int3:channel+offset+exact1/int3:token+rotate+exact1", "int2+offset+rotate",
+)  # fmt: skip
+"""The formats that are swept by default: what is worth a look at 8, 6, 5, 4, 3 and 2 bits."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +90,23 @@ def bits_per_element(
     return 8 * size / math.prod(page)
 
 
+def default_formats() -> list[str]:
+    """Return :data:`LADDER`, and the formats that other packages bring, at each of their granularities."""
+    infos, _ = installed_formats()
+    others = [info.spelling for info in infos if not _is_built_in(get_quantizer(info.spelling))]
+    return [*LADDER, *others]
+
+
+def _is_built_in(quantizer: Quantizer) -> bool:
+    return type(quantizer).__module__.partition(".")[0] == BUILT_IN
+
+
 def _check_fit(spelling: str, head_dim: int) -> None:
-    """Raise the format's own error if it cannot make a page of this head_dim."""
-    quantizer = get_quantizer(spelling)
-
-    def empty_page() -> object:
-        return quantizer.empty((1, 1, 16, head_dim), jnp.bfloat16)
-
-    jax.eval_shape(empty_page)
+    """Raise the format's own error if it cannot make a page of this head_dim, of keys or of values."""
+    for quantizer in CacheFormat.of(spelling).layer(0):
+        packed = quantizer.inner if isinstance(quantizer, ExactFormat) else quantizer
+        if packed is not None:
+            jax.eval_shape(functools.partial(packed.empty, (1, 1, 16, head_dim), jnp.bfloat16))
 
 
 def _info(quantizer: Quantizer) -> FormatInfo:

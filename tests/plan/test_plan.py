@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import qpaged
 from qpaged.cli import main
 from qpaged.cli._arguments import token_count
-from qpaged.cli.commands.plan import memory_size, size
+from qpaged.cli.commands.plan import DEFAULT_FORMATS, memory_size, size
 from qpaged.models import DecoderConfig
 from qpaged.plan import plan
 
@@ -132,7 +132,7 @@ def test_json_alone_is_printed_if_asked_for(command, model):
     )
     plans = json.loads(out)["plans"]
     assert status == 0
-    assert [each["format"] for each in plans] == ["plain", "int8", "int8:token", "int8/int4", "int4+rotate"]
+    assert [each["format"] for each in plans] == DEFAULT_FORMATS.split(",")
     assert plans[1]["memory"] == 1_000_000 and plans[1]["context"] == 512 and plans[1]["shards"] == 4
     assert plans[1]["cache"] == plan(CONFIG, "int8", memory_bytes=10**6, context=512, mesh_size=4).cache
 

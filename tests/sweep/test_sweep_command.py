@@ -9,7 +9,8 @@ import qpaged
 from qpaged._files import DIGEST, digest
 from qpaged.cli import main
 from qpaged.models.tokenizer import ByteTokenizer
-from qpaged.sweep import DTYPES, METRICS, claimed
+from qpaged.sweep import DTYPES, METRICS, claimed, default_formats
+from qpaged.sweep._formats import LADDER
 
 SMALL = ("--tokens", 200, "--context", 48, "--page-size", 8)
 FORMATS = "raw,int8:token/int8"
@@ -160,15 +161,20 @@ def accepts_head_dim(spelling, head_dim):
     return True
 
 
-def test_all_installed_formats_are_the_default(quick, sweep):
+def test_formats_worth_a_look_are_the_default(quick, sweep):
     result = sweep(*SMALL, "--json")
     formats = [run["format"] for run in json.loads(result.out)["runs"]]
-    fit = [spelling for spelling in qpaged.available_formats() if accepts_head_dim(spelling, 16)]
-    assert formats == ["plain", *fit]
-    assert not {"int2", "int4:group64", "mxfp4"} & set(fit)
+    left_out = ["int4+rotate", "int4+rotate+exact128", "int2+offset+rotate"]  # groups of 32
+    assert formats == ["plain", *(format for format in LADDER if format not in left_out)]
     first, *others = result.err.splitlines()
     assert f"{len(formats)} formats, 192 tokens each; files go to {result.directory}" in first
-    assert "left out, since they do not go with head_dim 16: int2, int2:group64, int3," in others[0]
+    assert f"left out, since they do not go with head_dim 16: {', '.join(left_out)}." in others[0]
+
+
+def test_formats_of_other_packages_are_among_the_default(monkeypatch):
+    assert default_formats() == list(LADDER)
+    monkeypatch.setattr("qpaged.sweep._formats.BUILT_IN", "another")
+    assert set(default_formats()) == {*LADDER, *qpaged.available_formats()}
 
 
 def test_all_is_every_wrapper_too(quick, sweep, monkeypatch):

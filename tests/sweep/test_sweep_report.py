@@ -64,7 +64,7 @@ def test_the_page_has_its_parts_in_their_order_and_closes_its_tags(sample, repor
     assert page.open == []
     parts = [found["id"] for found in page.of("section")]
     assert parts == ["verdict", "frontier", "formats", "layers", "distribution", "tune", "method"]
-    assert "int8 halves the cache" in page.text
+    assert "int8:channel+offset+rotate makes the cache 1.8 times smaller" in page.text
     assert "mxfp4:token failed: ValueError: granularity must be one of" in page.text
     assert sample["model"]["sha256"] in page.text
 

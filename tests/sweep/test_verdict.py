@@ -5,6 +5,7 @@ import pytest
 
 from qpaged.sweep import verdict
 from qpaged.sweep._numbers import percent, small
+from qpaged.sweep.results import is_broken, pareto_front
 
 ORDER: dict[str, int] = {}
 
@@ -110,7 +111,7 @@ def test_the_choice_by_layer_comes_last():
 
 
 def test_the_sample(sample):
-    assert "int8 halves the cache" in verdict(sample)
+    assert "int8:channel+offset+rotate makes the cache 1.8 times smaller" in verdict(sample)
 
 
 def test_another_version_is_refused():
@@ -138,3 +139,10 @@ def test_numbers_have_the_digits_that_their_errors_allow(number, text):
 
 def test_percent():
     assert (percent(0.99664), percent(0.9966, 0.0012)) == ("99.66 %", "99.66 % ± 0.12")
+
+
+def test_what_destroys_the_model_is_no_bargain():
+    broken = run("int2+offset", 300, 1.9, 0.1)
+    assert is_broken(broken) and not is_broken(run("int2", 400, 0.4, 0.1))
+    assert broken not in pareto_front([PLAIN, INT8, broken])
+    assert "int2+offset" not in verdict(results(PLAIN, INT8, INT4, broken))

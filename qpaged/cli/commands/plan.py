@@ -20,7 +20,7 @@ BINARY_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 DECIMAL_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS = BINARY_UNITS | DECIMAL_UNITS
 LEAST_MEMORY = 2**16  # bytes; no device has less
-DEFAULT_FORMATS = "plain,int8,int8:token,int8/int4,int4+rotate"
+DEFAULT_FORMATS = "plain,int8,int8:token+rotate,int6:token+rotate,int4:token+rotate"
 DERIVED = ("cache", "unused", "pages", "tokens", "sequences", "bytes_per_token")
 
 

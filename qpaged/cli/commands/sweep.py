@@ -26,7 +26,7 @@ def add(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--formats",
         metavar="LIST",
-        help="such as int8,int8:token/int4+rotate,format.json; all, for every wrapper too (all bare)",
+        help="such as int8,int8:token/int4+rotate,format.json; all, with every wrapper (those worth a look)",
     )
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="where the files go (here)")
     parser.add_argument("--fresh", action="store_true", help="measure again what --out has results of")
@@ -45,19 +45,19 @@ class _Formats:
 
 def _run(args: argparse.Namespace) -> int:
     sweep.need_sweep_extra()
-    lists_installed = args.formats in (None, EVERYTHING)
-    if not lists_installed:
+    has_no_list = args.formats in (None, EVERYTHING)
+    if not has_no_list:
         # Raise for bad spellings now, before the model is loaded.
         named_formats(args)
     make_writable(args.out, f"--out {args.out}")
     with sweep.claimed(args.out):
-        return _sweep(args, lists_installed)
+        return _sweep(args, has_no_list)
 
 
-def _sweep(args: argparse.Namespace, lists_installed: bool) -> int:
+def _sweep(args: argparse.Namespace, has_no_list: bool) -> int:
     model, text, settings = load_job(args)
-    if lists_installed:
-        formats = _installed(args.formats == EVERYTHING, model.head_dim)
+    if has_no_list:
+        formats = _unnamed(args.formats == EVERYTHING, model.head_dim)
     else:
         formats = _Formats(split_formats(args.formats))
     job = sweep.Sweep(model, text, tuple(formats.spellings), settings)
@@ -75,11 +75,11 @@ def _sweep(args: argparse.Namespace, lists_installed: bool) -> int:
         return INTERRUPTED
 
 
-def _installed(wrapped: bool, head_dim: int) -> _Formats:
-    """Return the installed formats, with every wrapper too if ``wrapped``."""
-    infos, broken = sweep.installed_formats()
-    spellings = [info.spelling for info in infos]
-    if wrapped:
+def _unnamed(everything: bool, head_dim: int) -> _Formats:
+    """Return the formats that are worth a look, or every installed one with every wrapper."""
+    _, broken = sweep.installed_formats()
+    spellings = sweep.default_formats()
+    if everything:
         spellings = list(qpaged.available_formats(wrapped=True))
     fit, unfit = sweep.fitting(spellings, head_dim)
     failures = [sweep.Failure(name, error) for name, error in broken.items()]

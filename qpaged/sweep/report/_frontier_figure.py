@@ -10,7 +10,7 @@ from qpaged.sweep._extras import need
 from qpaged.sweep._numbers import TIMES
 from qpaged.sweep.report._labels import Box, box_around, boxes_of_steps, place_names
 from qpaged.sweep.report.palette import ACCENT, MUTED
-from qpaged.sweep.results import Results, RunRecord, log_floor, pareto_front, title
+from qpaged.sweep.results import BROKEN, Results, RunRecord, is_broken, log_floor, pareto_front, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FIELDS = ("format", "bytes_per_token", "ratio", "kl_mean", "tokens")
 TICK_RATIOS = (16, 8, 4, 2, 1, 0.5)  # to bfloat16
 FRONT_LABEL = "Pareto front: none is both smaller and closer"
+BROKEN_LABEL = f"broken: the model no longer says what it did (KL above {BROKEN:g})"
 MAX_NAMED = 16  # where there are more dots, only those on the front are named
 FONT_SIZE = 9  # points
 CHARACTER_WIDTH = 0.68  # of the font's size, for a bold name, about
@@ -46,7 +47,11 @@ def frontier_figure(results: Results) -> "Figure":
     for dot in dots:
         color = ACCENT if dot.on_front else MUTED
         fill = ACCENT if dot.on_front else "white"
-        axes.plot(dot.x, dot.y, "o", color=color, mfc=fill, ms=7, zorder=3 + dot.on_front)
+        marker = "x" if is_broken(dot.run) else "o"
+        axes.plot(dot.x, dot.y, marker, color=color, mfc=fill, ms=7, zorder=3 + dot.on_front)
+    if any(is_broken(dot.run) for dot in dots):
+        axes.plot([], [], "x", color=MUTED, label=BROKEN_LABEL)
+        axes.legend(loc="upper right", frameon=False)
     axes.set_title(textwrap.fill(title(results), 90), fontsize=10, parse_math=False)
     figure.draw_without_rendering()  # The layout must be known before names are placed in points.
     _name_dots(axes, dots)

@@ -7,7 +7,7 @@ from qpaged.sweep._extras import need
 from qpaged.sweep._numbers import PLUS_MINUS
 from qpaged.sweep.measure import METRICS, WIDE, Metric
 from qpaged.sweep.report._verdict import verdict
-from qpaged.sweep.results import Results, RunRecord, pareto_front, title
+from qpaged.sweep.results import BROKEN, Results, RunRecord, is_broken, pareto_front, title
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +21,7 @@ LEGEND = (
     "layer, relative. greedy: tokens until a continuation differs, of {generated}. "
     "* Pareto front: none is both smaller and closer."
 )
+BROKEN_LEGEND = f" broken: a KL above {BROKEN:g}, where the model no longer says what it did."
 ERRORS_LEGEND = f" {PLUS_MINUS} standard errors over sequences."
 
 
@@ -41,6 +42,8 @@ def _table(results: Results, width: int) -> "Table":
         reference=results["reference"],
         generated=results["settings"]["generated"],
     )
+    if any(map(is_broken, runs)):
+        caption += BROKEN_LEGEND
     if is_wide:
         caption += ERRORS_LEGEND
     table = need("rich.table").Table(
@@ -60,6 +63,8 @@ def _table(results: Results, width: int) -> "Table":
     for run in runs:
         on_front = run in front
         name = escape(run["format"]) + (" *" if on_front else "")
+        if is_broken(run):
+            name += " (broken)"
         cells = [cell_text(metric, run, with_error=is_wide) for metric in metrics]
         table.add_row(name, *cells, style="bold" if on_front else None)
     return table

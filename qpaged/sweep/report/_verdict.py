@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from qpaged.sweep._numbers import percent, small
 from qpaged.sweep.results import CONFIDENT_ERRORS, Results, RunRecord, check, pareto_front, tied
 
-HALVES = 1.9
-"""Bytes of bfloat16 over a format's, from which on it halves the cache; its scales take the rest."""
+HALVES = 1.75
+"""Bytes of bfloat16 over a format's, from which on it about halves the cache: 8 bits and the scales."""
+A_HALF = 0.05
+"""How far from 2 that may be, as a share, for the verdict to say so."""
 
 NEARLY_EXACT = 0.01
 """Nats a token: the mean KL that is assumed to be good enough."""
@@ -72,8 +74,7 @@ def _incomplete(results: Results) -> str:
 def _closest(runs: Sequence[RunRecord]) -> str:
     """Return a sentence on the run with the least KL, or the plainest of those that are as good."""
     best, *ties = _best(runs)
-    # Within 5 % of a half: scales make an 8-bit format a little more than half.
-    nearly_half = abs(best["ratio"] / 2 - 1) <= 1 - HALVES / 2
+    nearly_half = abs(best["ratio"] / 2 - 1) <= A_HALF
     smaller = "halves the cache" if nearly_half else f"makes the cache {best['ratio']:.2g} times smaller"
     return (
         f"{best['format']} {smaller} for a mean KL of {_kl(best)} nats a token, "

@@ -2,11 +2,13 @@
 
 from qpaged.sweep.results._files import RESULTS, claimed, known_runs, set_aside, write_json
 from qpaged.sweep.results._reading import (
+    BROKEN,
     CONFIDENT_ERRORS,
     Results,
     RunRecord,
     check,
     closest_first,
+    is_broken,
     log_floor,
     pareto_front,
     tied,
@@ -22,6 +24,7 @@ from qpaged.sweep.results._record import (
 )
 
 __all__ = [
+    "BROKEN",
     "CONFIDENT_ERRORS",
     "RESULTS",
     "Results",
@@ -31,6 +34,7 @@ __all__ = [
     "claimed",
     "closest_first",
     "conditions",
+    "is_broken",
     "is_number",
     "known_runs",
     "log_floor",

@@ -14,6 +14,9 @@ SECTIONS = ("model", "text", "reference", "settings", "environment", "complete",
 CONFIDENT_ERRORS = 2
 """Standard errors that a difference must exceed to count: about 95 % confidence."""
 
+BROKEN = 0.5
+"""Nats a token: a mean KL beyond which a model no longer says what it did, and no size is a bargain."""
+
 Results: TypeAlias = dict[str, Any]
 """The values of ``results.json``."""
 
@@ -50,13 +53,19 @@ def title(results: Results) -> str:
     return f"{model['name']} ({weights} parameters) on {results['text']['source']}: {tokens:,} tokens"
 
 
+def is_broken(run: RunRecord) -> bool:
+    """Return True if the format destroys the model: its mean KL is beyond :data:`BROKEN`."""
+    return bool(run["kl_mean"] > BROKEN)
+
+
 def pareto_front(runs: Sequence[RunRecord]) -> list[RunRecord]:
-    """Return the runs on the Pareto front of bytes and mean KL, smallest first.
+    """Return the runs on the Pareto front of bytes and mean KL, smallest first, without broken ones.
 
     No other run is both as small and as close as one of them, and better in one of the two.
     """
     front: list[RunRecord] = []
-    for run in sorted(runs, key=lambda run: (run["bytes_per_token"], run["kl_mean"])):
+    whole = [run for run in runs if not is_broken(run)]
+    for run in sorted(whole, key=lambda run: (run["bytes_per_token"], run["kl_mean"])):
         if not front or run["kl_mean"] < front[-1]["kl_mean"]:
             front.append(run)
     return front

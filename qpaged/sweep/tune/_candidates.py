@@ -3,9 +3,9 @@
 from qpaged.sweep._formats import fitting
 
 CANDIDATES = (
-    "int8:token+offset", "int8:token", "int8", "int8:channel+offset",
+    "int8:token+rotate", "int8:token", "int8", "int8:channel", "int6:token+rotate", "int5:token+rotate",
     "int4+offset+rotate", "int4+rotate", "int4:token+rotate", "int4:channel+offset",
-    "int2+offset+rotate", "int2+offset", "int2+rotate",
+    "int3:token+rotate", "int2+offset+rotate",
 )  # fmt: skip
 
 

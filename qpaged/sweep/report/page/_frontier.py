@@ -8,7 +8,7 @@ from qpaged.sweep._numbers import TIMES
 from qpaged.sweep.report._frontier_figure import MAX_NAMED, TICK_RATIOS, bf16_words
 from qpaged.sweep.report._labels import Box, box_around, boxes_of_steps, place_names
 from qpaged.sweep.report.page._axis import LogAxis, Size, Tick, power_ticks
-from qpaged.sweep.results import CONFIDENT_ERRORS, RunRecord, log_floor, pareto_front
+from qpaged.sweep.results import CONFIDENT_ERRORS, RunRecord, is_broken, log_floor, pareto_front
 
 SIZES = (Size("wide", 1120, 560), Size("narrow", 358, 440, left=58, right=8))
 NAME_SIZE = 12.5  # pixels
@@ -25,6 +25,7 @@ class Dot:
     Attributes:
         row: the format's row in the table.
         bar: the y of two standard errors more and less; None without standard errors.
+        is_broken: the model no longer says what it did.
         name: (x, y, anchor) of the format's name; None if it is not named.
         leader: the path from the name to the dot, if it had to be moved away.
     """
@@ -35,6 +36,7 @@ class Dot:
     y: float
     on_front: bool
     bar: tuple[float, float] | None
+    is_broken: bool
     name: tuple[float, float, str] | None = None
     leader: str = ""
 
@@ -85,7 +87,7 @@ def _dot(run: RunRecord, row: int, x: LogAxis, y: LogAxis, floor: float, on_fron
     bar = None
     if error:
         bar = y(max(mean - error, floor)), y(mean + error)
-    return Dot(run, row, x(run["bytes_per_token"]), y(mean or floor), on_front, bar)
+    return Dot(run, row, x(run["bytes_per_token"]), y(mean or floor), on_front, bar, is_broken(run))
 
 
 def _x_ticks(reference: RunRecord, x: LogAxis, size: Size) -> list[Tick]:

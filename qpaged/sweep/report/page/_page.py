@@ -15,7 +15,15 @@ from qpaged.sweep.report import _verdict
 from qpaged.sweep.report.page import _distribution, _frontier
 from qpaged.sweep.report.page._heat import layer_fields, layer_maps, sensitivity_maps
 from qpaged.sweep.report.palette import DARK, LIGHT, css_variables
-from qpaged.sweep.results import CONFIDENT_ERRORS, Results, RunRecord, check, closest_first, pareto_front
+from qpaged.sweep.results import (
+    BROKEN,
+    CONFIDENT_ERRORS,
+    Results,
+    RunRecord,
+    check,
+    closest_first,
+    pareto_front,
+)
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -81,6 +89,7 @@ def _render(results: Results) -> str:
         columns=COLUMNS,
         cell=_cell,
         sure=CONFIDENT_ERRORS,
+        broken=BROKEN,
         frontiers=[_frontier.frontier_chart(runs, size) for size in _frontier.SIZES],
         layer_maps=layer_maps(runs),
         choices=choices,
