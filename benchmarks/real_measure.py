@@ -1,4 +1,4 @@
-"""Measures formats of the cache on a trained model, token by token, with the machinery of ``qpaged sweep``."""
+"""Measures formats of the cache on a trained model, token by token, as ``qpaged sweep`` does."""
 
 import dataclasses
 import hashlib

