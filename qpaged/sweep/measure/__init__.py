@@ -4,10 +4,12 @@ from qpaged.sweep.measure._attention import AttentionProfile
 from qpaged.sweep.measure._bench import Bench, Progress
 from qpaged.sweep.measure._decoder import Decoder, load_model
 from qpaged.sweep.measure._load_step import load_step
-from qpaged.sweep.measure._metrics import METRICS, WIDE, Metric, TableColumn
+from qpaged.sweep.measure._metrics import METRICS, WIDE, Metric, Predictions, TableColumn
 from qpaged.sweep.measure._model import Model, Prefilled, Stream
+from qpaged.sweep.measure._predictions import Reference, predict
 from qpaged.sweep.measure._run import PLAIN, Accuracy, Failure, Greedy, Run, identity, layer_spellings
 from qpaged.sweep.measure._settings import DTYPES, Settings
+from qpaged.sweep.measure._statistics import Estimate, token_estimate
 from qpaged.sweep.measure._step import StepModel
 from qpaged.sweep.measure._sweep import Sweep, sweep_order
 from qpaged.sweep.measure._text import Sequences, Text, load_text
@@ -21,12 +23,15 @@ __all__ = [
     "AttentionProfile",
     "Bench",
     "Decoder",
+    "Estimate",
     "Failure",
     "Greedy",
     "Metric",
     "Model",
+    "Predictions",
     "Prefilled",
     "Progress",
+    "Reference",
     "Run",
     "Sequences",
     "Settings",
@@ -40,5 +45,7 @@ __all__ = [
     "load_model",
     "load_step",
     "load_text",
+    "predict",
     "sweep_order",
+    "token_estimate",
 ]
