@@ -34,8 +34,10 @@ def write_whole(path: Path, data: str | bytes) -> None:
         if is_replaced:
             shutil.copymode(path, partial)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 
 from qpaged.sweep import METRICS, verdict
+from qpaged.sweep._numbers import percent, small
 from qpaged.sweep.report import cell_text
-from qpaged.sweep.results import pareto_front
+from qpaged.sweep.results import is_broken, pareto_front
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
@@ -47,6 +48,44 @@ def sweep_front():
         f"(choosing.md#accuracy-against-memory): {_conditions(results)}"
     )
     return "\n".join(lines) + "\n"
+
+
+def real_models():
+    """Return what ``benchmarks/real_models.py`` measured on each model as a Markdown table."""
+    results = json.loads((RESULTS / "real_models.json").read_text())
+    runs = [run for run in results["runs"] if run["skip_first"] == 0 and run["bits_packed"] <= 16]
+    newest = max(run["date"] for run in runs)
+    versions = runs[-1]["versions"]
+    sources = ", ".join(f"{text['source']}" for text in results["texts"].values())
+    lines = []
+    for name, model in results["models"].items():
+        of_model = [run for run in runs if run["model"] == name]
+        lines += [
+            f"**{name}**, {model['layers']} layers, {model['kv_heads']} KV heads of {model['head_dim']}:",
+            "",
+            "| format | tokens a page | bits | KL | 99 % | same top-1 | bits at 1k, 8k, 32k |",
+            "|---|--:|--:|--:|--:|--:|--:|",
+            *map(_real_row, sorted(of_model, key=lambda run: (-round(run["bits_packed"]), run["kl_mean"]))),
+            "",
+        ]
+    lines.append(
+        f"`benchmarks/real_models.py`: {runs[0]['sequences']} sequences of {runs[0]['context']:,} tokens of "
+        f"{sources}; KL in nats a token to a plain float32 cache of the same weights, with standard errors "
+        f"over parts of the text, and the KL that one token in a hundred exceeds. Bits are of a value in "
+        f"packed pages, and of the whole cache of one sequence of so many tokens, exact pages included. "
+        f"jax {versions['jax']} on CPU, {newest}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _real_row(run):
+    whole = ", ".join(f"{bits:.2f}" for bits in run["bits"].values())
+    page = run["page_size"] if run["engine"] == "qpaged" else ""
+    name = f"`{run['format']}`" if run["engine"] == "qpaged" else run["format"]
+    broken = ", broken" if is_broken(run) else ""
+    kl = f"{small(run['kl_mean'], run['kl_mean_se'])} | {small(run['kl_p99'])}"
+    top = percent(run["same_top"])
+    return f"| {name}{broken} | {page} | {run['bits_packed']:.2f} | {kl} | {top} | {whole} |"
 
 
 def tune():
@@ -372,6 +411,7 @@ TABLES = {
     "adopt.md": adopt,
     "sweep.md": sweep,
     "sweep_front.md": sweep_front,
+    "real_models.md": real_models,
     "tune.md": tune,
     "decode_write.md": decode_write,
     "write_attend.md": write_attend,

@@ -14,7 +14,8 @@ ARITHMETIC = {
     "pow": "**", "matmul": "@",
 }  # fmt: skip
 OTHER_OPERATORS = {
-    "getitem": "indexing", "iter": "iteration", "len": "len()", "bool": "bool()", "neg": "-", "pos": "+",
+    "getitem": "indexing", "setitem": "assignment to elements", "float": "float()", "int": "int()",
+    "complex": "complex()", "iter": "iteration", "len": "len()", "bool": "bool()", "neg": "-", "pos": "+",
     "abs": "abs()", "invert": "~", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
 }  # fmt: skip
 """Operators as messages call them, by the names of their methods."""
