@@ -19,7 +19,7 @@ from quantizers._int import (
     int5,
     int6,
 )
-from quantizers._int2 import Int2
+from quantizers._int2 import Int2, Int2Floor, Int2Whole, int2
 from quantizers._int8 import Int8Floor, Int8Token, Int8Whole, int8
 from quantizers._mx import Mxfp4, Mxfp8
 from quantizers._nvfp4 import Nvfp4
@@ -32,6 +32,8 @@ __all__ = [
     "Fp8E4M3",
     "Fp8E5M2",
     "Int2",
+    "Int2Floor",
+    "Int2Whole",
     "Int3",
     "Int3Floor",
     "Int3Whole",
@@ -54,6 +56,7 @@ __all__ = [
     "OffsetFloor",
     "Raw",
     "Rotate",
+    "int2",
     "int3",
     "int4",
     "int5",

@@ -19,7 +19,7 @@ SHARED = ("page", "channel")  # where tokens share a scale
 class OfOwnScales(Nearest):
     """Codes of a group or a token, which has a scale of its own."""
 
-    granularities: ClassVar = GRANULARITIES
+    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -31,24 +31,24 @@ class OfOwnScales(Nearest):
 class OfWholeBlocks(Whole):
     """Codes of a page or a channel of it, which are quantized once."""
 
-    granularities: ClassVar = GRANULARITIES
+    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_shared(self)
+        check_shared(self)
 
 
 class OfGrowingBlocks(Floor):
     """Codes of a page or a channel of it, which grow as tokens arrive."""
 
-    granularities: ClassVar = GRANULARITIES
+    granularities: ClassVar[tuple[str, ...]] = GRANULARITIES
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_shared(self)
+        check_shared(self)
 
 
-def _check_shared(quantizer: Quantizer) -> None:
+def check_shared(quantizer: Quantizer) -> None:
     """Raise ValueError unless tokens share scales at the quantizer's granularity."""
     if quantizer.granularity not in SHARED:
         name = type(quantizer).__name__

@@ -17,7 +17,7 @@ SPELLINGS = {
     ],
     "int8:foo": ["granularity must be one of page, token, channel", "int8", "'foo'"],
     "int8:group32": ["granularity must be one of page, token, channel", "int8", "'group32'"],
-    "int2:token": ["granularity must be one of group32, group64", "int2", "'token'"],
+    "int2:group128": ["granularity must be one of group32, group64", "int2", "'group128'"],
     "mxfp4:group16": ["takes only the granularity group32", "mxfp4", "'group16'"],
     "mxfp8:page": ["takes only the granularity group32", "mxfp8", "'page'"],
     "nvfp4:group32": ["takes only the granularity group16", "nvfp4", "'group32'"],
@@ -125,7 +125,7 @@ def test_groups_that_do_not_divide_head_dim_are_refused(way, spelling, head_dim)
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize(("spelling", "head_dim"), [("int2", 80), ("mxfp4", 80), ("nvfp4", 40)])
+@pytest.mark.parametrize(("spelling", "head_dim"), [("mxfp4", 80), ("nvfp4", 40)])
 def test_where_no_granularity_fits_another_format_is_named(spelling, head_dim):
     """That none fits is no help."""
     with pytest.raises(ValueError, match="head_dim") as error:

@@ -10,9 +10,8 @@ from support.caches import make_view
 import qpaged
 from qpaged.formats import ExactFormat
 
-SHARED = [
-    f"{name}:{shared}" for name in ("int3", "int4", "int5", "int6", "int8") for shared in ("page", "channel")
-]
+NAMES = ("int2", "int3", "int4", "int5", "int6", "int8")
+SHARED = [f"{name}:{shared}" for name in NAMES for shared in ("page", "channel")]
 ROWS = np.random.default_rng(0).normal(size=(2, 16, 64)).astype(np.float32) + 0.5
 
 
@@ -57,7 +56,7 @@ def test_a_format_that_cannot_grow_is_refused_without_exact_pages():
     assert make_view(ExactFormat(whole)).key_pages.codes.quantizer == whole
 
 
-@pytest.mark.parametrize(("name", "granularity"), [("int4", "group32"), ("int8", "token"), ("int3", "token")])
+@pytest.mark.parametrize(("name", "granularity"), [("int4", "group32"), ("int8", "token"), ("int2", "token")])
 def test_there_is_none_where_no_tokens_share_a_scale(name, granularity):
     whole = type(qpaged.get_quantizer(f"{name}:page").of_whole_blocks)
     with pytest.raises(ValueError, match="granularity must "):
