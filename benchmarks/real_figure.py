@@ -17,7 +17,7 @@ from stress_figure import Dot, front_of, label
 
 from qpaged.sweep.report.palette import ACCENT, LIGHT, MUTED
 
-PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "real_models.svg"
+PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "real_models.png"
 PEER = LIGHT["c1"]
 AT = "8192"  # tokens at which a cache's bits are counted
 MOST_BITS = 10  # where the axis ends; bfloat16 is a line across it

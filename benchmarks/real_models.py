@@ -243,7 +243,7 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         arguments.run(arguments)
-    except PrepareError as error:
+    except (PrepareError, ValueError) as error:
         sys.exit(str(error))
 
 
