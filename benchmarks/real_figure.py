@@ -2,8 +2,8 @@
 
     python benchmarks/real_figure.py
 
-A format with exact pages takes fewer bits the longer a sequence is: its dot stands at 8k tokens, with a line
-from 1k to 32k.
+Dots are formats, and squares those of llama.cpp. A format with exact pages takes fewer bits the longer a
+sequence is: its dot stands at 8k tokens, with a line from 1k to 32k.
 """
 
 import argparse
@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from real_results import RESULTS, Record, Results, read
 from stress_figure import Dot, front_of, label
 
-from qpaged.sweep.report.palette import ACCENT, MUTED
+from qpaged.sweep.report.palette import ACCENT, LIGHT, MUTED
 
-PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "real_models.svg"
+PICTURE = Path(__file__).parents[1] / "docs" / "assets" / "real_models.png"
+PEER = LIGHT["c1"]
 AT = "8192"  # tokens at which a cache's bits are counted
 MOST_BITS = 10  # where the axis ends; bfloat16 is a line across it
 LABEL_BITS = 1.8  # room for the names left of the front
@@ -25,23 +26,34 @@ LABEL_HEIGHT = 11  # points (1/72 inch) from one label to the next
 
 
 def shown_runs(results: Results, model: str, context: int, page_size: int) -> list[Record]:
-    """Return the runs of a model under one condition, over all positions."""
+    """Return the runs of a model under one condition, over all positions; those of peers have no pages."""
     return [
         run
         for run in results["runs"]
-        if (run["model"], run["context"], run["page_size"], run["skip_first"])
-        == (model, context, page_size, 0)
-        and run["engine"] == "qpaged"
+        if (run["model"], run["context"], run["skip_first"]) == (model, context, 0)
+        and (is_peer(run) or run["page_size"] == page_size)
     ]
+
+
+def is_peer(run: Record) -> bool:
+    """Return True for a run of another engine."""
+    return run["engine"] != "qpaged"
 
 
 def dots_of(runs: list[Record]) -> list[Dot]:
     """Return the dots that fit the axes."""
     return [
-        Dot(run["format"], run["bits"][AT], run["kl_mean"])
+        Dot(name_of(run), run["bits"][AT], run["kl_mean"])
         for run in runs
         if run["kl_mean"] > 0 and run["bits"][AT] <= MOST_BITS
     ]
+
+
+def name_of(run: Record) -> str:
+    """Return the name of a dot: a format, or a peer's format after the peer's name."""
+    if is_peer(run):
+        return f"{run['engine'].split()[0]} {run['format']}"
+    return run["format"]
 
 
 def draw(results: Results, context: int, page_size: int) -> Figure:
@@ -58,22 +70,23 @@ def draw(results: Results, context: int, page_size: int) -> Figure:
     panels[-1].set_xlabel(f"bits a value of a cache of 8k tokens, scales included; pages of {page_size}")
     figure.draw_without_rendering()  # so that labels can be placed in points
     for axes, runs in zip(panels, shown, strict=True):
-        dots = dots_of(runs)
-        front = front_of(dots)
+        front = front_of(dots_of([run for run in runs if not is_peer(run)]))
         label(axes, front)
-        label_others(axes, [dot for dot in dots if dot not in front])
+        label_others(axes, [dot for dot in dots_of(runs) if dot not in front])
     return figure
 
 
 def draw_model(axes: Axes, runs: list[Record]) -> None:
-    """Draw the dots of a model, the steps of its front, and the KL of a bfloat16 cache."""
-    dots = dots_of(runs)
+    """Draw the dots of a model and of peers, the steps of the model's front, and a bfloat16 cache's KL."""
+    dots = dots_of([run for run in runs if not is_peer(run)])
+    peers = dots_of([run for run in runs if is_peer(run)])
     front = front_of(dots)
     for run in runs:
         if run["kl_mean"] > 0:
             spread = [min(bits, MOST_BITS) for bits in run["bits"].values()]
             axes.plot([min(spread), max(spread)], [run["kl_mean"]] * 2, color=MUTED, lw=0.8, zorder=1)
     axes.plot([dot.bits for dot in dots], [dot.kl for dot in dots], "o", color=MUTED, mfc="white", ms=5)
+    axes.plot([dot.bits for dot in peers], [dot.kl for dot in peers], "s", color=PEER, mfc="white", ms=5)
     axes.step([dot.bits for dot in front], [dot.kl for dot in front], where="post", color=ACCENT, lw=1.5)
     axes.plot([dot.bits for dot in front], [dot.kl for dot in front], "o", color=ACCENT, ms=6)
     for run in runs:
@@ -106,7 +119,7 @@ def label_others(axes: Axes, dots: list[Dot]) -> None:
         height = max(y + LABEL_HEIGHT / 2, height + LABEL_HEIGHT)
         axes.annotate(
             dot.name, (dot.bits, dot.kl), (10, height - y), textcoords="offset points", fontsize=8,
-            color=MUTED, ha="left", va="center", arrowprops=line,
+            color=PEER if " " in dot.name else MUTED, ha="left", va="center", arrowprops=line,
         )  # fmt: skip
 
 

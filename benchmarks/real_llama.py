@@ -21,6 +21,9 @@ TYPES = {"f32": 0, "f16": 1, "q8_0": 8, "q5_0": 6, "q4_0": 2}  # enum ggml_type
 BITS = {"f32": 32.0, "f16": 16.0, "q8_0": 8.5, "q5_0": 5.5, "q4_0": 4.5}
 """Bits of a value, with the 16-bit scale of each 32 values."""
 
+THREADS = 1
+"""llama.cpp's threads spin while they wait for each other: on a busy machine, one is faster than several."""
+
 FLASH_OFF, FLASH_ON = 0, 1  # enum llama_flash_attn_type; quantized values need it
 
 
@@ -141,7 +144,7 @@ class Llama:
             raise PrepareError(f"{PACKAGE} has another layout of its structures than llama.cpp {RELEASE}.")
         parameters.n_ctx = length
         parameters.n_batch = parameters.n_ubatch = chunk
-        parameters.n_threads = parameters.n_threads_batch = os.cpu_count() or 1
+        parameters.n_threads = parameters.n_threads_batch = THREADS
         parameters.flash_attn_type = FLASH_OFF if kind == "f32" else FLASH_ON
         parameters.type_k = parameters.type_v = TYPES[kind]
         os.environ[UNROTATED] = "01"[not rotated]

@@ -72,10 +72,13 @@ def measure(arguments: argparse.Namespace) -> None:
 
 def peers(arguments: argparse.Namespace) -> None:
     """Measure llama.cpp's caches on the same weights and tokens, and print them."""
+    kinds = arguments.formats.split(",")
+    if not set(kinds) <= set(real_peers.PEERS):
+        raise PrepareError(f"--formats must be among {', '.join(real_peers.PEERS)}.")
     results = read(arguments.results)
     print(HEADING)
     for source, measurer in measurers(arguments, results):
-        measured = real_peers.measure_peers(source, arguments.folder, measurer.tokens, arguments.again)
+        measured = real_peers.measure_peers(source, arguments.folder, measurer.tokens, kinds, arguments.again)
         for peer, outcome in measured.items():
             record = real_peers.record_of(
                 peer, outcome, source, measurer.tokens, measurer.text.sha256, arguments.skip_first
@@ -219,10 +222,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         subparser.add_argument("--models", default=",".join(source.name for source in MODELS))
         if command is not prepare:
             add_conditions(subparser)
-        if command is measure:
-            subparser.add_argument(
-                "--formats", default=",".join(FORMATS), help="spellings, separated by commas"
-            )
+            formats = FORMATS if command is measure else real_peers.PEERS
+            subparser.add_argument("--formats", default=",".join(formats), help="separated by commas")
     return parser.parse_args(words)
 
 
@@ -242,7 +243,7 @@ def main() -> None:
     arguments = parse_arguments()
     try:
         arguments.run(arguments)
-    except PrepareError as error:
+    except (PrepareError, ValueError) as error:
         sys.exit(str(error))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,19 +31,21 @@ def measure_peers(
     source: Source,
     folder: Path,
     tokens: np.ndarray,  # [sequences, context + 1] int32
+    peers: Sequence[str],
     again: bool,
 ) -> dict[str, Measured]:
-    """Return the measurement of each of :data:`PEERS`, beside llama.cpp's own float32 cache.
+    """Return the measurement of each of ``peers``, beside llama.cpp's own float32 cache.
 
     All are fed in turn, chunk by chunk, so that the float cache's logits are computed once and never stored.
     """
-    paths = {peer: folder / "measured" / f"{_key(source, peer, tokens)}.npz" for peer in PEERS}
-    if again or not all(path.exists() for path in paths.values()):
+    paths = {peer: folder / "measured" / f"{_key(source, peer, tokens)}.npz" for peer in peers}
+    missing = [peer for peer, path in paths.items() if again or not path.exists()]
+    if missing:
         gguf = folder / f"{source.name}.float32.gguf"
         if not gguf.exists():
             write_float_gguf(folder / f"{source.name}.gguf", gguf)
         llama = Llama(fetch_libraries(folder / "llama.cpp"), gguf)
-        for peer, measured in _measure(llama, source, tokens).items():
+        for peer, measured in measure_in_step(llama, source, tokens, missing).items():
             write(paths[peer], measured)
     return {peer: read(path) for peer, path in paths.items()}
 
@@ -71,18 +74,23 @@ def record_of(
     }
 
 
-def _measure(llama: Llama, source: Source, tokens: np.ndarray) -> dict[str, Measured]:
-    """Measure all peers."""
+def measure_in_step(
+    llama: Llama,
+    source: Source,
+    tokens: np.ndarray,  # [sequences, context + 1] int32
+    peers: Sequence[str],
+) -> dict[str, Measured]:
+    """Measure peers while all of them go through the tokens together."""
     inputs, truth = tokens[:, :-1], tokens[:, 1:]
     sequences, length = inputs.shape
     predictions = {
-        peer: Predictions(*(np.empty(inputs.shape) for _ in Predictions._fields)) for peer in PEERS
+        peer: Predictions(*(np.empty(inputs.shape) for _ in Predictions._fields)) for peer in peers
     }
-    seconds = dict.fromkeys(PEERS, 0.0)
+    seconds = dict.fromkeys(peers, 0.0)
     with ExitStack() as stack:
         reference = stack.enter_context(llama.context("f32", False, length, CHUNK))
         contexts: dict[str, Context] = {}
-        for peer in PEERS:
+        for peer in peers:
             kind, rotated = peer.removesuffix(ROTATED), peer.endswith(ROTATED)
             contexts[peer] = stack.enter_context(llama.context(kind, rotated, length, CHUNK))
         for row in range(sequences):
@@ -99,7 +107,7 @@ def _measure(llama: Llama, source: Source, tokens: np.ndarray) -> dict[str, Meas
                     compared: Predictions[jax.Array] = compare(expected, logits, truth[index])
                     for array, values in zip(predictions[peer], compared, strict=True):
                         array[index] = values
-    return {peer: Measured(predictions[peer], seconds[peer]) for peer in PEERS}
+    return {peer: Measured(predictions[peer], seconds[peer]) for peer in peers}
 
 
 def _key(source: Source, peer: str, tokens: np.ndarray) -> str:

