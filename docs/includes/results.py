@@ -81,7 +81,7 @@ def real_models():
 def _real_row(run):
     whole = ", ".join(f"{bits:.2f}" for bits in run["bits"].values())
     page = run["page_size"] if run["engine"] == "qpaged" else ""
-    name = f"`{run['format']}`" if run["engine"] == "qpaged" else run["format"]
+    name = f"`{run['format']}`" if run["engine"] == "qpaged" else f"{run['engine']}: {run['format']}"
     broken = ", broken" if is_broken(run) else ""
     kl = f"{small(run['kl_mean'], run['kl_mean_se'])} | {small(run['kl_p99'])}"
     top = percent(run["same_top"])

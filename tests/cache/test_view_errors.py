@@ -123,7 +123,7 @@ def test_a_dtype_that_jax_does_not_have_now(quantizer):
         create(dtype=np.float64, quantizer=quantizer)
 
 
-@pytest.mark.parametrize("name", ["int5", "int8:block", "int8+turn", "int8/int8/int8"])
+@pytest.mark.parametrize("name", ["int7", "int8:block", "int8+turn", "int8/int8/int8"])
 def test_a_format_that_is_not_there(name):
     with pytest.raises(qpaged.RegistryError):
         create(quantizer=name)
