@@ -102,11 +102,13 @@ def draw_case(axes: Axes, dots: list[Dot]) -> None:
 def label(axes: Axes, front: list[Dot]) -> None:
     """Write the names left of and below the front, where the axes are empty, each below the one before."""
     points_per_pixel = 72 / axes.figure.dpi
-    height = math.inf
+    bottom = math.inf  # of the label before
     line = {"arrowstyle": "-", "lw": 0.6, "color": MUTED, "shrinkA": 0, "shrinkB": 3, "relpos": (1, 0.5)}
     for dot in front:
         y = axes.transData.transform((dot.bits, dot.kl))[1] * points_per_pixel
-        height = min(y - LABEL_HEIGHT / 2, height - LABEL_HEIGHT)
+        half = LABEL_HEIGHT * (1 + dot.name.count("\n")) / 2
+        height = min(y - LABEL_HEIGHT / 2, bottom - half)
+        bottom = height - half
         axes.annotate(
             dot.name, (dot.bits, dot.kl), (-10, height - y), textcoords="offset points", fontsize=8,
             ha="right", va="center", arrowprops=line,

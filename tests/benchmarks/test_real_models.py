@@ -101,7 +101,7 @@ def test_the_figure_has_the_formats_of_each_model(measurer):
     real_models.describe(results, BUNDLED, measurer.model, measurer.text)
     for spelling in ("plain", "raw", "int8", "int4+exact16"):
         real_results.add(results, record_of(measurer, spelling, results))
-    figure = real_figure.draw(results, context=64, page_size=16)
+    figure = real_figure.draw(results, context=64)
     (axes,) = figure.axes
     assert {text.get_text() for text in axes.texts} == {"int8", "int4+exact16", "bfloat16"}
 
