@@ -26,7 +26,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from qpaged.arrays import QuantizedArray
+from qpaged.arrays import QuantizedArray, pack
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.implicit import materialize_nested
 from qpaged.pools import Pages, Pool, as_quantized, gather_slots
@@ -318,10 +318,12 @@ def _as_numbers(pool: QuantizedArray, dtypes: Sequence[DTypeLike]) -> _Numbers |
 
 
 def _every_code(pool: QuantizedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the codes in all 256 bytes, and the float32 values that they decode to."""
+    """Return every code that there is, and the float32 values that they decode to."""
+    bits = pool.quantizer.bits
     with jax.ensure_compile_time_eval():
-        every_byte = np.arange(256, dtype=np.uint8).view(pool.codes.dtype).reshape(1, 1, 1, -1)
-        array = pool.like(jnp.asarray(every_byte), pool.parts)
+        every_code = np.arange(2**bits, dtype=np.uint8).reshape(1, 1, 1, -1)
+        stored = np.asarray(pack(jnp.asarray(every_code), bits, -1)).view(pool.codes.dtype)
+        array = pool.like(jnp.asarray(stored), pool.parts)
         return np.asarray(array.unpacked()), np.asarray(array.values(jnp.float32))
 
 

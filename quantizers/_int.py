@@ -5,7 +5,7 @@ once.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from qpaged import Quantizer
@@ -78,7 +78,7 @@ class Int3Whole(OfWholeBlocks):
     3 bits an element and 16 per block: 4 at ``channel`` and 16 tokens a page, 3.25 at 64.
     """
 
-    whole: bool = True
+    whole: bool = field(default=True, init=False)
 
     name: ClassVar[str] = "int3"
     bits: ClassVar[int] = 3
@@ -121,7 +121,7 @@ class Int4Whole(OfWholeBlocks):
     4 bits an element and 16 per block: 5 at ``channel`` and 16 tokens a page, 4.25 at 64.
     """
 
-    whole: bool = True
+    whole: bool = field(default=True, init=False)
 
     name: ClassVar[str] = "int4"
     bits: ClassVar[int] = 4
@@ -163,7 +163,7 @@ class Int5Whole(OfWholeBlocks):
     5 bits an element and 16 per block: 6 at ``channel`` and 16 tokens a page, 5.25 at 64.
     """
 
-    whole: bool = True
+    whole: bool = field(default=True, init=False)
 
     name: ClassVar[str] = "int5"
     bits: ClassVar[int] = 5
@@ -205,7 +205,7 @@ class Int6Whole(OfWholeBlocks):
     6 bits an element and 16 per block: 7 at ``channel`` and 16 tokens a page, 6.25 at 64.
     """
 
-    whole: bool = True
+    whole: bool = field(default=True, init=False)
 
     name: ClassVar[str] = "int6"
     bits: ClassVar[int] = 6

@@ -1,6 +1,6 @@
 """int2: four codes to a byte, for the far end of the curve."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
@@ -75,7 +75,7 @@ class Int2Whole(FourLevels):
     2 bits an element and 16 per block: 3 at ``channel`` and 16 tokens a page, 2.25 at 64.
     """
 
-    whole: bool = True
+    whole: bool = field(default=True, init=False)
 
     name: ClassVar[str] = "int2"
     growth: ClassVar[None] = None

@@ -1,6 +1,6 @@
 """int8: the default, 8 bits an element and one scale per page, whatever the order of writes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
@@ -58,7 +58,7 @@ class Int8Whole(Whole):
     page, 8.25 at 64.
     """
 
-    whole: bool = True
+    whole: bool = field(default=True, init=False)
 
     name: ClassVar[str] = "int8"
     granularities: ClassVar = GRANULARITIES

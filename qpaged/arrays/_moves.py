@@ -16,7 +16,7 @@ from qpaged.arrays._blocks import block_shape, refine
 from qpaged.arrays._indices import clip_to_int32
 from qpaged.arrays._packing import has_planes, stored_length
 from qpaged.arrays._quantized import BlockParts, QuantizedArray
-from qpaged.arrays._read_format import channels_matter, free_channels
+from qpaged.arrays._read_format import channels_matter, free_channels, unpack_codes
 
 MovePart = Callable[[jax.Array, Sequence[int]], jax.Array]
 """The move of scales, given the extents of their blocks; of offsets and second-level scales, too."""
@@ -183,9 +183,11 @@ def clamp_start(start: Sequence[jax.Array], shape: Sequence[int], sizes: Sequenc
 def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedArray | None:
     """Join arrays end to end; None along channels that a transform mixes or that share a global scale."""
     first = arrays[0]
-    channels_stay = first.quantizer.transform is None and first.global_scale is None
-    if dimension == first.channels and not channels_stay:
-        return None
+    if dimension == first.channels:
+        if first.quantizer.transform is not None or first.global_scale is not None:
+            return None
+        if has_planes(first.quantizer.bits):  # one behind the other in each array, and not in their sum
+            arrays = [unpack_codes(array) for array in arrays]
     return join(arrays, lambda parts: lax.concatenate(parts, dimension), first.channels)
 
 

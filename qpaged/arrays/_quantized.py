@@ -14,7 +14,7 @@ from qpaged._promotion import promoting_ranks
 from qpaged.arrays._blocks import block_shape, expand_scales, split_blocks
 from qpaged.arrays._encoding import multipliers
 from qpaged.arrays._lane_rows import from_lane_rows, slot_shape, to_lane_rows
-from qpaged.arrays._packing import codes_per_byte, logical_length, unpack
+from qpaged.arrays._packing import codes_per_byte, has_planes, logical_length, unpack
 from qpaged.arrays._plain_use import PlainUse
 from qpaged.arrays._protocol import ArrayFormat
 from qpaged.implicit import ImplicitArray, aux_field
@@ -127,6 +127,12 @@ class QuantizedArray(PlainUse, ImplicitArray):
     def codes_per_byte(self) -> int:
         """Codes in a byte; of codes in two planes, in one of the low plane."""
         return codes_per_byte(self.quantizer.bits)
+
+    @property
+    def whole_axes(self) -> tuple[int, ...]:
+        """Axes along which the leaves cannot be divided between devices: channels that go together."""
+        together = self.quantizer.transform is not None or has_planes(self.quantizer.bits)
+        return (self.channels,) if together else ()
 
     @property
     def block(self) -> tuple[int, ...]:

@@ -65,7 +65,13 @@ class Wrapper(Quantizer):
 
     @property
     def of_whole_blocks(self) -> Quantizer:
-        return dataclasses.replace(self, inner=self.inner.of_whole_blocks)
+        inner = self.inner.of_whole_blocks
+        if inner == self.inner:
+            return self
+        try:
+            return dataclasses.replace(self, inner=inner)
+        except (TypeError, ValueError):  # it goes with formats that grow alone, or is made in another way
+            return self
 
     def code_dtype(self, dtype: Any) -> Any:
         return self.inner.code_dtype(dtype)

@@ -71,6 +71,8 @@ def _leaf_specs(value: ImplicitValue, spec: PartitionSpec) -> Pytree:
 
 def _divides_leafwise(ctx: RuleContext, value: ImplicitValue, spec: PartitionSpec, local_aval: Aval) -> bool:
     """Return True if the local parts of the leaves make up the local part of the array."""
+    if _cuts_whole_axes(value, spec):
+        return False
     leaves, tree = _tree.flatten_fully(value)
     local_leaves = []
     for leaf, leaf_spec in zip(leaves, tree.flatten_up_to(_leaf_specs(value, spec)), strict=True):
@@ -79,6 +81,12 @@ def _divides_leafwise(ctx: RuleContext, value: ImplicitValue, spec: PartitionSpe
             return False  # JAX refuses to divide an axis unevenly
         local_leaves.append(jax.ShapeDtypeStruct([axis.size // axis.shards for axis in axes], leaf.dtype))
     return ctx.materializes_to(tree.unflatten(local_leaves), local_aval)
+
+
+def _cuts_whole_axes(value: ImplicitValue, spec: PartitionSpec) -> bool:
+    """Return True if a spec divides an axis along which an array says that its leaves cannot be divided."""
+    divided = {axis for axis, entry in enumerate(spec) if _compat.spec_axes(entry)}
+    return not divided.isdisjoint(getattr(value, "whole_axes", ()))
 
 
 # Outputs: whether their leaves can be put together.
@@ -108,7 +116,7 @@ def _leaf_specs_of_output(
     ctx: RuleContext, local_out: ImplicitValue | None, spec: PartitionSpec, aval: Aval
 ) -> Pytree | None:
     """Return specs for the leaves of an implicit output, or None if the output has to be dense."""
-    if local_out is None:
+    if local_out is None or _cuts_whole_axes(local_out, spec):
         return None
     leaves, tree = _tree.flatten_fully(local_out)
     if not ctx.params["check_vma"] and any(1 in leaf.shape for leaf in leaves):

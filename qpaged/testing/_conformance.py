@@ -179,7 +179,7 @@ class QuantizerConformance:
 
     def test_law_2_order_with_exact_pages(self, exact_subject: ExactSubject) -> None:
         """With exact pages, chunks, decodes and rejected drafts leave the bits that one prefill leaves."""
-        for turn, kind in enumerate((inputs.GAUSSIAN, "growing", "wild", "outliers")):
+        for turn, kind in enumerate((inputs.GAUSSIAN, "growing", "wild"), start=1):
             rows = inputs.rows(kind, turn, exact_subject.shape)
             order, chunks = exact.write_order(turn)
             exact.order(exact_subject, rows, chunks, f"{kind} values written {order}")

@@ -22,7 +22,8 @@ EXACT, SINKS = 9, 3  # tokens
 WINDOW, SINK_PAGES = 2, 1  # the same in pages
 EXACT_PAGES, MANY_EXACT_PAGES = 16, 32_768  # of the small pool, and of the large one
 LENGTH = 36  # tokens of a sequence on five pages, the last of which is not full
-TABLES = np.array([[4, 1, 9, 6, 12], [3, 10, 0, 7, 2]], np.int32)
+# The last page is in one: what is clamped lands there, and so does -1.
+TABLES = np.array([[4, 1, 9, 6, 12], [3, 15, 0, 7, 2]], np.int32)
 OTHER_TABLE = np.array([5, 8, 11, 13, 14], np.int32)  # of a third sequence, for which there is no room
 SEQUENCES, PAGES_OF_ONE = TABLES.shape
 CAPACITY = SEQUENCES * (WINDOW + SINK_PAGES)

@@ -1,11 +1,18 @@
 """Codes of every width, packed along every axis, and taken apart again."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
+from support.arrays import normal
+from support.caches import dense
+from support.implicit_arrays import needs_own_implementation
 
+import qpaged
 from qpaged.arrays import PLANES, extract_codes
 from qpaged.arrays._packing import codes_per_byte, pack, unpack
+from qpaged.implicit import use_implicit_args
 
 SHAPE = (16, 32, 64)
 NARROW = [bits for bits in PLANES if bits < 8]
@@ -50,3 +57,43 @@ def test_planes_are_as_the_page_on_layout_says():
     for m in range(16):
         high = [pairs[m, 0], pairs[m, 1], pairs[m + 16, 0], pairs[m + 16, 1]]
         assert packed[32 + m] == sum(int(code >> 4) << (2 * place) for place, code in enumerate(high))
+
+
+PACKED = ("int3", "int4:token", "int5:channel", "int6:token")
+JOINS = {
+    "concatenate": lambda x: jnp.concatenate([x, -x], -1),
+    "tile": lambda x: jnp.tile(x, (1, 1, 2)),
+    "of transposed": lambda x: jnp.concatenate([x.transpose(2, 0, 1)] * 2, 0),
+    "dot": lambda x: jnp.einsum("hsd,d->hs", jnp.concatenate([x, x], -1), jnp.arange(128.0)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
+@pytest.mark.parametrize("join", JOINS)
+@pytest.mark.parametrize("spelling", PACKED)
+def test_channels_that_are_joined_are_those_of_plain_arrays(spelling, join):
+    array = qpaged.get_quantizer(spelling).quantize(normal(2, 16, 64))
+    out = use_implicit_args(JOINS[join])(array)
+    np.testing.assert_allclose(dense(out), JOINS[join](array.dequantize()), rtol=1e-5, atol=1e-3)
+
+
+@needs_own_implementation
+@pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
+@pytest.mark.parametrize(
+    "spelling", ["int3", "int4:token", "int5:channel", "int6:token", "int8:token+rotate"]
+)
+def test_channels_are_divided_between_devices_as_those_of_plain_arrays(spelling):
+    array = qpaged.get_quantizer(spelling).quantize(normal(2, 16, 64))
+    mesh = Mesh(np.array(jax.devices()[:2]), "t")
+    channels = PartitionSpec(None, None, "t")
+
+    def total(x):
+        return jax.lax.psum(jnp.einsum("hsd,d->hs", x, jnp.arange(float(x.shape[-1]))), "t")
+
+    for body, in_specs, out_specs in (
+        (total, channels, PartitionSpec()),
+        (lambda x: x, PartitionSpec(), channels),
+    ):
+        function = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        want = function(array.dequantize())
+        np.testing.assert_allclose(dense(use_implicit_args(function)(array)), want, rtol=1e-5, atol=1e-3)

@@ -79,7 +79,8 @@ def test_scaled_pages_times_their_scales_are_the_values(spelling, dtype, same_by
 
 
 @pytest.mark.parametrize(
-    ("spelling", "loss"), [("int8:token", 4 * 2.0**-24), ("int4:token", 0), ("int4:page", 0)]
+    ("spelling", "loss"),
+    [("int8:token", 4 * 2.0**-24), ("int4:token", 0), ("int4:page", 0), ("int6:token", 0), ("int3:page", 0)],
 )
 def test_quantized_tensors_read_as_the_values(spelling, loss):
     view = view_of(spelling, spelling)

@@ -90,6 +90,21 @@ class Drifting(ExactSubject):
         return view.replace(key_pages=drift(view.key_pages))
 
 
+class ClampedReset(ExactSubject):
+    """Resets the last page where a page is out of range."""
+
+    def reset(self, view, pages):
+        inside = (pages >= 0) & (pages < EXACT_PAGES)
+        return super().reset(view, np.where(inside, pages, EXACT_PAGES - 1).astype(np.int32))
+
+
+class LengthsForgotten(ExactSubject):
+    """Packs whole pages, whatever their lengths."""
+
+    def pack(self, view, pages, lengths):
+        return super().pack(view, pages, np.full_like(lengths, 8))
+
+
 def _prefill(view, rows, position, table):
     metadata = qpaged.PagedAttentionMetadata.prefill(position=position, page_table=table)
     return view.write_prefill_to_cache(rows, -rows, metadata)
@@ -101,11 +116,15 @@ CHECKS = {
         laws.rewinds(subject, ROWS, OTHER),
     ),
     "order": lambda subject: laws.order(subject, ROWS, CHUNKS, "chunks"),
+    "totality": lambda subject: laws.totality(subject, ROWS),
+    "travel": lambda subject: laws.travel(subject, ROWS),
     "reuse": lambda subject: laws.reuse(subject, ROWS, OTHER),
 }
 MUTANTS = {
     "error": [MissedEviction, ForgottenSinks, PackedEveryTime, ReopensEmpty],
     "order": [Drifting],
+    "totality": [ClampedReset],
+    "travel": [LengthsForgotten],
     "reuse": [StaleExactPage, CountedTwice],
 }
 

@@ -64,6 +64,21 @@ def test_there_is_none_where_no_tokens_share_a_scale(name, granularity):
     assert dataclasses.replace(whole("channel"), granularity="page") == whole("page")
 
 
+class OnGrowth(qpaged.Wrapper):
+    """A wrapper of formats that grow alone."""
+
+    name = "on_growth"
+
+    def check(self):
+        if self.inner.growth is None:
+            raise ValueError("+on_growth goes with formats that grow")
+
+
+def test_a_wrapper_that_refuses_whole_blocks_stays_what_it_is():
+    wrapper = OnGrowth(inner=qpaged.get_quantizer("int8"))
+    assert ExactFormat(wrapper).inner == wrapper == wrapper.of_whole_blocks
+
+
 def test_a_scale_carries_its_sign():
     whole = qpaged.get_quantizer("int8").of_whole_blocks
     rows = jnp.array([[[1.0, -128.0]], [[-1.0, 128.0]]])
