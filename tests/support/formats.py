@@ -65,8 +65,11 @@ if os.environ.get("MORE_FORMATS"):
     FEW = (*ALWAYS, "int8:channel+offset", "nvfp4")
 """Formats that are written, shared and packed in different ways, for tests that the laws repeat for every
 format. MORE_FORMATS in the environment adds some."""
-ALIKE = re.compile(r"int[356](:group(64|128).*|(:\w+)?\+(offset|rotate))|int2:(token|page)\+.*")
-"""Formats that differ from others by their widths alone: their laws are tested by EVERY_FORMAT=1 only."""
+ALIKE = re.compile(
+    r"int[356](:group(64|128).*|(:\w+)?\+(offset|rotate))"
+    r"|int[56].*\+.*|int2:(token|page)\+.*|int[24]:group(64|128)\+.*|fp8_e5m2.*\+.*"
+)
+"""Formats that differ from others by a width alone: their laws are tested by EVERY_FORMAT=1 only."""
 LAWFUL = {
     "": FEW,
     "others": tuple(name for name in EVERY_FORMAT if name not in ALWAYS and not ALIKE.fullmatch(name)),
