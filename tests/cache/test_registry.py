@@ -25,11 +25,15 @@ ROOT = Path(__file__).parents[2]
 ENTRY_POINTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
 NAMES = tuple(sorted(name for name in ENTRY_POINTS["qpaged.quantizers"] if not name.startswith("+")))
 # Spellings in files and in users' programs, which must stay what they are.
+OF_INTEGERS = ("", ":group64", ":group128", ":token", ":page", ":channel")
 RELEASED = {
     "fp8_e4m3": ("", ":token", ":channel"),
     "fp8_e5m2": ("", ":token", ":channel"),
-    "int2": ("", ":group64"),
-    "int4": ("", ":group64", ":group128", ":token", ":page", ":channel"),
+    "int2": ("", ":group64", ":token", ":page", ":channel"),
+    "int3": OF_INTEGERS,
+    "int4": OF_INTEGERS,
+    "int5": OF_INTEGERS,
+    "int6": OF_INTEGERS,
     "int8": ("", ":token", ":channel"),
     "mxfp4": ("",),
     "mxfp8": ("",),
