@@ -146,3 +146,4 @@ def test_what_destroys_the_model_is_no_bargain():
     assert is_broken(broken) and not is_broken(run("int2", 400, 0.4, 0.1))
     assert broken not in pareto_front([PLAIN, INT8, broken])
     assert "int2+offset" not in verdict(results(PLAIN, INT8, INT4, broken))
+    assert "None is surely under 0.01: the closest, int2+offset, has 1.9" in verdict(results(PLAIN, broken))

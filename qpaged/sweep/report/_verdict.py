@@ -88,7 +88,7 @@ def _smallest(runs: Sequence[RunRecord]) -> str:
     front = pareto_front(runs)
     good = [run for run in runs if _upper_bound(run) <= NEARLY_EXACT]
     if not good:
-        closest = front[-1]
+        closest = min(runs, key=lambda run: run["kl_mean"])
         return f"None is surely under {NEARLY_EXACT:g}: the closest, {closest['format']}, has {_kl(closest)}."
     size = min(run["bytes_per_token"] for run in good)
     best, *ties = _best([run for run in good if run["bytes_per_token"] == size])
