@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 LONGEST = 60  # characters of a value in a message
 
+MOST = 10_000  # layers, or experts of a layer
+
 
 def shown(value: object) -> str:
     """Return a value as messages show it: in a few words."""
@@ -41,6 +43,12 @@ def positive(name: str, value: object) -> int:
     if number < 1:
         raise ValueError(f"{name} must be positive, but came as {number}; give at least 1.")
     return number
+
+
+def check_count(name: str, count: int) -> None:
+    """Raise ValueError for more layers or experts than any model has: to go over them would never end."""
+    if count > MOST:
+        raise ValueError(f"{name} must be at most {MOST:,}, but came as {count:,}.")
 
 
 def byte_count(name: str, value: object) -> int:

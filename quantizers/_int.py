@@ -23,9 +23,7 @@ class OfOwnScales(Nearest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.granularity in SHARED:
-            name = type(self).__name__
-            raise ValueError(f"granularity must not be {self.granularity} for {name}; that is {name}Floor.")
+        check_not_shared(self)
 
 
 class OfWholeBlocks(Whole):
@@ -46,6 +44,13 @@ class OfGrowingBlocks(Floor):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_shared(self)
+
+
+def check_not_shared(quantizer: Quantizer) -> None:
+    """Raise ValueError if tokens share scales at the quantizer's granularity."""
+    if quantizer.granularity in SHARED:
+        name = type(quantizer).__name__
+        raise ValueError(f"granularity must not be {quantizer.granularity} for {name}; that is {name}Floor.")
 
 
 def check_shared(quantizer: Quantizer) -> None:
@@ -227,9 +232,11 @@ class Int6Floor(OfGrowingBlocks):
         return Int6Whole(self.granularity)
 
 
-def _factory(
-    own: type[OfOwnScales], whole_blocks: type[OfWholeBlocks], floor: type[OfGrowingBlocks]
+def by_granularity(
+    own: type[Quantizer], whole_blocks: type[Quantizer], floor: type[Quantizer]
 ) -> Callable[..., Quantizer]:
+    """Return the function of an entry point, which makes the class that a granularity calls for."""
+
     def make(granularity: str = GRANULARITIES[0], whole: bool = False) -> Quantizer:
         """Return the format of a granularity.
 
@@ -244,7 +251,7 @@ def _factory(
     return make
 
 
-int3 = _factory(Int3, Int3Whole, Int3Floor)
-int4 = _factory(Int4, Int4Whole, Int4Floor)
-int5 = _factory(Int5, Int5Whole, Int5Floor)
-int6 = _factory(Int6, Int6Whole, Int6Floor)
+int3 = by_granularity(Int3, Int3Whole, Int3Floor)
+int4 = by_granularity(Int4, Int4Whole, Int4Floor)
+int5 = by_granularity(Int5, Int5Whole, Int5Floor)
+int6 = by_granularity(Int6, Int6Whole, Int6Floor)

@@ -8,21 +8,9 @@ import jax.numpy as jnp
 
 from qpaged import Quantizer
 from quantizers._bfloat16 import NAN, away_from_zero, of_word, word
-from quantizers._int import SHARED, OfGrowingBlocks, check_shared
+from quantizers._int import OfGrowingBlocks, by_granularity, check_not_shared, check_shared
 
 GRANULARITIES = ("group32", "group64", "token", "page", "channel")
-
-
-def int2(granularity: str = "group32", whole: bool = False) -> Quantizer:
-    """Return the int2 format of a granularity.
-
-    Args:
-        granularity: one of GRANULARITIES.
-        whole: True where tokens share scales, and pages are quantized once.
-    """
-    if whole:
-        return Int2Whole(granularity)
-    return Int2Floor(granularity) if granularity in SHARED else Int2(granularity)
 
 
 class FourLevels(Quantizer):
@@ -64,8 +52,7 @@ class Int2(FourLevels):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.granularity in SHARED:
-            raise ValueError(f"granularity must not be {self.granularity} for Int2; that is Int2Floor.")
+        check_not_shared(self)
 
 
 @dataclass(frozen=True)
@@ -100,3 +87,6 @@ class Int2Floor(OfGrowingBlocks):
     @property
     def of_whole_blocks(self) -> Int2Whole:
         return Int2Whole(self.granularity)
+
+
+int2 = by_granularity(Int2, Int2Whole, Int2Floor)

@@ -56,7 +56,7 @@ def real_models():
     runs = [run for run in results["runs"] if run["skip_first"] == 0 and run["bits_packed"] <= 16]
     newest = max(run["date"] for run in runs)
     versions = runs[-1]["versions"]
-    sources = ", ".join(f"{text['source']}" for text in results["texts"].values())
+    sources = ", ".join(text["source"] for text in results["texts"].values())
     lines = []
     for name, model in results["models"].items():
         of_model = [run for run in runs if run["model"] == name]
@@ -73,9 +73,16 @@ def real_models():
         f"{sources}; KL in nats a token to a plain float32 cache of the same weights, with standard errors "
         f"over parts of the text, and the KL that one token in a hundred exceeds. Bits are of a value in "
         f"packed pages, and of the whole cache of one sequence of so many tokens, exact pages included. "
-        f"jax {versions['jax']} on CPU, {newest}."
+        f"jax {versions['jax']} on CPU, {newest}.{_swept_rows(runs)}"
     )
     return "\n".join(lines) + "\n"
+
+
+def _swept_rows(runs):
+    """Say how runs without a KL by position were measured: ``qpaged sweep`` keeps none."""
+    if all(run["kl_by_position"] for run in runs):
+        return ""
+    return " Some rows with pages of 32 and 64 are of `qpaged sweep` on the same text and weights."
 
 
 def _real_row(run):

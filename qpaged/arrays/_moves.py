@@ -110,12 +110,11 @@ def slice_(
 def _slices_whole_bytes(
     array: QuantizedArray, start: Sequence[int], limit: Sequence[int], strides: Sequence[int]
 ) -> bool:
-    """Return True if a slice takes all the channels, or whole bytes of channels that no transform mixes."""
+    """Return True if a slice takes all the channels, or whole bytes of channels that can be cut apart."""
     channels = array.channels
     if (start[channels], limit[channels], strides[channels]) == (0, array.shape[channels], 1):
         return True
-    keeps_all = array.quantizer.transform is not None or has_planes(array.quantizer.bits)
-    if keeps_all or strides[channels] != 1:
+    if channels in array.whole_axes or strides[channels] != 1:
         return False
     return start[channels] % array.codes_per_byte == 0 and limit[channels] % array.codes_per_byte == 0
 

@@ -48,10 +48,12 @@ def pack(codes: jax.Array, bits: int, axis: int) -> jax.Array:
     axis %= codes.ndim
     codes = codes.astype(jnp.uint8)
     low, *high = PLANES[bits]
-    planes = [_pack_plane(codes, low, axis)]
-    for plane_bits in high:
-        planes.append(_pack_plane(_to_high_order(codes >> jnp.uint8(low), bits, axis), plane_bits, axis))
-    return planes[0] if len(planes) == 1 else lax.concatenate(planes, axis)
+    low_plane = _pack_plane(codes, low, axis)
+    if not high:
+        return low_plane
+    runs = codes_together(bits) // codes_per_byte(bits)
+    high_codes = _interleave_bytes(codes >> jnp.uint8(low), runs, bits, axis)
+    return lax.concatenate([low_plane, _pack_plane(high_codes, high[0], axis)], axis)
 
 
 def unpack(packed: jax.Array, bits: int, axis: int, dtype: DTypeLike) -> jax.Array:
@@ -62,9 +64,10 @@ def unpack(packed: jax.Array, bits: int, axis: int, dtype: DTypeLike) -> jax.Arr
     low, *high = PLANES[bits]
     low_plane, high_plane = _split_planes(packed, bits, axis)
     codes = _unpack_plane(low_plane, low, axis)
-    for plane_bits in high:
-        high_codes = _from_high_order(_unpack_plane(high_plane, plane_bits, axis), bits, axis)
-        codes = codes | (high_codes << jnp.uint8(low))
+    if high:
+        high_codes = _unpack_plane(high_plane, high[0], axis)
+        runs = codes.shape[axis] // codes_together(bits)
+        codes = codes | (_interleave_bytes(high_codes, runs, bits, axis) << jnp.uint8(low))
     return _with_sign(codes, bits, dtype)
 
 
@@ -153,25 +156,11 @@ def _split_planes(packed: jax.Array, bits: int, axis: int) -> tuple[jax.Array, j
     return low, lax.slice_in_dim(packed, width, packed.shape[axis], axis=axis)
 
 
-def _to_high_order(codes: jax.Array, bits: int, axis: int) -> jax.Array:
-    """Return codes in the order in which the high plane has them."""
-    return _swap_order(codes, (codes_together(bits) // codes_per_byte(bits), -1), bits, axis)
-
-
-def _from_high_order(codes: jax.Array, bits: int, axis: int) -> jax.Array:
-    """Return the codes that :func:`_to_high_order` took."""
-    return _swap_order(codes, (-1, codes_together(bits) // codes_per_byte(bits)), bits, axis)
-
-
-def _swap_order(codes: jax.Array, counts: tuple[int, int], bits: int, axis: int) -> jax.Array:
-    """Return codes along ``axis``, in bytes of the low plane, with two groupings of these bytes exchanged."""
-    leading, length, trailing = codes.shape[:axis], codes.shape[axis], codes.shape[axis + 1 :]
-    in_byte = codes_per_byte(bits)
-    known = max(counts)
-    other = length // in_byte // known
-    sizes = [other if count == -1 else count for count in counts]
-    grouped = codes.reshape(*leading, *sizes, in_byte, *trailing)
-    return jnp.swapaxes(grouped, axis, axis + 1).reshape(codes.shape)
+def _interleave_bytes(codes: jax.Array, runs: int, bits: int, axis: int) -> jax.Array:
+    """Return codes along ``axis`` with ``runs`` runs of the low plane's bytes in turns, byte by byte."""
+    in_byte, length = codes_per_byte(bits), codes.shape[axis]
+    shape = (*codes.shape[:axis], runs, length // in_byte // runs, in_byte, *codes.shape[axis + 1 :])
+    return jnp.swapaxes(codes.reshape(shape), axis, axis + 1).reshape(codes.shape)
 
 
 def _bit_positions(bits: int, axis: int, ndim: int) -> jax.Array:

@@ -106,8 +106,8 @@ def _check_packing(shape: Sequence[int], quantizer: ArrayFormat, channel_axis: i
     together = codes_together(quantizer.bits)
     if together > 1 and shape[channel_axis] % together:
         raise ValueError(
-            f"array must have a multiple of {together} channels, of which {quantizer} packs "
-            f"{together} to a byte, but came with shape {tuple(shape)}; take a format of 8 bits."
+            f"array must have a multiple of {together} channels, for codes of {quantizer} to fill whole "
+            f"bytes, but came with shape {tuple(shape)}; take a format of 8 bits."
         )
 
 

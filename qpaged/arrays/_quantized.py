@@ -130,7 +130,7 @@ class QuantizedArray(PlainUse, ImplicitArray):
 
     @property
     def whole_axes(self) -> tuple[int, ...]:
-        """Axes along which the leaves cannot be divided between devices: channels that go together."""
+        """Axes along which leaves cannot be cut apart: channels that a transform mixes, or in two planes."""
         together = self.quantizer.transform is not None or has_planes(self.quantizer.bits)
         return (self.channels,) if together else ()
 

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from qpaged.arrays._blocks import refine
 from qpaged.arrays._moves import codes_shape, moved
-from qpaged.arrays._packing import has_planes
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._read_format import channels_matter, free_channels, unpack_codes
 
@@ -64,8 +63,7 @@ def _channels_after(array: QuantizedArray, shape: Sequence[int]) -> int | None:
         if not old_axes or not new_axes or old_axes[-1] != array.channels:
             return None
         length = shape[new_axes[-1]]
-        keeps_all = array.quantizer.transform is not None or has_planes(array.quantizer.bits)
-        if keeps_all and length != array.shape[array.channels]:
+        if array.channels in array.whole_axes and length != array.shape[array.channels]:
             return None
         return new_axes[-1] if length % array.codes_per_byte == 0 else None
     return None

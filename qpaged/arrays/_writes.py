@@ -12,7 +12,7 @@ from qpaged.arrays import _tpu_write
 from qpaged.arrays._encoding import block_extremes, encode, fit_scales, global_scale_shape, to_block_values
 from qpaged.arrays._growth import NewExtremes, grow_blocks, grow_page_scales
 from qpaged.arrays._indices import clip_to_int32
-from qpaged.arrays._packing import has_planes, insert_codes, pack
+from qpaged.arrays._packing import insert_codes, pack
 from qpaged.arrays._quantized import BlockParts, QuantizedArray
 from qpaged.arrays._read_format import channels_matter
 from qpaged.arrays._scatter import Axes, gather_rows, group_by_block, scatter_rows
@@ -91,7 +91,7 @@ def takes_rows(array: QuantizedArray, axes: Sequence[int]) -> bool:
     if array.channels in axes:
         # Single channels with scales of their own are inserted into their bytes one by one.
         splits_bytes = array.codes_per_byte > 1 and array.block[array.channels] > 1
-        if quantizer.transform is not None or splits_bytes or has_planes(quantizer.bits):
+        if array.channels in array.whole_axes or splits_bytes:
             return False
     covers_blocks = all(array.block[axis] == 1 for axis in axes)
     # Growth knows one level of scales.

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from qpaged._arguments import byte_count, check_type, positive
+from qpaged._arguments import byte_count, check_count, check_type, positive
 from qpaged.arrays import float_dtype, is_dtype
 from qpaged.cache._budget import available_bytes, cache_bytes, default_device
 from qpaged.cache._fresh import MakePages, PoolFormat, Sequences, check_takes_zeros, round_to_shards
@@ -35,7 +35,6 @@ COUNTS = (
     "num_kv_heads",
     "kv_head_dim_size",
 )
-MOST_LAYERS = 10_000  # more than any model has: the format of each is looked at
 
 
 @dataclass(frozen=True)
@@ -123,11 +122,7 @@ class PagedAttentionCacheMetaData(Serializable):
         check_layout(mesh, partition_manager)
         utilization = _utilization(hbm_utilization)
         num_layers = positive("num_hidden_layers", num_hidden_layers)
-        if num_layers > MOST_LAYERS:
-            raise ValueError(
-                f"num_hidden_layers must be at most {MOST_LAYERS:,}, but came as {num_layers:,}; give the "
-                f"layers of the model."
-            )
+        check_count("num_hidden_layers", num_layers)  # the format of each is looked at
         page_size = positive("page_size", page_size)
         kv_heads = positive("num_kv_heads", num_kv_heads)
         head_dim = positive("kv_head_dim_size", kv_head_dim_size)

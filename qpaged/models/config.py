@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from qpaged._arguments import check_count
 from qpaged._bad_argument import BadArgumentError
 from qpaged.models.experts import Experts
 from qpaged.models.rope import LongRopeScaling, Rope
@@ -12,8 +13,6 @@ Activation = Literal["silu", "gelu_pytorch_tanh"]
 
 FULL: LayerType = "full_attention"
 SLIDING: LayerType = "sliding_attention"
-
-MOST = 10_000
 
 SIZES = (
     "vocab_size",
@@ -188,12 +187,6 @@ class DecoderConfig:
             return self
         long_rope = replace(self.rope, scaling=replace(scaling, long=True))
         return replace(self, rope=long_rope, max_position_embeddings=longest)
-
-
-def check_count(name: str, count: int) -> None:
-    """Raise ValueError for more layers or experts than any model has: to go over them would never end."""
-    if count > MOST:
-        raise ValueError(f"{name} must be at most {MOST:,}, but came as {count:,}.")
 
 
 def check_size(name: str, value: object) -> None:

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
+from qpaged._arguments import check_count
 from qpaged.models._json_fields import Json, read_flag, read_integer, read_number, read_object
 from qpaged.models._rope_fields import read_ropes
-from qpaged.models.config import FULL, SIZES, SLIDING, Activation, DecoderConfig, LayerType, check_count
+from qpaged.models.config import FULL, SIZES, SLIDING, Activation, DecoderConfig, LayerType
 from qpaged.models.experts import Experts
 from qpaged.models.rope import LongRopeScaling, YarnScaling
 

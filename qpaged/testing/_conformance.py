@@ -36,7 +36,7 @@ class QuantizerConformance:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run a test that takes a ``subject`` for every format; those of one format run one after another."""
         made = {"subject": Subject, "exact_subject": ExactSubject}
-        (fixture, *_) = [*(made.keys() & metafunc.fixturenames), None]
+        fixture = next((name for name in made if name in metafunc.fixturenames), None)
         if fixture is None:
             return
         if not hasattr(self, "format"):

@@ -14,13 +14,23 @@ import qpaged
 from qpaged import pools
 from qpaged.formats import ExactFormat
 from qpaged.pools import ExactPages
-from qpaged.testing._pools import GROUP, HEADS, LARGE_DTYPES, PAGE_SIZE, View, configuration, head_dim, parts
+from qpaged.testing._pools import (
+    GROUP,
+    HEADS,
+    LARGE_DTYPES,
+    MANY_PAGES,
+    PAGE_SIZE,
+    View,
+    configuration,
+    head_dim,
+    parts,
+)
 from qpaged.testing._programs import KEPT, Program, compile_program, element_scales
 from qpaged.testing._subject import clip_to_dtype
 
 EXACT, SINKS = 9, 3  # tokens
 WINDOW, SINK_PAGES = 2, 1  # the same in pages
-EXACT_PAGES, MANY_EXACT_PAGES = 16, 32_768  # of the small pool, and of the large one
+EXACT_PAGES = 16  # of the small pool; the large one has as many as that of the other laws
 LENGTH = 36  # tokens of a sequence on five pages, the last of which is not full
 # The last page is in one: what is clamped lands there, and so does -1.
 TABLES = np.array([[4, 1, 9, 6, 12], [3, 15, 0, 7, 2]], np.int32)
@@ -211,7 +221,7 @@ class ExactPrograms:
     @cached_property
     def large_decode(self) -> Program:
         """One decode step over a large pool, in place: (view, keys, values, position) -> view."""
-        view = jax.eval_shape(lambda: fresh_exact(self.quantizer, MANY_EXACT_PAGES))
+        view = jax.eval_shape(lambda: fresh_exact(self.quantizer, MANY_PAGES))
         keys = values = self._rows(1, SEQUENCES)
         position = integers(1, SEQUENCES)
         return compile_program(decode_steps, view, keys, values, position, donate=(0,), optimize=True)
@@ -219,7 +229,7 @@ class ExactPrograms:
     @cached_property
     def large_attend(self) -> jax.extend.core.ClosedJaxpr:
         """Decode attention over a large pool, which is not compiled."""
-        view = jax.eval_shape(lambda: fresh_exact(self.quantizer, MANY_EXACT_PAGES))
+        view = jax.eval_shape(lambda: fresh_exact(self.quantizer, MANY_PAGES))
         query = self._rows(SEQUENCES, heads=GROUP * HEADS)
         return jax.jit(attend_step).trace(view, query, integers(SEQUENCES)).jaxpr
 

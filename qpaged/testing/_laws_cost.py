@@ -10,6 +10,8 @@ import numpy as np
 import qpaged
 from qpaged._compat import inner_jaxprs, jaxpr_and_consts
 from qpaged._platforms import kernel_jaxprs
+from qpaged.formats import PoolQuantizer
+from qpaged.testing._exact_subject import ExactSubject
 from qpaged.testing._law import law
 from qpaged.testing._pools import (
     BATCH,
@@ -83,7 +85,7 @@ def attention_cost(subject: Subject) -> None:
     no_large_floats(subject, step_programs(subject).attend.jaxpr, "attention")
 
 
-def no_large_floats(subject: Subject, jaxpr: Jaxpr, step: str) -> None:
+def no_large_floats(subject: Subject | ExactSubject, jaxpr: Jaxpr, step: str) -> None:
     """Check that no float array in a program is a quarter of the large pool or more."""
     size = math.prod(configuration(subject.quantizer, MANY_PAGES).pool_shape)
     for primitive, aval in arrays_in(jaxpr):
@@ -125,14 +127,14 @@ def truth(subject: Subject) -> None:
 
 
 def budgeted(
-    quantizer: qpaged.Quantizer, config: qpaged.PagedAttentionCacheMetaData, memory: int
+    quantizer: PoolQuantizer, config: qpaged.PagedAttentionCacheMetaData, memory: int
 ) -> qpaged.PagedAttentionCacheMetaData:
     """Return the configuration that ``memory`` bytes buy at half utilization."""
     return qpaged.PagedAttentionCacheMetaData.create(
         None,
         config.batch_size,
         1,
-        TOKENS,
+        config.max_sequences,
         config.page_size,
         config.num_kv_heads,
         config.kv_head_dim_size,

@@ -19,10 +19,10 @@ from qpaged.testing._exact_subject import (
     exact_programs,
 )
 from qpaged.testing._law import law
-from qpaged.testing._laws_cost import MEGABYTE, arrays_in
+from qpaged.testing._laws_cost import MEGABYTE, UTILIZATION, budgeted, no_large_floats
 from qpaged.testing._laws_sameness import TOLERANCE, float64_attention
 from qpaged.testing._laws_travel import registered
-from qpaged.testing._pools import GROUP, PAGE_SIZE, SMALLEST, View
+from qpaged.testing._pools import GROUP, MANY_PAGES, PAGE_SIZE, SMALLEST, View
 
 FIRST, SECOND = TABLES
 TOKENS = np.arange(LENGTH, dtype=np.int32)
@@ -129,8 +129,7 @@ def order_of_decodes(subject: ExactSubject, rows: np.ndarray) -> None:
 
 def same_bits(subject: ExactSubject, expected: View, view: View, case: str) -> None:
     """Check that two views hold the same bits where the first sequence's table reaches."""
-    bits = subject.reached(view, FIRST)
-    differing = [part for part, stored in subject.reached(expected, FIRST).items() if stored != bits[part]]
+    differing = changed_bits(subject, expected, view, FIRST)
     law(2, subject)(not differing, f"{case} leave other bits than one prefill in {', '.join(differing)}")
 
 
@@ -197,18 +196,11 @@ def cost(subject: ExactSubject) -> None:
     """Law 5: a decode step and attention make nothing of the size of the pool, and writes are in place."""
     check = law(5, subject)
     programs = exact_programs(subject.quantizer)
-    pages = sequences.MANY_EXACT_PAGES
-    size = int(np.prod(sequences.exact_configuration(subject.quantizer, pages).pool_shape))
-    for step, jaxpr in (
-        ("a decode write", programs.large_decode.jaxpr),
-        ("attention", programs.large_attend),
-    ):
-        for primitive, aval in arrays_in(jaxpr):
-            small = aval.size < size // 4 or not jnp.issubdtype(aval.dtype, jnp.floating)
-            check(small, f"{step} makes a float as large as the pool: {aval.str_short()} by {primitive}")
+    no_large_floats(subject, programs.large_decode.jaxpr, "a decode write")
+    no_large_floats(subject, programs.large_attend, "attention")
     analysis = programs.large_decode.run.memory_analysis()
     assert analysis is not None  # XLA gives one on every platform that these tests run on
-    view = sequences.fresh_exact(subject.quantizer, pages)
+    view = sequences.fresh_exact(subject.quantizer, MANY_PAGES)
     stored = jax.tree_util.tree_leaves([pools.packed(view.key_pages), pools.packed(view.value_pages)])
     limit = min(MEGABYTE, *(part.nbytes for part in stored))
     temporaries = analysis.temp_size_in_bytes
@@ -224,27 +216,9 @@ def truth(subject: ExactSubject) -> None:
     """Law 6: the bytes of exact pages are planned and reported as they are allocated."""
     check = law(6, subject)
     config = sequences.exact_configuration(subject.quantizer, sequences.EXACT_PAGES)
-    counts = {
-        name: getattr(config, name)
-        for name in (
-            "batch_size",
-            "num_hidden_layers",
-            "max_sequences",
-            "page_size",
-            "num_kv_heads",
-            "kv_head_dim_size",
-        )
-    }
-    memory, share = 4 * MEGABYTE, 0.5
-    room = int(memory * share)
-    planned = qpaged.PagedAttentionCacheMetaData.create(
-        None,
-        **counts,
-        hbm_utilization=share,
-        dtype=jnp.float32,
-        quantizer=subject.exact_format,
-        memory_bytes=memory,
-    )
+    memory = 4 * MEGABYTE
+    room = int(memory * UTILIZATION)
+    planned = budgeted(subject.exact_format, config, memory)
     cache = qpaged.PagedAttentionCache.init_cache(None, jnp.float32, planned, None, subject.exact_format)
     allocated = sum(part.nbytes for part in jax.tree_util.tree_leaves(cache))
     check(allocated == cache.nbytes, f"{allocated:,} bytes are allocated where {cache.nbytes:,} are reported")

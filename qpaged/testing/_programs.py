@@ -56,9 +56,8 @@ def compile_program(
     Most of a test's time is compilation, so the compiler optimizes little unless ``optimize`` is set.
     """
 
-    def run(
-        *arguments: Pytree,
-    ) -> Pytree:  # of this call alone, so that JAX's caches drop it with its program
+    def run(*arguments: Pytree) -> Pytree:
+        """Call the function; of this compilation alone, so that JAX's caches drop it with its program."""
         return function(*arguments)
 
     traced = jax.jit(run, donate_argnums=donate).trace(*arguments)

@@ -339,6 +339,6 @@ def test_a_mesh_of_one_device_is_that_device():
 
 @pytest.mark.parametrize("layers", [10_001, 10**12])
 def test_more_layers_than_any_model_has_are_refused_at_once(layers):
-    text = f"num_hidden_layers must be at most 10,000, but came as {layers:,}; give the layers of the model"
+    text = f"num_hidden_layers must be at most 10,000, but came as {layers:,}"
     with pytest.raises(ValueError, match=text):
         qpaged.PagedAttentionCacheMetaData.create(None, 2, layers, 64, 16, 2, 32, 0.9)

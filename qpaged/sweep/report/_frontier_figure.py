@@ -43,15 +43,14 @@ def frontier_figure(results: Results) -> "Figure":
     figure = need("matplotlib.figure").Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     _scale_axes(axes, dots)
+    if any(is_broken(dot.run) for dot in dots):
+        axes.plot([], [], "x", color=MUTED, label=BROKEN_LABEL)
     _draw_front(axes, dots)
     for dot in dots:
         color = ACCENT if dot.on_front else MUTED
         fill = ACCENT if dot.on_front else "white"
         marker = "x" if is_broken(dot.run) else "o"
         axes.plot(dot.x, dot.y, marker, color=color, mfc=fill, ms=7, zorder=3 + dot.on_front)
-    if any(is_broken(dot.run) for dot in dots):
-        axes.plot([], [], "x", color=MUTED, label=BROKEN_LABEL)
-        axes.legend(loc="upper right", frameon=False)
     axes.set_title(textwrap.fill(title(results), 90), fontsize=10, parse_math=False)
     figure.draw_without_rendering()  # The layout must be known before names are placed in points.
     _name_dots(axes, dots)

@@ -6,7 +6,7 @@ from qpaged.sweep._numbers import percent, small
 from qpaged.sweep.results import CONFIDENT_ERRORS, Results, RunRecord, check, pareto_front, tied
 
 HALVES = 1.75
-"""Bytes of bfloat16 over a format's, from which on it about halves the cache: 8 bits and the scales."""
+"""Bytes of bfloat16 over a format's, from which on it about halves the cache: 8 bits, and one of scales."""
 A_HALF = 0.05
 """How far from 2 that may be, as a share, for the verdict to say so."""
 
