@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qpaged._compat import explicit_sharding
-from qpaged.arrays import is_quantized
+from qpaged.arrays import is_cache_array
 
 Pytree: TypeAlias = Any
 """Any pytree: JAX has no type for it."""
@@ -23,7 +23,7 @@ class Arguments:
     """Arguments of a function, taken apart into arrays with paths, and the rest, which stays as it is.
 
     A path is the name of an argument, and then the keys that lead to the array, with slashes between. A
-    QuantizedArray counts as one array.
+    quantized array counts as one, with exact pages or without.
 
     Attributes:
         paths: of the arrays, in the order of the arguments.
@@ -31,7 +31,7 @@ class Arguments:
 
     def __init__(self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]):
         leaves_with_keys, self._treedef = jax.tree_util.tree_flatten_with_path(
-            (tuple(args), dict(kwargs)), is_leaf=is_quantized
+            (tuple(args), dict(kwargs)), is_leaf=is_cache_array
         )
         parameters = _positional_parameters(function)
         self.paths: list[str] = []
@@ -54,8 +54,9 @@ class Arguments:
         """The logical shapes and dtypes of the arrays, and their shardings on meshes with Explicit axes."""
         structs = []
         for array in self.arrays:
-            leaf = array.stored if is_quantized(array) else array
-            structs.append(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=explicit_sharding(leaf)))
+            is_array = is_cache_array(array)
+            sharding = array.explicit_sharding() if is_array else explicit_sharding(array)
+            structs.append(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding))
         return structs
 
     def with_arrays(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from qpaged.arrays import QuantizedArray
+from qpaged.arrays import PartlyExact, QuantizedArray
+from qpaged.arrays._rows import CacheArray
 
 
 class KnownBlocks:
@@ -13,24 +14,25 @@ class KnownBlocks:
     def __init__(self) -> None:
         self._known: dict[str, set[tuple[int, ...]]] = {}
 
-    def note(self, path: str, array: QuantizedArray) -> None:
+    def note(self, path: str, array: CacheArray) -> None:
         """Note the block of an array that goes out to the user."""
         self._known.setdefault(path, set()).add(array.block)
 
-    def check(self, path: str, array: QuantizedArray) -> None:
+    def check(self, path: str, array: CacheArray) -> None:
         """Raise ValueError if something has changed the codes and the scales of an array apart.
 
         Shapes alone do not show it: the first 20 of 32 tokens beside both scales look like two pages of 10.
         An array with other axes than before, as a loop over layers has it, is not checked.
         """
         known = self._known.get(path)
-        if not known or array.scales is None or array.ndim != len(next(iter(known))):
+        codes: QuantizedArray = array.codes if isinstance(array, PartlyExact) else array
+        if not known or codes.scales is None or codes.ndim != len(next(iter(known))):
             return
-        extents_with_scales = tuple(np.multiply(array.block, array.scales.shape))
-        if array.block in known and array.shape == extents_with_scales:
+        extents_with_scales = tuple(np.multiply(codes.block, codes.scales.shape))
+        if codes.block in known and codes.shape == extents_with_scales:
             return
         raise ValueError(
-            f"{path} has codes {array.codes.shape} and scales {array.scales.shape}, which do not go "
+            f"{path} has codes {codes.codes.shape} and scales {codes.scales.shape}, which do not go "
             f"together in blocks of {' or '.join(map(str, known))}, as step.init made them: jax.tree.map "
             f"changes them apart. Use step.apply(function, cache). If the cache was made elsewhere, pass "
             f"it through step.init() first."

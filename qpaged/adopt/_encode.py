@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
+from jax.typing import DTypeLike
 
 from qpaged._compat import explicit_sharding
-from qpaged._promotion import promoting_ranks
 from qpaged.adopt._cache_leaf import CacheLeaf, FoundCache
-from qpaged.arrays import QuantizedArray, empty, quantize
-from qpaged.arrays._blocks import block_max
+from qpaged.arrays import PartlyExact, empty, overwrite_exact
+from qpaged.arrays._exact_places import Places
 from qpaged.arrays._explicit import placed_as
+from qpaged.arrays._partly_exact import empty_with_exact_pages, quantize_written
 from qpaged.arrays._placement import sharding_of_part
-from qpaged.formats import CacheFormat, ExactFormat, Quantizer, Wrapper
+from qpaged.arrays._rows import CacheArray
+from qpaged.formats import CacheFormat, ExactFormat, PoolQuantizer, Quantizer, Wrapper, get_quantizer
 
 PlainArray: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
@@ -39,9 +41,12 @@ def check_zeros(quantizer: CacheFormat, found: FoundCache) -> None:
     """Raise ValueError where the program relies on zeros in unwritten slots, where a format has none."""
     for leaf in found.leaves:
         chosen = quantizer_for(leaf, quantizer)
-        if leaf.zero_test is None or chosen is None or _unwritten_reads_as_zero(chosen):
+        if leaf.zero_test is None or chosen is None:
             continue
-        bare = chosen
+        codes = format_of_codes(chosen)
+        if _unwritten_reads_as_zero(codes):
+            continue
+        bare = codes
         while isinstance(bare, Wrapper):
             bare = bare.inner
         advice = f"{bare.name}:token" if "token" in bare.granularities else "int8:token"
@@ -63,7 +68,18 @@ def _unwritten_reads_as_zero(quantizer: Quantizer) -> bool:
         return not np.any(quantizer.decode(code, jnp.float32))
 
 
-def quantizer_for(leaf: CacheLeaf, quantizer: CacheFormat) -> Quantizer | None:
+def format_of_codes(quantizer: PoolQuantizer) -> Quantizer:
+    """Return the format of what is packed: beside exact pages, that of the other ones."""
+    return quantizer.inner if isinstance(quantizer, ExactFormat) else quantizer
+
+
+def has_format(array: CacheArray, quantizer: PoolQuantizer) -> bool:
+    """Return True if an array was quantized with a quantizer."""
+    is_exact = isinstance(array, PartlyExact)
+    return array.quantizer == format_of_codes(quantizer) and is_exact == isinstance(quantizer, ExactFormat)
+
+
+def quantizer_for(leaf: CacheLeaf, quantizer: CacheFormat) -> PoolQuantizer | None:
     """Return the quantizer of one array of the cache; None if the array stays plain.
 
     Raises:
@@ -77,7 +93,7 @@ def quantizer_for(leaf: CacheLeaf, quantizer: CacheFormat) -> Quantizer | None:
 
 def _key_and_value_quantizers(
     leaf: CacheLeaf, quantizer: CacheFormat
-) -> tuple[Quantizer | None, Quantizer | None]:
+) -> tuple[PoolQuantizer | None, PoolQuantizer | None]:
     """Return the quantizers of keys and of values in the layer or layers that an array holds."""
     if leaf.layer is not None:
         key, value = quantizer.layer(leaf.layer)
@@ -85,11 +101,6 @@ def _key_and_value_quantizers(
         key, value = common = (quantizer.key, quantizer.value)
         if any(pair != common for _, pair in quantizer.layers):
             raise _must_be_the_same("layers", leaf, quantizer)
-    if isinstance(key, ExactFormat) or isinstance(value, ExactFormat):
-        raise ValueError(
-            f"quantizer must have no exact pages for the arrays of a model's own cache, which have none, but "
-            f"came as {quantizer}; leave out +exact and +sink, or keep the cache in qpaged's pages."
-        )
     return key, value
 
 
@@ -100,36 +111,72 @@ def _must_be_the_same(kind: str, leaf: CacheLeaf, quantizer: CacheFormat) -> Val
     )
 
 
-def quantize_leaf(leaf: CacheLeaf, array: PlainArray, quantizer: Quantizer, page_size: int) -> QuantizedArray:
+def quantize_leaf(leaf: CacheLeaf, array: PlainArray, quantizer: PoolQuantizer, page_size: int) -> CacheArray:
     """Return an array of the cache, quantized; blocks of zeros count as unwritten.
 
     Args:
         leaf: the description of the array.
         array: its values, or shape and dtype of an array to make unwritten.
-        quantizer: its quantizer.
-        page_size: tokens of a block along the length, at most.
+        quantizer: its quantizer; with exact pages, the newest that hold anything but zeros are.
+        page_size: tokens of a page along the length, at most.
 
     Raises:
         TypeError: it is no array.
         ValueError: it has other axes than the array of the example.
     """
     _check_array(leaf, array)
-    block = _block(leaf, array.shape, quantizer, page_size)
-    channel_axis = leaf.axis("head_dim") - len(array.shape)  # counted from the end
+    recipe = Recipe(leaf.axis("length"), leaf.axis("head_dim") - len(leaf.axes), quantizer, page_size)
     if isinstance(array, jax.ShapeDtypeStruct):
-        make = functools.partial(empty, array.shape, quantizer, block, array.dtype, channel_axis)
-        return _made_at(array.sharding, make)
-    quantize_array = functools.partial(
-        _quantize_written, quantizer=quantizer, block=block, channel_axis=channel_axis
-    )
+        return _made_at(array.sharding, lambda: _empty(recipe, array.shape, array.dtype))
     sharding = explicit_sharding(array)
     if sharding is None:
-        return quantize_array(array)
+        return _filled(array, recipe)
     struct = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-    return placed_as(quantize_array, [array], struct)
+    filled: CacheArray = placed_as(lambda array: _filled(array, recipe), [array], struct)
+    return filled
 
 
-def _made_at(sharding: Sharding | None, make: Callable[[], QuantizedArray]) -> QuantizedArray:
+class Recipe(NamedTuple):
+    """How an array of a cache is quantized.
+
+    Attributes:
+        length_axis: the axis of the tokens, from the start.
+        channel_axis: the axis of the channels, counted from the end.
+        quantizer: the format.
+        page_size: tokens of a page, at most.
+    """
+
+    length_axis: int
+    channel_axis: int
+    quantizer: PoolQuantizer
+    page_size: int
+
+
+def _empty(recipe: Recipe, shape: tuple[int, ...], dtype: DTypeLike) -> CacheArray:
+    """Return an array of the cache in which nothing was written yet."""
+    length_axis, channel_axis, quantizer, most = recipe
+    page = _largest_divisor(shape[length_axis], most)  # blocks of a QuantizedArray are all of one size
+    codes = format_of_codes(quantizer)
+    block = [1] * len(shape)
+    block[length_axis], block[channel_axis] = codes.block((page, shape[channel_axis]))
+    if not isinstance(quantizer, ExactFormat):
+        return empty(shape, codes, block, dtype, channel_axis)
+    places = Places.of(shape[length_axis], page, quantizer.window(page), quantizer.sink_pages(page))
+    raw = get_quantizer("raw")
+    return empty_with_exact_pages(shape, codes, raw, block, dtype, channel_axis, length_axis, places)
+
+
+@functools.partial(jax.jit, static_argnames="recipe")
+def _filled(array: jax.Array | np.ndarray, recipe: Recipe) -> CacheArray:
+    """Return an array of the cache, quantized."""
+    array = jnp.asarray(array)
+    made = _empty(recipe, array.shape, array.dtype)
+    if isinstance(made, PartlyExact):
+        return overwrite_exact(made, array)
+    return quantize_written(array, made.quantizer, made.block, recipe.channel_axis)
+
+
+def _made_at(sharding: Sharding | None, make: Callable[[], CacheArray]) -> CacheArray:
     """Return the array that ``make`` makes, each device making its own part of it."""
     if not isinstance(sharding, NamedSharding):
         return make()
@@ -153,37 +200,9 @@ def _check_array(leaf: CacheLeaf, array: PlainArray) -> None:
         )
 
 
-def _block(leaf: CacheLeaf, shape: tuple[int, ...], quantizer: Quantizer, page_size: int) -> tuple[int, ...]:
-    """Return the shape of the blocks that share a scale, in the axes of the array."""
-    length_axis = leaf.axis("length")
-    channel_axis = leaf.axis("head_dim")
-    page = _largest_divisor(shape[length_axis], page_size)  # blocks of a QuantizedArray are all of one size
-    block = [1] * len(shape)
-    block[length_axis], block[channel_axis] = quantizer.block((page, shape[channel_axis]))
-    return tuple(block)
-
-
 def _largest_divisor(number: int, limit: int) -> int:
     """Return the largest divisor of a number that is at most ``limit``."""
     for divisor in range(min(number, limit), 1, -1):
         if number % divisor == 0:
             return divisor
     return 1
-
-
-@promoting_ranks
-@functools.partial(jax.jit, static_argnames=("quantizer", "block", "channel_axis"))
-def _quantize_written(
-    array: jax.Array | np.ndarray, quantizer: Quantizer, block: tuple[int, ...], channel_axis: int
-) -> QuantizedArray:
-    """Return an array quantized, with scale 0 for blocks of zeros.
-
-    A block into which nothing was written yet has scale 0, and reads as exact zeros. With any other scale it
-    would not: codes of formats such as `int8` stand for odd multiples of half the scale.
-    """
-    quantized = quantize(array, quantizer, block, array.dtype, channel_axis)
-    if quantized.scales is None:
-        return quantized
-    is_written = block_max(jnp.abs(array), quantized.scales.shape) > 0
-    scales = jnp.where(is_written, quantized.scales, 0).astype(quantized.scales.dtype)
-    return quantized.like(quantized.codes, quantized.parts._replace(scales=scales))

@@ -26,17 +26,18 @@ from qpaged.adopt._arguments import (
 )
 from qpaged.adopt._blocks import KnownBlocks
 from qpaged.adopt._cache_leaf import FoundCache
-from qpaged.adopt._encode import check_layers, check_zeros, quantize_leaf, quantizer_for
+from qpaged.adopt._encode import check_layers, check_zeros, has_format, quantize_leaf, quantizer_for
 from qpaged.adopt._find import find_in
 from qpaged.adopt._options import AxesOption, Where
 from qpaged.adopt._report import MaterializeError, Report, listed
 from qpaged.adopt._saving import register_with_flax
-from qpaged.arrays import QuantizedArray, is_quantized, overwrite
+from qpaged.arrays import PartlyExact, QuantizedArray, is_cache_array, overwrite, overwrite_exact
 from qpaged.arrays._deferred import Deferred
 from qpaged.arrays._joined import Joined
+from qpaged.arrays._rows import CacheArray
 from qpaged.formats import CacheFormat, Quantizer
-from qpaged.implicit import Materialization, record_materializations, use_implicit_args
-from qpaged.implicit._tree import same_layout
+from qpaged.implicit import ImplicitArray, Materialization, record_materializations, use_implicit_args
+from qpaged.implicit._tree import same_layout, same_structure
 
 PAGE_SIZE = 16
 
@@ -177,7 +178,7 @@ class QuantizedStep:
         with record_materializations() as records:
             out = self._run(*args, **kwargs)
         # Weights may be implicit arrays of other classes, and may be decoded as they like.
-        of_cache = {kind.__name__ for kind in (QuantizedArray, Joined, Deferred)}
+        of_cache = {kind.__name__ for kind in (QuantizedArray, PartlyExact, Joined, Deferred)}
         decoded = [record for record in records if record.array_type in of_cache]
         self._add_to_report(decoded)
         return self._requantize_outputs(out, arguments)
@@ -239,9 +240,9 @@ class QuantizedStep:
         out = use_implicit_args(function)(cache, *args)
         names = self.found.arguments
         before, after = ((cache,), (out,)) if len(names) == 1 else (cache, out)
-        arrays, tree = jax.tree_util.tree_flatten_with_path(before, is_leaf=is_quantized)
-        values = jax.tree_util.tree_leaves(after, is_leaf=is_quantized)
-        tree_after: Any = jax.tree_util.tree_structure(after, is_leaf=is_quantized)
+        arrays, tree = jax.tree_util.tree_flatten_with_path(before, is_leaf=is_cache_array)
+        values = jax.tree_util.tree_leaves(after, is_leaf=is_cache_array)
+        tree_after: Any = jax.tree_util.tree_structure(after, is_leaf=is_cache_array)
         if tree_after != tree:
             raise ValueError(
                 f"function must return the tree of the cache, {tree}, but returned {tree_after}; return "
@@ -256,12 +257,12 @@ class QuantizedStep:
 
     def _requantize(self, path: str, before: Any, value: Any) -> Any:
         """Return an array of a changed cache as :meth:`init` quantizes it, if it was quantized before."""
-        if not is_quantized(before) or same_layout(before, value):
+        if not is_cache_array(before) or same_layout(before, value):
             return value
         if value.shape == before.shape:
-            return overwrite(before, value)
-        if is_quantized(value):
-            if (value.quantizer, value.block) == (before.quantizer, before.block):
+            return _overwritten(before, value)
+        if is_cache_array(value):
+            if same_structure(value, before) and value.block == before.block:
                 return value  # whole pages or sequences were added or taken away
             value = value.materialize()
         return self._quantize_array(path, value)
@@ -281,7 +282,7 @@ class QuantizedStep:
             )
         plain = {leaf.path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in self.found.leaves}
         stored = {path: self._quantized_shape(path, struct) for path, struct in plain.items()}
-        count = sum(map(is_quantized, stored.values()))
+        count = sum(map(is_cache_array, stored.values()))
         return (
             f"{self.quantizer}: {count} of {len(plain)} arrays of the cache quantized, "
             f"{_nbytes(plain):,} -> {_nbytes(stored):,} bytes"
@@ -308,7 +309,7 @@ class QuantizedStep:
         plain = []
         for path, array in zip(arguments.paths, arguments.arrays, strict=True):
             leaf = self._leaves.get(path)
-            if leaf and not is_quantized(array) and quantizer_for(leaf, self.quantizer) is not None:
+            if leaf and not is_cache_array(array) and quantizer_for(leaf, self.quantizer) is not None:
                 plain.append(path)
         warned = self._history.warned_of_floats
         self._history.ran_on_floats = bool(plain)
@@ -323,13 +324,13 @@ class QuantizedStep:
     def _check_blocks(self, arguments: Arguments) -> None:
         """Raise ValueError for an array of another format, or of codes and scales that were changed apart."""
         for path, array in zip(arguments.paths, arguments.arrays, strict=True):
-            if is_quantized(array):
+            if is_cache_array(array):
                 self._check_format(path, array)
                 self._history.blocks.check(path, array)
 
     def _quantize_argument(self, name: str, tree: Pytree) -> Pytree:
         """Return an argument with the arrays of the cache in it quantized."""
-        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_quantized)
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_cache_array)
         given = {path_under(name, keys) for keys, _ in leaves}
         wanted = {leaf.path for leaf in self.found.leaves if leaf.argument == name}
         missing = sorted(wanted - given)
@@ -340,7 +341,7 @@ class QuantizedStep:
             path = path_under(name, keys)
             return self._remember_blocks(path, self._quantize_array(path, array))
 
-        return jax.tree_util.tree_map_with_path(quantize, tree, is_leaf=is_quantized)
+        return jax.tree_util.tree_map_with_path(quantize, tree, is_leaf=is_cache_array)
 
     def _quantize_array(self, path: str, array: Any) -> Any:
         """Return an array of the arguments, quantized if it is one of the cache and is not yet."""
@@ -350,16 +351,16 @@ class QuantizedStep:
         quantizer = quantizer_for(leaf, self.quantizer)
         if quantizer is None:
             return array
-        if not is_quantized(array):
+        if not is_cache_array(array):
             return quantize_leaf(leaf, array, quantizer, self._page_size)
         self._check_format(path, array)
         return array
 
-    def _check_format(self, path: str, array: QuantizedArray) -> None:
+    def _check_format(self, path: str, array: CacheArray) -> None:
         """Raise ValueError for an array of the cache that was quantized for another step."""
         leaf = self._leaves.get(path)
         quantizer = None if leaf is None else quantizer_for(leaf, self.quantizer)
-        if quantizer is not None and array.quantizer != quantizer:
+        if quantizer is not None and not has_format(array, quantizer):
             raise ValueError(
                 f"{path} must be of {quantizer}, the format of this step, but came as {array.quantizer}; "
                 f"pass the float cache through this step's own init()."
@@ -367,7 +368,7 @@ class QuantizedStep:
 
     def _remember_blocks(self, path: str, array: Any) -> Any:
         """Return an array of a cache that goes out to the user, after noting its blocks."""
-        if path in self._leaves and is_quantized(array):
+        if path in self._leaves and is_cache_array(array):
             self._history.blocks.note(path, array)
         return array
 
@@ -385,15 +386,21 @@ class QuantizedStep:
 
         def requantize(keys: KeyPath, value: Any) -> Any:
             original = given_by_output.get(path_name(keys))
-            if not is_quantized(original) or same_layout(original, value):
+            if original is None or not is_cache_array(original) or same_layout(original, value):
                 return value
+            if isinstance(original, PartlyExact):
+                raise ValueError(
+                    f"quantizer must have no exact pages where a step moves tokens of its cache, or makes it "
+                    f"anew, as {path_name(keys)} is here, since no write says then which token it is of, "
+                    f"but came as {self.quantizer}; leave out +exact and +sink, or write at positions."
+                )
             file, line = _first_line(self._step)
             array_type = type(original).__name__
             returned = Materialization("return", array_type, value.shape, value.dtype, file, line)
             self._add_to_report([returned])
             return overwrite(original, value)
 
-        return jax.tree_util.tree_map_with_path(requantize, out, is_leaf=is_quantized)
+        return jax.tree_util.tree_map_with_path(requantize, out, is_leaf=is_cache_array)
 
     def _add_to_report(self, places: Sequence[Materialization]) -> None:
         """Add places to the report; raise MaterializeError if there are any and the step is strict."""
@@ -403,6 +410,13 @@ class QuantizedStep:
                 f"step must not dequantize arrays of its cache as a whole, since strict is set, but "
                 f"{listed(places)}\nRewrite that, or leave strict out to have them dequantized there."
             )
+
+
+def _overwritten(array: CacheArray, new: Any) -> CacheArray:
+    """Return an array of the cache with all of it replaced."""
+    if not isinstance(array, PartlyExact):
+        return overwrite(array, new)
+    return overwrite_exact(array, new.materialize() if isinstance(new, ImplicitArray) else new)
 
 
 def _nbytes(structs: Pytree) -> int:

@@ -18,7 +18,7 @@ from qpaged._deprecated import renamed_argument
 from qpaged.adopt._arguments import Pytree
 from qpaged.adopt._step import PAGE_SIZE, QuantizedStep
 from qpaged.adopt._step import quantize_cache as quantize_step
-from qpaged.arrays import is_quantized
+from qpaged.arrays import is_cache_array
 from qpaged.formats import CacheFormat, Quantizer
 
 EXAMPLE_LENGTH = 2 * PAGE_SIZE  # of the cache in the example; caches of any other length do as well
@@ -93,7 +93,7 @@ class _WithQuantizedCache:
         # Shapes alone: the float cache may be too large to exist even for a moment.
         shapes = jax.eval_shape(lambda: init_float_cache(*args, **kwargs))
         cache = self.quantized_step.init(shapes)
-        return jax.tree_util.tree_map(_zeros_for_shape, cache, is_leaf=is_quantized)
+        return jax.tree_util.tree_map(_zeros_for_shape, cache, is_leaf=is_cache_array)
 
 
 def _zeros_for_shape(leaf: Any) -> Any:

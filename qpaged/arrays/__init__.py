@@ -1,7 +1,9 @@
 """QuantizedArray, its writes and its lazy reads."""
 
 from qpaged._deprecated import renamed_attributes
-from qpaged.arrays import _handlers as _handlers  # registers the handlers
+from qpaged.arrays import _exact_dot as _exact_dot  # these three register handlers
+from qpaged.arrays import _exact_tokens as _exact_tokens
+from qpaged.arrays import _join_handlers as _join_handlers
 from qpaged.arrays._dot import dot_general
 from qpaged.arrays._dtypes import common_dtype, dtype_of_floats, float_dtype, is_dtype
 from qpaged.arrays._elementwise import not_elementwise
@@ -10,6 +12,7 @@ from qpaged.arrays._indices import clip_to_int32
 from qpaged.arrays._lane_rows import LANES
 from qpaged.arrays._packing import PLANES, extract_codes, has_planes, pack
 from qpaged.arrays._pages import clear_pages, copy_pages, final_targets, put_pages
+from qpaged.arrays._partly_exact import PartlyExact, is_cache_array, overwrite_exact
 from qpaged.arrays._protocol import ArrayFormat, GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.arrays._quantize import check_parts, empty, fill_lane_rows, overwrite, quantize
 from qpaged.arrays._quantized import BlockParts, QuantizedArray, is_quantized
@@ -34,6 +37,7 @@ __all__ = [
     "GlobalScaleRule",
     "GrowthRule",
     "OffsetRule",
+    "PartlyExact",
     "QuantizedArray",
     "TransformRule",
     "as_slots",
@@ -55,11 +59,13 @@ __all__ = [
     "has_planes",
     "in_units",
     "invert_output",
+    "is_cache_array",
     "is_dtype",
     "is_quantized",
     "mask_slots",
     "not_elementwise",
     "overwrite",
+    "overwrite_exact",
     "pack",
     "put_pages",
     "quantize",

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding
 
 from qpaged._compat import explicit_sharding, has_explicit_meshes, with_auto_axes
 from qpaged.arrays._placement import sharding_of_part
-from qpaged.arrays._quantized import QuantizedArray, is_quantized
-from qpaged.implicit import default_handler
+from qpaged.arrays._quantized import QuantizedArray
+from qpaged.implicit import ImplicitArray, default_handler
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -69,13 +69,17 @@ def placed_as(function: Callable[..., Any], operands: Sequence[Any], plain: Any)
         shapes = jax.eval_shape(implemented, *jax.tree_util.tree_map(_without_sharding, tuple(operands)))
     if not is_implemented:
         return NotImplemented
-    results = jax.tree_util.tree_leaves(shapes, is_leaf=is_quantized)
+    results = jax.tree_util.tree_leaves(shapes, is_leaf=_is_one_array)
     shardings = []
     for result, struct in zip(results, jax.tree_util.tree_leaves(plain), strict=True):
         place = functools.partial(_sharding_of_leaf, struct.sharding)
         shardings.append(jax.tree_util.tree_map(place, result))
-    tree = jax.tree_util.tree_structure(shapes, is_leaf=is_quantized)
+    tree = jax.tree_util.tree_structure(shapes, is_leaf=_is_one_array)
     return with_auto_axes(function, jax.tree_util.tree_unflatten(tree, shardings))(*operands)
+
+
+def _is_one_array(value: Any) -> bool:
+    return isinstance(value, ImplicitArray)
 
 
 def are_explicit(operands: Sequence[Any]) -> bool:

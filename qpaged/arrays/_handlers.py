@@ -5,7 +5,6 @@ user warned. Handlers take ``**params``, because primitives gain parameters over
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
 
@@ -17,6 +16,7 @@ from qpaged._compat import primitive_exists, reshard_primitives
 from qpaged._promotion import promoting_ranks
 from qpaged.arrays import (
     _dot,
+    _exact_reads,
     _masks,
     _moves,
     _one_hot,
@@ -24,15 +24,15 @@ from qpaged.arrays import (
     _read_format,
     _windows,
 )
-from qpaged.arrays._additions import add_rows
-from qpaged.arrays._deferred import Deferred, defer
+from qpaged.arrays._deferred import defer
 from qpaged.arrays._explicit import on_explicit_meshes
 from qpaged.arrays._gather import gather
-from qpaged.arrays._joined import Joined, part_by_part
-from qpaged.arrays._lazily import LAZILY, lazily
+from qpaged.arrays._lazily import LAZILY
+from qpaged.arrays._partly_exact import PartlyExact
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._repeated import Repeated, stretched_axes
 from qpaged.arrays._reshape import reshape
+from qpaged.arrays._rows import add_rows
 from qpaged.arrays._writes import is_writable
 from qpaged.implicit import ImplicitArray, default_handler, primitive_handler
 from qpaged.implicit._origins import is_zeros, unstretched
@@ -76,12 +76,12 @@ def _deferring_handler(primitives: Any) -> Callable[[F], F]:
     return decorate
 
 
-def _if_it_exists(name: str) -> list[str]:
+def if_it_exists(name: str) -> list[str]:
     """Return the primitive's name in a list, which is empty where this JAX has no such primitive."""
     return [name] if primitive_exists(name) else []
 
 
-def _or_not_implemented(moved: Any) -> Any:
+def or_not_implemented(moved: Any) -> Any:
     """Return what a move made, or NotImplemented where it could not without decoding."""
     return NotImplemented if moved is None else moved
 
@@ -95,14 +95,14 @@ def _transpose(primitive, array: QuantizedArray, *, permutation, **params):
 def _reshape(primitive, array: QuantizedArray, *rest, new_sizes, dimensions=None, **params):
     if dimensions is not None:
         return NotImplemented
-    return _or_not_implemented(reshape(array, new_sizes))
+    return or_not_implemented(reshape(array, new_sizes))
 
 
 @_handler("broadcast_in_dim")
 def _broadcast(primitive, array: QuantizedArray, *rest, shape, broadcast_dimensions, **params):
     unstretched, stretched = stretched_axes(array, shape, broadcast_dimensions)
     if not LAZILY or len(stretched) != 1 or shape[stretched[0]] == 0:
-        return _or_not_implemented(_moves.broadcast_in_dim(array, shape, broadcast_dimensions))
+        return or_not_implemented(_moves.broadcast_in_dim(array, shape, broadcast_dimensions))
     once = _moves.broadcast_in_dim(array, unstretched, broadcast_dimensions)
     if once is None:
         return NotImplemented
@@ -114,14 +114,14 @@ def _squeeze(primitive, array: QuantizedArray, *, dimensions, **params):
     return _moves.squeeze(array, dimensions)
 
 
-@_handler(_if_it_exists("copy"))
+@_handler(if_it_exists("copy"))
 def _copy(primitive, array: QuantizedArray, **params):
     return array
 
 
-@_handler(_if_it_exists("sharding_constraint"))
+@_handler(if_it_exists("sharding_constraint"))
 def _constrain(primitive, array: QuantizedArray, *, sharding, **params):
-    return _or_not_implemented(_placement.place(array, sharding, lax.with_sharding_constraint))
+    return or_not_implemented(_placement.place(array, sharding, lax.with_sharding_constraint))
 
 
 @primitive_handler(reshard_primitives())
@@ -131,10 +131,10 @@ def _reshard(primitive, array: QuantizedArray, *, dst_sharding, **params):
     def put(part: jax.Array, sharding: Any) -> jax.Array:
         return default_handler(primitive, part, dst_sharding=sharding, **params)
 
-    return _or_not_implemented(_placement.place(array, dst_sharding, put))
+    return or_not_implemented(_placement.place(array, dst_sharding, put))
 
 
-@_handler(_if_it_exists("device_put"))
+@_handler(if_it_exists("device_put"))
 def _device_put(primitive, array: QuantizedArray, *rest: Operand, devices=(), **params):
     if rest or len(devices) != 1:
         return NotImplemented
@@ -142,7 +142,7 @@ def _device_put(primitive, array: QuantizedArray, *rest: Operand, devices=(), **
     return NotImplemented if placed is None else [placed]
 
 
-@_handler(_if_it_exists("reduce_precision"))
+@_handler(if_it_exists("reduce_precision"))
 def _reduce_precision(primitive, array: QuantizedArray, *, exponent_bits, mantissa_bits, **params):
     """Convert to the dtype of that precision and back, which leaves codes and scales."""
     for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
@@ -154,14 +154,14 @@ def _reduce_precision(primitive, array: QuantizedArray, *, exponent_bits, mantis
 
 @_handler("rev")
 def _reverse(primitive, array: QuantizedArray, *, dimensions, **params):
-    return _or_not_implemented(_moves.reverse(array, dimensions))
+    return or_not_implemented(_moves.reverse(array, dimensions))
 
 
 @_handler("pad")
 def _pad(primitive, array: QuantizedArray, value: Operand, *, padding_config, **params):
     if not any(any(widths) for widths in padding_config):
         return array
-    return _or_not_implemented(_moves.pad(array, padding_config)) if is_zeros(value) else NotImplemented
+    return or_not_implemented(_moves.pad(array, padding_config)) if is_zeros(value) else NotImplemented
 
 
 @_handler("convert_element_type")
@@ -173,97 +173,32 @@ def _convert(primitive, array: QuantizedArray, *, new_dtype, **params):
 
 @_deferring_handler("slice")
 def _slice(primitive, array: QuantizedArray, *, start_indices, limit_indices, strides, **params):
-    return _or_not_implemented(_moves.slice_(array, start_indices, limit_indices, strides))
+    return or_not_implemented(_moves.slice_(array, start_indices, limit_indices, strides))
 
 
 @_handler("dynamic_slice")
 def _dynamic_slice(primitive, array: QuantizedArray, *start, slice_sizes, **params):
-    return _or_not_implemented(_moves.dynamic_slice(array, start, slice_sizes))
+    return or_not_implemented(_moves.dynamic_slice(array, start, slice_sizes))
 
 
 @_handler("gather")
 def _gather(
     primitive, array: QuantizedArray, index, *, dimension_numbers, slice_sizes, mode, fill_value, **params
 ):
-    return _or_not_implemented(gather(array, index, dimension_numbers, slice_sizes, mode, fill_value))
+    return or_not_implemented(gather(array, index, dimension_numbers, slice_sizes, mode, fill_value))
 
 
-@primitive_handler("concatenate", precedence=LAST)
-def _concatenate(primitive, array: Operand, *rest: Operand, dimension, **params):
-    arrays = (array, *rest)
-    if _are_alike(arrays):
-        whole = _concatenate_codes(primitive, *arrays, dimension=dimension)
-        if whole is not NotImplemented:
-            return whole
-    if _mixes_pieces(arrays, dimension):
-        return defer(primitive, arrays, {"dimension": dimension})
-    if all(isinstance(array, Joined) for array in arrays):
-        return part_by_part(primitive, arrays, {"dimension": dimension})
-    lazy = QuantizedArray | Repeated | Joined | Deferred
-    others = [array for array in arrays if not isinstance(array, lazy)]
-    if not LAZILY or any(isinstance(other, ImplicitArray) for other in others):
-        return NotImplemented
-    return Joined(arrays, dimension - array.ndim)
-
-
-def _mixes_pieces(arrays: Sequence[Operand], dimension: int) -> bool:
-    """Return True if arrays are joined along channels, or another axis along which none is cut."""
-    for array in arrays:
-        if isinstance(array, Deferred):
-            return dimension != array.axis % array.ndim
-    return all(isinstance(array, QuantizedArray) and dimension == array.channels for array in arrays)
-
-
-@promoting_ranks
-@on_explicit_meshes
-def _concatenate_codes(primitive: Any, *arrays: QuantizedArray, dimension: int) -> Any:
-    return _or_not_implemented(_moves.concatenate(arrays, dimension))
-
-
-@_handler(_if_it_exists("tile"))
+@_handler(if_it_exists("tile"))
 def _tile(primitive, array: QuantizedArray, *, reps, **params):
     if 0 in reps:
         return NotImplemented
-    return _or_not_implemented(_moves.tile(array, reps))
-
-
-@primitive_handler(_if_it_exists("stack"), precedence=LAST)
-def _stack(primitive, array: Operand, *rest: Operand, axis, **params):
-    arrays = (array, *rest)
-    if _are_alike(arrays):
-        return _stack_codes(primitive, *arrays, axis=axis)
-    return defer(primitive, arrays, {"axis": axis, **params})
-
-
-@on_explicit_meshes
-def _stack_codes(primitive: Any, *arrays: QuantizedArray, axis: int) -> Any:
-    return _moves.stack(arrays, axis)
-
-
-@primitive_handler(_if_it_exists("split"))
-def _split(primitive, array: QuantizedArray | Joined | Deferred, *, sizes, axis, **params):
-    return _slices(array, sizes, axis)
-
-
-@primitive_handler(_if_it_exists("unstack"))
-def _unstack(primitive, array: QuantizedArray | Joined | Deferred, *, axis, **params):
-    return _elements(array, axis)
-
-
-@lazily
-def _slices(array: jax.Array, sizes: Sequence[int], axis: int) -> list[jax.Array]:
-    ends = list(itertools.accumulate(sizes))
-    starts = [0, *ends[:-1]]
-    return [lax.slice_in_dim(array, *bounds, axis=axis) for bounds in zip(starts, ends, strict=True)]
-
-
-@lazily
-def _elements(array: jax.Array, axis: int) -> list[jax.Array]:
-    return [lax.squeeze(element, (axis,)) for element in _slices(array, [1] * array.shape[axis], axis)]
+    return or_not_implemented(_moves.tile(array, reps))
 
 
 @primitive_handler("select_n", precedence=LAST)
 def _select(primitive, which: Operand, *cases: Operand, **params):
+    if any(isinstance(case, PartlyExact) for case in cases):
+        return _exact_reads.select(primitive, which, cases, params)
     out = _select_codes(primitive, which, *cases)
     return defer(primitive, (which, *cases), params) if out is NotImplemented else out
 
@@ -271,12 +206,12 @@ def _select(primitive, which: Operand, *cases: Operand, **params):
 @promoting_ranks
 @on_explicit_meshes
 def _select_codes(primitive, which: Operand, *cases: Operand):
-    if not _are_alike(cases):
+    if not are_alike(cases):
         kept = _keep_or_zero(which, cases)
-        return _or_not_implemented(_one_hot.select(which, cases) if kept is None else kept)
+        return or_not_implemented(_one_hot.select(which, cases) if kept is None else kept)
     if jnp.ndim(which) == 0:
         return _moves.select(which, cases)
-    return _or_not_implemented(_masks.select(unstretched(which), cases))
+    return or_not_implemented(_masks.select(unstretched(which), cases))
 
 
 def _keep_or_zero(which: Operand, cases: Sequence[Operand]) -> QuantizedArray | None:
@@ -292,7 +227,7 @@ def _keep_or_zero(which: Operand, cases: Sequence[Operand]) -> QuantizedArray | 
     return _masks.keep(cases[index], mask)
 
 
-def _are_alike(arrays: Sequence[Any]) -> TypeGuard[Sequence[QuantizedArray]]:
+def are_alike(arrays: Sequence[Any]) -> TypeGuard[Sequence[QuantizedArray]]:
     """Return True if all are quantized, in one format and dtype."""
     kinds = set()
     for array in arrays:
@@ -313,12 +248,12 @@ def _multiply(primitive, array: QuantizedArray, factor: Operand, **params):
         return cleared
     if isinstance(factor, ImplicitArray):
         return NotImplemented
-    return _or_not_implemented(_masks.multiply(array, unstretched(factor)))
+    return or_not_implemented(_masks.multiply(array, unstretched(factor)))
 
 
 @_deferring_handler("add")
 def _add(primitive, array: QuantizedArray, row: Operand, **params):
-    return NotImplemented if _stretches(row, array) else _or_not_implemented(_one_hot.add(array, row))
+    return NotImplemented if _stretches(row, array) else or_not_implemented(_one_hot.add(array, row))
 
 
 @_deferring_handler("div")
@@ -368,7 +303,7 @@ def _dot_both(primitive, lhs: QuantizedArray, rhs: QuantizedArray, *, dimension_
 def _update(primitive, array: QuantizedArray, update: Operand, *start: Operand, **params):
     if not is_writable(array):
         return NotImplemented
-    return _or_not_implemented(_windows.dynamic_update_slice(array, update, start))
+    return or_not_implemented(_windows.dynamic_update_slice(array, update, start))
 
 
 @_handler("scatter")
@@ -377,7 +312,7 @@ def _scatter(
 ):
     if not is_writable(array):
         return NotImplemented
-    return _or_not_implemented(_windows.scatter(array, index, updates, dimension_numbers, mode))
+    return or_not_implemented(_windows.scatter(array, index, updates, dimension_numbers, mode))
 
 
 @_handler("scatter_add")
@@ -386,7 +321,7 @@ def _scatter_add(
 ):
     if isinstance(updates, ImplicitArray) or not is_writable(array):
         return NotImplemented
-    return _or_not_implemented(_windows.scatter(array, index, updates, dimension_numbers, mode, put=add_rows))
+    return or_not_implemented(_windows.scatter(array, index, updates, dimension_numbers, mode, put=add_rows))
 
 
 def _is_scalar(factor: Operand, array: QuantizedArray) -> bool:

@@ -11,17 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged.arrays._additions import add_rows
-from qpaged.arrays._quantized import QuantizedArray
-from qpaged.arrays._writes import takes_rows, write_rows
+from qpaged.arrays._rows import CacheArray, add_rows, may_put_rows, put_rows
 from qpaged.implicit import ImplicitArray
 from qpaged.implicit._facts import Kind
 from qpaged.implicit._origins import fact_of, one_hot_of, unstretched
 
 Operand: TypeAlias = jax.Array | ImplicitArray
 Put: TypeAlias = Callable[
-    [QuantizedArray, Sequence[int], Sequence[jax.Array], jax.Array], QuantizedArray
-]  # write_rows or add_rows
+    [CacheArray, Sequence[int], Sequence[jax.Array], jax.Array], CacheArray
+]  # put_rows or add_rows
 
 
 class RowMask(NamedTuple):
@@ -43,19 +41,19 @@ class Targets(NamedTuple):
     coordinates: list[jax.Array]
 
 
-def select(which: jax.Array, cases: Sequence[Operand]) -> QuantizedArray | None:
+def select(which: jax.Array, cases: Sequence[Operand]) -> CacheArray | None:
     """Return ``lax.select_n`` of a quantized array and a plain one of which no more than a row is chosen."""
     if len(cases) != 2:
         return None
     for kind, (array, new) in ((Kind.ONE_HOT, cases), (Kind.ALL_BUT_ONE, cases[::-1])):
-        if isinstance(array, QuantizedArray) and not isinstance(new, ImplicitArray):
+        if isinstance(array, CacheArray) and not isinstance(new, ImplicitArray):
             mask = _row_mask(array, which, kind)
             if mask is not None:
                 return _put(array, mask, unstretched(new))
     return None
 
 
-def add(array: QuantizedArray, row: Operand) -> QuantizedArray | None:
+def add(array: CacheArray, row: Operand) -> CacheArray | None:
     """Return ``array + row``, for a row that is zero but at one index of an axis."""
     mask = _row_mask(array, row, Kind.ROW)
     if mask is None or isinstance(row, ImplicitArray):
@@ -63,13 +61,13 @@ def add(array: QuantizedArray, row: Operand) -> QuantizedArray | None:
     return _put(array, mask, row, add_rows)
 
 
-def multiply(array: QuantizedArray, factor: Operand) -> QuantizedArray | None:
+def multiply(array: CacheArray, factor: Operand) -> CacheArray | None:
     """Return ``array * factor``, for a factor that is 0 at one index of an axis, and 1 at the others."""
     mask = _row_mask(array, factor, Kind.ALL_BUT_ONE)
     return None if mask is None else _put(array, mask, jnp.zeros((1,) * array.ndim, array.dtype))
 
 
-def _row_mask(array: QuantizedArray, operand: Operand, kind: Kind) -> RowMask | None:
+def _row_mask(array: CacheArray, operand: Operand, kind: Kind) -> RowMask | None:
     """Return the row of an array that an operand is about, if the program shows it to be of a kind."""
     fact = fact_of(operand)
     if fact is None or fact.kind is not kind or operand.shape[fact.axis] != array.shape[fact.axis]:
@@ -80,9 +78,7 @@ def _row_mask(array: QuantizedArray, operand: Operand, kind: Kind) -> RowMask | 
     return None if one_hot is None else RowMask(one_hot.astype(bool), fact.axis)
 
 
-def _put(
-    array: QuantizedArray, mask: RowMask, values: jax.Array, put: Put = write_rows
-) -> QuantizedArray | None:
+def _put(array: CacheArray, mask: RowMask, values: jax.Array, put: Put = put_rows) -> CacheArray | None:
     """Return ``array`` with rows of ``values`` put where a mask is True; values may be 1 long along axes.
 
     None for rows that part blocks along other axes, which are computed as a whole.
@@ -91,12 +87,12 @@ def _put(
         return array
     targets = _targets(array, mask)
     cuts_blocks = any(array.block[other] > 1 for other in targets.axes if other != mask.axis)
-    if cuts_blocks or not takes_rows(array, targets.axes):
+    if cuts_blocks or not may_put_rows(array, targets.axes):
         return None
     return put(array, *targets, _rows(array, mask, values))
 
 
-def _targets(array: QuantizedArray, mask: RowMask) -> Targets:
+def _targets(array: CacheArray, mask: RowMask) -> Targets:
     """Return the coordinates at which a mask is True, those past the end where it is nowhere."""
     one_hot, axis = mask
     along = jnp.argmax(one_hot, axis).astype(jnp.int32)
@@ -110,7 +106,7 @@ def _targets(array: QuantizedArray, mask: RowMask) -> Targets:
     return Targets(axes, coordinates)
 
 
-def _rows(array: QuantizedArray, mask: RowMask, values: jax.Array) -> jax.Array:
+def _rows(array: CacheArray, mask: RowMask, values: jax.Array) -> jax.Array:
     """Return what ``values`` are where a mask is True: (rows, *extents of the other axes in order)."""
     one_hot, axis = mask
     if values.shape[axis] != 1:

@@ -19,34 +19,32 @@ from qpaged.arrays._indices import clip_to_int32
 from qpaged.arrays._moves import clamp_start
 from qpaged.arrays._quantize import overwrite
 from qpaged.arrays._quantized import QuantizedArray
-from qpaged.arrays._writes import takes_rows, write_rows
+from qpaged.arrays._rows import CacheArray, may_put_rows, put_rows
 
 Update = jax.Array | QuantizedArray
-Put: TypeAlias = Callable[..., QuantizedArray]
-"""put(array, axes, coordinates, rows): what is done with rows, ``write_rows`` or ``add_rows``."""
+Put: TypeAlias = Callable[..., CacheArray]
+"""put(array, axes, coordinates, rows): what is done with rows, ``put_rows`` or ``add_rows``."""
 
 
-def dynamic_update_slice(
-    array: QuantizedArray, update: Update, start: Sequence[jax.Array]
-) -> QuantizedArray | None:
+def dynamic_update_slice(array: CacheArray, update: Update, start: Sequence[jax.Array]) -> CacheArray | None:
     """Return ``lax.dynamic_update_slice``, which quantizes what it writes; the start is clamped, as there.
 
     None where the format cannot be written to in such windows.
     """
-    if update.shape == array.shape:
+    if update.shape == array.shape and isinstance(array, QuantizedArray):
         return overwrite(array, update)
     starts = jnp.stack(clamp_start(start, array.shape, update.shape))[None]
     return _write_windows(array, starts, _reshape_update(update, (1, *update.shape)))
 
 
 def scatter(
-    array: QuantizedArray,
+    array: CacheArray,
     index: jax.Array,
     updates: Update,
     numbers: ScatterDimensionNumbers,
     mode: GatherScatterMode,
-    put: Put = write_rows,
-) -> QuantizedArray | None:
+    put: Put = put_rows,
+) -> CacheArray | None:
     """Return ``lax.scatter``, windows and batching dimensions included; with ``add_rows``, ``scatter_add``.
 
     None where the format cannot be written to in such windows.
@@ -85,16 +83,16 @@ def _in_bounds(
 
 
 def _write_windows(
-    array: QuantizedArray,
+    array: CacheArray,
     starts: jax.Array,  # [count, ndim]
     windows: Update,  # [count, *window]
-    put: Put = write_rows,
-) -> QuantizedArray | None:
+    put: Put = put_rows,
+) -> CacheArray | None:
     """Return ``array`` with ``windows`` written at ``starts``; None where the format cannot be."""
     window = windows.shape[1:]
     # Where a window covers the array, the first axis is indexed all the same: it may still be out of range.
     indexed = [axis for axis in range(array.ndim) if window[axis] != array.shape[axis]] or [0]
-    if not takes_rows(array, indexed):
+    if not may_put_rows(array, indexed):
         return None
     kept = [axis for axis in range(array.ndim) if axis not in indexed]
     sizes = [window[axis] for axis in indexed]

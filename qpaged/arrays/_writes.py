@@ -245,6 +245,15 @@ def _scatter_scales(part: jax.Array, blocks: jax.Array, new: jax.Array) -> jax.A
     return scatter_rows(part, PAGE_AND_SLOT, blocks, new)
 
 
+def rows_at(array: QuantizedArray, axes: Sequence[int], index: jax.Array) -> QuantizedArray:
+    """Return the rows [rows, *extents of the other axes] at ``index`` along ``axes``, still quantized."""
+    axes = tuple(axes)
+    block = jnp.array([array.block[axis] for axis in axes], jnp.int32)
+    parts = array.parts.map(lambda part: gather_rows(part, axes, index // block))
+    codes = gather_rows(array.codes, axes, index)
+    return array.like(codes, parts, channel_axis=channel_axis_of_rows(array, axes))
+
+
 def channel_axis_of_rows(array: QuantizedArray, axes: Sequence[int]) -> int:
     """Return the channel axis of rows that leave out ``axes``, counted from the end."""
     after = range(array.channels + 1, array.ndim)

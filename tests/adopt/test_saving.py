@@ -11,7 +11,7 @@ from test_find_cache import CACHE, step
 
 from qpaged import adopt
 
-QUANTIZERS = ["int8", "int8:token", "int4", "int8:channel+offset/nvfp4"]
+QUANTIZERS = ["int8", "int4+rotate+exact8", "int8:token", "int4", "int8:channel+offset/nvfp4"]
 
 
 @pytest.mark.parametrize("quantizer", first_short(1, QUANTIZERS))

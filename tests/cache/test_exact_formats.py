@@ -19,7 +19,6 @@ from support.caches import (
     prefill,
 )
 from support.exact_pages import filled, rows
-from support.implicit_arrays import needs_own_implementation
 
 import qpaged
 from qpaged import pools
@@ -82,17 +81,6 @@ def test_it_says_what_it_is():
         "PagedAttentionCacheView(layer 0, keys int8+exact9 float32[2,16,4,32], "
         "values int4 float32[2,16,4,32])"
     )
-
-
-@needs_own_implementation
-def test_adopt_has_no_exact_pages():
-    def step(x, position, cache):
-        cache = jax.lax.dynamic_update_slice(cache, x, (0, position, 0))
-        return jnp.einsum("btd,bsd->bts", x, cache), cache
-
-    example = jnp.ones((2, 1, 32)), jnp.int32(0), jnp.zeros((2, 32, 32))
-    with pytest.raises(ValueError, match="quantizer must have no exact pages for the arrays"):
-        qpaged.adopt.quantize_cache(step, "int4+exact8", example=example)
 
 
 def test_pages_need_the_tables_of_their_tokens():
