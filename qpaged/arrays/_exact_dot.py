@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged.arrays._dtypes import are_floats, common_dtype
+from qpaged.arrays._explicit import array_handler
 from qpaged.arrays._lazily import lazily
 from qpaged.arrays._partly_exact import PartlyExact
 from qpaged.arrays._scaled_dot import DotAxes, with_operands_swapped
-from qpaged.implicit import ImplicitArray, primitive_handler
+from qpaged.implicit import ImplicitArray
 
 if TYPE_CHECKING:
     Operand: TypeAlias = Any
@@ -23,7 +24,7 @@ else:
 BEFORE_JOINED = 4
 
 
-@primitive_handler("dot_general", precedence=BEFORE_JOINED)
+@array_handler("dot_general", precedence=BEFORE_JOINED)
 def _dot_left(primitive, lhs: PartlyExact, rhs: Operand, *, dimension_numbers, **params):
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     out = _dot(rhs, lhs, DotAxes.of(rhs_contract, lhs_contract, rhs_batch, lhs_batch), **params)
@@ -32,13 +33,13 @@ def _dot_left(primitive, lhs: PartlyExact, rhs: Operand, *, dimension_numbers, *
     return with_operands_swapped(out, len(rhs_batch), jnp.ndim(rhs) - len(rhs_contract))
 
 
-@primitive_handler("dot_general", precedence=BEFORE_JOINED)
+@array_handler("dot_general", precedence=BEFORE_JOINED)
 def _dot_right(primitive, lhs: Operand, rhs: PartlyExact, *, dimension_numbers, **params):
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
     return _dot(lhs, rhs, DotAxes.of(lhs_contract, rhs_contract, lhs_batch, rhs_batch), **params)
 
 
-@primitive_handler("dot_general", precedence=BEFORE_JOINED)
+@array_handler("dot_general", precedence=BEFORE_JOINED)
 def _dot_both(primitive, lhs: PartlyExact, rhs: PartlyExact, *, dimension_numbers, **params):
     return NotImplemented
 

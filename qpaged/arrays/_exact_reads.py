@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import Primitive
+from qpaged._compat import Primitive, reshard_primitives
 from qpaged._promotion import promoting_ranks
 from qpaged.arrays import _one_hot, _windows
 from qpaged.arrays._along_axis import axis_after, params_of_piece
 from qpaged.arrays._exact_places import NO_PAGE
+from qpaged.arrays._explicit import array_handler, on_explicit_meshes
 from qpaged.arrays._lazily import lazily
 from qpaged.arrays._partly_exact import PartlyExact
+from qpaged.arrays._placement import sharding_of_part
 from qpaged.arrays._reshape import axis_groups
 from qpaged.arrays._rows import add_rows
 from qpaged.implicit import ImplicitArray, primitive_handler
@@ -42,12 +44,12 @@ def bind_lazily(primitive: Primitive, operands: Sequence[Operand], params: Mappi
 # Moves
 
 
-@primitive_handler(["convert_element_type", "neg", "squeeze", "transpose"])
+@array_handler(["convert_element_type", "neg", "squeeze", "transpose"])
 def _move(primitive, array: PartlyExact, **params):
     return move(primitive, array, params)
 
 
-@primitive_handler(["broadcast_in_dim", "reshape"])
+@array_handler(["broadcast_in_dim", "reshape"])
 def _resize(primitive, array: PartlyExact, *rest, **params):
     return NotImplemented if rest else move(primitive, array, params)
 
@@ -113,7 +115,20 @@ def _slice_page(array: PartlyExact, params: Mapping[str, Any], after: int) -> ja
     return lax.slice(array.page, start, limit, strides)
 
 
-@primitive_handler("pad")
+@primitive_handler(reshard_primitives())
+def _reshard(primitive, array: PartlyExact, *, dst_sharding, **params):
+    """Place the array on the mesh as it is from here on; if tokens go to several devices, decoded."""
+    if (*dst_sharding.spec, *[None] * array.ndim)[array.tokens] is not None:
+        return NotImplemented
+
+    def put(part: Operand) -> Any:
+        sharding = sharding_of_part(dst_sharding, part.shape)
+        return bind_lazily(primitive, [part], {"dst_sharding": sharding, **params})
+
+    return array.like(put(array.codes), put(array.rows), put(array.page))
+
+
+@array_handler("pad")
 def _pad(primitive, array: PartlyExact, value: Operand, *, padding_config, **params):
     """Put zeros behind the tokens."""
     _, behind, between = padding_config[array.tokens]
@@ -142,7 +157,8 @@ def axes_of_one(array: PartlyExact) -> list[int]:
     ]
 
 
-def concatenate(arrays: Sequence[PartlyExact], dimension: int) -> Any:
+@on_explicit_meshes
+def concatenate(primitive: Primitive, *arrays: PartlyExact, dimension: int) -> Any:
     """Return arrays joined along an axis that is not that of the tokens, part by part."""
     first = arrays[0]
     if not _hold_alike(arrays):
@@ -153,7 +169,8 @@ def concatenate(arrays: Sequence[PartlyExact], dimension: int) -> Any:
     return first.like(join(*codes), join(*rows), page, first.tokens)
 
 
-def stack(primitive: Primitive, arrays: Sequence[PartlyExact], axis: int, params: Mapping[str, Any]) -> Any:
+@on_explicit_meshes
+def stack(primitive: Primitive, *arrays: PartlyExact, axis: int, **params: Any) -> Any:
     """Return arrays stacked along a new axis, part by part."""
     if not _hold_alike(arrays):
         return NotImplemented
@@ -185,18 +202,18 @@ def _common_pages(pages: Sequence[jax.Array]) -> jax.Array:
 # Arithmetic
 
 
-@primitive_handler(ARITHMETIC, precedence=BEFORE_JOINED)
+@array_handler(ARITHMETIC, precedence=BEFORE_JOINED)
 def _arithmetic_left(primitive, left: PartlyExact, right: Operand, **params):
     cleared = _write_one_hot(primitive.name, left, right)
     return arithmetic(primitive, [left, right], params) if cleared is None else cleared
 
 
-@primitive_handler(ARITHMETIC, precedence=BEFORE_JOINED)
+@array_handler(ARITHMETIC, precedence=BEFORE_JOINED)
 def _arithmetic_right(primitive, left: Operand, right: PartlyExact, **params):
     return arithmetic(primitive, [left, right], params)
 
 
-@primitive_handler(ARITHMETIC, precedence=BEFORE_JOINED)
+@array_handler(ARITHMETIC, precedence=BEFORE_JOINED)
 def _arithmetic_both(primitive, left: PartlyExact, right: PartlyExact, **params):
     return arithmetic(primitive, [left, right], params)
 
@@ -250,7 +267,9 @@ def _rows_of(array: PartlyExact, operand: jax.Array) -> jax.Array:
     return jnp.broadcast_to(once, array.rows.shape)
 
 
-def select(primitive: Primitive, which: Operand, cases: Sequence[Operand], params: Mapping[str, Any]) -> Any:
+@promoting_ranks
+@on_explicit_meshes
+def select(primitive: Primitive, which: Operand, *cases: Operand, **params: Any) -> Any:
     """Return what ``select_n`` makes of arrays some of which have exact pages."""
     written = _one_hot.select(which, cases)
     if written is not None:
@@ -278,11 +297,11 @@ def _select_sequences(which: jax.Array, cases: Sequence[PartlyExact]) -> Any:
 # Writes
 
 
-@primitive_handler("dynamic_update_slice")
+@array_handler("dynamic_update_slice")
 def _update(primitive, array: PartlyExact, update: Operand, *start: Operand, **params):
     if isinstance(update, PartlyExact):
         return _update_sequences(array, update, start)
-    written = promoting_ranks(_windows.dynamic_update_slice)(array, update, start)
+    written = _windows.dynamic_update_slice(array, update, start)
     return NotImplemented if written is None else written
 
 
@@ -305,12 +324,12 @@ def _update_sequences(array: PartlyExact, update: PartlyExact, start: Sequence[j
     )
 
 
-@primitive_handler("scatter")
+@array_handler("scatter")
 def _scatter(primitive, array: PartlyExact, index: Operand, updates: Operand, **params):
     numbers, mode = params["dimension_numbers"], params["mode"]
     if isinstance(updates, PartlyExact):
         return _scatter_sequences(primitive, array, index, updates, params)
-    written = promoting_ranks(_windows.scatter)(array, index, updates, numbers, mode)
+    written = _windows.scatter(array, index, updates, numbers, mode)
     return NotImplemented if written is None else written
 
 
@@ -340,10 +359,10 @@ def _scatter_sequences(
     return array.like(*parts)
 
 
-@primitive_handler("scatter_add")
+@array_handler("scatter_add")
 def _scatter_add(primitive, array: PartlyExact, index: Operand, updates: Operand, **params):
     if isinstance(updates, ImplicitArray):
         return NotImplemented
     numbers, mode = params["dimension_numbers"], params["mode"]
-    written = promoting_ranks(_windows.scatter)(array, index, updates, numbers, mode, put=add_rows)
+    written = _windows.scatter(array, index, updates, numbers, mode, put=add_rows)
     return NotImplemented if written is None else written

@@ -14,10 +14,11 @@ from jax.lax import GatherDimensionNumbers, GatherScatterMode
 
 from qpaged._compat import Primitive, operand_batching_dims
 from qpaged.arrays._exact_reads import axes_of_one, bind_lazily, move
+from qpaged.arrays._explicit import array_handler
 from qpaged.arrays._indices import clip_to_int32
 from qpaged.arrays._lazily import lazily
 from qpaged.arrays._partly_exact import PartlyExact
-from qpaged.implicit import ImplicitArray, primitive_handler
+from qpaged.implicit import ImplicitArray
 
 if TYPE_CHECKING:
     Operand: TypeAlias = Any
@@ -25,7 +26,7 @@ else:
     Operand = object  # what qax dispatches on as anything whatever
 
 
-@primitive_handler("slice")
+@array_handler("slice")
 def _slice(primitive, array: PartlyExact, *, start_indices, limit_indices, strides, **params):
     tokens = array.tokens
     steps = strides or (1,) * array.ndim
@@ -42,7 +43,7 @@ def _slice(primitive, array: PartlyExact, *, start_indices, limit_indices, strid
     return _choose(part, jnp.arange(*bounds, dtype=jnp.int32), codes)
 
 
-@primitive_handler("dynamic_slice")
+@array_handler("dynamic_slice")
 def _dynamic_slice(primitive, array: PartlyExact, *start, slice_sizes, **params):
     tokens, count = array.tokens, slice_sizes[array.tokens]
     sizes, starts = list(slice_sizes), list(start)
@@ -96,7 +97,7 @@ def _select(is_exact: jax.Array, rows: Operand, codes: Operand) -> Any:
     return lax.select(jnp.broadcast_to(is_exact, codes.shape), rows, codes)
 
 
-@primitive_handler("gather")
+@array_handler("gather")
 def _gather(primitive, array: PartlyExact, index: Operand, *, dimension_numbers, slice_sizes, **params):
     tokens, numbers = array.tokens, dimension_numbers
     removed = {*numbers.collapsed_slice_dims, *operand_batching_dims(numbers)}

@@ -14,11 +14,22 @@ import jax
 from jax.sharding import NamedSharding
 
 from qpaged._compat import explicit_sharding, has_explicit_meshes, with_auto_axes
+from qpaged._promotion import promoting_ranks
 from qpaged.arrays._placement import sharding_of_part
-from qpaged.arrays._quantized import QuantizedArray
-from qpaged.implicit import ImplicitArray, default_handler
+from qpaged.implicit import ImplicitArray, default_handler, primitive_handler
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def array_handler(primitives: Any, **options: int) -> Callable[[F], F]:
+    """Register a function as `primitive_handler` does, for meshes with Explicit axes too."""
+    register = primitive_handler(primitives, **options)
+
+    def decorate(function: F) -> F:
+        register(promoting_ranks(on_explicit_meshes(function)))
+        return function
+
+    return decorate
 
 
 def on_explicit_meshes(handler: F) -> F:
@@ -89,8 +100,9 @@ def are_explicit(operands: Sequence[Any]) -> bool:
 
 
 def _logical_struct(operand: Any) -> jax.ShapeDtypeStruct:
-    leaf = operand.stored if isinstance(operand, QuantizedArray) else operand
-    return jax.ShapeDtypeStruct(operand.shape, operand.dtype, sharding=explicit_sharding(leaf))
+    is_implicit = isinstance(operand, ImplicitArray)
+    sharding = operand.explicit_sharding() if is_implicit else explicit_sharding(operand)
+    return jax.ShapeDtypeStruct(operand.shape, operand.dtype, sharding=sharding)
 
 
 def _without_sharding(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -25,7 +25,7 @@ from qpaged.arrays import (
     _windows,
 )
 from qpaged.arrays._deferred import defer
-from qpaged.arrays._explicit import on_explicit_meshes
+from qpaged.arrays._explicit import array_handler, on_explicit_meshes
 from qpaged.arrays._gather import gather
 from qpaged.arrays._lazily import LAZILY
 from qpaged.arrays._partly_exact import PartlyExact
@@ -48,19 +48,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 LAST = -1  # the precedence of handlers of any operands, which must not stand in the way of others
 
 
-def _handler(primitives: Any, **options: int) -> Callable[[F], F]:
-    """Register a function as `primitive_handler` does, for meshes with Explicit axes too."""
-    register = primitive_handler(primitives, **options)
-
-    def decorate(function: F) -> F:
-        register(promoting_ranks(on_explicit_meshes(function)))
-        return function
-
-    return decorate
-
-
 def _deferring_handler(primitives: Any) -> Callable[[F], F]:
-    """Register a function as :func:`_handler` does; what it leaves is deferred, where that can be."""
+    """Register a function as `array_handler` does; what it leaves is deferred, where that can be."""
 
     def decorate(function: F) -> F:
         handle = promoting_ranks(on_explicit_meshes(function))
@@ -86,7 +75,7 @@ def or_not_implemented(moved: Any) -> Any:
     return NotImplemented if moved is None else moved
 
 
-@_handler("transpose")
+@array_handler("transpose")
 def _transpose(primitive, array: QuantizedArray, *, permutation, **params):
     return _moves.transpose(array, permutation)
 
@@ -98,7 +87,7 @@ def _reshape(primitive, array: QuantizedArray, *rest, new_sizes, dimensions=None
     return or_not_implemented(reshape(array, new_sizes))
 
 
-@_handler("broadcast_in_dim")
+@array_handler("broadcast_in_dim")
 def _broadcast(primitive, array: QuantizedArray, *rest, shape, broadcast_dimensions, **params):
     unstretched, stretched = stretched_axes(array, shape, broadcast_dimensions)
     if not LAZILY or len(stretched) != 1 or shape[stretched[0]] == 0:
@@ -109,17 +98,17 @@ def _broadcast(primitive, array: QuantizedArray, *rest, shape, broadcast_dimensi
     return Repeated(once, stretched[0] - len(shape), shape[stretched[0]])
 
 
-@_handler("squeeze")
+@array_handler("squeeze")
 def _squeeze(primitive, array: QuantizedArray, *, dimensions, **params):
     return _moves.squeeze(array, dimensions)
 
 
-@_handler(if_it_exists("copy"))
+@array_handler(if_it_exists("copy"))
 def _copy(primitive, array: QuantizedArray, **params):
     return array
 
 
-@_handler(if_it_exists("sharding_constraint"))
+@array_handler(if_it_exists("sharding_constraint"))
 def _constrain(primitive, array: QuantizedArray, *, sharding, **params):
     return or_not_implemented(_placement.place(array, sharding, lax.with_sharding_constraint))
 
@@ -134,7 +123,7 @@ def _reshard(primitive, array: QuantizedArray, *, dst_sharding, **params):
     return or_not_implemented(_placement.place(array, dst_sharding, put))
 
 
-@_handler(if_it_exists("device_put"))
+@array_handler(if_it_exists("device_put"))
 def _device_put(primitive, array: QuantizedArray, *rest: Operand, devices=(), **params):
     if rest or len(devices) != 1:
         return NotImplemented
@@ -142,7 +131,7 @@ def _device_put(primitive, array: QuantizedArray, *rest: Operand, devices=(), **
     return NotImplemented if placed is None else [placed]
 
 
-@_handler(if_it_exists("reduce_precision"))
+@array_handler(if_it_exists("reduce_precision"))
 def _reduce_precision(primitive, array: QuantizedArray, *, exponent_bits, mantissa_bits, **params):
     """Convert to the dtype of that precision and back, which leaves codes and scales."""
     for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
@@ -152,19 +141,19 @@ def _reduce_precision(primitive, array: QuantizedArray, *, exponent_bits, mantis
     return NotImplemented
 
 
-@_handler("rev")
+@array_handler("rev")
 def _reverse(primitive, array: QuantizedArray, *, dimensions, **params):
     return or_not_implemented(_moves.reverse(array, dimensions))
 
 
-@_handler("pad")
+@array_handler("pad")
 def _pad(primitive, array: QuantizedArray, value: Operand, *, padding_config, **params):
     if not any(any(widths) for widths in padding_config):
         return array
     return or_not_implemented(_moves.pad(array, padding_config)) if is_zeros(value) else NotImplemented
 
 
-@_handler("convert_element_type")
+@array_handler("convert_element_type")
 def _convert(primitive, array: QuantizedArray, *, new_dtype, **params):
     if not jnp.issubdtype(new_dtype, jnp.floating):
         return NotImplemented
@@ -176,19 +165,19 @@ def _slice(primitive, array: QuantizedArray, *, start_indices, limit_indices, st
     return or_not_implemented(_moves.slice_(array, start_indices, limit_indices, strides))
 
 
-@_handler("dynamic_slice")
+@array_handler("dynamic_slice")
 def _dynamic_slice(primitive, array: QuantizedArray, *start, slice_sizes, **params):
     return or_not_implemented(_moves.dynamic_slice(array, start, slice_sizes))
 
 
-@_handler("gather")
+@array_handler("gather")
 def _gather(
     primitive, array: QuantizedArray, index, *, dimension_numbers, slice_sizes, mode, fill_value, **params
 ):
     return or_not_implemented(gather(array, index, dimension_numbers, slice_sizes, mode, fill_value))
 
 
-@_handler(if_it_exists("tile"))
+@array_handler(if_it_exists("tile"))
 def _tile(primitive, array: QuantizedArray, *, reps, **params):
     if 0 in reps:
         return NotImplemented
@@ -198,7 +187,7 @@ def _tile(primitive, array: QuantizedArray, *, reps, **params):
 @primitive_handler("select_n", precedence=LAST)
 def _select(primitive, which: Operand, *cases: Operand, **params):
     if any(isinstance(case, PartlyExact) for case in cases):
-        return _exact_reads.select(primitive, which, cases, params)
+        return _exact_reads.select(primitive, which, *cases, **params)
     out = _select_codes(primitive, which, *cases)
     return defer(primitive, (which, *cases), params) if out is NotImplemented else out
 
@@ -279,34 +268,34 @@ def _arithmetic_both(primitive, array: QuantizedArray, other: QuantizedArray, **
     return defer(primitive, (array, other), params)
 
 
-@_handler("neg")
+@array_handler("neg")
 def _negate(primitive, array: QuantizedArray, **params):
     return _read_format.multiply_by_scalar(array, jnp.float32(-1))
 
 
-@_handler("dot_general")
+@array_handler("dot_general")
 def _dot_left(primitive, lhs: QuantizedArray, rhs: Operand, *, dimension_numbers, **params):
     return _dot.dot_general(lhs, rhs, dimension_numbers, **params)
 
 
-@_handler("dot_general")
+@array_handler("dot_general")
 def _dot_right(primitive, lhs: Operand, rhs: QuantizedArray, *, dimension_numbers, **params):
     return _dot.dot_general(lhs, rhs, dimension_numbers, **params)
 
 
-@_handler("dot_general")
+@array_handler("dot_general")
 def _dot_both(primitive, lhs: QuantizedArray, rhs: QuantizedArray, *, dimension_numbers, **params):
     return _dot.dot_general(lhs, rhs, dimension_numbers, **params)
 
 
-@_handler("dynamic_update_slice")
+@array_handler("dynamic_update_slice")
 def _update(primitive, array: QuantizedArray, update: Operand, *start: Operand, **params):
     if not is_writable(array):
         return NotImplemented
     return or_not_implemented(_windows.dynamic_update_slice(array, update, start))
 
 
-@_handler("scatter")
+@array_handler("scatter")
 def _scatter(
     primitive, array: QuantizedArray, index: Operand, updates: Operand, *, dimension_numbers, mode, **params
 ):
@@ -315,7 +304,7 @@ def _scatter(
     return or_not_implemented(_windows.scatter(array, index, updates, dimension_numbers, mode))
 
 
-@_handler("scatter_add")
+@array_handler("scatter_add")
 def _scatter_add(
     primitive, array: QuantizedArray, index: Operand, updates: Operand, *, dimension_numbers, mode, **params
 ):

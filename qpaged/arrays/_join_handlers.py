@@ -37,7 +37,7 @@ def _concatenate(primitive, array: Operand, *rest: Operand, dimension, **params)
     if all(isinstance(array, Joined) for array in arrays):
         return part_by_part(primitive, arrays, {"dimension": dimension})
     if all(isinstance(array, PartlyExact) and array.tokens != dimension for array in arrays):
-        return _exact_reads.concatenate(arrays, dimension)
+        return _exact_reads.concatenate(primitive, *arrays, dimension=dimension)
     lazy = QuantizedArray | PartlyExact | Repeated | Joined | Deferred
     others = [array for array in arrays if not isinstance(array, lazy)]
     if not LAZILY or any(isinstance(other, ImplicitArray) for other in others):
@@ -65,7 +65,7 @@ def _stack(primitive, array: Operand, *rest: Operand, axis, **params):
     if are_alike(arrays):
         return _stack_codes(primitive, *arrays, axis=axis)
     if all(isinstance(array, PartlyExact) for array in arrays):
-        return _exact_reads.stack(primitive, arrays, axis, params)
+        return _exact_reads.stack(primitive, *arrays, axis=axis, **params)
     return defer(primitive, arrays, {"axis": axis, **params})
 
 

@@ -10,7 +10,7 @@ from support.long import first_short
 
 from qpaged import adopt
 from qpaged._compat import has_explicit_meshes
-from qpaged.arrays import is_quantized
+from qpaged.arrays import PartlyExact, is_cache_array
 
 pytestmark = pytest.mark.skipif(not has_explicit_meshes(), reason="this JAX has no Explicit meshes")
 NEED_ANOTHER_SHARDING = [  # of which JAX itself cannot tell how an axis of heads that is divided comes out
@@ -40,7 +40,7 @@ def run(step, cache, x):
 
 
 @pytest.mark.parametrize("case", first_short(3, CASES), ids=str)
-@pytest.mark.parametrize("quantizer", first_short(1, ["int8", "int4:token"]))
+@pytest.mark.parametrize("quantizer", first_short(1, ["int8", "int4:token", "int8+exact9"]))
 def test_a_step_gives_what_it_gives_without_a_mesh(quantizer, case):
     devices, program = case
     plain = adopt.quantize_cache(program.step, quantizer, example=(inputs(1), jnp.int32(0), program.cache()))
@@ -54,9 +54,10 @@ def test_a_step_gives_what_it_gives_without_a_mesh(quantizer, case):
         got, out, after = run(step, step.init(cache), x)
         float_out, _ = jax.jit(program.step)(x, jnp.int32(0), cache)
     assert out.sharding.is_equivalent_to(float_out.sharding, out.ndim)
-    for leaf in jax.tree_util.tree_leaves(after, is_leaf=is_quantized):
-        assert is_quantized(leaf)
-        assert leaf.stored.sharding.spec[axis] == ("x" if devices > 1 else None)
+    for leaf in jax.tree_util.tree_leaves(after, is_leaf=is_cache_array):
+        assert is_cache_array(leaf)
+        codes = leaf.codes if isinstance(leaf, PartlyExact) else leaf
+        assert codes.stored.sharding.spec[axis] == ("x" if devices > 1 else None)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)  # sums of dots over shards, in another order
 
 

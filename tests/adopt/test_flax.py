@@ -48,13 +48,15 @@ def is_close(got, want, tolerance=0.05):
     return float(jnp.abs(got - want).max()) < tolerance * float(jnp.abs(want).max())
 
 
-@pytest.mark.parametrize("spelling", ["int8", "int8:token", "fp8_e4m3", "int8:channel+offset/int4:token"])
+@pytest.mark.parametrize(
+    "spelling", ["int8", "int8:token", "fp8_e4m3", "int8:channel+offset/int4:token", "int8+exact9"]
+)
 def test_nnx_modules_are_called_as_before(spelling):
     plain, model = Decoder(), Decoder()
     step = quantize_nnx(model, spelling, example=(XS[0],), strict=True)
     assert [leaf.role for leaf in step.found.leaves] == ["key", "value"] * LAYERS
     first = model.layers[0].cached_key.get_value()
-    assert isinstance(first, qpaged.QuantizedArray) and first.shape == (*SHAPE[:2], HEADS, WIDTH // HEADS)
+    assert is_cache_array(first) and first.shape == (*SHAPE[:2], HEADS, WIDTH // HEADS)
     want = run(lambda model, x: model(x), plain)
     got = run(nnx.jit(lambda model, x: model(x)), model)
     assert is_close(got, want, 0.05 if "int4" not in spelling else 0.3)
