@@ -72,7 +72,7 @@ def unpack(packed: jax.Array, bits: int, axis: int, dtype: DTypeLike) -> jax.Arr
 
 
 def extract_codes(
-    packed: jax.Array, bits: int, byte_index: int, dtype: DTypeLike, axis: int = -1
+    packed: jax.Array, bits: int, byte_index: int, dtype: DTypeLike, axis: int = -1, slots: int = 1
 ) -> jax.Array:
     """Return the code at ``byte_index`` (0 is the lowest) of each byte, with its sign if ``dtype`` has one.
 
@@ -82,17 +82,19 @@ def extract_codes(
         byte_index: which code of a byte of the low plane.
         dtype: of the result.
         axis: along which planes lie behind each other, where codes have several.
+        slots: how many slots lie behind each other along ``axis``, each with planes of its own.
     """
     if not has_planes(bits):
         return _extract(packed, bits, byte_index, dtype)
+    axis %= packed.ndim
     low, high = PLANES[bits]
-    low_plane, high_plane = _split_planes(packed, bits, axis % packed.ndim)
-    codes = _extract_low(low_plane, low, byte_index)
-    parts = [
-        _extract_low(high_plane, high, index)
-        for index in range(byte_index, BYTE // high, codes_per_byte(bits))
-    ]
-    high_codes = lax.concatenate(parts, axis % packed.ndim)
+    low_parts, high_parts = [], []
+    for slot in range(slots):
+        low_plane, high_plane = _split_planes(packed, bits, axis, slot, slots)
+        low_parts.append(_extract_low(low_plane, low, byte_index))
+        for index in range(byte_index, BYTE // high, codes_per_byte(bits)):
+            high_parts.append(_extract_low(high_plane, high, index))
+    codes, high_codes = lax.concatenate(low_parts, axis), lax.concatenate(high_parts, axis)
     return _with_sign(codes | (high_codes << jnp.asarray(low, packed.dtype)), bits, dtype)
 
 
@@ -149,11 +151,15 @@ def _unpack_plane(packed: jax.Array, bits: int, axis: int) -> jax.Array:
     return codes.reshape(*packed.shape[:axis], length, *packed.shape[axis + 1 :])
 
 
-def _split_planes(packed: jax.Array, bits: int, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Return the low plane and what lies behind it."""
-    width = packed.shape[axis] * PLANES[bits][0] // bits
-    low = lax.slice_in_dim(packed, 0, width, axis=axis)
-    return low, lax.slice_in_dim(packed, width, packed.shape[axis], axis=axis)
+def _split_planes(
+    packed: jax.Array, bits: int, axis: int, slot: int = 0, slots: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """Return the planes, low and high, of one of the slots that lie behind each other along ``axis``."""
+    width = packed.shape[axis] // slots
+    start, end = slot * width, (slot + 1) * width
+    high_start = start + width * PLANES[bits][0] // bits
+    low = lax.slice_in_dim(packed, start, high_start, axis=axis)
+    return low, lax.slice_in_dim(packed, high_start, end, axis=axis)
 
 
 def _interleave_bytes(codes: jax.Array, runs: int, bits: int, axis: int) -> jax.Array:

@@ -67,6 +67,8 @@ def _pool_refusal(pool: Pages) -> str | None:
     if reason is not None:
         return reason
     layout = Layout.of(pool)
+    if layout.in_planes:
+        return f"{layout.quantizer} has codes in two planes"
     if layout.scale_groups > 1:
         return f"{layout.quantizer} has several scales along the channels"
     return None
