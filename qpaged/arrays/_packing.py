@@ -98,6 +98,38 @@ def extract_codes(
     return _with_sign(codes | (high_codes << jnp.asarray(low, packed.dtype)), bits, dtype)
 
 
+def place_codes(codes: jax.Array, bits: int, byte_index: int, slots: int = 1) -> jax.Array:
+    """Return bytes with ``codes`` at ``byte_index``, and zeros beside them, which :func:`extract_codes` took.
+
+    Args:
+        codes: int32, of which the low ``bits`` count; the channels of ``slots`` slots along the last axis.
+        bits: of a code.
+        byte_index: which code of a byte of the low plane.
+        slots: how many slots lie behind each other, each with planes of its own.
+
+    Returns:
+        int32 with a byte in each.
+    """
+    codes &= (1 << bits) - 1
+    if not has_planes(bits):
+        return lax.shift_left(codes, bits * byte_index)
+    low, high = PLANES[bits]
+    width = codes.shape[-1] // slots
+    indices = range(byte_index, BYTE // high, codes_per_byte(bits))
+    run = width // len(indices)  # of codes whose high bits have the same place in the bytes of the high plane
+    low_codes = lax.shift_left(codes & ((1 << low) - 1), low * byte_index)
+    high_codes = lax.shift_right_logical(codes, low)
+    planes = []
+    for start in range(0, codes.shape[-1], width):
+        planes.append(low_codes[..., start : start + width])
+        placed = jnp.zeros((*codes.shape[:-1], run), codes.dtype)
+        for index in indices:
+            placed |= lax.shift_left(high_codes[..., start : start + run], high * index)
+            start += run
+        planes.append(placed)
+    return lax.concatenate(planes, codes.ndim - 1)
+
+
 def _extract(packed: jax.Array, bits: int, byte_index: int, dtype: DTypeLike) -> jax.Array:
     width = BYTE * packed.dtype.itemsize
     top = lax.shift_left(packed, jnp.asarray(width - bits * (byte_index + 1), packed.dtype))
