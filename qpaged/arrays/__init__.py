@@ -8,7 +8,7 @@ from qpaged.arrays._elementwise import not_elementwise
 from qpaged.arrays._encoding import in_units
 from qpaged.arrays._indices import clip_to_int32
 from qpaged.arrays._lane_rows import LANES
-from qpaged.arrays._packing import PLANES, extract_codes, has_planes, pack
+from qpaged.arrays._packing import PLANES, codes_together, extract_codes, has_planes, join_planes, pack
 from qpaged.arrays._pages import clear_pages, copy_pages, final_targets, put_pages
 from qpaged.arrays._protocol import ArrayFormat, GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.arrays._quantize import check_parts, empty, fill_lane_rows, overwrite, quantize
@@ -40,6 +40,7 @@ __all__ = [
     "check_parts",
     "clear_pages",
     "clip_to_int32",
+    "codes_together",
     "common_dtype",
     "compute_dtype",
     "copy_pages",
@@ -57,6 +58,7 @@ __all__ = [
     "invert_output",
     "is_dtype",
     "is_quantized",
+    "join_planes",
     "mask_slots",
     "not_elementwise",
     "overwrite",

@@ -98,6 +98,25 @@ def extract_codes(
     return _with_sign(codes | (high_codes << jnp.asarray(low, packed.dtype)), bits, dtype)
 
 
+def join_planes(
+    low_plane: jax.Array, high_plane: jax.Array, bits: int, byte_index: int, run: int, dtype: DTypeLike
+) -> jax.Array:
+    """Return the code at ``byte_index`` of each byte in one run of the low plane.
+
+    Args:
+        low_plane: that run, as long as the high plane; uint8, or int32 as :func:`extract_codes` takes it.
+        high_plane: of the same slots, whole.
+        bits: of a code.
+        byte_index: which code of a byte of the low plane.
+        run: which run; the first is 0.
+        dtype: of the result.
+    """
+    low, high = PLANES[bits]
+    codes = _extract_low(low_plane, low, byte_index)
+    high_codes = _extract_low(high_plane, high, byte_index + run * codes_per_byte(bits))
+    return _with_sign(codes | (high_codes << jnp.asarray(low, codes.dtype)), bits, dtype)
+
+
 def place_codes(codes: jax.Array, bits: int, byte_index: int, slots: int = 1) -> jax.Array:
     """Return bytes with ``codes`` at ``byte_index``, and zeros beside them, which :func:`extract_codes` took.
 

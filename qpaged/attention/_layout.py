@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from qpaged.arrays import extract_codes, has_planes, not_elementwise
+from qpaged.arrays import codes_together, extract_codes, has_planes, join_planes, not_elementwise
 from qpaged.pools import Pages, Pool, as_quantized
 
 
@@ -76,6 +76,22 @@ class Layout:
     def in_planes(self) -> bool:
         """True if codes are stored in two planes."""
         return self.quantizer is not None and has_planes(self.quantizer.bits)
+
+    @property
+    def runs(self) -> int:
+        """Runs of stored elements of a slot that share the bytes of the high plane; 1 if there is none."""
+        return codes_together(self.quantizer.bits) // self.codes_per_byte if self.in_planes else 1
+
+    @property
+    def run_width(self) -> int:
+        """Stored elements of a run, and bytes of a slot's high plane."""
+        return self.slot_width // self.runs
+
+    def codes_of_run(self, low: jax.Array, high: jax.Array, byte_index: int, run: int) -> jax.Array:
+        """Return code number ``byte_index`` of a run of bytes of the low plane; within a kernel."""
+        quantizer, code_dtype = self.quantizer, self.quantizer.code_dtype(self.dtype)
+        planes = low.astype(jnp.int32), high.astype(jnp.int32)
+        return join_planes(*planes, quantizer.bits, byte_index, run, code_dtype)
 
     def codes(self, stored: jax.Array, byte_index: int) -> jax.Array:
         """Return code number ``byte_index`` of each stored element of whole slots; within a kernel."""
