@@ -9,8 +9,9 @@ heads, and head_dim 128, in pools of 1024 pages and of 65,536. A page has 16 slo
 - ``temp``: bytes of the program's temporaries in HBM; temporaries in a chip's fast memory do not count.
   ``temp_large`` is the same for the large pool, which shows temporaries that grow with the pool.
 - ``copied``: bytes that the kernel copies from HBM, over the bytes of the pages that hold tokens, scales
-  included; not of exact pages, which two kernels share. The interpreter counts the copies that it starts in a batch of 4096, 256, 256, 256, 250, 241, 100
-  and 17 tokens, without queries and outputs. For JAX's kernel it follows from how it stores scales.
+  included. The interpreter counts the copies that it starts in a batch of 4096, 256, 256, 256, 250, 241, 100
+  and 17 tokens, without queries and outputs; not for exact pages, which two kernels share. For JAX's
+  kernel it follows from how it stores scales.
 - ``alias``: the share of the pools' bytes that a write updates in place.
 """
 

@@ -313,16 +313,11 @@ def _write_decoded(
     slot_mask: jax.Array | None = None,  # [KV_TILE]
 ) -> None:
     """Decode a tile to bfloat16, in units of its scales, with zeros in masked slots."""
-    layout, stages = kv.layout, kv.stages
+    layout = kv.layout
     for run in range(layout.runs):
-        stored = stages.pages[stage]
-        if layout.in_planes:
-            stored = stages.pages[stage, :, run * layout.run_width : (run + 1) * layout.run_width]
+        planes = kv.load_run(stage, run)
         for byte_index in range(layout.codes_per_byte):
-            if layout.in_planes:
-                codes = layout.codes_of_run(stored, stages.high_plane[stage], byte_index, run)
-            else:
-                codes = layout.codes(stored, byte_index)
+            codes = layout.codes_of_run(planes, byte_index, run)
             values = _decode_codes(layout, codes).astype(jnp.bfloat16)
             if slot_mask is not None:
                 mask = _repeat_columns(slot_mask, layout.run_width)

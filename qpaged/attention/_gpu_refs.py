@@ -168,6 +168,14 @@ class KVRefs:
         """Return the columns of ``Scratch.decoded`` that hold code number ``byte_index`` of every byte."""
         return pl.ds(byte_index * self.layout.slot_width, self.layout.slot_width)
 
+    def load_run(self, stage: jax.Array, run: int) -> tuple[jax.Array, ...]:
+        """Return a run of a tile's stored elements, and the high plane if codes are in two planes."""
+        if not self.layout.in_planes:
+            return (self.stages.pages[stage],)
+        start = run * self.layout.run_width
+        low = self.stages.pages[stage, :, start : start + self.layout.run_width]
+        return low, self.stages.high_plane[stage]
+
     def decoded_run(self, byte_index: int, run: int) -> Any:
         """Return those of :meth:`decoded_columns` that hold one run of bytes."""
         start = byte_index * self.layout.slot_width + run * self.layout.run_width

@@ -3,7 +3,7 @@
 The kernels take a pool apart only here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -87,11 +87,19 @@ class Layout:
         """Stored elements of a run, and bytes of a slot's high plane."""
         return self.slot_width // self.runs
 
-    def codes_of_run(self, low: jax.Array, high: jax.Array, byte_index: int, run: int) -> jax.Array:
-        """Return code number ``byte_index`` of a run of bytes of the low plane; within a kernel."""
-        quantizer, code_dtype = self.quantizer, self.quantizer.code_dtype(self.dtype)
-        planes = low.astype(jnp.int32), high.astype(jnp.int32)
-        return join_planes(*planes, quantizer.bits, byte_index, run, code_dtype)
+    def codes_of_run(self, planes: Sequence[jax.Array], byte_index: int, run: int) -> jax.Array:
+        """Return code number ``byte_index`` of each stored element of a run; within a kernel.
+
+        Args:
+            planes: the run, and the high plane if there is one.
+            byte_index: which code of a byte.
+            run: which run; the first is 0.
+        """
+        if not self.in_planes:
+            return self.codes(planes[0], byte_index)
+        low, high = (plane.astype(jnp.int32) for plane in planes)
+        code_dtype = self.quantizer.code_dtype(self.dtype)
+        return join_planes(low, high, self.quantizer.bits, byte_index, run, code_dtype)
 
     def codes(self, stored: jax.Array, byte_index: int) -> jax.Array:
         """Return code number ``byte_index`` of each stored element of whole slots; within a kernel."""
