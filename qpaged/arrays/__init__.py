@@ -9,7 +9,7 @@ from qpaged.arrays._encoding import in_units
 from qpaged.arrays._indices import clip_to_int32
 from qpaged.arrays._lane_rows import LANES
 from qpaged.arrays._packing import PLANES, codes_together, extract_codes, has_planes, join_planes, pack
-from qpaged.arrays._pages import clear_pages, copy_pages, final_targets, put_pages, take_pages
+from qpaged.arrays._pages import clear_pages, copy_pages, final_targets, put_pages, read_pages
 from qpaged.arrays._protocol import ArrayFormat, GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.arrays._quantize import check_parts, empty, fill_lane_rows, overwrite, quantize
 from qpaged.arrays._quantized import BlockParts, QuantizedArray, is_quantized
@@ -65,7 +65,7 @@ __all__ = [
     "pack",
     "put_pages",
     "quantize",
-    "take_pages",
+    "read_pages",
     "takes_rows",
     "to_float32",
     "transform_query",

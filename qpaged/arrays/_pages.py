@@ -74,7 +74,7 @@ def put_pages(
     return pool.with_stored(stored, pool.parts.map(put_scales, new.parts))
 
 
-def take_pages(
+def read_pages(
     pool: QuantizedArray,
     pages: jax.Array,  # [n] int32
 ) -> QuantizedArray:
