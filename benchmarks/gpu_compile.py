@@ -63,7 +63,7 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 8 }}
 device_description_str: "{NAME}"
 """
-FORMATS = "plain", "int8", "int8:token", "fp8_e4m3", "int4:token"
+FORMATS = "plain", "int8", "int8:token", "fp8_e4m3", "int4:token", "int6:token"
 Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
 SHAPES = {"8 x 4k": (8, 256), "64 x 8k": (64, 512), "1 x 128k": (1, 8192)}  # sequences, pages of each
 POOL = 1024  # pages of the first shape's pool; the other pools have exactly the pages of their sequences

@@ -2,14 +2,16 @@
 
     python benchmarks/tpu_compile.py --out benchmarks/results/tpu_compile.json
 
-Needs libtpu (``pip install "qpaged[tpu]"``). There are 8 sequences of 4096 tokens on 256 pages of 16 slots
-each, 32 query heads and 8 KV heads, and head_dim 128, in pools of 1024 pages and of 65,536.
+Needs libtpu (``pip install "qpaged[tpu]"``). There are 8 sequences of 4096 tokens, 32 query heads and 8 KV
+heads, and head_dim 128, in pools of 1024 pages and of 65,536. A page has 16 slots; 32 for ``int5`` and
+``int3``, of which 16 do not fill a TPU's rows.
 
 - ``temp``: bytes of the program's temporaries in HBM; temporaries in a chip's fast memory do not count.
   ``temp_large`` is the same for the large pool, which shows temporaries that grow with the pool.
 - ``copied``: bytes that the kernel copies from HBM, over the bytes of the pages that hold tokens, scales
   included. The interpreter counts the copies that it starts in a batch of 4096, 256, 256, 256, 250, 241, 100
-  and 17 tokens, without queries and outputs. For JAX's kernel it follows from how it stores scales.
+  and 17 tokens, without queries and outputs; not for exact pages, which two kernels share. For JAX's
+  kernel it follows from how it stores scales.
 - ``alias``: the share of the pools' bytes that a write updates in place.
 """
 
@@ -44,8 +46,10 @@ CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "TPU7x": "tpu7x
 FORMATS = (
     "plain", "raw", "int8", "int8:token", "int8:channel", "int8:token+offset", "int8:channel+offset",
     "fp8_e4m3", "fp8_e5m2:channel", "int4:page", "int4:token", "int4:channel", "int4",
+    "int6:token", "int6:channel", "int5:token", "int3:channel", "int4:token+exact128",
 )  # fmt: skip
-SEQUENCES, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, TABLE = 8, 32, 8, 128, 16, 256
+SEQUENCES, TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 4096, 32, 8, 128, 16
+LARGER_PAGES = {"int5:token": 32, "int3:channel": 32}  # slots
 SMALL, LARGE = 1024, 65_536  # pages
 RAGGED = 4096, 256, 256, 256, 250, 241, 100, 17  # tokens of the sequences whose copies are counted
 
@@ -69,10 +73,16 @@ def array(*shape: int, dtype: DTypeLike = jnp.int32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
+def page_size(quantizer: str) -> int:
+    """Return the slots of a page of the format."""
+    return LARGER_PAGES.get(quantizer, PAGE_SIZE)
+
+
 def abstract_view(quantizer: str, pages: int) -> qpaged.PagedAttentionCacheView:
     """Return a view without allocating its pages."""
+    slots = page_size(quantizer)
     config = qpaged.PagedAttentionCacheMetaData(
-        SEQUENCES, 1, pages, TABLE, TABLE * PAGE_SIZE, PAGE_SIZE, KV_HEADS, HEAD_DIM, 0.5
+        SEQUENCES, 1, pages, TOKENS // slots, TOKENS, slots, KV_HEADS, HEAD_DIM, 0.5
     )
     fresh = qpaged.PagedAttentionCacheView.fresh
     return jax.eval_shape(lambda: fresh(None, jnp.bfloat16, config, 0, None, quantizer))
@@ -88,7 +98,9 @@ def write(view, rows, position, table):
     return view.write_decodes_to_cache(rows, rows, metadata)
 
 
-STEP = array(SEQUENCES), array(SEQUENCES, TABLE)  # position and page table
+def abstract_step(page_size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Return position and page table."""
+    return array(SEQUENCES), array(SEQUENCES, TOKENS // page_size)
 
 
 def measure(chip: Sharding, quantizer: str) -> dict[str, Any]:
@@ -96,8 +108,9 @@ def measure(chip: Sharding, quantizer: str) -> dict[str, Any]:
     query = array(SEQUENCES, Q_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
     rows = array(SEQUENCES, KV_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
     views = [abstract_view(quantizer, pages) for pages in (SMALL, LARGE)]
-    attention = [compiled_memory(attend, chip, query, view, *STEP) for view in views]
-    writes = [compiled_memory(write, chip, view, rows, *STEP, donate_argnums=0) for view in views]
+    step = abstract_step(page_size(quantizer))
+    attention = [compiled_memory(attend, chip, query, view, *step) for view in views]
+    writes = [compiled_memory(write, chip, view, rows, *step, donate_argnums=0) for view in views]
     pools = sum(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(views[0]))
     return {
         "attention": {
@@ -139,9 +152,10 @@ def copied_share(quantizer: str, lengths: tuple[int, ...] = RAGGED) -> float:
 
     abstract = abstract_view(quantizer, SMALL)
     view = jax.tree_util.tree_map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
-    pages = [-(-length // PAGE_SIZE) for length in lengths]
+    slots = page_size(quantizer)
+    pages = [-(-length // slots) for length in lengths]
     ends = np.cumsum(pages)
-    table = np.full((len(lengths), TABLE), SMALL, np.int32)
+    table = np.full((len(lengths), TOKENS // slots), SMALL, np.int32)
     for row, (count, end) in enumerate(zip(pages, ends, strict=True)):
         table[row, :count] = np.arange(end - count, end)
     metadata = qpaged.PagedAttentionMetadata.decode(position=np.array(lengths) - 1, page_table=table)
@@ -168,9 +182,9 @@ def measure_jax_kernel(chip: Sharding, quantized: bool) -> dict[str, Any]:
         scales = array(*shape[:-1], 1, dtype=jnp.float32)
         return quantization_utils.QuantizedTensor(codes, scales)
 
-    query = array(SEQUENCES, Q_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
+    query, step = array(SEQUENCES, Q_HEADS, HEAD_DIM, dtype=jnp.bfloat16), abstract_step(PAGE_SIZE)
     memory = [
-        compiled_memory(decode, chip, query, pool(pages), pool(pages), *STEP) for pages in (SMALL, LARGE)
+        compiled_memory(decode, chip, query, pool(pages), pool(pages), *step) for pages in (SMALL, LARGE)
     ]
     copied = 1.0
     if quantized:
@@ -193,21 +207,24 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = []
     # The copies are the same on every chip.
-    shares = {quantizer: round(copied_share(quantizer), 3) for quantizer in arguments.formats}
+    packed = [quantizer for quantizer in arguments.formats if "+exact" not in quantizer]
+    shares = {quantizer: round(copied_share(quantizer), 3) for quantizer in packed}
     for name in arguments.chips:
         chip = chip_sharding(name)
         for quantizer in arguments.formats:
             measured = measure(chip, quantizer)
-            measured["attention"]["copied"] = shares[quantizer]
-            runs.append({"chip": name, "kernel": "qpaged", "format": quantizer, **measured})
+            measured["attention"]["copied"] = shares.get(quantizer)
+            of_format = {"format": quantizer, "page_size": page_size(quantizer)}
+            runs.append({"chip": name, "kernel": "qpaged", **of_format, **measured})
             print(json.dumps(runs[-1]), flush=True)
         for dtype, quantized in (("bfloat16", False), ("int8", True)):
             measured = measure_jax_kernel(chip, quantized)
-            runs.append({"chip": name, "kernel": "jax", "format": dtype, **measured})
+            of_format = {"format": dtype, "page_size": PAGE_SIZE}
+            runs.append({"chip": name, "kernel": "jax", **of_format, **measured})
             print(json.dumps(runs[-1]), flush=True)
     shape = {
-        "sequences": SEQUENCES, "q_heads": Q_HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM,
-        "page_size": PAGE_SIZE, "pages_per_sequence": TABLE, "pages": [SMALL, LARGE],
+        "sequences": SEQUENCES, "tokens": TOKENS, "q_heads": Q_HEADS, "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM, "pages": [SMALL, LARGE],
     }  # fmt: skip
     save(arguments.out, {**circumstances(["libtpu"]), "shape": shape, "runs": runs})
 

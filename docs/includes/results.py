@@ -292,8 +292,10 @@ def tpu_compile():
         found.setdefault((run["kernel"], run["format"]), {})[run["chip"]] = run
     for (kernel, format), runs in found.items():
         cells = [_temporaries(runs[chip].get(kind)) for chip in chips for kind in ("attention", "write")]
-        copied = next(iter(runs.values()))["attention"]["copied"]
-        lines.append(f"| {kernel} `{format}` | {copied:.2f} | {' | '.join(cells)} |")
+        run = next(iter(runs.values()))
+        pages = "" if run["page_size"] == 16 else f", pages of {run['page_size']}"
+        copied = "" if run["attention"]["copied"] is None else f"{run['attention']['copied']:.2f}"
+        lines.append(f"| {kernel} `{format}`{pages} | {copied} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

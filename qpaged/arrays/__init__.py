@@ -10,8 +10,8 @@ from qpaged.arrays._elementwise import not_elementwise
 from qpaged.arrays._encoding import in_units
 from qpaged.arrays._indices import clip_to_int32
 from qpaged.arrays._lane_rows import LANES
-from qpaged.arrays._packing import PLANES, extract_codes, has_planes, pack
-from qpaged.arrays._pages import clear_pages, copy_pages, final_targets, put_pages
+from qpaged.arrays._packing import PLANES, codes_together, extract_codes, has_planes, join_planes, pack
+from qpaged.arrays._pages import clear_pages, copy_pages, final_targets, put_pages, read_pages
 from qpaged.arrays._partly_exact import PartlyExact, is_cache_array, overwrite_exact
 from qpaged.arrays._protocol import ArrayFormat, GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.arrays._quantize import check_parts, empty, fill_lane_rows, overwrite, quantize
@@ -44,6 +44,7 @@ __all__ = [
     "check_parts",
     "clear_pages",
     "clip_to_int32",
+    "codes_together",
     "common_dtype",
     "compute_dtype",
     "copy_pages",
@@ -62,6 +63,7 @@ __all__ = [
     "is_cache_array",
     "is_dtype",
     "is_quantized",
+    "join_planes",
     "mask_slots",
     "not_elementwise",
     "overwrite",
@@ -69,6 +71,7 @@ __all__ = [
     "pack",
     "put_pages",
     "quantize",
+    "read_pages",
     "takes_rows",
     "to_float32",
     "transform_query",

@@ -2,9 +2,11 @@
 
 A TPU lays another axis than the last along its lanes where the last one is short, and would then copy the
 whole pool into row-major order for every kernel that reads pages. A pool whose rows fill the lanes is laid
-out as it is written.
+out as it is written. Codes in two planes fill them several times over, since the length of their slots is no
+power of two.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -15,14 +17,21 @@ LANES = 128
 Codes = TypeVar("Codes", jax.Array, jax.ShapeDtypeStruct)
 
 
-def count_slots_per_row(shape: Sequence[int]) -> int:
-    """Return how many slots of codes (..., slots, width) fill a row of lanes; 1 if they fill none."""
+def count_slots_per_row(shape: Sequence[int], several_times: bool = False) -> int:
+    """Return how many slots of codes (..., slots, width) fill the lanes of a row; 1 if they fill none.
+
+    Args:
+        shape: of the codes, one slot to a row.
+        several_times: whether a row may fill the lanes several times over.
+    """
     slots, width = shape[-2:]
-    if not 0 < width < LANES or LANES % width:
-        return 1
-    slots_per_row = LANES // width
-    # XLA on CPU copies a pool whose rows are an axis of one.
-    if slots % slots_per_row or slots <= slots_per_row:
+    slots_per_row = LANES // math.gcd(width, LANES)
+    least_rows = 2  # XLA on CPU copies a pool whose rows are an axis of one
+    if slots_per_row * width != LANES:
+        if not several_times:
+            return 1
+        least_rows = 4  # bytes in a word of a TPU, which packs rows and would lay out fewer another way
+    if slots % slots_per_row or slots // slots_per_row < least_rows:
         return 1
     return slots_per_row
 

@@ -72,7 +72,7 @@ def unpack(packed: jax.Array, bits: int, axis: int, dtype: DTypeLike) -> jax.Arr
 
 
 def extract_codes(
-    packed: jax.Array, bits: int, byte_index: int, dtype: DTypeLike, axis: int = -1
+    packed: jax.Array, bits: int, byte_index: int, dtype: DTypeLike, axis: int = -1, slots: int = 1
 ) -> jax.Array:
     """Return the code at ``byte_index`` (0 is the lowest) of each byte, with its sign if ``dtype`` has one.
 
@@ -82,18 +82,71 @@ def extract_codes(
         byte_index: which code of a byte of the low plane.
         dtype: of the result.
         axis: along which planes lie behind each other, where codes have several.
+        slots: how many slots lie behind each other along ``axis``, each with planes of its own.
     """
     if not has_planes(bits):
         return _extract(packed, bits, byte_index, dtype)
+    axis %= packed.ndim
     low, high = PLANES[bits]
-    low_plane, high_plane = _split_planes(packed, bits, axis % packed.ndim)
-    codes = _extract_low(low_plane, low, byte_index)
-    parts = [
-        _extract_low(high_plane, high, index)
-        for index in range(byte_index, BYTE // high, codes_per_byte(bits))
-    ]
-    high_codes = lax.concatenate(parts, axis % packed.ndim)
+    low_parts, high_parts = [], []
+    for slot in range(slots):
+        low_plane, high_plane = _split_planes(packed, bits, axis, slot, slots)
+        low_parts.append(_extract_low(low_plane, low, byte_index))
+        for index in range(byte_index, BYTE // high, codes_per_byte(bits)):
+            high_parts.append(_extract_low(high_plane, high, index))
+    codes, high_codes = lax.concatenate(low_parts, axis), lax.concatenate(high_parts, axis)
     return _with_sign(codes | (high_codes << jnp.asarray(low, packed.dtype)), bits, dtype)
+
+
+def join_planes(
+    low_plane: jax.Array, high_plane: jax.Array, bits: int, byte_index: int, run: int, dtype: DTypeLike
+) -> jax.Array:
+    """Return the code at ``byte_index`` of each byte in one run of the low plane.
+
+    Args:
+        low_plane: that run, as long as the high plane; uint8, or int32 as :func:`extract_codes` takes it.
+        high_plane: of the same slots, whole.
+        bits: of a code.
+        byte_index: which code of a byte of the low plane.
+        run: which run; the first is 0.
+        dtype: of the result.
+    """
+    low, high = PLANES[bits]
+    codes = _extract_low(low_plane, low, byte_index)
+    high_codes = _extract_low(high_plane, high, byte_index + run * codes_per_byte(bits))
+    return _with_sign(codes | (high_codes << jnp.asarray(low, codes.dtype)), bits, dtype)
+
+
+def place_codes(codes: jax.Array, bits: int, byte_index: int, slots: int = 1) -> jax.Array:
+    """Return bytes with ``codes`` at ``byte_index``, and zeros beside them, which :func:`extract_codes` took.
+
+    Args:
+        codes: int32, of which the low ``bits`` count; the channels of ``slots`` slots along the last axis.
+        bits: of a code.
+        byte_index: which code of a byte of the low plane.
+        slots: how many slots lie behind each other, each with planes of its own.
+
+    Returns:
+        int32 with a byte in each.
+    """
+    codes &= (1 << bits) - 1
+    if not has_planes(bits):
+        return lax.shift_left(codes, bits * byte_index)
+    low, high = PLANES[bits]
+    width = codes.shape[-1] // slots
+    indices = range(byte_index, BYTE // high, codes_per_byte(bits))
+    run = width // len(indices)  # of codes whose high bits have the same place in the bytes of the high plane
+    low_codes = lax.shift_left(codes & ((1 << low) - 1), low * byte_index)
+    high_codes = lax.shift_right_logical(codes, low)
+    planes = []
+    for start in range(0, codes.shape[-1], width):
+        planes.append(low_codes[..., start : start + width])
+        placed = jnp.zeros((*codes.shape[:-1], run), codes.dtype)
+        for index in indices:
+            placed |= lax.shift_left(high_codes[..., start : start + run], high * index)
+            start += run
+        planes.append(placed)
+    return lax.concatenate(planes, codes.ndim - 1)
 
 
 def _extract(packed: jax.Array, bits: int, byte_index: int, dtype: DTypeLike) -> jax.Array:
@@ -149,11 +202,15 @@ def _unpack_plane(packed: jax.Array, bits: int, axis: int) -> jax.Array:
     return codes.reshape(*packed.shape[:axis], length, *packed.shape[axis + 1 :])
 
 
-def _split_planes(packed: jax.Array, bits: int, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Return the low plane and what lies behind it."""
-    width = packed.shape[axis] * PLANES[bits][0] // bits
-    low = lax.slice_in_dim(packed, 0, width, axis=axis)
-    return low, lax.slice_in_dim(packed, width, packed.shape[axis], axis=axis)
+def _split_planes(
+    packed: jax.Array, bits: int, axis: int, slot: int = 0, slots: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """Return the planes, low and high, of one of the slots that lie behind each other along ``axis``."""
+    width = packed.shape[axis] // slots
+    start, end = slot * width, (slot + 1) * width
+    high_start = start + width * PLANES[bits][0] // bits
+    low = lax.slice_in_dim(packed, start, high_start, axis=axis)
+    return low, lax.slice_in_dim(packed, high_start, end, axis=axis)
 
 
 def _interleave_bytes(codes: jax.Array, runs: int, bits: int, axis: int) -> jax.Array:

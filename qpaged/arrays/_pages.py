@@ -66,7 +66,7 @@ def put_pages(
     block = (1, 1, *pool.block[2:])
     new = quantize(pages, pool.quantizer, block, pool.dtype, pool.channel_axis)
     new = new.like(new.codes, new.parts, slots_per_row=pool.slots_per_row)
-    stored = _put(pool.stored, target, new.stored)
+    stored = by_platform(pool.stored, target, new.stored, default=_put, tpu=_put_codes_on_tpu)
 
     def put_scales(part: jax.Array, of_new: jax.Array) -> jax.Array:
         return by_platform(part, target, of_new, default=_put, tpu=_put_on_tpu)
@@ -74,8 +74,34 @@ def put_pages(
     return pool.with_stored(stored, pool.parts.map(put_scales, new.parts))
 
 
+def read_pages(
+    pool: QuantizedArray,
+    pages: jax.Array,  # [n] int32
+) -> QuantizedArray:
+    """Return pages (kv_heads, n, page_size, head_dim) in the format of the pool; any where out of range."""
+
+    def take(part: jax.Array) -> jax.Array:
+        return by_platform(part, pages, default=_take, tpu=_take_on_tpu)
+
+    return pool.with_stored(_take(pool.stored, pages), pool.parts.map(take))
+
+
+def _take(part: jax.Array, pages: jax.Array) -> jax.Array:
+    return gather_rows(part, (PAGE_AXIS,), pages[:, None]).swapaxes(0, 1)
+
+
+def _take_on_tpu(scales: jax.Array, pages: jax.Array) -> jax.Array:
+    """Return what :func:`_take` does, of scales: XLA would copy all of them into another layout."""
+    return _tpu_write.gather_scales(scales, pages).swapaxes(0, 1)
+
+
 def _put(part: jax.Array, target: jax.Array, pages: jax.Array) -> jax.Array:
     return scatter_rows(part, (PAGE_AXIS,), target[:, None], pages.swapaxes(0, 1))
+
+
+def _put_codes_on_tpu(codes: jax.Array, target: jax.Array, pages: jax.Array) -> jax.Array:
+    """Return what :func:`_put` does, one head at a time: XLA would copy the pool for slices of all heads."""
+    return _tpu_write.scatter_pages(codes, target, pages.swapaxes(0, 1))
 
 
 def _put_on_tpu(scales: jax.Array, target: jax.Array, pages: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from qpaged.arrays._dtypes import dtype_of_floats, float_dtype
 from qpaged.arrays._encoding import block_extremes, encode, fit_scales, global_scale_shape, to_block_values
 from qpaged.arrays._explicit import placed_as
 from qpaged.arrays._lane_rows import count_slots_per_row
-from qpaged.arrays._packing import BYTE, codes_together, pack
+from qpaged.arrays._packing import BYTE, codes_together, has_planes, pack
 from qpaged.arrays._protocol import ArrayFormat
 from qpaged.arrays._quantized import QuantizedArray, logical_shape
 
@@ -97,7 +97,7 @@ def fill_lane_rows(array: QuantizedArray) -> QuantizedArray:
     """Return ``array`` (..., slots, channels) stored with as many slots to a row as fill a TPU's lanes."""
     slots_per_row = 1
     if array.channel_axis == -1:
-        slots_per_row = count_slots_per_row(array.codes.shape)
+        slots_per_row = count_slots_per_row(array.codes.shape, has_planes(array.quantizer.bits))
     return array.like(array.codes, array.parts, slots_per_row=slots_per_row)
 
 

@@ -5,6 +5,7 @@ XLA would copy the pool to grow codes, or to write slots that share a row of lan
 them; each page is copied in once and out once.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,8 +13,7 @@ import jax.numpy as jnp
 
 from qpaged._compat import has_pallas_tpu
 from qpaged.arrays._elementwise import not_elementwise
-from qpaged.arrays._lane_rows import LANES, from_lane_rows
-from qpaged.arrays._packing import has_planes
+from qpaged.arrays._lane_rows import LANES, from_lane_rows, slot_shape
 from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._tpu_scales import ScaleOrder
 
@@ -38,11 +38,10 @@ def takes(array: QuantizedArray, axes: tuple[int, ...], num_rows: int) -> bool:
     """Return True if the kernel can write so many rows at (page, slot) of the array."""
     if array.ndim != 4 or axes != (1, 2) or not has_pallas_tpu():
         return False
-    if array.channel_axis != -1 or num_rows > MOST_ROWS or has_planes(array.quantizer.bits):
+    if array.channel_axis != -1 or num_rows > MOST_ROWS:
         return False
-    heads, _, page_size, channels = array.shape
-    width = channels // array.codes_per_byte  # stored elements of a slot
-    fills_lanes = width % LANES == 0 or LANES % width == 0
+    heads, _, page_size, width = slot_shape(array.stored.shape, array.slots_per_row)
+    fills_lanes = width % LANES == 0 or LANES % width == 0 or array.slots_per_row > 1
     if not fills_lanes or page_size % 16:
         return False
     return heads * page_size * width * array.stored.dtype.itemsize <= LARGEST_PAGE
@@ -81,9 +80,8 @@ def write(
     """
     from qpaged.arrays import _tpu_write_kernel  # imports Pallas, which takes a second
 
-    heads, num_pages, page_size, channels = array.shape
-    width = channels // array.codes_per_byte
-    lanes = max(LANES, width)
+    heads, num_pages, page_size, width = slot_shape(array.stored.shape, array.slots_per_row)
+    lanes = math.lcm(width, LANES)
     codes = array.stored.reshape(heads, num_pages, page_size * width // lanes, lanes)
 
     inside = (pages >= 0) & (pages < num_pages)
@@ -94,7 +92,7 @@ def write(
     lane_scales = []
     if scales is not None:
         for part in scales:
-            lane_scales.append(_scales_of_lanes(part, array.codes_per_byte, width, lanes, padding))
+            lane_scales.append(_scales_of_lanes(part, array, lanes // width, padding))
     rows = jnp.tile(rows[order], lanes // width)  # into the lanes of every slot of a row
     rows = jnp.pad(rows, ((0, PAGES_AT_ONCE), (0, 0), (0, 0)))  # copies may run past the last row
     pages = jnp.pad(jnp.where(inside, pages, -1), (0, padding), constant_values=-1)
@@ -114,20 +112,20 @@ def write(
 
 def _scales_of_lanes(
     scales: jax.Array,  # [n, kv_heads, 1, channels or 1]
-    codes_per_byte: int,
-    width: int,
-    lanes: int,
+    array: QuantizedArray,
+    slots: int,
     padding: int,
 ) -> jax.Array:
-    """Return stored scales as (n + padding, kv_heads, codes_per_byte * lanes).
+    """Return stored scales as (n + padding, kv_heads, slots * channels), for rows of so many slots.
 
-    The lanes of byte index i come i-th; lane l of them has the scale of channel (l % width) * codes_per_byte
-    + i.
+    The codes of byte index i come i-th; of those, code c of each slot has the scale of channel
+    c * codes_per_byte + i.
     """
     n, heads = scales.shape[:2]
-    of_channels = jnp.broadcast_to(scales, (n, heads, 1, width * codes_per_byte))
-    of_bytes = of_channels.reshape(n, heads, width, codes_per_byte).swapaxes(-1, -2)
-    of_lanes = jnp.tile(of_bytes, lanes // width).reshape(n, heads, codes_per_byte * lanes)
+    channels, codes_per_byte = array.shape[-1], array.codes_per_byte
+    of_channels = jnp.broadcast_to(scales, (n, heads, 1, channels))
+    of_bytes = of_channels.reshape(n, heads, channels // codes_per_byte, codes_per_byte).swapaxes(-1, -2)
+    of_lanes = jnp.tile(of_bytes, slots).reshape(n, heads, slots * channels)
     return jnp.pad(of_lanes, ((0, padding), (0, 0), (0, 0)))
 
 

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qpaged._compat import kernel_output
-from qpaged.arrays._packing import BYTE, extract_codes
+from qpaged.arrays._packing import extract_codes, place_codes
 from qpaged.arrays._protocol import ArrayFormat
 
 Ref = Any  # Pallas exports no class for the references that a kernel gets
@@ -29,7 +29,7 @@ class WriteCall:
     Attributes:
         quantizer: the pool's format.
         code_dtype: the dtype of codes, one an element.
-        codes_per_byte: codes in a stored byte.
+        codes_per_byte: codes in a stored byte, or in one of the low plane.
         width: stored elements of a slot.
         pages_at_once: pages in VMEM, and rows of each that are copied at once.
     """
@@ -51,7 +51,7 @@ class WriteRefs:
         slots: [rows] int32; the slot of each row.
         num_written: [1] int32; how many pages are written to.
         rows: [padded rows, kv_heads, lanes].
-        scales: old and new, [padded n, kv_heads, codes_per_byte * lanes]; none where codes stay.
+        scales: old and new, [padded n, kv_heads, codes of a row of lanes]; none where codes stay.
         codes: [kv_heads, num_pages, page_rows, lanes], with a page's rows of lanes; the output, aliased to
             the pool.
         page_buffer: [pages_at_once, kv_heads, page_rows, lanes].
@@ -101,7 +101,7 @@ def write(
     num_written: jax.Array,  # [1] int32
     codes: jax.Array,  # [kv_heads, num_pages, page_rows, lanes]
     rows: jax.Array,  # [padded rows, kv_heads, lanes]
-    scales: Sequence[jax.Array],  # old and new, [padded n, kv_heads, codes_per_byte * lanes], or none
+    scales: Sequence[jax.Array],  # old and new, [padded n, kv_heads, codes of a row of lanes], or none
 ) -> jax.Array:
     """Return ``codes`` with the rows of each page put in; the output aliases ``codes``."""
     at_once = call.pages_at_once
@@ -241,20 +241,21 @@ def _slot_of_lane(shape: tuple[int, ...], width: int) -> jax.Array:
 def _requantize(
     call: WriteCall,
     stored: jax.Array,  # [kv_heads, page_rows, lanes] int32
-    old: jax.Array,  # [kv_heads, codes_per_byte * lanes]
+    old: jax.Array,  # [kv_heads, codes of a row of lanes]
     new: jax.Array,
 ) -> jax.Array:
     """Return stored bytes whose codes were under ``old`` scales, with codes under ``new`` ones."""
     growth = call.quantizer.growth
     assert growth is not None  # the kernel takes scales only where they grow
-    lanes, bits = stored.shape[-1], BYTE // call.codes_per_byte
+    bits, slots = call.quantizer.bits, stored.shape[-1] // call.width
+    codes_at_index = old.shape[-1] // call.codes_per_byte
     requantized = jnp.zeros(stored.shape, jnp.int32)
     for byte_index in range(call.codes_per_byte):
-        of_index = slice(byte_index * lanes, (byte_index + 1) * lanes)
+        of_index = slice(byte_index * codes_at_index, (byte_index + 1) * codes_at_index)
         before, after = old[:, None, of_index], new[:, None, of_index]
-        codes = extract_codes(stored, bits, byte_index, call.code_dtype)
+        codes = extract_codes(stored, bits, byte_index, call.code_dtype, slots=slots)
         grown = growth.requantize(codes, before, after)
         # A block that holds nothing but zeros has scale 0: its codes, which may be stale, are left.
         grown = jnp.where((before != 0) & (before != after), grown, codes).astype(jnp.int32)
-        requantized |= lax.shift_left(grown & ((1 << bits) - 1), bits * byte_index)
+        requantized |= place_codes(grown, bits, byte_index, slots)
     return requantized

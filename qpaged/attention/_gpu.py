@@ -27,6 +27,7 @@ KV_TILE = 64  # slots of a tile of keys and values: the rows of a tensor core's 
 MAX_Q_ROWS = 64  # query rows of a KV head in a query tile
 MAX_ACCUMULATORS = 2**13  # of a prefill's query tile: 64 registers of each of the 128 threads
 Q_ROWS_MULTIPLE = 8  # tensor cores take columns, which are query rows here, eight at a time
+LEAST_RUN = 32  # bytes that shared memory keeps together, and so the least of a slot's high plane
 PROGRAMS = 264  # that a chip of 132 multiprocessors runs at once, two on each
 
 
@@ -67,6 +68,11 @@ def _pool_refusal(pool: Pages) -> str | None:
     if reason is not None:
         return reason
     layout = Layout.of(pool)
+    if layout.in_planes and layout.run_width < LEAST_RUN:
+        return (
+            f"{layout.quantizer} has codes in two planes, and the high one has {layout.run_width} bytes of a "
+            f"slot; {LEAST_RUN} are the least"
+        )
     if layout.scale_groups > 1:
         return f"{layout.quantizer} has several scales along the channels"
     return None

@@ -86,9 +86,12 @@ def _start_copy(refs: Refs, kv_tile: jax.Array, stage: jax.Array, copy_index: in
     target = pl.ds(copy_index * call.copy_slots, call.copy_slots)
     copied = refs.scratch.tile_copied.at[stage]
     for kv in (refs.keys, refs.values):
-        plgpu.copy_gmem_to_smem(
-            kv.pool.pages.at[refs.head, page, source], kv.stages.pages.at[stage, target], copied
-        )
+        slots = kv.pool.pages.at[refs.head, page, source]
+        if kv.stages.high_plane is not None:
+            high = slots.at[:, pl.ds(kv.layout.slot_width, kv.layout.run_width)]
+            slots = slots.at[:, pl.ds(0, kv.layout.slot_width)]
+            plgpu.copy_gmem_to_smem(high, kv.stages.high_plane.at[stage, target], copied)
+        plgpu.copy_gmem_to_smem(slots, kv.stages.pages.at[stage, target], copied)
         if kv.stages.scales is not None:
             plgpu.copy_gmem_to_smem(
                 kv.pool.scales.at[refs.head, page, source], kv.stages.scales.at[stage, target], copied

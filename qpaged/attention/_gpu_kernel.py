@@ -313,19 +313,21 @@ def _write_decoded(
     slot_mask: jax.Array | None = None,  # [KV_TILE]
 ) -> None:
     """Decode a tile to bfloat16, in units of its scales, with zeros in masked slots."""
-    stored = kv.stages.pages[stage]
-    for byte_index in range(kv.layout.codes_per_byte):
-        values = _decode_codes(kv.layout, stored, byte_index).astype(jnp.bfloat16)
-        if slot_mask is not None:
-            mask = _repeat_columns(slot_mask, kv.layout.slot_width)
-            values = jnp.where(mask, values, jnp.zeros((), values.dtype))
-        decoded_ref[:, kv.decoded_columns(byte_index)] = values
+    layout = kv.layout
+    for run in range(layout.runs):
+        planes = kv.load_run(stage, run)
+        for byte_index in range(layout.codes_per_byte):
+            codes = layout.codes_of_run(planes, byte_index, run)
+            values = _decode_codes(layout, codes).astype(jnp.bfloat16)
+            if slot_mask is not None:
+                mask = _repeat_columns(slot_mask, layout.run_width)
+                values = jnp.where(mask, values, jnp.zeros((), values.dtype))
+            decoded_ref[:, kv.decoded_run(byte_index, run)] = values
 
 
-def _decode_codes(layout: Layout, stored: jax.Array, byte_index: int) -> jax.Array:
+def _decode_codes(layout: Layout, codes: jax.Array) -> jax.Array:
     if layout.quantizer is None:
-        return stored
-    codes = layout.codes(stored, byte_index)
+        return codes
     return layout.quantizer.decode(codes, _decode_dtype(layout.quantizer, codes))
 
 

@@ -66,7 +66,7 @@ class GMEMPool(NamedTuple):
     """Keys or values in the GPU's memory.
 
     Attributes:
-        pages: [kv_heads, num_pages, page_size, slot_width], codes or floats.
+        pages: [kv_heads, num_pages, page_size, stored elements of a slot], codes or floats.
         scales: as they are stored, [kv_heads, num_pages] or [kv_heads, num_pages, page_size]; None if there
             are none.
     """
@@ -80,21 +80,26 @@ class Stages(NamedTuple):
 
     Attributes:
         pages: [stages, KV_TILE, slot_width].
+        high_plane: [stages, KV_TILE, run_width]; None unless codes are in two planes.
         scales: [stages, KV_TILE]; None unless every slot has a scale.
     """
 
     pages: Ref
+    high_plane: Ref
     scales: Ref
 
     @classmethod
     def specs(cls, call: GPUCall, layout: Layout, pool: GMEMPool) -> "Stages":
         """Return the memory that the stages of a pool take."""
-        swizzle_width = min(SWIZZLE_BYTES // pool.pages.dtype.itemsize, layout.slot_width)
-        pages_shape = call.stages, KV_TILE, layout.slot_width
+        dtype, tile = pool.pages.dtype, (call.stages, KV_TILE)
+        swizzle_width = min(SWIZZLE_BYTES // dtype.itemsize, layout.run_width)
+        high_plane: Spec = None
+        if layout.in_planes:
+            high_plane = _swizzled((*tile, layout.run_width), dtype, swizzle_width)
         scales: Spec = None
         if pool.scales is not None and layout.scales_per_slot:
-            scales = plgpu.SMEM((call.stages, KV_TILE), pool.scales.dtype)
-        return cls(_swizzled(pages_shape, pool.pages.dtype, swizzle_width), scales)
+            scales = plgpu.SMEM(tile, pool.scales.dtype)
+        return cls(_swizzled((*tile, layout.slot_width), dtype, swizzle_width), high_plane, scales)
 
 
 class Scratch(NamedTuple):
@@ -124,7 +129,7 @@ class Scratch(NamedTuple):
         k_stages = Stages.specs(call, call.keys, keys)
         v_stages = Stages.specs(call, call.values, values)
         copied_arrays = [array for array in (*k_stages, *v_stages) if array is not None]
-        swizzle_width = min(64, call.keys.slot_width, call.values.slot_width)
+        swizzle_width = min(64, call.keys.run_width, call.values.run_width)
         query_shape = call.keys.codes_per_byte, call.q_rows, call.keys.slot_width
         return cls(
             query=_swizzled(query_shape, jnp.bfloat16, swizzle_width),
@@ -162,6 +167,19 @@ class KVRefs:
     def decoded_columns(self, byte_index: int) -> Any:
         """Return the columns of ``Scratch.decoded`` that hold code number ``byte_index`` of every byte."""
         return pl.ds(byte_index * self.layout.slot_width, self.layout.slot_width)
+
+    def load_run(self, stage: jax.Array, run: int) -> tuple[jax.Array, ...]:
+        """Return a run of a tile's stored elements, and the high plane if codes are in two planes."""
+        if not self.layout.in_planes:
+            return (self.stages.pages[stage],)
+        start = run * self.layout.run_width
+        low = self.stages.pages[stage, :, start : start + self.layout.run_width]
+        return low, self.stages.high_plane[stage]
+
+    def decoded_run(self, byte_index: int, run: int) -> Any:
+        """Return those of :meth:`decoded_columns` that hold one run of bytes."""
+        start = byte_index * self.layout.slot_width + run * self.layout.run_width
+        return pl.ds(start, self.layout.run_width)
 
 
 @dataclass(frozen=True)

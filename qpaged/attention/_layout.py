@@ -3,7 +3,7 @@
 The kernels take a pool apart only here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,10 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from qpaged.arrays import extract_codes, has_planes, not_elementwise
+from qpaged.arrays import codes_together, extract_codes, has_planes, join_planes, not_elementwise
 from qpaged.pools import Pages, Pool, as_quantized
-
-BYTE_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,8 @@ class Layout:
         page_size: slots of a page.
         head_dim: channels of a slot.
         slot_bytes: bytes of a slot's stored elements.
-        codes_per_byte: codes in a stored element; channel c is code number c mod codes_per_byte of its byte.
+        codes_per_byte: codes in a stored element, or in one of the low plane; channel c is code number
+            c mod codes_per_byte of its byte.
         scale_groups: scales along the channels; 0 if the format has no scales.
         scales_per_slot: True if every slot has scales of its own, False if the slots of a page share them.
         has_offset: True if a scale also carries an offset that is added to its block.
@@ -70,15 +69,45 @@ class Layout:
 
     @property
     def slot_width(self) -> int:
-        """Stored elements of a slot."""
+        """Stored elements of a slot; of codes in two planes, those of the low one."""
         return self.head_dim // self.codes_per_byte
 
+    @property
+    def in_planes(self) -> bool:
+        """True if codes are stored in two planes."""
+        return self.quantizer is not None and has_planes(self.quantizer.bits)
+
+    @property
+    def runs(self) -> int:
+        """Runs of stored elements of a slot that share the bytes of the high plane; 1 if there is none."""
+        return codes_together(self.quantizer.bits) // self.codes_per_byte if self.in_planes else 1
+
+    @property
+    def run_width(self) -> int:
+        """Stored elements of a run, and bytes of a slot's high plane."""
+        return self.slot_width // self.runs
+
+    def codes_of_run(self, planes: Sequence[jax.Array], byte_index: int, run: int) -> jax.Array:
+        """Return code number ``byte_index`` of each stored element of a run; within a kernel.
+
+        Args:
+            planes: the run, and the high plane if there is one.
+            byte_index: which code of a byte.
+            run: which run; the first is 0.
+        """
+        if not self.in_planes:
+            return self.codes(planes[0], byte_index)
+        low, high = (plane.astype(jnp.int32) for plane in planes)
+        code_dtype = self.quantizer.code_dtype(self.dtype)
+        return join_planes(low, high, self.quantizer.bits, byte_index, run, code_dtype)
+
     def codes(self, stored: jax.Array, byte_index: int) -> jax.Array:
-        """Return code number ``byte_index`` of each stored element; within a kernel."""
+        """Return code number ``byte_index`` of each stored element of whole slots; within a kernel."""
         if self.codes_per_byte == 1:
             return stored
-        bits, code_dtype = BYTE_BITS // self.codes_per_byte, self.quantizer.code_dtype(self.dtype)
-        return extract_codes(stored.astype(jnp.int32), bits, byte_index, code_dtype)
+        quantizer, slots = self.quantizer, stored.shape[-1] // self.slot_bytes
+        code_dtype = quantizer.code_dtype(self.dtype)
+        return extract_codes(stored.astype(jnp.int32), quantizer.bits, byte_index, code_dtype, slots=slots)
 
 
 def stored_codes(pool: Pages) -> jax.Array:
@@ -107,8 +136,6 @@ def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:
     quantizer = quantized.quantizer
     if quantized.global_scale is not None:
         return f"{quantizer} has scales of two levels"
-    if has_planes(quantizer.bits):
-        return f"{quantizer} has codes in two planes"
     if quantized.offset is not None:
         return f"{quantizer} comes from a lazy read, with offsets beside its scales"
     if not quantizer.elementwise:

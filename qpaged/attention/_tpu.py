@@ -8,6 +8,7 @@ from jax import lax
 
 from qpaged._compat import PALLAS_TPU_JAX, compiler_partitions_mesh, newer_jax_needed
 from qpaged.arrays import LANES, common_dtype, compute_dtype
+from qpaged.arrays._lane_rows import count_slots_per_row
 from qpaged.attention._layout import (
     pad_to_multiple,
     pool_refusal,
@@ -63,6 +64,11 @@ def _pool_refusal(pool: Pages) -> str | None:
         if isinstance(pool, jax.Array) and pool.dtype in (jnp.bfloat16, jnp.float32):
             return None
         return f"pages of {pool.dtype} are not taken"
+    if layout.in_planes and count_slots_per_row((layout.page_size, layout.slot_bytes), True) == 1:
+        return (
+            f"{layout.quantizer} has codes in two planes, which do not fill rows of lanes on pages of "
+            f"{layout.page_size} slots; take larger pages"
+        )
     if layout.has_offset and layout.scales_per_slot and layout.scale_groups > 1:
         return f"{layout.quantizer} has offsets of groups"
     return pool_refusal(pool, layout.decode_dtype)

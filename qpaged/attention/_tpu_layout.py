@@ -4,8 +4,12 @@ A slot whose stored elements do not fill 128 lanes shares a *row* with the slots
 moves elements from one lane to another: a query is repeated for each slot of a row, and zeros in the lanes of
 the other slots select the slot that it is multiplied with. Codes that share a byte are extracted one at a
 time: the first codes of all bytes make one array of rows, the second codes another.
+
+Codes in two planes are the exception. Their slots fill the lanes only several times over: such a *stored row*
+is taken apart into the low plane's rows, with the high bits moved to the lanes of the low ones.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +34,7 @@ class TPULayout(Layout):
 
     @property
     def row_width(self) -> int:
-        """Stored elements of a row."""
+        """Stored elements of a row; of codes in two planes, those of the low one."""
         return max(LANES, self.slot_width)
 
     @property
@@ -51,9 +55,13 @@ class TPULayout(Layout):
     # Outside the kernel.
 
     def page_rows_of(self, pool: Pages) -> jax.Array:
-        """Return a pool's codes as [kv_heads, pages, page_rows, row_width], as a cache stores them."""
+        """Return a pool's codes as [kv_heads, pages, stored rows, lanes], as a cache stores them.
+
+        Of codes in one plane these are [kv_heads, pages, page_rows, row_width].
+        """
         stored = stored_rows(pool)
-        return stored.reshape(*stored.shape[:2], self.page_rows, self.row_width)
+        slot_elements = stored.shape[2] * stored.shape[3] // self.page_size
+        return stored.reshape(*stored.shape[:2], -1, math.lcm(slot_elements, LANES))
 
     def repeat_for_slots(self, query: jax.Array) -> jax.Array:
         """Return a query [..., head_dim] as [..., codes_per_byte, row_width], repeated for a row's slots."""
@@ -120,7 +128,7 @@ class TPULayout(Layout):
 
     def decode(
         self,
-        stored: jax.Array,  # [pages, page_rows, row_width]
+        stored: jax.Array,  # [pages, stored rows, lanes]
         dtype: DTypeLike,
     ) -> list[jax.Array]:
         """Return the values [rows, row_width] in units of their scales, one array per code of a byte."""
@@ -132,7 +140,7 @@ class TPULayout(Layout):
 
     def decode_scaled(
         self,
-        stored: jax.Array,  # [pages, page_rows, row_width]
+        stored: jax.Array,  # [pages, stored rows, lanes]
         scales: jax.Array,  # [pages, groups], or [slots_per_row * groups, rows] for scales per slot
         dtype: DTypeLike,
     ) -> list[jax.Array]:
@@ -145,6 +153,7 @@ class TPULayout(Layout):
             if self.scales_per_slot:
                 values = values.reshape(-1, self.row_width)
             else:
+                values = values.reshape(-1, self.page_rows, self.row_width)
                 multiplier = multiplier.reshape(multiplier.shape[0], 1, self.row_width)
             decoded.append((values * multiplier).reshape(-1, self.row_width).astype(dtype))
         return decoded

@@ -1,8 +1,8 @@
 """What the kernel of the ``tpu`` backend works on: the static call, and references to HBM, VMEM and SMEM.
 
-Shapes: a *row* holds ``row_width`` lanes and the codes of one or more slots (see ``_tpu_layout``). ``q_rows``
-are the query rows that one KV head serves in a query tile, and ``rows`` are the rows of one head in a tile of
-keys or of values.
+Shapes: a *row* holds ``row_width`` lanes and the codes of one or more slots, and may be part of a stored row
+(see ``_tpu_layout``). ``q_rows`` are the query rows that one KV head serves in a query tile, and ``rows`` are
+the rows of one head in a tile of keys or of values.
 """
 
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class HBMPool(NamedTuple):
     """Keys or values in HBM.
 
     Attributes:
-        pages: [kv_heads, num_pages, page_rows, row_width], codes or floats.
+        pages: [kv_heads, num_pages, stored rows, lanes], codes or floats.
         scales: [sequences, kv_tiles, ...] as :meth:`TPULayout.gather_scales` returns them; None if there are
             none.
     """
@@ -81,7 +81,7 @@ class Buffers(NamedTuple):
     """Keys or values in VMEM: two tiles as they are stored, and what is computed from one of them.
 
     Attributes:
-        pages: [2, pages_per_tile, kv_heads, page_rows, row_width].
+        pages: [2, pages_per_tile, kv_heads, stored rows, lanes].
         scales: [2, ...], the scales of a tile; None if there are none.
         semaphores: [2], for the copies into either buffer.
         multipliers: [kv_heads, slots] float32, the multiplier of each slot in the order of
@@ -102,7 +102,7 @@ class Buffers(NamedTuple):
     @classmethod
     def specs(cls, call: TPUCall, layout: TPULayout, pool: HBMPool) -> "Buffers":
         """Return the memory that the buffers of a pool take."""
-        kv_heads, _, page_rows, row_width = pool.pages.shape
+        kv_heads, _, *page_shape = pool.pages.shape
         rows = call.kv_tile // layout.slots_per_row
         scales: Spec = None
         if pool.scales is not None:
@@ -116,9 +116,9 @@ class Buffers(NamedTuple):
                 offsets = pltpu.VMEM((kv_heads, slots), jnp.float32)
         visible: Spec = None
         if call.may_have_gaps:
-            visible = pltpu.VMEM((rows, row_width), jnp.float32)
+            visible = pltpu.VMEM((rows, layout.row_width), jnp.float32)
         return cls(
-            pages=pltpu.VMEM((2, call.pages_per_tile, kv_heads, page_rows, row_width), pool.pages.dtype),
+            pages=pltpu.VMEM((2, call.pages_per_tile, kv_heads, *page_shape), pool.pages.dtype),
             scales=scales,
             semaphores=pltpu.SemaphoreType.DMA((2,)),
             multipliers=multipliers,

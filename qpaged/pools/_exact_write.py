@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def gather(pool: QuantizedArray, indices: jax.Array) -> jax.Array:
-    """Return the slots (kv_heads, n * page_size, head_dim) of pages (n,), decoded; zeros out of range."""
-    slots = arrays.as_slots(arrays.gather_pages(pool, indices))
+    """Return the slots (kv_heads, n * page_size, head_dim) of pages (n,), decoded; any out of range."""
+    slots = arrays.as_slots(arrays.read_pages(pool, indices))
     assert isinstance(slots, QuantizedArray)
     return slots.materialize()
 

@@ -14,6 +14,7 @@ from flax import linen, nnx
 import qpaged
 from qpaged import adopt
 from qpaged.adopt.flax import quantize_linen, quantize_nnx
+from qpaged.arrays import is_cache_array
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),

@@ -42,6 +42,9 @@ PLACES = np.array(
         ("int4", 64),
         pytest.param("int2", 128, marks=pytest.mark.long),
         pytest.param("nvfp4", 128, marks=pytest.mark.long),
+        ("int6:channel", 128),
+        pytest.param("int5", 256, marks=pytest.mark.long),
+        pytest.param("int3:page", 256, marks=pytest.mark.long),
         ("raw", 64),
     ],
 )

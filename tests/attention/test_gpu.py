@@ -34,6 +34,8 @@ CASES = {  # head_dim, page_size, options
     "plain": (64, 64, {"sliding_window": 70}),
     "int8:token+offset/fp8_e4m3": (64, 32, {"sinks": True}),
     "int4:token/int8": (64, 32, {"logits_soft_cap": 3.0, "sinks": True}),
+    "int6:token/int6:page+offset": (128, 32, {"sliding_window": 70}),
+    "int5:page/int3:token": (256, 32, {}),
 }
 # The kernel rounds weights to bfloat16 before it multiplies values with them, and the output is rounded, too.
 ROUNDING = 2.0**-8
@@ -137,7 +139,12 @@ def test_a_partitioned_mesh_is_refused(supported):
         ),
         ({"spelling": "int8/nvfp4"}, "values: nvfp4 has scales of two levels"),
         ({"spelling": "int8:channel"}, "keys: int8:channel has several scales along the channels"),
+        (
+            {"spelling": "int5:token"},
+            "keys: int5:token has codes in two planes, and the high one has 16 bytes",
+        ),
         ({"spelling": "int8", "dtype": jnp.bfloat16}, None),
+        ({"spelling": "int6:token"}, None),
     ],
 )
 def test_calls_are_declined_with_the_reason(arguments, reason):

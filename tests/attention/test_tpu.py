@@ -34,8 +34,15 @@ CASES = {  # head_dim, options
     "int8:channel+offset/int4+rotate": (128, {"logits_soft_cap": 3.0}),
     "int4:channel+offset/int4:token": (64, {"sliding_window": 20, "sinks": True}),
     "fp8_e4m3/raw": (256, {}),
+    "int6:token/int5:channel": (128, {"sinks": True}),
+    "int3:page/int6": (64, {"sliding_window": 11}),
+    "int5/int3:channel+offset": (256, {"logits_soft_cap": 3.0}),
 }
-SHORT = "raw/int8", "int8:channel+offset/int4+rotate"  # which have every layout of codes; the others are long
+SHORT = (
+    "raw/int8",
+    "int8:channel+offset/int4+rotate",
+    "int6:token/int5:channel",
+)  # which have every layout of codes; the others are long
 # float32 sums of some hundred products in other orders, through an exponential
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}
 
@@ -149,6 +156,7 @@ def test_formats_of_one_level_of_scales_are_taken():
         "mxfp4",
         "int2",
         "int4:channel+offset+rotate/int8",
+        "int6:channel/int3",
     )
     for spelling in spellings:
         assert reasons_declined(spelling)["tpu"] is None, spelling
@@ -163,6 +171,10 @@ def test_formats_of_one_level_of_scales_are_taken():
         (
             {"spelling": "int8", "num_kv_heads": 4096, "q_heads": 4096},
             "no room for the pages of 4096 KV heads",
+        ),
+        (
+            {"spelling": "int5:token", "page_size": 16},
+            "do not fill rows of lanes on pages of 16 slots; take larger",
         ),
         ({"spelling": None, "dtype": jnp.float16}, "keys: pages of float16 are not taken"),
         ({"spelling": "int8/nvfp4"}, "values: nvfp4 has scales of two levels"),

@@ -23,7 +23,7 @@ def test_each_live_page_is_copied_once():
 
 
 @compiler
-@pytest.mark.parametrize("format", ["int8", "int4:token"])
+@pytest.mark.parametrize("format", ["int8", "int4:token", "int6:token"])
 def test_temporaries_stay_small_and_writes_are_in_place(format):
     import tpu_compile
 

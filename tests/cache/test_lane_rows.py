@@ -54,6 +54,18 @@ def test_rows_are_full_and_codes_are_as_ever(format, folds):
 
 
 @pytest.mark.parametrize(
+    ("format", "page_size", "folds"), [("int6", 32, 8), ("int5", 64, 16), ("int3", 64, 16)]
+)
+def test_rows_of_planes_fill_the_lanes_several_times(format, page_size, folds):
+    pool = make_view(format, **(SIZES | {"page_size": page_size})).key_pages
+    width = pool.codes.shape[-1]
+    assert pool.slots_per_row == folds and folds * width % 128 == 0
+    assert jax.tree_util.tree_leaves(pool)[0].shape == (2, PAGES, 4, folds * width)
+    half = make_view(format, **(SIZES | {"page_size": page_size // 2})).key_pages
+    assert half.slots_per_row == 1  # a TPU would lay out two rows of bytes another way
+
+
+@pytest.mark.parametrize(
     "changes",
     [{"kv_head_dim_size": 128}, {"kv_head_dim_size": 96}, {"page_size": 3}, {"page_size": 2}],
     ids=str,
