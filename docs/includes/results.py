@@ -51,9 +51,19 @@ def sweep_front():
 
 
 def real_models():
-    """Return what ``benchmarks/real_models.py`` measured on each model as a Markdown table."""
+    """Return what ``benchmarks/real_models.py`` measured on each model over a whole text as a Markdown table."""
+    return _real_tables(lambda run: run["skip_first"] == 0 and run["bits_packed"] <= 16)
+
+
+def real_models_further_in():
+    """Return what ``benchmarks/real_models.py`` measured behind the first tokens as a Markdown table."""
+    return _real_tables(lambda run: run["skip_first"] > 0)
+
+
+def _real_tables(is_shown):
+    """Return the runs that are shown, model by model."""
     results = json.loads((RESULTS / "real_models.json").read_text())
-    runs = [run for run in results["runs"] if run["skip_first"] == 0 and run["bits_packed"] <= 16]
+    runs = list(filter(is_shown, results["runs"]))
     newest = max(run["date"] for run in runs)
     versions = runs[-1]["versions"]
     sources = ", ".join(text["source"] for text in results["texts"].values())
@@ -68,21 +78,16 @@ def real_models():
             *map(_real_row, sorted(of_model, key=lambda run: (-round(run["bits_packed"]), run["kl_mean"]))),
             "",
         ]
+    first, context = runs[0]["skip_first"], runs[0]["context"]
+    positions = f", from token {first:,} on" if first else ""
     lines.append(
-        f"`benchmarks/real_models.py`: {runs[0]['sequences']} sequences of {runs[0]['context']:,} tokens of "
-        f"{sources}; KL in nats a token to a plain float32 cache of the same weights, with standard errors "
+        f"`benchmarks/real_models.py`: {runs[0]['sequences']} sequences of {context:,} tokens of {sources}"
+        f"{positions}; KL in nats a token to a plain float32 cache of the same weights, with standard errors "
         f"over parts of the text, and the KL that one token in a hundred exceeds. Bits are of a value in "
         f"packed pages, and of the whole cache of one sequence of so many tokens, exact pages included. "
-        f"jax {versions['jax']} on CPU, {newest}.{_swept_rows(runs)}"
+        f"jax {versions['jax']} on CPU, {newest}."
     )
     return "\n".join(lines) + "\n"
-
-
-def _swept_rows(runs):
-    """Say how runs without a KL by position were measured: ``qpaged sweep`` keeps none."""
-    if all(run["kl_by_position"] for run in runs):
-        return ""
-    return " Some rows with pages of 32 and 64 are of `qpaged sweep` on the same text and weights."
 
 
 def _real_row(run):
@@ -168,6 +173,32 @@ def decode_write():
             f"| `{run['format']}` | {small} | {large} | {run['ratio']:.2f} | {run['temp_size_in_bytes']:,} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def exact_pages():
+    """What ``benchmarks/exact_pages.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "exact_pages.json").read_text())
+    shape = results["shape"]
+    lines = [
+        f"`benchmarks/exact_pages.py`: one layer, {shape['batch']} sequences of up to {shape['length']:,} "
+        f"tokens, {shape['q_heads']} query heads over {shape['kv_heads']} KV heads, head size "
+        f"{shape['head_dim']}, pages of {shape['page_size']}: milliseconds, median of {results['rounds']} "
+        f"rounds, jax {results['versions']['jax']} on CPU, {results['date']}; in brackets, times as long as "
+        f"without exact pages. Temporaries in MB at 512 pages, and at 32,768.",
+        "",
+        "| format | write | attention | write and attention | temporaries |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for without, run in zip(results["runs"][::2], results["runs"][1::2], strict=True):
+        for shown, base in ((without, None), (run, without["milliseconds"])):
+            cells = [_beside(took, base and base[kind]) for kind, took in shown["milliseconds"].items()]
+            megabytes = ", ".join(f"{size / 1e6:.1f}" for size in shown["temp_size_in_bytes"].values())
+            lines.append(f"| `{shown['format']}` | {' | '.join(cells)} | {megabytes} |")
+    return "\n".join(lines) + "\n"
+
+
+def _beside(took, base):
+    return f"{took:.2f}" if base is None else f"{took:.2f} ({took / base:.2f})"
 
 
 def write_attend():
@@ -421,9 +452,11 @@ TABLES = {
     "sweep.md": sweep,
     "sweep_front.md": sweep_front,
     "real_models.md": real_models,
+    "real_models_further_in.md": real_models_further_in,
     "tune.md": tune,
     "decode_write.md": decode_write,
     "write_attend.md": write_attend,
+    "exact_pages.md": exact_pages,
     "cpu_attention.md": cpu_attention,
     "gpu_attention.md": gpu_attention,
     "generation.md": generation,
