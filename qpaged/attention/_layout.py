@@ -107,6 +107,8 @@ def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:
     quantizer = quantized.quantizer
     if quantized.global_scale is not None:
         return f"{quantizer} has scales of two levels"
+    if quantizer.has_static_scales:
+        return f"{quantizer} has static scales, which all pages share"
     if has_planes(quantizer.bits):
         return f"{quantizer} has codes in two planes"
     if quantized.offset is not None:
