@@ -16,7 +16,7 @@ TABLE = Path(__file__).with_name("sizes.md")
 
 
 def bytes_per_token(quantizer, dtype, head_dim=HEAD_DIM):
-    """Return the bytes that the key of one token and one KV head takes, with its share of the page's scales."""
+    """Return the bytes that the key of one token and one KV head takes, with its share of a page's scales."""
 
     def bytes_of(pages):
         pool = jax.ShapeDtypeStruct((1, pages, PAGE_SIZE, head_dim), dtype)

@@ -101,6 +101,12 @@ class PagedAttentionCache(Serializable):
         cache."""
         return self.replace(views=[view.pack_pages(pages, lengths) for view in self.views])
 
+    @property
+    def has_static_scales(self) -> bool:
+        """True if any pool has static scales."""
+        all_pages = [pages for view in self.views for pages in (view.key_pages, view.value_pages)]
+        return any(pools.static_scales(pages) is not None for pages in all_pages)
+
     def with_scales(self, scales: CacheScales) -> Self:
         """Return the cache with static scales in every pool that has them; see
         :meth:`PagedAttentionCacheView.with_scales`.
@@ -116,8 +122,7 @@ class PagedAttentionCache(Serializable):
             ValueError: of another number of layers or KV heads, or chosen for another format; or no pool has
                 static scales.
         """
-        all_pages = [pages for view in self.views for pages in (view.key_pages, view.value_pages)]
-        check_scales(scales, len(self.views), all_pages)
+        check_scales(scales, len(self.views), self.has_static_scales)
         views = []
         for layer, view in enumerate(self.views):
             views.append(

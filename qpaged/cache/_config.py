@@ -150,8 +150,8 @@ class PagedAttentionCacheMetaData(Serializable):
             raise ValueError(
                 f"memory: one page of {num_layers} layers takes {int(page_bytes):,} bytes on a device"
                 f"{others}, but the cache may take {max(room, 0):,}; raise memory_bytes or hbm_utilization, "
-                f"choose a smaller {'batch_size, ' if has_exact else ''}page_size or format, or partition the "
-                f"KV heads over more devices."
+                f"choose a smaller {'batch_size, ' if has_exact else ''}page_size or format, or partition "
+                f"the KV heads over more devices."
             )
         return cls(
             batch_size=batch_size,

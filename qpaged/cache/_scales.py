@@ -65,7 +65,7 @@ def scales_of_layer(
     return taken
 
 
-def check_scales(scales: object, num_layers: int, all_pages: list[Pages]) -> None:
+def check_scales(scales: object, num_layers: int, has_static_scales: bool) -> None:
     """Raise unless these are scales of as many layers, and a pool takes some.
 
     Raises:
@@ -81,7 +81,7 @@ def check_scales(scales: object, num_layers: int, all_pages: list[Pages]) -> Non
             f"scales must be of the cache's {num_layers} layers, but are of {scales.layers}; read those of "
             f"this model."
         )
-    if all(pools.static_scales(pages) is None for pages in all_pages):
+    if not has_static_scales:
         raise ValueError(
             "scales must be for a cache of which pages have static scales, as fp8_e4m3:tensor, but these "
             "have none; make the cache with such a format."
