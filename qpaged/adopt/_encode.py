@@ -90,6 +90,12 @@ def _key_and_value_quantizers(
             f"quantizer must have no exact pages for the arrays of a model's own cache, which have none, but "
             f"came as {quantizer}; leave out +exact and +sink, or keep the cache in qpaged's pages."
         )
+    if any(part is not None and part.has_static_scales for part in (key, value)):
+        raise ValueError(
+            f"quantizer must fit its scales to the arrays of a model's own cache, which is given none, but "
+            f"came as {quantizer}, whose scales are static; take another granularity, as fp8_e4m3:token, or "
+            f"keep the cache in qpaged's pages."
+        )
     return key, value
 
 

@@ -67,7 +67,7 @@ def calibrate(
                 return stream.attend(layer, query, key, value, metadata)  # noqa: B023
 
             model.hidden(chunk.tokens, metadata.prefill_position, attend)
-            progress("calibrate", chunk.length)
+            progress("keys and values", chunk.length)
     keys, values = np.swapaxes(np.asarray(jax.device_get(absmax)), 0, 1)  # [layers, kv_heads]
     chosen_for = dict.fromkeys(map(without_granularity, (key_format, value_format)))
     return CacheScales(_scales(key_format, keys), _scales(value_format, values), "/".join(chosen_for))

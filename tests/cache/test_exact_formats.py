@@ -85,7 +85,7 @@ def test_it_says_what_it_is():
 
 
 @needs_own_implementation
-def test_adopt_has_no_exact_pages():
+def test_adopt_has_no_exact_pages_and_no_static_scales():
     def step(x, position, cache):
         cache = jax.lax.dynamic_update_slice(cache, x, (0, position, 0))
         return jnp.einsum("btd,bsd->bts", x, cache), cache
@@ -93,6 +93,9 @@ def test_adopt_has_no_exact_pages():
     example = jnp.ones((2, 1, 32)), jnp.int32(0), jnp.zeros((2, 32, 32))
     with pytest.raises(ValueError, match="quantizer must have no exact pages for the arrays"):
         qpaged.adopt.quantize_cache(step, "int4+exact8", example=example)
+    message = "whose scales are static; take another granularity, as fp8_e4m3:token, or keep the cache in"
+    with pytest.raises(ValueError, match=message):
+        qpaged.adopt.quantize_cache(step, "fp8_e4m3:tensor", example=example)
 
 
 def test_pages_need_the_tables_of_their_tokens():
