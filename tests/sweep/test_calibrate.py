@@ -93,7 +93,7 @@ def test_sweeps_and_searches_take_scales(calibrate, command, tmp_path):
         "--scales",
         scales,
         "--formats",
-        "fp8_e4m3:head,int4",
+        "fp8_e4m3:head,int4:token",
         "--bits",
         "9",
         out="format.json",
