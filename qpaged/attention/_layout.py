@@ -94,9 +94,14 @@ def stored_rows(pool: Pages) -> jax.Array:
 
 
 def stored_scales(pool: Pages) -> jax.Array | None:
-    """Return the scales of a pool, [kv_heads, pages, page_size or 1, scale_groups]; None if it has none."""
+    """Return the scales of a pool, [kv_heads, pages, page_size or 1, scale_groups]; None if it has none.
+
+    Static scales are repeated for each page, as the kernels read them: 4 bytes beside those of the page.
+    """
     quantized = as_quantized(pool)
-    return None if quantized is None else quantized.scales
+    if quantized is None or not quantized.quantizer.has_static_scales:
+        return None if quantized is None else quantized.scales
+    return jnp.broadcast_to(quantized.block_scales, (*pool.shape[:2], 1, 1))
 
 
 def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:
@@ -107,8 +112,6 @@ def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:
     quantizer = quantized.quantizer
     if quantized.global_scale is not None:
         return f"{quantizer} has scales of two levels"
-    if quantizer.has_static_scales:
-        return f"{quantizer} has static scales, which all pages share"
     if has_planes(quantizer.bits):
         return f"{quantizer} has codes in two planes"
     if quantized.offset is not None:

@@ -24,7 +24,7 @@ LARGE_DTYPES = (jnp.float32, jnp.bfloat16)
 LARGEST_INDEX = 2**31 - 1
 SMALLEST = 2.0**-125  # values below 2^-126 count as zero, and so may bounds
 HEAD_DIMS = (16, 32, 64, 128, 256)  # tried in this order, since groups must divide head_dim
-STATIC_SCALES = {  # for each of HEADS; no powers of two, so that a code shows which of them it is under
+STATIC_SCALES = {  # of two heads; no powers of two, so that a code shows which of them it is under
     "keys": np.array([0.013, 0.03], np.float32),
     "values": np.array([0.021, 0.0101], np.float32),
 }
@@ -77,7 +77,7 @@ def with_static_scales(view: View) -> View:
     given = []
     for name, pages in zip(("keys", "values"), (view.key_pages, view.value_pages), strict=True):
         before = qpaged.pools.static_scales(pages)
-        given.append(None if before is None else STATIC_SCALES[name][: before.size])
+        given.append(None if before is None else np.resize(STATIC_SCALES[name], before.size))
     return view.with_scales(*given)
 
 

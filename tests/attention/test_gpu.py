@@ -34,6 +34,7 @@ CASES = {  # head_dim, page_size, options
     "plain": (64, 64, {"sliding_window": 70}),
     "int8:token+offset/fp8_e4m3": (64, 32, {"sinks": True}),
     "int4:token/int8": (64, 32, {"logits_soft_cap": 3.0, "sinks": True}),
+    "fp8_e4m3:tensor/fp8_e4m3:head": (64, 32, {}),
 }
 # The kernel rounds weights to bfloat16 before it multiplies values with them, and the output is rounded, too.
 ROUNDING = 2.0**-8

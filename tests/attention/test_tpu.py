@@ -34,6 +34,7 @@ CASES = {  # head_dim, options
     "int8:channel+offset/int4+rotate": (128, {"logits_soft_cap": 3.0}),
     "int4:channel+offset/int4:token": (64, {"sliding_window": 20, "sinks": True}),
     "fp8_e4m3/raw": (256, {}),
+    "fp8_e4m3:head/fp8_e4m3:tensor": (64, {"sliding_window": 150}),
 }
 SHORT = "raw/int8", "int8:channel+offset/int4+rotate"  # which have every layout of codes; the others are long
 # float32 sums of some hundred products in other orders, through an exponential
