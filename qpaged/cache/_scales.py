@@ -1,7 +1,5 @@
 """Static scales that are given to the pools of a cache."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +28,7 @@ def set_scales(name: str, pages: Pages, scales: ArrayLike | None) -> Pages:
             f"{pools.describe(pages)} pages; formats as fp8_e4m3:tensor and fp8_e4m3:head have them."
         )
     if isinstance(scales, jax.core.Tracer):  # its values are not known yet
-        values: Any = scales.astype(before.dtype)
+        values: jax.Array | np.ndarray = scales.astype(before.dtype)
     else:
         values = scale_values(name, scales)
     heads = len(before)

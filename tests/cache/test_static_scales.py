@@ -135,6 +135,24 @@ def test_they_are_replicated_or_divided_by_heads(format):
     )
 
 
+@pytest.mark.parametrize("format", ["fp8_e4m3:tensor", "fp8_e4m3:head"])
+def test_layers_that_are_stacked_keep_their_own(format):
+    cache = fresh_cache(format).with_scales(SCALES).with_layer_leaves()
+    metadata = prefill(np.arange(8), TABLE)
+
+    def layer(carry, view):
+        view = view.write_prefill_to_cache(KEY, VALUE, metadata)
+        return carry, (view, qpaged.paged_attention(jnp.repeat(KEY, 2, axis=1), view, metadata))
+
+    stacked = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *cache.views)
+    _, (written, out) = jax.jit(lambda views: jax.lax.scan(layer, None, views))(stacked)
+    for index, view in enumerate(cache.views):
+        _, (alone, attended) = jax.jit(layer)(None, view)
+        of_layer = jax.tree_util.tree_map(lambda leaf: leaf[index], written)  # noqa: B023
+        assert jax.tree_util.tree_all(jax.tree_util.tree_map(jnp.array_equal, of_layer, alone))
+        np.testing.assert_allclose(out[index], attended, rtol=1e-5, atol=1e-6)
+
+
 def test_scales_may_be_given_within_a_program():
     scaled = jax.jit(lambda view, scale: view.with_scales(key=scale))(
         fresh("fp8_e4m3:head"), jnp.float32([3, 5])
