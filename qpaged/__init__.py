@@ -21,6 +21,7 @@ from qpaged.cache import (
 )
 from qpaged.formats import (
     CacheFormat,
+    CacheScales,
     ChainedTransform,
     FitAgain,
     GlobalScaleRule,
@@ -53,6 +54,7 @@ __all__ = [
     "AllocationError",
     "AttentionBackend",
     "CacheFormat",
+    "CacheScales",
     "ChainedTransform",
     "DroppedToken",
     "FitAgain",

@@ -1,6 +1,6 @@
 """The built-in formats: plugins like any other, found through the entry points ``qpaged.quantizers``."""
 
-from quantizers._fp8 import Fp8E4M3, Fp8E5M2
+from quantizers._fp8 import Fp8E4M3, Fp8E4M3Static, Fp8E5M2, Fp8E5M2Static, fp8_e4m3, fp8_e5m2
 from quantizers._int import (
     Int3,
     Int3Floor,
@@ -30,7 +30,9 @@ from quantizers._rotate import Rotate
 
 __all__ = [
     "Fp8E4M3",
+    "Fp8E4M3Static",
     "Fp8E5M2",
+    "Fp8E5M2Static",
     "Int2",
     "Int2Floor",
     "Int2Whole",
@@ -56,6 +58,8 @@ __all__ = [
     "OffsetFloor",
     "Raw",
     "Rotate",
+    "fp8_e4m3",
+    "fp8_e5m2",
     "int2",
     "int3",
     "int4",

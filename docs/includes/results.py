@@ -51,12 +51,12 @@ def sweep_front():
 
 
 def real_models():
-    """Return what ``benchmarks/real_models.py`` measured on each model over a whole text as a Markdown table."""
+    """Return what ``benchmarks/real_models.py`` measured of whole sequences, as Markdown tables."""
     return _real_tables(lambda run: run["skip_first"] == 0 and run["bits_packed"] <= 16)
 
 
 def real_models_further_in():
-    """Return what ``benchmarks/real_models.py`` measured behind the first tokens as a Markdown table."""
+    """Return what ``benchmarks/real_models.py`` measured behind the first tokens, as Markdown tables."""
     return _real_tables(lambda run: run["skip_first"] > 0)
 
 

@@ -16,11 +16,15 @@ TABLE = Path(__file__).with_name("sizes.md")
 
 
 def bytes_per_token(quantizer, dtype, head_dim=HEAD_DIM):
-    """Return the bytes that the key of one token and one KV head takes, with its share of the scales."""
-    page = jnp.zeros((1, 1, PAGE_SIZE, head_dim), dtype)
-    if quantizer is not None:
-        page = jax.eval_shape(qpaged.get_quantizer(quantizer).quantize, page)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(page)) / PAGE_SIZE
+    """Return the bytes that the key of one token and one KV head takes, with its share of a page's scales."""
+
+    def bytes_of(pages):
+        pool = jax.ShapeDtypeStruct((1, pages, PAGE_SIZE, head_dim), dtype)
+        if quantizer is not None:
+            pool = jax.eval_shape(qpaged.get_quantizer(quantizer).quantize, pool)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(pool))
+
+    return (bytes_of(2) - bytes_of(1)) / PAGE_SIZE
 
 
 def table(spellings):

@@ -101,6 +101,12 @@ def _key_and_value_quantizers(
         key, value = common = (quantizer.key, quantizer.value)
         if any(pair != common for _, pair in quantizer.layers):
             raise _must_be_the_same("layers", leaf, quantizer)
+    if any(part is not None and format_of_codes(part).has_static_scales for part in (key, value)):
+        raise ValueError(
+            f"quantizer must fit its scales to the arrays of a model's own cache, which is given none, but "
+            f"came as {quantizer}, whose scales are static; take another granularity, as fp8_e4m3:token, or "
+            f"keep the cache in qpaged's pages."
+        )
     return key, value
 
 

@@ -9,6 +9,7 @@ from jax import lax
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 
 from qpaged._compat import operand_batching_dims
+from qpaged.arrays._blocks import refine
 from qpaged.arrays._indices import clip_to_int32
 from qpaged.arrays._lane_rows import from_lane_rows
 from qpaged.arrays._moves import codes_shape, moved
@@ -34,6 +35,7 @@ def gather(
         if unpacked is None:
             return None
         return gather(unpacked, index, numbers, sizes, mode, fill_value)
+    array = _with_own_scales_along(array, operand_batching_dims(numbers))
     fill = _fill_code_and_scale(array, fill_value)
     if fill is None or not _windows_fit_blocks(array, numbers, sizes):
         return None
@@ -48,6 +50,18 @@ def gather(
         return lax.gather(part, block_index, numbers, extents, mode=mode, fill_value=scale_fill)
 
     return moved(array, codes, gather_part, _gathered_channels(array, index, numbers))
+
+
+def _with_own_scales_along(array: QuantizedArray, batching: Sequence[int]) -> QuantizedArray:
+    """Return the array with a scale for each element along batching axes, which all operands divide alike."""
+
+    def refine_part(part: jax.Array) -> jax.Array:
+        for axis in batching:
+            if part.shape[axis] == 1:  # as of static scales
+                part = refine(part, axis, array.shape[axis])
+        return part
+
+    return array.like(array.codes, array.parts.map(refine_part)) if batching else array
 
 
 def _fill_code_and_scale(

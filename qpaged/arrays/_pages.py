@@ -1,5 +1,6 @@
 """Whole pages of a pool, cleared and copied in every array of it: codes and scales together."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 
 from qpaged._platforms import by_platform
 from qpaged.arrays import _tpu_write
-from qpaged.arrays._quantize import quantize
-from qpaged.arrays._quantized import QuantizedArray
+from qpaged.arrays._quantize import quantize, quantize_under
+from qpaged.arrays._quantized import BlockParts, QuantizedArray
 from qpaged.arrays._scatter import gather_rows, scatter_rows
 
 PAGE_AXIS = 1  # of every array of a pool
@@ -20,15 +21,14 @@ def clear_pages(
     pool: PoolArray,
     pages: jax.Array,  # [n] int32
 ) -> PoolArray:
-    """Return a pool with zeros for these pages of all its arrays; out of range is dropped."""
+    """Return a pool with zeros for these pages of its arrays; static scales stay. Out of range is dropped."""
     if not isinstance(pool, QuantizedArray):
         return _clear(pool, pages)
 
     def clear_scales(part: jax.Array) -> jax.Array:
         return by_platform(part, pages, default=_clear, tpu=_clear_on_tpu)
 
-    stored = _clear(pool.stored, pages)
-    return pool.with_stored(stored, pool.parts.map(clear_scales))
+    return pool.with_stored(_clear(pool.stored, pages), _map_of_pages(pool, clear_scales))
 
 
 def copy_pages(
@@ -48,8 +48,7 @@ def copy_pages(
     def copy_scales(part: jax.Array) -> jax.Array:
         return by_platform(part, source, target, default=_copy, tpu=_copy_on_tpu)
 
-    stored = _copy(pool.stored, source, target)
-    return pool.with_stored(stored, pool.parts.map(copy_scales))
+    return pool.with_stored(_copy(pool.stored, source, target), _map_of_pages(pool, copy_scales))
 
 
 def put_pages(
@@ -59,19 +58,28 @@ def put_pages(
 ) -> PoolArray:
     """Return a pool with whole pages in place of those at ``target``, quantized as the pool is, if it is.
 
-    A scale is chosen from its whole block, whatever was there before. Out of range is dropped.
+    A scale is chosen from its whole block, whatever was there before, unless it is static. Out of range is
+    dropped.
     """
     if not isinstance(pool, QuantizedArray):
         return _put(pool, target, pages.astype(pool.dtype))
-    block = (1, 1, *pool.block[2:])
-    new = quantize(pages, pool.quantizer, block, pool.dtype, pool.channel_axis)
+    if pool.quantizer.has_static_scales:
+        new = quantize_under(pool, pages)
+    else:
+        block = (1, 1, *pool.block[2:])
+        new = quantize(pages, pool.quantizer, block, pool.dtype, pool.channel_axis)
     new = new.like(new.codes, new.parts, slots_per_row=pool.slots_per_row)
     stored = by_platform(pool.stored, target, new.stored, default=_put, tpu=_put_codes_on_tpu)
 
     def put_scales(part: jax.Array, of_new: jax.Array) -> jax.Array:
         return by_platform(part, target, of_new, default=_put, tpu=_put_on_tpu)
 
-    return pool.with_stored(stored, pool.parts.map(put_scales, new.parts))
+    return pool.with_stored(stored, _map_of_pages(pool, put_scales, new.parts))
+
+
+def _map_of_pages(pool: QuantizedArray, change: Callable[..., jax.Array], *others: BlockParts) -> BlockParts:
+    """Return the parts of a pool with ``change`` applied to those of its pages: static scales stay."""
+    return pool.parts if pool.quantizer.has_static_scales else pool.parts.map(change, *others)
 
 
 def read_pages(

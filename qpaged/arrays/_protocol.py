@@ -80,6 +80,10 @@ class ArrayFormat(Protocol):
         """Whether arrays of this format can be written to."""
 
     @property
+    def has_static_scales(self) -> bool:
+        """Whether scales are given, and stay as they are whatever is written."""
+
+    @property
     def growth(self) -> GrowthRule | None:
         """How shared scales grow; None if they cannot, so that every write must cover its blocks."""
 

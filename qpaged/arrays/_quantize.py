@@ -73,11 +73,21 @@ def empty(
     """Return an array in which nothing was written yet: all its parts are zeros, and so are its values."""
     # Of shapes alone, since a quantizer need not encode zeros as code 0.
     parts = jax.eval_shape(lambda: quantize(jnp.zeros(shape, dtype), quantizer, block, dtype, channel_axis))
-    return jax.tree_util.tree_map(lambda part: jnp.zeros(part.shape, part.dtype), parts)
+    array = jax.tree_util.tree_map(lambda part: jnp.zeros(part.shape, part.dtype), parts)
+    if quantizer.has_static_scales:
+        array.scales = quantizer.fit(*[jnp.zeros(array.scales.shape, jnp.float32)] * 2)
+    return array
+
+
+def quantize_under(array: QuantizedArray, new: ArrayLike) -> QuantizedArray:
+    """Return floats quantized under the static scales of ``array``, with as many blocks along each axis."""
+    x = to_block_values(jnp.asarray(new), array.quantizer, array.dtype, array.channel_axis)
+    codes = encode(x, array.quantizer, array.block_scales)
+    return array.like(pack(codes, array.quantizer.bits, array.channel_axis), array.parts)
 
 
 def overwrite(array: QuantizedArray, new: Any) -> QuantizedArray:
-    """Return ``array`` with every element replaced by ``new``: fresh scales, the same blocks."""
+    """Return ``array`` with every element replaced by ``new``: fresh scales but static ones, same blocks."""
     sharding = array.explicit_sharding()
     if sharding is None:
         return _overwrite(array, new)
@@ -86,6 +96,9 @@ def overwrite(array: QuantizedArray, new: Any) -> QuantizedArray:
 
 
 def _overwrite(array: QuantizedArray, new: Any) -> QuantizedArray:
+    if array.quantizer.has_static_scales:
+        values = new.dequantize() if isinstance(new, QuantizedArray) else new
+        return quantize_under(array, lax.stop_gradient(values))
     if not isinstance(new, QuantizedArray):
         new = quantize(lax.stop_gradient(new), array.quantizer, array.block, array.dtype, array.channel_axis)
     elif (new.quantizer, new.block, new.channel_axis) != (array.quantizer, array.block, array.channel_axis):

@@ -46,6 +46,10 @@ class ReadFormat:
         return False
 
     @property
+    def has_static_scales(self) -> bool:
+        return False  # nothing is written under the scales of a read
+
+    @property
     def growth(self) -> None:
         return None
 

@@ -44,7 +44,8 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
             are moved undecoded.
 
     A shared scale grows by the quantizer's rule until it covers the rows; the codes under it are requantized
-    once. Cost is that of the rows and of the blocks they touch, whatever the size of ``array``.
+    once. Static scales stay, and rows are encoded under them. Cost is that of the rows and of the blocks they
+    touch, whatever the size of ``array``.
 
     Raises:
         ValueError: the format cannot be written to in such rows; :func:`takes_rows` says so beforehand.
@@ -75,6 +76,8 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
         return array.like(_put_codes(array, axes, index, codes), array.parts)
     row_channels = channel_axis_of_rows(array, axes)
     rows = to_block_values(rows, array.quantizer, array.dtype, row_channels)
+    if array.quantizer.has_static_scales:
+        return _encode_under_own_scales(array, axes, index, rows)
     return _quantize_rows(array, axes, index, rows)
 
 
@@ -93,6 +96,8 @@ def takes_rows(array: QuantizedArray, axes: Sequence[int]) -> bool:
         splits_bytes = array.codes_per_byte > 1 and array.block[array.channels] > 1
         if array.channels in array.whole_axes or splits_bytes:
             return False
+    if quantizer.has_static_scales:
+        return True
     covers_blocks = all(array.block[axis] == 1 for axis in axes)
     # Growth knows one level of scales.
     return covers_blocks or (quantizer.growth is not None and array.global_scale is None)
@@ -127,6 +132,19 @@ def scatter_parts(
         else:
             parts.append(scatter_rows(part, axes, index, row_part))
     return array.like(codes, BlockParts(*parts))
+
+
+def _encode_under_own_scales(
+    array: QuantizedArray,
+    axes: Axes,
+    index: jax.Array,  # [rows, len(axes)]
+    rows: jax.Array,  # [rows, *kept extents], from to_block_values
+) -> QuantizedArray:
+    """Return ``array`` with rows written under the scales that it has, which stay."""
+    block_index = index // jnp.array([array.block[axis] for axis in axes], jnp.int32)
+    scales = gather_rows(array.block_scales, axes, block_index)
+    codes = jax.vmap(lambda row, scale: encode(row, array.quantizer, scale))(rows, scales)
+    return array.like(_put_codes(array, axes, index, codes), array.parts)
 
 
 def _quantize_rows(

@@ -123,9 +123,14 @@ def stored_rows(pool: Pages) -> jax.Array:
 
 
 def stored_scales(pool: Pages) -> jax.Array | None:
-    """Return the scales of a pool, [kv_heads, pages, page_size or 1, scale_groups]; None if it has none."""
+    """Return the scales of a pool, [kv_heads, pages, page_size or 1, scale_groups]; None if it has none.
+
+    Static scales are repeated for each page, as the kernels read them: 4 bytes beside those of the page.
+    """
     quantized = as_quantized(pool)
-    return None if quantized is None else quantized.scales
+    if quantized is None or not quantized.quantizer.has_static_scales:
+        return None if quantized is None else quantized.scales
+    return jnp.broadcast_to(quantized.block_scales, (*pool.shape[:2], 1, 1))
 
 
 def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:

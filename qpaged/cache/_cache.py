@@ -11,9 +11,11 @@ from jax.typing import ArrayLike, DTypeLike
 from qpaged import pools
 from qpaged.cache._config import AnyQuantizer, PagedAttentionCacheMetaData, check_metadata
 from qpaged.cache._fresh import warn_of_narrow_floats
+from qpaged.cache._scales import check_scales, scales_of_layer
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver
 from qpaged.cache._view import PagedAttentionCacheView
+from qpaged.formats import CacheScales
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,35 @@ class PagedAttentionCache(Serializable):
         """Pack exact pages in every layer, as :meth:`PagedAttentionCacheView.pack_pages` does; return the
         cache."""
         return self.replace(views=[view.pack_pages(pages, lengths) for view in self.views])
+
+    @property
+    def has_static_scales(self) -> bool:
+        """True if any pool has static scales."""
+        all_pages = [pages for view in self.views for pages in (view.key_pages, view.value_pages)]
+        return any(pools.static_scales(pages) is not None for pages in all_pages)
+
+    def with_scales(self, scales: CacheScales) -> Self:
+        """Return the cache with static scales in every pool that has them; see
+        :meth:`PagedAttentionCacheView.with_scales`.
+
+        A pool with one scale takes the largest of its heads'; pools without static scales stay as they are.
+
+        Args:
+            scales: of every layer; :meth:`qpaged.CacheScales.load` and ``qpaged.models.read_scales`` read
+                them.
+
+        Raises:
+            TypeError: of another kind.
+            ValueError: of another number of layers or KV heads, or chosen for another format; or no pool has
+                static scales.
+        """
+        check_scales(scales, len(self.views), self.has_static_scales)
+        views = []
+        for layer, view in enumerate(self.views):
+            views.append(
+                view.with_scales(*scales_of_layer(scales, layer, (view.key_pages, view.value_pages)))
+            )
+        return self.replace(views=views)
 
     def with_layer_leaves(self) -> Self:
         """Return the cache with the layers' numbers as int32 leaves of their views, beside the pools.

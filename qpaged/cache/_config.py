@@ -16,7 +16,7 @@ from qpaged.cache._budget import available_bytes, cache_bytes, default_device
 from qpaged.cache._fresh import MakePages, PoolFormat, Sequences, check_takes_zeros, round_to_shards
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
-from qpaged.formats import CacheFormat, PoolQuantizer, Quantizer
+from qpaged.formats import CacheFormat, ExactFormat, PoolQuantizer, Quantizer
 
 LARGEST_INDEX = 2**31 - 2  # one past the last page must still be an int32
 
@@ -144,12 +144,14 @@ class PagedAttentionCacheMetaData(Serializable):
         pages = min(int((room - beside) / page_bytes), LARGEST_INDEX)
         pages = round_to_shards(pages, shape, mesh, partition_manager)
         if pages < 1:
-            exact = f", and exact pages of {batch_size} sequences {beside:,}" if beside else ""
+            has_exact = any(isinstance(pool_format, ExactFormat) for pool_format in pool_formats)
+            others = f"exact pages of {batch_size} sequences" if has_exact else "static scales"
+            others = f", and {others} {beside:,}" if beside else ""
             raise ValueError(
                 f"memory: one page of {num_layers} layers takes {int(page_bytes):,} bytes on a device"
-                f"{exact}, but the cache may take {max(room, 0):,}; raise memory_bytes or hbm_utilization, "
-                f"choose a smaller {'batch_size, ' if beside else ''}page_size or format, or partition the "
-                f"KV heads over more devices."
+                f"{others}, but the cache may take {max(room, 0):,}; raise memory_bytes or hbm_utilization, "
+                f"choose a smaller {'batch_size, ' if has_exact else ''}page_size or format, or partition "
+                f"the KV heads over more devices."
             )
         return cls(
             batch_size=batch_size,

@@ -23,6 +23,7 @@ from qpaged.cache._config import (
 )
 from qpaged.cache._fresh import PoolFormat, allocate_pages, fresh_pages, warn_of_narrow_floats
 from qpaged.cache._metadata import PagedAttentionMetadata, check_step
+from qpaged.cache._scales import set_scales
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
 from qpaged.cache._slot_mapping import as_indices, slot_mapping
@@ -241,6 +242,26 @@ class PagedAttentionCacheView(Serializable):
         return self.replace(
             key_pages=pools.pack_pages(self.key_pages, indices, counts),
             value_pages=pools.pack_pages(self.value_pages, indices, counts),
+        )
+
+    def with_scales(self, key: ArrayLike | None = None, value: ArrayLike | None = None) -> Self:
+        """Return the view with static scales, of a format that has them, as ``fp8_e4m3:tensor``.
+
+        Give them before anything is written: codes stay as they are, and stand for other values then. Fresh
+        pages have scales of 1. Resets, copies and writes keep scales.
+
+        Args:
+            key: one number, or (kv_heads,) where each head has its own; None leaves keys as they are.
+            value: likewise for values.
+
+        Raises:
+            TypeError: scales that are no numbers.
+            ValueError: pages without static scales, another shape, or scales that are not positive and
+                finite.
+        """
+        return self.replace(
+            key_pages=set_scales("key", self.key_pages, key),
+            value_pages=set_scales("value", self.value_pages, value),
         )
 
     def concatenate_to_cache(self, *args: Any, **kwargs: Any) -> NoReturn:

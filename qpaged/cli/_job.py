@@ -1,4 +1,4 @@
-"""Arguments of ``sweep`` and ``tune``: which model is measured on which text, and how much of it."""
+"""Arguments of ``sweep``, ``tune`` and ``calibrate``: which model reads which text, and how much of it."""
 
 import argparse
 from typing import Any
@@ -7,34 +7,21 @@ from qpaged import sweep
 from qpaged._bad_argument import BadArgumentError
 from qpaged.cli._arguments import token_count, whole_number
 from qpaged.cli._output import say
+from qpaged.models import read_scales
 
 
 def add_job(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that choose the model, the text and the settings."""
     defaults = sweep.Settings()
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL_DIR", help="a Hugging Face checkpoint (the bundled model)")
+    add_checkpoint(parser)
     add(
         "--step",
         metavar="MODULE:FUNCTION",
         help="a model that qpaged.adopt can adopt, instead of a checkpoint: FUNCTION(sequences, length) "
         "gives (step, state), and step(state, tokens, positions) gives (logits, state)",
     )
-    add("--text", metavar="FILE", help="what to predict (held-out files of Python's own library)")
-    add(
-        "--tokenizer",
-        metavar="DIR",
-        help="a directory with a tokenizer.json, or bytes for models of bytes (the checkpoint's own; bytes "
-        "with --step)",
-    )
-    add(
-        "--tokens",
-        type=token_count,
-        metavar="N",
-        default=defaults.tokens,
-        help="tokens to predict (%(default)s)",
-    )
-    add("--context", type=token_count, metavar="N", help=f"tokens of a sequence (up to {defaults.context})")
+    add_text(parser)
     add(
         "--batch",
         type=whole_number,
@@ -51,6 +38,39 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     )
     add("--dtype", choices=sweep.DTYPES, default=defaults.dtype, help="caches' logical dtype (%(default)s)")
     add(
+        "--scales",
+        metavar="FILE",
+        help="static scales, for formats such as fp8_e4m3:tensor: what qpaged calibrate wrote, or a "
+        "checkpoint that carries them (1)",
+    )
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that chooses a checkpoint."""
+    model = "a Hugging Face checkpoint (the bundled model)"
+    parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help=model)
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that choose the text, and how much of it is read."""
+    defaults = sweep.Settings()
+    add = parser.add_argument
+    add("--text", metavar="FILE", help="what the model reads (held-out files of Python's own library)")
+    add(
+        "--tokenizer",
+        metavar="DIR",
+        help="a directory with a tokenizer.json, or bytes for models of bytes (the checkpoint's own; bytes "
+        "with --step)",
+    )
+    add(
+        "--tokens",
+        type=token_count,
+        metavar="N",
+        default=defaults.tokens,
+        help="tokens of the text (%(default)s)",
+    )
+    add("--context", type=token_count, metavar="N", help=f"tokens of a sequence (up to {defaults.context})")
+    add(
         "--seed",
         type=whole_number,
         metavar="N",
@@ -66,16 +86,36 @@ def load_job(args: argparse.Namespace) -> tuple[sweep.Model, sweep.Text, sweep.S
     """
     if args.step is not None and args.model is not None:
         raise ValueError("MODEL_DIR and --step each name a model; give one of them.")
+    if args.step is None:
+        return load_checkpoint_job(args)
+    if args.scales is not None:
+        raise BadArgumentError("scales", "must be left out with --step, whose cache has no static scales.")
+    text, settings = _load_text(args.text), _settings(args, args.context)
+    return sweep.load_step(args.step, settings, args.tokenizer), text, settings
+
+
+def load_checkpoint_job(args: argparse.Namespace) -> tuple[sweep.Decoder, sweep.Text, sweep.Settings]:
+    """Load the checkpoint, the text and the settings that the arguments choose, as :func:`load_job` does."""
     text = _load_text(args.text)
-    if args.step is not None:
-        settings = _settings(args, args.context)
-        return sweep.load_step(args.step, settings, args.tokenizer), text, settings
     if args.context is not None:
         settings = _settings(args, args.context)
-        return sweep.load_model(args.model, args.tokenizer, args.context), text, settings
-    model = sweep.load_model(args.model, args.tokenizer)
-    context = min(sweep.Settings().context, model.longest)
-    return model, text, _settings(args, context)
+        model = sweep.load_model(args.model, args.tokenizer, args.context)
+    else:
+        model = sweep.load_model(args.model, args.tokenizer)
+        settings = _settings(args, min(sweep.Settings().context, model.longest))
+    if args.scales is not None:
+        model = _with_scales(model, args.scales)
+    return model, text, settings
+
+
+def _with_scales(model: sweep.Decoder, path: str) -> sweep.Decoder:
+    try:
+        return model.with_scales(read_scales(path))
+    except OSError as error:
+        reason = f"{path!r} cannot be read ({error.strerror}); qpaged calibrate writes such a file."
+        raise BadArgumentError("scales", reason) from error
+    except ValueError as error:
+        raise BadArgumentError("scales", f"cannot be used: {error}") from error
 
 
 def say_job(args: argparse.Namespace, job: sweep.Sweep, work: str, files: str) -> None:

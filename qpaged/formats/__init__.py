@@ -2,6 +2,7 @@
 
 from qpaged.arrays import GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.formats._cache_format import CacheFormat
+from qpaged.formats._cache_scales import CacheScales, check_formats, scale_values, without_granularity
 from qpaged.formats._contract import Quantizer
 from qpaged.formats._exact import ExactFormat, PoolQuantizer
 from qpaged.formats._growth import FitAgain
@@ -19,6 +20,7 @@ from qpaged.formats._wrapper import Wrapper
 
 __all__ = [
     "CacheFormat",
+    "CacheScales",
     "ChainedTransform",
     "ExactFormat",
     "FitAgain",
@@ -34,6 +36,9 @@ __all__ = [
     "available_formats",
     "available_quantizers",
     "available_wrappers",
+    "check_formats",
     "get_quantizer",
     "quantizer_from_config",
+    "scale_values",
+    "without_granularity",
 ]

@@ -22,7 +22,7 @@ from qpaged.arrays import (
     quantize,
 )
 from qpaged.formats._checks import TILE, check_attributes, check_class, check_methods
-from qpaged.formats._granularity import check_granularity, page_block
+from qpaged.formats._granularity import STATIC, check_granularity, page_block
 from qpaged.formats._growth import FitAgain
 
 
@@ -41,8 +41,9 @@ class Quantizer(abc.ABC):
     Attributes:
         granularity: which elements share a scale: ``page`` (a page of one KV head), ``token`` (its one slot),
             ``channel`` (its one channel, over the page's slots), ``group32`` (32 neighbouring channels of one
-            slot; other sizes where :attr:`granularities` lists them) or ``element`` (no two). Empty for the
-            format's default.
+            slot; other sizes where :attr:`granularities` lists them), ``element`` (no two), ``head`` (all
+            pages of one KV head) or ``tensor`` (a whole pool); the last two are :attr:`static
+            <has_static_scales>`. Empty for the format's default.
 
     Raises:
         TypeError: When a class is defined: it has ``bits`` that nothing packs, or a method under its old
@@ -93,7 +94,8 @@ class Quantizer(abc.ABC):
         """Return the stored scale of a block from its largest magnitude (float32): the scale rule.
 
         It must not fall as ``absmax`` rises, and is 0 exactly where ``absmax`` is; with a
-        :attr:`global_scale` that one is 0 there instead.
+        :attr:`global_scale` that one is 0 there instead. Static scales are chosen by it where a whole array
+        is quantized or a model calibrated, and are never 0: a fresh pool has that of ``absmax`` 0.
         """
 
     @abc.abstractmethod
@@ -114,9 +116,10 @@ class Quantizer(abc.ABC):
     def growth(self) -> GrowthRule | None:
         """How scales that tokens share grow; None if they cannot: every write must then cover whole blocks.
 
-        By default a block is fitted to its new extremes, and its codes are rounded again.
+        By default a block is fitted to its new extremes, and its codes are rounded again. Static scales do
+        not grow.
         """
-        return FitAgain(self)
+        return None if self.has_static_scales else FitAgain(self)
 
     @property
     def offset(self) -> OffsetRule | None:
@@ -134,6 +137,11 @@ class Quantizer(abc.ABC):
         return None
 
     # What follows from these, and may be overridden.
+
+    @property
+    def has_static_scales(self) -> bool:
+        """True if all pages share scales, which are given: writes, resets and copies keep them."""
+        return self.granularity in STATIC
 
     @property
     def order_bound(self) -> float:

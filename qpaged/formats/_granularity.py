@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from qpaged.formats._contract import Quantizer
 
 GROUP = re.compile(r"group([1-9][0-9]*)")
+STATIC = ("tensor", "head")
+"""Granularities whose scales are shared by all pages: they are given, and nothing that is written changes
+them."""
 
 
 def check_granularity(name: str, granularity: str, offered: Sequence[str]) -> None:
@@ -21,7 +24,12 @@ def check_granularity(name: str, granularity: str, offered: Sequence[str]) -> No
 
 
 def page_block(quantizer: "Quantizer", shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the block of a quantizer on an array (..., slots, head_dim)."""
+    """Return the block of a quantizer on an array (..., slots, head_dim); heads are the first axis."""
+    whole = tuple(max(1, length) for length in shape)
+    if quantizer.granularity == "tensor":
+        return whole
+    if quantizer.granularity == "head":
+        return (1, *whole[1:])
     if quantizer.granularity == "element":
         return (1,) * len(shape)
     if len(shape) < 2:
@@ -38,7 +46,8 @@ def page_block(quantizer: "Quantizer", shape: Sequence[int]) -> tuple[int, ...]:
     last_extents = {"page": (slots, head_dim), "token": (1, head_dim), "channel": (slots, 1)}
     if quantizer.granularity not in last_extents:
         raise ValueError(
-            f"granularity must be one of {', '.join(last_extents)}, element, or group and a number, but "
+            f"granularity must be one of {', '.join((*STATIC, *last_extents))}, element, or group and a "
+            f"number, but "
             f"{quantizer.name} has {quantizer.granularity!r}; override Quantizer.block to say what it means."
         )
     return (1,) * (len(shape) - 2) + last_extents[quantizer.granularity]

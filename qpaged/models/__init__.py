@@ -29,6 +29,7 @@ from qpaged.models.decoder import (
 )
 from qpaged.models.experts import Experts
 from qpaged.models.rope import LinearScaling, Llama3Scaling, LongRopeScaling, Rope, YarnScaling
+from qpaged.models.scales import read_scales, write_scales
 from qpaged.models.text import standard_library_files, standard_library_text
 from qpaged.models.tokenizer import Tokenizer, Tokens, load_tokenizer
 
@@ -58,10 +59,12 @@ __all__ = [
     "parameter_bytes",
     "read_cache_sizes",
     "read_config",
+    "read_scales",
     "save_checkpoint",
     "standard_library_files",
     "standard_library_text",
     "weights_bytes",
+    "write_scales",
 ]
 
 

@@ -92,7 +92,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(directory):
-        for tensor in _read_header(path):
+        for tensor in file_tensors(path):
             tensors[tensor.name] = tensor
     is_sharded = bool(tensors) and not (directory / WEIGHTS_FILE).is_file()
     if is_sharded:
@@ -100,7 +100,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_header(path: Path) -> list[StoredTensor]:
+def file_tensors(path: Path) -> list[StoredTensor]:
     """Return the tensors of a file: the length of the header in 8 bytes, the header as JSON, and then values.
 
     The safetensors library checks the file, but would copy the values twice if it read them.

@@ -26,6 +26,7 @@ from qpaged.models._safetensors import (
 from qpaged.models.config import DecoderConfig
 from qpaged.models.decoder import EMBEDDING, EXPERTS, OUTPUT, Params, Shapes, param_shapes
 from qpaged.models.families import FAMILIES, decoder_config, llama_fields
+from qpaged.models.scales import is_cache_scale
 
 CONFIG_FILE = "config.json"
 
@@ -269,7 +270,7 @@ def _check_all_used(config: DecoderConfig, stored: Mapping[str, StoredTensor]) -
     shapes = _stored_shapes(config)
     for name, tensor in stored.items():
         # A tied output matrix may be stored beside the embedding; it is the same matrix.
-        is_known = name in shapes or name == OUTPUT or name.endswith(BUFFERS)
+        is_known = name in shapes or name == OUTPUT or name.endswith(BUFFERS) or is_cache_scale(name)
         if not is_known:
             raise ValueError(
                 f"{tensor.path} has the tensor {tensor.name!r}, which {CONFIG_FILE} "

@@ -25,7 +25,10 @@ from qpaged.pools._kinds import (
     needs_implicit_args,
     pack_pages,
     packed,
+    packed_format,
+    static_scales,
     to_record,
+    with_static_scales,
     write_slots,
 )
 from qpaged.pools._pool import Pages, Pool, PoolBytes, SlotMapping, Slots, no_record_of
@@ -55,6 +58,9 @@ __all__ = [
     "no_record_of",
     "pack_pages",
     "packed",
+    "packed_format",
+    "static_scales",
     "to_record",
+    "with_static_scales",
     "write_slots",
 ]

@@ -94,6 +94,13 @@ class ExactPages(Pool):
         """How many pages may be exact at once."""
         return self.rows.shape[1]
 
+    @property
+    def static_scales(self) -> jax.Array | None:
+        return QuantizedPool(self.codes).static_scales
+
+    def with_static_scales(self, scales: jax.Array) -> "ExactPages":
+        return dataclasses.replace(self, codes=QuantizedPool(self.codes).with_static_scales(scales))
+
     def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> "ExactPages":
         if mapping.logical_page is None or mapping.page_table is None:
             raise TypeError(

@@ -116,6 +116,22 @@ def format_of(pages: Pages) -> ArrayFormat | ExactFormat | None:
     return made_with
 
 
+def packed_format(pages: Pages) -> ArrayFormat | None:
+    """Return the format of a quantized pool; of one with exact pages, that of the others."""
+    made_with = format_of(pages)
+    return made_with.inner if isinstance(made_with, ExactFormat) else made_with
+
+
+def static_scales(pages: Pages) -> jax.Array | None:
+    """Return the given scales (kv_heads or 1, 1, 1, 1) that all the pages of a pool share; None without."""
+    return _pool_of(pages).static_scales
+
+
+def with_static_scales(pages: Pages, scales: jax.Array) -> Pages:
+    """Return a pool, which has static scales, with others of the same shape; codes stay as they are."""
+    return _pool_of(pages).with_static_scales(scales)
+
+
 def is_narrow_float(pages: Pages) -> bool:
     """Return True if a pool is of floats under 32 bits, which XLA on CPU copies whole at each write."""
     return _pool_of(pages).is_narrow_float

@@ -69,6 +69,19 @@ class Pool(abc.ABC):
         """The format that fresh pages like these are made with; None if a quantizer does not make them."""
         return None
 
+    @property
+    def static_scales(self) -> jax.Array | None:
+        """The given scales (kv_heads or 1, 1, 1, 1) that all the pages share; None if they share none."""
+        return None
+
+    def with_static_scales(self, scales: jax.Array) -> Pages:
+        """Return the pages with other :attr:`static_scales`; codes stay as they are.
+
+        Raises:
+            TypeError: the kind has none.
+        """
+        raise TypeError(f"pages of type {type(self).__name__} have no static scales.")
+
     @abc.abstractmethod
     def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> Pages:
         """Return the pages with ``rows`` (tokens, kv_heads, head_dim) written; out of range is dropped."""

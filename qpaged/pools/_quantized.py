@@ -29,6 +29,13 @@ class QuantizedPool(ArrayPool):
     def format(self) -> ArrayFormat:
         return self.pages.quantizer
 
+    @property
+    def static_scales(self) -> jax.Array | None:
+        return self.pages.scales if self.pages.quantizer.has_static_scales else None
+
+    def with_static_scales(self, scales: jax.Array) -> QuantizedArray:
+        return self.pages.with_stored(self.pages.stored, self.pages.parts._replace(scales=scales))
+
     def count_bytes(self) -> PoolBytes:
         codes = bytes_of(self.pages.stored)
         return PoolBytes(codes=codes, scales=bytes_of(self.pages) - codes)

@@ -4,6 +4,7 @@
 of each layer, and ``report`` shows results.
 """
 
+from qpaged.sweep._calibrate import calibrate, static_quantizers
 from qpaged.sweep._extras import MissingExtraError, need_sweep_extra
 from qpaged.sweep._formats import FormatInfo, default_formats, fitting, installed_formats
 from qpaged.sweep.measure import (
@@ -74,6 +75,7 @@ __all__ = [
     "Tune",
     "Tuned",
     "UnattainableError",
+    "calibrate",
     "claimed",
     "conditions",
     "default_candidates",
@@ -89,6 +91,7 @@ __all__ = [
     "progress_bar",
     "same_conditions",
     "set_aside",
+    "static_quantizers",
     "sweep_order",
     "verdict",
     "write_figures",

@@ -76,18 +76,19 @@ def fitting(formats: Iterable[str], head_dim: int) -> tuple[list[str], dict[str,
 def bits_per_element(
     quantizer: PoolQuantizer, page: tuple[int, int, int, int] = PAGE, dtype: str = "bfloat16"
 ) -> float:
-    """Return the bits that the format's arrays take for each element of a page, of logical ``dtype``.
+    """Return the bits that the format's arrays take for each element of one page more, of logical ``dtype``.
 
-    Of a packed page, where the format has exact ones.
+    Of a packed page, where the format has exact ones. Static scales, which all pages share, add none.
     """
     packed = quantizer.inner if isinstance(quantizer, ExactFormat) else quantizer
+    heads, pages, page_size, head_dim = page
 
-    def quantize_page() -> object:
-        return packed.quantize(jnp.zeros(page, dtype))
+    def bytes_of(count: int) -> int:
+        pool = (heads, count, page_size, head_dim)
+        leaves = jax.tree_util.tree_leaves(jax.eval_shape(lambda: packed.quantize(jnp.zeros(pool, dtype))))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
-    leaves = jax.tree_util.tree_leaves(jax.eval_shape(quantize_page))
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    return 8 * size / math.prod(page)
+    return 8 * (bytes_of(2 * pages) - bytes_of(pages)) / math.prod(page)
 
 
 def default_formats() -> list[str]:

@@ -22,8 +22,10 @@ from qpaged.testing._pools import (
     PAGE_SIZE,
     View,
     configuration,
+    has_static,
     head_dim,
     parts,
+    with_static_scales,
 )
 from qpaged.testing._programs import KEPT, Program, compile_program, element_scales
 from qpaged.testing._subject import clip_to_dtype
@@ -140,7 +142,8 @@ class ExactSubject:
             bits[f"the rows of the {name}"] = readings[name]["values"].tobytes()
             packed = table[~is_exact]
             for part, stored in parts(pools.packed(pages)).items():
-                bits[f"the {part} of packed {name}"] = stored[:, packed].tobytes()
+                of_packed = stored if has_static(pools.packed(pages), part) else stored[:, packed]
+                bits[f"the {part} of packed {name}"] = of_packed.tobytes()
         return bits
 
 
@@ -256,7 +259,7 @@ def fresh_exact(quantizer: qpaged.Quantizer, pages: int) -> View:
     config = exact_configuration(quantizer, pages)
     format = ExactFormat(quantizer, EXACT, SINKS)
     key_view, value_view = (View.init(None, dtype, config, 0, None, format) for dtype in LARGE_DTYPES)
-    return key_view.replace(value_pages=value_view.value_pages)
+    return with_static_scales(key_view.replace(value_pages=value_view.value_pages))
 
 
 def decode_steps(view: View, keys: jax.Array, values: jax.Array, position: jax.Array) -> View:

@@ -21,6 +21,7 @@ from qpaged.testing._pools import (
     TOKENS,
     View,
     configuration,
+    has_static,
     parts,
     pools,
 )
@@ -71,8 +72,13 @@ def copy_cost(subject: Subject) -> None:
 
 
 def smallest_part(view: View) -> int:
-    """Return the bytes of the smallest array that is stored in a view, of which no program needs a copy."""
-    return min(part.nbytes for _, pages in pools(view) for part in parts(pages).values())
+    """Return the bytes of the smallest array of a view's pages, of which no program needs a copy."""
+    return min(
+        stored.nbytes
+        for _, pages in pools(view)
+        for part, stored in parts(pages).items()
+        if not has_static(pages, part)
+    )
 
 
 def buffer_pointers(view: View) -> list[int]:

@@ -24,6 +24,10 @@ LARGE_DTYPES = (jnp.float32, jnp.bfloat16)
 LARGEST_INDEX = 2**31 - 1
 SMALLEST = 2.0**-125  # values below 2^-126 count as zero, and so may bounds
 HEAD_DIMS = (16, 32, 64, 128, 256)  # tried in this order, since groups must divide head_dim
+STATIC_SCALES = {  # of two heads; no powers of two, so that a code shows which of them it is under
+    "keys": np.array([0.013, 0.03], np.float32),
+    "values": np.array([0.021, 0.0101], np.float32),
+}
 PARTS = ("codes", "scales", "global_scale", "offset")
 
 View = qpaged.PagedAttentionCacheView
@@ -65,16 +69,34 @@ def fresh(quantizer: qpaged.Quantizer, dtypes: tuple[DTypeLike, DTypeLike], page
     config = configuration(quantizer, pages)
     key_view = View.init(None, dtypes[0], config, 0, None, quantizer)
     value_view = View.init(None, dtypes[1], config, 0, None, quantizer)
-    return key_view.replace(value_pages=value_view.value_pages)
+    return with_static_scales(key_view.replace(value_pages=value_view.value_pages))
+
+
+def with_static_scales(view: View) -> View:
+    """Return a fresh view with static scales that differ between keys and values, and between heads."""
+    given = []
+    for name, pages in zip(("keys", "values"), (view.key_pages, view.value_pages), strict=True):
+        before = qpaged.pools.static_scales(pages)
+        given.append(None if before is None else np.resize(STATIC_SCALES[name], before.size))
+    return view.with_scales(*given)
+
+
+def has_static(pages: Pages, part: str) -> bool:
+    """Return True if a part of a pool is its static scales, which are no page's own."""
+    return part == "scales" and qpaged.pools.static_scales(pages) is not None
 
 
 def move_pages(view: View, source: np.ndarray, target: np.ndarray, count: int) -> View:
     """Return the view with a pool of ``count`` zeroed pages, into which ``source`` is copied at ``target``.
 
-    All stored parts of a page move together, as they do when a server swaps pages to the host.
+    All stored parts of a page move together, as they do when a server swaps pages to the host. What the pages
+    share, static scales, is copied.
     """
+    num_pages = view.metadata.num_pages_per_layer
 
     def move(part: jax.Array) -> jax.Array:
+        if part.shape[1] != num_pages:
+            return jnp.array(part)
         pool = np.zeros((part.shape[0], count, *part.shape[2:]), part.dtype)
         pool[:, target] = np.asarray(part)[:, source]
         return jnp.array(pool)

@@ -177,6 +177,15 @@ def array(request):
     return quantized(request.param)
 
 
+def assert_same_values(array, out, want, name):
+    """Out must be want, but that a rotation rounds where its scales are no powers of two and float32."""
+    is_rounded = array.quantizer.transform is not None and array.scales.dtype == jnp.float32
+    rounding = (
+        8 * float(jnp.finfo(jnp.float32).eps) * float(jnp.abs(want).max(initial=0)) if is_rounded else 0
+    )
+    np.testing.assert_allclose(out, want, rtol=0, atol=rounding, err_msg=name)
+
+
 def test_moves_are_exact(array):
     cuts = CUTS if array.quantizer.transform is not None else ()
     moves = {name: move for name, move in MOVES.items() if name not in cuts}
@@ -184,7 +193,7 @@ def test_moves_are_exact(array):
         assert is_quantized(lazy) and lazy.codes.dtype.itemsize == array.codes.dtype.itemsize, name
         assert lazy.dtype == out.dtype == want.dtype, name
         assert (lazy.shape == want.shape or name == "broadcast") and out.shape == want.shape, name
-        np.testing.assert_array_equal(out, want, err_msg=name)
+        assert_same_values(array, out, want, name)
 
 
 @pytest.mark.parametrize("name", sorted(CUTS - {name for name in CUTS if name.startswith("dynamic")}))
@@ -231,7 +240,7 @@ def test_joins_are_exact(array):
         kind = jax.Array if name == "slice of the other" else Joined | qpaged.QuantizedArray
         assert isinstance(lazy, kind), name
         assert lazy.dtype == out.dtype == want.dtype and lazy.shape == out.shape == want.shape, name
-        np.testing.assert_array_equal(out, want, err_msg=name)
+        assert_same_values(array, out, want, name)
 
 
 @needs_own_implementation

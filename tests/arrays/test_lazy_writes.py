@@ -89,7 +89,8 @@ def test_copied_pages_move_codes_and_scales(format):
 
     after, source = copied(array)
     for moved, taken in zip(jax.tree_util.tree_leaves(after), jax.tree_util.tree_leaves(source), strict=True):
-        np.testing.assert_array_equal(np.asarray(moved)[:, [0, 4]], taken)
+        of_pages = moved if moved.shape[1] == array.shape[1] else np.repeat(moved, array.shape[1], axis=1)
+        np.testing.assert_array_equal(np.asarray(of_pages)[:, [0, 4]], taken)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -97,7 +98,10 @@ def test_moving_decodes_nothing(format):
     array = quantized(format)
     jaxpr = jax.make_jaxpr(use_implicit_args(WRITES["pages copied"]))(array)
     floats = [v.aval for eqn in jaxpr.eqns for v in eqn.outvars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
-    assert all(aval.size <= np.prod(array.scales.shape) for aval in floats)
+    largest = 0 if array.scales is None else array.scales.size
+    if array.quantizer.has_static_scales:  # what comes may be under others: rows are decoded, never the array
+        largest = array.size // array.shape[1] * 2
+    assert all(aval.size <= largest for aval in floats)
 
 
 @pytest.mark.parametrize("format", FEW)

@@ -36,6 +36,7 @@ CASES = {  # head_dim, page_size, options
     "int4:token/int8": (64, 32, {"logits_soft_cap": 3.0, "sinks": True}),
     "int6:token/int6:page+offset": (128, 32, {"sliding_window": 70}),
     "int5:page/int3:token": (256, 32, {}),
+    "fp8_e4m3:tensor/fp8_e4m3:head": (64, 32, {}),
 }
 # The kernel rounds weights to bfloat16 before it multiplies values with them, and the output is rounded, too.
 ROUNDING = 2.0**-8

@@ -66,6 +66,8 @@ def reference(view, metadata=DECODE):
         ("fp8_e4m3", jnp.float8_e4m3fn, True),
         ("fp8_e5m2:token", jnp.float8_e5m2, True),
         ("int4:page", jnp.int8, False),
+        ("fp8_e4m3:tensor", jnp.float8_e4m3fn, True),
+        ("fp8_e5m2:head", jnp.float8_e5m2, True),
     ],
 )
 def test_scaled_pages_times_their_scales_are_the_values(spelling, dtype, same_bytes):
@@ -183,6 +185,52 @@ def test_the_ragged_reference_of_jax_agrees_with_the_reference(metadata, rows):
 
 
 @needs_interpreter
+@pytest.mark.parametrize(("metadata", "rows"), [(DECODE, slice(1, 3)), (PREFILL, slice(0, 5))])
+def test_the_ragged_reference_of_jax_agrees_under_static_scales(metadata, rows):
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
+
+    view = view_of("fp8_e4m3:tensor", "fp8_e4m3:tensor")
+    query, expected = reference(view, metadata)
+    sequences = [np.asarray(array) for array in interop.ragged_sequences(view, metadata)]
+    pages, k_scale, v_scale = interop.scaled_interleaved_pages(view)
+    assert pages.dtype == jnp.float8_e4m3fn and k_scale != v_scale
+    with promoting():
+        out = ref_ragged_paged_attention(query, pages, *sequences, k_scale=k_scale, v_scale=v_scale)
+    np.testing.assert_allclose(out[rows], expected[rows], **TOLERANCE)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp8_e4m3", jnp.float8_e4m3fn), ("fp8_e5m2", jnp.float8_e5m2)])
+def test_scaled_interleaved_pages_times_their_scales_are_the_values(name, dtype):
+    view = view_of(f"{name}:tensor", f"{name}:tensor")
+    pages, *scales = interop.scaled_interleaved_pages(view)
+    assert pages.shape == (PAGES, PAGE_SIZE, 2 * HEADS, HEAD_DIM) and pages.dtype == dtype
+    for first, pool in enumerate((view.key_pages, view.value_pages)):
+        heads = pages[:, :, first::2].transpose(2, 0, 1, 3).astype(jnp.float32)
+        np.testing.assert_array_equal(heads * np.float32(scales[first]), dequantize(pool))
+
+
+@needs_interpreter
+def test_the_ragged_kernel_of_jax_takes_the_arrays_and_static_scales():
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    config = dataclasses.replace(CONFIG, kv_head_dim_size=128)
+    view = qpaged.PagedAttentionCacheView.init(None, jnp.bfloat16, config, 0, None, "fp8_e4m3:tensor")
+    pages, k_scale, v_scale = interop.scaled_interleaved_pages(view.with_scales(key=0.5, value=0.25))
+    assert (k_scale, v_scale) == (0.5, 0.25)
+    sequences = interop.ragged_sequences(view, DECODE)
+
+    def attend(query):
+        return ragged_paged_attention(
+            query, pages, *sequences, k_scale=k_scale, v_scale=v_scale,
+            num_kv_pages_per_block=1, num_queries_per_block=4,
+        )  # fmt: skip
+
+    query = jax.ShapeDtypeStruct((len(POSITIONS), 2 * HEADS, 128), jnp.bfloat16)
+    with promoting():
+        assert jax.eval_shape(attend, query).shape == query.shape
+
+
+@needs_interpreter
 def test_the_ragged_kernel_of_jax_takes_the_arrays():
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
@@ -216,10 +264,33 @@ REFUSED_FOR_TPU = {  # by quantized_tensors
 }
 
 
+REFUSED_WITH_ONE_SCALE = {  # by scaled_interleaved_pages
+    "fp8_e4m3/fp8_e4m3:tensor": "view must hold pages whose values are 8-bit floats times one static scale, "
+    "as fp8_e4m3:tensor, but its keys are fp8_e4m3, which has no static scales; take interleaved_pages, "
+    "which decodes them, or qpaged.paged_attention, which takes every format.",
+    "fp8_e4m3:tensor/fp8_e4m3:head": "its values are fp8_e4m3:head, which has 2 scales, one for each KV head",
+    "fp8_e4m3:tensor+rotate/raw": "its keys are fp8_e4m3:tensor+rotate, which holds transformed channels;",
+    "fp8_e4m3:tensor/raw": "its values are raw, which has no static scales;",
+    "fp8_e4m3:tensor/fp8_e5m2:tensor": "view must hold keys and values of one dtype, since the kernel takes "
+    "both in one array, but its keys are float8_e4m3fn and its values float8_e5m2; take interleaved_pages, "
+    "which decodes them.",
+}
+
+
+def test_static_scales_that_are_traced_are_refused():
+    message = (
+        "view must hold scales that are known, since the kernel takes them as Python numbers, but those of "
+        "its keys are traced; call scaled_interleaved_pages outside of jit."
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        jax.jit(interop.scaled_interleaved_pages)(view_of("fp8_e4m3:tensor", "fp8_e4m3:tensor"))
+
+
 @pytest.mark.parametrize(
     ("adapter", "spellings", "message"),
     [(interop.scaled_pages, *refused) for refused in REFUSED.items()]
-    + [(interop.quantized_tensors, *refused) for refused in REFUSED_FOR_TPU.items()],
+    + [(interop.quantized_tensors, *refused) for refused in REFUSED_FOR_TPU.items()]
+    + [(interop.scaled_interleaved_pages, *refused) for refused in REFUSED_WITH_ONE_SCALE.items()],
 )
 def test_formats_that_a_kernel_cannot_read_exactly_are_refused(adapter, spellings, message):
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -44,11 +44,22 @@ def scaled_down(shape):
 
 def named_cases():
     """Return each shape with formats of keys and of values, and a dtype, until every format had its turn."""
-    formats = itertools.cycle(qpaged.available_formats())
+    waiting = list(qpaged.available_formats())
     dtypes = itertools.cycle((jnp.float32, jnp.bfloat16))
-    count = max(len(SHAPES), -(-len(qpaged.available_formats()) // 2))
-    names = itertools.islice(itertools.cycle(SHAPES), count)
-    return [(name, next(formats), next(formats), next(dtypes)) for name in names]
+    count = max(len(SHAPES), -(-len(waiting) // 2))
+
+    def next_fitting(head_dim):
+        fits = (one for one in waiting if head_dim % smallest_head_dim(qpaged.get_quantizer(one)) == 0)
+        spelling = next(fits)
+        waiting.remove(spelling)
+        waiting.append(spelling)
+        return spelling
+
+    cases = []
+    for name in itertools.islice(itertools.cycle(SHAPES), count):
+        head_dim = SHAPES[name].head_dim
+        cases.append((name, next_fitting(head_dim), next_fitting(head_dim), next(dtypes)))
+    return cases
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -37,6 +37,7 @@ CASES = {  # head_dim, options
     "int6:token/int5:channel": (128, {"sinks": True}),
     "int3:page/int6": (64, {"sliding_window": 11}),
     "int5/int3:channel+offset": (256, {"logits_soft_cap": 3.0}),
+    "fp8_e4m3:head/fp8_e4m3:tensor": (64, {"sliding_window": 150}),
 }
 SHORT = (
     "raw/int8",

@@ -19,6 +19,7 @@ from support.caches import (
     prefill,
 )
 from support.exact_pages import filled, rows
+from support.implicit_arrays import needs_own_implementation
 
 import qpaged
 from qpaged import pools
@@ -81,6 +82,18 @@ def test_it_says_what_it_is():
         "PagedAttentionCacheView(layer 0, keys int8+exact9 float32[2,16,4,32], "
         "values int4 float32[2,16,4,32])"
     )
+
+
+@needs_own_implementation
+def test_adopt_has_no_static_scales():
+    def step(x, position, cache):
+        cache = jax.lax.dynamic_update_slice(cache, x, (0, position, 0))
+        return jnp.einsum("btd,bsd->bts", x, cache), cache
+
+    example = jnp.ones((2, 1, 32)), jnp.int32(0), jnp.zeros((2, 32, 32))
+    message = "whose scales are static; take another granularity, as fp8_e4m3:token, or keep the cache in"
+    with pytest.raises(ValueError, match=message):
+        qpaged.adopt.quantize_cache(step, "fp8_e4m3:tensor", example=example)
 
 
 def test_pages_need_the_tables_of_their_tokens():

@@ -27,8 +27,8 @@ NAMES = tuple(sorted(name for name in ENTRY_POINTS["qpaged.quantizers"] if not n
 # Spellings in files and in users' programs, which must stay what they are.
 OF_INTEGERS = ("", ":group64", ":group128", ":token", ":page", ":channel")
 RELEASED = {
-    "fp8_e4m3": ("", ":token", ":channel"),
-    "fp8_e5m2": ("", ":token", ":channel"),
+    "fp8_e4m3": ("", ":token", ":channel", ":tensor", ":head"),
+    "fp8_e5m2": ("", ":token", ":channel", ":tensor", ":head"),
     "int2": ("", ":group64", ":token", ":page", ":channel"),
     "int3": OF_INTEGERS,
     "int4": OF_INTEGERS,
@@ -166,7 +166,7 @@ def test_nothing_installed(monkeypatch):
     [
         ("int8:block", "page, token, channel"),
         ("int8:Token", "page, token, channel"),
-        ("fp8_e4m3:element", "page, token, channel"),
+        ("fp8_e4m3:element", "page, token, channel, tensor, head"),
     ],
 )
 def test_a_granularity_that_is_not_offered_lists_those_that_are(spelling, offered):

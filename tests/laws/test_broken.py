@@ -4,9 +4,10 @@ import pytest
 from support import broken_formats
 
 from qpaged.testing import LAWS, QuantizerConformance, Subject
-from quantizers import Fp8E4M3, Int4, Int8Floor, Int8Token
+from quantizers import Fp8E4M3, Fp8E4M3Static, Int4, Int8Floor, Int8Token
 
 PAGE, TOKEN = Subject(Int8Floor()), Subject(Int8Token())
+STATIC = Fp8E4M3Static("head")
 CASES = [
     ("test_law_1_error", Subject(broken_formats.Overconfident()), TOKEN),
     ("test_law_1_error_is_worth_stating", Subject(broken_formats.Vague()), TOKEN),
@@ -31,6 +32,9 @@ CASES = [
     ("test_law_8_travel_by_copy_pages", broken_formats.FirstTargetWins(Int8Token()), TOKEN),
     ("test_law_8_travel_of_the_format", Subject(broken_formats.Forgetful("channel")), PAGE),
     ("test_law_9_reuse_of_fresh_pages", Subject(broken_formats.NeverEmpty()), PAGE),
+    ("test_law_8_travel_by_copy_pages", broken_formats.ScalesByPage(STATIC), Subject(STATIC)),
+    ("test_law_3_locality", broken_formats.ScalesOfTheLast(STATIC), Subject(STATIC)),
+    ("test_law_9_reuse_of_fresh_pages", broken_formats.ScalesCleared(STATIC), Subject(STATIC)),
 ]
 
 

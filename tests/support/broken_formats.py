@@ -188,3 +188,30 @@ class TooManyCodes(Int4):
 
     def encode(self, units):
         return jnp.clip(jnp.round(units), -9, 8).astype(jnp.int8)
+
+
+class ScalesByPage(Subject):
+    """Law 8: a copy of pages changes the static scales, as if they were a page's own."""
+
+    def copy_pages(self, view, source, target):
+        return with_larger_key_scales(super().copy_pages(view, source, target))
+
+
+class ScalesOfTheLast(Subject):
+    """Law 3: a write fits the static scales to itself."""
+
+    def write(self, view, rows, *where):
+        view = super().write(view, rows, *where)
+        return view.with_scales(key=jnp.full(view.key_pages.scales.size, abs(rows).max() / 448 + 1e-3))
+
+
+class ScalesCleared(Subject):
+    """Law 9: a reset clears the static scales, as if they were a page's own."""
+
+    def reset(self, view, pages):
+        return with_larger_key_scales(super().reset(view, pages))
+
+
+def with_larger_key_scales(view):
+    """Return a view under whose scales keys read as more than was written."""
+    return view.with_scales(key=2 * view.key_pages.scales.reshape(-1))

@@ -8,6 +8,7 @@ import numpy as np
 
 import qpaged
 from qpaged.arrays import BlockParts
+from qpaged.testing._pools import with_static_scales
 from support.arrays import normal
 
 PAGES, PAGE_SIZE = 24, 8
@@ -46,7 +47,9 @@ def poisoned(pool, table, page_size, lengths):
         return pool.like(poison_unwritten(pool.codes, nan_code), pool.parts)
     codes = poison_unwritten(pool.codes, 0x7F)  # a NaN of both fp8 formats, and the largest int8
     global_scale = None if pool.global_scale is None else poison_unwritten(pool.global_scale, 254)
-    scales = poison_unwritten(pool.scales, pool.quantizer.nan_scale)
+    scales = pool.scales
+    if not pool.quantizer.has_static_scales:
+        scales = poison_unwritten(scales, pool.quantizer.nan_scale)
     return pool.like(codes, BlockParts(scales, global_scale))
 
 
@@ -57,6 +60,7 @@ def filled_view(spelling, kv_heads, head_dim, page_size=PAGE_SIZE, lengths=LENGT
         len(lengths), 1, PAGES, PER_SEQUENCE, PER_SEQUENCE * page_size, page_size, kv_heads, head_dim, 0.5
     )
     view = qpaged.PagedAttentionCacheView.init(None, jnp.float32, config, 0, None, spelling)
+    view = with_static_scales(view)
     table = shuffled_tables(np.random.default_rng(0), page_size, lengths)
     write = jax.jit(qpaged.PagedAttentionCacheView.write_prefill_to_cache)
     for row, length in enumerate(lengths):
@@ -98,4 +102,8 @@ def permute_pages(view, table, num_pages=PAGES):
     """Return the view with its pages in another order, and the page table that finds them there."""
     order = np.random.default_rng(3).permutation(num_pages)
     new_page = np.append(np.argsort(order), num_pages)  # "no page" stays as it is
-    return jax.tree_util.tree_map(lambda leaf: leaf[:, order], view), new_page[table]
+
+    def permute(leaf):
+        return leaf[:, order] if leaf.shape[1] == num_pages else leaf  # static scales are of all pages
+
+    return jax.tree_util.tree_map(permute, view), new_page[table]

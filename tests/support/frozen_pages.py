@@ -16,6 +16,7 @@ import qpaged
 
 FOLDER = Path(__file__).parents[1] / "frozen"
 PAGES, SLOTS = 2, 4
+STATIC_SCALE = 0.17  # under which outliers saturate in e4m3
 TABLE = np.array([1, 0], np.int32)
 POSITIONS = np.array([0, 5, 1, 2, 4, 3], np.int32)  # two slots stay empty
 METADATA = qpaged.PagedAttentionMetadata.prefill(position=POSITIONS, page_table=TABLE)
@@ -57,6 +58,8 @@ def view_of(spelling, rows):
     head_dim = rows.shape[-1]
     config = qpaged.PagedAttentionCacheMetaData(1, 1, PAGES, PAGES, PAGES * SLOTS, SLOTS, 1, head_dim, 0.5)
     view = qpaged.PagedAttentionCacheView.init(None, jnp.float32, config, 0, None, f"{spelling}/plain")
+    if qpaged.get_quantizer(spelling).has_static_scales:
+        view = view.with_scales(key=STATIC_SCALE)
     return jax.jit(lambda view, rows: view.write_prefill_to_cache(rows, rows, METADATA))(view, rows)
 
 

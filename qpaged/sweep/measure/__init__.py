@@ -3,6 +3,7 @@
 from qpaged.sweep.measure._attention import AttentionProfile
 from qpaged.sweep.measure._bench import Bench, Progress
 from qpaged.sweep.measure._decoder import Decoder, load_model
+from qpaged.sweep.measure._decoder_stream import chunks
 from qpaged.sweep.measure._load_step import load_step
 from qpaged.sweep.measure._metrics import METRICS, WIDE, Metric, Predictions, TableColumn
 from qpaged.sweep.measure._model import Model, Prefilled, Stream
@@ -12,7 +13,7 @@ from qpaged.sweep.measure._settings import DTYPES, Settings
 from qpaged.sweep.measure._statistics import Estimate, token_estimate
 from qpaged.sweep.measure._step import StepModel
 from qpaged.sweep.measure._sweep import Sweep, sweep_order
-from qpaged.sweep.measure._text import Sequences, Text, load_text
+from qpaged.sweep.measure._text import Sequences, Text, cut, load_text
 
 __all__ = [
     "DTYPES",
@@ -40,6 +41,8 @@ __all__ = [
     "Sweep",
     "TableColumn",
     "Text",
+    "chunks",
+    "cut",
     "identity",
     "layer_spellings",
     "load_model",

@@ -1,7 +1,8 @@
 """A checkpoint's decoder as a model that can be swept."""
 
+import hashlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import qpaged.models
 from qpaged._bad_argument import BadArgumentError
 from qpaged._deprecated import renamed_argument
 from qpaged.cache import NarrowFloatPoolWarning, PagedAttentionCache, PagedAttentionCacheMetaData
-from qpaged.formats import CacheFormat
+from qpaged.formats import CacheFormat, CacheScales
 from qpaged.models import (
     Attend,
     DecoderConfig,
@@ -36,7 +37,11 @@ COMPUTE_DTYPE = "float32"
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder of a checkpoint; see :class:`Model`."""
+    """A decoder of a checkpoint; see :class:`Model`.
+
+    Attributes:
+        scales: those of caches with static scales; 1 if None.
+    """
 
     name: str
     config: DecoderConfig
@@ -44,6 +49,7 @@ class Decoder:
     tokenizer: Tokenizer
     sha256: str
     path: str | None = None
+    scales: CacheScales | None = None
     reference: str = "plain pages in float32, the precision that the model computes in"
 
     @property
@@ -108,7 +114,23 @@ class Decoder:
         with warnings.catch_warnings():
             # A narrow plain pool is slow on CPU, but a sweep asks for its accuracy.
             warnings.simplefilter("ignore", NarrowFloatPoolWarning)
-            return PagedAttentionCache.init_cache(None, dtype, metadata, quantizer=quantizer)
+            cache = PagedAttentionCache.init_cache(None, dtype, metadata, quantizer=quantizer)
+        if self.scales is None or not cache.has_static_scales:
+            return cache
+        return cache.with_scales(self.scales)
+
+    def with_scales(self, scales: CacheScales) -> "Decoder":
+        """Return the decoder with static scales for its caches, on which its predictions depend, too.
+
+        Raises:
+            ValueError: scales of another number of layers.
+        """
+        if scales.layers != self.layers:
+            raise ValueError(f"the model has {self.layers} layers, but there are scales of {scales.layers}.")
+        digest = hashlib.sha256(f"{self.sha256} {scales.format}".encode())
+        for part in (scales.key, scales.value):
+            digest.update(part.tobytes())
+        return replace(self, scales=scales, sha256=digest.hexdigest())
 
     def hidden(
         self,

@@ -1,0 +1,100 @@
+"""Calibrates static scales: runs a model over a text, and takes the largest keys and values of each layer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qpaged.arrays import TransformRule
+from qpaged.formats import CacheFormat, CacheScales, Quantizer, without_granularity
+from qpaged.sweep.measure import PLAIN, Decoder, Progress, Settings, Text, chunks, cut
+
+DEFAULT = "fp8_e4m3:head"
+"""The format that is calibrated by default; its scales serve ``fp8_e4m3:tensor``, too."""
+
+Pair = tuple[jax.Array, jax.Array]
+"""Of keys and of values."""
+
+
+def static_quantizers(cache_format: CacheFormat) -> tuple[Quantizer, Quantizer]:
+    """Return the formats of keys and of values, which scales are calibrated for.
+
+    Raises:
+        ValueError: they have no static scales, or differ by layer.
+    """
+    static = []
+    for part in cache_format.layer(0):
+        if isinstance(part, Quantizer) and part.has_static_scales:
+            static.append(part)
+    if len(static) != 2 or cache_format.layers:
+        raise ValueError(
+            f"{cache_format} has no static scales for the keys and the values of all layers; give such a "
+            f"format, as {DEFAULT} or fp8_e4m3:tensor."
+        )
+    return static[0], static[1]
+
+
+def calibrate(
+    model: Decoder, text: Text, settings: Settings, cache_format: CacheFormat, progress: Progress
+) -> CacheScales:
+    """Return the scales under which no key or value of a text saturates.
+
+    The model reads the text with a plain cache; scales are those that the format's own rule gives for the
+    largest magnitude of the keys, as they are cached, and of the values.
+
+    Args:
+        model: of a checkpoint.
+        text: what it reads.
+        settings: how much of it, in sequences of what length.
+        cache_format: with static scales, for a tensor or for each KV head.
+        progress: is told of tokens as they are read.
+
+    Raises:
+        ValueError: a format without static scales, or a text that is too short.
+    """
+    key_format, value_format = static_quantizers(cache_format)
+    transforms = key_format.transform, value_format.transform
+    stream = model.stream(PLAIN, settings, 1)
+    absmax = [(jnp.zeros(model.kv_heads), jnp.zeros(model.kv_heads))] * model.layers
+    for sequence in cut(text, model.tokenizer, settings).tokens[:, :-1]:
+        stream.begin(1)
+        for chunk in chunks(sequence, settings.chunk):
+            metadata, length = chunk.metadata(stream.table[0]), jnp.int32(chunk.length)
+
+            def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+                absmax[layer] = _larger(absmax[layer], (key, value), length, transforms)  # noqa: B023
+                return stream.attend(layer, query, key, value, metadata)  # noqa: B023
+
+            model.hidden(chunk.tokens, metadata.prefill_position, attend)
+            progress("keys and values", chunk.length)
+    keys, values = np.swapaxes(np.asarray(jax.device_get(absmax)), 0, 1)  # [layers, kv_heads]
+    chosen_for = dict.fromkeys(map(without_granularity, (key_format, value_format)))
+    return CacheScales(_scales(key_format, keys), _scales(value_format, values), "/".join(chosen_for))
+
+
+@functools.partial(jax.jit, static_argnames="transforms")
+def _larger(
+    absmax: Pair,  # [kv_heads]
+    rows: Pair,  # [tokens, kv_heads, head_dim]
+    length: jax.Array,  # []
+    transforms: tuple[TransformRule | None, TransformRule | None],
+) -> Pair:
+    """Return the largest magnitudes so far, of the first ``length`` tokens here and of those before."""
+    larger = []
+    for before, x, transform in zip(absmax, rows, transforms, strict=True):
+        held = x.astype(jnp.float32)
+        if transform is not None:
+            held = transform.forward(held, -1)
+        is_token = jnp.arange(len(x), dtype=jnp.int32) < length
+        largest = jnp.where(is_token[:, None, None], jnp.abs(held), 0).max(axis=(0, 2))
+        larger.append(jnp.maximum(before, largest))
+    return larger[0], larger[1]
+
+
+def _scales(quantizer: Quantizer, absmax: np.ndarray) -> np.ndarray:
+    """Return the scales of layers, (layers,) or (layers, kv_heads), for magnitudes (layers, kv_heads)."""
+    if quantizer.granularity == "tensor":
+        absmax = absmax.max(axis=-1)
+    stored = quantizer.fit(jnp.asarray(-absmax), jnp.asarray(absmax))
+    return np.asarray(quantizer.multiplier(stored))
