@@ -114,7 +114,8 @@ def draw_model(axes: Axes, runs: list[Record]) -> None:
 def scale(axes: Axes, runs: list[Record]) -> None:
     """Choose the limits that all panels share, with room for names left of the dots."""
     dots = dots_of(runs)
-    bottom = math.floor(math.log10(min(run["kl_mean"] for run in runs if run["kl_mean"] > 0)))
+    lines = [run["kl_mean"] for run in runs if run["format"] == "raw"]
+    bottom = math.floor(math.log10(min([dot.kl for dot in dots] + lines)))
     fewest = min(dot.bits for dot in dots)
     axes.set(ylim=(10.0**bottom, 3 * max(dot.kl for dot in dots)))
     axes.set(xlim=(fewest - LABEL_BITS, MOST_BITS), xticks=range(int(fewest), MOST_BITS + 1))
