@@ -91,7 +91,7 @@ def read_pages(
     def take(part: jax.Array) -> jax.Array:
         return by_platform(part, pages, default=_take, tpu=_take_on_tpu)
 
-    return pool.with_stored(_take(pool.stored, pages), pool.parts.map(take))
+    return pool.with_stored(_take(pool.stored, pages), _map_of_pages(pool, take))
 
 
 def _take(part: jax.Array, pages: jax.Array) -> jax.Array:

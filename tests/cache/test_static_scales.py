@@ -25,7 +25,7 @@ from support.caches import (
 
 import qpaged
 from qpaged import CacheScales
-from qpaged.pools import static_scales
+from qpaged.pools import gather_slots, static_scales
 
 STATIC = ("fp8_e4m3:tensor", "fp8_e4m3:head", "fp8_e5m2:head", "fp8_e4m3:head+rotate", "fp8_e4m3:head+exact4")
 TABLE = np.array([3, 1, 5, 7], np.int32)
@@ -40,6 +40,17 @@ def scales_of(view):
 def given(format, **changes):
     heads = [0.25, 0.5] if ":head" in format else 0.25
     return make_view(format, **changes).with_scales(key=heads, value=0.125)
+
+
+def test_a_packed_page_is_read_and_opened_under_them():
+    view = given("fp8_e4m3:head+exact1")
+    view = write_prefill(view, KEY, VALUE, prefill(np.arange(8), TABLE))
+    packed = np.asarray(gather_slots(view.key_pages, jnp.array(TABLE[:1])))
+    np.testing.assert_allclose(packed.transpose(1, 0, 2), KEY[:4], rtol=2.0**-4, atol=2.0**-11)
+    view = write_prefill(view, KEY[1:2], VALUE[1:2], prefill(np.array([1]), TABLE))
+    opened = np.asarray(gather_slots(view.key_pages, jnp.array(TABLE[:1])))
+    np.testing.assert_array_equal(opened[:, 1], KEY[1])
+    np.testing.assert_array_equal(np.delete(opened, 1, axis=1), np.delete(packed, 1, axis=1))
 
 
 @pytest.mark.parametrize("format", STATIC)
