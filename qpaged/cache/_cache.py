@@ -122,7 +122,7 @@ class PagedAttentionCache(Serializable):
             ValueError: of another number of layers or KV heads, or chosen for another format; or no pool has
                 static scales.
         """
-        check_scales(scales, len(self.views), self.has_static_scales)
+        check_scales(scales, len(self.views), self.views[0].metadata.num_kv_heads, self.has_static_scales)
         views = []
         for layer, view in enumerate(self.views):
             views.append(

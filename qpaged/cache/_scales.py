@@ -63,8 +63,8 @@ def scales_of_layer(
     return taken
 
 
-def check_scales(scales: object, num_layers: int, has_static_scales: bool) -> None:
-    """Raise unless these are scales of as many layers, and a pool takes some.
+def check_scales(scales: object, num_layers: int, kv_heads: int, has_static_scales: bool) -> None:
+    """Raise unless these are scales of as many layers and KV heads, and a pool takes some.
 
     Raises:
         TypeError, ValueError: of another kind, or not for this cache.
@@ -74,13 +74,9 @@ def check_scales(scales: object, num_layers: int, has_static_scales: bool) -> No
             f"scales must be a qpaged.CacheScales, but got {shown(scales)}; CacheScales.load and "
             f"qpaged.models.read_scales read files."
         )
-    if scales.layers != num_layers:
-        raise ValueError(
-            f"scales must be of the cache's {num_layers} layers, but are of {scales.layers}; read those of "
-            f"this model."
-        )
+    scales.check_sizes(num_layers, kv_heads)
     if not has_static_scales:
         raise ValueError(
-            "scales must be for a cache of which pages have static scales, as fp8_e4m3:tensor, but these "
-            "have none; make the cache with such a format."
+            "scales must be left out for a cache whose formats have no static ones; make the cache with such "
+            "a format, as fp8_e4m3:tensor."
         )

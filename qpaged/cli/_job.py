@@ -41,7 +41,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         "--scales",
         metavar="FILE",
         help="static scales, for formats such as fp8_e4m3:tensor: what qpaged calibrate wrote, or a "
-        "checkpoint that carries them (1)",
+        "checkpoint that carries them (scales of 1)",
     )
 
 
@@ -110,7 +110,7 @@ def load_checkpoint_job(args: argparse.Namespace) -> tuple[sweep.Decoder, sweep.
 
 def _with_scales(model: sweep.Decoder, path: str) -> sweep.Decoder:
     try:
-        return model.with_scales(read_scales(path))
+        return model.with_scales(read_scales(path), path)
     except OSError as error:
         reason = f"{path!r} cannot be read ({error.strerror}); qpaged calibrate writes such a file."
         raise BadArgumentError("scales", reason) from error

@@ -61,6 +61,21 @@ class CacheScales:
         """The number of layers."""
         return len(self.key)
 
+    def check_sizes(self, layers: int, kv_heads: int) -> None:
+        """Raise ValueError unless the scales are of so many layers and KV heads, or of layers alone."""
+        if self.layers != layers:
+            raise ValueError(
+                f"scales must be of the model's {layers} layers, but are of {self.layers}; read those of "
+                f"this model."
+            )
+        for name in ("key", "value"):
+            shape = getattr(self, name).shape
+            if shape[1:] not in ((), (1,), (kv_heads,)):
+                raise ValueError(
+                    f"scales must be of the model's {kv_heads} KV heads, but those of the {name}s are of "
+                    f"{shape[1]}; read those of this model."
+                )
+
     @property
     def formats(self) -> tuple[str, str]:
         """The formats of keys and of values that the scales were chosen for."""

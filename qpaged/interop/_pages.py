@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from qpaged.arrays import QuantizedArray
 from qpaged.cache import PagedAttentionCacheView
+from qpaged.formats import ExactFormat
 from qpaged.implicit import materialize_nested
 from qpaged.interop._numbers import as_numbers, magnitudes
 from qpaged.pools import Pages, Pool, as_quantized, format_of, gather_slots, static_scales
@@ -72,7 +73,7 @@ def quantized_tensors(
 
     Args:
         view: the layer's pages. Both pools are plain, or both are of formats whose values are int8 numbers,
-            or halves of int8 numbers, times one scale for each slot or page.
+            or halves of int8 numbers, times one scale for each slot, or for more.
 
     Raises:
         TypeError: the pages are implicit arrays of another class.
@@ -108,15 +109,15 @@ def scaled_pages(view: PagedAttentionCacheView) -> ScaledPages:
     """Return keys and values as ``gpu.paged_attention`` takes them: numbers, and a scale for each slot.
 
     Exact: a number times its scale is the view's value in float32, bit for bit. Codes of 8 bits
-    (``int8:token``, and ``fp8_e4m3`` and ``fp8_e5m2`` by page or token) are returned without a copy; codes of
-    fewer bits are copied, one to a byte. Plain pages, ``raw`` among them, are returned in the logical dtype,
-    without scales; the kernel wants the query in the same dtype.
+    (``int8:token``, and ``fp8_e4m3`` and ``fp8_e5m2`` by page, token, head or tensor) are returned without a
+    copy; codes of fewer bits are copied, one to a byte. Plain pages, ``raw`` among them, are returned in the
+    logical dtype, without scales; the kernel wants the query in the same dtype.
 
     The kernel does not scale its scores: multiply the query by 1 / sqrt(head_dim) first.
 
     Args:
         view: the layer's pages. Keys and values are each plain or of a format whose values are int8,
-            float8_e4m3fn or float8_e5m2 numbers, or halves of them, times one scale for each slot or page.
+            float8_e4m3fn or float8_e5m2 numbers, or halves of them, times one scale for each slot or more.
 
     Raises:
         TypeError: the pages are implicit arrays of another class.
@@ -200,6 +201,8 @@ def _statically_scaled(part: str, pool: Pages) -> tuple[jax.Array, float]:
 def _reason_not_one_scale(pool: Pages) -> str | None:
     """Return why a pool's values are not decoded codes times one static scale, or None."""
     quantized, scales = as_quantized(pool), static_scales(pool)
+    if isinstance(format_of(pool), ExactFormat):
+        return "has exact pages beside its codes"
     if quantized is None or scales is None:
         return "has no static scales"
     if len(scales) > 1:

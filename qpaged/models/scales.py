@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from qpaged._arguments import shown
 from qpaged._files import write_whole
 from qpaged.formats import CacheScales
 from qpaged.models._extras import need
@@ -20,6 +21,8 @@ NAMES = (
     re.compile(rf"{ATTENTION}(?P<side>[kv])_proj\.output_scale"),
 )
 """Names under which checkpoints carry scales; those of q are for attention in fp8, and not of a cache."""
+
+MOST_LISTED = 8  # layers in a message
 
 Sides = dict[str, dict[int, np.ndarray]]
 """The scales of each side, k and v, by layer: (1,) or (kv_heads,)."""
@@ -44,6 +47,11 @@ def read_scales(path: str | Path) -> CacheScales:
     path = Path(path)
     if path.suffix == ".json":
         return CacheScales.load(path)
+    if path.suffix not in ("", SUFFIX) and not path.is_dir():
+        raise ValueError(
+            f"path must be a .json or {SUFFIX} file, or the directory of a checkpoint, but came as "
+            f"{str(path)!r}."
+        )
     if path.is_dir():
         tensors: Iterable[StoredTensor] = stored_tensors(path).values()
     else:
@@ -59,25 +67,33 @@ def write_scales(path: str | Path, scales: CacheScales) -> None:
 
     Raises:
         OSError: the file cannot be written.
+        TypeError: other scales than a ``CacheScales``.
         ValueError: another kind of file, or tensors for another format than fp8_e4m3.
         ImportError: safetensors is missing.
     """
     path = Path(path)
+    if not isinstance(scales, CacheScales):
+        raise TypeError(f"scales must be a qpaged.CacheScales, but got {shown(scales)}.")
+    check_scales_file(path, scales.format)
     if path.suffix == ".json":
         scales.save(path)
         return
-    if path.suffix != SUFFIX:
-        raise ValueError(f"path must end in .json or {SUFFIX}, but came as {str(path)!r}.")
-    if scales.format != FORMAT:
-        raise ValueError(
-            f"scales must be for {FORMAT} in a safetensors file, as those of checkpoints are, but are for "
-            f"{scales.format}; write them to a .json file."
-        )
     tensors = {}
     for side, values in (("k", scales.key), ("v", scales.value)):
         for layer, of_layer in enumerate(values):
             tensors[NAME.format(layer=layer, side=side)] = np.atleast_1d(of_layer)
     write_whole(path, need("safetensors.numpy").save(tensors, metadata={"format": "pt"}))
+
+
+def check_scales_file(path: Path, chosen_for: str) -> None:
+    """Raise ValueError unless a file of this name can hold scales that were chosen for a format."""
+    if path.suffix not in (".json", SUFFIX):
+        raise ValueError(f"path must end in .json or {SUFFIX}, but came as {str(path)!r}.")
+    if path.suffix == SUFFIX and chosen_for not in (FORMAT, f"{FORMAT}/{FORMAT}"):
+        raise ValueError(
+            f"scales must be for {FORMAT} in a safetensors file, as those of checkpoints are, but are for "
+            f"{chosen_for}; write them to a .json file."
+        )
 
 
 def _match(name: str) -> re.Match[str] | None:
@@ -97,9 +113,22 @@ def _sides(path: Path, tensors: Iterable[StoredTensor]) -> Sides:
             raise ValueError(
                 f"{path} stores {tensor.name!r} as {tensor.dtype}, but only {', '.join(DTYPES)} can be read."
             )
-        of_side = sides.get(match["side"], shared)
-        of_side[int(match["layer"])] = np.asarray(tensor.read("float32")).reshape(-1)
+        of_side, layer = sides.get(match["side"], shared), int(match["layer"])
+        scales = np.asarray(tensor.read("float32")).reshape(-1)
+        before = of_side.setdefault(layer, scales)
+        if not np.array_equal(before, scales):
+            raise ValueError(
+                f"{path} must have one {match['side']}_scale for each layer, but {tensor.name!r} is "
+                f"another one of layer {layer}; give a file with those of the decoder alone."
+            )
     return {side: {**shared, **of_layers} for side, of_layers in sides.items()}
+
+
+def _listed(layers: list[int]) -> str:
+    """Return some layers in words."""
+    if len(layers) <= MOST_LISTED:
+        return f"layers {layers}"
+    return f"layers {layers[:MOST_LISTED]} and {len(layers) - MOST_LISTED} more"
 
 
 def _stacked(path: Path, side: str, sides: Sides) -> np.ndarray:
@@ -110,8 +139,8 @@ def _stacked(path: Path, side: str, sides: Sides) -> np.ndarray:
     if missing:
         raise ValueError(
             f"{path} must have scales of every layer, as {NAME.format(layer=missing[0], side=side)}, but has "
-            f"none of layers {missing} for {side}; give a checkpoint that was made for a quantized cache, or "
-            f"what qpaged calibrate wrote."
+            f"none of {_listed(missing)} for {side}; give a checkpoint that was made for a quantized cache, "
+            f"or what qpaged calibrate wrote."
         )
     heads = max(len(scales) for scales in by_layer.values())
     if any(len(scales) not in (1, heads) for scales in by_layer.values()):

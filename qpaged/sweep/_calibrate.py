@@ -29,10 +29,15 @@ def static_quantizers(cache_format: CacheFormat) -> tuple[Quantizer, Quantizer]:
             static.append(part)
     if len(static) != 2 or cache_format.layers:
         raise ValueError(
-            f"{cache_format} has no static scales for the keys and the values of all layers; give such a "
-            f"format, as {DEFAULT} or fp8_e4m3:tensor."
+            f"{cache_format} is not of static scales alone, for the keys and the values of all layers; give "
+            f"{DEFAULT}, say, whose scales serve fp8_e4m3:tensor, exact pages and pairs with others, too."
         )
     return static[0], static[1]
+
+
+def chosen_for(cache_format: CacheFormat) -> str:
+    """Return what scales of a format say that they were chosen for: its name, without a granularity."""
+    return "/".join(dict.fromkeys(map(without_granularity, static_quantizers(cache_format))))
 
 
 def calibrate(
@@ -51,7 +56,8 @@ def calibrate(
         progress: is told of tokens as they are read.
 
     Raises:
-        ValueError: a format without static scales, or a text that is too short.
+        ValueError: a format without static scales, a text that is too short, or keys or values that are
+            not finite.
     """
     key_format, value_format = static_quantizers(cache_format)
     transforms = key_format.transform, value_format.transform
@@ -69,8 +75,8 @@ def calibrate(
             model.hidden(chunk.tokens, metadata.prefill_position, attend)
             progress("keys and values", chunk.length)
     keys, values = np.swapaxes(np.asarray(jax.device_get(absmax)), 0, 1)  # [layers, kv_heads]
-    chosen_for = dict.fromkeys(map(without_granularity, (key_format, value_format)))
-    return CacheScales(_scales(key_format, keys), _scales(value_format, values), "/".join(chosen_for))
+    _check_finite(model.name, keys, values)
+    return CacheScales(_scales(key_format, keys), _scales(value_format, values), chosen_for(cache_format))
 
 
 @functools.partial(jax.jit, static_argnames="transforms")
@@ -92,8 +98,23 @@ def _larger(
     return larger[0], larger[1]
 
 
+def _check_finite(name: str, keys: np.ndarray, values: np.ndarray) -> None:
+    """Raise ValueError for a layer whose largest keys or values are no finite numbers."""
+    for side, absmax in (("keys", keys), ("values", values)):
+        layers = np.flatnonzero(~np.isfinite(absmax).all(axis=-1))
+        if len(layers):
+            raise ValueError(
+                f"{name} must have finite {side} to be calibrated, but those of layer {layers[0]} are not; "
+                f"check its weights."
+            )
+
+
 def _scales(quantizer: Quantizer, absmax: np.ndarray) -> np.ndarray:
-    """Return the scales of layers, (layers,) or (layers, kv_heads), for magnitudes (layers, kv_heads)."""
+    """Return the scales of layers, (layers,) or (layers, kv_heads), for magnitudes (layers, kv_heads).
+
+    Heads that are zeros get the scale of the largest, so that a pool with one scale is not given theirs.
+    """
+    absmax = np.where(absmax > 0, absmax, absmax.max(axis=-1, keepdims=True))
     if quantizer.granularity == "tensor":
         absmax = absmax.max(axis=-1)
     stored = quantizer.fit(jnp.asarray(-absmax), jnp.asarray(absmax))

@@ -203,10 +203,10 @@ def test_scales_that_a_pool_cannot_have(format, scales, error, message):
     ("format", "scales", "error", "message"),
     [
         ("int8", SCALES, ValueError,
-         "scales must be for a cache of which pages have static scales, as fp8_e4m3:tensor, but these "
-         "have none; make the cache with such a format."),
+         "scales must be left out for a cache whose formats have no static ones; make the cache with "
+         "such a format, as fp8_e4m3:tensor."),
         ("fp8_e4m3:head", CacheScales([1.0], [1.0]), ValueError,
-         "scales must be of the cache's 2 layers, but are of 1; read those of this model."),
+         "scales must be of the model's 2 layers, but are of 1; read those of this model."),
         ("fp8_e5m2:head", SCALES, ValueError,
          "scales must be chosen for the format of the keys, fp8_e5m2, but are for fp8_e4m3; qpaged "
          "calibrate --format fp8_e5m2:head chooses them."),

@@ -121,7 +121,23 @@ def test_scales_in_a_dtype_that_cannot_be_read(tmp_path):
         read_scales(tmp_path / "some.safetensors")
 
 
+def test_two_scales_of_one_layer_are_refused(tmp_path):
+    names = "model.layers.0.self_attn.k_scale", "vision.layers.0.self_attn.k_scale"
+    path = stored(tmp_path / "two.safetensors", {names[0]: [1.0], names[1]: [0.5]})
+    message = "must have one k_scale for each layer, but 'vision.layers.0.self_attn.k_scale' is another one"
+    with pytest.raises(ValueError, match=message):
+        read_scales(path)
+
+
+def test_many_missing_layers_are_counted(tmp_path):
+    path = stored(tmp_path / "far.safetensors", {"model.layers.999.self_attn.k_scale": [1.0]})
+    with pytest.raises(ValueError, match=r"none of layers \[0, 1, 2, 3, 4, 5, 6, 7\] and 991 more for k;"):
+        read_scales(path)
+
+
 def test_files_that_cannot_be_written(tmp_path):
+    with pytest.raises(TypeError, match="scales must be a qpaged.CacheScales, but got"):
+        write_scales(tmp_path / "scales.json", {"key": 1})
     with pytest.raises(ValueError, match=r"path must end in .json or .safetensors, but came as"):
         write_scales(tmp_path / "scales.npz", BY_LAYER)
     with pytest.raises(

@@ -1,5 +1,6 @@
 """``qpaged calibrate``, and sweeps under the scales that it writes."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -107,13 +108,33 @@ def test_sweeps_and_searches_take_scales(calibrate, command, tmp_path):
         (
             "calibrate",
             ("--format", "int8"),
-            "--format cannot be calibrated: int8 has no static scales for the keys",
+            "--format cannot be calibrated: int8 is not of static scales alone, for the keys",
         ),
         ("calibrate", ("--format", "int9"), "--format cannot be calibrated: no format is named 'int9'"),
         (
             "calibrate",
             ("--out", "scales.txt"),
             "--out must name a file that ends in .json or .safetensors, but came",
+        ),
+        (
+            "calibrate",
+            ("--format", "fp8_e5m2:head", "--out", "e5m2.safetensors"),
+            "--out cannot hold the scales of fp8_e5m2:head: scales must be for fp8_e4m3 in a safetensors file",
+        ),
+        (
+            "calibrate",
+            ("--out", "directory.json"),
+            "--out must name a file, but 'directory.json' is a directory.",
+        ),
+        (
+            "sweep",
+            ("--scales", "heads.json"),
+            "--scales cannot be used: scales must be of the model's 2 KV heads, but those of the keys are of 7;",
+        ),
+        (
+            "sweep",
+            ("--scales", "scales.txt"),
+            "--scales cannot be used: path must be a .json or .safetensors file, or the directory of a",
         ),
         (
             "sweep",
@@ -123,7 +144,7 @@ def test_sweeps_and_searches_take_scales(calibrate, command, tmp_path):
         (
             "sweep",
             ("--scales", "few.json"),
-            "--scales cannot be used: the model has 2 layers, but there are scales",
+            "--scales cannot be used: scales must be of the model's 2 layers, but are of 1;",
         ),
         (
             "sweep",
@@ -137,9 +158,35 @@ def test_what_cannot_be_used_is_said_in_the_words_of_the_flags(
 ):
     monkeypatch.chdir(tmp_path)
     qpaged.CacheScales([1.0], [1.0]).save("few.json")
+    qpaged.CacheScales([[1.0] * 7] * 2, [1.0] * 2).save("heads.json")
+    (tmp_path / "directory.json").mkdir()
     (tmp_path / "bad.json").write_text("{}")
     done = command(name, *SMALL, *arguments, out="out.json" if name == "calibrate" else "out")
     assert done.status == 2 and f"qpaged {name}: {message}" in done.err
+
+
+def calibrated(checkpoint, text_file, format, change):
+    """Return the scales of the small model with the value projection of its second layer changed."""
+    model = load_model(checkpoint, "bytes")
+    params = dict(model.params)
+    name = next(name for name in params if "1" in name and "v_proj" in name)
+    params[name] = change(jnp.asarray(params[name]))
+    model = dataclasses.replace(model, params=params)
+    settings = Settings(tokens=192, context=64)
+    cache_format = qpaged.CacheFormat.of(format)
+    return qpaged.sweep.calibrate(model, load_text(text_file), settings, cache_format, lambda *_: None)
+
+
+def test_heads_that_are_zeros_take_no_part(checkpoint, text_file):
+    half = SIZES.num_key_value_heads // 2 * SIZES.head_dim
+    scales = calibrated(checkpoint, text_file, "fp8_e4m3:head", lambda v: v.at[:half].set(0))
+    unchanged = calibrated(checkpoint, text_file, "fp8_e4m3:head", lambda v: v)
+    np.testing.assert_array_equal(scales.value[1], np.full(2, unchanged.value[1, 1]))
+
+
+def test_keys_and_values_that_are_not_finite_are_refused(checkpoint, text_file):
+    with pytest.raises(ValueError, match="must have finite values to be calibrated, but those of layer 1"):
+        calibrated(checkpoint, text_file, "fp8_e4m3:head", lambda v: v.at[0, 0].set(jnp.nan))
 
 
 def test_scales_do_not_go_with_a_step(command):

@@ -10,7 +10,8 @@ from qpaged._bad_argument import BadArgumentError
 from qpaged.cli._job import add_checkpoint, add_text, load_checkpoint_job
 from qpaged.cli._output import FINE, Subparsers, make_writable, print_columns, say
 from qpaged.models import write_scales
-from qpaged.sweep._calibrate import DEFAULT
+from qpaged.models.scales import check_scales_file
+from qpaged.sweep._calibrate import DEFAULT, chosen_for
 
 SUFFIXES = ".json", ".safetensors"
 
@@ -49,7 +50,13 @@ def _run(args: argparse.Namespace) -> int:
             "out", f"must name a file that ends in {' or '.join(SUFFIXES)}, but came as {str(args.out)!r}."
         )
     make_writable(args.out.parent, f"--out {args.out}")
+    if args.out.is_dir():
+        raise BadArgumentError("out", f"must name a file, but {str(args.out)!r} is a directory.")
     cache_format = _static_format(args.format)
+    try:
+        check_scales_file(args.out, chosen_for(cache_format))
+    except ValueError as error:
+        raise BadArgumentError("out", f"cannot hold the scales of {args.format}: {error}") from error
     model, text, settings = load_checkpoint_job(args)
     tokens = settings.tokens // settings.context * settings.context
     say(args, f"{model.name} on {text.source}: up to {tokens:,} tokens; scales go to {args.out.resolve()}.")

@@ -119,18 +119,22 @@ class Decoder:
             return cache
         return cache.with_scales(self.scales)
 
-    def with_scales(self, scales: CacheScales) -> "Decoder":
+    def with_scales(self, scales: CacheScales, source: str) -> "Decoder":
         """Return the decoder with static scales for its caches, on which its predictions depend, too.
 
+        Args:
+            scales: of every layer.
+            source: where they come from, which its name then says.
+
         Raises:
-            ValueError: scales of another number of layers.
+            ValueError: scales of another number of layers or KV heads.
         """
-        if scales.layers != self.layers:
-            raise ValueError(f"the model has {self.layers} layers, but there are scales of {scales.layers}.")
+        scales.check_sizes(self.layers, self.kv_heads)
         digest = hashlib.sha256(f"{self.sha256} {scales.format}".encode())
         for part in (scales.key, scales.value):
             digest.update(part.tobytes())
-        return replace(self, scales=scales, sha256=digest.hexdigest())
+        name = f"{self.name} with the scales of {source}"
+        return replace(self, scales=scales, name=name, sha256=digest.hexdigest())
 
     def hidden(
         self,
