@@ -79,6 +79,11 @@ def has_format(array: CacheArray, quantizer: PoolQuantizer) -> bool:
     return array.quantizer == format_of_codes(quantizer) and is_exact == isinstance(quantizer, ExactFormat)
 
 
+def has_whole_pages(array: CacheArray) -> bool:
+    """Return True unless an array with exact pages was cut in the middle of one."""
+    return not isinstance(array, PartlyExact) or array.places.length % array.places.page_size == 0
+
+
 def quantizer_for(leaf: CacheLeaf, quantizer: CacheFormat) -> PoolQuantizer | None:
     """Return the quantizer of one array of the cache; None if the array stays plain.
 

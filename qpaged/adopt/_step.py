@@ -26,7 +26,14 @@ from qpaged.adopt._arguments import (
 )
 from qpaged.adopt._blocks import KnownBlocks
 from qpaged.adopt._cache_leaf import FoundCache
-from qpaged.adopt._encode import check_layers, check_zeros, has_format, quantize_leaf, quantizer_for
+from qpaged.adopt._encode import (
+    check_layers,
+    check_zeros,
+    has_format,
+    has_whole_pages,
+    quantize_leaf,
+    quantizer_for,
+)
 from qpaged.adopt._find import find_in
 from qpaged.adopt._options import AxesOption, Where
 from qpaged.adopt._report import MaterializeError, Report, listed
@@ -36,7 +43,13 @@ from qpaged.arrays._deferred import Deferred
 from qpaged.arrays._joined import Joined
 from qpaged.arrays._rows import CacheArray
 from qpaged.formats import CacheFormat, Quantizer
-from qpaged.implicit import ImplicitArray, Materialization, record_materializations, use_implicit_args
+from qpaged.implicit import (
+    ImplicitArray,
+    Materialization,
+    materialize_nested,
+    record_materializations,
+    use_implicit_args,
+)
 from qpaged.implicit._tree import same_layout, same_structure
 
 PAGE_SIZE = 16
@@ -237,7 +250,9 @@ class QuantizedStep:
         Raises:
             ValueError: the function returns another tree.
         """
-        out = use_implicit_args(function)(cache, *args)
+        out = jax.tree_util.tree_map(
+            _stored_or_decoded, use_implicit_args(function)(cache, *args), is_leaf=_is_implicit
+        )
         names = self.found.arguments
         before, after = ((cache,), (out,)) if len(names) == 1 else (cache, out)
         arrays, tree = jax.tree_util.tree_flatten_with_path(before, is_leaf=is_cache_array)
@@ -262,7 +277,7 @@ class QuantizedStep:
         if value.shape == before.shape:
             return _overwritten(before, value)
         if is_cache_array(value):
-            if same_structure(value, before) and value.block == before.block:
+            if same_structure(value, before) and value.block == before.block and has_whole_pages(value):
                 return value  # whole pages or sequences were added or taken away
             value = value.materialize()
         return self._quantize_array(path, value)
@@ -379,20 +394,18 @@ class QuantizedStep:
         decoded an array, or have moved it to other blocks.
         """
         given = dict(zip(arguments.paths, arguments.arrays, strict=True))
-        given_by_output: dict[str, Any] = {}
-        for leaf in self.found.leaves:
-            if leaf.output is not None:
-                given_by_output[leaf.output] = given.get(leaf.path)
+        by_output = {leaf.output: leaf.path for leaf in self.found.leaves if leaf.output is not None}
 
         def requantize(keys: KeyPath, value: Any) -> Any:
-            original = given_by_output.get(path_name(keys))
+            path = by_output.get(path_name(keys), "")
+            original = given.get(path)
             if original is None or not is_cache_array(original) or same_layout(original, value):
                 return value
             if isinstance(original, PartlyExact):
                 raise ValueError(
-                    f"quantizer must have no exact pages where a step moves tokens of its cache, or makes it "
-                    f"anew, as {path_name(keys)} is here, since no write says then which token it is of, "
-                    f"but came as {self.quantizer}; leave out +exact and +sink, or write at positions."
+                    f"quantizer must have no exact pages for a cache that a step changes otherwise than by "
+                    f"writes at positions, as it does {path} here, but came as {self.quantizer}: which token "
+                    f"a row is of cannot be told then. Leave out +exact and +sink, or write rows alone."
                 )
             file, line = _first_line(self._step)
             array_type = type(original).__name__
@@ -400,7 +413,7 @@ class QuantizedStep:
             self._add_to_report([returned])
             return overwrite(original, value)
 
-        return jax.tree_util.tree_map_with_path(requantize, out, is_leaf=is_cache_array)
+        return jax.tree_util.tree_map_with_path(requantize, out, is_leaf=_is_implicit)
 
     def _add_to_report(self, places: Sequence[Materialization]) -> None:
         """Add places to the report; raise MaterializeError if there are any and the step is strict."""
@@ -410,6 +423,19 @@ class QuantizedStep:
                 f"step must not dequantize arrays of its cache as a whole, since strict is set, but "
                 f"{listed(places)}\nRewrite that, or leave strict out to have them dequantized there."
             )
+
+
+def _is_implicit(value: Any) -> bool:
+    return isinstance(value, ImplicitArray)
+
+
+def _stored_or_decoded(value: Any) -> Any:
+    """Return an array as a cache holds it, or decoded, where a lazy read has made another of it."""
+    if not _is_implicit(value) or isinstance(value, QuantizedArray):
+        return value
+    if isinstance(value, PartlyExact) and isinstance(value.codes, QuantizedArray):
+        return value
+    return materialize_nested(value, full=True)
 
 
 def _overwritten(array: CacheArray, new: Any) -> CacheArray:

@@ -22,9 +22,10 @@ from qpaged.arrays._explicit import array_handler, on_explicit_meshes
 from qpaged.arrays._lazily import lazily
 from qpaged.arrays._partly_exact import PartlyExact
 from qpaged.arrays._placement import sharding_of_part
+from qpaged.arrays._quantized import QuantizedArray
 from qpaged.arrays._reshape import axis_groups
 from qpaged.arrays._rows import add_rows
-from qpaged.implicit import ImplicitArray, primitive_handler
+from qpaged.implicit import ImplicitArray, materialize_nested, primitive_handler
 from qpaged.implicit._origins import unstretched
 
 if TYPE_CHECKING:
@@ -136,7 +137,9 @@ def _pad(primitive, array: PartlyExact, value: Operand, *, padding_config, **par
     if isinstance(value, ImplicitArray) or between or behind < 0 or list(padding_config) != widths:
         return NotImplemented
     codes = bind_lazily(primitive, [array.codes, value], {"padding_config": padding_config, **params})
-    return array.like(codes, array.rows, array.page)
+    # Pages that were cut off, or cut apart, before are of zeros from here on.
+    is_whole = array.page < array.places.length // array.places.page_size
+    return array.like(codes, array.rows, jnp.where(is_whole, array.page, NO_PAGE))
 
 
 _PAGE_MOVES: dict[str, Callable[[PartlyExact, Mapping[str, Any], int], jax.Array]] = {
@@ -299,16 +302,28 @@ def _select_sequences(which: jax.Array, cases: Sequence[PartlyExact]) -> Any:
 
 @array_handler("dynamic_update_slice")
 def _update(primitive, array: PartlyExact, update: Operand, *start: Operand, **params):
-    if isinstance(update, PartlyExact):
+    if isinstance(update, PartlyExact) and _is_of_whole_sequences(array, update):
         return _update_sequences(array, update, start)
+    update = _plain_or_quantized(update)
     written = _windows.dynamic_update_slice(array, update, start)
     return NotImplemented if written is None else written
 
 
+def _is_of_whole_sequences(array: PartlyExact, update: PartlyExact) -> bool:
+    """Return True if an update holds its exact pages as the array does, with all tokens and channels."""
+    alike = update.places == array.places and update.axis == array.axis and update.ndim == array.ndim
+    return alike and all(update.shape[axis] == array.shape[axis] for axis in axes_of_one(array))
+
+
+def _plain_or_quantized(update: Operand) -> Operand:
+    """Return rows that are written, computed if they are deferred."""
+    if isinstance(update, QuantizedArray) or not isinstance(update, ImplicitArray):
+        return update
+    return materialize_nested(update, full=True)
+
+
 def _update_sequences(array: PartlyExact, update: PartlyExact, start: Sequence[jax.Array]) -> Any:
     """Return ``array`` with whole sequences put, which keep their exact pages."""
-    if update.places != array.places or update.axis != array.axis:
-        return NotImplemented
     starts = list(start)
     for axis in axes_of_one(array):
         starts[axis] = jnp.zeros_like(starts[axis])
@@ -328,8 +343,10 @@ def _update_sequences(array: PartlyExact, update: PartlyExact, start: Sequence[j
 def _scatter(primitive, array: PartlyExact, index: Operand, updates: Operand, **params):
     numbers, mode = params["dimension_numbers"], params["mode"]
     if isinstance(updates, PartlyExact):
-        return _scatter_sequences(primitive, array, index, updates, params)
-    written = _windows.scatter(array, index, updates, numbers, mode)
+        put = _scatter_sequences(primitive, array, index, updates, params)
+        if put is not NotImplemented:
+            return put
+    written = _windows.scatter(array, index, _plain_or_quantized(updates), numbers, mode)
     return NotImplemented if written is None else written
 
 

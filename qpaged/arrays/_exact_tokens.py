@@ -13,6 +13,7 @@ from jax import lax
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 
 from qpaged._compat import Primitive, operand_batching_dims
+from qpaged.arrays._exact_places import NO_PAGE
 from qpaged.arrays._exact_reads import axes_of_one, bind_lazily, move
 from qpaged.arrays._explicit import array_handler
 from qpaged.arrays._indices import clip_to_int32
@@ -109,6 +110,8 @@ def _gather(primitive, array: PartlyExact, index: Operand, *, dimension_numbers,
     def gather(part: Operand, index: jax.Array, whole: Sequence[int] = ()) -> Any:
         sizes = [part.shape[axis] if axis in whole else size for axis, size in enumerate(slice_sizes)]
         given = {"dimension_numbers": numbers, "slice_sizes": tuple(sizes), **params}
+        if part is array.page:
+            given["fill_value"] = NO_PAGE
         return bind_lazily(primitive, [part, index], given)
 
     if tokens in numbers.start_index_map and tokens in removed:
@@ -144,4 +147,5 @@ def _gather_tokens(
     rows = gather(array.rows, index.at[..., column].set(row))
     lanes = [axis for axis in axes_of_one(array) if axis != array.tokens]
     held = gather(array.page, index.at[..., column].set(place), lanes)
-    return _select(held == lax.expand_dims(page, numbers.offset_dims), rows, codes)
+    page = lax.expand_dims(page, numbers.offset_dims)
+    return _select((held == page) & (page >= 0), rows, codes)

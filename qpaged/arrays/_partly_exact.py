@@ -180,7 +180,7 @@ def quantize_written(
     quantized = quantize(array, quantizer, block, array.dtype, channel_axis)
     if quantized.scales is None:
         return quantized
-    is_written = block_max(jnp.abs(array), quantized.scales.shape) > 0
+    is_written = block_max(jnp.abs(array), quantized.scales.shape) != 0  # NaN is, too
     scales = jnp.where(is_written, quantized.scales, 0).astype(quantized.scales.dtype)
     return quantized.like(quantized.codes, quantized.parts._replace(scales=scales))
 
@@ -222,7 +222,7 @@ def overwrite_exact(array: PartlyExact, new: jax.Array) -> PartlyExact:
     axis, places = array.tokens, array.places
     page_shape = list(array.page.shape)
     page_shape[axis] = places.length // places.page_size
-    is_written = block_max(jnp.abs(new), page_shape) > 0
+    is_written = block_max(jnp.abs(new), page_shape) != 0
     numbers = lax.broadcasted_iota(jnp.int32, is_written.shape, axis)
     newest = jnp.where(is_written, numbers, NO_PAGE).max(axis, keepdims=True)
     held = array.like(array.codes, array.rows, places.newest(newest, axis))

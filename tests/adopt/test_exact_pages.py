@@ -24,7 +24,7 @@ FORMATS = [
 
 def attend(x, positions, k, v):
     scores = jnp.einsum("bthd,bshd->bhts", x[:, :, 0], k) / HEAD_DIM**0.5
-    seen = jnp.arange(LENGTH) <= positions[:, None, None, None] + jnp.arange(x.shape[1])[:, None]
+    seen = jnp.arange(k.shape[1]) <= positions[:, None, None, None] + jnp.arange(x.shape[1])[:, None]
     weights = jax.nn.softmax(jnp.where(seen, scores, -1e30), axis=-1)
     return jnp.einsum("bhts,bshd->bthd", weights, v)
 
@@ -173,6 +173,62 @@ def test_sequences_are_inserted_and_reordered_with_their_exact_pages():
         jax.jit(step)(x[:, :1], start + 43, changed)
 
 
+@pytest.fixture
+def step_and_cache():
+    """A step, and a cache of it with 43 tokens of each sequence, the second from token 5 on."""
+    step = adopted("int8:token+exact9")
+    x, start = normal(BATCH, 43, 3, HEADS, HEAD_DIM), jnp.array([0, 5])
+    _, cache = run(step, x, start, [43], step.init(float_cache()))
+    return step, cache
+
+
+def zero_from(begin):
+    """Return a function that cuts an array off at a token, and pads it with zeros."""
+    widths = ((0, 0), (0, LENGTH - begin), (0, 0), (0, 0))
+    return lambda a: jnp.pad(a[:, :begin], widths)
+
+
+CHANGES = {  # what a function does to an array, and how near its values must come to those of floats
+    "cut within a page, and padded": (zero_from(43), 0.02),
+    "cut between pages, and padded": (zero_from(40), 1e-6),
+    "tokens copied": (lambda a: a.at[:, 0:8].set(a[:, 32:40]), 0.02),
+    "a token copied": (lambda a: a.at[:, 50].set(a[:, 2]), 0.02),
+    "channels of another sequence": (
+        lambda a: lax.dynamic_update_slice(a, a[1:, :, :, :8], (0, 0, 0, 0)),
+        0.02,
+    ),
+    "sequences taken": (lambda a: jnp.take(a, jnp.array([1, 0]), axis=0), 1e-6),
+    "joined along the length": (lambda a: jnp.concatenate([a, a], axis=1), 0.02),
+    "cut within a page": (lambda a: a[:, :60], 0.02),
+    "repeated sequences": (lambda a: jnp.repeat(a, 2, axis=0), 1e-6),
+}
+
+
+@pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_function_changes_values_as_it_does_floats(step_and_cache, name):
+    (step, cache), (change, bound) = step_and_cache, CHANGES[name]
+    changed = step.apply(lambda cache: {"k": change(cache["k"]), "v": change(cache["v"])}, cache)
+    for array in "kv":
+        np.testing.assert_allclose(
+            values(changed[array]), change(jnp.asarray(values(cache[array]))), atol=bound
+        )
+    if changed["k"].shape[1] == LENGTH:
+        return
+    x = normal(changed["k"].shape[0], 1, 3, HEADS, HEAD_DIM)
+    jax.jit(step)(x, jnp.full(len(x), 20), changed)
+
+
+def test_a_row_that_is_not_finite_leaves_the_others_of_its_page():
+    x, start = normal(BATCH, 43, 3, HEADS, HEAD_DIM), jnp.array([0, 5])
+    x = np.array(x)
+    x[0, 3] = np.nan
+    step = adopted("int8:channel+exact9")
+    _, cache = run(step, jnp.asarray(x), start, [43], step.init(float_cache()))
+    got = values(cache["k"])[0, :8]
+    np.testing.assert_allclose(np.delete(got, 3, axis=0), np.delete(x[0, :8, 1], 3, axis=0), atol=0.05)
+
+
 def test_what_moves_tokens_chooses_exact_pages_anew():
     x, start = normal(BATCH, 43, 3, HEADS, HEAD_DIM), jnp.array([0, 5])
     step = adopted("int4+exact9")
@@ -196,7 +252,9 @@ def test_a_step_that_moves_its_tokens_is_refused():
     example = normal(BATCH, 1, 3, HEADS, HEAD_DIM), jnp.zeros(BATCH, jnp.int32), float_cache()
     with (
         pytest.warns(UserWarning, match="has no handler"),
-        pytest.raises(ValueError, match="quantizer must have no exact pages where a step moves tokens"),
+        pytest.raises(
+            ValueError, match="quantizer must have no exact pages for a cache that a step changes otherwise"
+        ),
     ):
         adopt.quantize_cache(step, "int4+exact9", example=example)
 

@@ -136,7 +136,7 @@ def test_many_missing_layers_are_counted(tmp_path):
 
 
 def test_files_that_cannot_be_written(tmp_path):
-    with pytest.raises(TypeError, match="scales must be a qpaged.CacheScales, but got"):
+    with pytest.raises(TypeError, match=r"scales must be a qpaged\.CacheScales, but got"):
         write_scales(tmp_path / "scales.json", {"key": 1})
     with pytest.raises(ValueError, match=r"path must end in .json or .safetensors, but came as"):
         write_scales(tmp_path / "scales.npz", BY_LAYER)
