@@ -431,9 +431,7 @@ def _is_implicit(value: Any) -> bool:
 
 def _stored_or_decoded(value: Any) -> Any:
     """Return an array as a cache holds it, or decoded, where a lazy read has made another of it."""
-    if not _is_implicit(value) or isinstance(value, QuantizedArray):
-        return value
-    if isinstance(value, PartlyExact) and isinstance(value.codes, QuantizedArray):
+    if not _is_implicit(value) or is_cache_array(value):
         return value
     return materialize_nested(value, full=True)
 

@@ -164,8 +164,9 @@ def _joined(name: str, keys: Sequence[Any]) -> str:
 
 
 def is_cache_array(leaf: Any) -> bool:
-    """Return True for a quantized array, with exact pages or without."""
-    return isinstance(leaf, QuantizedArray | PartlyExact)
+    """Return True for a quantized array as a cache holds it, with exact pages or without."""
+    codes = leaf.codes if isinstance(leaf, PartlyExact) else leaf
+    return isinstance(codes, QuantizedArray)
 
 
 @promoting_ranks
