@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import Primitive, reshard_primitives
+from qpaged._compat import Primitive, operand_batching_dims, reshard_primitives
 from qpaged._promotion import promoting_ranks
 from qpaged.arrays import _one_hot, _windows
 from qpaged.arrays._along_axis import axis_after, params_of_piece
@@ -359,15 +359,14 @@ def _scatter_sequences(
 ) -> Any:
     """Return ``array`` with whole sequences put at ``index``, which keep their exact pages."""
     numbers = params["dimension_numbers"]
-    named = {
-        *numbers.scatter_dims_to_operand_dims,
-        *numbers.inserted_window_dims,
-        *numbers.operand_batching_dims,
-    }
-    windows = [axis for axis in range(array.ndim) if axis not in numbers.inserted_window_dims]
+    without_window = {*numbers.inserted_window_dims, *operand_batching_dims(numbers)}
+    named = {*numbers.scatter_dims_to_operand_dims, *without_window}
     if named & set(axes_of_one(array)) or updates.places != array.places:
         return NotImplemented
-    if numbers.update_window_dims[windows.index(array.tokens)] != updates.tokens:
+    windows = [axis for axis in range(array.ndim) if axis not in without_window]
+    update_axis = dict(zip(windows, numbers.update_window_dims, strict=True))
+    covers = all(updates.shape[update_axis[axis]] == array.shape[axis] for axis in axes_of_one(array))
+    if update_axis[array.tokens] != updates.tokens or not covers:
         return NotImplemented
     parts = []
     for name in ("codes", "rows", "page"):

@@ -197,6 +197,8 @@ CHANGES = {  # what a function does to an array, and how near its values must co
         lambda a: lax.dynamic_update_slice(a, a[1:, :, :, :8], (0, 0, 0, 0)),
         0.02,
     ),
+    "channels set from another sequence": (lambda a: a.at[0, :, :, :8].set(a[1, :, :, :8]), 0.02),
+    "sequences set": (lambda a: a.at[jnp.array([1, 0])].set(a), 1e-6),
     "sequences taken": (lambda a: jnp.take(a, jnp.array([1, 0]), axis=0), 1e-6),
     "joined along the length": (lambda a: jnp.concatenate([a, a], axis=1), 0.02),
     "cut within a page": (lambda a: a[:, :60], 0.02),
