@@ -114,9 +114,8 @@ class StaticFp8(Quantizer):
 
     def encode(self, units: jax.Array) -> jax.Array:
         codes = _float8.encode(units, self.float8)
-        return jnp.where(codes == NEGATIVE_ZERO, 0, codes).astype(
-            jnp.uint8
-        )  # as what is read and written again
+        # Zeros have one code, whatever their sign.
+        return jnp.where(codes == NEGATIVE_ZERO, 0, codes).astype(jnp.uint8)
 
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
         return _float8.decode(codes, self.float8, dtype)
