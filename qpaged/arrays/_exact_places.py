@@ -50,6 +50,12 @@ class Places(NamedTuple):
             page < self.sinks, page, self.sinks + (page - self.sinks) % (self.num_pages - self.sinks)
         )
 
+    def of_token(self, token: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return the page of each token, the place of that page, and the row that would hold the token."""
+        page = token // self.page_size
+        place = self.of_page(page)
+        return page, place, place * self.page_size + token % self.page_size
+
     def newest(self, newest: jax.Array, axis: int) -> jax.Array:
         """Return which pages are held where ``newest`` (1 long along ``axis``) is the newest one, or none."""
         place = lax.broadcasted_iota(jnp.int32, (self.num_pages,), 0)

@@ -84,9 +84,7 @@ def _slice_sequences(
 def _choose(array: PartlyExact, token: jax.Array, codes: Operand) -> Any:
     """Return the tokens of an array whose numbers are ``token``, one axis of which are ``codes``."""
     places, axis = array.places, array.tokens
-    page = token // places.page_size
-    place = places.of_page(page)
-    row = place * places.page_size + token % places.page_size
+    page, place, row = places.of_token(token)
     number = lax.expand_dims(page, [other for other in range(array.ndim) if other != axis])
     is_exact = jnp.take(array.page, place, axis=axis) == number
     rows = lazily(lambda rows: jnp.take(rows, row, axis=axis))(array.rows)
@@ -140,9 +138,7 @@ def _gather_tokens(
     token = index[..., column]
     if mode == GatherScatterMode.CLIP:
         token = jnp.clip(token, 0, places.length - 1)
-    page = token // places.page_size
-    place = places.of_page(page)
-    row = place * places.page_size + token % places.page_size
+    page, place, row = places.of_token(token)
     codes = gather(array.codes, index)
     rows = gather(array.rows, index.at[..., column].set(row))
     lanes = [axis for axis in axes_of_one(array) if axis != array.tokens]

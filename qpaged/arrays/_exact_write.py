@@ -77,9 +77,8 @@ def write_exact_rows(
 def read_exact_rows(array: PartlyExact, axes: Axes, index: jax.Array) -> jax.Array:
     """Return the values at ``index`` along ``axes``, that of the tokens included, as :func:`rows_at` does."""
     places, column = array.places, axes.index(array.tokens)
-    page, slot = index[:, column] // places.page_size, index[:, column] % places.page_size
-    place = places.of_page(page)
-    row_index = index.at[:, column].set(place * places.page_size + slot)
+    page, place, row = places.of_token(index[:, column])
+    row_index = index.at[:, column].set(row)
     held = gather_rows(array.page, axes, index.at[:, column].set(place))
     return jnp.where(
         held == page.reshape(-1, *[1] * (held.ndim - 1)),

@@ -188,7 +188,9 @@ def zero_from(begin):
     return lambda a: jnp.pad(a[:, :begin], widths)
 
 
-CHANGES = {  # what a function does to an array, and how near its values must come to those of floats
+# What a function does to an array, and how near its values must come to those of floats: what only moves has
+# the roundings of another program, and what is quantized anew half a step of int8, absmax / 254.
+CHANGES = {
     "cut within a page, and padded": (zero_from(43), 0.02),
     "cut between pages, and padded": (zero_from(40), 1e-6),
     "tokens copied": (lambda a: a.at[:, 0:8].set(a[:, 32:40]), 0.02),
@@ -299,5 +301,6 @@ def test_a_step_makes_nothing_as_large_as_the_cache(length):
         compiled = jax.jit(quantized, donate_argnums=2).lower(x, position, shapes).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
+    # Tests compile without fusion, so that each step of arithmetic on rows and on scores is an array.
     rows, scores = 4 * BATCH * 144 * HEADS * 128, 4 * BATCH * HEADS * length
     assert temporaries("int4+exact128") < temporaries("int4") + 4 * rows + 12 * scores
