@@ -20,7 +20,15 @@ from qpaged.arrays._explicit import placed_as
 from qpaged.arrays._partly_exact import empty_with_exact_pages, quantize_written
 from qpaged.arrays._placement import sharding_of_part
 from qpaged.arrays._rows import CacheArray
-from qpaged.formats import CacheFormat, ExactFormat, PoolQuantizer, Quantizer, Wrapper, get_quantizer
+from qpaged.formats import (
+    CacheFormat,
+    ExactFormat,
+    PoolQuantizer,
+    Quantizer,
+    Wrapper,
+    format_of_codes,
+    get_quantizer,
+)
 
 PlainArray: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
@@ -66,11 +74,6 @@ def _unwritten_reads_as_zero(quantizer: Quantizer) -> bool:
     with jax.ensure_compile_time_eval():
         code = jnp.zeros((1,), quantizer.code_dtype(jnp.float32))
         return not np.any(quantizer.decode(code, jnp.float32))
-
-
-def format_of_codes(quantizer: PoolQuantizer) -> Quantizer:
-    """Return the format of what is packed: beside exact pages, that of the other ones."""
-    return quantizer.inner if isinstance(quantizer, ExactFormat) else quantizer
 
 
 def has_format(array: CacheArray, quantizer: PoolQuantizer) -> bool:

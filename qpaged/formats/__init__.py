@@ -4,7 +4,7 @@ from qpaged.arrays import GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.formats._cache_format import CacheFormat
 from qpaged.formats._cache_scales import CacheScales, check_formats, scale_values, without_granularity
 from qpaged.formats._contract import Quantizer
-from qpaged.formats._exact import ExactFormat, PoolQuantizer
+from qpaged.formats._exact import ExactFormat, PoolQuantizer, format_of_codes
 from qpaged.formats._growth import FitAgain
 from qpaged.formats._power_of_two import PowerOfTwoQuantizer
 from qpaged.formats._registry import (
@@ -37,6 +37,7 @@ __all__ = [
     "available_quantizers",
     "available_wrappers",
     "check_formats",
+    "format_of_codes",
     "get_quantizer",
     "quantizer_from_config",
     "scale_values",

@@ -64,6 +64,11 @@ PoolQuantizer = Quantizer | ExactFormat
 """The format of a pool that is not plain."""
 
 
+def format_of_codes(quantizer: PoolQuantizer) -> Quantizer:
+    """Return the format of what is packed: beside exact pages, that of the other ones."""
+    return quantizer.inner if isinstance(quantizer, ExactFormat) else quantizer
+
+
 def pool_quantizer(spelling: str) -> PoolQuantizer:
     """Return the format of a pool that a spelling stands for.
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from qpaged.formats import (
     CacheFormat,
-    ExactFormat,
     PoolQuantizer,
     Quantizer,
     available_quantizers,
+    format_of_codes,
     get_quantizer,
 )
 
@@ -80,7 +80,7 @@ def bits_per_element(
 
     Of a packed page, where the format has exact ones. Static scales, which all pages share, add none.
     """
-    packed = quantizer.inner if isinstance(quantizer, ExactFormat) else quantizer
+    packed = format_of_codes(quantizer)
     heads, pages, page_size, head_dim = page
 
     def bytes_of(count: int) -> int:
@@ -105,8 +105,8 @@ def _is_built_in(quantizer: Quantizer) -> bool:
 def _check_fit(spelling: str, head_dim: int) -> None:
     """Raise the format's own error if it cannot make a page of this head_dim, of keys or of values."""
     for quantizer in CacheFormat.of(spelling).layer(0):
-        packed = quantizer.inner if isinstance(quantizer, ExactFormat) else quantizer
-        if packed is not None:
+        if quantizer is not None:
+            packed = format_of_codes(quantizer)
             jax.eval_shape(functools.partial(packed.empty, (1, 1, 16, head_dim), jnp.bfloat16))
 
 
