@@ -4,8 +4,12 @@ Most of a test's time is compilation, so the compiler optimizes little. The comp
 third less time without its fusion emitters; other versions do not know that flag, and abort.
 """
 
+import gc
 import os
 from importlib.metadata import version
+from pathlib import Path
+
+import pytest
 
 flags = [
     os.environ.get("XLA_FLAGS", ""),
@@ -19,3 +23,18 @@ os.environ["XLA_FLAGS"] = " ".join(flags)
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+MANY_MAPS = 15_000  # of the 65,530 memory maps that Linux lets a process have
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_programs_are_let_go():
+    """Let go of compiled programs after a module, where there are many.
+
+    Each holds memory maps. A process that gets no more of them crashes within the compiler.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
