@@ -14,6 +14,7 @@ For each format it also counts what a generation compiles: see ``compile_counts.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import time
@@ -41,10 +42,18 @@ FORMATS = (
     "int8:token",
     "int8:channel",
     "fp8_e4m3",
+    "int6:token",
     "int4:token",
     "int4",
+    "int4+rotate",
     "nvfp4",
 )
+BY_XLA = (
+    "plain",
+    "int8",
+    "int8:token",
+    "int4",
+)  # formats that plain JAX attends to, too, beside the kernel in C
 # by the module that is imported
 DISTRIBUTIONS = {
     "torch": "torch",
@@ -63,15 +72,23 @@ def our_subjects(inputs: Inputs) -> Iterator[Subject]:
     """Yield qpaged's attention over pages of each format."""
     shape = inputs.shape
     attend = jax.jit(qpaged.paged_attention)
+    attend_by_xla = jax.jit(functools.partial(qpaged.paged_attention, backend="xla"))
     metadata = step_metadata(shape)
     query = jnp.asarray(inputs.query, jnp.bfloat16)
     for quantizer in FORMATS:
         view = filled_view(quantizer, shape, inputs.keys, inputs.values)
+        bytes_read = stored_bytes_per_element(view) * shape.elements
         yield Subject(
             f"qpaged {quantizer}",
             lambda view=view: attend(query, view, metadata).block_until_ready(),
-            stored_bytes_per_element(view) * shape.elements,
+            bytes_read,
         )
+        if shape.chunk == 1 and quantizer in BY_XLA:
+            yield Subject(
+                f"qpaged {quantizer} by xla",
+                lambda view=view: attend_by_xla(query, view, metadata).block_until_ready(),
+                bytes_read,
+            )
 
 
 def step_metadata(shape: Shape) -> qpaged.PagedAttentionMetadata:

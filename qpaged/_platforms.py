@@ -18,7 +18,7 @@ from jax.interpreters import ad, batching, mlir
 
 from qpaged._compat import Aval, Equation, Jaxpr, Operand, Pytree, compiler_partitions_module
 
-PLATFORMS = "tpu", "cuda"
+PLATFORMS = "tpu", "cuda", "cpu"
 
 by_platform_p = jex.Primitive("by_platform")
 by_platform_p.multiple_results = True

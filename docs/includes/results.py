@@ -224,16 +224,26 @@ def write_attend():
 
 
 def cpu_attention():
-    """What ``benchmarks/cpu_attention.py`` left, as Markdown tables with their figure."""
-    results = json.loads((RESULTS / "cpu_attention.json").read_text())
+    """What ``benchmarks/cpu_attention.py`` left before there was a kernel, as Markdown with its figure."""
+    circumstances, *table = cpu_table("cpu_attention.json")
+    picture = "![Milliseconds of a decode step, and what memory alone would take](assets/roofline_cpu.png)"
+    return "\n".join([circumstances, "", picture, *table]) + "\n"
+
+
+def cpu_kernel():
+    """What ``benchmarks/cpu_attention.py`` left with the kernel, as Markdown."""
+    return "\n".join(cpu_table("cpu_kernel.json")) + "\n"
+
+
+def cpu_table(name):
+    """The lines of what ``benchmarks/cpu_attention.py`` left in a file; the first says where and when."""
+    results = json.loads((RESULTS / name).read_text())
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     has = ", ".join(results["processor"]["has"]) or "none of VNNI, bfloat16 and AMX instructions"
     names = list(results["shapes"])
     lines = [
         f"{results['date']}, {results['processor']['name']} ({has}), {results['threads']} threads, memory "
         f"read at {results['bytes_per_second'] / 1e9:.1f} GB/s: {versions}.",
-        "",
-        "![Milliseconds of a decode step, and what memory alone would take](assets/roofline_cpu.png)",
         "",
         "Milliseconds, median of "
         f"{results['rounds']} rounds in which all take turns; the error is the largest against float64 at "
@@ -246,7 +256,7 @@ def cpu_attention():
     for name, run in found[names[0]].items():
         cells = [f"{found[at][name]['milliseconds']:.1f}" if name in found[at] else "" for at in names]
         lines.append(f"| {name} | {' | '.join(cells)} | {run['error']:.1e} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def gpu_attention():
@@ -458,6 +468,7 @@ TABLES = {
     "write_attend.md": write_attend,
     "exact_pages.md": exact_pages,
     "cpu_attention.md": cpu_attention,
+    "cpu_kernel.md": cpu_kernel,
     "gpu_attention.md": gpu_attention,
     "generation.md": generation,
     "tpu_compile.md": tpu_compile,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from qpaged._platforms import by_platform
-from qpaged.attention import _gpu, _reference, _tpu, _xla
+from qpaged.attention import _cpu, _gpu, _reference, _tpu, _xla
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.pools import Pages
@@ -84,6 +84,7 @@ class Implementation:
 IMPLEMENTATIONS = (
     Implementation("tpu", "tpu", _tpu.attend, _tpu.call_refusal, _tpu.refusal),
     Implementation("gpu", "cuda", _gpu.attend, _gpu.call_refusal, _gpu.refusal, by_name_only=True),
+    Implementation("cpu", "cpu", _cpu.attend, _cpu.call_refusal, _cpu.refusal),
     Implementation("xla", None, _xla.attend),
     Implementation("reference", None, _reference.attend),
 )
