@@ -25,8 +25,8 @@ class Plan:
 
     Attributes:
         format: the name of the format.
-        metadata: as :meth:`PagedAttentionCacheMetaData.create` returns it for this memory; its KV heads are
-            those of one device.
+        metadata: as :meth:`PagedAttentionCacheMetaData.create` returns it for this memory and as many
+            sequences as fit; its KV heads are those of one device.
         memory: bytes of the device.
         weights: bytes of the model's weights on one device.
         reserve: bytes that are left to everything else: activations, programs, fragmentation.
@@ -70,8 +70,8 @@ class Plan:
 
     @property
     def sequences(self) -> int:
-        """Whole sequences of :attr:`context` tokens that the pages hold."""
-        return self.pages // self.metadata.num_pages_per_sequence
+        """Whole sequences of :attr:`context` tokens that fit, each with its exact pages."""
+        return min(self.metadata.batch_size, self.pages // self.metadata.num_pages_per_sequence)
 
     @property
     def bytes_per_token(self) -> float:
@@ -136,7 +136,9 @@ def plan(
     cache_format = CacheFormat.of(quantizer)
     page = (config.num_key_value_heads // shards, page_size, config.head_dim)
     parts = [part for layer in range(config.num_hidden_layers) for part in layer_formats(cache_format, layer)]
-    of_page, beside = cache_bytes(parts, page, dtype, Sequences(1, -(-context // page_size)), None, None)
+    per_sequence = -(-context // page_size)
+    of_page, beside = cache_bytes(parts, page, dtype, Sequences(1, per_sequence), None, None)
+    _, beside_two = cache_bytes(parts, page, dtype, Sequences(2, per_sequence), None, None)
     page_bytes = int(of_page) + beside
     room = int(free * hbm_utilization)
     if page_bytes > room:
@@ -145,9 +147,11 @@ def plan(
             f"must leave the cache room for a page of every layer, {readable_bytes(page_bytes)}, but leaves "
             f"it {readable_bytes(room)}; give more memory, or smaller pages.",
         )
+    of_sequence = per_sequence * of_page + beside_two - beside  # with the exact pages of one more sequence
+    room_for_sequences = room - (2 * beside - beside_two)
     metadata = PagedAttentionCacheMetaData.create(
         mesh=None,
-        batch_size=1,
+        batch_size=max(1, int(room_for_sequences // of_sequence)),
         num_hidden_layers=config.num_hidden_layers,
         max_sequences=context,
         page_size=page_size,

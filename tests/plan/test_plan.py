@@ -21,6 +21,7 @@ CONFIG = DecoderConfig(
     num_key_value_heads=4, head_dim=64, max_position_embeddings=512,
 )  # fmt: skip
 FORMATS = ("plain", "int8", "int8:channel/int4", "int4+offset+rotate", "nvfp4")
+EXACT = "int4:channel+offset+exact128+sink16/int4:token+rotate+exact128+sink16"
 MEMORY, WEIGHTS = 1_000_003, 100_001
 
 
@@ -49,6 +50,25 @@ def test_planned_bytes_equal_allocated_bytes(format, devices):
     assert planned.shards == {1: 1, 4: 4, 8: 1}[devices]  # 4 heads do not divide over 8 devices
     assert planned.weights + planned.cache + planned.reserve + planned.unused == MEMORY
     assert 0 <= planned.unused < planned.cache / planned.pages  # not one page more would fit
+
+
+@pytest.mark.parametrize("format", ["int8", EXACT, "int4+rotate+exact128"])
+def test_as_many_sequences_fit_as_planned_with_their_exact_pages(format):
+    memory = 2**27
+    planned = plan(CONFIG, format, memory_bytes=memory, context=2048, page_size=64)
+
+    def create(sequences):
+        return qpaged.PagedAttentionCacheMetaData.create(
+            None, sequences, 2, 2048, 64, 4, 64, 0.9, jnp.bfloat16, quantizer=format, memory_bytes=memory
+        )
+
+    metadata = create(planned.sequences)
+    assert metadata == planned.metadata
+    assert metadata.num_pages_per_layer >= planned.sequences * metadata.num_pages_per_sequence > 0
+    more = create(planned.sequences + 1)
+    assert more.num_pages_per_layer < (planned.sequences + 1) * more.num_pages_per_sequence
+    cache = qpaged.PagedAttentionCache.init_cache(None, jnp.bfloat16, metadata, quantizer=format)
+    assert cache.nbytes == planned.cache
 
 
 def test_only_whole_sequences_are_counted():
