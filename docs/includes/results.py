@@ -1,6 +1,8 @@
 """Tables of committed results: ``python docs/includes/results.py`` rewrites those named in TABLES."""
 
+import itertools
 import json
+import statistics
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from qpaged.sweep.results import is_broken, pareto_front
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parents[1] / "benchmarks" / "results"
+BESIDE_EXACT = "int8:token+rotate", "int4+rotate"  # formats shown beside those with exact pages
 LOSSES = {
     "attention_kl": "KL of attention with the keys of the cache, nats",
     "key_rms": "Relative RMS error of the keys",
@@ -88,6 +91,32 @@ def _real_tables(is_shown):
         f"jax {versions['jax']} on CPU, {newest}."
     )
     return "\n".join(lines) + "\n"
+
+
+def real_models_by_position():
+    """Return the KL of exact formats by position, beside that of two others, as Markdown tables."""
+    results = json.loads((RESULTS / "real_models.json").read_text())
+    lines = []
+    for name in results["models"]:
+        runs = [run for run in results["runs"] if run["model"] == name and run["skip_first"] == 0]
+        shown = [run for run in runs if "+exact" in run["format"] or run["format"] in BESIDE_EXACT]
+        context = shown[0]["context"]
+        part = context // len(shown[0]["kl_by_position"])
+        ends = [part * 2**i for i in range((context // part).bit_length())]
+        lines += [
+            f"**{name}**, mean KL of the tokens at these positions:",
+            "",
+            "| format | tokens a page | "
+            + " | ".join(f"{a:,} to {b - 1:,}" for a, b in itertools.pairwise([0, *ends]))
+            + " |",
+            f"|---|--:|{'--:|' * len(ends)}",
+        ]
+        for run in sorted(shown, key=lambda run: (-round(run["bits_packed"]), run["kl_mean"])):
+            parts = [run["kl_by_position"][a // part : b // part] for a, b in itertools.pairwise([0, *ends])]
+            cells = " | ".join(small(statistics.mean(of_part)) for of_part in parts)
+            lines.append(f"| `{run['format']}` | {run['page_size']} | {cells} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _real_row(run):
@@ -463,6 +492,7 @@ TABLES = {
     "sweep_front.md": sweep_front,
     "real_models.md": real_models,
     "real_models_further_in.md": real_models_further_in,
+    "real_models_by_position.md": real_models_by_position,
     "tune.md": tune,
     "decode_write.md": decode_write,
     "write_attend.md": write_attend,
