@@ -36,6 +36,11 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         default=defaults.page_size,
         help="tokens a page (%(default)s)",
     )
+    add(
+        "--quick",
+        action="store_true",
+        help="predictions alone: without decode, greedy texts and errors by layer",
+    )
     add("--dtype", choices=sweep.DTYPES, default=defaults.dtype, help="caches' logical dtype (%(default)s)")
     add(
         "--scales",
@@ -145,4 +150,6 @@ def _settings(args: argparse.Namespace, context: int | None) -> sweep.Settings:
     }
     if context is not None:
         values["context"] = context
+    if getattr(args, "quick", False):
+        return sweep.Settings.of_predictions_alone(**values)
     return sweep.Settings(**values)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from qpaged import sweep
 from qpaged.cli._output import FAILED, FINE, INTERRUPTED, say
+from qpaged.sweep._numbers import percent, rough_duration, small
 
 
 def publish(args: argparse.Namespace, result: sweep.SweepResult, directory: Path) -> int:
@@ -24,3 +25,14 @@ def publish(args: argparse.Namespace, result: sweep.SweepResult, directory: Path
         say(args, f"interrupted; finished: {', '.join(run.format for run in result.runs)}.")
         return INTERRUPTED
     return FAILED if result.failures else FINE
+
+
+def say_row(args: argparse.Namespace, run: sweep.Run) -> None:
+    """Say what was measured of a format, as soon as it is."""
+    top = run.metrics["same_top"]
+    assert top is not None  # as every run has it
+    say(
+        args,
+        f"{run.format}: {run.bits_per_element:.2f} bits an element, KL {small(run.kl_mean)}, "
+        f"same top-1 {percent(top)}, {rough_duration(run.seconds)}",
+    )

@@ -11,7 +11,7 @@ from qpaged import sweep
 from qpaged.cli._formats import EVERYTHING, check_layers, named_formats, split_formats
 from qpaged.cli._job import add_job, load_job, say_job
 from qpaged.cli._output import INTERRUPTED, Subparsers, make_writable, say
-from qpaged.cli._publish import publish
+from qpaged.cli._publish import publish, say_row
 from qpaged.sweep._numbers import rough_duration
 
 
@@ -65,7 +65,7 @@ def _sweep(args: argparse.Namespace, has_no_list: bool) -> int:
         check_layers(job.order, model.layers)
     known = _known_runs(args, job)
     _say_plan(args, job, known, formats)
-    result = _measure(job, known, formats.failures, args.out)
+    result = _measure(args, job, known, formats.failures)
     if not result.runs:
         raise KeyboardInterrupt
     try:
@@ -120,7 +120,10 @@ def _say_plan(
 
 
 def _measure(
-    job: sweep.Sweep, known: Sequence[sweep.Run], failures: list[sweep.Failure], directory: Path
+    args: argparse.Namespace,
+    job: sweep.Sweep,
+    known: Sequence[sweep.Run],
+    failures: list[sweep.Failure],
 ) -> sweep.SweepResult:
     """Measure everything, or what is finished when the user interrupts; write results after each format."""
     failures = list(failures)
@@ -133,14 +136,17 @@ def _measure(
         return sweep.SweepResult(job, (*runs, *kept), tuple(failures), complete)
 
     total = job.tokens * len(job.pending(known))
+    already = {run.identity for run in known}
     try:
         with sweep.progress_bar(total, "sweep") as progress:
             for outcome in job.run(progress, known):
                 if isinstance(outcome, sweep.Run):
                     runs.append(outcome)
+                    if outcome.identity not in already:
+                        say_row(args, outcome)
                 else:
                     failures.append(outcome)
-                sweep.write_json(result(complete=False), directory)
+                sweep.write_json(result(complete=False), args.out)
     except KeyboardInterrupt:
         return result(complete=False)
     return result(complete=True)

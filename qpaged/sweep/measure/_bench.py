@@ -78,8 +78,10 @@ class Bench:
         else:
             predicted = self._predict(spelling, cache_format)
             continuations = self._continue(predicted.stream)
-        tokens = self._sequences.tokens[:, :-1]
-        attention = self._model.attention_profile(cache_format, tokens, self._settings)
+        attention = None
+        if self._settings.probed:
+            tokens = self._sequences.tokens[:, :-1]
+            attention = self._model.attention_profile(cache_format, tokens, self._settings)
         measurement = self._measurement(predicted, continuations, attention)
         layers = None
         if cache_format.layers:

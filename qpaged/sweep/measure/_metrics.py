@@ -178,7 +178,9 @@ def _function_of_mean(function: Callable[[float], float], values: np.ndarray) ->
 
 
 def _prompt_mean(values: np.ndarray) -> Estimate:
-    """Estimate the mean of values [prompts]; its standard error is over prompts."""
+    """Estimate the mean of values [prompts], if there are any; its standard error is over prompts."""
+    if not len(values):
+        return Estimate(None)
     sums = np.stack([values, np.ones(len(values))], axis=1).astype(np.float64)
     return jackknife(sums, _ratio_of_sums)
 

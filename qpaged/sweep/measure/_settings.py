@@ -1,6 +1,7 @@
 """Settings of a sweep: how much is measured, and in what pieces it goes through the cache."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from qpaged._bad_argument import BadArgumentError
 from qpaged.cache._config import LARGEST_INDEX
@@ -20,8 +21,8 @@ class Settings:
         chunk: tokens of a prefill chunk; not a multiple of usual page sizes, so that chunks end inside pages.
         decode: tokens at each sequence's end that are decoded one by one, at most half of the sequence.
         batch: sequences in the cache at once; their pages are reset and reused for the next batch.
-        probed: sequences on which each layer's attention error is measured, at most.
-        prompts: sequences whose beginning is continued greedily, at most.
+        probed: sequences on which each layer's attention error is measured, at most; 0 leaves it out.
+        prompts: sequences whose beginning is continued greedily, at most; 0 leaves it out.
         generated: tokens of a greedy continuation, at most half of a sequence.
         seed: draws the sequences of the text; they are spread evenly over it if None.
 
@@ -41,8 +42,13 @@ class Settings:
     generated: int = 32
     seed: int | None = None
 
+    @classmethod
+    def of_predictions_alone(cls, **settings: Any) -> "Settings":
+        """Return settings without decode, greedy texts and errors by layer: most of a short text's time."""
+        return cls(**settings, decode=0, probed=0, prompts=0)
+
     def __post_init__(self) -> None:
-        least = {"context": 2, "decode": 0, "seed": 0}
+        least = {"context": 2, "decode": 0, "probed": 0, "prompts": 0, "seed": 0}
         for name, value in vars(self).items():
             if isinstance(value, int) and value < least.get(name, 1):
                 raise BadArgumentError(name, f"must be at least {least.get(name, 1)}, but came as {value:,}.")
