@@ -22,8 +22,26 @@ typedef struct XLA_FFI_Handler_Bundle XLA_FFI_Handler_Bundle;
 #define EXPORT __attribute__((visibility("default")))
 
 // The operands, in order. Those that a pool does not have are empty.
-enum PoolOperand { ELEMENTS, CODE_VALUES, SCALES, GLOBAL_SCALES, FACTOR_VALUES, OFFSET_VALUES, GLOBAL_VALUES, POOL_OPERANDS };
-enum Operand { LAYOUT, QUERY, POSITION, END, TABLE, KEYS, VALUES = KEYS + POOL_OPERANDS, OPERANDS = VALUES + POOL_OPERANDS };
+enum PoolOperand {
+    ELEMENTS,
+    CODE_VALUES,
+    SCALES,
+    GLOBAL_SCALES,
+    FACTOR_VALUES,
+    OFFSET_VALUES,
+    GLOBAL_VALUES,
+    POOL_OPERANDS
+};
+enum Operand {
+    LAYOUT,
+    QUERY,
+    POSITION,
+    END,
+    TABLE,
+    KEYS,
+    VALUES = KEYS + POOL_OPERANDS,
+    OPERANDS = VALUES + POOL_OPERANDS
+};
 enum Result { ACC, HIGHEST, SUM, RESULTS };
 
 static AttendPiece *attend_piece;
@@ -103,7 +121,8 @@ static void plan(struct Work *work, int32_t threads) {
     }
     int64_t turns = 8 * threads, least_pages = divide(512, call->layout.page_size);
     int64_t pages_per_piece = divide(pages * kv_heads, turns);
-    work->pages_per_piece = threads == 1 ? INT32_MAX : least(pages_per_piece > least_pages ? pages_per_piece : least_pages, INT32_MAX);
+    if (pages_per_piece < least_pages) pages_per_piece = least_pages;
+    work->pages_per_piece = threads == 1 ? INT32_MAX : least(pages_per_piece, INT32_MAX);
     work->first_piece[0] = 0;
     for (int32_t row = 0; row < rows; row++) {
         int32_t row_pages = work->rows[row].end_page - work->rows[row].first_page;
@@ -206,7 +225,8 @@ static void attend_together(const XLA_FFI_CallFrame *frame, struct Work *work, i
     int32_t pieces = work->first_piece[work->call.layout.rows];
     for (int32_t thread = 1; thread < least(threads, pieces); thread++) {
         atomic_fetch_add(&work->owners, 1);
-        XLA_FFI_ThreadPool_Schedule_Args args = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL, frame->ctx, help, work};
+        XLA_FFI_ThreadPool_Schedule_Args args = {XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, NULL, frame->ctx, help,
+                                                 work};
         XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&args);
         if (!error) continue;
         XLA_FFI_Error_Destroy_Args destroy = {XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, NULL, error};
@@ -267,7 +287,8 @@ EXPORT XLA_FFI_Error *qpaged_attend(XLA_FFI_CallFrame *frame) {
     atomic_init(&work->owners, 1);
 
     XLA_FFI_Error *error = NULL;
-    if (!attend(frame, work)) error = error_of(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "qpaged_attend: no memory");
+    if (!attend(frame, work))
+        error = error_of(frame, XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "qpaged_attend: no memory");
     release(work);
     return error;
 }

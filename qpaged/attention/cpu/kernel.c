@@ -21,6 +21,7 @@
 #define LANES 4
 #endif
 #define MOST_LANES 16 // of which a head_dim is a multiple
+#define TOGETHER (LANES < MOST_LANES ? 2 : 1) // blocks of channels whose weighted values are summed at once
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef float lanes_anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t int_lanes __attribute__((vector_size(4 * LANES)));
@@ -181,27 +182,26 @@ INLINE void score_slots(enum Source source, int heads, const struct Slots *slots
     if (slot < count) score_together(source, heads, 1, slots, slot, blocks, query, scores, score_stride);
 }
 
-// Adds weights[q][slot] times the slots to acc[q], two blocks of channels at once.
+// Adds weights[q][slot] times the slots to acc[q].
 INLINE void add_slots(enum Source source, int heads, const struct Slots *slots, int count, int blocks,
                       const float *weights, int64_t weight_stride, float *acc) {
     int64_t head_dim = (int64_t)blocks * LANES;
-    int together = MOST_LANES / LANES < 2 ? 1 : 2;
-    for (int block = 0; block < blocks; block += together) {
-        prefetch(slots, block / together);
+    for (int block = 0; block < blocks; block += TOGETHER) {
+        prefetch(slots, block / TOGETHER);
         float *at = acc + block * LANES;
         lanes sums[4][2];
         for (int q = 0; q < heads; q++)
-            for (int i = 0; i < together; i++) sums[q][i] = load(at + q * head_dim + i * LANES);
+            for (int i = 0; i < TOGETHER; i++) sums[q][i] = load(at + q * head_dim + i * LANES);
         for (int slot = 0; slot < count; slot++) {
             lanes v[2];
-            for (int i = 0; i < together; i++) v[i] = element_lanes(source, slots, slot, block + i);
+            for (int i = 0; i < TOGETHER; i++) v[i] = element_lanes(source, slots, slot, block + i);
             for (int q = 0; q < heads; q++) {
                 lanes weight = fill(weights[q * weight_stride + slot]);
-                for (int i = 0; i < together; i++) sums[q][i] += v[i] * weight;
+                for (int i = 0; i < TOGETHER; i++) sums[q][i] += v[i] * weight;
             }
         }
         for (int q = 0; q < heads; q++)
-            for (int i = 0; i < together; i++) store(at + q * head_dim + i * LANES, sums[q][i]);
+            for (int i = 0; i < TOGETHER; i++) store(at + q * head_dim + i * LANES, sums[q][i]);
     }
 }
 
@@ -275,8 +275,8 @@ INLINE bytes codes_at(int low_bits, int high_bits, int j, bytes low, bytes high)
 
 // How packed codes of a pool become bytes.
 struct Signs {
-    int bit;           // of the sign; 0 for none
-    const bytes *map;  // NULL for none
+    int bit;          // of the sign; 0 for none
+    const bytes *map; // NULL for none
 };
 
 // Unpacks `count` bytes of the low plane, as if they were 16.
@@ -363,9 +363,12 @@ static int read_scales(const struct Pool *pool, const struct Range *range, float
     int stride = read_numbers(&layout->scales, pool->scales, pool->factor_values, range, factors);
     int slots = stride ? range->count : 1, groups = layout->scales.groups;
     if (layout->global_scales.number) {
-        int global_stride = read_numbers(&layout->global_scales, pool->global_scales, pool->global_values, range, addends);
+        const float *globals = addends; // for now
+        int global_stride =
+            read_numbers(&layout->global_scales, pool->global_scales, pool->global_values, range, addends);
         for (int slot = 0; slot < slots; slot++)
-            for (int group = 0; group < groups; group++) factors[slot * groups + group] *= addends[slot * global_stride];
+            for (int group = 0; group < groups; group++)
+                factors[slot * groups + group] *= globals[slot * global_stride];
     }
     if (layout->offsets.number) read_numbers(&layout->offsets, pool->scales, pool->offset_values, range, addends);
     else memset(addends, 0, sizeof *addends * slots * groups);
@@ -409,7 +412,8 @@ static enum Source prepare(const struct Call *call, const struct Pool *pool, con
     int64_t slot_bytes = (int64_t)head_dim * bits / 8;
     int64_t first = (range->kv_head * call->layout.num_pages + range->page) * call->layout.page_size + range->first;
     const uint8_t *elements = pool->elements + first * slot_bytes;
-    *slots = (struct Slots){.elements = elements, .slot_bytes = slot_bytes, .factors = scratch->factors, .addends = scratch->addends, .group_size = 1};
+    *slots = (struct Slots){.elements = elements, .slot_bytes = slot_bytes, .group_size = 1};
+    slots->factors = scratch->factors, slots->addends = scratch->addends;
     if (layout->element == FLOAT32) return OF_FLOATS;
     if (layout->element == BFLOAT16) return OF_BFLOAT16;
 
@@ -450,12 +454,17 @@ INLINE int64_t page_bytes_of(const struct Call *call, const struct Pool *pool) {
     return (int64_t)call->layout.page_size * call->layout.head_dim * element_bits(pool->layout) / 8;
 }
 
+INLINE int number_bytes(int32_t number) {
+    if (number == NUMBER_BYTE) return 1;
+    return number == NUMBER_BFLOAT16 || number == NUMBER_WORD ? 2 : 4;
+}
+
 INLINE void prefetch_numbers(const struct Blocks *blocks, const void *numbers, int kv_head, int page, int page_size) {
     if (!blocks->number) return;
-    int bytes = blocks->number == NUMBER_BYTE ? 1 : blocks->number == NUMBER_BFLOAT16 || blocks->number == NUMBER_WORD ? 2 : 4;
-    const uint8_t *from = (const uint8_t *)numbers + bytes * (kv_head * blocks->head_stride + page * blocks->page_stride);
-    int count = blocks->slot_stride ? page_size * blocks->groups : blocks->groups;
-    for (int byte = 0; byte < bytes * count; byte += 64) __builtin_prefetch(from + byte);
+    int64_t first = kv_head * blocks->head_stride + page * blocks->page_stride;
+    int size = number_bytes(blocks->number), count = blocks->slot_stride ? page_size * blocks->groups : blocks->groups;
+    const uint8_t *from = (const uint8_t *)numbers + size * first;
+    for (int byte = 0; byte < size * count; byte += 64) __builtin_prefetch(from + byte);
 }
 
 // Has the loops fetch the next page in so many parts; a last one may lie behind the page, where it does no harm.
@@ -525,11 +534,13 @@ static float scale_weights(const struct Slots *slots, int count, float *weights)
 
 void PASTE(attend_piece_, KERNEL)(const struct Call *call, const struct Piece *piece, struct State state,
                                   float *memory) {
-    int heads = call->layout.q_heads / call->layout.kv_heads, head_dim = call->layout.head_dim, blocks = head_dim / LANES;
-    const float *query = call->query + ((int64_t)piece->row * call->layout.q_heads + (int64_t)piece->kv_head * heads) * head_dim;
-    const int32_t *table = call->table + (int64_t)piece->row * call->layout.table_pages;
+    const struct CallLayout *layout = &call->layout;
+    int heads = layout->q_heads / layout->kv_heads, head_dim = layout->head_dim, blocks = head_dim / LANES;
+    int64_t first_head = (int64_t)piece->row * layout->q_heads + (int64_t)piece->kv_head * heads;
+    const float *query = call->query + first_head * head_dim;
+    const int32_t *table = call->table + (int64_t)piece->row * layout->table_pages;
     struct Scratch scratch = {.elements = memory};
-    int64_t elements = (int64_t)call->layout.page_size * head_dim, score_stride = score_stride_of(call);
+    int64_t elements = (int64_t)layout->page_size * head_dim, score_stride = score_stride_of(call);
     scratch.factors = memory += elements;
     scratch.addends = memory += elements;
     float *scores = memory += elements;                     // [heads, score_stride]
@@ -543,10 +554,10 @@ void PASTE(attend_piece_, KERNEL)(const struct Call *call, const struct Piece *p
     memset(state.acc, 0, sizeof(float) * heads * head_dim);
     for (int page = piece->first_page; page < piece->end_page; page++) {
         int32_t next = page + 1 < piece->end_page ? table[page + 1] : 0;
-        if (table[page] < 0 || table[page] >= call->layout.num_pages) continue;
-        int64_t first_slot = (int64_t)page * call->layout.page_size;
+        if (table[page] < 0 || table[page] >= layout->num_pages) continue;
+        int64_t first_slot = (int64_t)page * layout->page_size, past = piece->end_slot - first_slot;
         int first = piece->first_slot > first_slot ? piece->first_slot - first_slot : 0;
-        int end = piece->end_slot - first_slot < call->layout.page_size ? piece->end_slot - first_slot : call->layout.page_size;
+        int end = past < layout->page_size ? past : layout->page_size;
         struct Range range = {piece->kv_head, table[page], first, end - first};
         struct Slots slots;
         enum Source source = prepare(call, &call->keys, &range, &scratch, &slots);
@@ -561,14 +572,15 @@ void PASTE(attend_piece_, KERNEL)(const struct Call *call, const struct Piece *p
             for (int q = 0; q < heads; q++)
                 scale_scores(&slots, range.count, query_sums[q], scores + q * score_stride);
         for (int q = 0; q < heads; q++) {
-            float shrink = weigh(call->layout.soft_cap, scores + q * score_stride, range.count, &state.highest[q], &state.sum[q]);
+            float *weights = scores + q * score_stride;
+            float shrink = weigh(layout->soft_cap, weights, range.count, &state.highest[q], &state.sum[q]);
             if (shrink == 1) continue;
             float *acc = state.acc + (int64_t)q * head_dim;
             for (int block = 0; block < blocks; block++) store(acc + block * LANES, load(acc + block * LANES) * shrink);
             acc_addends[q] *= shrink;
         }
         source = prepare(call, &call->values, &range, &scratch, &slots);
-        plan_prefetch(call, &call->values, piece, next, head_dim / MOST_LANES, &slots);
+        plan_prefetch(call, &call->values, piece, next, blocks / TOGETHER, &slots);
         if (slots.scaled_after)
             for (int q = 0; q < heads; q++)
                 acc_addends[q] += scale_weights(&slots, range.count, scores + q * score_stride);
@@ -580,7 +592,8 @@ void PASTE(attend_piece_, KERNEL)(const struct Call *call, const struct Piece *p
         }
     }
     for (int q = 0; q < heads; q++)
-        for (int channel = 0; channel < head_dim; channel++) state.acc[(int64_t)q * head_dim + channel] += acc_addends[q];
+        for (int channel = 0; channel < head_dim; channel++)
+            state.acc[(int64_t)q * head_dim + channel] += acc_addends[q];
 }
 
 #ifdef IS_BASELINE
