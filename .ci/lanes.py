@@ -1,6 +1,6 @@
 """Prints what `lanes.json` says of CI's lanes, for `.ci/run` and for CONTRIBUTING.md.
 
-python .ci/lanes.py names      every lane, in the order in which they are run
+python .ci/lanes.py names      the lanes of every change, in the order in which they are run
 python .ci/lanes.py light      the lanes that run beside the others, since one core is enough for them
 python .ci/lanes.py table      the Markdown table of CONTRIBUTING.md
 """
@@ -13,8 +13,8 @@ LANES = json.loads(Path(__file__).with_name("lanes.json").read_text(encoding="ut
 
 
 def names() -> str:
-    """Return all lanes, separated by spaces."""
-    return " ".join(lane["lane"] for lane in LANES)
+    """Return the lanes that every change runs, separated by spaces."""
+    return " ".join(lane["lane"] for lane in LANES if not lane.get("nightly"))
 
 
 def light() -> str:
@@ -24,7 +24,10 @@ def light() -> str:
 
 def table() -> str:
     """Return a Markdown table with a row for each lane."""
-    rows = [f"| `{lane['lane']}` | {lane['checks']} |" for lane in LANES]
+    rows = []
+    for lane in LANES:
+        when = ", nightly" if lane.get("nightly") else ""
+        rows.append(f"| `{lane['lane']}`{when} | {lane['checks']} |")
     return "\n".join(["| lane | what it checks |", "|---|---|", *rows])
 
 
