@@ -92,7 +92,7 @@ def test_temporaries_do_not_grow_with_the_pool(format, name):
 
 
 def blocks_read(monkeypatch, lengths, **options):
-    """Return how many blocks of keys a decode over sequences of these lengths reads."""
+    """Return how many blocks of keys a decode over sequences of these lengths reads, in plain JAX."""
     reads = []
 
     def counted(pool, pages):
@@ -107,7 +107,7 @@ def blocks_read(monkeypatch, lengths, **options):
     with monkeypatch.context() as patched:
         patched.setattr(_xla, "gather_slots", counted)
         jax.block_until_ready(
-            qpaged.paged_attention(jnp.ones((len(lengths), 1, 16)), view, metadata, **options)
+            qpaged.paged_attention(jnp.ones((len(lengths), 1, 16)), view, metadata, backend="xla", **options)
         )
         jax.effects_barrier()
     assert len(reads) % 2 == 0  # keys and values
