@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from qpaged._compat import compiler_partitions_mesh
 from qpaged.attention import _cpu_library
 from qpaged.attention._cpu_layout import (
     PLAIN,
@@ -13,6 +12,7 @@ from qpaged.attention._cpu_layout import (
     pool_operands,
     scales_of,
 )
+from qpaged.attention._layout import mesh_refusal
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.pools import Pages, Pool, as_quantized
@@ -22,12 +22,7 @@ LANES = 16  # channels that the kernel takes at once
 
 def refusal() -> str | None:
     """Return why the backend takes no call at all, or None."""
-    reason = _cpu_library.load().refusal
-    if reason is not None:
-        return reason
-    if compiler_partitions_mesh():
-        return "is not partitioned by the compiler, as the mesh's Auto axes ask; call it within jax.shard_map"
-    return None
+    return _cpu_library.load().refusal or mesh_refusal()
 
 
 def call_refusal(tokens: QueryTokens, keys: Pages, values: Pages) -> str | None:

@@ -5,10 +5,11 @@ import importlib.util
 import jax
 import jax.numpy as jnp
 
-from qpaged._compat import MOSAIC_GPU_JAX, compiler_partitions_mesh, newer_jax_needed
+from qpaged._compat import MOSAIC_GPU_JAX, newer_jax_needed
 from qpaged.arrays import compute_dtype
 from qpaged.attention._layout import (
     Layout,
+    mesh_refusal,
     pad_to_multiple,
     pool_refusal,
     stored_codes,
@@ -38,9 +39,7 @@ def refusal() -> str | None:
         return too_old
     if importlib.util.find_spec("absl") is None:
         return "needs absl-py, which JAX's Mosaic GPU imports; pip install absl-py"
-    if compiler_partitions_mesh():
-        return "is not partitioned by the compiler, as the mesh's Auto axes ask; call it within jax.shard_map"
-    return None
+    return mesh_refusal()
 
 
 def call_refusal(tokens: QueryTokens, keys: Pages, values: Pages) -> str | None:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from qpaged._compat import compiler_partitions_mesh
 from qpaged.arrays import codes_together, extract_codes, has_planes, join_planes, not_elementwise
 from qpaged.pools import Pages, Pool, as_quantized
 
@@ -131,6 +132,13 @@ def stored_scales(pool: Pages) -> jax.Array | None:
     if quantized is None or not quantized.quantizer.has_static_scales:
         return None if quantized is None else quantized.scales
     return jnp.broadcast_to(quantized.block_scales, (*pool.shape[:2], 1, 1))
+
+
+def mesh_refusal() -> str | None:
+    """Return why no kernel is in a program that the compiler divides over a mesh, or None."""
+    if compiler_partitions_mesh():
+        return "is not partitioned by the compiler, as the mesh's Auto axes ask; call it within jax.shard_map"
+    return None
 
 
 def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:

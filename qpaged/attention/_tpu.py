@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged._compat import PALLAS_TPU_JAX, compiler_partitions_mesh, newer_jax_needed
+from qpaged._compat import PALLAS_TPU_JAX, newer_jax_needed
 from qpaged.arrays import LANES, common_dtype, compute_dtype
 from qpaged.arrays._lane_rows import count_slots_per_row
 from qpaged.attention._layout import (
+    mesh_refusal,
     pad_to_multiple,
     pool_refusal,
     stored_scales,
@@ -34,12 +35,7 @@ TABLE_ENTRIES = 2**16  # of the page table in scalar memory, likewise
 
 def refusal() -> str | None:
     """Return why the backend takes no call at all, or None."""
-    too_old = newer_jax_needed(PALLAS_TPU_JAX)
-    if too_old is not None:
-        return too_old
-    if compiler_partitions_mesh():
-        return "is not partitioned by the compiler, as the mesh's Auto axes ask; call it within jax.shard_map"
-    return None
+    return newer_jax_needed(PALLAS_TPU_JAX) or mesh_refusal()
 
 
 def call_refusal(tokens: QueryTokens, keys: Pages, values: Pages) -> str | None:
