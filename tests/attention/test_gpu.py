@@ -11,7 +11,7 @@ from support.filled_pages import CHUNK, PADDED_CHUNK, combined_step, filled_view
 
 import qpaged
 from qpaged import _compat
-from qpaged.attention import _gpu
+from qpaged.attention import _gpu, _layout
 
 GPU = next(backend for backend in qpaged.attention_backends() if backend.name == "gpu")
 
@@ -104,7 +104,7 @@ def supported(monkeypatch):
     """Make it look as if JAX is new enough, absl-py is installed, and no mesh is partitioned."""
     monkeypatch.setattr(jax, "__version__", _compat.dotted(_compat.MOSAIC_GPU_JAX))
     monkeypatch.setattr(_gpu.importlib.util, "find_spec", lambda name: name == "absl")
-    monkeypatch.setattr(_gpu, "compiler_partitions_mesh", lambda: False)
+    monkeypatch.setattr(_layout, "compiler_partitions_mesh", lambda: False)
     return monkeypatch
 
 
@@ -123,7 +123,7 @@ def test_a_missing_absl_is_refused(supported):
 
 
 def test_a_partitioned_mesh_is_refused(supported):
-    supported.setattr(_gpu, "compiler_partitions_mesh", lambda: True)
+    supported.setattr(_layout, "compiler_partitions_mesh", lambda: True)
     assert "call it within jax.shard_map" in _gpu.refusal()
 
 
