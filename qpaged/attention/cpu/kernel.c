@@ -95,7 +95,7 @@ INLINE quad sums_of(const lanes x[4]) {
     return SHUFFLE(quad_picks, ab, cd, 0, 1, 4, 5) + SHUFFLE(quad_picks, ab, cd, 2, 3, 6, 7);
 }
 
-// e^x for x <= 0 within 2 units of the last place, and NaN for NaN. Cody and Waite's reduction, and the
+// e^x for x <= 0, and NaN for NaN; 0 below -87. Cody and Waite's reduction, and the
 // polynomial of the Cephes library, as tables of elementary functions give them.
 INLINE lanes exp_lanes(lanes x) {
     int_lanes is_small = x < -87.0f;

@@ -32,7 +32,7 @@ struct Blocks {
     int64_t head_stride, page_stride, slot_stride; // in elements
 };
 
-// How a pool (kv_heads, pages, page_size, head_dim) is stored. The Python side fills it in: _layout.py.
+// How a pool (kv_heads, pages, page_size, head_dim) is stored. The Python side fills it in: _cpu_layout.py.
 struct PoolLayout {
     int32_t element;
     int32_t bits;     // of a code
