@@ -249,7 +249,7 @@ static bool attend(const XLA_FFI_CallFrame *frame, struct Work *work) {
     int32_t threads = available_threads();
     work->rows = malloc(sizeof *work->rows * rows);
     work->first_piece = malloc(sizeof *work->first_piece * (rows + 1));
-    work->scratches = malloc(sizeof(float) * scratch_floats(call) * threads);
+    work->scratches = aligned_alloc(64, sizeof(float) * scratch_floats(call) * threads);
     if (!work->rows || !work->first_piece || !work->scratches) return false;
     plan(work, threads);
     work->states = states;

@@ -3,6 +3,7 @@
 // This file is compiled once for each instruction set; KERNEL is the name that its function then has. A page is
 // read once: codes become floats in registers, are multiplied with all query heads there, and are gone. What
 // pages need before that (unpacked codes, factors as floats) is put into a scratch that the first cache holds.
+// Pages are worked through in tiles, so that the softmax, which has little to do for a page, has enough at once.
 #include "kernel.h"
 
 #include <math.h>
@@ -21,15 +22,21 @@
 #define LANES 4
 #endif
 #define MOST_LANES 16 // of which a head_dim is a multiple
-#define TOGETHER (LANES < MOST_LANES ? 2 : 1) // blocks of channels whose weighted values are summed at once
+#define TILE 128      // slots that are weighed at once, where pages are not longer
+#if defined __AVX512F__ || defined __aarch64__
+#define ACCUMULATORS 16 // that registers hold, beside what is added to them
+#else
+#define ACCUMULATORS 8
+#endif
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef float lanes_anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t int_lanes __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uint_lanes __attribute__((vector_size(4 * LANES)));
 typedef int8_t byte_lanes __attribute__((vector_size(LANES)));
 typedef uint16_t half_lanes __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
+typedef uint16_t words __attribute__((vector_size(4 * LANES)));
 typedef float quad __attribute__((vector_size(16)));
-typedef int32_t quad_picks __attribute__((vector_size(16)));
 
 // SHUFFLE(PICKS, a, b, i, ...) is {ab[i], ...}, where ab is a and then b; PICKS is a vector of such indices.
 #if defined __clang__ || __GNUC__ >= 12
@@ -74,7 +81,7 @@ INLINE float bfloat16_at(const uint16_t *half) {
     return x;
 }
 
-INLINE quad halved(lanes x) {
+INLINE quad folded(lanes x) {
     quad parts[LANES / 4];
     memcpy(parts, &x, sizeof x);
     quad sum = parts[0];
@@ -83,16 +90,33 @@ INLINE quad halved(lanes x) {
 }
 
 INLINE float sum_of(lanes x) {
-    quad sum = halved(x);
+    quad sum = folded(x);
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
+// Of each four lanes, those of a and b in turns: the first two of each, or the last two.
+#if defined __AVX512F__
+INLINE lanes first_in_turns(lanes a, lanes b) { return _mm512_unpacklo_ps(a, b); }
+INLINE lanes last_in_turns(lanes a, lanes b) { return _mm512_unpackhi_ps(a, b); }
+#elif defined __AVX2__
+INLINE lanes first_in_turns(lanes a, lanes b) { return _mm256_unpacklo_ps(a, b); }
+INLINE lanes last_in_turns(lanes a, lanes b) { return _mm256_unpackhi_ps(a, b); }
+#else
+INLINE lanes first_in_turns(lanes a, lanes b) { return SHUFFLE(int_lanes, a, b, 0, 4, 1, 5); }
+INLINE lanes last_in_turns(lanes a, lanes b) { return SHUFFLE(int_lanes, a, b, 2, 6, 3, 7); }
+#endif
+
+INLINE lanes add_in_turns(lanes a, lanes b) { return first_in_turns(a, b) + last_in_turns(a, b); }
+
 // The sums of four.
 INLINE quad sums_of(const lanes x[4]) {
-    quad a = halved(x[0]), b = halved(x[1]), c = halved(x[2]), d = halved(x[3]);
-    quad ab = SHUFFLE(quad_picks, a, b, 0, 4, 1, 5) + SHUFFLE(quad_picks, a, b, 2, 6, 3, 7);
-    quad cd = SHUFFLE(quad_picks, c, d, 0, 4, 1, 5) + SHUFFLE(quad_picks, c, d, 2, 6, 3, 7);
-    return SHUFFLE(quad_picks, ab, cd, 0, 1, 4, 5) + SHUFFLE(quad_picks, ab, cd, 2, 3, 6, 7);
+    return folded(add_in_turns(add_in_turns(x[0], x[2]), add_in_turns(x[1], x[3])));
+}
+
+// The highest of x and a number; a NaN never is.
+INLINE float highest_of(lanes x, float highest) {
+    for (int i = 0; i < LANES; i++) highest = x[i] > highest ? x[i] : highest;
+    return highest;
 }
 
 // e^x for x <= 0, and NaN for NaN; 0 below -87. Cody and Waite's reduction, and the
@@ -131,7 +155,6 @@ struct Slots {
     int next_bytes;      // that are fetched at a time; 0 for none
     const float *factors, *addends; // [slots, groups], or [groups] where slot_stride is 0; the value of a code is
     int slot_stride, group_size;    // code * factor + addend
-    int scaled_after;               // scores and weights are multiplied with factors, which are one for a slot
 };
 
 // Fetches a part of the next page, so that few lines are on their way at any time.
@@ -155,54 +178,71 @@ INLINE lanes element_lanes(enum Source source, const struct Slots *slots, int sl
 // Sets scores[q][slot] for `heads` query heads and `together` slots.
 INLINE void score_together(enum Source source, int heads, int together, const struct Slots *slots, int first,
                            int blocks, const float *query, float *scores, int64_t score_stride) {
-    lanes sums[2][4] = {};
+    lanes sums[4][4] = {}; // [heads, together]
     for (int block = 0; block < blocks; block++) {
-        lanes k[2];
+        lanes k[4];
         for (int i = 0; i < together; i++) k[i] = element_lanes(source, slots, first + i, block);
         for (int q = 0; q < heads; q++) {
             lanes of_query = load(query + ((int64_t)q * blocks + block) * LANES);
-            for (int i = 0; i < together; i++) sums[i][q] += k[i] * of_query;
+            for (int i = 0; i < together; i++) sums[q][i] += k[i] * of_query;
         }
     }
+    if (together == 4) {
+        for (int q = 0; q < heads; q++) {
+            quad of_slots = sums_of(sums[q]);
+            memcpy(scores + q * score_stride + first, &of_slots, sizeof of_slots);
+        }
+        return;
+    }
     for (int i = 0; i < together; i++) {
-        quad of_heads = sums_of(sums[i]);
+        quad of_heads = sums_of((lanes[4]){sums[0][i], sums[1][i], sums[2][i], sums[3][i]});
         for (int q = 0; q < heads; q++) scores[q * score_stride + first + i] = of_heads[q];
     }
 }
 
-// Sets scores[q][slot] for `heads` query heads, and slots from the first to `count`: two at once, whose sums
-// do not wait for each other.
+// Slots, or blocks of channels, whose sums do not wait for each other and stay in registers.
+INLINE int together_with(int heads) { return heads == 4 ? ACCUMULATORS / 4 : 4; }
+
+// Sets scores[q][slot] for `heads` query heads and `count` slots.
 INLINE void score_slots(enum Source source, int heads, const struct Slots *slots, int count, int blocks,
                         const float *query, float *scores, int64_t score_stride) {
-    int slot = 0;
-    for (; slot + 2 <= count; slot += 2) {
-        prefetch(slots, slot / 2);
-        score_together(source, heads, 2, slots, slot, blocks, query, scores, score_stride);
+    int together = together_with(heads), slot = 0;
+    for (; slot + together <= count; slot += together) {
+        prefetch(slots, slot / together);
+        score_together(source, heads, together, slots, slot, blocks, query, scores, score_stride);
     }
-    if (slot < count) score_together(source, heads, 1, slots, slot, blocks, query, scores, score_stride);
+    for (; slot < count; slot++) score_together(source, heads, 1, slots, slot, blocks, query, scores, score_stride);
 }
 
-// Adds weights[q][slot] times the slots to acc[q].
+// Adds weights[q][slot] times the slots to acc[q], for some blocks of channels.
+INLINE void add_together(enum Source source, int heads, int together, const struct Slots *slots, int count,
+                         int block, int blocks, const float *weights, int64_t weight_stride, float *acc) {
+    int64_t head_dim = (int64_t)blocks * LANES;
+    float *at = acc + block * LANES;
+    lanes sums[4][4];
+    for (int q = 0; q < heads; q++)
+        for (int i = 0; i < together; i++) sums[q][i] = load(at + q * head_dim + i * LANES);
+    for (int slot = 0; slot < count; slot++) {
+        lanes v[4];
+        for (int i = 0; i < together; i++) v[i] = element_lanes(source, slots, slot, block + i);
+        for (int q = 0; q < heads; q++) {
+            lanes weight = fill(weights[q * weight_stride + slot]);
+            for (int i = 0; i < together; i++) sums[q][i] += v[i] * weight;
+        }
+    }
+    for (int q = 0; q < heads; q++)
+        for (int i = 0; i < together; i++) store(at + q * head_dim + i * LANES, sums[q][i]);
+}
+
 INLINE void add_slots(enum Source source, int heads, const struct Slots *slots, int count, int blocks,
                       const float *weights, int64_t weight_stride, float *acc) {
-    int64_t head_dim = (int64_t)blocks * LANES;
-    for (int block = 0; block < blocks; block += TOGETHER) {
-        prefetch(slots, block / TOGETHER);
-        float *at = acc + block * LANES;
-        lanes sums[4][2];
-        for (int q = 0; q < heads; q++)
-            for (int i = 0; i < TOGETHER; i++) sums[q][i] = load(at + q * head_dim + i * LANES);
-        for (int slot = 0; slot < count; slot++) {
-            lanes v[2];
-            for (int i = 0; i < TOGETHER; i++) v[i] = element_lanes(source, slots, slot, block + i);
-            for (int q = 0; q < heads; q++) {
-                lanes weight = fill(weights[q * weight_stride + slot]);
-                for (int i = 0; i < TOGETHER; i++) sums[q][i] += v[i] * weight;
-            }
-        }
-        for (int q = 0; q < heads; q++)
-            for (int i = 0; i < TOGETHER; i++) store(at + q * head_dim + i * LANES, sums[q][i]);
+    int together = together_with(heads), block = 0;
+    for (; block + together <= blocks; block += together) {
+        prefetch(slots, block / together);
+        add_together(source, heads, together, slots, count, block, blocks, weights, weight_stride, acc);
     }
+    for (; block < blocks; block++)
+        add_together(source, heads, 1, slots, count, block, blocks, weights, weight_stride, acc);
 }
 
 // Calls FUNCTION for the query heads in chunks of four, two and one, with a constant source and a constant chunk.
@@ -221,107 +261,138 @@ INLINE void add_slots(enum Source source, int heads, const struct Slots *slots, 
 
 INLINE int chunk_of(int heads_left) { return heads_left >= 4 ? 4 : heads_left >= 2 ? 2 : 1; }
 
-typedef uint8_t bytes __attribute__((vector_size(16)));
-typedef uint16_t pairs __attribute__((vector_size(16)));
-
 INLINE bytes fill_bytes(uint8_t x) { return x - (bytes){}; }
 
-INLINE bytes first_of_each(bytes a, bytes b) {
-    return SHUFFLE(bytes, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-}
-
-INLINE bytes last_of_each(bytes a, bytes b) {
-    return SHUFFLE(bytes, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
-
-INLINE void store_pairs(bytes ab, bytes cd, uint8_t *to) {
-    pairs first = SHUFFLE(pairs, (pairs)ab, (pairs)cd, 0, 8, 1, 9, 2, 10, 3, 11);
-    pairs last = SHUFFLE(pairs, (pairs)ab, (pairs)cd, 4, 12, 5, 13, 6, 14, 7, 15);
-    memcpy(to, &first, sizeof first);
-    memcpy(to + sizeof first, &last, sizeof last);
-}
-
-// Stores the elements of two, or of four, in turns.
-INLINE void store_in_turns(int count, const bytes *of, uint8_t *to) {
-    bytes first = first_of_each(of[0], of[1]), last = last_of_each(of[0], of[1]);
-    if (count == 2) {
-        memcpy(to, &first, sizeof first);
-        memcpy(to + sizeof first, &last, sizeof last);
-        return;
-    }
-    store_pairs(first, first_of_each(of[2], of[3]), to);
-    store_pairs(last, last_of_each(of[2], of[3]), to + 2 * sizeof first);
-}
-
-// map[code] of each code, all below 16.
+// map[code] of each code, all below 16; the map is repeated for each 16 bytes.
 INLINE bytes mapped(bytes map, bytes codes) {
-#if defined __AVX2__
-    return (bytes)_mm_shuffle_epi8((__m128i)map, (__m128i)codes);
+#if defined __AVX512F__
+    return (bytes)_mm512_shuffle_epi8((__m512i)map, (__m512i)codes);
+#elif defined __AVX2__
+    return (bytes)_mm256_shuffle_epi8((__m256i)map, (__m256i)codes);
 #elif defined __aarch64__
     return (bytes)vqtbl1q_u8((uint8x16_t)map, (uint8x16_t)codes);
 #else
     bytes result;
-    for (int i = 0; i < 16; i++) result[i] = map[codes[i]];
+    for (int i = 0; i < (int)sizeof result; i++) result[i] = map[codes[i]];
     return result;
 #endif
 }
 
-// Code number j of each byte, of low bits in the low plane and of high bits, already shifted down, in the high one.
-INLINE bytes codes_at(int low_bits, int high_bits, int j, bytes low, bytes high) {
-    bytes codes = low >> low_bits * j & fill_bytes((1 << low_bits) - 1);
-    if (high_bits) codes |= (high >> high_bits * j & fill_bytes((1 << high_bits) - 1)) << low_bits;
-    return codes;
+// Bytes as words of 16 bits, and of 32: as many as fill a vector.
+INLINE words words_of(const uint8_t *from) {
+#if defined __AVX512F__
+    return (words)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)from));
+#elif defined __AVX2__
+    return (words)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)from));
+#else
+    typedef uint8_t half_bytes __attribute__((vector_size(2 * LANES)));
+    half_bytes narrow;
+    memcpy(&narrow, from, sizeof narrow);
+    return __builtin_convertvector(narrow, words);
+#endif
 }
 
-// How packed codes of a pool become bytes.
-struct Signs {
-    int bit;          // of the sign; 0 for none
-    const bytes *map; // NULL for none
+INLINE uint_lanes long_words_of(const uint8_t *from) {
+#if defined __AVX512F__
+    return (uint_lanes)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+#elif defined __AVX2__
+    return (uint_lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#else
+    typedef uint8_t quarter_bytes __attribute__((vector_size(LANES)));
+    quarter_bytes narrow;
+    memcpy(&narrow, from, sizeof narrow);
+    return __builtin_convertvector(narrow, uint_lanes);
+#endif
+}
+
+INLINE words shifted(words x, int by) { return by < 0 ? x >> -by : x << by; }
+
+INLINE uint_lanes shifted_long(uint_lanes x, int by) { return by < 0 ? x >> -by : x << by; }
+
+// Spreads numbers of `bits` bits to a byte each, where they begin at bit `to`; two or four of them lie in each byte
+// from bit `from` on. Each byte is first made a word as wide as its numbers are to be; then copies of the word, each
+// shifted by the distance that a number has to go, are laid over each other.
+INLINE bytes spread(int bits, int per_byte, const uint8_t *packed, int from, int to) {
+    int apart = 8 - bits, by = to - from;
+    bytes mask = fill_bytes(((1 << bits) - 1) << to);
+    if (per_byte == 2) {
+        words x = words_of(packed);
+        return (bytes)(shifted(x, by) | shifted(x, by + apart)) & mask;
+    }
+    uint_lanes x = long_words_of(packed);
+    x = shifted_long(x, by) | shifted_long(x, by + 2 * apart);
+    return (bytes)(x | x << apart) & mask;
+}
+
+// What packed codes are in steps: mapped, or with a sign.
+struct Meaning {
+    int has_map;
+    bytes map, sign_bit;
 };
 
-// Unpacks `count` bytes of the low plane, as if they were 16.
-INLINE void unpack_bytes(int low_bits, int high_bits, int count, const uint8_t *low_plane, const uint8_t *high_plane,
-                         int high_shift, struct Signs signs, uint8_t *codes) {
-    bytes low = {}, high = {}, at[4];
-    memcpy(&low, low_plane, count);
-    if (high_bits) memcpy(&high, high_plane, count);
-    for (int j = 0; j < 8 / low_bits; j++) {
-        at[j] = codes_at(low_bits, high_bits, j, low, high >> high_shift);
-        if (low_bits + high_bits <= 4 && signs.map) at[j] = mapped(*signs.map, at[j]);
-        else at[j] = (at[j] ^ fill_bytes(signs.bit)) - fill_bytes(signs.bit);
-    }
-    store_in_turns(8 / low_bits, at, codes);
+// Unpacks as many codes as fill a vector, from a low plane and from a high one, if there is one.
+INLINE void unpack_bytes(int low_bits, int high_bits, struct Meaning meaning, const uint8_t *low_plane,
+                         const uint8_t *high_plane, int high_from, uint8_t *to) {
+    int per_byte = 8 / low_bits;
+    bytes codes = spread(low_bits, per_byte, low_plane, 0, 0);
+    if (high_bits) codes |= spread(high_bits, per_byte, high_plane, high_from, low_bits);
+    if (low_bits + high_bits <= 4 && meaning.has_map) codes = mapped(meaning.map, codes);
+    else codes = (codes ^ meaning.sign_bit) - meaning.sign_bit;
+    memcpy(to, &codes, sizeof codes);
 }
 
-INLINE void unpack_slot(int low_bits, int high_bits, const uint8_t *packed, int count, struct Signs signs,
-                        uint8_t *codes) {
-    int per_byte = 8 / low_bits, low_bytes = count / per_byte;
-    int run = high_bits ? low_bytes * high_bits / low_bits : low_bytes; // bytes of the high plane
-    const uint8_t *high_plane = packed + low_bytes;
-    for (int first = 0; first < low_bytes; first += run) {
-        int high_shift = first / run * per_byte * high_bits;
-        for (int i = 0; i < run; i += 16) {
-            uint8_t *to = codes + (first + i) * per_byte;
-            if (run - i >= 16) {
-                unpack_bytes(low_bits, high_bits, 16, packed + first + i, high_plane + i, high_shift, signs, to);
-                continue;
-            }
-            uint8_t padded[64];
-            unpack_bytes(low_bits, high_bits, run - i, packed + first + i, high_plane + i, high_shift, signs, padded);
-            memcpy(to, padded, (run - i) * per_byte);
-        }
+// The same for `count` bytes of the planes, which are fewer.
+INLINE void unpack_few(int low_bits, int high_bits, struct Meaning meaning, const uint8_t *low_plane,
+                       const uint8_t *high_plane, int high_from, int count, uint8_t *to) {
+    uint8_t low[sizeof(bytes)] = {}, high[sizeof(bytes)] = {}, codes[sizeof(bytes)];
+    memcpy(low, low_plane, count);
+    if (high_bits) memcpy(high, high_plane, count);
+    unpack_bytes(low_bits, high_bits, meaning, low, high, high_from, codes);
+    memcpy(to, codes, count * 8 / low_bits);
+}
+
+// Unpacks a run of bytes of the low plane. A vector may hold more than the rest of it, as far as there are bytes to
+// read; what it writes too much (there is room) is overwritten by what comes after.
+INLINE void unpack_run(int low_bits, int high_bits, struct Meaning meaning, const uint8_t *low, const uint8_t *high,
+                       int high_from, int run, const uint8_t *end, uint8_t *codes) {
+    int per_byte = 8 / low_bits, step = sizeof(bytes) / per_byte;
+    const uint8_t *last = high_bits ? high : low;
+    int i = 0;
+    for (; i < run && last + i + step <= end; i += step)
+        unpack_bytes(low_bits, high_bits, meaning, low + i, high + i, high_from, codes + i * per_byte);
+    if (i < run)
+        unpack_few(low_bits, high_bits, meaning, low + i, high + i, high_from, run - i, codes + i * per_byte);
+}
+
+// Unpacks slots whose codes lie in two planes each: byte i of the high plane goes with bytes i, i + run, ... of the
+// low one. Without a high plane, all slots are one run.
+INLINE void unpack_slots(int low_bits, int high_bits, struct Meaning meaning, const uint8_t *packed, int slots,
+                         int head_dim, uint8_t *codes) {
+    int per_byte = 8 / low_bits, runs = high_bits ? low_bits / high_bits : 1, low_bytes = head_dim / per_byte;
+    int run = low_bytes / runs, slot_bytes = low_bytes + (high_bits ? run : 0), of_run = run * per_byte;
+    const uint8_t *end = packed + slots * slot_bytes;
+#define UNPACK_RUN(NUMBER)                                                                                             \
+    if (NUMBER < runs)                                                                                                 \
+    unpack_run(low_bits, high_bits, meaning, packed + NUMBER * run, packed + low_bytes, NUMBER * per_byte * high_bits, \
+               run, end, codes + NUMBER * of_run)
+    for (; packed < end; packed += slot_bytes, codes += head_dim) {
+        UNPACK_RUN(0);
+        UNPACK_RUN(1);
+        UNPACK_RUN(2);
+        UNPACK_RUN(3);
     }
 }
 
-// Codes of fewer than 8 bits, several to a byte, the first in the lowest bits; those of 3, 5 and 6 bits in two
-// planes: byte i of the high plane goes with bytes i, i + run, ... of the low one.
-static void unpack(int bits, const uint8_t *packed, int count, struct Signs signs, uint8_t *codes) {
-    switch (bits) {
-    case 2: unpack_slot(2, 0, packed, count, signs, codes); break;
-    case 3: unpack_slot(2, 1, packed, count, signs, codes); break;
-    case 4: unpack_slot(4, 0, packed, count, signs, codes); break;
-    case 5: unpack_slot(4, 1, packed, count, signs, codes); break;
-    case 6: unpack_slot(4, 2, packed, count, signs, codes); break;
+// Unpacks codes of fewer than 8 bits, several to a byte, the first in the lowest bits.
+static void unpack(const struct PoolLayout *layout, const uint8_t *packed, int slots, int head_dim, uint8_t *codes) {
+    struct Meaning meaning = {.has_map = layout->has_map, .sign_bit = fill_bytes(layout->sign_bit)};
+    for (int i = 0; i < LANES / 4; i++) memcpy((uint8_t *)&meaning.map + 16 * i, layout->map, 16);
+    switch (layout->bits) {
+    case 2: unpack_slots(2, 0, meaning, packed, 1, slots * head_dim, codes); break;
+    case 3: unpack_slots(2, 1, meaning, packed, slots, head_dim, codes); break;
+    case 4: unpack_slots(4, 0, meaning, packed, 1, slots * head_dim, codes); break;
+    case 5: unpack_slots(4, 1, meaning, packed, slots, head_dim, codes); break;
+    case 6: unpack_slots(4, 2, meaning, packed, slots, head_dim, codes); break;
     }
 }
 
@@ -379,10 +450,11 @@ static int read_scales(const struct Pool *pool, const struct Range *range, float
     return stride;
 }
 
-// A scratch for one page, of keys or of values.
+// A scratch for one page, of keys or of values, and for the scores of a tile.
 struct Scratch {
-    void *elements;           // [page_size, head_dim] floats, or as many codes
-    float *factors, *addends; // [page_size, head_dim]
+    void *elements;           // [page_size, head_dim] floats, or as many codes; and MOST_LANES floats of room
+    float *factors, *addends; // [page_size, head_dim], or those of the tile's slots
+    float *scores;            // [heads, tile_slots]
 };
 
 // Sets what codes stand for, in units of their scale.
@@ -403,9 +475,14 @@ static void scale_floats(const struct Slots *slots, int count, int head_dim, flo
     }
 }
 
+// True if a slot has one factor and one addend, with which scores and weights are multiplied instead.
+INLINE int is_scaled_after(const struct PoolLayout *layout) {
+    return layout->element >= EVEN_CODES && layout->scales.groups <= 1;
+}
+
 // Makes the slots of a page ready for the loops, and returns how these read them.
 static enum Source prepare(const struct Call *call, const struct Pool *pool, const struct Range *range,
-                           struct Scratch *scratch, struct Slots *slots) {
+                           const struct Scratch *scratch, struct Slots *slots) {
     const struct PoolLayout *layout = pool->layout;
     int head_dim = call->layout.head_dim, count = range->count;
     int bits = element_bits(layout);
@@ -413,25 +490,21 @@ static enum Source prepare(const struct Call *call, const struct Pool *pool, con
     int64_t first = (range->kv_head * call->layout.num_pages + range->page) * call->layout.page_size + range->first;
     const uint8_t *elements = pool->elements + first * slot_bytes;
     *slots = (struct Slots){.elements = elements, .slot_bytes = slot_bytes, .group_size = 1};
-    slots->factors = scratch->factors, slots->addends = scratch->addends;
     if (layout->element == FLOAT32) return OF_FLOATS;
     if (layout->element == BFLOAT16) return OF_BFLOAT16;
 
     if (bits < 8) {
-        uint8_t *codes = scratch->elements;
-        bytes map;
-        memcpy(&map, layout->map, sizeof map);
-        struct Signs signs = {layout->sign_bit, layout->has_map ? &map : NULL};
-        for (int slot = 0; slot < count; slot++)
-            unpack(bits, elements + slot * slot_bytes, head_dim, signs, codes + (int64_t)slot * head_dim);
-        slots->elements = codes;
+        slots->elements = scratch->elements;
         slots->slot_bytes = head_dim;
+        unpack(layout, elements, count, head_dim, scratch->elements);
     }
-    slots->slot_stride = read_scales(pool, range, scratch->factors, scratch->addends);
-    slots->group_size = head_dim / layout->scales.groups;
-    slots->scaled_after = slots->group_size == head_dim;
+    if (!is_scaled_after(layout)) {
+        slots->factors = scratch->factors, slots->addends = scratch->addends;
+        slots->slot_stride = read_scales(pool, range, scratch->factors, scratch->addends);
+        slots->group_size = head_dim / layout->scales.groups;
+    }
     if (layout->element == EVEN_CODES) {
-        if (slots->scaled_after) return OF_CODES;
+        if (is_scaled_after(layout)) return OF_CODES;
         if (slots->group_size % LANES == 0) return OF_GROUPS;
         if (slots->group_size == 1 && slots->slot_stride == 0) return OF_CHANNELS;
     }
@@ -442,12 +515,20 @@ static enum Source prepare(const struct Call *call, const struct Pool *pool, con
                 floats + (int64_t)slot * head_dim);
     slots->elements = (const uint8_t *)floats;
     slots->slot_bytes = (int64_t)head_dim * 4;
-    if (!slots->scaled_after) scale_floats(slots, count, head_dim, floats);
+    if (!is_scaled_after(layout)) scale_floats(slots, count, head_dim, floats);
     return OF_FLOATS;
 }
 
-INLINE int64_t score_stride_of(const struct Call *call) {
-    return (call->layout.page_size + MOST_LANES - 1) / MOST_LANES * MOST_LANES;
+// The most slots of a tile, in whole lanes.
+INLINE int64_t tile_slots_of(const struct Call *call) {
+    int64_t slots = call->layout.page_size > TILE ? call->layout.page_size : TILE;
+    return (slots + MOST_LANES - 1) / MOST_LANES * MOST_LANES;
+}
+
+// The most factors of a page, or of a tile.
+INLINE int64_t numbers_of(const struct Call *call) {
+    int64_t of_page = (int64_t)call->layout.page_size * call->layout.head_dim, of_tile = tile_slots_of(call);
+    return of_page > of_tile ? of_page : of_tile;
 }
 
 INLINE int64_t page_bytes_of(const struct Call *call, const struct Pool *pool) {
@@ -468,17 +549,18 @@ INLINE void prefetch_numbers(const struct Blocks *blocks, const void *numbers, i
 }
 
 // Has the loops fetch the next page in so many parts; a last one may lie behind the page, where it does no harm.
-INLINE void plan_prefetch(const struct Call *call, const struct Pool *pool, const struct Piece *piece, int page,
-                          int parts, struct Slots *slots) {
+INLINE void plan_prefetch(const struct Call *call, const struct Pool *pool, int kv_head, int page, int parts,
+                          struct Slots *slots) {
     int32_t next = page < 0 || page >= call->layout.num_pages ? 0 : page;
     int64_t bytes = page_bytes_of(call, pool);
-    slots->next = pool->elements + (piece->kv_head * (int64_t)call->layout.num_pages + next) * bytes;
+    parts = parts > 0 ? parts : 1;
+    slots->next = pool->elements + (kv_head * (int64_t)call->layout.num_pages + next) * bytes;
     slots->next_bytes = (bytes / parts + 63) / 64 * 64;
-    prefetch_numbers(&pool->layout->scales, pool->scales, piece->kv_head, next, call->layout.page_size);
-    prefetch_numbers(&pool->layout->global_scales, pool->global_scales, piece->kv_head, next, call->layout.page_size);
+    prefetch_numbers(&pool->layout->scales, pool->scales, kv_head, next, call->layout.page_size);
+    prefetch_numbers(&pool->layout->global_scales, pool->global_scales, kv_head, next, call->layout.page_size);
 }
 
-// Turns a page's scores [LANES multiple] into weights, and returns by what the sums so far are to be multiplied.
+// Turns a tile's scores [tile_slots] into weights, and returns by what the sums so far are to be multiplied.
 static float weigh(float soft_cap, float *scores, int count, float *highest, float *sum) {
     int padded = (count + LANES - 1) / LANES * LANES;
     for (int slot = count; slot < padded; slot++) scores[slot] = -INFINITY;
@@ -496,8 +578,7 @@ static float weigh(float soft_cap, float *scores, int count, float *highest, flo
         lanes x = load(scores + slot);
         highest_lanes = choose(x > highest_lanes, x, highest_lanes); // which a NaN never is
     }
-    float new_highest = *highest;
-    for (int i = 0; i < LANES; i++) new_highest = highest_lanes[i] > new_highest ? highest_lanes[i] : new_highest;
+    float new_highest = highest_of(highest_lanes, *highest);
     lanes total = {};
     for (int slot = 0; slot < count; slot += LANES) {
         lanes weights = exp_lanes(load(scores + slot) - new_highest);
@@ -511,22 +592,114 @@ static float weigh(float soft_cap, float *scores, int count, float *highest, flo
 }
 
 // Turns the dot products of a query with codes into those with what the codes stand for.
-static void scale_scores(const struct Slots *slots, int count, float query_sum, float *scores) {
-    for (int slot = 0; slot < count; slot++) {
-        int at = slot * slots->slot_stride;
-        scores[slot] = scores[slot] * slots->factors[at] + slots->addends[at] * query_sum;
+static void scale_scores(const struct Scratch *scratch, int count, float query_sum, float *scores) {
+    for (int slot = 0; slot < count; slot += LANES) {
+        lanes addends = load(scratch->addends + slot) * query_sum;
+        store(scores + slot, load(scores + slot) * load(scratch->factors + slot) + addends);
     }
 }
 
 // Turns the weights of values into those of their codes, and returns what each channel gets besides.
-static float scale_weights(const struct Slots *slots, int count, float *weights) {
-    float sum = 0;
-    for (int slot = 0; slot < count; slot++) {
-        int at = slot * slots->slot_stride;
-        sum += weights[slot] * slots->addends[at];
-        weights[slot] *= slots->factors[at];
+static float scale_weights(const struct Scratch *scratch, int count, float *weights) {
+    lanes sum = {};
+    for (int slot = 0; slot < count; slot += LANES) {
+        lanes of_values = load(weights + slot);
+        sum += of_values * load(scratch->addends + slot);
+        store(weights + slot, of_values * load(scratch->factors + slot));
     }
-    return sum;
+    return sum_of(sum);
+}
+
+// Pages that are worked through at once: their slots that the row sees, one after another.
+struct Tile {
+    int pages, slots;
+    struct Range ranges[TILE];
+    int32_t next_page; // of the pool, after these
+};
+
+// Sets the next tile of a piece, from a page on, and returns the page after it.
+static int next_tile(const struct Call *call, const struct Piece *piece, int page, struct Tile *tile) {
+    const struct CallLayout *layout = &call->layout;
+    const int32_t *table = call->table + (int64_t)piece->row * layout->table_pages;
+    int page_size = layout->page_size;
+    tile->pages = tile->slots = 0;
+    for (; page < piece->end_page && (!tile->pages || tile->slots + page_size <= TILE); page++) {
+        if (table[page] < 0 || table[page] >= layout->num_pages) continue;
+        int64_t first_slot = (int64_t)page * page_size, past = piece->end_slot - first_slot;
+        int first = piece->first_slot > first_slot ? piece->first_slot - first_slot : 0;
+        int end = past < page_size ? past : page_size;
+        tile->ranges[tile->pages++] = (struct Range){piece->kv_head, table[page], first, end - first};
+        tile->slots += end - first;
+    }
+    tile->next_page = page < piece->end_page ? table[page] : 0;
+    return page;
+}
+
+// Reads a factor and an addend for each slot of a tile, and zeros for what the last lanes have beside them.
+static void read_tile_scales(const struct Pool *pool, const struct Tile *tile, const struct Scratch *scratch) {
+    int slot = 0;
+    for (int page = 0; page < tile->pages; page++) {
+        float *factors = scratch->factors + slot, *addends = scratch->addends + slot;
+        int count = tile->ranges[page].count;
+        if (!read_scales(pool, &tile->ranges[page], factors, addends))
+            for (int i = 1; i < count; i++) factors[i] = factors[0], addends[i] = addends[0];
+        slot += count;
+    }
+    for (; slot % LANES; slot++) scratch->factors[slot] = scratch->addends[slot] = 0;
+}
+
+// Sets the scores of a tile's slots.
+static void score_tile(const struct Call *call, const struct Tile *tile, int heads, const float *query,
+                       const float *query_sums, const struct Scratch *scratch) {
+    int head_dim = call->layout.head_dim, blocks = head_dim / LANES;
+    int64_t stride = tile_slots_of(call);
+    float *scores = scratch->scores;
+    for (int page = 0; page < tile->pages; page++) {
+        const struct Range *range = &tile->ranges[page];
+        struct Slots slots;
+        enum Source source = prepare(call, &call->keys, range, scratch, &slots);
+        int parts = range->count / together_with(chunk_of(heads));
+        if (page + 1 < tile->pages) plan_prefetch(call, &call->keys, range->kv_head, range[1].page, parts, &slots);
+        else plan_prefetch(call, &call->values, range->kv_head, tile->ranges[0].page, parts, &slots);
+        for (int q = 0, chunk; q < heads; q += chunk) {
+            chunk = chunk_of(heads - q);
+            WITH_CONSTANTS(score_slots, source, chunk, &slots, range->count, blocks, query + (int64_t)q * head_dim,
+                           scores + q * stride, stride)
+            slots.next_bytes = 0;
+        }
+        scores += range->count;
+    }
+    if (!is_scaled_after(call->keys.layout)) return;
+    read_tile_scales(&call->keys, tile, scratch);
+    for (int q = 0; q < heads; q++) scale_scores(scratch, tile->slots, query_sums[q], scratch->scores + q * stride);
+}
+
+// Adds the weighted values of a tile's slots to acc [heads, head_dim], and to acc_addends [heads] what all channels
+// get besides.
+static void add_tile(const struct Call *call, const struct Tile *tile, int heads, const struct Scratch *scratch,
+                     float *acc, float *acc_addends) {
+    int head_dim = call->layout.head_dim, blocks = head_dim / LANES;
+    int64_t stride = tile_slots_of(call);
+    float *weights = scratch->scores;
+    if (is_scaled_after(call->values.layout)) {
+        read_tile_scales(&call->values, tile, scratch);
+        for (int q = 0; q < heads; q++) acc_addends[q] += scale_weights(scratch, tile->slots, weights + q * stride);
+    }
+    for (int page = 0; page < tile->pages; page++) {
+        const struct Range *range = &tile->ranges[page];
+        struct Slots slots;
+        enum Source source = prepare(call, &call->values, range, scratch, &slots);
+        int parts = blocks / together_with(chunk_of(heads));
+        if (page + 1 < tile->pages) plan_prefetch(call, &call->values, range->kv_head, range[1].page, parts, &slots);
+        else plan_prefetch(call, &call->keys, range->kv_head, tile->next_page, parts, &slots);
+        for (int q = 0, chunk; q < heads; q += chunk) {
+            chunk = chunk_of(heads - q);
+            WITH_CONSTANTS(add_slots, source, chunk, &slots, range->count, blocks, weights + q * stride, stride,
+                           acc + (int64_t)q * head_dim)
+            slots.next_bytes = 0;
+        }
+        weights += range->count;
+    }
 }
 
 #define PASTE_(a, b) a##b
@@ -538,58 +711,32 @@ void PASTE(attend_piece_, KERNEL)(const struct Call *call, const struct Piece *p
     int heads = layout->q_heads / layout->kv_heads, head_dim = layout->head_dim, blocks = head_dim / LANES;
     int64_t first_head = (int64_t)piece->row * layout->q_heads + (int64_t)piece->kv_head * heads;
     const float *query = call->query + first_head * head_dim;
-    const int32_t *table = call->table + (int64_t)piece->row * layout->table_pages;
+    int64_t tile_slots = tile_slots_of(call), numbers = numbers_of(call);
     struct Scratch scratch = {.elements = memory};
-    int64_t elements = (int64_t)layout->page_size * head_dim, score_stride = score_stride_of(call);
-    scratch.factors = memory += elements;
-    scratch.addends = memory += elements;
-    float *scores = memory += elements;                     // [heads, score_stride]
-    float *query_sums = memory += heads * score_stride;     // [heads], over the channels
-    float *acc_addends = memory += heads;                   // [heads], what all channels of acc get besides
+    scratch.factors = memory += (int64_t)layout->page_size * head_dim + MOST_LANES;
+    scratch.addends = memory += numbers;
+    scratch.scores = memory += numbers;
+    float *query_sums = memory += heads * tile_slots; // [heads], over the channels
+    float *acc_addends = memory += heads;             // [heads], what all channels of acc get besides
 
     for (int q = 0; q < heads; q++) {
         state.highest[q] = MASK_VALUE, state.sum[q] = 0, acc_addends[q] = 0, query_sums[q] = 0;
         for (int channel = 0; channel < head_dim; channel++) query_sums[q] += query[(int64_t)q * head_dim + channel];
     }
     memset(state.acc, 0, sizeof(float) * heads * head_dim);
-    for (int page = piece->first_page; page < piece->end_page; page++) {
-        int32_t next = page + 1 < piece->end_page ? table[page + 1] : 0;
-        if (table[page] < 0 || table[page] >= layout->num_pages) continue;
-        int64_t first_slot = (int64_t)page * layout->page_size, past = piece->end_slot - first_slot;
-        int first = piece->first_slot > first_slot ? piece->first_slot - first_slot : 0;
-        int end = past < layout->page_size ? past : layout->page_size;
-        struct Range range = {piece->kv_head, table[page], first, end - first};
-        struct Slots slots;
-        enum Source source = prepare(call, &call->keys, &range, &scratch, &slots);
-        plan_prefetch(call, &call->keys, piece, next, (range.count + 1) / 2, &slots);
-        for (int q = 0, chunk; q < heads; q += chunk) {
-            chunk = chunk_of(heads - q);
-            WITH_CONSTANTS(score_slots, source, chunk, &slots, range.count, blocks, query + (int64_t)q * head_dim,
-                           scores + q * score_stride, score_stride)
-            slots.next_bytes = 0;
-        }
-        if (slots.scaled_after)
-            for (int q = 0; q < heads; q++)
-                scale_scores(&slots, range.count, query_sums[q], scores + q * score_stride);
+    struct Tile tile;
+    for (int page = piece->first_page; page < piece->end_page;) {
+        page = next_tile(call, piece, page, &tile);
+        score_tile(call, &tile, heads, query, query_sums, &scratch);
         for (int q = 0; q < heads; q++) {
-            float *weights = scores + q * score_stride;
-            float shrink = weigh(layout->soft_cap, weights, range.count, &state.highest[q], &state.sum[q]);
+            float *weights = scratch.scores + q * tile_slots;
+            float shrink = weigh(layout->soft_cap, weights, tile.slots, &state.highest[q], &state.sum[q]);
             if (shrink == 1) continue;
             float *acc = state.acc + (int64_t)q * head_dim;
             for (int block = 0; block < blocks; block++) store(acc + block * LANES, load(acc + block * LANES) * shrink);
             acc_addends[q] *= shrink;
         }
-        source = prepare(call, &call->values, &range, &scratch, &slots);
-        plan_prefetch(call, &call->values, piece, next, blocks / TOGETHER, &slots);
-        if (slots.scaled_after)
-            for (int q = 0; q < heads; q++)
-                acc_addends[q] += scale_weights(&slots, range.count, scores + q * score_stride);
-        for (int q = 0, chunk; q < heads; q += chunk) {
-            chunk = chunk_of(heads - q);
-            WITH_CONSTANTS(add_slots, source, chunk, &slots, range.count, blocks, scores + q * score_stride,
-                           score_stride, state.acc + (int64_t)q * head_dim)
-            slots.next_bytes = 0;
-        }
+        add_tile(call, &tile, heads, &scratch, state.acc, acc_addends);
     }
     for (int q = 0; q < heads; q++)
         for (int channel = 0; channel < head_dim; channel++)
@@ -599,6 +746,8 @@ void PASTE(attend_piece_, KERNEL)(const struct Call *call, const struct Piece *p
 #ifdef IS_BASELINE
 int64_t scratch_floats(const struct Call *call) {
     int64_t heads = call->layout.q_heads / call->layout.kv_heads;
-    return 3 * (int64_t)call->layout.page_size * call->layout.head_dim + heads * (score_stride_of(call) + 2);
+    int64_t elements = (int64_t)call->layout.page_size * call->layout.head_dim;
+    int64_t floats = elements + MOST_LANES + 2 * numbers_of(call) + heads * (tile_slots_of(call) + 2);
+    return (floats + MOST_LANES - 1) / MOST_LANES * MOST_LANES;
 }
 #endif
