@@ -5,162 +5,16 @@
 // pages need before that (unpacked codes, factors as floats) is put into a scratch that the first cache holds.
 // Pages are worked through in tiles, so that the softmax, which has little to do for a page, has enough at once.
 #include "kernel.h"
+#include "lanes.h"
+#include "page.h"
 
-#include <math.h>
-#include <string.h>
-#if defined __x86_64__
-#include <immintrin.h>
-#elif defined __aarch64__
-#include <arm_neon.h>
-#endif
+#define TILE 128   // slots that are weighed at once, where pages are not longer
+#define AHEAD 8192 // bytes of codes that are fetched ahead of those that are read: memory answers that late
 
-#if defined __AVX512F__
-#define LANES 16
-#elif defined __AVX2__
-#define LANES 8
-#else
-#define LANES 4
-#endif
-#define MOST_LANES 16 // of which a head_dim is a multiple
-#define TILE 128      // slots that are weighed at once, where pages are not longer
-#if defined __AVX512F__ || defined __aarch64__
-#define ACCUMULATORS 16 // that registers hold, beside what is added to them
-#else
-#define ACCUMULATORS 8
-#endif
-typedef float lanes __attribute__((vector_size(4 * LANES)));
-typedef float lanes_anywhere __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t int_lanes __attribute__((vector_size(4 * LANES)));
-typedef uint32_t uint_lanes __attribute__((vector_size(4 * LANES)));
-typedef int8_t byte_lanes __attribute__((vector_size(LANES)));
-typedef uint16_t half_lanes __attribute__((vector_size(2 * LANES)));
-typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
-typedef uint16_t words __attribute__((vector_size(4 * LANES)));
-typedef float quad __attribute__((vector_size(16)));
-
-// SHUFFLE(PICKS, a, b, i, ...) is {ab[i], ...}, where ab is a and then b; PICKS is a vector of such indices.
-#if defined __clang__ || __GNUC__ >= 12
-#define SHUFFLE(PICKS, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(PICKS, a, b, ...) __builtin_shuffle(a, b, (PICKS){__VA_ARGS__})
-#endif
-
-#define INLINE static inline __attribute__((always_inline))
-
-INLINE lanes load(const float *from) { return *(const lanes_anywhere *)from; }
-INLINE void store(float *to, lanes x) { *(lanes_anywhere *)to = x; }
-INLINE lanes fill(float x) { return x - (lanes){}; }
-
-INLINE lanes choose(int_lanes where, lanes a, lanes b) {
-    return (lanes)((where & (int_lanes)a) | (~where & (int_lanes)b));
-}
-
-// With intrinsics, since compilers make a dozen instructions of the general form.
-INLINE lanes from_bytes(const int8_t *codes) {
-#if defined __AVX512F__
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
-#elif defined __AVX2__
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
-#else
-    byte_lanes bytes;
-    memcpy(&bytes, codes, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, int_lanes), lanes);
-#endif
-}
-
-INLINE lanes from_bfloat16(const uint16_t *halves) {
-    half_lanes narrow;
-    memcpy(&narrow, halves, sizeof narrow);
-    return (lanes)(__builtin_convertvector(narrow, uint_lanes) << 16);
-}
-
-INLINE float bfloat16_at(const uint16_t *half) {
-    uint32_t word = (uint32_t)*half << 16;
-    float x;
-    memcpy(&x, &word, sizeof x);
-    return x;
-}
-
-INLINE quad folded(lanes x) {
-    quad parts[LANES / 4];
-    memcpy(parts, &x, sizeof x);
-    quad sum = parts[0];
-    for (int i = 1; i < LANES / 4; i++) sum += parts[i];
-    return sum;
-}
-
-INLINE float sum_of(lanes x) {
-    quad sum = folded(x);
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
-
-// Of each four lanes, those of a and b in turns: the first two of each, or the last two.
-#if defined __AVX512F__
-INLINE lanes first_in_turns(lanes a, lanes b) { return _mm512_unpacklo_ps(a, b); }
-INLINE lanes last_in_turns(lanes a, lanes b) { return _mm512_unpackhi_ps(a, b); }
-#elif defined __AVX2__
-INLINE lanes first_in_turns(lanes a, lanes b) { return _mm256_unpacklo_ps(a, b); }
-INLINE lanes last_in_turns(lanes a, lanes b) { return _mm256_unpackhi_ps(a, b); }
-#else
-INLINE lanes first_in_turns(lanes a, lanes b) { return SHUFFLE(int_lanes, a, b, 0, 4, 1, 5); }
-INLINE lanes last_in_turns(lanes a, lanes b) { return SHUFFLE(int_lanes, a, b, 2, 6, 3, 7); }
-#endif
-
-INLINE lanes add_in_turns(lanes a, lanes b) { return first_in_turns(a, b) + last_in_turns(a, b); }
-
-// The sums of four.
-INLINE quad sums_of(const lanes x[4]) {
-    return folded(add_in_turns(add_in_turns(x[0], x[2]), add_in_turns(x[1], x[3])));
-}
-
-// The highest of x and a number; a NaN never is.
-INLINE float highest_of(lanes x, float highest) {
-    for (int i = 0; i < LANES; i++) highest = x[i] > highest ? x[i] : highest;
-    return highest;
-}
-
-// e^x for x <= 0, and NaN for NaN; 0 below -87. Cody and Waite's reduction, and the
-// polynomial of the Cephes library, as tables of elementary functions give them.
-INLINE lanes exp_lanes(lanes x) {
-    int_lanes is_small = x < -87.0f;
-    lanes scaled = x * 1.44269504088896341f;
-    lanes rounded = (scaled + 0x1.8p23f) - 0x1.8p23f;
-    lanes r = x - rounded * 0.693359375f + rounded * 2.12194440e-4f;
-    lanes p = fill(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    lanes power = p * r * r + r + 1.0f;
-    int_lanes exponent = __builtin_convertvector(choose(is_small, fill(0), rounded), int_lanes) << 23;
-    lanes result = choose(is_small, fill(0), (lanes)((int_lanes)power + exponent));
-    return choose(x != x, x, result);
-}
-
-// How elements become floats; a constant wherever it is passed.
-enum Source {
-    OF_FLOATS,
-    OF_BFLOAT16,
-    OF_CODES,    // as they are
-    OF_GROUPS,   // with the factor and the addend of the slot's group of channels
-    OF_CHANNELS, // with those of the channel, which the slots share
-};
-
-// The visible slots of a page as the loops read them.
-struct Slots {
-    const uint8_t *elements; // of the first slot
-    int64_t slot_bytes;
-    const uint8_t *next; // the page that comes after this one
-    int next_bytes;      // that are fetched at a time; 0 for none
-    const float *factors, *addends; // [slots, groups], or [groups] where slot_stride is 0; the value of a code is
-    int slot_stride, group_size;    // code * factor + addend
-};
-
-// Fetches a part of the next page, so that few lines are on their way at any time.
-INLINE void prefetch(const struct Slots *slots, int part) {
-    const uint8_t *from = slots->next + (int64_t)part * slots->next_bytes;
-    for (int byte = 0; byte < slots->next_bytes; byte += 64) __builtin_prefetch(from + byte);
+// Fetches some lines of a later page, so that few are on their way at any time.
+INLINE void prefetch(const struct Slots *slots, int step) {
+    int line = step * slots->lines_per_step, end = line + slots->lines_per_step;
+    for (; line < end && line < slots->later_lines; line++) __builtin_prefetch(slots->later + 64 * line);
 }
 
 INLINE lanes element_lanes(enum Source source, const struct Slots *slots, int slot, int block) {
@@ -180,6 +34,7 @@ INLINE void score_together(enum Source source, int heads, int together, const st
                            int blocks, const float *query, float *scores, int64_t score_stride) {
     lanes sums[4][4] = {}; // [heads, together]
     for (int block = 0; block < blocks; block++) {
+        prefetch(slots, first / together * blocks + block);
         lanes k[4];
         for (int i = 0; i < together; i++) k[i] = element_lanes(source, slots, first + i, block);
         for (int q = 0; q < heads; q++) {
@@ -207,10 +62,8 @@ INLINE int together_with(int heads) { return heads == 4 ? ACCUMULATORS / 4 : 4; 
 INLINE void score_slots(enum Source source, int heads, const struct Slots *slots, int count, int blocks,
                         const float *query, float *scores, int64_t score_stride) {
     int together = together_with(heads), slot = 0;
-    for (; slot + together <= count; slot += together) {
-        prefetch(slots, slot / together);
+    for (; slot + together <= count; slot += together)
         score_together(source, heads, together, slots, slot, blocks, query, scores, score_stride);
-    }
     for (; slot < count; slot++) score_together(source, heads, 1, slots, slot, blocks, query, scores, score_stride);
 }
 
@@ -223,6 +76,7 @@ INLINE void add_together(enum Source source, int heads, int together, const stru
     for (int q = 0; q < heads; q++)
         for (int i = 0; i < together; i++) sums[q][i] = load(at + q * head_dim + i * LANES);
     for (int slot = 0; slot < count; slot++) {
+        prefetch(slots, block / together * count + slot);
         lanes v[4];
         for (int i = 0; i < together; i++) v[i] = element_lanes(source, slots, slot, block + i);
         for (int q = 0; q < heads; q++) {
@@ -237,10 +91,8 @@ INLINE void add_together(enum Source source, int heads, int together, const stru
 INLINE void add_slots(enum Source source, int heads, const struct Slots *slots, int count, int blocks,
                       const float *weights, int64_t weight_stride, float *acc) {
     int together = together_with(heads), block = 0;
-    for (; block + together <= blocks; block += together) {
-        prefetch(slots, block / together);
+    for (; block + together <= blocks; block += together)
         add_together(source, heads, together, slots, count, block, blocks, weights, weight_stride, acc);
-    }
     for (; block < blocks; block++)
         add_together(source, heads, 1, slots, count, block, blocks, weights, weight_stride, acc);
 }
@@ -260,264 +112,6 @@ INLINE void add_slots(enum Source source, int heads, const struct Slots *slots, 
     }
 
 INLINE int chunk_of(int heads_left) { return heads_left >= 4 ? 4 : heads_left >= 2 ? 2 : 1; }
-
-INLINE bytes fill_bytes(uint8_t x) { return x - (bytes){}; }
-
-// map[code] of each code, all below 16; the map is repeated for each 16 bytes.
-INLINE bytes mapped(bytes map, bytes codes) {
-#if defined __AVX512F__
-    return (bytes)_mm512_shuffle_epi8((__m512i)map, (__m512i)codes);
-#elif defined __AVX2__
-    return (bytes)_mm256_shuffle_epi8((__m256i)map, (__m256i)codes);
-#elif defined __aarch64__
-    return (bytes)vqtbl1q_u8((uint8x16_t)map, (uint8x16_t)codes);
-#else
-    bytes result;
-    for (int i = 0; i < (int)sizeof result; i++) result[i] = map[codes[i]];
-    return result;
-#endif
-}
-
-// Bytes as words of 16 bits, and of 32: as many as fill a vector.
-INLINE words words_of(const uint8_t *from) {
-#if defined __AVX512F__
-    return (words)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)from));
-#elif defined __AVX2__
-    return (words)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)from));
-#else
-    typedef uint8_t half_bytes __attribute__((vector_size(2 * LANES)));
-    half_bytes narrow;
-    memcpy(&narrow, from, sizeof narrow);
-    return __builtin_convertvector(narrow, words);
-#endif
-}
-
-INLINE uint_lanes long_words_of(const uint8_t *from) {
-#if defined __AVX512F__
-    return (uint_lanes)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
-#elif defined __AVX2__
-    return (uint_lanes)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
-#else
-    typedef uint8_t quarter_bytes __attribute__((vector_size(LANES)));
-    quarter_bytes narrow;
-    memcpy(&narrow, from, sizeof narrow);
-    return __builtin_convertvector(narrow, uint_lanes);
-#endif
-}
-
-INLINE words shifted(words x, int by) { return by < 0 ? x >> -by : x << by; }
-
-INLINE uint_lanes shifted_long(uint_lanes x, int by) { return by < 0 ? x >> -by : x << by; }
-
-// Spreads numbers of `bits` bits to a byte each, where they begin at bit `to`; two or four of them lie in each byte
-// from bit `from` on. Each byte is first made a word as wide as its numbers are to be; then copies of the word, each
-// shifted by the distance that a number has to go, are laid over each other.
-INLINE bytes spread(int bits, int per_byte, const uint8_t *packed, int from, int to) {
-    int apart = 8 - bits, by = to - from;
-    bytes mask = fill_bytes(((1 << bits) - 1) << to);
-    if (per_byte == 2) {
-        words x = words_of(packed);
-        return (bytes)(shifted(x, by) | shifted(x, by + apart)) & mask;
-    }
-    uint_lanes x = long_words_of(packed);
-    x = shifted_long(x, by) | shifted_long(x, by + 2 * apart);
-    return (bytes)(x | x << apart) & mask;
-}
-
-// What packed codes are in steps: mapped, or with a sign.
-struct Meaning {
-    int has_map;
-    bytes map, sign_bit;
-};
-
-// Unpacks as many codes as fill a vector, from a low plane and from a high one, if there is one.
-INLINE void unpack_bytes(int low_bits, int high_bits, struct Meaning meaning, const uint8_t *low_plane,
-                         const uint8_t *high_plane, int high_from, uint8_t *to) {
-    int per_byte = 8 / low_bits;
-    bytes codes = spread(low_bits, per_byte, low_plane, 0, 0);
-    if (high_bits) codes |= spread(high_bits, per_byte, high_plane, high_from, low_bits);
-    if (low_bits + high_bits <= 4 && meaning.has_map) codes = mapped(meaning.map, codes);
-    else codes = (codes ^ meaning.sign_bit) - meaning.sign_bit;
-    memcpy(to, &codes, sizeof codes);
-}
-
-// The same for `count` bytes of the planes, which are fewer.
-INLINE void unpack_few(int low_bits, int high_bits, struct Meaning meaning, const uint8_t *low_plane,
-                       const uint8_t *high_plane, int high_from, int count, uint8_t *to) {
-    uint8_t low[sizeof(bytes)] = {}, high[sizeof(bytes)] = {}, codes[sizeof(bytes)];
-    memcpy(low, low_plane, count);
-    if (high_bits) memcpy(high, high_plane, count);
-    unpack_bytes(low_bits, high_bits, meaning, low, high, high_from, codes);
-    memcpy(to, codes, count * 8 / low_bits);
-}
-
-// Unpacks a run of bytes of the low plane. A vector may hold more than the rest of it, as far as there are bytes to
-// read; what it writes too much (there is room) is overwritten by what comes after.
-INLINE void unpack_run(int low_bits, int high_bits, struct Meaning meaning, const uint8_t *low, const uint8_t *high,
-                       int high_from, int run, const uint8_t *end, uint8_t *codes) {
-    int per_byte = 8 / low_bits, step = sizeof(bytes) / per_byte;
-    const uint8_t *last = high_bits ? high : low;
-    int i = 0;
-    for (; i < run && last + i + step <= end; i += step)
-        unpack_bytes(low_bits, high_bits, meaning, low + i, high + i, high_from, codes + i * per_byte);
-    if (i < run)
-        unpack_few(low_bits, high_bits, meaning, low + i, high + i, high_from, run - i, codes + i * per_byte);
-}
-
-// Unpacks slots whose codes lie in two planes each: byte i of the high plane goes with bytes i, i + run, ... of the
-// low one. Without a high plane, all slots are one run.
-INLINE void unpack_slots(int low_bits, int high_bits, struct Meaning meaning, const uint8_t *packed, int slots,
-                         int head_dim, uint8_t *codes) {
-    int per_byte = 8 / low_bits, runs = high_bits ? low_bits / high_bits : 1, low_bytes = head_dim / per_byte;
-    int run = low_bytes / runs, slot_bytes = low_bytes + (high_bits ? run : 0), of_run = run * per_byte;
-    const uint8_t *end = packed + slots * slot_bytes;
-#define UNPACK_RUN(NUMBER)                                                                                             \
-    if (NUMBER < runs)                                                                                                 \
-    unpack_run(low_bits, high_bits, meaning, packed + NUMBER * run, packed + low_bytes, NUMBER * per_byte * high_bits, \
-               run, end, codes + NUMBER * of_run)
-    for (; packed < end; packed += slot_bytes, codes += head_dim) {
-        UNPACK_RUN(0);
-        UNPACK_RUN(1);
-        UNPACK_RUN(2);
-        UNPACK_RUN(3);
-    }
-}
-
-// Unpacks codes of fewer than 8 bits, several to a byte, the first in the lowest bits.
-static void unpack(const struct PoolLayout *layout, const uint8_t *packed, int slots, int head_dim, uint8_t *codes) {
-    struct Meaning meaning = {.has_map = layout->has_map, .sign_bit = fill_bytes(layout->sign_bit)};
-    for (int i = 0; i < LANES / 4; i++) memcpy((uint8_t *)&meaning.map + 16 * i, layout->map, 16);
-    switch (layout->bits) {
-    case 2: unpack_slots(2, 0, meaning, packed, 1, slots * head_dim, codes); break;
-    case 3: unpack_slots(2, 1, meaning, packed, slots, head_dim, codes); break;
-    case 4: unpack_slots(4, 0, meaning, packed, 1, slots * head_dim, codes); break;
-    case 5: unpack_slots(4, 1, meaning, packed, slots, head_dim, codes); break;
-    case 6: unpack_slots(4, 2, meaning, packed, slots, head_dim, codes); break;
-    }
-}
-
-INLINE int element_bits(const struct PoolLayout *layout) {
-    return layout->element == FLOAT32 ? 32 : layout->element == BFLOAT16 ? 16 : layout->bits;
-}
-
-// Some slots of one page of one KV head.
-struct Range {
-    int64_t kv_head, page;
-    int first, count;
-};
-
-// Reads the numbers of a range's slots, or the one row of numbers that they share; returns the row's stride.
-static int read_numbers(const struct Blocks *blocks, const void *numbers, const float *values,
-                        const struct Range *range, float *to) {
-    int64_t first = range->kv_head * blocks->head_stride + range->page * blocks->page_stride +
-                    range->first * blocks->slot_stride;
-    int count = blocks->slot_stride ? range->count * blocks->groups : blocks->groups;
-    const uint16_t *halves = (const uint16_t *)numbers + first;
-    switch (blocks->number) {
-    case NUMBER_FLOAT32: memcpy(to, (const float *)numbers + first, count * sizeof *to); break;
-    case NUMBER_BFLOAT16: for (int i = 0; i < count; i++) to[i] = bfloat16_at(halves + i); break;
-    case NUMBER_LOW_HALF: for (int i = 0; i < count; i++) to[i] = bfloat16_at(halves + first + 2 * i); break;
-    case NUMBER_HIGH_HALF: for (int i = 0; i < count; i++) to[i] = bfloat16_at(halves + first + 2 * i + 1); break;
-    case NUMBER_BYTE: for (int i = 0; i < count; i++) to[i] = values[((const uint8_t *)numbers)[first + i]]; break;
-    case NUMBER_WORD: for (int i = 0; i < count; i++) to[i] = values[halves[i]]; break;
-    }
-    return blocks->slot_stride ? blocks->groups : 0;
-}
-
-// Sets factors and addends, [slots, groups] or [groups]; returns the stride of slots.
-static int read_scales(const struct Pool *pool, const struct Range *range, float *factors, float *addends) {
-    const struct PoolLayout *layout = pool->layout;
-    if (!layout->scales.number) {
-        factors[0] = layout->step, addends[0] = layout->start;
-        return 0;
-    }
-    int stride = read_numbers(&layout->scales, pool->scales, pool->factor_values, range, factors);
-    int slots = stride ? range->count : 1, groups = layout->scales.groups;
-    if (layout->global_scales.number) {
-        const float *globals = addends; // for now
-        int global_stride =
-            read_numbers(&layout->global_scales, pool->global_scales, pool->global_values, range, addends);
-        for (int slot = 0; slot < slots; slot++)
-            for (int group = 0; group < groups; group++)
-                factors[slot * groups + group] *= globals[slot * global_stride];
-    }
-    if (layout->offsets.number) read_numbers(&layout->offsets, pool->scales, pool->offset_values, range, addends);
-    else memset(addends, 0, sizeof *addends * slots * groups);
-    for (int i = 0; i < slots * groups; i++) {
-        addends[i] += layout->start * factors[i];
-        factors[i] *= layout->step;
-    }
-    return stride;
-}
-
-// A scratch for one page, of keys or of values, and for the scores of a tile.
-struct Scratch {
-    void *elements;           // [page_size, head_dim] floats, or as many codes; and MOST_LANES floats of room
-    float *factors, *addends; // [page_size, head_dim], or those of the tile's slots
-    float *scores;            // [heads, tile_slots]
-};
-
-// Sets what codes stand for, in units of their scale.
-static void look_up(const struct PoolLayout *layout, const float *code_values, const uint8_t *codes, int count,
-                    float *floats) {
-    if (layout->element == TABLE_CODES)
-        for (int i = count - 1; i >= 0; i--) floats[i] = code_values[codes[i]];
-    else
-        for (int i = count - 1; i >= 0; i--) floats[i] = (int8_t)codes[i];
-}
-
-static void scale_floats(const struct Slots *slots, int count, int head_dim, float *floats) {
-    for (int slot = 0; slot < count; slot++) {
-        const float *factors = slots->factors + slot * slots->slot_stride;
-        const float *addends = slots->addends + slot * slots->slot_stride;
-        for (int channel = 0; channel < head_dim; channel += slots->group_size, factors++, addends++)
-            for (int i = 0; i < slots->group_size; i++, floats++) *floats = *floats * *factors + *addends;
-    }
-}
-
-// True if a slot has one factor and one addend, with which scores and weights are multiplied instead.
-INLINE int is_scaled_after(const struct PoolLayout *layout) {
-    return layout->element >= EVEN_CODES && layout->scales.groups <= 1;
-}
-
-// Makes the slots of a page ready for the loops, and returns how these read them.
-static enum Source prepare(const struct Call *call, const struct Pool *pool, const struct Range *range,
-                           const struct Scratch *scratch, struct Slots *slots) {
-    const struct PoolLayout *layout = pool->layout;
-    int head_dim = call->layout.head_dim, count = range->count;
-    int bits = element_bits(layout);
-    int64_t slot_bytes = (int64_t)head_dim * bits / 8;
-    int64_t first = (range->kv_head * call->layout.num_pages + range->page) * call->layout.page_size + range->first;
-    const uint8_t *elements = pool->elements + first * slot_bytes;
-    *slots = (struct Slots){.elements = elements, .slot_bytes = slot_bytes, .group_size = 1};
-    if (layout->element == FLOAT32) return OF_FLOATS;
-    if (layout->element == BFLOAT16) return OF_BFLOAT16;
-
-    if (bits < 8) {
-        slots->elements = scratch->elements;
-        slots->slot_bytes = head_dim;
-        unpack(layout, elements, count, head_dim, scratch->elements);
-    }
-    if (!is_scaled_after(layout)) {
-        slots->factors = scratch->factors, slots->addends = scratch->addends;
-        slots->slot_stride = read_scales(pool, range, scratch->factors, scratch->addends);
-        slots->group_size = head_dim / layout->scales.groups;
-    }
-    if (layout->element == EVEN_CODES) {
-        if (is_scaled_after(layout)) return OF_CODES;
-        if (slots->group_size % LANES == 0) return OF_GROUPS;
-        if (slots->group_size == 1 && slots->slot_stride == 0) return OF_CHANNELS;
-    }
-    // Anything else becomes floats here, from the last one on, since their codes may lie in the same scratch.
-    float *floats = scratch->elements;
-    for (int slot = count - 1; slot >= 0; slot--)
-        look_up(layout, pool->code_values, slots->elements + slot * slots->slot_bytes, head_dim,
-                floats + (int64_t)slot * head_dim);
-    slots->elements = (const uint8_t *)floats;
-    slots->slot_bytes = (int64_t)head_dim * 4;
-    if (!is_scaled_after(layout)) scale_floats(slots, count, head_dim, floats);
-    return OF_FLOATS;
-}
 
 // The most slots of a tile, in whole lanes.
 INLINE int64_t tile_slots_of(const struct Call *call) {
@@ -546,18 +140,6 @@ INLINE void prefetch_numbers(const struct Blocks *blocks, const void *numbers, i
     int size = number_bytes(blocks->number), count = blocks->slot_stride ? page_size * blocks->groups : blocks->groups;
     const uint8_t *from = (const uint8_t *)numbers + size * first;
     for (int byte = 0; byte < size * count; byte += 64) __builtin_prefetch(from + byte);
-}
-
-// Has the loops fetch the next page in so many parts; a last one may lie behind the page, where it does no harm.
-INLINE void plan_prefetch(const struct Call *call, const struct Pool *pool, int kv_head, int page, int parts,
-                          struct Slots *slots) {
-    int32_t next = page < 0 || page >= call->layout.num_pages ? 0 : page;
-    int64_t bytes = page_bytes_of(call, pool);
-    parts = parts > 0 ? parts : 1;
-    slots->next = pool->elements + (kv_head * (int64_t)call->layout.num_pages + next) * bytes;
-    slots->next_bytes = (bytes / parts + 63) / 64 * 64;
-    prefetch_numbers(&pool->layout->scales, pool->scales, kv_head, next, call->layout.page_size);
-    prefetch_numbers(&pool->layout->global_scales, pool->global_scales, kv_head, next, call->layout.page_size);
 }
 
 // Turns a tile's scores [tile_slots] into weights, and returns by what the sums so far are to be multiplied.
@@ -614,7 +196,8 @@ static float scale_weights(const struct Scratch *scratch, int count, float *weig
 struct Tile {
     int pages, slots;
     struct Range ranges[TILE];
-    int32_t next_page; // of the pool, after these
+    const int32_t *later; // pages of the pool after these
+    int later_pages;
 };
 
 // Sets the next tile of a piece, from a page on, and returns the page after it.
@@ -631,7 +214,8 @@ static int next_tile(const struct Call *call, const struct Piece *piece, int pag
         tile->ranges[tile->pages++] = (struct Range){piece->kv_head, table[page], first, end - first};
         tile->slots += end - first;
     }
-    tile->next_page = page < piece->end_page ? table[page] : 0;
+    tile->later = table + page;
+    tile->later_pages = piece->end_page - page;
     return page;
 }
 
@@ -648,24 +232,45 @@ static void read_tile_scales(const struct Pool *pool, const struct Tile *tile, c
     for (; slot % LANES; slot++) scratch->factors[slot] = scratch->addends[slot] = 0;
 }
 
+// Has the loops fetch a later page, in so many steps.
+static void plan_prefetch(const struct Call *call, const struct Pool *pool, int kv_head, int page, int steps,
+                          struct Slots *slots) {
+    if (page < 0 || page >= call->layout.num_pages) return;
+    int64_t bytes = page_bytes_of(call, pool);
+    if (steps < 1) steps = 1;
+    slots->later = pool->elements + (kv_head * (int64_t)call->layout.num_pages + page) * bytes;
+    slots->later_lines = (bytes + 63) / 64;
+    slots->lines_per_step = (slots->later_lines + steps - 1) / steps;
+    prefetch_numbers(&pool->layout->scales, pool->scales, kv_head, page, call->layout.page_size);
+    prefetch_numbers(&pool->layout->global_scales, pool->global_scales, kv_head, page, call->layout.page_size);
+}
+
+INLINE int pages_ahead(const struct Call *call, const struct Pool *pool) {
+    int64_t pages = AHEAD / page_bytes_of(call, pool);
+    return pages > 1 ? pages : 1;
+}
+
 // Sets the scores of a tile's slots.
 static void score_tile(const struct Call *call, const struct Tile *tile, int heads, const float *query,
                        const float *query_sums, const struct Scratch *scratch) {
     int head_dim = call->layout.head_dim, blocks = head_dim / LANES;
-    int64_t stride = tile_slots_of(call);
+    int64_t stride = tile_slots_of(call), kv_head = tile->ranges[0].kv_head;
     float *scores = scratch->scores;
     for (int page = 0; page < tile->pages; page++) {
         const struct Range *range = &tile->ranges[page];
         struct Slots slots;
         enum Source source = prepare(call, &call->keys, range, scratch, &slots);
-        int parts = range->count / together_with(chunk_of(heads));
-        if (page + 1 < tile->pages) plan_prefetch(call, &call->keys, range->kv_head, range[1].page, parts, &slots);
-        else plan_prefetch(call, &call->values, range->kv_head, tile->ranges[0].page, parts, &slots);
+        int steps = range->count / together_with(chunk_of(heads)) * blocks;
+        int later = page + pages_ahead(call, &call->keys);
+        if (later < tile->pages)
+            plan_prefetch(call, &call->keys, kv_head, tile->ranges[later].page, steps, &slots);
+        else if ((later -= tile->pages) < tile->pages)
+            plan_prefetch(call, &call->values, kv_head, tile->ranges[later].page, steps, &slots);
         for (int q = 0, chunk; q < heads; q += chunk) {
             chunk = chunk_of(heads - q);
             WITH_CONSTANTS(score_slots, source, chunk, &slots, range->count, blocks, query + (int64_t)q * head_dim,
                            scores + q * stride, stride)
-            slots.next_bytes = 0;
+            slots.later_lines = 0;
         }
         scores += range->count;
     }
@@ -679,7 +284,7 @@ static void score_tile(const struct Call *call, const struct Tile *tile, int hea
 static void add_tile(const struct Call *call, const struct Tile *tile, int heads, const struct Scratch *scratch,
                      float *acc, float *acc_addends) {
     int head_dim = call->layout.head_dim, blocks = head_dim / LANES;
-    int64_t stride = tile_slots_of(call);
+    int64_t stride = tile_slots_of(call), kv_head = tile->ranges[0].kv_head;
     float *weights = scratch->scores;
     if (is_scaled_after(call->values.layout)) {
         read_tile_scales(&call->values, tile, scratch);
@@ -689,14 +294,17 @@ static void add_tile(const struct Call *call, const struct Tile *tile, int heads
         const struct Range *range = &tile->ranges[page];
         struct Slots slots;
         enum Source source = prepare(call, &call->values, range, scratch, &slots);
-        int parts = blocks / together_with(chunk_of(heads));
-        if (page + 1 < tile->pages) plan_prefetch(call, &call->values, range->kv_head, range[1].page, parts, &slots);
-        else plan_prefetch(call, &call->keys, range->kv_head, tile->next_page, parts, &slots);
+        int steps = blocks / together_with(chunk_of(heads)) * range->count;
+        int later = page + pages_ahead(call, &call->values);
+        if (later < tile->pages)
+            plan_prefetch(call, &call->values, kv_head, tile->ranges[later].page, steps, &slots);
+        else if ((later -= tile->pages) < tile->later_pages)
+            plan_prefetch(call, &call->keys, kv_head, tile->later[later], steps, &slots);
         for (int q = 0, chunk; q < heads; q += chunk) {
             chunk = chunk_of(heads - q);
             WITH_CONSTANTS(add_slots, source, chunk, &slots, range->count, blocks, weights + q * stride, stride,
                            acc + (int64_t)q * head_dim)
-            slots.next_bytes = 0;
+            slots.later_lines = 0;
         }
         weights += range->count;
     }
@@ -712,7 +320,7 @@ void PASTE(attend_piece_, KERNEL)(const struct Call *call, const struct Piece *p
     int64_t first_head = (int64_t)piece->row * layout->q_heads + (int64_t)piece->kv_head * heads;
     const float *query = call->query + first_head * head_dim;
     int64_t tile_slots = tile_slots_of(call), numbers = numbers_of(call);
-    struct Scratch scratch = {.elements = memory};
+    struct Scratch scratch = {half_table_of(&call->keys), half_table_of(&call->values), .elements = memory};
     scratch.factors = memory += (int64_t)layout->page_size * head_dim + MOST_LANES;
     scratch.addends = memory += numbers;
     scratch.scores = memory += numbers;
@@ -727,6 +335,7 @@ void PASTE(attend_piece_, KERNEL)(const struct Call *call, const struct Piece *p
     struct Tile tile;
     for (int page = piece->first_page; page < piece->end_page;) {
         page = next_tile(call, piece, page, &tile);
+        if (!tile.pages) continue;
         score_tile(call, &tile, heads, query, query_sums, &scratch);
         for (int q = 0; q < heads; q++) {
             float *weights = scratch.scores + q * tile_slots;
