@@ -4,10 +4,10 @@
     python benchmarks/cpu_attention.py --out benchmarks/results/cpu_attention.json
 
 One decode step of one layer, or one chunk of a prompt, is timed at the shapes of ``shapes.py``. All
-implementations take turns round by round in one process; times are medians over rounds. A row has the
-milliseconds; the bytes of the live tokens' keys and values as they are stored; those bytes over the time, as
-a share of the memory bandwidth of the same run; and the largest error against float64 on the same inputs,
-over the largest output. Peers that are not installed are left out, by name. ``plain`` is bfloat16 pages as
+implementations take turns round by round in one process, in changing order, and everything is built anew for
+each of a few sittings; times are medians over all rounds. A row has the milliseconds; the bytes of the live
+tokens' keys and values as they are stored; those bytes over the time, as a share of the memory bandwidth of
+the same run; and the largest error against float64 on the same inputs, over the largest output. Peers that are not installed are left out, by name. ``plain`` is bfloat16 pages as
 JAX holds them, and ``raw`` holds the same bits as integers.
 
 For each format it also counts what a generation compiles: see ``compile_counts.py``.
@@ -15,6 +15,7 @@ For each format it also counts what a generation compiles: see ``compile_counts.
 
 import argparse
 import functools
+import random
 import statistics
 import sys
 import time
@@ -54,6 +55,7 @@ BY_XLA = (
     "int8:token",
     "int4",
 )  # formats that plain JAX attends to, too, beside the kernel in C
+SITTINGS = 3  # with memory of their own: where it lies makes a difference of a fifth and more
 # by the module that is imported
 DISTRIBUTIONS = {
     "torch": "torch",
@@ -104,25 +106,38 @@ def measure(shape: Shape, rounds: int, bandwidth: float) -> list[Row]:
     """Time everything at a shape and return a row for each implementation."""
     inputs = Inputs.random(shape)
     exact = inputs.exact_attention()
-    subjects = list(our_subjects(inputs))
+    times: dict[str, list[float]] = {}
+    for sitting in range(SITTINGS):
+        subjects = list(all_subjects(inputs))
+        outs = [np.asarray(subject.step(), np.float64) for subject in subjects]  # this also compiles
+        order = list(subjects)
+        for turn in range(rounds):
+            random.Random(turn).shuffle(order)  # so that none has always the same one before it
+            show_progress(f"{shape.name}: sitting {sitting + 1} of {SITTINGS}, round {turn + 1} of {rounds}")
+            for subject in order:
+                begin = time.perf_counter()
+                subject.step()
+                times.setdefault(subject.name, []).append(1e3 * (time.perf_counter() - begin))
+    print(file=sys.stderr)
+    rows = []
+    for subject, out in zip(subjects, outs, strict=True):
+        subject.times = times[subject.name]
+        rows.append(result_row(subject, np.abs(out - exact).max() / np.abs(exact).max(), bandwidth))
+    return rows
+
+
+def all_subjects(inputs: Inputs) -> Iterator[Subject]:
+    """Yield ours and those of the peers that are installed."""
+    yield from our_subjects(inputs)
     for module, peer in PEERS.items():
         if find_spec(module) is None:
             print_missing(module)
         else:
-            subjects += peer(inputs)
-    errors = []  # these first steps also compile
-    for subject in subjects:
-        out = np.asarray(subject.step(), np.float64)
-        errors.append(np.abs(out - exact).max() / np.abs(exact).max())
-    for turn in range(rounds):
-        for number, subject in enumerate(subjects):
-            progress = f"{shape.name}: round {turn + 1} of {rounds}, {number + 1} of {len(subjects)}"
-            print(f"\r{progress} ", end="", file=sys.stderr, flush=True)
-            begin = time.perf_counter()
-            subject.step()
-            subject.times.append(1e3 * (time.perf_counter() - begin))
-    print(file=sys.stderr)
-    return [result_row(subject, error, bandwidth) for subject, error in zip(subjects, errors, strict=True)]
+            yield from peer(inputs)
+
+
+def show_progress(line: str) -> None:
+    print(f"\r{line} ", end="", file=sys.stderr, flush=True)
 
 
 def result_row(subject: Subject, error: float, bandwidth: float) -> Row:
@@ -173,7 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     parser.add_argument("--shapes", default=",".join(list(SHAPES)[:9]), help="names, separated by commas")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=7, help="of each sitting")
     return parser.parse_args()
 
 

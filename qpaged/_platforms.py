@@ -16,20 +16,23 @@ import jax
 import jax.extend.core as jex
 from jax.interpreters import ad, batching, mlir
 
-from qpaged._compat import Aval, Equation, Jaxpr, Operand, Pytree, compiler_partitions_module
+from qpaged._compat import Aval, Equation, Operand, Pytree, compiler_partitions_module
 
-PLATFORMS = "tpu", "cuda", "cpu"
+PLATFORMS = "tpu", "cuda", "rocm", "cpu"
 
 by_platform_p = jex.Primitive("by_platform")
 by_platform_p.multiple_results = True
 
 
-def by_platform(*args: Pytree, default: Callable[..., Any], **kernels: Callable[..., Any]) -> Pytree:
+def by_platform(
+    *args: Pytree, default: Callable[..., Any], partitionable: bool = False, **kernels: Callable[..., Any]
+) -> Pytree:
     """Compute `default(*args)`, by the kernel for the platform that the program is lowered for, if given.
 
     Args:
         args: pytrees of arrays.
         default: the computation; it traces on any platform.
+        partitionable: True if the kernels are plain JAX, which the compiler can partition.
         kernels: for some of :data:`PLATFORMS` a function that computes the same. It is traced when a program
             is lowered for its platform, and on no other. Pass the same function object each time.
     """
@@ -39,6 +42,7 @@ def by_platform(*args: Pytree, default: Callable[..., Any], **kernels: Callable[
     outs = by_platform_p.bind(
         *operands,
         default=default_jaxpr,
+        partitionable=partitionable,
         platforms=tuple(kernels),
         kernels=tuple(Kernel(kernel, in_tree) for kernel in kernels.values()),
     )
@@ -69,20 +73,16 @@ def kernel_jaxprs(eqn: Equation) -> list[jex.ClosedJaxpr]:
 
 
 @functools.lru_cache(maxsize=256)
-def _compiled(default: Jaxpr, platforms: tuple[str, ...], kernels: tuple[Kernel, ...]) -> Callable[..., Any]:
-    def bind(*operands: Operand) -> list[Any]:
-        return by_platform_p.bind(*operands, default=default, platforms=platforms, kernels=kernels)
-
-    return jax.jit(bind)
+def _compiled(**params: Any) -> Callable[..., Any]:
+    return jax.jit(functools.partial(by_platform_p.bind, **params))
 
 
 @by_platform_p.def_impl
-def _run_eagerly(
-    *operands: Operand, default: Jaxpr, platforms: tuple[str, ...], kernels: tuple[Kernel, ...]
-) -> list[jax.Array]:
+def _run_eagerly(*operands: Operand, **params: Any) -> list[jax.Array]:
     # Only a compiled program is lowered for a platform. JAX keeps one jaxpr for equal functions and shapes,
     # so an eager loop compiles once.
-    return _compiled(default, platforms, kernels)(*operands)
+    outs: list[jax.Array] = _compiled(**params)(*operands)
+    return outs
 
 
 @by_platform_p.def_abstract_eval
@@ -119,10 +119,11 @@ def _lower(
     *operands: Any,
     platform: str | None,
     default: jex.ClosedJaxpr,
+    partitionable: bool,
     platforms: tuple[str, ...],
     kernels: tuple[Kernel, ...],
 ) -> Sequence[Any]:
-    if platform in platforms and not compiler_partitions_module(ctx):
+    if platform in platforms and (partitionable or not compiler_partitions_module(ctx)):
         computation: Callable[..., Any] = kernels[platforms.index(platform)].__call__
     else:
         computation = jex.jaxpr_as_fun(default)

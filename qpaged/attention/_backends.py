@@ -7,7 +7,7 @@ A new backend is a file with ``attend`` and, where it does not take every call, 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qpaged._platforms import by_platform
 from qpaged.attention import _cpu, _gpu, _reference, _tpu, _xla
@@ -115,7 +115,7 @@ def decline_reason(implementation: Implementation, calls: Sequence[AttentionCall
 def attend(call: AttentionCall, options: Options) -> Partial:
     """Return attention on the first backend that is for the platform that the program is lowered for."""
     default: Implementation | None = None
-    kernels: dict[str, Callable[..., Partial]] = {}
+    kernels: dict[str, Any] = {}  # functions, by platform
     for implementation in IMPLEMENTATIONS:
         if implementation.by_name_only or decline_reason(implementation, [call]) is not None:
             continue

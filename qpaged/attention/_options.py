@@ -29,17 +29,18 @@ class Options:
         self,
         position: jax.Array,  # [queries]
         end: jax.Array,  # []
-        table: jax.Array,  # [pages]
-        slot: jax.Array,  # [slots], counted from the sequence's first
+        pages: jax.Array,  # [pages], some of the sequence's
+        first_slot: int | jax.Array,  # of these pages, counted from the sequence's first
         page_size: int,
     ) -> jax.Array:
-        """Return [queries, slots], True where a query sees a slot.
+        """Return [queries, slots], True where a query sees a slot of the pages.
 
         A query sees the last ``sliding_window`` slots up to its own position, that one included, as far as
         they are before ``end`` and the page table has pages for them. A query at a negative position sees
         nothing.
         """
-        page = table[slot // page_size]
+        page = jnp.repeat(pages, page_size)
+        slot = first_slot + jnp.arange(len(page), dtype=jnp.int32)
         exists = (slot < end) & (page >= 0) & (page < self.num_pages)
         return self.position_mask(position[:, None], slot) & exists
 
@@ -50,16 +51,30 @@ class Options:
             return causal
         return causal & (slot > position - self.sliding_window)
 
+    def sees_page(
+        self,
+        position: jax.Array,  # [queries]
+        end: jax.Array,  # []
+        page: jax.Array,  # [pages], counted from the sequence's first
+        page_size: int,
+    ) -> jax.Array:
+        """Return [pages], True where a query sees a slot of the page, if it exists."""
+        first_slot = page * page_size
+        seen = (first_slot <= position[:, None]) & (first_slot < end)
+        if self.sliding_window is not None:
+            seen &= first_slot + page_size > position[:, None] - self.sliding_window + 1
+        return seen.any(axis=0)
+
     def visible_pages(
         self,
-        table: jax.Array,  # [pages]
+        pages: jax.Array,  # [pages]
         mask: jax.Array,  # [queries, slots], from attention_mask
     ) -> jax.Array:
-        """Return the page table with "no page" for the pages that no query sees."""
-        slot_visible = mask.any(axis=0).reshape(len(table), -1)
+        """Return pages with "no page" for the pages that no query sees."""
+        slot_visible = mask.any(axis=0).reshape(len(pages), -1)
         # A reduction, because XLA on CPU stores its result. A select alone would be fused into the gather of
         # the pages, and computed again for every element.
-        return jnp.where(slot_visible, table[:, None], self.num_pages).min(axis=1)
+        return jnp.where(slot_visible, pages[:, None], self.num_pages).min(axis=1)
 
 
 @dataclass(frozen=True)

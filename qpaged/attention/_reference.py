@@ -38,9 +38,7 @@ def _attend_sequence(
     query, table = tokens.query, tokens.table
     kv_heads, _, page_size, _ = keys.shape
     q_heads_per_kv = query.shape[1] // kv_heads
-    slot = jnp.arange(len(table) * page_size, dtype=jnp.int32)
-    mask = options.attention_mask(tokens.position, tokens.end, table, slot, page_size)  # [tokens, slots]
-
+    mask = options.attention_mask(tokens.position, tokens.end, table, 0, page_size)  # [tokens, slots]
     table = options.visible_pages(table, mask)
     k = to_float32(gather_slots(keys, table))  # [kv_heads, slots, head_dim]
     v = to_float32(mask_slots(gather_slots(values, table), mask.any(axis=0)))

@@ -1,92 +1,74 @@
 """The ``xla`` backend: plain JAX whose cost follows the sum of the sequence lengths, on any device.
 
-A query tile is one decode row, or :data:`Q_TILE` queries of a prefill. Each loops over tiles of its own
-sequence's slots, only those that its positions see, with an online softmax (Milakov and Gimelshein, 2018; in
-tiles as in FlashAttention, Dao et al., 2022). Pages stay quantized up to the dot product.
+A query tile is one decode row, or some queries of a prefill. Each loops over tiles of its own sequence's
+slots, only those that its positions see. On GPUs, where a loop's step must have more to do than that, many
+tiles are taken at a step: see :mod:`qpaged.attention._xla_lanes`.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from qpaged._compat import vary_like
-from qpaged.arrays import compute_dtype, dot, mask_slots
-from qpaged.attention._layout import pad_to_multiple, visible_range
+from qpaged._platforms import by_platform
+from qpaged.attention import _xla_lanes
+from qpaged.attention._layout import pad_to_multiple
 from qpaged.attention._merge import Partial
-from qpaged.attention._options import (
-    MASK_VALUE,
-    Options,
-    QueryTokens,
-    group_query_heads,
-    ungroup_query_heads,
+from qpaged.attention._options import Options, QueryTokens, ungroup_query_heads
+from qpaged.attention._xla_tiles import (
+    KV_TILE,
+    SoftmaxState,
+    XLACall,
+    join_tiles,
+    split_queries,
+    sum_kv_tile,
+    visible_kv_tiles,
+    weigh_kv_tile,
 )
-from qpaged.pools import Pages, gather_slots
-
-KV_TILE = 256  # slots read at once; a tile's scores and decoded slots then fit in a CPU core's cache
-Q_TILE = 128  # queries of a prefill that share what is read
-
-QK = (((2,), (2,)), ((0,), (0,)))  # [heads, rows, dim] . [heads, slots, dim]
-PV = (((2,), (1,)), ((0,), (0,)))  # [heads, rows, slots] . [heads, slots, dim]
-
-
-class XLACall(NamedTuple):
-    """The arguments that all query tiles of a call share."""
-
-    keys: Pages  # [kv_heads, num_pages, page_size, head_dim]
-    values: Pages
-    options: Options
-    pages_per_tile: int
-
-    @property
-    def kv_tile(self) -> int:
-        """Slots of a tile of keys and values."""
-        return self.pages_per_tile * self.keys.shape[2]
-
-
-class SoftmaxState(NamedTuple):
-    """The online softmax over the slots so far."""
-
-    row_max: jax.Array  # [kv_heads, q_rows]
-    row_sum: jax.Array  # [kv_heads, q_rows]
-    acc: jax.Array  # [kv_heads, q_rows, head_dim]
+from qpaged.pools import Pages
 
 
 def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token over its sequence's pages."""
+    in_lanes = _with_options(_xla_lanes.attend, options)
+    return by_platform(
+        tokens,
+        keys,
+        values,
+        default=_with_options(attend_in_turn, options),
+        partitionable=True,
+        cuda=in_lanes,
+        rocm=in_lanes,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _with_options(
+    attend: Callable[[QueryTokens, Pages, Pages, Options], Partial], options: Options
+) -> Callable[[QueryTokens, Pages, Pages], Partial]:
+    """Return the same function object for the same options, so that JAX traces it once."""
+
+    def attend_with_options(tokens: QueryTokens, keys: Pages, values: Pages) -> Partial:
+        return attend(tokens, keys, values, options)
+
+    return attend_with_options
+
+
+def attend_in_turn(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
+    """Return the same, one query tile after another."""
     pages_per_tile = max(1, min(KV_TILE // keys.shape[2], tokens.table.shape[-1]))
     table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=-1)
     call = XLACall(keys, values, options, pages_per_tile)
-    if tokens.is_prefill:
-        return _attend_prefill(call, tokens.query, tokens.position, table, tokens.end)
 
-    def attend_row(row: tuple[jax.Array, ...]) -> Partial:
-        query, position, table, end = row
-        out, lse = _attend_q_tile(call, query[None], position[None], table, end)
-        return Partial(out[0], lse[0])
+    def attend_tile(tile: tuple[jax.Array, ...]) -> Partial:
+        return _attend_q_tile(call, *tile, *((table, tokens.end) if tokens.is_prefill else ()))
 
-    return lax.map(attend_row, (tokens.query, tokens.position, table, tokens.end))
-
-
-def _attend_prefill(
-    call: XLACall,
-    query: jax.Array,  # [tokens, q_heads, head_dim]
-    position: jax.Array,  # [tokens]
-    table: jax.Array,  # [pages]
-    end: jax.Array,  # []
-) -> Partial:
-    tokens = len(query)
-    q_tile = min(Q_TILE, tokens)
-    query = pad_to_multiple(query, q_tile, 0)
-    position = pad_to_multiple(position, q_tile, -1)
-
-    def attend_tile(tile: tuple[jax.Array, jax.Array]) -> Partial:
-        return _attend_q_tile(call, tile[0], tile[1], table, end)
-
-    tiles = query.reshape(-1, q_tile, *query.shape[1:]), position.reshape(-1, q_tile)
-    out, lse = lax.map(attend_tile, tiles)
-    return Partial(out.reshape(query.shape)[:tokens], lse.reshape(query.shape[:2])[:tokens])
+    tiles = split_queries(tokens)
+    return join_tiles(
+        lax.map(attend_tile, tiles if tokens.is_prefill else (*tiles, table, tokens.end)), tokens
+    )
 
 
 def _attend_q_tile(
@@ -96,66 +78,19 @@ def _attend_q_tile(
     table: jax.Array,  # [pages], a multiple of call.pages_per_tile
     end: jax.Array,  # []
 ) -> Partial:
-    kv_heads = call.keys.shape[0]
+    kv_heads, _, _, head_dim = call.keys.shape
     tokens, q_heads, _ = query.shape
-    q = group_query_heads(query, kv_heads)  # [kv_heads, q_rows, head_dim]
 
-    def attend_kv_tile(tile_index: jax.Array, state: SoftmaxState) -> SoftmaxState:
-        k, v, mask = _read_kv_tile(call, position, table, end, tile_index)
-        mask = jnp.repeat(mask, q_heads // kv_heads, axis=0)  # [q_rows, slots]
-        dots = dot(q.astype(compute_dtype(query, call.keys)), k, QK)
-        scores = call.options.scale_and_cap(dots)
-        m_prev, l_prev, acc = state
-        m_next = jnp.maximum(m_prev, jnp.where(mask, scores, MASK_VALUE).max(axis=-1))
-        weights = jnp.where(mask, jnp.exp(scores - m_next[..., None]), 0)
-        weights = weights.astype(compute_dtype(query, call.values))
-        alpha = jnp.exp(m_prev - m_next)
-        # The sum is of the rounded weights, which the dot product with the values uses.
-        l_next = l_prev * alpha + weights.astype(jnp.float32).sum(axis=-1)
-        return SoftmaxState(m_next, l_next, acc * alpha[..., None] + dot(weights, v, PV))
+    def add_kv_tile(tile_index: jax.Array, state: SoftmaxState) -> SoftmaxState:
+        pages = lax.dynamic_slice_in_dim(table, tile_index * call.pages_per_tile, call.pages_per_tile)
+        mask = call.options.attention_mask(position, end, pages, tile_index * call.kv_tile, call.page_size)
+        tile = weigh_kv_tile(call, query, mask, call.options.visible_pages(pages, mask))
+        return state.merge(sum_kv_tile(call, tile))
 
-    state = _initial_state(q)
+    state = SoftmaxState.of_nothing(kv_heads, tokens * q_heads // kv_heads, head_dim)
     # Inside shard_map the carry must vary along the mesh axes that the operands vary along.
     state = vary_like(state, (query, position, table, end, call.keys, call.values, state))
-    first_tile, end_tile = _visible_kv_tiles(position, end, call.kv_tile, call.options.sliding_window)
-    row_max, row_sum, acc = lax.fori_loop(first_tile, end_tile, attend_kv_tile, state)
+    first_tile, end_tile = visible_kv_tiles(call, position, end)
+    row_max, row_sum, acc = lax.fori_loop(first_tile, end_tile, add_kv_tile, state)
     out, lse = Partial.of_sums(acc, row_max, row_sum)
     return Partial(ungroup_query_heads(out, tokens), ungroup_query_heads(lse, tokens))
-
-
-def _read_kv_tile(
-    call: XLACall,
-    position: jax.Array,  # [tokens]
-    table: jax.Array,  # [pages]
-    end: jax.Array,  # []
-    tile_index: jax.Array,
-) -> tuple[Pages, Pages, jax.Array]:
-    """Return a tile's keys and values [kv_heads, slots, head_dim] and its mask [tokens, slots]."""
-    pages = lax.dynamic_slice_in_dim(table, tile_index * call.pages_per_tile, call.pages_per_tile)
-    slot = tile_index * call.kv_tile + jnp.arange(call.kv_tile, dtype=jnp.int32)
-    mask = call.options.attention_mask(position, end, table, slot, call.keys.shape[2])
-    pages = call.options.visible_pages(pages, mask)
-    k = gather_slots(call.keys, pages)
-    # A masked value may be NaN, and its weight of zero would not hide that.
-    v = mask_slots(gather_slots(call.values, pages), mask.any(axis=0))
-    return k, v, mask
-
-
-def _initial_state(
-    q: jax.Array,  # [kv_heads, q_rows, head_dim]
-) -> SoftmaxState:
-    """Return the state before the first slot."""
-    row_max = jnp.full(q.shape[:2], MASK_VALUE, jnp.float32)
-    return SoftmaxState(row_max, jnp.zeros_like(row_max), jnp.zeros(q.shape, jnp.float32))
-
-
-def _visible_kv_tiles(
-    position: jax.Array,  # [tokens]
-    end: jax.Array,  # []
-    kv_tile: int,
-    window: int | None,
-) -> tuple[jax.Array, jax.Array]:
-    """Return the first tile that any query sees, and one past the last."""
-    first_slot, last_slot = visible_range(position[None], end, window)[0]
-    slots = jnp.int32(kv_tile)
-    return lax.div(first_slot, slots), lax.div(last_slot + slots, slots)

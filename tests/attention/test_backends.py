@@ -118,10 +118,10 @@ def test_bfloat16_queries_agree_to_their_rounding(spelling):
 
 
 def test_many_tiles_agree_with_the_oracle(monkeypatch):
-    from qpaged.attention import _xla
+    from qpaged.attention import _xla_tiles
 
-    monkeypatch.setattr(_xla, "KV_TILE", 16)
-    monkeypatch.setattr(_xla, "Q_TILE", 4)
+    monkeypatch.setattr(_xla_tiles, "KV_TILE", 16)
+    monkeypatch.setattr(_xla_tiles, "Q_TILE", 4)
     attend_on_every_backend.clear_cache()
     for name in ("grouped 1, window", "grouped 8, soft cap, sinks"):
         for step, tokens in ((decode_step, len(LENGTHS)), (prefill_step, PADDED_CHUNK)):

@@ -21,7 +21,7 @@ from support.backends import backends_here
 from support.filled_pages import PAGES, PER_SEQUENCE, permute_pages, poisoned, shuffled_tables
 
 import qpaged
-from qpaged.attention import _tpu, _xla
+from qpaged.attention import _tpu, _xla_tiles
 from qpaged.testing._pools import head_dim as smallest_head_dim
 
 SCALE = 64  # lengths are divided by it, and so are the slots that backends read at once
@@ -67,8 +67,8 @@ def named_cases():
 def _smaller_tiles():
     """Give a scaled-down sequence as many tiles as it has at full length."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_xla, "KV_TILE", _xla.KV_TILE // SCALE)
-        patch.setattr(_xla, "Q_TILE", 4)
+        patch.setattr(_xla_tiles, "KV_TILE", _xla_tiles.KV_TILE // SCALE)
+        patch.setattr(_xla_tiles, "Q_TILE", 4)
         patch.setattr(_tpu, "KV_TILE", 128)
         yield
 

@@ -7,7 +7,7 @@ import pytest
 from support.long import first_short
 
 import qpaged
-from qpaged.attention import _xla
+from qpaged.attention import _xla_tiles
 from qpaged.testing._laws_cost import arrays_in
 
 HEADS, PAGE_SIZE, HEAD_DIM, BATCH, Q_HEADS, PAGES_PER_SEQUENCE = 8, 16, 128, 8, 32, 64
@@ -99,13 +99,13 @@ def blocks_read(monkeypatch, lengths, **options):
         jax.debug.callback(lambda: reads.append(1))
         return gather_slots(pool, pages)
 
-    gather_slots = _xla.gather_slots
+    gather_slots = _xla_tiles.gather_slots
     config = qpaged.PagedAttentionCacheMetaData(len(lengths), 1, 64, 64, 4096, 64, 1, 16, 0.5)
     view = METHODS.init(None, jnp.float32, config, 0, None, "int8")
     table = np.tile(np.arange(64), (len(lengths), 1))
     metadata = qpaged.PagedAttentionMetadata.decode(position=np.array(lengths) - 1, page_table=table)
     with monkeypatch.context() as patched:
-        patched.setattr(_xla, "gather_slots", counted)
+        patched.setattr(_xla_tiles, "gather_slots", counted)
         jax.block_until_ready(
             qpaged.paged_attention(jnp.ones((len(lengths), 1, 16)), view, metadata, backend="xla", **options)
         )
@@ -115,7 +115,7 @@ def blocks_read(monkeypatch, lengths, **options):
 
 
 def test_attention_reads_the_sum_of_the_lengths(monkeypatch):
-    long = 16 * _xla.KV_TILE
+    long = 16 * _xla_tiles.KV_TILE
     assert blocks_read(monkeypatch, [long]) == 16
     assert blocks_read(monkeypatch, [long, 100, 100, 0]) == 16 + 1 + 1 + 0
-    assert blocks_read(monkeypatch, [long], sliding_window=_xla.KV_TILE) == 1
+    assert blocks_read(monkeypatch, [long], sliding_window=_xla_tiles.KV_TILE) == 1
