@@ -7,8 +7,9 @@ One decode step of one layer, or one chunk of a prompt, is timed at the shapes o
 implementations take turns round by round in one process, in changing order, and everything is built anew for
 each of a few sittings; times are medians over all rounds. A row has the milliseconds; the bytes of the live
 tokens' keys and values as they are stored; those bytes over the time, as a share of the memory bandwidth of
-the same run; and the largest error against float64 on the same inputs, over the largest output. Peers that are not installed are left out, by name. ``plain`` is bfloat16 pages as
-JAX holds them, and ``raw`` holds the same bits as integers.
+the same run; and the largest error against float64 on the same inputs, over the largest output. Peers that
+are not installed are left out, by name. ``plain`` is bfloat16 pages as JAX holds them, and ``raw`` holds the
+same bits as integers.
 
 For each format it also counts what a generation compiles: see ``compile_counts.py``.
 """
@@ -213,6 +214,7 @@ def main() -> None:
         **circumstances(packages),
         "processor": processor(),
         "threads": THREADS,
+        "sittings": SITTINGS,
         "rounds": arguments.rounds,
         "bytes_per_second": round(bandwidth),
         "shapes": runs,

@@ -1,4 +1,4 @@
-"""Compiles decode attention for an H200 without a GPU, and records what memory and registers it takes.
+"""Compiles decode attention for an H200 without a GPU, and records what the compiler says of it.
 
     python benchmarks/gpu_compile.py --out benchmarks/results/gpu_compile.json
 
@@ -7,13 +7,17 @@ pages of 16 slots. Nothing runs, so there are no times.
 
 - ``temp``: bytes of the program's temporaries in the GPU's memory.
 - ``arguments``: bytes of the program's arguments: pools, scales, queries, page table.
-- ``registers`` and ``spilled``: registers of a thread, and bytes that the assembler spilled from them.
+- ``launches`` and ``bytes``, of ``xla``: kernels that a step of one layer launches, tests of loops included,
+  and the bytes that they read and write, both read from the compiled program: see ``hlo_costs.py``. ``live``
+  is the bytes of the codes that a step must read.
+- ``registers`` and ``spilled``, of the kernels: registers of a thread, and bytes that the assembler spilled.
 - ``shared``: bytes of shared memory of one program of the grid.
 
 JAX's own kernel needs JAX 0.10; ``--formats --peer --add`` compiles it alone and adds it to the results.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -27,12 +31,14 @@ os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 import jax
 import jax.numpy as jnp
+from hlo_costs import Program
 from jax.experimental import topologies
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from record import circumstances, save
 
 import qpaged
+from qpaged.attention import _xla_lanes
 
 Pytree = Any
 DUMP = tempfile.TemporaryDirectory()  # Mosaic GPU writes its kernels' resources here
@@ -64,6 +70,7 @@ dnn_version_info {{ major: 9 minor: 8 }}
 device_description_str: "{NAME}"
 """
 FORMATS = "plain", "int8", "int8:token", "fp8_e4m3", "int4:token", "int6:token"
+BY_XLA = (*FORMATS, "int4", "int4+rotate", "nvfp4", "int2")
 Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16
 SHAPES = {"8 x 4k": (8, 256), "64 x 8k": (64, 512), "1 x 128k": (1, 8192)}  # sequences, pages of each
 POOL = 1024  # pages of the first shape's pool; the other pools have exactly the pages of their sequences
@@ -122,17 +129,49 @@ def abstract_view(quantizer: str, shape: str) -> qpaged.PagedAttentionCacheView:
     return jax.eval_shape(lambda: fresh(None, jnp.bfloat16, config, 0, None, quantizer))
 
 
-def attend(query, view, position, table):
+def attend(query, view, position, table, *, backend):
     metadata = qpaged.PagedAttentionMetadata.decode(position=position, page_table=table)
-    return qpaged.paged_attention(query, view, metadata, backend="gpu")
+    return qpaged.paged_attention(query, view, metadata, backend=backend)
 
 
-def compile_ours(gpu: Sharding, quantizer: str, shape: str) -> dict[str, Any]:
+def compile_ours(gpu: Sharding, backend: str, quantizer: str, shape: str) -> dict[str, Any]:
     """Compile qpaged's decode attention."""
     sequences, pages = SHAPES[shape]
     query = array(sequences, Q_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
     view = abstract_view(quantizer, shape)
-    return compile_for_gpu(attend, gpu, query, view, array(sequences), array(sequences, pages))
+    function = functools.partial(attend, backend=backend)
+    arguments = (query, view, array(sequences), array(sequences, pages))
+    if backend == "gpu":
+        return compile_for_gpu(function, gpu, *arguments)
+    placed = jax.tree_util.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=gpu), arguments)
+    compiled = jax.jit(function).lower(*placed).compile()
+    costs = Program.parse(compiled.as_text()).costs(lane_steps(sequences, pages))
+    memory = compiled.memory_analysis()
+    return {
+        "temp": memory.temp_size_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+        "launches": costs.launches,
+        "bytes": costs.bytes,
+        "live": live_bytes(view) * sequences * pages // pool_pages(shape),
+    }
+
+
+def lane_steps(sequences: int, pages: int) -> int:
+    """Return the steps of ``xla`` for sequences of so many pages each, all of them full."""
+    lanes, pages_per_tile = _xla_lanes.decode_lanes(sequences, pages, PAGE_SIZE)
+    kv_tiles = -(-pages // pages_per_tile)
+    with jax.default_device(jax.devices("cpu")[0]):
+        count = jnp.full(sequences, kv_tiles, jnp.int32)
+        return int(_xla_lanes.steps_for(count, kv_tiles, min(lanes, sequences * kv_tiles)))
+
+
+def live_bytes(view: qpaged.PagedAttentionCacheView) -> int:
+    """Return the bytes of the codes, or of plain pages, of a whole pool, keys and values."""
+    pools = view.key_pages, view.value_pages
+    largest = (
+        max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree_util.tree_leaves(pool)) for pool in pools
+    )
+    return sum(largest)
 
 
 def compile_peer(gpu: Sharding, dtype: str, shape: str) -> dict[str, Any]:
@@ -156,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS))
+    parser.add_argument("--by-xla", nargs="*", default=list(BY_XLA), help="formats that xla attends to")
     parser.add_argument("--peer", action="store_true", help="compile JAX's own kernel, too; needs JAX 0.10")
     parser.add_argument("--add", action="store_true", help="keep the runs that are already in --out")
     arguments = parser.parse_args()
@@ -165,9 +205,11 @@ def main() -> None:
     gpu = SingleDeviceSharding(devices[0])
     runs = []
     for shape in SHAPES:
-        for quantizer in arguments.formats:
-            run = {"shape": shape, "kernel": "qpaged", "format": quantizer}
-            run |= compile_ours(gpu, quantizer, shape)
+        kernels = [("gpu", "qpaged", name) for name in arguments.formats]
+        by_xla = [("xla", "qpaged by xla", name) for name in arguments.by_xla]
+        for backend, kernel, quantizer in (*kernels, *by_xla):
+            run = {"shape": shape, "kernel": kernel, "format": quantizer}
+            run |= compile_ours(gpu, backend, quantizer, shape)
             runs.append(run)
             print(json.dumps(run), flush=True)
         if arguments.peer:

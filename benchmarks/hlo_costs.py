@@ -1,6 +1,6 @@
 """What a program compiled for a GPU costs, read from its text: kernels launched, and bytes moved.
 
-Every instruction of a schedule that computes is one launch. A loop costs what is in its body and its condition
+Every instruction of a schedule that computes is a launch. A loop costs what is in its body and its condition
 for each trip, and one more launch for each test, whose result the host reads. An operand counts with all its
 bytes, unless a fusion reads it by gathers alone: then with what these yield. A result counts with its bytes,
 unless it is an operand that a fusion updates in place by a scatter or a slice: then with the update's.

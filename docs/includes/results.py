@@ -253,20 +253,8 @@ def write_attend():
 
 
 def cpu_attention():
-    """What ``benchmarks/cpu_attention.py`` left before there was a kernel, as Markdown with its figure."""
-    circumstances, *table = cpu_table("cpu_attention.json")
-    picture = "![Milliseconds of a decode step, and what memory alone would take](assets/roofline_cpu.png)"
-    return "\n".join([circumstances, "", picture, *table]) + "\n"
-
-
-def cpu_kernel():
-    """What ``benchmarks/cpu_attention.py`` left with the kernel, as Markdown."""
-    return "\n".join(cpu_table("cpu_kernel.json")) + "\n"
-
-
-def cpu_table(name):
-    """The lines of what ``benchmarks/cpu_attention.py`` left in a file; the first says where and when."""
-    results = json.loads((RESULTS / name).read_text())
+    """What ``benchmarks/cpu_attention.py`` left, as Markdown with its figure."""
+    results = json.loads((RESULTS / "cpu_attention.json").read_text())
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     has = ", ".join(results["processor"]["has"]) or "none of VNNI, bfloat16 and AMX instructions"
     names = list(results["shapes"])
@@ -274,9 +262,10 @@ def cpu_table(name):
         f"{results['date']}, {results['processor']['name']} ({has}), {results['threads']} threads, memory "
         f"read at {results['bytes_per_second'] / 1e9:.1f} GB/s: {versions}.",
         "",
-        "Milliseconds, median of "
-        f"{results['rounds']} rounds in which all take turns; the error is the largest against float64 at "
-        f"`{names[0]}`, over the largest output.",
+        "![Milliseconds of a decode step, and what memory alone would take](assets/roofline_cpu.png)",
+        "",
+        f"Milliseconds, median of {results['sittings']} times {results['rounds']} rounds in which all take "
+        f"turns; the error is the largest against float64 at `{names[0]}`, over the largest output.",
         "",
         f"| | {' | '.join(f'`{name}`' for name in names)} | error |",
         f"|---|{'--:|' * (len(names) + 1)}",
@@ -285,7 +274,31 @@ def cpu_table(name):
     for name, run in found[names[0]].items():
         cells = [f"{found[at][name]['milliseconds']:.1f}" if name in found[at] else "" for at in names]
         lines.append(f"| {name} | {' | '.join(cells)} | {run['error']:.1e} |")
-    return lines
+    return "\n".join(lines) + "\n"
+
+
+def gpu_compile():
+    """What ``benchmarks/gpu_compile.py`` left of ``xla``, as a Markdown table."""
+    results = json.loads((RESULTS / "gpu_compile.json").read_text())
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    lines = [
+        f"{results['date']}, {results['device']}: {versions}.",
+        "",
+        "| | format | launches | bytes moved, of the live codes | temporaries, of the live codes |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for run in results["runs"]:
+        if run["kernel"] == "qpaged by xla":
+            moved, temporaries = run["bytes"] / run["live"], run["temp"] / run["live"]
+            cells = (
+                run["shape"],
+                f"`{run['format']}`",
+                str(run["launches"]),
+                f"{moved:.1f}",
+                f"{temporaries:.2f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def gpu_attention():
@@ -498,7 +511,7 @@ TABLES = {
     "write_attend.md": write_attend,
     "exact_pages.md": exact_pages,
     "cpu_attention.md": cpu_attention,
-    "cpu_kernel.md": cpu_kernel,
+    "gpu_compile.md": gpu_compile,
     "gpu_attention.md": gpu_attention,
     "generation.md": generation,
     "tpu_compile.md": tpu_compile,

@@ -34,14 +34,11 @@ PREFILL_KV_TILE = 256
 def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token over its sequence's pages."""
     query, position = split_queries(tokens)
-    page_size = keys.shape[2]
-    table_pages = tokens.table.shape[-1]
+    page_size, table_pages = keys.shape[2], tokens.table.shape[-1]
     if tokens.is_prefill:
-        slots, lanes = PREFILL_KV_TILE, PREFILL_LANES
+        lanes, pages_per_tile = PREFILL_LANES, max(1, min(PREFILL_KV_TILE // page_size, table_pages))
     else:
-        lanes = max(DECODE_LANES, len(query))
-        slots = SLOTS_PER_STEP // lanes
-    pages_per_tile = max(1, min(slots // page_size, table_pages))
+        lanes, pages_per_tile = decode_lanes(len(query), table_pages, page_size)
     table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=-1)
     call = XLACall(keys, values, options, pages_per_tile)
     if not tokens.is_prefill:
@@ -56,6 +53,12 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
     some = (pad_to_multiple(part, at_once, fill) for part, fill in ((query, 0), (position, -1)))
     out, lse = lax.map(attend_some, tuple(part.reshape(-1, at_once, *part.shape[1:]) for part in some))
     return join_tiles(Partial(*(part.reshape(-1, *part.shape[2:]) for part in (out, lse))), tokens)
+
+
+def decode_lanes(rows: int, table_pages: int, page_size: int) -> tuple[int, int]:
+    """Return the most lanes of a decode step, and the pages that each takes at a step."""
+    lanes = max(DECODE_LANES, rows)
+    return lanes, max(1, min(SLOTS_PER_STEP // lanes // page_size, table_pages))
 
 
 def _attend_q_tiles(

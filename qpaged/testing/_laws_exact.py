@@ -141,16 +141,14 @@ def locality(subject: ExactSubject, rows: np.ndarray, other: np.ndarray) -> None
     law(3, subject)(not changed, f"writing one sequence changes another's {', '.join(changed)}")
     crowded = subject.in_chunks(after, rows * 2, np.array_split(TOKENS, 5), OTHER_TABLE)
     each_page_once(subject, crowded, "three sequences with room for two")
-    for table, written in ((FIRST, rows), (SECOND, other), (OTHER_TABLE, rows * 2)):
-        holds(
-            subject,
-            crowded,
-            written,
-            table,
-            None,
-            "sequences of which some pages were packed early",
-            number=3,
-        )
+    case = "sequences of which some pages were packed early"
+    for table, written in ((FIRST, rows), (SECOND, other)):
+        holds(subject, crowded, written, table, None, case, number=3)
+        for name, reading in subject.read(crowded, written, table).items():
+            law(3, subject)(
+                reading["is_exact"][0], f"the first page of the {name} is packed early, of {case}"
+            )
+    holds(subject, crowded, rows * 2, OTHER_TABLE, KEPT_EXACT, f"the newest of {case}", number=3)
 
 
 def changed_bits(subject: ExactSubject, before: View, after: View, table: np.ndarray) -> list[str]:

@@ -196,3 +196,22 @@ def test_pages_are_as_the_rules_say(spelling, seed):
                 spare[spare.index(target)] = source
                 tables[sequence, place] = target
         assert_holds(view, model)
+
+
+@pytest.mark.parametrize("spelling", ["int8+exact5", "int4:channel+offset+exact5+sink1", "int8:token+exact1"])
+def test_two_sequences_leave_a_page_that_they_share_in_one_step(spelling):
+    rng = np.random.default_rng(0)
+    view = make_view(spelling)
+    model = Model(spelling, view.key_pages.capacity)
+    tables = np.array([[3, 1, 7, 2], [3, 1, 4, 9]])  # a fork after two pages
+    key = rows(rng, 8)
+    view = write_prefill(view, key, key, prefill(np.arange(8), tables[0]))
+    model.write([(tables[0], position, row) for position, row in enumerate(key)])
+    for position in range(8, 16):
+        key = rows(rng, BATCH)
+        view = write_decodes(view, key, key, decode(np.full(BATCH, position), tables))
+        model.write([(table, position, row) for table, row in zip(tables, key, strict=True)])
+        assert_holds(view, model)
+        exact = np.asarray(view.key_pages.page)
+        exact = exact[exact < PAGES]
+        assert len(set(exact.tolist())) == len(exact)

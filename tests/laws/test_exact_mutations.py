@@ -60,6 +60,27 @@ class ForgottenSinks(ExactSubject):
         return on_pools(written, lambda pages: dataclasses.replace(pages, sinks=1))
 
 
+class UnmarkedSinks(ExactSubject):
+    """Does not remember which pages are the first ones, so that they are packed early like any others."""
+
+    def write(self, view, rows, position, table):
+        return on_pools(
+            super().write(view, rows, position, table),
+            lambda pages: dataclasses.replace(pages, is_sink=jnp.zeros_like(pages.is_sink)),
+        )
+
+
+class PacksWhatIsWritten(ExactSubject):
+    """Takes the pages of the sequence that is written for the oldest, so that these are packed early."""
+
+    def write(self, view, rows, position, table):
+        def oldest(pages):
+            own = jnp.isin(pages.page, table)
+            return dataclasses.replace(pages, opened=jnp.where(own, -pages.opened - 1, pages.opened))
+
+        return on_pools(super().write(view, rows, position, table), oldest)
+
+
 class PackedEveryTime(ExactSubject):
     """Packs every page at every write, so that a page is rounded as often as it is written."""
 
@@ -116,6 +137,7 @@ CHECKS = {
         laws.rewinds(subject, ROWS, OTHER),
     ),
     "order": lambda subject: laws.order(subject, ROWS, CHUNKS, "chunks"),
+    "locality": lambda subject: laws.locality(subject, ROWS, OTHER),
     "totality": lambda subject: laws.totality(subject, ROWS),
     "travel": lambda subject: laws.travel(subject, ROWS),
     "reuse": lambda subject: laws.reuse(subject, ROWS, OTHER),
@@ -123,6 +145,7 @@ CHECKS = {
 MUTANTS = {
     "error": [MissedEviction, ForgottenSinks, PackedEveryTime, ReopensEmpty],
     "order": [Drifting],
+    "locality": [UnmarkedSinks, PacksWhatIsWritten],
     "totality": [ClampedReset],
     "travel": [LengthsForgotten],
     "reuse": [StaleExactPage, CountedTwice],
