@@ -194,6 +194,7 @@ def compile_peer(gpu: Sharding, dtype: str, shape: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="separated by commas")
     parser.add_argument("--formats", nargs="*", default=list(FORMATS))
     parser.add_argument("--by-xla", nargs="*", default=list(BY_XLA), help="formats that xla attends to")
     parser.add_argument("--peer", action="store_true", help="compile JAX's own kernel, too; needs JAX 0.10")
@@ -204,7 +205,7 @@ def main() -> None:
     ).devices
     gpu = SingleDeviceSharding(devices[0])
     runs = []
-    for shape in SHAPES:
+    for shape in arguments.shapes.split(","):
         kernels = [("gpu", "qpaged", name) for name in arguments.formats]
         by_xla = [("xla", "qpaged by xla", name) for name in arguments.by_xla]
         for backend, kernel, quantizer in (*kernels, *by_xla):

@@ -71,14 +71,14 @@ class UnmarkedSinks(ExactSubject):
 
 
 class PacksWhatIsWritten(ExactSubject):
-    """Takes the pages of the sequence that is written for the oldest, so that these are packed early."""
+    """Packs the newest page of the sequence that is written, where there is no room left."""
 
     def write(self, view, rows, position, table):
-        def oldest(pages):
-            own = jnp.isin(pages.page, table)
-            return dataclasses.replace(pages, opened=jnp.where(own, -pages.opened - 1, pages.opened))
-
-        return on_pools(super().write(view, rows, position, table), oldest)
+        view = super().write(view, rows, position, table)
+        if (view.key_pages.page == EXACT_PAGES).any():
+            return view
+        newest = np.array([table[position.max() // 8], -1, -1, -1, -1], np.int32)
+        return self.pack(view, newest, np.full(len(table), 8, np.int32))
 
 
 class PackedEveryTime(ExactSubject):

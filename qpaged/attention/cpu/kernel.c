@@ -25,7 +25,7 @@ INLINE lanes element_lanes(enum Source source, const struct Slots *slots, int sl
     lanes codes = from_bytes((const int8_t *)at + channel);
     if (source == OF_CODES) return codes;
     if (source == OF_CHANNELS) return codes * load(slots->factors + channel) + load(slots->addends + channel);
-    int group = slot * slots->slot_stride + channel / slots->group_size;
+    int group = slot * slots->slot_stride + (block >> slots->group_shift);
     return codes * slots->factors[group] + slots->addends[group];
 }
 

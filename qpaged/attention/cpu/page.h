@@ -23,6 +23,7 @@ struct Slots {
     int later_lines, lines_per_step;
     const float *factors, *addends; // [slots, groups], or [groups] where slot_stride is 0; the value of a code is
     int slot_stride, group_size;    // code * factor + addend
+    int group_shift;                // OF_GROUPS: a group has 2^group_shift blocks of lanes
 };
 
 INLINE int element_bits(const struct PoolLayout *layout) {
@@ -173,7 +174,8 @@ static enum Source prepare(const struct Call *call, const struct Pool *pool, con
     }
     if (layout->element == EVEN_CODES) {
         if (is_scaled_after(layout)) return OF_CODES;
-        if (slots->group_size % LANES == 0) return OF_GROUPS;
+        slots->group_shift = slots->group_size < LANES ? 0 : __builtin_ctz(slots->group_size / LANES);
+        if (LANES << slots->group_shift == slots->group_size) return OF_GROUPS;
         if (slots->group_size == 1 && slots->slot_stride == 0) return OF_CHANNELS;
     }
     const struct HalfTable *halves = pool == &call->keys ? &scratch->of_keys : &scratch->of_values;
