@@ -28,7 +28,6 @@ class Instruction:
     opcode: str
     operands: list[str]
     text: str
-    is_root: bool
 
 
 @dataclass
@@ -63,7 +62,7 @@ class Program:
             elif current is not None and (match := INSTRUCTION.match(line)):
                 name, shape, opcode, rest = match.groups()
                 operands = re.findall(r"%([\w.-]+)", rest.split(")")[0])
-                current.append(Instruction(name, shape, opcode, operands, line, "ROOT " in line[:12]))
+                current.append(Instruction(name, shape, opcode, operands, line))
         return program
 
     def costs(self, trips: int) -> Costs:
@@ -134,4 +133,4 @@ def _users_of(source: Instruction, called: Sequence[Instruction]) -> Iterator[In
             elif one.operands[0] == source.name:
                 yield one
             else:  # as an index, say
-                yield Instruction("", "", "", [], "", False)
+                yield Instruction("", "", "", [], "")

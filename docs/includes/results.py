@@ -287,7 +287,8 @@ def gpu_compile():
         "| | format | launches | bytes moved, of the live codes | temporaries, of the live codes |",
         "|---|---|--:|--:|--:|",
     ]
-    for run in results["runs"]:
+    shapes = list(dict.fromkeys(run["shape"] for run in results["runs"]))
+    for run in sorted(results["runs"], key=lambda run: shapes.index(run["shape"])):
         if run["kernel"] == "qpaged by xla":
             moved, temporaries = run["bytes"] / run["live"], run["temp"] / run["live"]
             cells = (

@@ -13,12 +13,11 @@ from jax import lax
 
 from qpaged._compat import vary_like
 from qpaged._platforms import by_platform
-from qpaged.attention import _xla_lanes
+from qpaged.attention import _xla_lanes, _xla_tiles
 from qpaged.attention._layout import pad_to_multiple
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens, ungroup_query_heads
 from qpaged.attention._xla_tiles import (
-    KV_TILE,
     SoftmaxState,
     XLACall,
     join_tiles,
@@ -58,7 +57,7 @@ def _with_options(
 
 def attend_in_turn(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the same, one query tile after another."""
-    pages_per_tile = max(1, min(KV_TILE // keys.shape[2], tokens.table.shape[-1]))
+    pages_per_tile = max(1, min(_xla_tiles.KV_TILE // keys.shape[2], tokens.table.shape[-1]))
     table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=-1)
     call = XLACall(keys, values, options, pages_per_tile)
 
