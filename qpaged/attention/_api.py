@@ -26,8 +26,9 @@ from qpaged.attention._checks import (
     checked_sinks,
 )
 from qpaged.attention._merge import Partial, merge, with_sinks
-from qpaged.attention._new_tokens import NewTokens, attend_new, before_new
+from qpaged.attention._new_tokens import NewPages, NewRows, NewTokens, attend_new, before_new
 from qpaged.attention._options import Options, QueryTokens
+from qpaged.attention._ragged import RaggedTokens, split
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.cache._config import LARGEST_INDEX
 from qpaged.cache._metadata import check_step
@@ -62,10 +63,11 @@ def attention_backends(
         query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata
     ) -> None:
         calls = []
-        for tokens, _ in _token_groups(as_array("query", query), view, metadata):
-            calls.append(
-                _untransformed_call(tokens, pools.packed(view.key_pages), pools.packed(view.value_pages))
-            )
+        for group in _token_groups(as_array("query", query), view, metadata):
+            for tokens in group.parts():
+                calls.append(
+                    _untransformed_call(tokens, pools.packed(view.key_pages), pools.packed(view.value_pages))
+                )
         traced_backends.append(_backends.list_backends(calls))
 
     # Traced, since shapes are enough; what it finds are no arrays, and go out by the list.
@@ -124,8 +126,9 @@ def paged_attention(
     accumulation: softmax(softmax_scale · q·k) · v. Write its keys and values first, or give them as ``new``.
 
     Args:
-        query: (batch, q_heads, head_dim) in a decode, (padded_len, q_heads, head_dim) in a prefill, and the
-            prefill's tokens followed by the decode's rows where ``metadata`` carries both.
+        query: (batch, q_heads, head_dim) in a decode, (padded_len, q_heads, head_dim) in a prefill, (tokens,
+            q_heads, head_dim) in a ragged batch, and the prefill's tokens followed by the decode's rows where
+            ``metadata`` carries both.
         view: the layer's pages.
         metadata: positions and page tables.
         softmax_scale: factor of the dot products, at most 65,536 in magnitude; 1 / sqrt(head_dim) if None.
@@ -140,7 +143,7 @@ def paged_attention(
             not. Only ``reference`` can be differentiated in reverse.
         new: (key, value) of the call's own tokens, floats (tokens, kv_heads, head_dim): attend to these as
             they are given, and to older ones as ``view`` has them, and write them afterwards. The format then
-            rounds nothing between a query and the tokens of its own call. The positions of a prefill must
+            rounds nothing between a query and the tokens of its own call. The positions of a sequence must
             follow one another, padding last; where they are traced, and cannot be refused, others make its
             rows NaN. A decode row sees of the new tokens its own alone: give each sequence one row. None if
             ``view`` holds the tokens already.
@@ -194,8 +197,21 @@ class Method(NamedTuple):
 class TokenGroup(NamedTuple):
     """Queries of one kind, and the keys and values of their tokens; None if the cache holds these."""
 
-    tokens: QueryTokens
+    tokens: QueryTokens | RaggedTokens
     new: NewTokens | None
+
+    @property
+    def is_empty(self) -> bool:
+        """True if there is nothing to attend with, or to."""
+        table = self.tokens.tables if isinstance(self.tokens, RaggedTokens) else self.tokens.table
+        return not self.tokens.query.size or not table.size
+
+    def parts(self) -> tuple[QueryTokens, ...]:
+        """Return the queries as backends take them."""
+        if not isinstance(self.tokens, RaggedTokens):
+            return (self.tokens,)
+        batch = split(self.tokens)
+        return batch.rows, batch.runs
 
 
 @compiled_if_eager(static_argnums=(0,))
@@ -221,24 +237,50 @@ def _attend_all(
     method: Method, keys: Pages, values: Pages, groups: list[TokenGroup], sinks: jax.Array | None
 ) -> Partial:
     """Return the attention of the prefill's tokens and of the decode's rows, one after the other."""
-    partials = [_attend(method, keys, values, group, sinks) for group in groups]
+    partials = [_attend_group(method, keys, values, group, sinks) for group in groups]
     out, lse = (jnp.concatenate(of_each) for of_each in zip(*partials, strict=True))
     return Partial(out.astype(method.dtype), lse)
 
 
-def _attend(
+def _attend_group(
     method: Method, keys: Pages, values: Pages, group: TokenGroup, sinks: jax.Array | None
 ) -> Partial:
-    """Return the attention of queries of one kind: to pages, to new tokens, and to the sinks."""
+    """Return the attention of queries of one kind, or of a ragged batch."""
     tokens, new = group
-    if not tokens.query.size or not tokens.table.shape[-1]:
+    page_size = keys.shape[2]
+    if group.is_empty:
         shape = tokens.query.shape
         return Partial(jnp.zeros(shape, jnp.float32), jnp.full(shape[:2], -jnp.inf, jnp.float32))
+    if isinstance(tokens, RaggedTokens):
+        batch = split(tokens)
+        of_rows = None if new is None else batch.new_rows(new)
+        of_runs = None if new is None else batch.new_pages(new, tokens.position, page_size)
+        return batch.join(
+            _attend(method, keys, values, batch.rows, of_rows, sinks),
+            _attend(method, keys, values, batch.runs, of_runs, sinks),
+        )
+    tokens = dataclasses.replace(tokens, end=jnp.asarray(tokens.end))  # which may be of NumPy
+    if new is None:
+        return _attend(method, keys, values, tokens, None, sinks)
+    if len(tokens.table) == len(tokens.query):
+        return _attend(method, keys, values, tokens, NewRows(*new), sinks)
+    return _attend(method, keys, values, tokens, NewPages.of_prefill(tokens, new, page_size), sinks)
+
+
+def _attend(
+    method: Method,
+    keys: Pages,
+    values: Pages,
+    tokens: QueryTokens,
+    new: NewRows | NewPages | None,
+    sinks: jax.Array | None,
+) -> Partial:
+    """Return the attention of queries to pages, to new tokens, and to the sinks."""
     if new is None:
         partial = _attend_pages(method, keys, values, tokens)
     else:
-        of_new = attend_new(method.backend, tokens, new, keys.shape[2], method.options)
-        partial = merge([_attend_pages(method, keys, values, before_new(tokens)), of_new])
+        of_new = attend_new(method.backend, tokens, new, method.options)
+        partial = merge([_attend_pages(method, keys, values, before_new(tokens, new)), of_new])
     return partial if sinks is None else _with_sinks_of_active(partial, tokens.position, sinks)
 
 
@@ -283,25 +325,28 @@ def _token_groups(
     metadata: PagedAttentionMetadata,
     new: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> list[TokenGroup]:
-    """Return the prefill's tokens and the decode's rows, whichever there are, with their queries."""
+    """Return the tokens of the prefill, of the decode and of the ragged batch, as there are."""
     advice = "give cache.views[i], the view of layer i"
     check_type("view", view, PagedAttentionCacheView, "a qpaged.PagedAttentionCacheView", advice)
     check_step(metadata)
     config = view.metadata
-    steps = [step for step in (metadata.prefill_tokens(), metadata.decodes_tokens()) if step is not None]
-    count = sum(len(position) for position, _ in steps) if steps else None
-    check_query(query, count, config)
+    steps = metadata.steps()
+    check_query(query, sum(len(step.position) for step in steps) if steps else None, config)
     new_tokens = None if new is None else checked_new(new, len(query), config)
-    groups, start = [], 0
-    for position, table in steps:
-        table = table[..., : LARGEST_INDEX // config.page_size]  # no int32 position lies further
-        position = jnp.where(position < table.shape[-1] * config.page_size, position, -1)
+    groups: list[TokenGroup] = []
+    start = 0
+    for step in steps:
+        table = step.table[:, : LARGEST_INDEX // config.page_size]  # no int32 position lies further
+        position = jnp.where(step.position < table.shape[1] * config.page_size, step.position, -1)
         here = slice(start, start + len(position))
-        no_end = np.full(table.shape[:-1], LARGEST_INDEX, np.int32)  # of NumPy, which dispatches nothing
-        tokens = QueryTokens(query[here], position, table, no_end)  # type: ignore[arg-type]
-        own = None if new_tokens is None else NewTokens(new_tokens.key[here], new_tokens.value[here])
-        groups.append(TokenGroup(tokens, own))
         start = here.stop
-    if new is not None and not metadata.is_decode_mode():
-        check_consecutive(groups[0].tokens.position)
+        own = None if new_tokens is None else NewTokens(new_tokens.key[here], new_tokens.value[here])
+        if own is not None and len(step.table) != len(position):
+            check_consecutive(position, step.starts)
+        if step.starts is not None:
+            groups.append(TokenGroup(RaggedTokens(query[here], position, table, step.starts), own))
+            continue
+        no_end = np.full(len(table), LARGEST_INDEX, np.int32)  # of NumPy, which dispatches nothing
+        tokens = QueryTokens(query[here], position, table, no_end)  # type: ignore[arg-type]
+        groups.append(TokenGroup(tokens, own))
     return groups

@@ -4,7 +4,6 @@ A new backend is a file with ``attend`` and, where it does not take every call, 
 ``call_refusal``, and a line in :data:`IMPLEMENTATIONS`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from qpaged._platforms import by_platform
 from qpaged.attention import _cpu, _gpu, _reference, _tpu, _xla
 from qpaged.attention._merge import Partial
-from qpaged.attention._options import Options, QueryTokens
+from qpaged.attention._options import Options, QueryTokens, with_options
 from qpaged.pools import Pages
 
 
@@ -120,13 +119,13 @@ def attend(call: AttentionCall, options: Options) -> Partial:
         if implementation.by_name_only or decline_reason(implementation, [call]) is not None:
             continue
         if implementation.platform is not None:
-            kernels.setdefault(implementation.platform, _with_options(implementation, options))
+            kernels.setdefault(implementation.platform, with_options(implementation.attend, options))
         elif default is None:
             default = implementation
     assert default is not None  # xla takes every call
     if not kernels:
         return default.attend(*call, options)
-    return by_platform(*call, default=_with_options(default, options), **kernels)
+    return by_platform(*call, default=with_options(default.attend, options), **kernels)
 
 
 def attend_by_name(name: str, call: AttentionCall, options: Options) -> Partial:
@@ -143,13 +142,3 @@ def attend_by_name(name: str, call: AttentionCall, options: Options) -> Partial:
             f"Leave it None for the first that does, or see qpaged.attention_backends."
         )
     return implementation.attend(*call, options)
-
-
-@functools.lru_cache(maxsize=256)
-def _with_options(implementation: Implementation, options: Options) -> Callable[..., Partial]:
-    """Return the same function object for the same options, so that JAX traces it once."""
-
-    def attend_with_options(tokens: QueryTokens, keys: Pages, values: Pages) -> Partial:
-        return implementation.attend(tokens, keys, values, options)
-
-    return attend_with_options

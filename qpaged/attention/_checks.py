@@ -125,13 +125,19 @@ def checked_new(
     return NewTokens(*rows)
 
 
-def check_consecutive(position: jax.Array) -> None:
-    """Raise unless the positions of a prefill, as far as they are known, follow one another up to padding."""
-    if isinstance(position, jax.core.Tracer):
+def check_consecutive(position: jax.Array, starts: jax.Array | None) -> None:
+    """Raise unless the positions of each sequence, if they are known, follow one another up to padding.
+
+    Args:
+        position: [tokens].
+        starts: [sequences + 1], the first token of each sequence; None if all are of one.
+    """
+    if isinstance(position, jax.core.Tracer) or isinstance(starts, jax.core.Tracer):
         return
-    if not bool(are_consecutive(position)):
-        known = np.asarray(position)
-        raise ValueError(
-            f"new must be of tokens whose positions follow one another, padding last, but they are at "
-            f"{known[:8].tolist()}{' and so on' * (len(known) > 8)}; write first, and attend without new."
-        )
+    of_sequences = [position] if starts is None else np.split(position, starts)[1:-1]
+    for known in map(np.asarray, of_sequences):
+        if not bool(are_consecutive(known)):
+            raise ValueError(
+                f"new must be of tokens whose positions follow one another, padding last, but they are at "
+                f"{known[:8].tolist()}{' and so on' * (len(known) > 8)}; write first, and attend without new."
+            )

@@ -27,7 +27,7 @@ def refusal() -> str | None:
 
 def call_refusal(tokens: QueryTokens, keys: Pages, values: Pages) -> str | None:
     """Return why the backend does not take a call, or None."""
-    if tokens.is_prefill:
+    if tokens.run_length > 1:
         return "takes decode rows alone, and leaves prompts to xla"
     head_dim = keys.shape[3]
     if head_dim % LANES:

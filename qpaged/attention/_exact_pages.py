@@ -9,12 +9,12 @@ from jax import lax
 
 from qpaged import pools
 from qpaged.arrays import common_dtype, to_float32
-from qpaged.attention._layout import pad_to_multiple
+from qpaged.attention._layout import join_runs, tile_runs
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens, group_query_heads, ungroup_query_heads
 from qpaged.pools import ExactPages, Pages
 
-Q_TILE = 128  # queries of a prefill whose scores are there at once
+Q_TILE = 128  # queries of a run whose scores are there at once
 ROWS = 32  # decode rows whose exact pages are gathered at once
 
 
@@ -40,12 +40,12 @@ def is_exact(table: jax.Array, keys: Pages, values: Pages) -> jax.Array | None:
 
 def _is_seen(tokens: QueryTokens, page_size: int, options: Options) -> jax.Array:
     """Return, for each entry of the page tables, True if a query of the sequence sees slots of the page."""
-    first = jnp.arange(tokens.table.shape[-1], dtype=jnp.int32)[None] * page_size
-    position = tokens.position[:, None]
+    first = jnp.arange(tokens.table.shape[1], dtype=jnp.int32) * page_size
+    position = tokens.by_run(tokens.position)[..., None]  # [runs, run_length, 1]
     is_seen = (first <= position) & (position >= 0)
     if options.sliding_window is not None:
         is_seen &= first + page_size > position - options.sliding_window + 1
-    return is_seen.any(axis=0) if tokens.is_prefill else is_seen
+    return is_seen.any(axis=1)
 
 
 def attend(tokens: QueryTokens, exact: jax.Array, keys: Pages, values: Pages, options: Options) -> Partial:
@@ -67,18 +67,15 @@ def attend(tokens: QueryTokens, exact: jax.Array, keys: Pages, values: Pages, op
     def shorten(table: jax.Array, exact: jax.Array) -> ShortTable:
         return _short_table(table, exact, most, options.num_pages)
 
-    short = (shorten if tokens.is_prefill else jax.vmap(shorten))(tokens.table, exact)
+    short = jax.vmap(shorten)(tokens.table, exact)
 
     def attend_tile(tile: tuple[jax.Array, ...]) -> Partial:
         query, position, end, page, logical_page = tile
         return _attend(query, position, end, ShortTable(page, logical_page), keys, values, options)
 
-    partial = (
-        _attend_prefill(attend_tile, tokens, short)
-        if tokens.is_prefill
-        else _attend_rows(attend_tile, tokens, short)
-    )
-    fits = exact.sum(axis=-1, dtype=jnp.int32) <= most
+    attend_all = _attend_rows if tokens.run_length == 1 else _attend_runs
+    partial = attend_all(attend_tile, tokens, short)
+    fits = jnp.repeat(exact.sum(axis=1, dtype=jnp.int32) <= most, tokens.run_length)
     return Partial(jnp.where(fits[..., None, None], partial.out, jnp.nan), partial.lse)
 
 
@@ -92,14 +89,17 @@ def _attend_rows(attend_tile: AttendTile, tokens: QueryTokens, short: ShortTable
     return lax.map(attend_row, rows, batch_size=min(ROWS, len(tokens.query)))
 
 
-def _attend_prefill(attend_tile: AttendTile, tokens: QueryTokens, short: ShortTable) -> Partial:
-    count = len(tokens.query)
-    q_tile = min(Q_TILE, count)
-    query = pad_to_multiple(tokens.query, q_tile, 0)
-    position = pad_to_multiple(tokens.position, q_tile, -1)
-    tiles = query.reshape(-1, q_tile, *query.shape[1:]), position.reshape(-1, q_tile)
-    out, lse = lax.map(lambda tile: attend_tile((*tile, tokens.end, *short)), tiles)
-    return Partial(out.reshape(query.shape)[:count], lse.reshape(query.shape[:2])[:count])
+def _attend_runs(attend_tile: AttendTile, tokens: QueryTokens, short: ShortTable) -> Partial:
+    query, position = tile_runs(tokens, min(Q_TILE, tokens.run_length))
+    runs = len(tokens.table)
+
+    def attend_tile_of_run(tile: tuple[jax.Array, ...]) -> Partial:
+        query, position, run = tile
+        return attend_tile((query, position, tokens.end[run], short.page[run], short.logical_page[run]))
+
+    run = jnp.repeat(jnp.arange(runs, dtype=jnp.int32), len(query) // runs)
+    partials = lax.map(attend_tile_of_run, (query, position, run))
+    return join_runs(Partial(*(part.reshape(-1, *part.shape[2:]) for part in partials)), tokens)
 
 
 def _most_exact(keys: Pages, values: Pages) -> int:

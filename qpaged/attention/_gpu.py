@@ -9,12 +9,14 @@ from qpaged._compat import MOSAIC_GPU_JAX, newer_jax_needed
 from qpaged.arrays import compute_dtype
 from qpaged.attention._layout import (
     Layout,
+    join_runs,
     mesh_refusal,
     pad_to_multiple,
     pool_refusal,
     stored_codes,
     stored_scales,
     tile_query,
+    tile_runs,
     untile_rows,
     visible_range,
 )
@@ -83,19 +85,16 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
 
     k_layout, v_layout = Layout.of(keys), Layout.of(values)
     kv_heads, _, page_size, head_dim = keys.shape
-    num_tokens, q_heads, _ = tokens.query.shape
-    q_heads_per_kv = q_heads // kv_heads
+    q_heads_per_kv = tokens.query.shape[1] // kv_heads
     q_tile = 1
-    if tokens.is_prefill:
+    if tokens.run_length > 1:
         q_tile = max(1, min(MAX_Q_ROWS, MAX_ACCUMULATORS // head_dim) // q_heads_per_kv)
     used_rows = q_tile * q_heads_per_kv
     q_rows = used_rows + -used_rows % Q_ROWS_MULTIPLE
-    query = pad_to_multiple(tokens.query, q_tile, 0)
-    position = pad_to_multiple(tokens.position, q_tile, -1)
-    num_q_tiles = len(position) // q_tile
-    position = position.reshape(num_q_tiles, q_tile)
-    table = jnp.atleast_2d(tokens.table)
-    table = pad_to_multiple(table, max(1, KV_TILE // page_size), options.num_pages, axis=1)
+    query, position = tile_runs(tokens, q_tile)
+    num_q_tiles = len(position)
+    tiles_per_run = num_q_tiles // len(tokens.table)
+    table = pad_to_multiple(tokens.table, max(1, KV_TILE // page_size), options.num_pages, axis=1)
     call = _gpu_refs.GPUCall(
         keys=k_layout,
         values=v_layout,
@@ -104,11 +103,11 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
         q_rows=q_rows,
         splits=_num_splits(num_q_tiles * kv_heads, table.shape[1] * page_size // KV_TILE),
         table_pages=table.shape[1],
-        one_sequence=tokens.is_prefill,
+        tiles_per_run=tiles_per_run,
     )
-    visible = visible_range(position, tokens.end, options.sliding_window)
+    visible = visible_range(position, jnp.repeat(tokens.end, tiles_per_run), options.sliding_window)
     position = pad_to_multiple(jnp.repeat(position, q_heads_per_kv, axis=1), q_rows, -1, axis=1)
-    query = pad_to_multiple(tile_query(query, q_tile, kv_heads), q_rows, 0, axis=2)
+    query = pad_to_multiple(tile_query(query, kv_heads), q_rows, 0, axis=2)
     acc, row_max, row_sum = _gpu_kernel.attend(
         call,
         visible.reshape(-1),
@@ -121,8 +120,7 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
     )
     out, lse = _merge_splits(acc, row_max, row_sum)
     out = _untile_output(out[:, :, :used_rows], v_layout, q_tile)
-    lse = untile_rows(lse[:, :, :used_rows], q_tile)
-    return Partial(out[:num_tokens], lse[:num_tokens])
+    return join_runs(Partial(out, untile_rows(lse[:, :, :used_rows], q_tile)), tokens)
 
 
 def _num_splits(programs: int, kv_tiles: int) -> int:

@@ -128,7 +128,7 @@ def _kernel(
     start, end = _tiles_of_split(call, first_visible, last_visible, split)
     refs = Refs(
         call=call,
-        sequence=jnp.int32(0) if call.one_sequence else q_tile,
+        sequence=lax.div(q_tile, jnp.int32(call.tiles_per_run)),
         head=head,
         first_visible=first_visible,
         last_visible=last_visible,

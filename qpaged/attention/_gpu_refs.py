@@ -33,7 +33,7 @@ class GPUCall:
         q_rows: query rows of a KV head in a query tile, a multiple of 8.
         splits: splits of a sequence, each a program of its own.
         table_pages: entries of a row of the page table, whole tiles of them.
-        one_sequence: True if all query tiles are of one sequence, the page table's only row.
+        tiles_per_run: query tiles that read one row of the page table, one after another.
     """
 
     keys: Layout
@@ -43,7 +43,7 @@ class GPUCall:
     q_rows: int
     splits: int
     table_pages: int
-    one_sequence: bool
+    tiles_per_run: int
 
     @property
     def stages(self) -> int:

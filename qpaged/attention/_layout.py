@@ -13,6 +13,8 @@ from jax.typing import DTypeLike
 
 from qpaged._compat import compiler_partitions_mesh
 from qpaged.arrays import codes_together, extract_codes, has_planes, join_planes, not_elementwise
+from qpaged.attention._merge import Partial
+from qpaged.attention._options import QueryTokens
 from qpaged.pools import Pages, Pool, as_quantized
 
 
@@ -180,14 +182,30 @@ def pad_to_multiple(array: jax.Array, multiple: int, fill: int, axis: int = 0) -
     return jnp.pad(array, widths, constant_values=fill)
 
 
+def tile_runs(tokens: QueryTokens, q_tile: int) -> tuple[jax.Array, jax.Array]:
+    """Return queries and positions in query tiles, [num_q_tiles, q_tile, ...]: as many for each run."""
+    query = pad_to_multiple(tokens.by_run(tokens.query), q_tile, 0, axis=1)
+    position = pad_to_multiple(tokens.by_run(tokens.position), q_tile, -1, axis=1)
+    return query.reshape(-1, q_tile, *query.shape[2:]), position.reshape(-1, q_tile)
+
+
+def join_runs(partial: Partial, tokens: QueryTokens) -> Partial:
+    """Return the attention of the tokens from that of their tiles, [num_q_tiles * q_tile, ...]."""
+
+    def join(part: jax.Array) -> jax.Array:
+        by_run = part.reshape(len(tokens.table), -1, *part.shape[1:])[:, : tokens.run_length]
+        return by_run.reshape(len(tokens.query), *part.shape[1:])
+
+    return Partial(*map(join, partial))
+
+
 def tile_query(
-    query: jax.Array,  # [tokens, q_heads, head_dim], tokens a multiple of q_tile
-    q_tile: int,
+    query: jax.Array,  # [num_q_tiles, q_tile, q_heads, head_dim]
     kv_heads: int,
 ) -> jax.Array:
     """Return a query as [num_q_tiles, kv_heads, q_rows, head_dim], where q_rows = q_tile * q_heads_per_kv."""
-    tokens, q_heads, head_dim = query.shape
-    num_q_tiles, q_heads_per_kv = tokens // q_tile, q_heads // kv_heads
+    num_q_tiles, q_tile, q_heads, head_dim = query.shape
+    q_heads_per_kv = q_heads // kv_heads
     query = query.reshape(num_q_tiles, q_tile, kv_heads, q_heads_per_kv, head_dim).swapaxes(1, 2)
     return query.reshape(num_q_tiles, kv_heads, q_tile * q_heads_per_kv, head_dim)
 
@@ -205,7 +223,7 @@ def untile_rows(
 
 def visible_range(
     position: jax.Array,  # [q_tiles, queries]
-    end: jax.Array,  # [] or [q_tiles]
+    end: jax.Array,  # [q_tiles]
     window: int | None,
 ) -> jax.Array:
     """Return the first and the last slot that any query of a tile sees, [q_tiles, 2]; 0 and -1 for none."""

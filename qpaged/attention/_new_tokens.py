@@ -1,10 +1,11 @@
 """Attention to the tokens of the call itself, as they are given and not as the cache will hold them."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qpaged.arrays import common_dtype
 from qpaged.attention import _backends
@@ -12,6 +13,8 @@ from qpaged.attention._backends import AttentionCall
 from qpaged.attention._layout import pad_to_multiple
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens
+
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 
 class NewTokens(NamedTuple):
@@ -21,57 +24,86 @@ class NewTokens(NamedTuple):
     value: jax.Array
 
 
-def before_new(tokens: QueryTokens) -> QueryTokens:
-    """Return the queries with an end before the first of their own tokens, which the cache does not hold yet.
+class NewRows(NamedTuple):
+    """Keys and values of the own tokens of decode rows, [rows, kv_heads, head_dim] each."""
 
-    The positions of a prefill follow one another: see :func:`are_consecutive`.
+    key: jax.Array
+    value: jax.Array
+
+
+class NewPages(NamedTuple):
+    """The new tokens of sequences in plain pages, and where the queries of runs are among them.
+
+    Attributes:
+        keys: [kv_heads, pages, page_size, head_dim].
+        values: likewise.
+        place: [tokens] int32, each query's place among the new tokens of its sequence; negative for padding.
+        table: [runs, pages] int32, the pages of the run's sequence.
+        first: [runs] int32, the position of the first new token of the run's sequence.
+        is_right: [runs] bool, True if their positions follow one another; the rows are NaN where they do not.
     """
-    end = tokens.position[0] if tokens.is_prefill else tokens.position
-    return dataclasses.replace(tokens, end=jnp.maximum(end, 0))
+
+    keys: jax.Array
+    values: jax.Array
+    place: jax.Array
+    table: jax.Array
+    first: jax.Array
+    is_right: jax.Array
+
+    @classmethod
+    def of_prefill(cls, tokens: QueryTokens, new: NewTokens, page_size: int) -> Self:
+        """Return the new tokens of a prefill, which is one run."""
+        keys, values = (as_pages(rows, page_size) for rows in new)
+        place = jnp.arange(len(tokens.position), dtype=jnp.int32)
+        return cls(
+            keys=keys,
+            values=values,
+            place=jnp.where(tokens.position >= 0, place, -1),
+            table=jnp.arange(keys.shape[1], dtype=jnp.int32)[None],
+            first=jnp.maximum(tokens.position[:1], 0),
+            is_right=are_consecutive(tokens.position)[None],
+        )
 
 
-def are_consecutive(position: jax.Array) -> jax.Array:
+def before_new(tokens: QueryTokens, new: NewRows | NewPages) -> QueryTokens:
+    """Return the queries with an end before the first new token, which the cache does not hold yet."""
+    end = new.first if isinstance(new, NewPages) else jnp.maximum(tokens.position, 0)
+    return dataclasses.replace(tokens, end=end)
+
+
+def are_consecutive(position: AnyArray) -> AnyArray:
     """Return [] bool, True if positions [tokens] follow one another, and padding (negative) follows them."""
     is_token = position >= 0
-    index = jnp.arange(len(position), dtype=jnp.int32)
-    padding_is_last = is_token == (index < is_token.sum(dtype=jnp.int32))
-    return jnp.all(padding_is_last & (~is_token | (position == position[:1] + index)))
+    index = np.arange(len(position), dtype=np.int32)
+    padding_is_last = is_token == (index < is_token.sum(dtype=np.int32))
+    return (padding_is_last & (~is_token | (position == position[:1] + index))).all()
 
 
 def attend_new(
-    backend: str | None, tokens: QueryTokens, new: NewTokens, page_size: int, options: Options
+    backend: str | None, tokens: QueryTokens, new: NewRows | NewPages, options: Options
 ) -> Partial:
-    """Return the causal attention of a call's queries to its new tokens.
-
-    Each decode row sees its own alone. Rows of a prefill whose positions do not follow one another are NaN.
-    """
-    if not tokens.is_prefill:
-        return _attend_new_decodes(tokens, new, options)
-    keys, values = (_as_pages(rows, page_size) for rows in new)
-    pages = keys.shape[1]
-    index = jnp.arange(len(tokens.position), dtype=jnp.int32)
-    local = QueryTokens(
-        query=tokens.query,
-        position=jnp.where(tokens.position >= 0, index, -1),
-        table=jnp.arange(pages, dtype=jnp.int32),
-        end=jnp.int32(len(index)),
-    )
-    call, options = AttentionCall(local, keys, values), dataclasses.replace(options, num_pages=pages)
+    """Return the causal attention of a call's queries to its new tokens; a decode row sees its own alone."""
+    if isinstance(new, NewRows):
+        return _attend_new_rows(tokens, new, options)
+    pages, page_size = new.keys.shape[1:3]
+    end = jnp.full(len(new.table), pages * page_size, jnp.int32)
+    local = dataclasses.replace(tokens, position=new.place, table=new.table, end=end)
+    call, options = AttentionCall(local, new.keys, new.values), dataclasses.replace(options, num_pages=pages)
     if backend in ("xla", "reference"):  # which take any call
         out, lse = _backends.attend_by_name(backend, call, options)
     else:
         out, lse = _backends.attend(call, options)
-    is_right = are_consecutive(tokens.position) | (tokens.position < 0)
+    is_right = jnp.repeat(new.is_right, tokens.run_length) | (tokens.position < 0)
     return Partial(jnp.where(is_right[:, None, None], out, jnp.nan), lse)
 
 
-def _as_pages(rows: jax.Array, page_size: int) -> jax.Array:
+def as_pages(rows: jax.Array, page_size: int) -> jax.Array:
     """Return rows [tokens, kv_heads, head_dim] as plain pages [kv_heads, pages, page_size, head_dim]."""
     rows = pad_to_multiple(rows, page_size, 0).swapaxes(0, 1)
     return rows.reshape(rows.shape[0], -1, page_size, rows.shape[2])
 
 
-def _attend_new_decodes(tokens: QueryTokens, new: NewTokens, options: Options) -> Partial:
+def _attend_new_rows(tokens: QueryTokens, new: NewRows, options: Options) -> Partial:
     """Return the attention of each decode row to its own token alone."""
     rows, q_heads, head_dim = tokens.query.shape
     kv_heads = new.key.shape[1]

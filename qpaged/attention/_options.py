@@ -1,9 +1,16 @@
 """The call that a backend gets: the options, the query tokens, and the masks that follow from both."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+
+from qpaged.pools import Pages
+
+Result = TypeVar("Result")
 
 # The score of a masked slot: below every real score, but finite, so that differences of scores are no NaN.
 MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -79,13 +86,15 @@ class Options:
 
 @dataclass(frozen=True)
 class QueryTokens:
-    """Queries of one kind: the tokens of one sequence's prefill, or one decode row per sequence.
+    """Queries in runs of one length: a run's are of one sequence.
+
+    A prefill is one run, and decode rows are runs of one token.
 
     Attributes:
-        query: [tokens, q_heads, head_dim].
-        position: [tokens] int32; negative for padding and inactive rows, whose output is zeros.
-        table: the page table, [pages] int32 for a prefill and [tokens, pages] for decode rows.
-        end: the first slot that no query sees, [] int32 for a prefill and [tokens] for decode rows.
+        query: [runs * run_length, q_heads, head_dim].
+        position: [runs * run_length] int32; negative for padding and inactive rows, whose output is zeros.
+        table: [runs, pages] int32, the page table of each run's sequence.
+        end: [runs] int32, the first slot that no query of the run sees.
     """
 
     query: jax.Array
@@ -94,9 +103,25 @@ class QueryTokens:
     end: jax.Array
 
     @property
-    def is_prefill(self) -> bool:
-        """True if all tokens are of one sequence."""
-        return self.table.ndim == 1
+    def run_length(self) -> int:
+        """Tokens of a run."""
+        return len(self.query) // len(self.table)
+
+    def by_run(self, of_tokens: jax.Array) -> jax.Array:
+        """Return something of each token [tokens, ...] as [runs, run_length, ...]."""
+        return of_tokens.reshape(len(self.table), self.run_length, *of_tokens.shape[1:])
+
+
+@functools.lru_cache(maxsize=256)
+def with_options(
+    attend: Callable[[QueryTokens, Pages, Pages, Options], Result], options: Options
+) -> Callable[[QueryTokens, Pages, Pages], Result]:
+    """Return the same function object for the same options, so that JAX traces it once."""
+
+    def attend_with_options(tokens: QueryTokens, keys: Pages, values: Pages) -> Result:
+        return attend(tokens, keys, values, options)
+
+    return attend_with_options
 
 
 jax.tree_util.register_dataclass(

@@ -17,28 +17,28 @@ from qpaged.pools import Pages, gather_slots
 
 def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token over its sequence's pages."""
-    if tokens.is_prefill:
-        return _attend_sequence(tokens, keys, values, options)
 
-    def attend_row(row: QueryTokens) -> Partial:
-        as_sequence = QueryTokens(row.query[None], row.position[None], row.table, row.end)
-        out, lse = _attend_sequence(as_sequence, keys, values, options)
-        return Partial(out[0], lse[0])
+    def attend_run(query: jax.Array, position: jax.Array, table: jax.Array, end: jax.Array) -> Partial:
+        return _attend_run(query, position, table, end, keys, values, options)
 
-    return jax.vmap(attend_row)(tokens)
+    query, position = tokens.by_run(tokens.query), tokens.by_run(tokens.position)
+    out, lse = jax.vmap(attend_run)(query, position, tokens.table, tokens.end)
+    return Partial(out.reshape(tokens.query.shape), lse.reshape(tokens.query.shape[:2]))
 
 
-def _attend_sequence(
-    tokens: QueryTokens,
+def _attend_run(
+    query: jax.Array,  # [tokens, q_heads, head_dim]
+    position: jax.Array,  # [tokens]
+    table: jax.Array,  # [pages]
+    end: jax.Array,  # []
     keys: Pages,  # [kv_heads, num_pages, page_size, head_dim]
     values: Pages,
     options: Options,
 ) -> Partial:
     """Return the attention of queries over one sequence."""
-    query, table = tokens.query, tokens.table
     kv_heads, _, page_size, _ = keys.shape
     q_heads_per_kv = query.shape[1] // kv_heads
-    mask = options.attention_mask(tokens.position, tokens.end, table, 0, page_size)  # [tokens, slots]
+    mask = options.attention_mask(position, end, table, 0, page_size)  # [tokens, slots]
     table = options.visible_pages(table, mask)
     k = to_float32(gather_slots(keys, table))  # [kv_heads, slots, head_dim]
     v = to_float32(mask_slots(gather_slots(values, table), mask.any(axis=0)))

@@ -10,11 +10,13 @@ from qpaged._compat import PALLAS_TPU_JAX, newer_jax_needed
 from qpaged.arrays import LANES, common_dtype, compute_dtype
 from qpaged.arrays._lane_rows import count_slots_per_row
 from qpaged.attention._layout import (
+    join_runs,
     mesh_refusal,
     pad_to_multiple,
     pool_refusal,
     stored_scales,
     tile_query,
+    tile_runs,
     untile_rows,
     visible_range,
 )
@@ -76,32 +78,35 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
     if dtype != jnp.bfloat16:
         dtype = jnp.float32
     tokens = dataclasses.replace(tokens, query=tokens.query.astype(dtype))
-    if tokens.is_prefill:
-        return _call_kernel(tokens, keys, values, options)
-    rows = len(tokens.query)
-    rows_per_call = _rows_per_call(tokens, keys, values)
-    if rows_per_call == rows:
+    count = len(tokens.query)
+    runs_per_call = _runs_per_call(tokens, keys, values)
+    if runs_per_call == len(tokens.table):
         return _call_kernel(tokens, keys, values, options)
 
     def attend_chunk(chunk: QueryTokens) -> Partial:
         return _call_kernel(chunk, keys, values, options)
 
-    padded = QueryTokens(
-        pad_to_multiple(tokens.query, rows_per_call, 0),
-        pad_to_multiple(tokens.position, rows_per_call, -1),
-        pad_to_multiple(tokens.table, rows_per_call, 0),
-        pad_to_multiple(tokens.end, rows_per_call, 0),
+    tokens_per_call = runs_per_call * tokens.run_length
+    chunks = QueryTokens(
+        _chunks(tokens.query, tokens_per_call, 0),
+        _chunks(tokens.position, tokens_per_call, -1),
+        _chunks(tokens.table, runs_per_call, 0),
+        _chunks(tokens.end, runs_per_call, 0),
     )
-    chunks = jax.tree_util.tree_map(lambda x: x.reshape(-1, rows_per_call, *x.shape[1:]), padded)
-    out, lse = lax.map(attend_chunk, chunks)  # [chunks, rows_per_call, ...]
-    return Partial(out.reshape(-1, *out.shape[2:])[:rows], lse.reshape(-1, *lse.shape[2:])[:rows])
+    out, lse = lax.map(attend_chunk, chunks)  # [chunks, tokens_per_call, ...]
+    return Partial(out.reshape(-1, *out.shape[2:])[:count], lse.reshape(-1, *lse.shape[2:])[:count])
 
 
-def _rows_per_call(tokens: QueryTokens, keys: Pages, values: Pages) -> int:
-    """Return the decode rows whose page tables and scales one call of the kernel holds, at least one."""
-    rows, table_pages = tokens.table.shape
+def _chunks(array: jax.Array, size: int, fill: int) -> jax.Array:
+    """Return an array [n, ...] as [chunks, size, ...], the last one filled up."""
+    return pad_to_multiple(array, size, fill).reshape(-1, size, *array.shape[1:])
+
+
+def _runs_per_call(tokens: QueryTokens, keys: Pages, values: Pages) -> int:
+    """Return the runs whose page tables and scales one call of the kernel holds, at least one."""
+    runs, table_pages = tokens.table.shape
     scale_bytes = max(1, _scale_bytes(keys, table_pages) + _scale_bytes(values, table_pages))
-    return max(1, min(rows, TABLE_ENTRIES // table_pages, SCALE_BYTES // scale_bytes))
+    return max(1, min(runs, TABLE_ENTRIES // table_pages, SCALE_BYTES // scale_bytes))
 
 
 def _scale_bytes(pool: Pages, pages: int) -> int:
@@ -118,17 +123,16 @@ def _call_kernel(tokens: QueryTokens, keys: Pages, values: Pages, options: Optio
 
     k_layout, v_layout = TPULayout.of(keys), TPULayout.of(values)
     kv_heads, _, page_size, _ = keys.shape
-    num_tokens, q_heads, _ = tokens.query.shape
-    q_heads_per_kv = q_heads // kv_heads
+    q_heads_per_kv = tokens.query.shape[1] // kv_heads
     kv_tile = _kv_tile(kv_heads, k_layout, v_layout)
     assert kv_tile is not None  # call_refusal says so
     q_tile = 1
-    if tokens.is_prefill:
+    if tokens.run_length > 1:
         q_tile = _q_tile(kv_heads, q_heads_per_kv, k_layout, v_layout)
-    query = pad_to_multiple(tokens.query, q_tile, 0)
-    position = pad_to_multiple(tokens.position, q_tile, -1)
-    num_q_tiles = len(position) // q_tile
-    table = pad_to_multiple(jnp.atleast_2d(tokens.table), kv_tile // page_size, options.num_pages, axis=1)
+    query, position = tile_runs(tokens, q_tile)
+    num_q_tiles = len(position)
+    tiles_per_run = num_q_tiles // len(tokens.table)
+    table = pad_to_multiple(tokens.table, kv_tile // page_size, options.num_pages, axis=1)
     call = _tpu_refs.TPUCall(
         keys=k_layout,
         values=v_layout,
@@ -138,23 +142,23 @@ def _call_kernel(tokens: QueryTokens, keys: Pages, values: Pages, options: Optio
         q_heads_per_kv=q_heads_per_kv,
         pages_per_tile=kv_tile // page_size,
         table_pages=table.shape[1],
-        one_sequence=tokens.is_prefill,
+        tiles_per_run=tiles_per_run,
     )
-    visible = visible_range(position.reshape(num_q_tiles, q_tile), tokens.end, options.sliding_window)
-    query = k_layout.repeat_for_slots(tile_query(query, q_tile, kv_heads)).swapaxes(2, 3)
+    visible = visible_range(position, jnp.repeat(tokens.end, tiles_per_run), options.sliding_window)
+    query = k_layout.repeat_for_slots(tile_query(query, kv_heads)).swapaxes(2, 3)
     k_scales = k_layout.gather_scales(keys, table, call.pages_per_tile)
     v_scales = v_layout.gather_scales(values, table, call.pages_per_tile)
     out, lse = _tpu_kernel.attend(
         call,
         visible.reshape(-1),
-        position,
+        position.reshape(-1),
         table.reshape(-1),
         query,
         _tpu_refs.HBMPool(k_layout.page_rows_of(keys), k_scales),
         _tpu_refs.HBMPool(v_layout.page_rows_of(values), v_scales),
     )
     out = v_layout.sum_over_slots(out.swapaxes(2, 3))  # [num_q_tiles, kv_heads, q_rows, head_dim]
-    return Partial(untile_rows(out, q_tile)[:num_tokens], untile_rows(lse, q_tile)[:num_tokens])
+    return join_runs(Partial(untile_rows(out, q_tile), untile_rows(lse, q_tile)), tokens)
 
 
 def _kv_tile(kv_heads: int, k_layout: TPULayout, v_layout: TPULayout) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
@@ -35,7 +36,7 @@ class TPUCall:
         q_heads_per_kv: query heads of a KV head.
         pages_per_tile: pages of a tile of keys and values.
         table_pages: entries of a row of the page table, a multiple of ``pages_per_tile``.
-        one_sequence: True if all query tiles are of one sequence, the page table's only row.
+        tiles_per_run: query tiles that read one row of the page table, one after another.
     """
 
     keys: TPULayout
@@ -46,7 +47,7 @@ class TPUCall:
     q_heads_per_kv: int
     pages_per_tile: int
     table_pages: int
-    one_sequence: bool
+    tiles_per_run: int
 
     @property
     def q_rows(self) -> int:
@@ -263,7 +264,9 @@ class Refs:
 
     def sequence(self, q_tile_index: jax.Array) -> Index:
         """Return the row of the page table that a query tile reads."""
-        return 0 if self.call.one_sequence else q_tile_index
+        if self.call.tiles_per_run == self.call.num_q_tiles:
+            return 0
+        return lax.div(q_tile_index, jnp.int32(self.call.tiles_per_run))
 
 
 @dataclass(frozen=True)

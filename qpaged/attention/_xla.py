@@ -5,9 +5,6 @@ slots, only those that its positions see. On GPUs, where a loop's step must have
 tiles are taken at a step: see :mod:`qpaged.attention._xla_lanes`.
 """
 
-import functools
-from collections.abc import Callable
-
 import jax
 from jax import lax
 
@@ -16,8 +13,9 @@ from qpaged._platforms import by_platform
 from qpaged.attention import _xla_lanes, _xla_tiles
 from qpaged.attention._layout import pad_to_multiple
 from qpaged.attention._merge import Partial
-from qpaged.attention._options import Options, QueryTokens, ungroup_query_heads
+from qpaged.attention._options import Options, QueryTokens, ungroup_query_heads, with_options
 from qpaged.attention._xla_tiles import (
+    QueryTile,
     SoftmaxState,
     XLACall,
     join_tiles,
@@ -31,28 +29,16 @@ from qpaged.pools import Pages
 
 def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token over its sequence's pages."""
-    in_lanes = _with_options(_xla_lanes.attend, options)
+    in_lanes = with_options(_xla_lanes.attend, options)
     return by_platform(
         tokens,
         keys,
         values,
-        default=_with_options(attend_in_turn, options),
+        default=with_options(attend_in_turn, options),
         partitionable=True,
         cuda=in_lanes,
         rocm=in_lanes,
     )
-
-
-@functools.lru_cache(maxsize=256)
-def _with_options(
-    attend: Callable[[QueryTokens, Pages, Pages, Options], Partial], options: Options
-) -> Callable[[QueryTokens, Pages, Pages], Partial]:
-    """Return the same function object for the same options, so that JAX traces it once."""
-
-    def attend_with_options(tokens: QueryTokens, keys: Pages, values: Pages) -> Partial:
-        return attend(tokens, keys, values, options)
-
-    return attend_with_options
 
 
 def attend_in_turn(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
@@ -61,13 +47,10 @@ def attend_in_turn(tokens: QueryTokens, keys: Pages, values: Pages, options: Opt
     table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=-1)
     call = XLACall(keys, values, options, pages_per_tile)
 
-    def attend_tile(tile: tuple[jax.Array, ...]) -> Partial:
-        return _attend_q_tile(call, *tile, *((table, tokens.end) if tokens.is_prefill else ()))
+    def attend_tile(tile: QueryTile) -> Partial:
+        return _attend_q_tile(call, tile.query, tile.position, table[tile.run], tokens.end[tile.run])
 
-    tiles = split_queries(tokens)
-    return join_tiles(
-        lax.map(attend_tile, tiles if tokens.is_prefill else (*tiles, table, tokens.end)), tokens
-    )
+    return join_tiles(lax.map(attend_tile, split_queries(tokens)), tokens)
 
 
 def _attend_q_tile(

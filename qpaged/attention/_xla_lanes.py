@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged._compat import vary_like
+from qpaged.attention import _xla_tiles
 from qpaged.attention._layout import pad_to_multiple
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import MASK_VALUE, Options, QueryTokens, ungroup_query_heads
 from qpaged.attention._xla_tiles import (
+    QueryTile,
     SoftmaxState,
     XLACall,
     join_tiles,
@@ -28,31 +30,33 @@ from qpaged.pools import Pages
 SLOTS_PER_STEP = 2**16  # of all lanes, in a decode: some fifty megabytes of codes
 DECODE_LANES = 256
 PREFILL_LANES = 16  # of up to 128 queries each
-PREFILL_KV_TILE = 256
 
 
 def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token over its sequence's pages."""
-    query, position = split_queries(tokens)
-    page_size, table_pages = keys.shape[2], tokens.table.shape[-1]
-    if tokens.is_prefill:
-        lanes, pages_per_tile = PREFILL_LANES, max(1, min(PREFILL_KV_TILE // page_size, table_pages))
+    tiles = split_queries(tokens)
+    count, page_size, table_pages = len(tiles.query), keys.shape[2], tokens.table.shape[1]
+    if tokens.run_length > 1:
+        lanes, pages_per_tile = PREFILL_LANES, max(1, min(_xla_tiles.KV_TILE // page_size, table_pages))
     else:
-        lanes, pages_per_tile = decode_lanes(len(query), table_pages, page_size)
-    table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=-1)
+        lanes, pages_per_tile = decode_lanes(count, table_pages, page_size)
+    table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=1)
     call = XLACall(keys, values, options, pages_per_tile)
-    if not tokens.is_prefill:
-        return join_tiles(_attend_q_tiles(call, lanes, query, position, table, tokens.end), tokens)
 
-    def attend_some(tiles: tuple[jax.Array, jax.Array]) -> Partial:
-        count = len(tiles[0])
-        tables = jnp.broadcast_to(table, (count, *table.shape))
-        return _attend_q_tiles(call, lanes, *tiles, tables, jnp.broadcast_to(tokens.end, count))
+    def attend_some(tiles: QueryTile) -> Partial:
+        return _attend_q_tiles(
+            call, lanes, tiles.query, tiles.position, table[tiles.run], tokens.end[tiles.run]
+        )
 
-    at_once = min(lanes, len(query))
-    some = (pad_to_multiple(part, at_once, fill) for part, fill in ((query, 0), (position, -1)))
-    out, lse = lax.map(attend_some, tuple(part.reshape(-1, at_once, *part.shape[1:]) for part in some))
-    return join_tiles(Partial(*(part.reshape(-1, *part.shape[2:]) for part in (out, lse))), tokens)
+    at_once = min(lanes, count)
+    if at_once == count:
+        return join_tiles(attend_some(tiles), tokens)
+    padded = (
+        pad_to_multiple(part, at_once, fill) for part, fill in zip(tiles, (0, -1, 0), strict=True)
+    )  # of queries, positions and runs
+    in_turn = QueryTile(*(part.reshape(-1, at_once, *part.shape[1:]) for part in padded))
+    partials = lax.map(attend_some, in_turn)  # [turns, at_once, tokens, ...]
+    return join_tiles(Partial(*(part.reshape(-1, *part.shape[2:])[:count] for part in partials)), tokens)
 
 
 def decode_lanes(rows: int, table_pages: int, page_size: int) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged.arrays import compute_dtype, dot, mask_slots
-from qpaged.attention._layout import pad_to_multiple, visible_range
+from qpaged.attention._layout import join_runs, tile_runs, visible_range
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import MASK_VALUE, Options, QueryTokens, group_query_heads
 from qpaged.pools import Pages, gather_slots
@@ -64,18 +64,30 @@ class SoftmaxState(NamedTuple):
         return type(self)(row_max, row_sum, self.acc * alpha[..., None] + other.acc * beta[..., None])
 
 
-def split_queries(tokens: QueryTokens) -> tuple[jax.Array, jax.Array]:
-    """Return queries and positions of query tiles, [q_tiles, tokens, ...]; a decode's have one row each."""
-    q_tile = min(Q_TILE, len(tokens.query)) if tokens.is_prefill else 1
-    query = pad_to_multiple(tokens.query, q_tile, 0)
-    position = pad_to_multiple(tokens.position, q_tile, -1)
-    return query.reshape(-1, q_tile, *query.shape[1:]), position.reshape(-1, q_tile)
+class QueryTile(NamedTuple):
+    """Query tiles, or one: what is of each tile alone, and which run it is a part of.
+
+    Attributes:
+        query: [..., tokens, q_heads, head_dim].
+        position: [..., tokens].
+        run: [...] int32.
+    """
+
+    query: jax.Array
+    position: jax.Array
+    run: jax.Array
+
+
+def split_queries(tokens: QueryTokens) -> QueryTile:
+    """Return the query tiles of all runs, [q_tiles, ...]."""
+    query, position = tile_runs(tokens, min(Q_TILE, tokens.run_length))
+    runs = len(tokens.table)
+    return QueryTile(query, position, jnp.repeat(jnp.arange(runs, dtype=jnp.int32), len(query) // runs))
 
 
 def join_tiles(partials: Partial, tokens: QueryTokens) -> Partial:
     """Return the partials of query tiles, [q_tiles, tokens, q_heads, ...], as one of all tokens."""
-    out, lse = (part.reshape(-1, *part.shape[2:])[: len(tokens.query)] for part in partials)
-    return Partial(out, lse)
+    return join_runs(Partial(*(part.reshape(-1, *part.shape[2:]) for part in partials)), tokens)
 
 
 class Weighed(NamedTuple):
@@ -115,6 +127,6 @@ def sum_kv_tile(call: XLACall, tile: Weighed) -> SoftmaxState:
 
 def visible_kv_tiles(call: XLACall, position: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the first tile of slots that any query of a query tile sees, and one past the last."""
-    first_slot, last_slot = visible_range(position[None], end, call.options.sliding_window)[0]
+    first_slot, last_slot = visible_range(position[None], end[None], call.options.sliding_window)[0]
     slots = jnp.int32(call.kv_tile)
     return lax.div(first_slot, slots), lax.div(last_slot + slots, slots)

@@ -13,8 +13,8 @@ class DroppedToken:
     """A token that a write drops.
 
     Attributes:
-        mode: "prefill" or "decode".
-        index: of the token in the prefill, or of its row in the decode.
+        mode: "prefill", "decode" or "ragged".
+        index: of the token in the prefill or the ragged batch, or of its row in the decode.
         position: where it was to go.
         reason: why it goes nowhere.
     """
@@ -29,7 +29,7 @@ class DroppedToken:
 
 
 def dropped_tokens(step: PagedAttentionMetadata, metadata: PagedAttentionCacheMetaData) -> list[DroppedToken]:
-    """Return the tokens of a step that a write drops, in order; the padding of a prefill is left out.
+    """Return the tokens of a step that a write drops, in order; padding is left out.
 
         print(*qpaged.dropped_tokens(step, cache.metadata), sep="\\n")
 
@@ -41,14 +41,20 @@ def dropped_tokens(step: PagedAttentionMetadata, metadata: PagedAttentionCacheMe
         metadata: that of the cache, which has the size and the number of its pages.
     """
     dropped: list[DroppedToken] = []
-    if not step.is_decode_mode():
+    if np.ndim(step.prefill_position):
         position, table = np.asarray(step.prefill_position), np.asarray(step.prefill_page_table)
         for index in range(min(int(np.asarray(step.prefill_length)), len(position))):
             dropped += _dropped("prefill", index, int(position[index]), table, metadata)
-    if not step.is_prefill_mode():
+    if np.ndim(step.decodes_position):
         position, tables = np.asarray(step.decodes_position), np.asarray(step.decodes_page_table)
         for index, table in enumerate(tables):
             dropped += _dropped("decode", index, int(position[index]), table, metadata)
+    ragged = step.ragged_tokens()
+    if ragged is not None:
+        position, tables, starts = map(np.asarray, ragged)
+        for sequence, table in enumerate(tables):
+            for index in range(starts[sequence], starts[sequence + 1]):
+                dropped += _dropped("ragged", index, int(position[index]), table, metadata)
     return dropped
 
 

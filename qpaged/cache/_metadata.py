@@ -2,22 +2,27 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from qpaged._arguments import check_type
+from qpaged._arguments import check_type, shown
 from qpaged.arrays import clip_to_int32
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._slot_mapping import as_indices
+from qpaged.cache._step_tokens import StepTokens
+
+ABSENT = np.int32(0)  # in place of the arrays of a mode that a step is not in, of shape ()
 
 
 @dataclass(frozen=True)
 class PagedAttentionMetadata(Serializable):
-    """One step's positions and page tables, for a prefill, a decode, or both (by the constructor itself).
+    """One step's positions and page tables: of a prefill, of a decode, or of a ragged batch, which has both.
+
+    The constructor itself makes a prefill and a decode in one, as it always did.
 
     Token at position p of a sequence lies in slot p mod page_size of page page_table[p // page_size]. The
     index ``num_pages_per_layer`` (one past the last) in a table means "no page". Any index out of range is
@@ -30,13 +35,25 @@ class PagedAttentionMetadata(Serializable):
         decodes_position: (batch,) int32; where each row's token goes; negative for an inactive row. () if not
             in decode.
         decodes_page_table: (batch, pages_per_sequence) int32; each row's pages. () if not in decode.
+        ragged_position: (tokens,) int32; where each token of a ragged batch goes, negative for inactive ones.
+            () if there is none.
+        ragged_page_tables: (sequences, pages_per_sequence) int32; each sequence's pages. () likewise.
+        ragged_starts: (sequences + 1,) int32; the first token of each sequence, and one past the last token
+            of all. () likewise.
     """
+
+    later_fields: ClassVar[frozenset[str]] = frozenset(
+        {"ragged_position", "ragged_page_tables", "ragged_starts"}
+    )
 
     prefill_length: ArrayLike
     prefill_position: ArrayLike
     prefill_page_table: ArrayLike
     decodes_position: ArrayLike
     decodes_page_table: ArrayLike
+    ragged_position: ArrayLike = ABSENT
+    ragged_page_tables: ArrayLike = ABSENT
+    ragged_starts: ArrayLike = ABSENT
 
     def __post_init__(self) -> None:
         # A jitted function would take host integers of 64 bits modulo 2^32. Those beyond int32 become its
@@ -53,9 +70,7 @@ class PagedAttentionMetadata(Serializable):
             if isinstance(value, list):
                 raise ValueError(f"{field.name} must be an array of integers, but a list came.")
             as_indices(field.name, value)
-        # Both check the shapes of what they return.
-        self.prefill_tokens()
-        self.decodes_tokens()
+        self.steps()  # which checks the shapes of what it returns
 
     @classmethod
     def prefill(cls, *, position: ArrayLike, page_table: ArrayLike, length: ArrayLike | None = None) -> Self:
@@ -102,8 +117,49 @@ class PagedAttentionMetadata(Serializable):
         )
 
     @classmethod
+    def ragged(cls, *, position: ArrayLike, page_tables: ArrayLike, starts: ArrayLike) -> Self:
+        """Return the metadata of any number of sequences with any number of tokens each.
+
+        Whole prompts, chunks of prompts, decodes and drafts go through one call of
+        :meth:`PagedAttentionCacheView.write_to_cache` and one of :func:`paged_attention`. Compiled programs
+        depend on the three shapes alone: fill up tokens and sequences to a few sizes.
+
+            # A prompt of 5 tokens, a decode at position 40, and room for a third sequence and 2 more tokens.
+            PagedAttentionMetadata.ragged(
+                position=[0, 1, 2, 3, 4, 40, 0, 0], page_tables=page_tables, starts=[0, 5, 6, 6]
+            )
+
+        Args:
+            position: (tokens,) integers; where each token goes, those of one sequence after another.
+            page_tables: (sequences, pages_per_sequence) integers; each sequence's pages in order.
+            starts: (sequences + 1,) integers, ascending from 0: sequence i has the tokens from starts[i] to
+                starts[i + 1] - 1, or none. Tokens from starts[-1] on are padding.
+
+        Raises:
+            TypeError: not integers. ValueError: another number of axes or of sequences, or starts that are
+                known and do not ascend from 0 to at most the number of tokens.
+        """
+        position = _shaped("position", position, "(tokens,)", 1)
+        page_tables = _shaped("page_tables", page_tables, "(sequences, pages_per_sequence)", 2)
+        known = starts
+        starts = _shaped("starts", starts, "(sequences + 1,)", 1)
+        _check_starts("", starts, page_tables)
+        if not isinstance(known, jax.core.Tracer):
+            _check_ascending(np.asarray(known), len(position))
+        return cls(
+            prefill_length=jnp.int32(0),
+            prefill_position=_absent(),
+            prefill_page_table=_absent(),
+            decodes_position=_absent(),
+            decodes_page_table=_absent(),
+            ragged_position=position,
+            ragged_page_tables=page_tables,
+            ragged_starts=starts,
+        )
+
+    @classmethod
     def init_empty(cls) -> Self:
-        """Return a placeholder in which both modes are True, and which writes and attends to nothing."""
+        """Return a placeholder, in which the prefill and the decode mode are True and nothing is written."""
         return cls(
             prefill_length=jnp.int32(0),
             prefill_position=_absent(),
@@ -113,12 +169,12 @@ class PagedAttentionMetadata(Serializable):
         )
 
     def prefill_tokens(self) -> tuple[jax.Array, jax.Array] | None:
-        """Return (position, page_table) of the prefill, padding at negative positions; None in a decode.
+        """Return (position, page_table) of the prefill, padding at negative positions; None without one.
 
         Raises:
             TypeError, ValueError: fields of other kinds or shapes than the class says.
         """
-        if self.is_decode_mode():
+        if np.ndim(self.prefill_position) == 0:
             return None
         position = _shaped("prefill_position", self.prefill_position, "(padded_len,)", 1)
         length = _shaped("prefill_length", self.prefill_length, "()", 0)
@@ -127,31 +183,66 @@ class PagedAttentionMetadata(Serializable):
         return jnp.where(is_token, position, -1), table
 
     def decodes_tokens(self) -> tuple[jax.Array, jax.Array] | None:
-        """Return (position, page_table) of the decode, int32; None in a prefill.
+        """Return (position, page_table) of the decode, int32; None without one.
 
         Raises:
             TypeError, ValueError: fields of other kinds or shapes than the class says.
         """
-        if self.is_prefill_mode():
+        if np.ndim(self.decodes_position) == 0:
             return None
         position = _shaped("decodes_position", self.decodes_position, "(batch,)", 1)
         table = _shaped("decodes_page_table", self.decodes_page_table, "(batch, pages_per_sequence)", 2)
         _check_batch("decodes_", position, table)
         return position, table
 
+    def ragged_tokens(self) -> tuple[jax.Array, jax.Array, jax.Array] | None:
+        """Return (position, page_tables, starts) of the ragged batch, int32; None without one.
+
+        Raises:
+            TypeError, ValueError: fields of other kinds or shapes than the class says.
+        """
+        if not self.is_ragged_mode():
+            return None
+        position = _shaped("ragged_position", self.ragged_position, "(tokens,)", 1)
+        tables = _shaped("ragged_page_tables", self.ragged_page_tables, "(sequences, pages_per_sequence)", 2)
+        starts = _shaped("ragged_starts", self.ragged_starts, "(sequences + 1,)", 1)
+        _check_starts("ragged_", starts, tables)
+        return position, tables, starts
+
+    def steps(self) -> list[StepTokens]:
+        """Return the tokens of the prefill, of the decode and of the ragged batch, as there are.
+
+        Raises:
+            TypeError, ValueError: fields of other kinds or shapes than the class says.
+        """
+        steps = []
+        prefill, decode, ragged = self.prefill_tokens(), self.decodes_tokens(), self.ragged_tokens()
+        if prefill is not None:
+            position, table = prefill
+            steps.append(StepTokens(position, table[None]))
+        if decode is not None:
+            steps.append(StepTokens(*decode))
+        if ragged is not None:
+            steps.append(StepTokens(*ragged))
+        return steps
+
     def is_prefill_mode(self) -> bool:
-        """Return True if there is no decode: its arrays have shape (). True of a placeholder, too."""
-        return np.ndim(self.decodes_position) == 0
+        """Return True if there is neither a decode nor a ragged batch. True of a placeholder, too."""
+        return np.ndim(self.decodes_position) == 0 and not self.is_ragged_mode()
 
     def is_decode_mode(self) -> bool:
-        """Return True if there is no prefill: its arrays have shape (). True of a placeholder, too."""
-        return np.ndim(self.prefill_position) == 0
+        """Return True if there is neither a prefill nor a ragged batch. True of a placeholder, too."""
+        return np.ndim(self.prefill_position) == 0 and not self.is_ragged_mode()
+
+    def is_ragged_mode(self) -> bool:
+        """Return True if there is a ragged batch."""
+        return np.ndim(self.ragged_position) != 0
 
 
 def check_step(metadata: object) -> None:
     """Raise TypeError unless ``metadata`` is that of a step."""
     rule = "a qpaged.PagedAttentionMetadata"
-    advice = "PagedAttentionMetadata.prefill and .decode make it"
+    advice = "PagedAttentionMetadata.prefill, .decode and .ragged make it"
     check_type("metadata", metadata, PagedAttentionMetadata, rule, advice)
 
 
@@ -171,6 +262,23 @@ def _check_batch(prefix: str, position: jax.Array, page_table: jax.Array) -> Non
         )
 
 
+def _check_starts(prefix: str, starts: jax.Array, page_tables: jax.Array) -> None:
+    if len(starts) != len(page_tables) + 1:
+        raise ValueError(
+            f"{prefix}starts must have one entry more than {prefix}page_tables has rows, but came with "
+            f"{len(starts)} for {len(page_tables)}; the last is one past the last token."
+        )
+
+
+def _check_ascending(starts: np.ndarray, tokens: int) -> None:
+    """Raise unless starts divide so many tokens; once they are traced, nobody can."""
+    if starts[0] != 0 or starts[-1] > tokens or (np.diff(starts.astype(np.int64)) < 0).any():
+        raise ValueError(
+            f"starts must ascend from 0 to at most the number of tokens, {tokens}, but came as "
+            f"{shown(starts.tolist())}; fill it up with its last entry."
+        )
+
+
 def _absent() -> jax.Array:
     """Return what stands for the arrays of a mode that a step is not in, of shape ()."""
     return jnp.int32(0)
@@ -184,6 +292,9 @@ jax.tree_util.register_dataclass(
         "prefill_page_table",
         "decodes_position",
         "decodes_page_table",
+        "ragged_position",
+        "ragged_page_tables",
+        "ragged_starts",
     ],
     meta_fields=[],
 )

@@ -35,6 +35,8 @@ class Serializable:
     """A frozen dataclass that becomes a dictionary or JSON and back, bit for bit."""
 
     _classes: ClassVar[dict[str, type["Serializable"]]] = {}
+    later_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that records of earlier versions of qpaged lack; they then have their defaults."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -135,8 +137,9 @@ class _Reader:
             )
         given = {name: value for name, value in data.items() if name not in ("type", "version")}
         known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if given.keys() != known:
-            differences = {"lacks": known - given.keys(), "has unknown": given.keys() - known}
+        missing = known - cls.later_fields - given.keys()
+        if missing or given.keys() - known:
+            differences = {"lacks": missing, "has unknown": given.keys() - known}
             faults = [
                 f"{fault} {', '.join(sorted(map(str, names)))}"
                 for fault, names in differences.items()

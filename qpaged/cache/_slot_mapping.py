@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 
 from qpaged._arguments import shown
 from qpaged.arrays import clip_to_int32
+from qpaged.cache._step_tokens import Members, StepTokens
 from qpaged.pools import SlotMapping
 
 
@@ -40,26 +41,26 @@ def _to_numpy(name: str, values: ArrayLike) -> np.ndarray:
     return array.astype(np.int32) if array.size == 0 else array  # an empty list is of floats to NumPy
 
 
-def slot_mapping(
-    position: jax.Array,  # [tokens] int32
-    page_table: jax.Array,  # [pages_per_sequence] of one sequence, or [tokens, pages_per_sequence], int32
-    page_size: int,
-    num_pages: int,
-) -> SlotMapping:
+def slot_mapping(step: StepTokens, page_size: int, num_pages: int) -> SlotMapping:
     """Return where tokens go: page = page_table[position // page_size], slot = position mod page_size.
 
     The page is ``num_pages``, one past the last, for a position that is negative or past the table, and for
     an entry that is not a page.
     """
+    position, table, starts = step
     logical_page, slot = position // page_size, position % page_size
-    pages_per_sequence = page_table.shape[-1]
-    if pages_per_sequence == 0:
-        return SlotMapping(jnp.full_like(position, num_pages), slot, logical_page, page_table)
-    inside = (position >= 0) & (logical_page < pages_per_sequence)
+    if not table.size:
+        return SlotMapping(jnp.full_like(position, num_pages), slot, logical_page, table)
+    inside, sequence = (position >= 0) & (logical_page < table.shape[1]), None
+    if starts is not None:
+        _, _, sequence, _, is_member = Members.of(starts, len(position))
+        inside &= is_member
     logical_page = jnp.where(inside, logical_page, 0)
-    if page_table.ndim == 1:
-        page = page_table[logical_page]
+    if len(table) == 1:
+        page = table[0, logical_page]
+    elif sequence is None:
+        page = jnp.take_along_axis(table, logical_page[:, None], axis=1)[:, 0]
     else:
-        page = jnp.take_along_axis(page_table, logical_page[:, None], axis=1)[:, 0]
+        page = table[sequence, logical_page]
     is_page = inside & (page >= 0) & (page < num_pages)
-    return SlotMapping(jnp.where(is_page, page, num_pages), slot, logical_page, page_table)
+    return SlotMapping(jnp.where(is_page, page, num_pages), slot, logical_page, table, sequence)

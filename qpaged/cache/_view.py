@@ -27,6 +27,7 @@ from qpaged.cache._scales import set_scales
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
 from qpaged.cache._slot_mapping import as_indices, slot_mapping
+from qpaged.cache._step_tokens import StepTokens
 from qpaged.implicit._tree import same_layout
 from qpaged.pools import Pages
 
@@ -150,9 +151,9 @@ class PagedAttentionCacheView(Serializable):
         check_step(metadata)
         tokens = metadata.prefill_tokens()
         if tokens is None:
-            return self._nothing_to_write("prefill", "a decode", metadata)
-        position, page_table = tokens
-        return self._write(key, value, position, page_table, "prefill_position")
+            return self._nothing_to_write("prefill", metadata)
+        position, table = tokens
+        return self._write(key, value, StepTokens(position, table[None]), "prefill_position")
 
     def write_decodes_to_cache(
         self, key: ArrayLike, value: ArrayLike, metadata: PagedAttentionMetadata
@@ -170,9 +171,37 @@ class PagedAttentionCacheView(Serializable):
         check_step(metadata)
         tokens = metadata.decodes_tokens()
         if tokens is None:
-            return self._nothing_to_write("decode", "a prefill", metadata)
-        position, page_table = tokens
-        return self._write(key, value, position, page_table, "decodes_position")
+            return self._nothing_to_write("decode", metadata)
+        return self._write(key, value, StepTokens(*tokens), "decodes_position")
+
+    def write_to_cache(self, key: ArrayLike, value: ArrayLike, metadata: PagedAttentionMetadata) -> Self:
+        """Return the view with the keys and values of all tokens of a step written, whatever its kind.
+
+        Args:
+            key: (tokens, kv_heads, head_dim) floats, in the order in which :func:`paged_attention` takes
+                queries.
+            value: (tokens, kv_heads, head_dim) floats.
+            metadata: of a ragged batch, of a prefill, of a decode, or of the last two.
+
+        Raises:
+            TypeError, ValueError: floats or shapes other than these.
+        """
+        check_step(metadata)
+        steps = metadata.steps()
+        if len(steps) == 1:
+            return self._write(key, value, steps[0], "tokens")
+        config = self.metadata
+        shape = (sum(len(step.position) for step in steps), config.num_kv_heads, config.kv_head_dim_size)
+        keys, values = (
+            _checked_rows("key", key, shape, "tokens"),
+            _checked_rows("value", value, shape, "tokens"),
+        )
+        view, start = self, 0
+        for step in steps:
+            here = slice(start, start + len(step.position))
+            view = view._write(keys[here], values[here], step, "tokens")
+            start = here.stop
+        return view
 
     def reset_pages(self, pages: ArrayLike) -> Self:
         """Return the view with these pages fresh: codes and scales cleared, in O(n).
@@ -277,30 +306,31 @@ class PagedAttentionCacheView(Serializable):
             "write_decodes_to_cache."
         )
 
-    def _nothing_to_write(self, mode: str, other: str, metadata: PagedAttentionMetadata) -> Self:
-        """Return the view unchanged for a placeholder; raise ValueError for metadata of the other mode."""
-        # Each says that the other mode is absent: a placeholder has neither.
-        if metadata.is_prefill_mode() and metadata.is_decode_mode():
+    def _nothing_to_write(self, mode: str, metadata: PagedAttentionMetadata) -> Self:
+        """Return the view unchanged for a placeholder; raise ValueError for metadata of another mode."""
+        if not metadata.steps():
             return self
+        other = "a decode" if mode == "prefill" else "a prefill"
+        if metadata.is_ragged_mode():
+            other = "a ragged batch"
         raise ValueError(
             f"metadata must be that of a {mode} (PagedAttentionMetadata.{mode}) for this write, but got that "
-            f"of {other}; is_prefill_mode() and is_decode_mode() tell them apart."
+            f"of {other}; write_to_cache takes any."
         )
 
     def _write(
         self,
         key: ArrayLike,  # [tokens, kv_heads, head_dim]
         value: ArrayLike,  # [tokens, kv_heads, head_dim]
-        position: jax.Array,  # [tokens]
-        page_table: jax.Array,  # [pages_per_sequence] or [tokens, pages_per_sequence]
+        step: StepTokens,
         position_name: str,
     ) -> Self:
         """Return the view with a row written for each token; ``position_name`` is for messages."""
         config = self.metadata
-        shape = (len(position), config.num_kv_heads, config.kv_head_dim_size)
+        shape = (len(step.position), config.num_kv_heads, config.kv_head_dim_size)
         keys = _checked_rows("key", key, shape, position_name)
         values = _checked_rows("value", value, shape, position_name)
-        mapping = slot_mapping(position, page_table, config.page_size, config.num_pages_per_layer)
+        mapping = slot_mapping(step, config.page_size, config.num_pages_per_layer)
         return self.replace(
             key_pages=pools.write_slots(self.key_pages, mapping, keys),
             value_pages=pools.write_slots(self.value_pages, mapping, values),

@@ -55,7 +55,7 @@ def decode_sequences(
 
 
 def ragged_sequences(view: PagedAttentionCacheView, metadata: PagedAttentionMetadata) -> RaggedSequences:
-    """Return the sequences of a prefill or a decode as ``tpu.ragged_paged_attention`` takes them.
+    """Return the sequences of a step as ``tpu.ragged_paged_attention`` takes them.
 
     The kernel takes the queries of a sequence as its last tokens, in order, and at least one slot for each
     sequence. Inactive rows and rows whose position is past the page table therefore get one slot, the first
@@ -63,29 +63,29 @@ def ragged_sequences(view: PagedAttentionCacheView, metadata: PagedAttentionMeta
 
     Args:
         view: the layer's pages.
-        metadata: a prefill whose positions ascend by one and lie on pages, or a decode.
+        metadata: of a ragged batch or a prefill, in which the positions of a sequence ascend by one and lie
+            on pages, or of a decode. Sequences of a ragged batch that have no tokens come last.
 
     Raises:
-        ValueError: the metadata is both or neither.
+        ValueError: the metadata is of a prefill and a decode in one, or of neither.
     """
-    prefill, decode = metadata.prefill_tokens(), metadata.decodes_tokens()
-    if (prefill is None) == (decode is None):
+    steps = metadata.steps()
+    if len(steps) != 1:
         raise ValueError(
-            f"metadata must be of a prefill or of a decode, but is {_mode(metadata)}; call the kernel once "
-            f"for each, with PagedAttentionMetadata.prefill and .decode."
+            f"metadata must be of a ragged batch, a prefill or a decode, but is {_mode(metadata)}; make both "
+            f"one with PagedAttentionMetadata.ragged, or call the kernel once for each."
         )
-    if decode is not None:
-        position, table = decode
+    position, table, starts = steps[0]
+    num_seqs = jnp.full((1,), len(table), jnp.int32)
+    if starts is not None:
+        num_seqs = (starts[1:] > starts[:-1]).sum(keepdims=True, dtype=jnp.int32)
+        position = jnp.append(position, -1)[jnp.where(starts[1:] > starts[:-1], starts[1:] - 1, -1)]
+    elif len(table) == len(position) and not metadata.is_prefill_mode():
         starts = jnp.arange(len(position) + 1, dtype=jnp.int32)
     else:
-        assert prefill is not None
-        token_positions, sequence_table = prefill
-        position = token_positions.max(keepdims=True, initial=-1)
-        table = sequence_table[None]
-        num_queries = (token_positions >= 0).sum(dtype=jnp.int32)
-        starts = jnp.stack([jnp.int32(0), num_queries])
+        starts = jnp.stack([jnp.int32(0), (position >= 0).sum(dtype=jnp.int32)])
+        position = position.max(keepdims=True, initial=-1)
     lengths = jnp.maximum(_lengths(view, position, table), 1)
-    num_seqs = jnp.full((1,), len(table), jnp.int32)
     return RaggedSequences(lengths, _page_indices(view, table), starts, num_seqs)
 
 
@@ -106,6 +106,8 @@ def _page_indices(view: PagedAttentionCacheView, table: jax.Array) -> jax.Array:
 
 def _mode(metadata: PagedAttentionMetadata) -> str:
     """Return what a step consists of, for messages."""
+    if metadata.is_ragged_mode():
+        return "of a ragged batch"
     if metadata.is_prefill_mode():
         return "of neither" if metadata.is_decode_mode() else "of a prefill"
     return "of a decode" if metadata.is_decode_mode() else "of a prefill and a decode"

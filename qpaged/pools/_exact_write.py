@@ -76,12 +76,11 @@ def _left_behind(
     A sequence leaves behind the pages before its newest ``window`` ones, but for its first ``sinks``.
     """
     assert mapping.logical_page is not None and mapping.page_table is not None  # as the pool has checked
-    if not mapping.page_table.shape[-1]:
+    if not mapping.page_table.size:
         return jnp.zeros(page.shape, bool), jnp.zeros(pool.capacity, bool)
     logical_page = jnp.where(page < pool.shape[1], mapping.logical_page, -1)
-    is_one_sequence = mapping.page_table.ndim == 1
-    newest = logical_page.max(keepdims=True) if is_one_sequence else logical_page  # [sequences]
-    table = jnp.atleast_2d(mapping.page_table)  # [sequences, pages]
+    table = mapping.page_table  # [sequences, pages]
+    newest = _newest(logical_page, mapping.sequence, len(table))
     place = jnp.arange(table.shape[1], dtype=jnp.int32)
     is_active = newest[:, None] >= 0
     is_before = is_active & (place >= pool.sinks) & (place <= newest[:, None] - pool.window)
@@ -89,6 +88,13 @@ def _left_behind(
     place_of_token = jnp.clip(logical_page, 0, table.shape[1] - 1)
     is_behind = is_before[:, place_of_token] & (table[:, place_of_token] == page)  # [sequences, tokens]
     return is_behind.any(axis=0), leaves
+
+
+def _newest(logical_page: jax.Array, sequence: jax.Array | None, sequences: int) -> jax.Array:
+    """Return the last logical page [sequences] to which each sequence's tokens go; negative if none do."""
+    if sequence is not None:
+        return jax.ops.segment_max(logical_page, sequence, sequences)
+    return logical_page.max(keepdims=True) if sequences == 1 else logical_page
 
 
 def _distinct(page: jax.Array, where: jax.Array, num_pages: int) -> tuple[jax.Array, jax.Array]:

@@ -25,14 +25,16 @@ class SlotMapping(NamedTuple):
         page: (tokens,) int32.
         slot: (tokens,) int32; within the page.
         logical_page: (tokens,) int32; the page's place in its sequence. None if not known.
-        page_table: (pages_per_sequence,) int32, of the one sequence that all tokens are of, or
-            (tokens, pages_per_sequence), of each token's sequence. None if not known.
+        page_table: (sequences, pages_per_sequence) int32. None if not known.
+        sequence: (tokens,) int32, the row of the page table; any for tokens that are dropped. None if all
+            tokens are of one sequence, or each of its own, in order.
     """
 
     page: jax.Array
     slot: jax.Array
     logical_page: jax.Array | None = None
     page_table: jax.Array | None = None
+    sequence: jax.Array | None = None
 
 
 class PoolBytes(NamedTuple):

@@ -61,19 +61,21 @@ def calibrate(
     """
     key_format, value_format = static_quantizers(cache_format)
     transforms = key_format.transform, value_format.transform
-    stream = model.stream(PLAIN, settings, 1)
+    tokens = cut(text, model.tokenizer, settings).tokens[:, :-1]
+    stream = model.stream(PLAIN, settings, min(settings.batch, len(tokens)))
     absmax = [(jnp.zeros(model.kv_heads), jnp.zeros(model.kv_heads))] * model.layers
-    for sequence in cut(text, model.tokenizer, settings).tokens[:, :-1]:
-        stream.begin(1)
-        for chunk in chunks(sequence, settings.chunk):
-            metadata, length = chunk.metadata(stream.table[0]), jnp.int32(chunk.length)
+    for first in range(0, len(tokens), settings.batch):
+        batch = tokens[first : first + settings.batch]
+        stream.begin(len(batch))
+        for chunk in chunks(batch, stream.chunk):
+            metadata, length = chunk.metadata(stream.table), jnp.int32(chunk.tokens.size)
 
             def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
                 absmax[layer] = _larger(absmax[layer], (key, value), length, transforms)  # noqa: B023
                 return stream.attend(layer, query, key, value, metadata)  # noqa: B023
 
-            model.hidden(chunk.tokens, metadata.prefill_position, attend)
-            progress("keys and values", chunk.length)
+            model.hidden(chunk.flat_tokens(len(stream.table)), metadata.ragged_position, attend)
+            progress("keys and values", chunk.tokens.size)
     keys, values = np.swapaxes(np.asarray(jax.device_get(absmax)), 0, 1)  # [layers, kv_heads]
     _check_finite(model.name, keys, values)
     return CacheScales(_scales(key_format, keys), _scales(value_format, values), chosen_for(cache_format))
@@ -93,7 +95,9 @@ def _larger(
         if transform is not None:
             held = transform.forward(held, -1)
         is_token = jnp.arange(len(x), dtype=jnp.int32) < length
-        largest = jnp.where(is_token[:, None, None], jnp.abs(held), 0).max(axis=(0, 2))
+        # The maximum over many numbers leaves NaN out on CPU, but not infinity.
+        magnitude = jnp.where(jnp.isnan(held), jnp.inf, jnp.abs(held))
+        largest = jnp.where(is_token[:, None, None], magnitude, 0).max(axis=(0, 2))
         larger.append(jnp.maximum(before, largest))
     return larger[0], larger[1]
 

@@ -24,6 +24,11 @@ POSITIONS = np.array([-1, 4, 20, 24])
 TABLE = np.array([[PAGES] * 3, [3, PAGES, -1], [5, 0, 2], [1, 4, 99]])
 DECODE = qpaged.PagedAttentionMetadata.decode(position=POSITIONS, page_table=TABLE)
 PREFILL = qpaged.PagedAttentionMetadata.prefill(position=np.arange(11, 19), page_table=TABLE[2], length=5)
+RAGGED = qpaged.PagedAttentionMetadata.ragged(
+    position=[2, 3, 4, 17, 18, 19, 20, 0],
+    page_tables=np.stack([TABLE[1], TABLE[2], TABLE[0]]),
+    starts=[0, 3, 7, 7],
+)
 EMPTY = qpaged.PagedAttentionMetadata.init_empty()
 
 needs_interpreter = pytest.mark.skipif(
@@ -127,6 +132,7 @@ def test_decode_sequences_are_lengths_and_page_tables():
     [
         (DECODE, ([1, 5, 21, 1], [[0, 0, 0], [3, 0, 0], [5, 0, 2], [1, 4, 0]], [0, 1, 2, 3, 4], [4])),
         (PREFILL, ([16], [[5, 0, 2]], [0, 5], [1])),
+        (RAGGED, ([5, 21, 1], [[3, 0, 0], [5, 0, 2], [0, 0, 0]], [0, 3, 7, 7], [2])),
     ],
 )
 def test_ragged_sequences_are_lengths_page_tables_and_queries(metadata, expected):
@@ -166,7 +172,9 @@ def test_the_gpu_kernel_of_jax_agrees_with_the_reference():
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("metadata", "rows"), [(DECODE, slice(1, 3)), (PREFILL, slice(0, 5))])
+@pytest.mark.parametrize(
+    ("metadata", "rows"), [(DECODE, slice(1, 3)), (PREFILL, slice(0, 5)), (RAGGED, slice(0, 7))]
+)
 def test_the_ragged_reference_of_jax_agrees_with_the_reference(metadata, rows):
     """The interpreter cannot run the ragged kernel, which reads reshaped buffers: its reference stands in."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
@@ -313,9 +321,11 @@ BOTH = PREFILL.replace(decodes_position=POSITIONS, decodes_page_table=TABLE)
         (
             interop.ragged_sequences,
             EMPTY,
-            "metadata must be of a prefill or of a decode, but is of neither; call the kernel once for each",
+            "metadata must be of a ragged batch, a prefill or a decode, but is of neither; make both one "
+            "with PagedAttentionMetadata.ragged, or call the kernel once for each.",
         ),
-        (interop.ragged_sequences, BOTH, "but is of a prefill and a decode; call the kernel once for each"),
+        (interop.ragged_sequences, BOTH, "but is of a prefill and a decode; make both one with"),
+        (interop.decode_sequences, RAGGED, "but is of a ragged batch; build it with"),
     ],
 )
 def test_steps_that_a_kernel_does_not_take_are_refused(adapter, metadata, message):

@@ -18,7 +18,7 @@ def few_slots_at_a_step(monkeypatch):
     monkeypatch.setattr(_xla_lanes, "SLOTS_PER_STEP", 64)
     monkeypatch.setattr(_xla_lanes, "DECODE_LANES", 8)
     monkeypatch.setattr(_xla_lanes, "PREFILL_LANES", 2)
-    monkeypatch.setattr(_xla_lanes, "PREFILL_KV_TILE", 8)
+    monkeypatch.setattr(_xla_tiles, "KV_TILE", 8)
     monkeypatch.setattr(_xla, "by_platform", lambda *args, cuda, **_: cuda(*args))
     jax.clear_caches()
     yield

@@ -47,6 +47,17 @@ def test_the_tokens_of_a_prefill_but_for_its_padding():
     assert {token.mode for token in qpaged.dropped_tokens(step, CONFIG)} == {"prefill"}
 
 
+def test_the_tokens_of_a_ragged_batch_but_for_its_padding():
+    step = qpaged.PagedAttentionMetadata.ragged(
+        position=[3, 4, 7, 8, 0, 0], page_tables=[[2, 6], [4, 5], [1, 1]], starts=[0, 2, 5, 5]
+    )
+    dropped = qpaged.dropped_tokens(step, CONFIG)
+    assert [(token.mode, token.index, token.position) for token in dropped] == [
+        ("ragged", 1, 4),
+        ("ragged", 3, 8),
+    ]
+
+
 def test_a_placeholder_drops_nothing():
     assert qpaged.dropped_tokens(qpaged.PagedAttentionMetadata.init_empty(), CONFIG) == []
 

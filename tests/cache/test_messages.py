@@ -251,7 +251,7 @@ A_STEP = "metadata must be a qpaged.PagedAttentionMetadata, but got "
         (
             lambda: write(ROWS, ROWS, None),
             TypeError,
-            f"{A_STEP}None; PagedAttentionMetadata.prefill and .decode",
+            f"{A_STEP}None; PagedAttentionMetadata.prefill, .decode and .ragged make it",
         ),
         (lambda: write(ROWS, ROWS, CONFIG), TypeError, f"{A_STEP}a PagedAttentionCacheMetaData;"),
         (lambda: fresh().write_decodes_to_cache(ROWS, ROWS, None), TypeError, f"{A_STEP}None;"),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import entry_points
+from support.arrays import leaves_equal
 from support.caches import (
     SOME,
     bits,
@@ -234,6 +235,24 @@ def test_missing_and_unknown_fields_are_refused():
         qpaged.PagedAttentionCacheMetaData.from_dict(without)
     with pytest.raises(ValueError, match=r"MetaData lacks page_size and has unknown bits;"):
         qpaged.PagedAttentionCacheMetaData.from_dict(without | {"bits": 3})
+
+
+def test_a_step_of_before_there_were_ragged_batches_is_read():
+    step = qpaged.PagedAttentionMetadata.decode(position=[3], page_table=[[1]])
+    record = {name: value for name, value in step.to_dict().items() if not name.startswith("ragged")}
+    assert leaves_equal(qpaged.PagedAttentionMetadata.from_dict(record), step)
+
+
+def test_a_ragged_batch_is_read_as_it_was():
+    step = qpaged.PagedAttentionMetadata.ragged(
+        position=[3, 4, 0], page_tables=[[1, 2], [0, 3]], starts=[0, 2, 3]
+    )
+    assert leaves_equal(qpaged.PagedAttentionMetadata.from_json(step.to_json()), step)
+    record = step.to_dict() | {"ragged_starts": np.array([0, 3])}
+    with pytest.raises(
+        ValueError, match="ragged_starts must have one entry more than ragged_page_tables has rows"
+    ):
+        qpaged.PagedAttentionMetadata.from_dict(record)
 
 
 def test_a_count_that_is_wrong_is_refused():

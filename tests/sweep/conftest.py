@@ -63,8 +63,8 @@ class NoModel(Decoder):
     def logits(self, outputs):
         return jnp.zeros((*outputs.shape[:-1], self.vocabulary))
 
-    def attention_profile(self, quantizer, tokens, settings):
-        return super().attention_profile(qpaged.CacheFormat(), tokens, settings)
+    def attention_profile(self, plain, measured, tokens, settings):
+        return super().attention_profile(plain, plain, tokens, settings)
 
 
 class NoStream:

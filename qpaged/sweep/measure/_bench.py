@@ -81,7 +81,9 @@ class Bench:
         attention = None
         if self._settings.probed:
             tokens = self._sequences.tokens[:, :-1]
-            attention = self._model.attention_profile(cache_format, tokens, self._settings)
+            attention = self._model.attention_profile(
+                self._plain_predicted.stream, predicted.stream, tokens, self._settings
+            )
         measurement = self._measurement(predicted, continuations, attention)
         layers = None
         if cache_format.layers:

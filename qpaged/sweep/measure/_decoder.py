@@ -152,47 +152,48 @@ class Decoder:
             dtype=COMPUTE_DTYPE,
         )
 
-    @renamed_argument("format", "quantizer")
     def attention_profile(
         self,
-        quantizer: CacheFormat,
+        plain: DecoderStream,
+        measured: DecoderStream,
         tokens: np.ndarray,  # [sequences, context] int32
         settings: Settings,
     ) -> AttentionProfile:
         """Return each layer's attention error, from :attr:`Settings.probed` sequences."""
-        if quantizer == PLAIN:  # The reference has no error beside itself.
+        if measured is plain:  # The reference has no error beside itself.
             return AttentionProfile.of(np.zeros((self.layers, 2, len(SUMS))))
-        plain = self.stream(PLAIN, settings, 1)
-        measured = self.stream(quantizer, settings, 1)
-        sums = []
-        for sequence in tokens[: settings.probed]:
-            plain.begin(1)
-            measured.begin(1)
-            for chunk in chunks(sequence, settings.chunk):
-                sums.append(self._chunk_sums(plain, measured, chunk))
+        sums: list[list[np.ndarray]] = []  # of each chunk and sequence, [layers]
+        for first in range(0, settings.probed, settings.batch):
+            batch = tokens[: settings.probed][first : first + settings.batch]
+            plain.begin(len(batch))
+            measured.begin(len(batch))
+            for chunk in chunks(batch, measured.chunk):
+                sums += self._chunk_sums(plain, measured, chunk)
         return AttentionProfile.of(np.swapaxes(np.array(sums, np.float64), 0, 1))
 
-    def _chunk_sums(self, plain: DecoderStream, measured: DecoderStream, chunk: Chunk) -> list[np.ndarray]:
-        """Return :data:`SUMS` of one chunk for each layer."""
-        table = plain.table[0]
+    def _chunk_sums(
+        self, plain: DecoderStream, measured: DecoderStream, chunk: Chunk
+    ) -> list[list[np.ndarray]]:
+        """Return :data:`SUMS` of each sequence of a chunk for each layer."""
+        table = plain.table
         metadata = chunk.metadata(table)
-        positions = metadata.prefill_position
-        is_padding = np.arange(len(chunk.tokens)) >= chunk.length
-        measured_positions = np.where(is_padding, -1, positions)
-        sums: list[jax.Array] = []
+        rows, length = chunk.tokens.shape
+        position = np.full(chunk.size, -1, np.int32)
+        position[:length] = np.arange(chunk.columns.start, chunk.columns.stop)
+        sums: list[list[jax.Array]] = [[] for _ in range(rows)]
 
         def attend(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
             out = plain.attend(layer, query, key, value, metadata)
             measured.attend(layer, query, key, value, metadata)
-            options = self.config.attention(layer)
-            plain_view = plain.views[layer].replace(layer_index=0)
-            measured_view = measured.views[layer].replace(layer_index=0)
-            sums.append(
-                compare_attention(plain_view, measured_view, query, measured_positions, table, options)
-            )
+            views = [stream.views[layer].replace(layer_index=0) for stream in (plain, measured)]
+            for row in range(rows):
+                # Of one size; what follows the sequence's own queries has negative positions.
+                queries = query[row * length : row * length + chunk.size]
+                options = self.config.attention(layer)
+                sums[row].append(compare_attention(*views, queries, position, table[row], options))
             return out
 
-        self.hidden(chunk.tokens, positions, attend)
+        self.hidden(chunk.flat_tokens(len(table)), metadata.ragged_position, attend)
         return jax.device_get(sums)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -26,32 +27,43 @@ Hidden = Callable[[ArrayLike, ArrayLike, Attend], jax.Array]
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens of one sequence that are prefilled at once; all chunks of a sequence are padded to one size.
+    """The same part of each sequence, which are prefilled together.
 
     Attributes:
         start: the position of the first token.
-        length: number of tokens without the padding.
-        tokens: [size] int32, padded.
+        tokens: [sequences, length] int32.
+        size: the largest length, to which chunks are padded so that they share a compilation.
     """
 
     start: int
-    length: int
     tokens: np.ndarray
+    size: int
+
+    @property
+    def columns(self) -> slice:
+        """Where the chunk is in its sequences."""
+        return slice(self.start, self.start + self.tokens.shape[1])
+
+    def flat_tokens(self, batch: int) -> np.ndarray:
+        """Return [batch * size] int32, the tokens of one sequence after another, padded."""
+        return np.pad(self.tokens.reshape(-1), (0, batch * self.size - self.tokens.size))
 
     def metadata(self, table: np.ndarray) -> PagedAttentionMetadata:
-        """Return the metadata of a prefill into the pages of ``table``."""
-        position = self.start + np.arange(len(self.tokens), dtype=np.int32)
-        return PagedAttentionMetadata.prefill(
-            position=position, page_table=table, length=np.int32(self.length)
+        """Return the metadata of a prefill of all sequences, into the pages of ``table`` [batch, pages]."""
+        batch, (rows, length) = len(table), self.tokens.shape
+        position = np.tile(np.arange(self.start, self.start + length, dtype=np.int32), rows)
+        return PagedAttentionMetadata.ragged(
+            position=np.pad(position, (0, batch * self.size - len(position)), constant_values=-1),
+            page_tables=table,
+            starts=length * np.minimum(np.arange(batch + 1, dtype=np.int32), rows),
         )
 
 
 def chunks(tokens: np.ndarray, size: int) -> Iterator[Chunk]:
-    """Yield the chunks of a sequence's tokens."""
-    size = min(size, len(tokens))
-    for start in range(0, len(tokens), size):
-        part = tokens[start : start + size]
-        yield Chunk(start, len(part), np.pad(part, (0, size - len(part))))
+    """Yield the chunks of sequences [sequences, n]."""
+    size = min(size, tokens.shape[1])
+    for start in range(0, tokens.shape[1], size):
+        yield Chunk(start, tokens[:, start : start + size], size)
 
 
 class DecoderStream:
@@ -75,30 +87,26 @@ class DecoderStream:
         self._batch = metadata.batch_size
         # The early queries of a chunk would see more recent rows exact, or packed, than in a decode.
         has_exact = any(has_exact_pages(view.key_pages, view.value_pages) for view in cache.views)
-        self._chunk = min(settings.chunk, metadata.page_size) if has_exact else settings.chunk
-        self._allocator = PageAllocator(metadata)
-        self._sequences = 0
+        self.chunk = min(settings.chunk, metadata.page_size) if has_exact else settings.chunk
 
     def begin(self, sequences: int) -> None:
-        """Free the pages of the last batch, and allocate and reset those of a new one."""
-        for row in range(self._sequences):
-            self._allocator.free(row)
-        self._sequences = sequences
-        pages = []
+        """Reset all pages, and allocate those of a new batch: the same ones in every stream."""
+        allocator = PageAllocator(self.views[0].metadata)
         for row in range(sequences):
-            pages += self._allocator.allocate(row, self._settings.context)
-        self.views = [_reset_view(view, pages) for view in self.views]
+            allocator.allocate(row, self._settings.context)
+        self.views = [
+            _reset(view.replace(layer_index=0)).replace(layer_index=view.layer_index) for view in self.views
+        ]
         inactive = [None] * (self._batch - sequences)
-        self.table = self._allocator.page_table([*range(sequences), *inactive])
+        self.table = allocator.page_table([*range(sequences), *inactive])
 
     def prefill(self, tokens: np.ndarray) -> Iterator[Prefilled]:
-        """Feed the beginning of each sequence, [sequences, n], one sequence and chunk after another."""
-        for row, sequence in enumerate(tokens):
-            for chunk in chunks(sequence, self._chunk):
-                metadata = chunk.metadata(self.table[row])
-                hidden = self._forward(chunk.tokens, metadata.prefill_position, metadata)
-                columns = slice(chunk.start, chunk.start + chunk.length)
-                yield Prefilled(slice(row, row + 1), columns, hidden[None, : chunk.length])
+        """Feed the beginning of all sequences, [sequences, n], chunk by chunk."""
+        for chunk in chunks(tokens, self.chunk):
+            metadata = chunk.metadata(self.table)
+            hidden = self._forward(chunk.flat_tokens(self._batch), metadata.ragged_position, metadata)
+            outputs = hidden[: chunk.tokens.size].reshape(*chunk.tokens.shape, -1)
+            yield Prefilled(slice(0, len(tokens)), chunk.columns, outputs)
 
     def decode(self, tokens: np.ndarray, position: int) -> jax.Array:
         """Feed one token to each sequence, all at the same position."""
@@ -145,21 +153,10 @@ def _write_and_attend(
     metadata: PagedAttentionMetadata,
     options: AttentionOptions,
 ) -> tuple[PagedAttentionCacheView, jax.Array]:
-    if metadata.is_decode_mode():
-        view = view.write_decodes_to_cache(key, value, metadata)
-    else:
-        view = view.write_prefill_to_cache(key, value, metadata)
+    view = view.write_to_cache(key, value, metadata)
     return view, paged_attention(query, view, metadata, **vars(options))
 
 
-def _reset_view(view: PagedAttentionCacheView, pages: list[int]) -> PagedAttentionCacheView:
-    """Return the view with these pages cleared; the view is donated."""
-    count = view.metadata.num_pages_per_layer
-    padded = np.full(count, count, np.int32)  # "no page", so that every batch has the same shapes
-    padded[: len(pages)] = pages
-    return _reset(view.replace(layer_index=0), padded).replace(layer_index=view.layer_index)
-
-
 @functools.partial(jax.jit, donate_argnums=0)
-def _reset(view: PagedAttentionCacheView, pages: jax.Array) -> PagedAttentionCacheView:
-    return view.reset_pages(pages)
+def _reset(view: PagedAttentionCacheView) -> PagedAttentionCacheView:
+    return view.reset_pages(jnp.arange(view.metadata.num_pages_per_layer, dtype=jnp.int32))

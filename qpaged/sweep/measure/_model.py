@@ -1,7 +1,7 @@
 """Protocols of what is measured: a model, and the stream of tokens through it and its cache."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -93,8 +93,14 @@ class Model(Protocol):
 
     def attention_profile(
         self,
-        quantizer: CacheFormat,
+        plain: Any,
+        measured: Any,
         tokens: np.ndarray,  # [sequences, context] int32
         settings: Settings,
     ) -> AttentionProfile | None:
-        """Return each layer's attention error; None for a model whose layers cannot be inspected."""
+        """Return each layer's attention error; None for a model whose layers cannot be inspected.
+
+        Args:
+            plain: a stream that :meth:`stream` returned for plain caches; it begins anew.
+            measured: likewise, of the format to be measured, or ``plain`` itself.
+        """

@@ -19,6 +19,9 @@ from qpaged.sweep.measure._settings import Settings
 MAX_IN_MEMORY = 2**30
 """Bytes of the reference's outputs from which on they are kept in a temporary file."""
 
+LOGITS_AT_ONCE = 2**24
+"""Logits that are there at once: 64 MB of float32, and a few times as much while they are compared."""
+
 Advance = Callable[[int], None]
 """advance(tokens) is called with the number of tokens that were predicted since the last call."""
 
@@ -28,14 +31,13 @@ class Part(NamedTuple):
 
     Attributes:
         outputs: the model's outputs, from which logits are computed.
-        seconds: wall-clock time, from the tokens to the logits.
+        seconds: wall-clock time, from the tokens to the outputs.
         decoded: True for one step of a decode, False for a chunk of a prefill.
     """
 
     rows: slice
     columns: slice
     outputs: jax.Array  # [rows, columns, features]
-    logits: jax.Array  # [rows, columns, vocabulary]
     seconds: float
     decoded: bool
 
@@ -50,13 +52,14 @@ class Timing:
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
 
-    def add(self, part: Part) -> None:
-        """Note the seconds of a part."""
+    def add(self, part: Part, logits_seconds: float) -> None:
+        """Note the seconds of a part, and those of its logits."""
+        seconds = part.seconds + logits_seconds
         if part.decoded:
-            self.decode.append(part.seconds)
+            self.decode.append(seconds)
         else:
-            rows, columns, _ = part.logits.shape
-            self.prefill.append(part.seconds / (rows * columns))
+            rows, columns, _ = part.outputs.shape
+            self.prefill.append(seconds / (rows * columns))
 
     @property
     def per_decode_step(self) -> float | None:
@@ -73,8 +76,8 @@ class Reference:
     A decoder's outputs are its last hidden states, so that logits over the whole vocabulary are never stored.
     """
 
-    def __init__(self, model: Model, shape: tuple[int, int]):
-        self._model, self._shape = model, shape
+    def __init__(self, shape: tuple[int, int]):
+        self._shape = shape
         self._outputs: np.ndarray | None = None
 
     def add(self, part: Part) -> None:
@@ -83,10 +86,10 @@ class Reference:
             self._outputs = _allocate((*self._shape, part.outputs.shape[-1]))
         self._outputs[part.rows, part.columns] = np.asarray(part.outputs, np.float32)
 
-    def logits(self, part: Part) -> jax.Array:
-        """Return the reference's logits for the tokens of a part."""
+    def outputs(self, part: Part) -> jax.Array:
+        """Return the reference's outputs [rows, columns, features] for the tokens of a part."""
         assert self._outputs is not None
-        return self._model.logits(jnp.asarray(self._outputs[part.rows, part.columns]))
+        return jnp.asarray(self._outputs[part.rows, part.columns])
 
 
 def predict(
@@ -104,26 +107,48 @@ def predict(
     inputs, truth = tokens[:, :-1], tokens[:, 1:]
     is_reference = reference is None
     if reference is None:
-        reference = Reference(model, inputs.shape)
+        reference = Reference(inputs.shape)
     arrays = {name: np.empty(truth.shape) for name in Predictions._fields}  # float64
     timing = Timing()
-    for part in teacher_forced(model, stream, inputs, settings):
+    for part in teacher_forced(stream, inputs, settings):
         if is_reference:
             reference.add(part)
-            expected = part.logits
-        else:
-            expected = reference.logits(part)
         index = part.rows, part.columns
-        compared = compare(expected, part.logits, truth[index])
+        compared, seconds = _compare(model, reference.outputs(part), part.outputs, truth[index])
         for name, values in compared._asdict().items():
             arrays[name][index] = values
-        timing.add(part)
+        timing.add(part, seconds)
         advance(truth[index].size)
     return Predictions(**arrays), timing, reference
 
 
-def teacher_forced(
+def _compare(
     model: Model,
+    reference: jax.Array,  # [rows, columns, features]
+    outputs: jax.Array,  # [rows, columns, features]
+    truth: np.ndarray,  # [rows, columns]
+) -> tuple[Predictions[np.ndarray], float]:
+    """Return the predictions [rows, columns], and the seconds that the logits of ``outputs`` took.
+
+    Some tokens at a time, since all logits of a large vocabulary would be gigabytes.
+    """
+    features, tokens = outputs.shape[-1], truth.size
+    size = min(tokens, max(1, LOGITS_AT_ONCE // model.vocabulary))
+    reference, outputs, seconds = reference.reshape(-1, features), outputs.reshape(-1, features), 0.0
+    blocks = []
+    for start in range(0, tokens, size):
+        first = min(start, tokens - size)  # The last block begins earlier, so that all have one size.
+        block = slice(first, first + size)
+        before = time.perf_counter()
+        logits = jax.block_until_ready(model.logits(outputs[block]))
+        seconds += time.perf_counter() - before
+        compared = compare(model.logits(reference[block]), logits, truth.reshape(-1)[block])
+        blocks.append([np.asarray(values)[start - first :] for values in compared])
+    joined = (np.concatenate(parts).reshape(truth.shape) for parts in zip(*blocks, strict=True))
+    return Predictions(*joined), seconds
+
+
+def teacher_forced(
     stream: Stream,
     tokens: np.ndarray,  # [sequences, context] int32
     settings: Settings,
@@ -136,26 +161,23 @@ def teacher_forced(
     for first in range(0, len(tokens), settings.batch):
         batch = tokens[first : first + settings.batch]
         stream.begin(len(batch))
-        yield from _prefill(model, stream, batch[:, : settings.prefilled], first)
+        yield from _prefill(stream, batch[:, : settings.prefilled], first)
         rows = slice(first, first + len(batch))
         for index in range(settings.prefilled, settings.context):
             start = time.perf_counter()
-            outputs = stream.decode(batch[:, index], index)[:, None]
-            yield _part(model, rows, slice(index, index + 1), outputs, start, decoded=True)
+            outputs = jax.block_until_ready(stream.decode(batch[:, index], index)[:, None])
+            seconds = time.perf_counter() - start
+            yield Part(rows, slice(index, index + 1), outputs, seconds, decoded=True)
 
 
-def _prefill(model: Model, stream: Stream, batch: np.ndarray, first: int) -> Iterator[Part]:
+def _prefill(stream: Stream, batch: np.ndarray, first: int) -> Iterator[Part]:
     """Yield the predictions of a batch whose first sequence is row ``first`` of all."""
     start = time.perf_counter()
     for chunk in stream.prefill(batch):
         rows = slice(first + chunk.rows.start, first + chunk.rows.stop)
-        yield _part(model, rows, chunk.columns, chunk.outputs, start, decoded=False)
+        outputs = jax.block_until_ready(chunk.outputs)
+        yield Part(rows, chunk.columns, outputs, time.perf_counter() - start, decoded=False)
         start = time.perf_counter()
-
-
-def _part(model: Model, rows: slice, columns: slice, outputs: jax.Array, start: float, decoded: bool) -> Part:
-    logits = jax.block_until_ready(model.logits(outputs))
-    return Part(rows, columns, outputs, logits, time.perf_counter() - start, decoded)
 
 
 def _allocate(shape: tuple[int, ...]) -> np.ndarray:

@@ -159,8 +159,9 @@ class StepModel:
         """Return the outputs of a step, which are its logits."""
         return outputs
 
-    @renamed_argument("format", "quantizer")
-    def attention_profile(self, quantizer: CacheFormat, tokens: np.ndarray, settings: Settings) -> None:
+    def attention_profile(
+        self, plain: StepStream, measured: StepStream, tokens: np.ndarray, settings: Settings
+    ) -> None:
         """Return None, since the layers of a step cannot be inspected."""
         return None
 
