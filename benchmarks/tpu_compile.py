@@ -1,6 +1,10 @@
-"""Compiles decode attention and the decode write for TPUs without a TPU, and records their memory traffic.
+"""Compiles attention and writes for TPUs without a TPU, and records their memory traffic.
 
     python benchmarks/tpu_compile.py --out benchmarks/results/tpu_compile.json
+    python benchmarks/tpu_compile.py --ragged --formats plain int8 int8:token int4:token \
+        --out benchmarks/results/tpu_ragged.json
+
+The steps are decodes, or with ``--ragged`` batches of 512 tokens, however the sequences share them.
 
 Needs libtpu (``pip install "qpaged[tpu]"``). There are 8 sequences of 4096 tokens, 32 query heads and 8 KV
 heads, and head_dim 128, in pools of 1024 pages and of 65,536. A page has 16 slots; 32 for ``int5`` and
@@ -50,6 +54,7 @@ FORMATS = (
 )  # fmt: skip
 SEQUENCES, TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 4096, 32, 8, 128, 16
 LARGER_PAGES = {"int5:token": 32, "int3:channel": 32}  # slots
+BATCH_TOKENS = 512  # of a ragged batch
 SMALL, LARGE = 1024, 65_536  # pages
 RAGGED = 4096, 256, 256, 256, 250, 241, 100, 17  # tokens of the sequences whose copies are counted
 
@@ -88,29 +93,38 @@ def abstract_view(quantizer: str, pages: int) -> qpaged.PagedAttentionCacheView:
     return jax.eval_shape(lambda: fresh(None, jnp.bfloat16, config, 0, None, quantizer))
 
 
-def attend(query, view, position, table):
-    metadata = qpaged.PagedAttentionMetadata.decode(position=position, page_table=table)
-    return qpaged.paged_attention(query, view, metadata)
+def write(view, rows, step):
+    return view.write_to_cache(rows, rows, step)
 
 
-def write(view, rows, position, table):
-    metadata = qpaged.PagedAttentionMetadata.decode(position=position, page_table=table)
-    return view.write_decodes_to_cache(rows, rows, metadata)
+def abstract_step(page_size: int, ragged: bool) -> qpaged.PagedAttentionMetadata:
+    """Return the metadata of a step without its values."""
+    table = array(SEQUENCES, TOKENS // page_size)
+    if not ragged:
+        return jax.eval_shape(
+            lambda position, table: qpaged.PagedAttentionMetadata.decode(position=position, page_table=table),
+            array(SEQUENCES),
+            table,
+        )
+    return jax.eval_shape(
+        lambda position, tables, starts: qpaged.PagedAttentionMetadata.ragged(
+            position=position, page_tables=tables, starts=starts
+        ),
+        array(BATCH_TOKENS),
+        table,
+        array(SEQUENCES + 1),
+    )
 
 
-def abstract_step(page_size: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Return position and page table."""
-    return array(SEQUENCES), array(SEQUENCES, TOKENS // page_size)
-
-
-def measure(chip: Sharding, quantizer: str) -> dict[str, Any]:
+def measure(chip: Sharding, quantizer: str, ragged: bool = False) -> dict[str, Any]:
     """Compile a format's attention and write at both pool sizes."""
-    query = array(SEQUENCES, Q_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
-    rows = array(SEQUENCES, KV_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
+    tokens = BATCH_TOKENS if ragged else SEQUENCES
+    query = array(tokens, Q_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
+    rows = array(tokens, KV_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
     views = [abstract_view(quantizer, pages) for pages in (SMALL, LARGE)]
-    step = abstract_step(page_size(quantizer))
-    attention = [compiled_memory(attend, chip, query, view, *step) for view in views]
-    writes = [compiled_memory(write, chip, view, rows, *step, donate_argnums=0) for view in views]
+    step = abstract_step(page_size(quantizer), ragged)
+    attention = [compiled_memory(qpaged.paged_attention, chip, query, view, step) for view in views]
+    writes = [compiled_memory(write, chip, view, rows, step, donate_argnums=0) for view in views]
     pools = sum(x.size * x.dtype.itemsize for x in jax.tree_util.tree_leaves(views[0]))
     return {
         "attention": {
@@ -182,7 +196,8 @@ def measure_jax_kernel(chip: Sharding, quantized: bool) -> dict[str, Any]:
         scales = array(*shape[:-1], 1, dtype=jnp.float32)
         return quantization_utils.QuantizedTensor(codes, scales)
 
-    query, step = array(SEQUENCES, Q_HEADS, HEAD_DIM, dtype=jnp.bfloat16), abstract_step(PAGE_SIZE)
+    query = array(SEQUENCES, Q_HEADS, HEAD_DIM, dtype=jnp.bfloat16)
+    step = array(SEQUENCES), array(SEQUENCES, TOKENS // PAGE_SIZE)
     memory = [
         compiled_memory(decode, chip, query, pool(pages), pool(pages), *step) for pages in (SMALL, LARGE)
     ]
@@ -204,19 +219,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--formats", nargs="+", default=list(FORMATS))
+    parser.add_argument("--ragged", action="store_true", help="compile ragged batches instead of decodes")
     arguments = parser.parse_args()
     runs = []
     # The copies are the same on every chip.
-    packed = [quantizer for quantizer in arguments.formats if "+exact" not in quantizer]
+    packed = [
+        quantizer for quantizer in arguments.formats if "+exact" not in quantizer and not arguments.ragged
+    ]
     shares = {quantizer: round(copied_share(quantizer), 3) for quantizer in packed}
     for name in arguments.chips:
         chip = chip_sharding(name)
         for quantizer in arguments.formats:
-            measured = measure(chip, quantizer)
+            measured = measure(chip, quantizer, arguments.ragged)
             measured["attention"]["copied"] = shares.get(quantizer)
             of_format = {"format": quantizer, "page_size": page_size(quantizer)}
             runs.append({"chip": name, "kernel": "qpaged", **of_format, **measured})
             print(json.dumps(runs[-1]), flush=True)
+        if arguments.ragged:
+            continue
         for dtype, quantized in (("bfloat16", False), ("int8", True)):
             measured = measure_jax_kernel(chip, quantized)
             of_format = {"format": dtype, "page_size": PAGE_SIZE}

@@ -358,9 +358,14 @@ def generation():
     return "\n".join(lines) + "\n"
 
 
-def tpu_compile():
+def tpu_ragged():
+    """What ``benchmarks/tpu_compile.py --ragged`` left, as a Markdown table."""
+    return tpu_compile("tpu_ragged.json")
+
+
+def tpu_compile(name="tpu_compile.json"):
     """What ``benchmarks/tpu_compile.py`` left, as a Markdown table."""
-    results = json.loads((RESULTS / "tpu_compile.json").read_text())
+    results = json.loads((RESULTS / name).read_text())
     chips = list(dict.fromkeys(run["chip"] for run in results["runs"]))
     small, large = (f"{pages:,}" for pages in results["shape"]["pages"])
     versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("jax", "libtpu"))
@@ -516,6 +521,7 @@ TABLES = {
     "gpu_attention.md": gpu_attention,
     "generation.md": generation,
     "tpu_compile.md": tpu_compile,
+    "tpu_ragged.md": tpu_ragged,
     "stress.md": stress,
     "stress_attention_kl.md": partial(stress_losses, "attention_kl"),
     "stress_key_rms.md": partial(stress_losses, "key_rms"),

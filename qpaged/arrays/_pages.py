@@ -53,17 +53,19 @@ def copy_pages(
 
 def put_pages(
     pool: PoolArray,
-    pages: jax.Array,  # [kv_heads, n, page_size, head_dim] floats
+    pages: jax.Array | QuantizedArray,  # [kv_heads, n, page_size, head_dim]
     target: jax.Array,  # [n] int32, each once
 ) -> PoolArray:
     """Return a pool with whole pages in place of those at ``target``, quantized as the pool is, if it is.
 
-    A scale is chosen from its whole block, whatever was there before, unless it is static. Out of range is
-    dropped.
+    A scale is chosen from its whole block, whatever was there before, unless it is static. Pages that are
+    quantized as the pool is, as of :func:`read_pages`, are moved bit for bit. Out of range is dropped.
     """
     if not isinstance(pool, QuantizedArray):
         return _put(pool, target, pages.astype(pool.dtype))
-    if pool.quantizer.has_static_scales:
+    if isinstance(pages, QuantizedArray):
+        new = pages
+    elif pool.quantizer.has_static_scales:
         new = quantize_under(pool, pages)
     else:
         block = (1, 1, *pool.block[2:])
@@ -83,10 +85,12 @@ def _map_of_pages(pool: QuantizedArray, change: Callable[..., jax.Array], *other
 
 
 def read_pages(
-    pool: QuantizedArray,
+    pool: PoolArray,
     pages: jax.Array,  # [n] int32
-) -> QuantizedArray:
+) -> PoolArray:
     """Return pages (kv_heads, n, page_size, head_dim) in the format of the pool; any where out of range."""
+    if not isinstance(pool, QuantizedArray):
+        return _take(pool, pages)
 
     def take(part: jax.Array) -> jax.Array:
         return by_platform(part, pages, default=_take, tpu=_take_on_tpu)
@@ -138,9 +142,15 @@ def _copy_on_tpu(scales: jax.Array, source: jax.Array, target: jax.Array) -> jax
     return _tpu_write.scatter_scales(scales, target, _tpu_write.gather_scales(scales, source))
 
 
-def final_targets(source: jax.Array, target: jax.Array, num_pages: int) -> jax.Array:
-    """Return ``target``, but "no page" for pairs out of range and all but the last pair of a target."""
-    inside = (source >= 0) & (source < num_pages) & (target >= 0) & (target < num_pages)
+def final_targets(
+    source: jax.Array, target: jax.Array, num_pages: int, num_sources: int | None = None
+) -> jax.Array:
+    """Return ``target``, but "no page" for pairs out of range and all but the last pair of a target.
+
+    Sources are below ``num_sources``, or ``num_pages`` if it is None.
+    """
+    num_sources = num_pages if num_sources is None else num_sources
+    inside = (source >= 0) & (source < num_sources) & (target >= 0) & (target < num_pages)
     target = jnp.where(inside, target, num_pages)
     order = jnp.argsort(target, stable=True)
     in_order = target[order]

@@ -101,6 +101,25 @@ class PagedAttentionCache(Serializable):
         cache."""
         return self.replace(views=[view.pack_pages(pages, lengths) for view in self.views])
 
+    def take_pages(self, pages: ArrayLike, sequences: int = 1) -> Self:
+        """Return a cache of these pages alone; see :meth:`PagedAttentionCacheView.take_pages`."""
+        return self.replace(views=[view.take_pages(pages, sequences) for view in self.views])
+
+    def put_pages(self, pages: ArrayLike, taken: "PagedAttentionCache") -> Self:
+        """Return the cache with pages that :meth:`take_pages` took put at ``pages`` in every layer; see
+        :meth:`PagedAttentionCacheView.put_pages`.
+
+        Raises:
+            ValueError: ``taken`` has another number of layers.
+        """
+        if len(taken.views) != len(self.views):
+            raise ValueError(
+                f"taken must have the {len(self.views)} layers of this cache, but has {len(taken.views)}; "
+                f"take pages from a cache of the same model."
+            )
+        views = zip(self.views, taken.views, strict=True)
+        return self.replace(views=[view.put_pages(pages, of_layer) for view, of_layer in views])
+
     @property
     def has_static_scales(self) -> bool:
         """True if any pool has static scales."""

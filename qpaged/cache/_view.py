@@ -273,6 +273,63 @@ class PagedAttentionCacheView(Serializable):
             value_pages=pools.pack_pages(self.value_pages, indices, counts),
         )
 
+    def take_pages(self, pages: ArrayLike, sequences: int = 1) -> Self:
+        """Return a view of these pages alone, numbered from 0: codes, scales and exact rows, bit for bit.
+
+        To swap sequences out (``jax.device_get`` brings a view to the host), to send them to another cache,
+        or to keep them. :meth:`put_pages` puts them back, in this cache or in one like it. Fill up ``pages``
+        to a few sizes with ``num_pages_per_layer``: what stands for these entries is of no use.
+
+        Args:
+            pages: (n,) integers, or one.
+            sequences: how many sequences the pages are of. A format with exact pages has room for theirs;
+                those of more are packed.
+
+        Raises:
+            TypeError: the pages are not integers, or of a kind that cannot be taken out of their pool.
+            ValueError: they have more than one axis, or there is no sequence.
+        """
+        indices, config = _page_indices("pages", pages), self.metadata
+        if sequences < 1:
+            raise ValueError(f"sequences must be at least 1, but came as {sequences}.")
+        taken = config.replace(num_pages_per_layer=len(indices), batch_size=sequences)
+        return self.replace(
+            metadata=taken,
+            key_pages=pools.take_pages(self.key_pages, indices, sequences),
+            value_pages=pools.take_pages(self.value_pages, indices, sequences),
+        )
+
+    def put_pages(self, pages: ArrayLike, taken: "PagedAttentionCacheView") -> Self:
+        """Return the view with pages that :meth:`take_pages` took put at ``pages``, bit for bit.
+
+        O(n), and in place where the view is donated. Pages out of range are dropped, and of several with one
+        number the last counts. Exact pages stay exact where there is room for them, and are packed where
+        there is none. Static scales stay those of this view: give both views the same.
+
+        Args:
+            pages: (n,) integers, or one: where each page of ``taken`` goes.
+            taken: of a cache with the same format, dtype, page size, KV heads and head size. Its arrays may
+                be NumPy's.
+
+        Raises:
+            TypeError: the pages are not integers, or of a kind that cannot be put into a pool.
+            ValueError: there are not as many as ``taken`` has, or it is of another format or size.
+        """
+        indices = _page_indices("pages", pages)
+        count = taken.metadata.num_pages_per_layer
+        if len(indices) != count:
+            raise ValueError(
+                f"pages must be as many as were taken, {count}, but came as {len(indices)}; fill them up "
+                f"with num_pages_per_layer, which is no page."
+            )
+        keys, values = jax.tree_util.tree_map(jnp.asarray, (taken.key_pages, taken.value_pages))
+        for name, own, others in (("keys", self.key_pages, keys), ("values", self.value_pages, values)):
+            _check_alike(name, own, others)
+        return self.replace(
+            key_pages=pools.put_pages(self.key_pages, keys, indices),
+            value_pages=pools.put_pages(self.value_pages, values, indices),
+        )
+
     def with_scales(self, key: ArrayLike | None = None, value: ArrayLike | None = None) -> Self:
         """Return the view with static scales, of a format that has them, as ``fp8_e4m3:tensor``.
 
@@ -381,6 +438,17 @@ def _check_pages(name: str, pages: Pages, quantizer: Any, metadata: PagedAttenti
             f"{name} must be {'plain' if quantizer is None else quantizer} pages of {dtype.name} and of the "
             f"metadata's shape {metadata.pool_shape}, but holds {pools.format_of(pages) or 'plain'} pages of "
             f"{jnp.dtype(pages.dtype).name} and shape {tuple(pages.shape)}; the data was not written whole."
+        )
+
+
+def _check_alike(name: str, own: Pages, taken: Pages) -> None:
+    """Raise ValueError unless pages that were taken are like those of a pool, but for their number."""
+    shapes = [(pages.shape[0], *pages.shape[2:]) for pages in (own, taken)]
+    formats = [(pools.format_of(pages), jnp.dtype(pages.dtype)) for pages in (own, taken)]
+    if shapes[0] != shapes[1] or formats[0] != formats[1] or type(own) is not type(taken):
+        raise ValueError(
+            f"taken must be pages of the same kind, but its {name} are {pools.describe(taken)}, and those of "
+            f"this view {pools.describe(own)}; take them from a cache of the same format and sizes."
         )
 
 

@@ -37,6 +37,13 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         help="tokens a page (%(default)s)",
     )
     add(
+        "--compute",
+        choices=sweep.COMPUTE_DTYPES,
+        default=sweep.COMPUTE_DTYPES[0],
+        help="what a checkpoint computes in, the reference included (%(default)s); bfloat16 is for devices "
+        "that are faster in it",
+    )
+    add(
         "--quick",
         action="store_true",
         help="predictions alone: without decode, greedy texts and errors by layer",
@@ -95,6 +102,8 @@ def load_job(args: argparse.Namespace) -> tuple[sweep.Model, sweep.Text, sweep.S
         return load_checkpoint_job(args)
     if args.scales is not None:
         raise BadArgumentError("scales", "must be left out with --step, whose cache has no static scales.")
+    if args.compute != sweep.COMPUTE_DTYPES[0]:
+        raise BadArgumentError("compute", "must be left out with --step, which computes as it does.")
     text, settings = _load_text(args.text), _settings(args, args.context)
     return sweep.load_step(args.step, settings, args.tokenizer), text, settings
 
@@ -110,7 +119,7 @@ def load_checkpoint_job(args: argparse.Namespace) -> tuple[sweep.Decoder, sweep.
         settings = _settings(args, min(sweep.Settings().context, model.longest))
     if args.scales is not None:
         model = _with_scales(model, args.scales)
-    return model, text, settings
+    return model.computing_in(getattr(args, "compute", model.compute)), text, settings
 
 
 def _with_scales(model: sweep.Decoder, path: str) -> sweep.Decoder:

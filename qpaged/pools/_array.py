@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from qpaged import arrays
 from qpaged.pools._pool import Pages, Pool, SlotMapping, Slots
@@ -26,6 +27,18 @@ class ArrayPool(Pool):
 
     def copy_pages(self, source: jax.Array, target: jax.Array) -> Pages:
         return keep_sharding(arrays.copy_pages, self.pages)(self.pages, source, target)
+
+    def take_pages(self, indices: jax.Array, sequences: int) -> Pages:
+        return keep_sharding(arrays.read_pages, self.pages)(self.pages, indices)
+
+    def put_pages(self, taken: Pages, target: jax.Array) -> Pages:
+        return keep_sharding(put_pages, self.pages)(self.pages, taken, target)
+
+
+def put_pages(pages: Pages, taken: Pages, target: jax.Array) -> Pages:
+    """Return ``pages`` with whole pages of others like them; of several with one target the last counts."""
+    index = jnp.arange(len(target), dtype=jnp.int32)
+    return arrays.put_pages(pages, taken, arrays.final_targets(index, target, pages.shape[1], len(target)))
 
 
 def write_slots(pages: Pages, mapping: SlotMapping, rows: jax.Array) -> Pages:

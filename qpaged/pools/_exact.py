@@ -128,6 +128,14 @@ class ExactPages(Pool):
     def copy_pages(self, source: jax.Array, target: jax.Array) -> "ExactPages":
         return keep_sharding(_exact_write.copy_pages, self)(self, source, target)
 
+    def take_pages(self, indices: jax.Array, sequences: int) -> "ExactPages":
+        capacity = sequences * (self.window + self.sinks)
+        take = functools.partial(_exact_write.take_pages, capacity=capacity)
+        return keep_sharding(take, self)(self, indices)
+
+    def put_pages(self, taken: "ExactPages", target: jax.Array) -> "ExactPages":
+        return keep_sharding(_exact_write.put_pages, self)(self, taken, target)
+
     def pack_pages(self, indices: jax.Array, lengths: jax.Array) -> "ExactPages":
         return keep_sharding(_exact_write.pack_pages, self)(self, indices, lengths)
 
@@ -143,6 +151,10 @@ class ExactPages(Pool):
         record = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         pools = {name: QuantizedPool(record[name]).to_record() for name in POOLS}
         return {"type": "ExactPages", **record, **pools}
+
+    @property
+    def has_exact_pages(self) -> bool:
+        return True
 
     def is_exact(self, indices: jax.Array) -> jax.Array:
         return self.find(indices) < self.capacity

@@ -226,32 +226,74 @@ def pack_pages(
     return _freed(packed, _mark(number, pool.capacity))
 
 
+def take_pages(
+    pool: ExactPages,
+    indices: jax.Array,  # [n]
+    capacity: int,
+) -> ExactPages:
+    """Return pages as a pool of their own, with room for ``capacity`` exact ones; others are packed in it."""
+    count = len(indices)
+    number = pool.find(indices)
+    is_exact = number < pool.capacity
+    opened = pool.opened.at[number].get(mode="fill", fill_value=0)
+    order = jnp.lexsort((opened, ~is_exact))  # exact ones first, as they were opened
+    rank = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32))
+    codes = arrays.read_pages(pool.codes, indices)
+    if capacity < min(count, pool.capacity):
+        is_packed = is_exact & (rank >= capacity)
+        targets = jnp.where(is_packed, jnp.arange(count, dtype=jnp.int32), count)
+        codes = arrays.put_pages(codes, _pages(pool, number), targets)
+    place = jnp.arange(capacity, dtype=jnp.int32)
+    page = order.astype(jnp.int32).at[place].get(mode="fill", fill_value=0)
+    is_used = place < is_exact.sum(dtype=jnp.int32)
+    number = jnp.where(is_used, number[page], pool.capacity)
+    return dataclasses.replace(
+        pool,
+        codes=codes,
+        rows=arrays.read_pages(pool.rows, number),
+        page=jnp.where(is_used, page, count),
+        opened=place,
+        is_full=pool.is_full.at[number].get(mode="fill", fill_value=False),
+        is_sink=pool.is_sink.at[number].get(mode="fill", fill_value=False),
+    )
+
+
+def put_pages(
+    pool: ExactPages,
+    taken: ExactPages,  # of n pages
+    target: jax.Array,  # [n]
+) -> ExactPages:
+    """Return a pool with pages of another: exact ones at free places, or packed where there are none."""
+    num_pages, capacity = pool.shape[1], pool.capacity
+    count, most = taken.shape[1], taken.capacity
+    target = arrays.final_targets(jnp.arange(count, dtype=jnp.int32), target, num_pages, count)
+    codes = arrays.put_pages(pool.codes, taken.codes, target)
+    pool = _freed(dataclasses.replace(pool, codes=codes), _mark(pool.find(target), capacity))
+    page = target.at[taken.page].get(mode="fill", fill_value=num_pages)  # of each exact page
+    is_exact = page < num_pages
+    order = jnp.lexsort((taken.opened, ~is_exact))
+    rank = jnp.zeros(most, jnp.int32).at[order].set(jnp.arange(most, dtype=jnp.int32))
+    places, free = _free_places(pool, jnp.zeros(capacity, bool))
+    has_room = is_exact & (rank < free)
+    place = jnp.where(has_room, places[jnp.clip(rank, 0, capacity - 1)], capacity)
+    content = _pages(taken, jnp.arange(most, dtype=jnp.int32))
+    return dataclasses.replace(
+        pool,
+        codes=arrays.put_pages(pool.codes, content, jnp.where(is_exact & ~has_room, page, num_pages)),
+        rows=arrays.put_pages(pool.rows, taken.rows, place),
+        page=pool.page.at[place].set(page, mode="drop"),
+        opened=pool.opened.at[place].set(pool.opened.max() + 1 + rank, mode="drop"),
+        is_full=pool.is_full.at[place].set(taken.is_full, mode="drop"),
+        is_sink=pool.is_sink.at[place].set(taken.is_sink, mode="drop"),
+    )
+
+
 def copy_pages(
     pool: ExactPages,
     source: jax.Array,  # [n]
     target: jax.Array,  # [n]
 ) -> ExactPages:
     """Return a pool with pages copied: an exact one to a place of its own, or packed where none is free."""
-    num_pages, capacity = pool.shape[1], pool.capacity
+    num_pages = pool.shape[1]
     target = arrays.final_targets(source, target, num_pages)
-    number = jnp.where(target < num_pages, pool.find(source), capacity)
-    content = _pages(pool, number)
-    is_full, is_sink = (
-        flags.at[number].get(mode="fill", fill_value=False) for flags in (pool.is_full, pool.is_sink)
-    )
-    codes = arrays.copy_pages(pool.codes, source, target)
-    pool = _freed(dataclasses.replace(pool, codes=codes), _mark(pool.find(target), capacity))
-    is_exact = number < capacity
-    rank = jnp.cumsum(is_exact, dtype=jnp.int32) - 1
-    places, count = _free_places(pool, jnp.zeros(capacity, bool))
-    has_room = is_exact & (rank < count)
-    place = jnp.where(has_room, places[jnp.clip(rank, 0, capacity - 1)], capacity)
-    return dataclasses.replace(
-        pool,
-        codes=arrays.put_pages(pool.codes, content, jnp.where(is_exact & ~has_room, target, num_pages)),
-        rows=arrays.put_pages(pool.rows, content, place),
-        page=pool.page.at[place].set(target, mode="drop"),
-        opened=pool.opened.at[place].set(pool.opened.max() + 1 + rank, mode="drop"),
-        is_full=pool.is_full.at[place].set(is_full, mode="drop"),
-        is_sink=pool.is_sink.at[place].set(is_sink, mode="drop"),
-    )
+    return put_pages(pool, take_pages(pool, source, min(len(source), pool.capacity)), target)

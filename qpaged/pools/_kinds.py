@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qpaged._compat import explicit_sharding
@@ -70,6 +69,30 @@ def copy_pages(
     return _pool_of(pages).copy_pages(source, target)
 
 
+def take_pages(
+    pages: Pages,
+    indices: jax.Array,  # [n]
+    sequences: int,
+) -> Pages:
+    """Return the pages at ``indices`` as a pool of n pages, bit for bit; any where out of range.
+
+    Exact pages are packed if they are more than those of so many sequences.
+    """
+    return _pool_of(pages).take_pages(indices, sequences)
+
+
+def put_pages(
+    pages: Pages,
+    taken: Pages,
+    target: jax.Array,  # [n]
+) -> Pages:
+    """Return a pool with the pages of :func:`take_pages` at ``target``; out of range is dropped.
+
+    Of several pages with one target the last counts.
+    """
+    return _pool_of(pages).put_pages(taken, target)
+
+
 def is_exact(pages: Pages, indices: jax.Array) -> jax.Array | None:
     """Return True where page indices of any shape are of exact pages; None for pools that have none."""
     return _pool_of(pages).is_exact(indices)
@@ -77,8 +100,7 @@ def is_exact(pages: Pages, indices: jax.Array) -> jax.Array | None:
 
 def has_exact_pages(*all_pages: Pages) -> bool:
     """Return True if any of the pools keeps exact pages beside its codes."""
-    none = jnp.zeros(0, jnp.int32)
-    return any(is_exact(pages, none) is not None for pages in all_pages)
+    return any(_pool_of(pages).has_exact_pages for pages in all_pages)
 
 
 def packed(pages: Pages) -> Pages:

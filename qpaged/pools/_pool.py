@@ -67,6 +67,11 @@ class Pool(abc.ABC):
         return False
 
     @property
+    def has_exact_pages(self) -> bool:
+        """True if :meth:`is_exact` tells pages apart."""
+        return False
+
+    @property
     def format(self) -> Any:
         """The format that fresh pages like these are made with; None if a quantizer does not make them."""
         return None
@@ -122,6 +127,32 @@ class Pool(abc.ABC):
     def pack_pages(self, indices: jax.Array, lengths: jax.Array) -> Pages:
         """Return the pages with those at ``indices`` (n,) packed, slots from ``lengths`` (n,) on as zeros."""
         return self
+
+    def take_pages(self, indices: jax.Array, sequences: int) -> Pages:
+        """Return the pages at ``indices`` (n,) as pages (kv_heads, n, page_size, head_dim) of the same kind.
+
+        Bit for bit; any where out of range. Exact pages are packed if they are more than those of so many
+        sequences.
+
+        Raises:
+            TypeError: the kind cannot take its pages out of their pool.
+        """
+        raise self._not_taken()
+
+    def put_pages(self, taken: Pages, target: jax.Array) -> Pages:
+        """Return the pages with those of :meth:`take_pages` at ``target`` (n,), as :meth:`copy_pages` does.
+
+        Raises:
+            TypeError: the kind cannot take pages of another pool.
+        """
+        raise self._not_taken()
+
+    def _not_taken(self) -> TypeError:
+        kind = type(getattr(self, "pages", self)).__name__
+        return TypeError(
+            f"pages of type {kind} cannot be taken out of their pool or put into it, since only their class "
+            f"knows their parts; copy_pages moves them within it."
+        )
 
     def fill_lane_rows(self) -> Pages:
         """Return pages, to which nothing was written yet, in rows that fill a TPU's lanes, if possible."""

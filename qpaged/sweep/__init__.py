@@ -8,6 +8,7 @@ from qpaged.sweep._calibrate import calibrate, static_quantizers
 from qpaged.sweep._extras import MissingExtraError, need_sweep_extra
 from qpaged.sweep._formats import FormatInfo, default_formats, fitting, installed_formats
 from qpaged.sweep.measure import (
+    COMPUTE_DTYPES,
     DTYPES,
     METRICS,
     Accuracy,
@@ -51,6 +52,7 @@ from qpaged.sweep.tune import (
 
 __all__ = [
     "CANDIDATES",
+    "COMPUTE_DTYPES",
     "DTYPES",
     "METRICS",
     "RESULTS",

@@ -9,13 +9,14 @@ from qpaged.sweep.measure._metrics import METRICS, WIDE, Metric, Predictions, Ta
 from qpaged.sweep.measure._model import Model, Prefilled, Stream
 from qpaged.sweep.measure._predictions import Reference, predict
 from qpaged.sweep.measure._run import PLAIN, Accuracy, Failure, Greedy, Run, identity, layer_spellings
-from qpaged.sweep.measure._settings import DTYPES, Settings
+from qpaged.sweep.measure._settings import COMPUTE_DTYPES, DTYPES, Settings
 from qpaged.sweep.measure._statistics import Estimate, token_estimate
 from qpaged.sweep.measure._step import StepModel
 from qpaged.sweep.measure._sweep import Sweep, sweep_order
 from qpaged.sweep.measure._text import Sequences, Text, cut, load_text
 
 __all__ = [
+    "COMPUTE_DTYPES",
     "DTYPES",
     "METRICS",
     "PLAIN",

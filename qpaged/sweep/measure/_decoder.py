@@ -29,10 +29,10 @@ from qpaged.models import (
 from qpaged.sweep.measure._attention import SUMS, AttentionProfile, compare_attention
 from qpaged.sweep.measure._decoder_stream import Chunk, DecoderStream, chunks
 from qpaged.sweep.measure._run import PLAIN
-from qpaged.sweep.measure._settings import Settings
+from qpaged.sweep.measure._settings import COMPUTE_DTYPES, Settings
 
-COMPUTE_DTYPE = "float32"
-"""The dtype that models compute in, and that plain caches hold."""
+PLAIN_DTYPE = "float32"
+"""What plain caches hold: all that models compute, exactly."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Decoder:
 
     Attributes:
         scales: those of caches with static scales; 1 if None.
+        compute: the name of the dtype that it computes in.
+        reference: a description of the plain cache.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Decoder:
     sha256: str
     path: str | None = None
     scales: CacheScales | None = None
+    compute: str = "float32"
     reference: str = "plain pages in float32, the precision that the model computes in"
 
     @property
@@ -87,8 +90,18 @@ class Decoder:
     @renamed_argument("format", "quantizer")
     def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> DecoderStream:
         """Return a stream whose fresh cache holds ``sequences`` at once."""
-        cache = self.cache(quantizer, settings, sequences)
-        return DecoderStream(self.config, self.hidden, cache, settings, _cache_dtype(quantizer, settings))
+        return self._stream(self.cache(quantizer, settings, sequences), quantizer, settings)
+
+    def compile(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> None:
+        """Compile what such a stream runs, without a cache."""
+        cache = jax.eval_shape(lambda: self.cache(quantizer, settings, sequences))
+        self._stream(cache, quantizer, settings).compile()
+
+    def _stream(
+        self, cache: PagedAttentionCache, quantizer: CacheFormat, settings: Settings
+    ) -> DecoderStream:
+        dtype = _cache_dtype(quantizer, settings)
+        return DecoderStream(self.config, self.hidden, cache, settings, dtype, self.compute)
 
     def logits(self, outputs: jax.Array) -> jax.Array:
         """Return the logits [..., vocabulary] of hidden states [..., hidden_size]."""
@@ -136,12 +149,32 @@ class Decoder:
         name = f"{self.name} with the scales of {source}"
         return replace(self, scales=scales, name=name, sha256=digest.hexdigest())
 
+    def computing_in(self, dtype: str) -> "Decoder":
+        """Return the decoder computing in another dtype, ``"float32"`` or ``"bfloat16"``.
+
+        Norms, rotary angles, attention scores and logits stay float32. The reference computes alike, and its
+        plain cache still holds all that it is given.
+
+        Raises:
+            BadArgumentError: another dtype.
+        """
+        if dtype not in COMPUTE_DTYPES:
+            raise BadArgumentError(
+                "compute", f"must be one of {', '.join(COMPUTE_DTYPES)}, but came as {dtype!r}."
+            )
+        if dtype == self.compute:
+            return self
+        digest = hashlib.sha256(f"{self.sha256} {dtype}".encode()).hexdigest()
+        reference = f"plain pages in float32, of a model that computes in {dtype}"
+        name = f"{self.name} in {dtype}"
+        return replace(self, compute=dtype, name=name, sha256=digest, reference=reference)
+
     def hidden(
         self,
         tokens: ArrayLike,  # [n] int32
         position: ArrayLike,  # [n] int32
         attend: Attend,
-    ) -> jax.Array:  # [n, hidden_size] float32
+    ) -> jax.Array:  # [n, hidden_size]
         """Return the last hidden states of tokens at their positions."""
         return final_hidden(
             self.params,
@@ -149,7 +182,7 @@ class Decoder:
             jnp.asarray(tokens),
             jnp.asarray(position),
             attend,
-            dtype=COMPUTE_DTYPE,
+            dtype=self.compute,
         )
 
     def attention_profile(
@@ -245,7 +278,7 @@ def _for_context(config: DecoderConfig, context: int) -> DecoderConfig:
 
 
 def _cache_dtype(quantizer: CacheFormat, settings: Settings) -> str:
-    """Return the logical dtype of a cache: the reference keeps what the model computes."""
+    """Return the logical dtype of a cache: the reference keeps all that the model computes."""
     if quantizer == PLAIN:
-        return COMPUTE_DTYPE
+        return PLAIN_DTYPE
     return settings.dtype

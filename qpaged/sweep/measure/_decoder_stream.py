@@ -67,7 +67,14 @@ def chunks(tokens: np.ndarray, size: int) -> Iterator[Chunk]:
 
 
 class DecoderStream:
-    """A decoder and its paged cache; see :class:`Stream`."""
+    """A decoder and its paged cache; see :class:`Stream`.
+
+    Args:
+        hidden: runs the model over some tokens.
+        cache: fresh; of ShapeDtypeStructs for a stream that only compiles.
+        dtype: the name of the cache's logical dtype.
+        compute: that of the dtype in which ``hidden`` computes.
+    """
 
     def __init__(
         self,
@@ -76,10 +83,12 @@ class DecoderStream:
         cache: PagedAttentionCache,
         settings: Settings,
         dtype: str,
+        compute: str,
     ):
         metadata = cache.views[0].metadata
         self.views = list(cache.views)
         self.dtype = dtype
+        self._compute = compute
         self.bytes_per_token = cache.nbytes / (metadata.num_pages_per_layer * metadata.page_size)
         self._config = config
         self._hidden = hidden
@@ -99,6 +108,35 @@ class DecoderStream:
         ]
         inactive = [None] * (self._batch - sequences)
         self.table = allocator.page_table([*range(sequences), *inactive])
+
+    def compile(self) -> None:
+        """Compile what a batch runs, once for all layers that are alike."""
+        config, first = self._config, self.views[0].metadata
+        table = np.zeros((self._batch, first.num_pages_per_sequence), np.int32)
+        size = min(self.chunk, self._settings.prefilled)
+        chunk = Chunk(0, np.zeros((self._batch, size), np.int32), size)
+        steps = {
+            self._batch * size: chunk.metadata(table),
+            self._batch: PagedAttentionMetadata.decode(position=table[:, 0], page_table=table),
+        }
+        views = [view.replace(layer_index=0) for view in self.views]
+        kinds = set()
+        for layer, view in enumerate(views):
+            kind = (
+                tuple(jax.tree_util.tree_leaves(view)),
+                jax.tree_util.tree_structure(view),
+                config.attention(layer),
+            )
+            if kind in kinds:
+                continue
+            kinds.add(kind)
+            _reset.lower(view).compile()
+            for tokens, metadata in steps.items():
+                query, key = (
+                    jax.ShapeDtypeStruct((tokens, heads, config.head_dim), self._compute)
+                    for heads in (config.num_attention_heads, config.num_key_value_heads)
+                )
+                _write_and_attend.lower(view, query, key, key, metadata, config.attention(layer)).compile()
 
     def prefill(self, tokens: np.ndarray) -> Iterator[Prefilled]:
         """Feed the beginning of all sequences, [sequences, n], chunk by chunk."""

@@ -50,7 +50,7 @@ class Measurement:
         attention: None for models whose layers cannot be inspected.
         bytes_per_token: of the allocated cache, keys and values of all layers, scales included.
         elements_per_token: elements of keys and values of all layers.
-        decode_seconds_per_step: median; None if nothing was decoded.
+        decode_seconds_per_step: of the fastest step; None if nothing was decoded.
         prefill_seconds_per_token: median; None if nothing was prefilled.
     """
 
@@ -379,7 +379,7 @@ METRICS = (
     ),
     Metric(
         "decode_seconds_per_step",
-        "wall-clock of one decode step of the whole batch on this device",
+        "wall-clock of one decode step of the whole batch on this device, the fastest",
         _decode_seconds,
         label="decode ms per step",
         number=fixed(2, 1e3),

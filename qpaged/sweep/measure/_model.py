@@ -88,6 +88,9 @@ class Model(Protocol):
     def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> Stream:
         """Return a stream whose fresh cache holds ``sequences`` at once; plain caches are the reference's."""
 
+    def compile(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> None:
+        """Compile what such a stream runs, if that can be done without running it; allocate no cache."""
+
     def logits(self, outputs: jax.Array) -> jax.Array:
         """Return float32 logits [..., vocabulary] of a stream's outputs [..., features]."""
 

@@ -46,7 +46,8 @@ class Part(NamedTuple):
 class Timing:
     """Seconds of each decode step, and of each prefilled token.
 
-    Their medians are reported, so that compilations, which slow a few calls down, do not count.
+    Of decode steps, which are alike, the fastest is reported, since other programs may be compiled beside
+    some of them; of prefills, whose chunks are not, the median.
     """
 
     prefill: list[float] = field(default_factory=list)
@@ -63,11 +64,11 @@ class Timing:
 
     @property
     def per_decode_step(self) -> float | None:
-        return _median(self.decode)
+        return min(self.decode, default=None)
 
     @property
     def per_prefilled_token(self) -> float | None:
-        return _median(self.prefill)
+        return statistics.median(self.prefill) if self.prefill else None
 
 
 class Reference:
@@ -134,8 +135,9 @@ def _compare(
     """
     features, tokens = outputs.shape[-1], truth.size
     size = min(tokens, max(1, LOGITS_AT_ONCE // model.vocabulary))
-    reference, outputs, seconds = reference.reshape(-1, features), outputs.reshape(-1, features), 0.0
-    blocks = []
+    reference = reference.astype(outputs.dtype).reshape(-1, features)
+    outputs = outputs.reshape(-1, features)
+    blocks, seconds = [], 0.0
     for start in range(0, tokens, size):
         first = min(start, tokens - size)  # The last block begins earlier, so that all have one size.
         block = slice(first, first + size)
@@ -185,9 +187,3 @@ def _allocate(shape: tuple[int, ...]) -> np.ndarray:
     if 4 * math.prod(shape) < MAX_IN_MEMORY:
         return np.empty(shape, np.float32)
     return np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape)
-
-
-def _median(seconds: list[float]) -> float | None:
-    if not seconds:
-        return None
-    return statistics.median(seconds)

@@ -7,6 +7,7 @@ from qpaged._bad_argument import BadArgumentError
 from qpaged.cache._config import LARGEST_INDEX
 
 DTYPES = ("bfloat16", "float16", "float32")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,9 @@ class StepModel:
             step, state = adopted, adopted.init(self.state)
         return StepStream(step, state, self.in_cache, self.sequences, self.capacity, settings)
 
+    def compile(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> None:
+        """Compile nothing: the step is compiled as it first runs."""
+
     def logits(self, outputs: jax.Array) -> jax.Array:
         """Return the outputs of a step, which are its logits."""
         return outputs

@@ -9,6 +9,7 @@ from pathlib import Path
 from qpaged._bad_argument import BadArgumentError
 from qpaged._deprecated import renamed_argument
 from qpaged.formats import CacheFormat
+from qpaged.sweep.measure._ahead import one_ahead
 from qpaged.sweep.measure._bench import Bench, Progress
 from qpaged.sweep.measure._model import Model
 from qpaged.sweep.measure._run import PLAIN, Failure, Run, identity
@@ -113,9 +114,12 @@ class Sweep:
         raised, since nothing can be measured without it.
         """
         known_runs = {run.identity: run for run in known}
+        pending = self.pending(known)
+        compiled = one_ahead([pair for pair in self.order if pair[0] in pending], self._compile)
         (plain, _), *others = self.order
         bench = None
-        if self.pending(known):
+        if pending:
+            next(compiled)
             bench = Bench(self.model, self.sequences, self.settings, plain, progress)
             yield bench.plain
         else:
@@ -126,7 +130,15 @@ class Sweep:
                 yield dataclasses.replace(known_run, format=spelling)
                 continue
             assert bench is not None
+            next(compiled)
             try:
                 yield bench.measure(spelling, cache_format)
             except Exception as error:  # A plugin may raise anything; the others are still worth measuring.
                 yield Failure.of(spelling, error)
+
+    def _compile(self, named: tuple[str, CacheFormat]) -> None:
+        """Compile what a format runs, but for the reference, which nothing could be measured beside."""
+        _, cache_format = named
+        if cache_format != PLAIN:
+            rows = min(self.settings.batch, len(self.sequences.tokens))
+            self.model.compile(cache_format, self.settings, rows)
