@@ -23,6 +23,7 @@ os.environ["XLA_FLAGS"] = " ".join(flags)
 import jax  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_enable_compilation_cache", False)  # commands would write to the user's
 
 MANY_MAPS = 15_000  # of the 65,530 memory maps that Linux lets a process have
 MAPS = Path("/proc/self/maps")

@@ -7,6 +7,7 @@ from qpaged import sweep
 from qpaged._bad_argument import BadArgumentError
 from qpaged.cli._arguments import token_count, whole_number
 from qpaged.cli._output import say
+from qpaged.cli._programs import keep_programs
 from qpaged.models import read_scales
 
 
@@ -91,11 +92,12 @@ def add_text(parser: argparse.ArgumentParser) -> None:
 
 
 def load_job(args: argparse.Namespace) -> tuple[sweep.Model, sweep.Text, sweep.Settings]:
-    """Load the model, the text and the settings that the arguments choose.
+    """Load the model, the text and the settings that the arguments choose; keep what is compiled for them.
 
     Raises:
         OSError, ValueError, ImportError: one of them cannot be loaded.
     """
+    keep_programs()
     if args.step is not None and args.model is not None:
         raise ValueError("MODEL_DIR and --step each name a model; give one of them.")
     if args.step is None:

@@ -1,0 +1,26 @@
+"""Keeps compiled programs between commands: most of a short sweep is spent on compiling them."""
+
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+
+def keep_programs() -> None:
+    """Have JAX keep compiled programs in the user's cache directory, unless it was told otherwise.
+
+    ``JAX_COMPILATION_CACHE_DIR`` names another directory, and ``JAX_ENABLE_COMPILATION_CACHE=0`` keeps none.
+    Each machine has a directory of its own, since what was compiled for one processor may stop another.
+    """
+    if jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]:
+        return
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(caches, "qpaged", "programs", platform.node() or "unnamed")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # Nothing can be kept; the command itself needs no such directory.
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
