@@ -6,6 +6,7 @@ tiles are taken at a step: see :mod:`qpaged.attention._xla_lanes`.
 """
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from qpaged._compat import vary_like
@@ -15,7 +16,6 @@ from qpaged.attention._layout import pad_to_multiple
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens, ungroup_query_heads, with_options
 from qpaged.attention._xla_tiles import (
-    QueryTile,
     SoftmaxState,
     XLACall,
     join_tiles,
@@ -42,15 +42,26 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
 
 
 def attend_in_turn(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
-    """Return the same, one query tile after another."""
+    """Return the same, one query tile after another, up to the last one that has a token."""
     pages_per_tile = max(1, min(_xla_tiles.KV_TILE // keys.shape[2], tokens.table.shape[-1]))
     table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=-1)
     call = XLACall(keys, values, options, pages_per_tile)
 
-    def attend_tile(tile: QueryTile) -> Partial:
-        return _attend_q_tile(call, tile.query, tile.position, table[tile.run], tokens.end[tile.run])
+    tiles = split_queries(tokens)
 
-    return join_tiles(lax.map(attend_tile, split_queries(tokens)), tokens)
+    def add_tile(index: jax.Array, attended: Partial) -> Partial:
+        query, position, run = (lax.dynamic_index_in_dim(part, index, keepdims=False) for part in tiles)
+        partial = _attend_q_tile(call, query, position, table[run], tokens.end[run])
+        return Partial(*(whole.at[index].set(part) for whole, part in zip(attended, partial, strict=True)))
+
+    nothing = Partial(
+        jnp.zeros(tiles.query.shape, jnp.float32), jnp.full(tiles.query.shape[:-1], -jnp.inf, jnp.float32)
+    )
+    nothing = vary_like(nothing, (tiles, table, tokens.end, keys, values, nothing))
+    number = 1 + jnp.arange(len(tiles.run), dtype=jnp.int32)
+    is_used = (tiles.position >= 0).any(axis=1)
+    count = jnp.where(is_used, number, 0).max(initial=0)
+    return join_tiles(lax.fori_loop(0, count, add_tile, nothing), tokens)
 
 
 def _attend_q_tile(

@@ -13,7 +13,8 @@ def keep_programs() -> None:
     ``JAX_COMPILATION_CACHE_DIR`` names another directory, and ``JAX_ENABLE_COMPILATION_CACHE=0`` keeps none.
     Each machine has a directory of its own, since what was compiled for one processor may stop another.
     """
-    if jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]:
+    settings = jax.config.values
+    if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
         return
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(caches, "qpaged", "programs", platform.node() or "unnamed")
