@@ -345,6 +345,27 @@ def _milliseconds(run):
     return f"{run['milliseconds']:.3f} ({run['of_bandwidth']:.0%})" if "milliseconds" in run else ""
 
 
+def ragged():
+    """What ``benchmarks/ragged.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "ragged.json").read_text())
+    shape, formats = results["shape"], list(dict.fromkeys(run["format"] for run in results["runs"]))
+    lines = [
+        f"`benchmarks/ragged.py`: one layer, {shape['q_heads']} query heads over {shape['kv_heads']} KV heads, "
+        f"head size {shape['head_dim']}, pages of {shape['page_size']}: milliseconds of attention, median of "
+        f"{results['rounds']} rounds, jax {results['versions']['jax']} on CPU, {results['date']}; in brackets, "
+        "times as long as a call for each prompt and one for all decodes.",
+        "",
+        f"| batch | {' | '.join(f'`{name}`' for name in formats)} |",
+        f"|---|{'--:|' * len(formats)}",
+    ]
+    batches: dict[str, list[str]] = {}
+    for run in results["runs"]:
+        took = run["milliseconds"]["ragged"]
+        batches.setdefault(run["batch"], []).append(f"{took:.0f} ({run['ratio']:.2f})")
+    lines += [f"| {batch} | {' | '.join(cells)} |" for batch, cells in batches.items()]
+    return "\n".join(lines) + "\n"
+
+
 def generation():
     """What ``benchmarks/cpu_attention.py`` left of compilations, as a Markdown table."""
     results = json.loads((RESULTS / "cpu_attention.json").read_text())
@@ -522,6 +543,7 @@ TABLES = {
     "generation.md": generation,
     "tpu_compile.md": tpu_compile,
     "tpu_ragged.md": tpu_ragged,
+    "ragged.md": ragged,
     "stress.md": stress,
     "stress_attention_kl.md": partial(stress_losses, "attention_kl"),
     "stress_key_rms.md": partial(stress_losses, "key_rms"),
