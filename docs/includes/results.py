@@ -350,10 +350,10 @@ def ragged():
     results = json.loads((RESULTS / "ragged.json").read_text())
     shape, formats = results["shape"], list(dict.fromkeys(run["format"] for run in results["runs"]))
     lines = [
-        f"`benchmarks/ragged.py`: one layer, {shape['q_heads']} query heads over {shape['kv_heads']} KV heads, "
-        f"head size {shape['head_dim']}, pages of {shape['page_size']}: milliseconds of attention, median of "
-        f"{results['rounds']} rounds, jax {results['versions']['jax']} on CPU, {results['date']}; in brackets, "
-        "times as long as a call for each prompt and one for all decodes.",
+        f"`benchmarks/ragged.py`: one layer, {shape['q_heads']} query heads over {shape['kv_heads']} KV "
+        f"heads, head size {shape['head_dim']}, pages of {shape['page_size']}: milliseconds of attention, "
+        f"median of {results['rounds']} rounds, jax {results['versions']['jax']} on CPU, {results['date']}; in "
+        "brackets, times as long as a call for each prompt and one for all decodes.",
         "",
         f"| batch | {' | '.join(f'`{name}`' for name in formats)} |",
         f"|---|{'--:|' * len(formats)}",
