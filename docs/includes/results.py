@@ -352,8 +352,8 @@ def ragged():
     lines = [
         f"`benchmarks/ragged.py`: one layer, {shape['q_heads']} query heads over {shape['kv_heads']} KV "
         f"heads, head size {shape['head_dim']}, pages of {shape['page_size']}: milliseconds of attention, "
-        f"median of {results['rounds']} rounds, jax {results['versions']['jax']} on CPU, {results['date']}; in "
-        "brackets, times as long as a call for each prompt and one for all decodes.",
+        f"median of {results['rounds']} rounds, jax {results['versions']['jax']} on CPU, {results['date']}; "
+        "in brackets, times as long as a call for each prompt and one for all decodes.",
         "",
         f"| batch | {' | '.join(f'`{name}`' for name in formats)} |",
         f"|---|{'--:|' * len(formats)}",
