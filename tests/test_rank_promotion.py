@@ -33,15 +33,20 @@ def test_a_paged_cache(spelling):
     rows, table = normal(20, 2, 64), np.arange(4)
     prefill = qpaged.PagedAttentionMetadata.prefill(position=np.arange(20), page_table=table)
     decode = qpaged.PagedAttentionMetadata.decode(position=[20, -1], page_table=[table] * 2)
+    ragged = qpaged.PagedAttentionMetadata.ragged(
+        position=[21, 22, 23, 20, 0], page_tables=[table, table + 4], starts=[0, 3, 4]
+    )
 
     def run(view):
         view = view.write_prefill_to_cache(rows, rows, prefill)
         view = view.write_decodes_to_cache(rows[:2], rows[:2], decode).copy_pages([0], [5])
+        view = view.write_to_cache(rows[:5], rows[:5], ragged).put_pages([6], view.take_pages([0]))
         query, outs = normal(20, 4, 64, seed=1), []
         options = {"sliding_window": 8, "logits_soft_cap": 30.0, "sinks": jnp.zeros(4)}
         for backend in ("xla", "reference"):
             outs.append(qpaged.paged_attention(query, view, prefill, backend=backend, **options))
             outs.append(qpaged.paged_attention(query[:2], view, decode, backend=backend, **options))
+            outs.append(qpaged.paged_attention(query[:5], view, ragged, backend=backend, **options))
         return outs
 
     for eager, jitted in zip(run(view), jax.jit(run)(view), strict=True):

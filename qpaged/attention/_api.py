@@ -208,6 +208,8 @@ class TokenGroup(NamedTuple):
 
     def parts(self) -> tuple[QueryTokens, ...]:
         """Return the queries as backends take them."""
+        if self.is_empty:
+            return ()
         if not isinstance(self.tokens, RaggedTokens):
             return (self.tokens,)
         batch = split(self.tokens)
@@ -236,7 +238,7 @@ def _attend_pools(
 def _attend_all(
     method: Method, keys: Pages, values: Pages, groups: list[TokenGroup], sinks: jax.Array | None
 ) -> Partial:
-    """Return the attention of the prefill's tokens and of the decode's rows, one after the other."""
+    """Return the attention of all groups of tokens, one after the other."""
     partials = [_attend_group(method, keys, values, group, sinks) for group in groups]
     out, lse = (jnp.concatenate(of_each) for of_each in zip(*partials, strict=True))
     return Partial(out.astype(method.dtype), lse)
@@ -341,7 +343,7 @@ def _token_groups(
         here = slice(start, start + len(position))
         start = here.stop
         own = None if new_tokens is None else NewTokens(new_tokens.key[here], new_tokens.value[here])
-        if own is not None and len(step.table) != len(position):
+        if own is not None and not step.is_decode:
             check_consecutive(position, step.starts)
         if step.starts is not None:
             groups.append(TokenGroup(RaggedTokens(query[here], position, table, step.starts), own))

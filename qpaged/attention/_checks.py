@@ -125,7 +125,7 @@ def checked_new(
     return NewTokens(*rows)
 
 
-def check_consecutive(position: jax.Array, starts: jax.Array | None) -> None:
+def check_consecutive(position: jax.Array | np.ndarray, starts: jax.Array | None) -> None:
     """Raise unless the positions of each sequence, if they are known, follow one another up to padding.
 
     Args:
@@ -134,8 +134,9 @@ def check_consecutive(position: jax.Array, starts: jax.Array | None) -> None:
     """
     if isinstance(position, jax.core.Tracer) or isinstance(starts, jax.core.Tracer):
         return
-    of_sequences = [position] if starts is None else np.split(position, starts)[1:-1]
-    for known in map(np.asarray, of_sequences):
+    position = np.asarray(position)  # slices of a jax.Array would each be compiled
+    of_sequences = [position] if starts is None else np.split(position, np.asarray(starts))[1:-1]
+    for known in of_sequences:
         if not bool(are_consecutive(known)):
             raise ValueError(
                 f"new must be of tokens whose positions follow one another, padding last, but they are at "

@@ -1,17 +1,18 @@
 """Ragged batches: any number of queries of each sequence, divided into decode rows and runs of one length.
 
 A sequence with one query becomes a decode row. The queries of any other are divided into runs, of about as
-many queries as a sequence has on average: so there are at most twice as many runs as sequences, and what
-fills them up is at most about as much again as the queries. How many rows and runs there are follows from
-shapes alone. Which sequences they are of is computed, so that batches of one shape share a compilation.
+many queries as a sequence has on average, between :data:`LEAST_RUN` and :data:`LONGEST_RUN`. On average there
+are then at most two runs for a sequence, and what fills them up is about as much again as the queries. How
+many rows and runs there are follows from shapes alone. Which sequences they are of is computed, so that
+batches of one shape share a compilation.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from qpaged._promotion import promoting_ranks
 from qpaged.attention._merge import Partial
 from qpaged.attention._new_tokens import NewPages, NewRows, NewTokens, as_pages
 from qpaged.attention._options import QueryTokens
@@ -115,6 +116,7 @@ class Split(NamedTuple):
         return NewPages(keys, values, place.reshape(-1), table, jnp.maximum(first, 0), is_right)
 
 
+@promoting_ranks
 def split(tokens: RaggedTokens) -> Split:
     """Return a batch of at least one token and one sequence as decode rows and runs."""
     count, sequences = len(tokens.position), len(tokens.tables)
@@ -123,13 +125,11 @@ def split(tokens: RaggedTokens) -> Split:
         members, jnp.where(members.length > 1, members.length, 0), run_length(count, sequences)
     )
     token_of_row = jnp.minimum(members.first, count - 1)
-    # Of NumPy, which dispatches nothing.
-    no_end = np.full(sequences, LARGEST_INDEX, np.int32)
     rows = QueryTokens(
         query=tokens.query[token_of_row],
         position=jnp.where(members.length == 1, tokens.position[token_of_row], -1),
         table=tokens.tables,
-        end=jnp.asarray(no_end),
+        end=jnp.full(sequences, LARGEST_INDEX, jnp.int32),
     )
     token_of_run = pieces.token.reshape(-1)
     runs = QueryTokens(

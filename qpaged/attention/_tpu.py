@@ -175,7 +175,7 @@ def _kv_tile(kv_heads: int, k_layout: TPULayout, v_layout: TPULayout) -> int | N
 
 
 def _q_tile(kv_heads: int, q_heads_per_kv: int, k_layout: TPULayout, v_layout: TPULayout) -> int:
-    """Return the queries of a prefill's query tile: as many as the state has room for."""
+    """Return the queries of a run's query tile: as many as the state has room for."""
     k_width = k_layout.codes_per_byte * k_layout.row_width
     v_width = v_layout.codes_per_byte * v_layout.row_width
     row_bytes = kv_heads * max(k_width, v_width) * jnp.dtype(jnp.float32).itemsize

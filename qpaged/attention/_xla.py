@@ -1,6 +1,6 @@
 """The ``xla`` backend: plain JAX whose cost follows the sum of the sequence lengths, on any device.
 
-A query tile is one decode row, or some queries of a prefill. Each loops over tiles of its own sequence's
+A query tile is one decode row, or some queries of a run. Each loops over tiles of its own sequence's
 slots, only those that its positions see. On GPUs, where a loop's step must have more to do than that, many
 tiles are taken at a step: see :mod:`qpaged.attention._xla_lanes`.
 """

@@ -17,7 +17,7 @@ from qpaged.attention._options import MASK_VALUE, Options, QueryTokens, group_qu
 from qpaged.pools import Pages, gather_slots
 
 KV_TILE = 256  # slots read at once; a tile's scores and decoded slots then fit in a CPU core's cache
-Q_TILE = 128  # queries of a prefill that share what is read
+Q_TILE = 128  # queries of a run that share what is read
 
 QK = (((2,), (2,)), ((0,), (0,)))  # [heads, rows, dim] . [heads, slots, dim]
 PV = (((2,), (1,)), ((0,), (0,)))  # [heads, rows, slots] . [heads, slots, dim]

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from qpaged import pools
+from qpaged._arguments import check_type
 from qpaged.cache._config import AnyQuantizer, PagedAttentionCacheMetaData, check_metadata
 from qpaged.cache._fresh import warn_of_narrow_floats
 from qpaged.cache._scales import check_scales, scales_of_layer
@@ -112,6 +113,8 @@ class PagedAttentionCache(Serializable):
         Raises:
             ValueError: ``taken`` has another number of layers.
         """
+        advice = "give what take_pages of a cache returned"
+        check_type("taken", taken, PagedAttentionCache, "a qpaged.PagedAttentionCache", advice)
         if len(taken.views) != len(self.views):
             raise ValueError(
                 f"taken must have the {len(self.views)} layers of this cache, but has {len(taken.views)}; "

@@ -52,6 +52,7 @@ def dropped_tokens(step: PagedAttentionMetadata, metadata: PagedAttentionCacheMe
     ragged = step.ragged_tokens()
     if ragged is not None:
         position, tables, starts = map(np.asarray, ragged)
+        starts = np.clip(starts, 0, len(position))
         for sequence, table in enumerate(tables):
             for index in range(starts[sequence], starts[sequence + 1]):
                 dropped += _dropped("ragged", index, int(position[index]), table, metadata)

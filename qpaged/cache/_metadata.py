@@ -22,7 +22,7 @@ ABSENT = np.int32(0)  # in place of the arrays of a mode that a step is not in, 
 class PagedAttentionMetadata(Serializable):
     """One step's positions and page tables: of a prefill, of a decode, or of a ragged batch, which has both.
 
-    The constructor itself makes a prefill and a decode in one, as it always did.
+    The constructor itself makes a prefill and a decode in one.
 
     Token at position p of a sequence lies in slot p mod page_size of page page_table[p // page_size]. The
     index ``num_pages_per_layer`` (one past the last) in a table means "no page". Any index out of range is
@@ -71,6 +71,9 @@ class PagedAttentionMetadata(Serializable):
                 raise ValueError(f"{field.name} must be an array of integers, but a list came.")
             as_indices(field.name, value)
         self.steps()  # which checks the shapes of what it returns
+        if self.is_ragged_mode():
+            tokens = np.size(self.ragged_position)
+            _check_ascending("ragged_starts", np.asarray(self.ragged_starts), tokens)
 
     @classmethod
     def prefill(cls, *, position: ArrayLike, page_table: ArrayLike, length: ArrayLike | None = None) -> Self:
@@ -145,7 +148,7 @@ class PagedAttentionMetadata(Serializable):
         starts = _shaped("starts", starts, "(sequences + 1,)", 1)
         _check_starts("", starts, page_tables)
         if not isinstance(known, jax.core.Tracer):
-            _check_ascending(np.asarray(known), len(position))
+            _check_ascending("starts", np.asarray(known), len(position))
         return cls(
             prefill_length=jnp.int32(0),
             prefill_position=_absent(),
@@ -270,11 +273,11 @@ def _check_starts(prefix: str, starts: jax.Array, page_tables: jax.Array) -> Non
         )
 
 
-def _check_ascending(starts: np.ndarray, tokens: int) -> None:
+def _check_ascending(name: str, starts: np.ndarray, tokens: int) -> None:
     """Raise unless starts divide so many tokens; once they are traced, nobody can."""
     if starts[0] != 0 or starts[-1] > tokens or (np.diff(starts.astype(np.int64)) < 0).any():
         raise ValueError(
-            f"starts must ascend from 0 to at most the number of tokens, {tokens}, but came as "
+            f"{name} must ascend from 0 to at most the number of tokens, {tokens}, but came as "
             f"{shown(starts.tolist())}; fill it up with its last entry."
         )
 

@@ -6,6 +6,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from qpaged._arguments import shown
+from qpaged._promotion import promoting_ranks
 from qpaged.arrays import clip_to_int32
 from qpaged.cache._step_tokens import Members, StepTokens
 from qpaged.pools import SlotMapping
@@ -41,6 +42,7 @@ def _to_numpy(name: str, values: ArrayLike) -> np.ndarray:
     return array.astype(np.int32) if array.size == 0 else array  # an empty list is of floats to NumPy
 
 
+@promoting_ranks
 def slot_mapping(step: StepTokens, page_size: int, num_pages: int) -> SlotMapping:
     """Return where tokens go: page = page_table[position // page_size], slot = position mod page_size.
 

@@ -48,3 +48,8 @@ class StepTokens(NamedTuple):
     position: jax.Array
     table: jax.Array
     starts: jax.Array | None = None
+
+    @property
+    def is_decode(self) -> bool:
+        """True if each token is of a sequence of its own, in order."""
+        return self.starts is None and len(self.table) == len(self.position)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from qpaged import pools
-from qpaged._arguments import as_array
+from qpaged._arguments import as_array, check_type
 from qpaged.arrays import dtype_of_floats
 from qpaged.cache._config import (
     AnyQuantizer,
@@ -188,18 +188,22 @@ class PagedAttentionCacheView(Serializable):
         """
         check_step(metadata)
         steps = metadata.steps()
+        if not steps:
+            return self
         if len(steps) == 1:
-            return self._write(key, value, steps[0], "tokens")
+            mode = "decodes" if metadata.is_decode_mode() else "prefill"
+            name = "ragged_position" if metadata.is_ragged_mode() else f"{mode}_position"
+            return self._write(key, value, steps[0], name)
         config = self.metadata
         shape = (sum(len(step.position) for step in steps), config.num_kv_heads, config.kv_head_dim_size)
         keys, values = (
-            _checked_rows("key", key, shape, "tokens"),
-            _checked_rows("value", value, shape, "tokens"),
+            _checked_rows("key", key, shape, "query"),
+            _checked_rows("value", value, shape, "query"),
         )
         view, start = self, 0
         for step in steps:
             here = slice(start, start + len(step.position))
-            view = view._write(keys[here], values[here], step, "tokens")
+            view = view._write(keys[here], values[here], step, "query")
             start = here.stop
         return view
 
@@ -287,9 +291,11 @@ class PagedAttentionCacheView(Serializable):
 
         Raises:
             TypeError: the pages are not integers, or of a kind that cannot be taken out of their pool.
-            ValueError: they have more than one axis, or there is no sequence.
+            ValueError: they have more than one axis, or there is no page or no sequence.
         """
         indices, config = _page_indices("pages", pages), self.metadata
+        if not len(indices):
+            raise ValueError("pages must name at least one page, but are none; give those of a sequence.")
         if sequences < 1:
             raise ValueError(f"sequences must be at least 1, but came as {sequences}.")
         taken = config.replace(num_pages_per_layer=len(indices), batch_size=sequences)
@@ -315,6 +321,8 @@ class PagedAttentionCacheView(Serializable):
             TypeError: the pages are not integers, or of a kind that cannot be put into a pool.
             ValueError: there are not as many as ``taken`` has, or it is of another format or size.
         """
+        advice = "give what take_pages of a view returned"
+        check_type("taken", taken, PagedAttentionCacheView, "a qpaged.PagedAttentionCacheView", advice)
         indices = _page_indices("pages", pages)
         count = taken.metadata.num_pages_per_layer
         if len(indices) != count:
@@ -351,7 +359,7 @@ class PagedAttentionCacheView(Serializable):
         )
 
     def concatenate_to_cache(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raise NotImplementedError: pages are written by the two methods above.
+        """Raise NotImplementedError: pages are written by the methods above.
 
         It exists because caches of contiguous arrays, whose interface this is, have it.
 
@@ -359,8 +367,8 @@ class PagedAttentionCacheView(Serializable):
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "concatenate_to_cache does not apply to pages; use write_prefill_to_cache or "
-            "write_decodes_to_cache."
+            "concatenate_to_cache does not apply to pages; use write_prefill_to_cache, "
+            "write_decodes_to_cache or write_to_cache."
         )
 
     def _nothing_to_write(self, mode: str, metadata: PagedAttentionMetadata) -> Self:
@@ -445,7 +453,7 @@ def _check_alike(name: str, own: Pages, taken: Pages) -> None:
     """Raise ValueError unless pages that were taken are like those of a pool, but for their number."""
     shapes = [(pages.shape[0], *pages.shape[2:]) for pages in (own, taken)]
     formats = [(pools.format_of(pages), jnp.dtype(pages.dtype)) for pages in (own, taken)]
-    if shapes[0] != shapes[1] or formats[0] != formats[1] or type(own) is not type(taken):
+    if shapes[0] != shapes[1] or formats[0] != formats[1] or pools.kind_of(own) is not pools.kind_of(taken):
         raise ValueError(
             f"taken must be pages of the same kind, but its {name} are {pools.describe(taken)}, and those of "
             f"this view {pools.describe(own)}; take them from a cache of the same format and sizes."

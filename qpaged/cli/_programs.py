@@ -6,6 +6,11 @@ from pathlib import Path
 
 import jax
 
+SMALL_PROGRAMS_TOO = {
+    "jax_persistent_cache_min_compile_time_secs": 0.3,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
 
 def keep_programs() -> None:
     """Have JAX keep compiled programs in the user's cache directory, unless it was told otherwise.
@@ -16,12 +21,13 @@ def keep_programs() -> None:
     settings = jax.config.values
     if settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]:
         return
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(caches, "qpaged", "programs", platform.node() or "unnamed")
     try:
+        caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(caches, "qpaged", "programs", platform.node() or "unnamed")
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # Nothing can be kept; the command itself needs no such directory.
+    except (OSError, RuntimeError):  # There is no home, or nothing can be written; nothing needs to be kept.
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    for name, value in SMALL_PROGRAMS_TOO.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)

@@ -235,16 +235,16 @@ def take_pages(
     count = len(indices)
     number = pool.find(indices)
     is_exact = number < pool.capacity
-    opened = pool.opened.at[number].get(mode="fill", fill_value=0)
-    order = jnp.lexsort((opened, ~is_exact))  # exact ones first, as they were opened
-    rank = jnp.zeros(count, jnp.int32).at[order].set(jnp.arange(count, dtype=jnp.int32))
+    opened, is_full, is_sink = (_of_exact(part, number) for part in (pool.opened, pool.is_full, pool.is_sink))
+    order = _by_precedence(is_exact, opened, is_full, is_sink)
+    rank = _rank_of(order)
     codes = arrays.read_pages(pool.codes, indices)
-    if capacity < min(count, pool.capacity):
+    if capacity < count:
         is_packed = is_exact & (rank >= capacity)
         targets = jnp.where(is_packed, jnp.arange(count, dtype=jnp.int32), count)
         codes = arrays.put_pages(codes, _pages(pool, number), targets)
     place = jnp.arange(capacity, dtype=jnp.int32)
-    page = order.astype(jnp.int32).at[place].get(mode="fill", fill_value=0)
+    page = order.at[place].get(mode="fill", fill_value=0)
     is_used = place < is_exact.sum(dtype=jnp.int32)
     number = jnp.where(is_used, number[page], pool.capacity)
     return dataclasses.replace(
@@ -252,10 +252,27 @@ def take_pages(
         codes=codes,
         rows=arrays.read_pages(pool.rows, number),
         page=jnp.where(is_used, page, count),
-        opened=place,
-        is_full=pool.is_full.at[number].get(mode="fill", fill_value=False),
-        is_sink=pool.is_sink.at[number].get(mode="fill", fill_value=False),
+        opened=_of_exact(pool.opened, number),
+        is_full=_of_exact(pool.is_full, number),
+        is_sink=_of_exact(pool.is_sink, number),
     )
+
+
+def _of_exact(part: jax.Array, number: jax.Array) -> jax.Array:
+    """Return what is noted of exact pages, by their numbers; 0 or False out of range."""
+    return part.at[number].get(mode="fill", fill_value=0)
+
+
+def _rank_of(order: jax.Array) -> jax.Array:
+    """Return the place of each element in an order of all."""
+    return jnp.zeros_like(order).at[order].set(jnp.arange(len(order), dtype=order.dtype))
+
+
+def _by_precedence(
+    is_exact: jax.Array, opened: jax.Array, is_full: jax.Array, is_sink: jax.Array
+) -> jax.Array:
+    """Return the order in which pages stay exact: what would be packed last comes first."""
+    return jnp.lexsort((-opened, is_full, ~is_sink, ~is_exact)).astype(jnp.int32)
 
 
 def put_pages(
@@ -271,18 +288,19 @@ def put_pages(
     pool = _freed(dataclasses.replace(pool, codes=codes), _mark(pool.find(target), capacity))
     page = target.at[taken.page].get(mode="fill", fill_value=num_pages)  # of each exact page
     is_exact = page < num_pages
-    order = jnp.lexsort((taken.opened, ~is_exact))
-    rank = jnp.zeros(most, jnp.int32).at[order].set(jnp.arange(most, dtype=jnp.int32))
+    order = _by_precedence(is_exact, taken.opened, taken.is_full, taken.is_sink)
+    rank = _rank_of(order)
     places, free = _free_places(pool, jnp.zeros(capacity, bool))
     has_room = is_exact & (rank < free)
     place = jnp.where(has_room, places[jnp.clip(rank, 0, capacity - 1)], capacity)
     content = _pages(taken, jnp.arange(most, dtype=jnp.int32))
+    since = _rank_of(jnp.argsort(taken.opened).astype(jnp.int32))
     return dataclasses.replace(
         pool,
         codes=arrays.put_pages(pool.codes, content, jnp.where(is_exact & ~has_room, page, num_pages)),
         rows=arrays.put_pages(pool.rows, taken.rows, place),
         page=pool.page.at[place].set(page, mode="drop"),
-        opened=pool.opened.at[place].set(pool.opened.max() + 1 + rank, mode="drop"),
+        opened=pool.opened.at[place].set(pool.opened.max() + 1 + since, mode="drop"),
         is_full=pool.is_full.at[place].set(taken.is_full, mode="drop"),
         is_sink=pool.is_sink.at[place].set(taken.is_sink, mode="drop"),
     )
@@ -296,4 +314,5 @@ def copy_pages(
     """Return a pool with pages copied: an exact one to a place of its own, or packed where none is free."""
     num_pages = pool.shape[1]
     target = arrays.final_targets(source, target, num_pages)
+    source = jnp.where(target < num_pages, source, num_pages)  # so that dropped pairs take no room
     return put_pages(pool, take_pages(pool, source, min(len(source), pool.capacity)), target)

@@ -117,6 +117,11 @@ def pack_pages(
     return _pool_of(pages).pack_pages(indices, lengths) if isinstance(pages, Pool) else pages
 
 
+def kind_of(pages: Pages) -> type[Pool]:
+    """Return the kind of a pool."""
+    return type(_pool_of(pages))
+
+
 def count_bytes(pages: Pages) -> PoolBytes:
     """Return the bytes of a pool, whose leaves may be ShapeDtypeStructs."""
     return _pool_of(pages).count_bytes()

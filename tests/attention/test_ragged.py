@@ -229,6 +229,31 @@ def test_many_lanes_at_a_step_agree(monkeypatch):
     jax.clear_caches()
 
 
+def test_as_many_tokens_as_sequences_are_no_decode():
+    step = qpaged.PagedAttentionMetadata.ragged(
+        position=[5, 3], page_tables=np.zeros((2, 5), int), starts=[0, 2, 2]
+    )
+    query, own = normal(2, Q_HEADS, 32), normal(2, KV_HEADS, 32)
+    with pytest.raises(ValueError, match="new must be of tokens whose positions follow one another"):
+        qpaged.paged_attention(query, fresh_view("int8"), step, new=(own, own))
+
+
+def test_steps_without_tokens_are_taken_by_every_backend():
+    view = fresh_view("int8")
+    steps = [qpaged.PagedAttentionMetadata.decode(position=[], page_table=np.zeros((0, 5), int))]
+    for sequences in (0, 1):
+        tables, starts = np.zeros((sequences, 5), int), np.zeros(sequences + 1, int)
+        steps.append(qpaged.PagedAttentionMetadata.ragged(position=[], page_tables=tables, starts=starts))
+    for step in steps:
+        backends = {backend.name for backend in qpaged.attention_backends(normal(0, Q_HEADS, 32), view, step)}
+        assert {"xla", "reference"} <= backends
+
+
+def test_a_placeholder_is_written_and_attended_to_by_no_one():
+    view, step, rows = fresh_view("int8"), qpaged.PagedAttentionMetadata.init_empty(), normal(5, KV_HEADS, 32)
+    assert view.write_to_cache(rows, rows, step) is view
+
+
 def test_positions_that_do_not_follow_one_another_are_refused_or_nan():
     view, table = filled_view("int8", KV_HEADS, 32)
     step, places = batch_of(QUERIES, table)
@@ -265,6 +290,21 @@ def test_bad_batches_are_refused(change, message):
     arguments = {"position": [0, 1, 2, 3], "page_tables": [[0], [1]], "starts": [0, 3, 4], **change}
     with pytest.raises((TypeError, ValueError), match=message):
         qpaged.PagedAttentionMetadata.ragged(**arguments)
+
+
+def test_starts_of_a_record_must_ascend():
+    step, _ = batch_of(QUERIES, filled_view("int8", KV_HEADS, 32)[1])
+    record = step.to_dict() | {"ragged_starts": np.array([0, 5, 3, 8, 8, 8, 8])}
+    with pytest.raises(ValueError, match="ragged_starts must ascend from 0"):
+        qpaged.PagedAttentionMetadata.from_dict(record)
+
+
+def test_rows_of_another_number_are_refused():
+    step, view = batch_of(QUERIES, filled_view("int8", KV_HEADS, 32)[1])[0], fresh_view("int8")
+    with pytest.raises(
+        ValueError, match=r"key must have shape \(len\(ragged_position\), kv_heads, head_dim\)"
+    ):
+        view.write_to_cache(normal(3, KV_HEADS, 32), normal(3, KV_HEADS, 32), step)
 
 
 def test_other_writes_name_the_one_that_takes_a_batch():

@@ -127,23 +127,57 @@ def test_of_several_with_one_number_the_last_counts():
 
 
 def test_exact_pages_without_room_are_packed():
-    """In what is taken, of more sequences than it was said to be, and in the cache that they are put into."""
+    """In what is taken, of more sequences than it was said to be, and in the cache that they are put into.
+
+    Open pages stay exact, then the newest full ones; the others are quantized as ``pack_pages`` does it.
+    """
     spelling = "int8:token+exact20"
     second = np.array([1, 5, 6, 8])
     cache = written(written(fresh_cache(spelling)), second, seed=50)
     everything = np.concatenate([SOURCE, second])
     whole, part = take(cache, everything, sequences=2), take(cache, everything)
-    packed = cache.pack_pages(everything, np.full(8, PAGE_SIZE))
-    for pool, number in ((whole.views[0].key_pages, 6), (part.views[0].key_pages, 3)):
-        assert int(qpaged.pools.is_exact(pool, jnp.arange(8)).sum()) == number
-    assert same(attended(whole, np.arange(4)), attended(cache, SOURCE))
-    # The first to be opened stay exact, and the others are quantized as pack_pages does it.
-    assert same(attended(part, np.arange(4)), attended(cache, SOURCE))
-    assert same(attended(part, np.arange(4, 8)), attended(packed, second))
     small = put(fresh_cache(spelling, batch=1), np.arange(8), whole)
-    assert int(qpaged.pools.is_exact(small.views[0].key_pages, jnp.arange(8)).sum()) == 3
-    assert same(attended(small, np.arange(4)), attended(cache, SOURCE))
-    assert same(attended(small, np.arange(4, 8)), attended(packed, second))
+    for some, stay in ((whole, (1, 2, 3, 5, 6, 7)), (part, (3, 6, 7)), (small, (3, 6, 7))):
+        is_exact = qpaged.pools.is_exact(some.views[0].key_pages, jnp.arange(8))
+        np.testing.assert_array_equal(np.flatnonzero(is_exact), stay)
+        packed = np.delete(everything, stay)
+        expected = cache.pack_pages(packed, np.full(len(packed), PAGE_SIZE))
+        assert same(attended(some, np.arange(4)), attended(expected, SOURCE))
+        assert same(attended(some, np.arange(4, 8)), attended(expected, second))
+
+
+@pytest.mark.parametrize("spelling", ["int8:token+exact1", "int8:token+exact20"])
+def test_a_page_may_be_taken_and_copied_several_times(spelling):
+    cache = written(fresh_cache(spelling, batch=1))
+    many, row = np.full(6, SOURCE[3]), np.repeat(SOURCE[3:], 4)
+    nearly = {"rtol": 0.05, "atol": 0.05}  # those without room are quantized
+    for some, pages in (
+        (take(cache, many), np.arange(6)),
+        (cache.copy_pages(many, np.arange(6)), np.arange(6)),
+    ):
+        for page in pages:
+            want = attended(cache, row, length=5)
+            np.testing.assert_allclose(attended(some, np.full(4, page), length=5), want, **nearly)
+
+
+def test_a_copy_that_is_dropped_takes_no_room():
+    """As one onto a page that a later pair takes, or from a page that there is not."""
+    cache = written(fresh_cache("int8:token+exact20", batch=2))
+    open_page = SOURCE[3]
+    copied = cache.copy_pages([open_page, open_page, 99, open_page], [0, 0, 1, PAGES])
+    is_exact = qpaged.pools.is_exact(copied.views[0].key_pages, jnp.array([0, open_page]))
+    assert is_exact.all()
+    assert same(content(copied, np.array([0])), content(cache, np.array([open_page])))
+    itself = cache.copy_pages(SOURCE, SOURCE)
+    assert same(content(itself, SOURCE), content(cache, SOURCE))
+
+
+@pytest.mark.parametrize("spelling", ["plain", "int8"])
+def test_what_was_taken_outside_of_a_program_is_put_within(spelling):
+    cache = written(fresh_cache(spelling))
+    taken = take(cache, SOURCE)
+    after = jax.jit(lambda cache: cache.put_pages(TARGET, taken))(fresh_cache(spelling))
+    assert same(content(after, TARGET), content(cache, SOURCE))
 
 
 def test_the_bytes_that_move_are_those_of_the_pages():
@@ -174,6 +208,15 @@ def test_the_bytes_that_move_are_those_of_the_pages():
         ),
         (lambda cache: cache.take_pages(SOURCE, sequences=0), "sequences must be at least 1, but came as 0"),
         (lambda cache: cache.take_pages([0.5]), "pages must be integers"),
+        (lambda cache: cache.take_pages([]), "pages must name at least one page, but are none"),
+        (
+            lambda cache: cache.put_pages([0], cache.views[0]),
+            "taken must be a qpaged.PagedAttentionCache, but",
+        ),
+        (
+            lambda cache: cache.views[0].put_pages([0], cache),
+            "taken must be a qpaged.PagedAttentionCacheView, but",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(change, message):

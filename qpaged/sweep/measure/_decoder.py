@@ -196,8 +196,9 @@ class Decoder:
         if measured is plain:  # The reference has no error beside itself.
             return AttentionProfile.of(np.zeros((self.layers, 2, len(SUMS))))
         sums: list[list[np.ndarray]] = []  # of each chunk and sequence, [layers]
-        for first in range(0, settings.probed, settings.batch):
-            batch = tokens[: settings.probed][first : first + settings.batch]
+        tokens = tokens[: settings.probed]
+        for first in range(0, len(tokens), settings.batch):
+            batch = tokens[first : first + settings.batch]
             plain.begin(len(batch))
             measured.begin(len(batch))
             for chunk in chunks(batch, measured.chunk):

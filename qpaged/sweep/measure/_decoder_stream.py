@@ -115,10 +115,10 @@ class DecoderStream:
         table = np.zeros((self._batch, first.num_pages_per_sequence), np.int32)
         size = min(self.chunk, self._settings.prefilled)
         chunk = Chunk(0, np.zeros((self._batch, size), np.int32), size)
-        steps = {
-            self._batch * size: chunk.metadata(table),
-            self._batch: PagedAttentionMetadata.decode(position=table[:, 0], page_table=table),
-        }
+        steps = [(self._batch * size, chunk.metadata(table))]
+        if self._settings.decoded or self._settings.prompts:
+            decode = PagedAttentionMetadata.decode(position=table[:, 0], page_table=table)
+            steps.append((self._batch, decode))
         views = [view.replace(layer_index=0) for view in self.views]
         kinds = set()
         for layer, view in enumerate(views):
@@ -131,7 +131,7 @@ class DecoderStream:
                 continue
             kinds.add(kind)
             _reset.lower(view).compile()
-            for tokens, metadata in steps.items():
+            for tokens, metadata in steps:
                 query, key = (
                     jax.ShapeDtypeStruct((tokens, heads, config.head_dim), self._compute)
                     for heads in (config.num_attention_heads, config.num_key_value_heads)
