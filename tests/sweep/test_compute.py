@@ -1,5 +1,6 @@
 """What a sweep computes in, in what pieces, and what it compiles ahead."""
 
+import dataclasses
 import json
 import logging
 import threading
@@ -60,15 +61,16 @@ def test_what_is_compiled_ahead_is_not_compiled_again(checkpoint, text_file, spe
     jax.clear_caches()
     job = small_sweep(checkpoint, text_file, spelling)
     cache_format, rows = qpaged.CacheFormat.of(spelling), len(job.sequences.tokens)
-    stream = job.model.stream(cache_format, job.settings, rows)
+    settings = dataclasses.replace(job.settings, decode=4)
+    stream = job.model.stream(cache_format, settings, rows)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        job.model.compile(cache_format, job.settings, rows)
+        job.model.compile(cache_format, settings, rows)
         assert "Finished XLA compilation of jit(_write_and_attend)" in caplog.text
         caplog.clear()
         stream.begin(rows)
-        for _ in stream.prefill(job.sequences.tokens[:, :48]):
+        for _ in stream.prefill(job.sequences.tokens[:, : settings.prefilled]):
             pass
-        stream.decode(job.sequences.tokens[:, 0], 47)
+        stream.decode(job.sequences.tokens[:, 0], settings.prefilled)
     assert "XLA compilation of jit(_final_norm)" in caplog.text  # which belongs to the model
     assert "compilation of jit(_write_and_attend)" not in caplog.text and "jit(_reset)" not in caplog.text
 
