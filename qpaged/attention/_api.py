@@ -26,7 +26,7 @@ from qpaged.attention._checks import (
     checked_sinks,
 )
 from qpaged.attention._merge import Partial, merge, with_sinks
-from qpaged.attention._new_tokens import NewPages, NewRows, NewTokens, attend_new, before_new
+from qpaged.attention._new_tokens import NewPages, NewTokens, attend_new, before_new
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.attention._ragged import RaggedTokens, split
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
@@ -265,7 +265,7 @@ def _attend_group(
     if new is None:
         return _attend(method, keys, values, tokens, None, sinks)
     if len(tokens.table) == len(tokens.query):
-        return _attend(method, keys, values, tokens, NewRows(*new), sinks)
+        return _attend(method, keys, values, tokens, new, sinks)
     return _attend(method, keys, values, tokens, NewPages.of_prefill(tokens, new, page_size), sinks)
 
 
@@ -274,7 +274,7 @@ def _attend(
     keys: Pages,
     values: Pages,
     tokens: QueryTokens,
-    new: NewRows | NewPages | None,
+    new: NewTokens | NewPages | None,
     sinks: jax.Array | None,
 ) -> Partial:
     """Return the attention of queries to pages, to new tokens, and to the sinks."""

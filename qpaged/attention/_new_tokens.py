@@ -24,13 +24,6 @@ class NewTokens(NamedTuple):
     value: jax.Array
 
 
-class NewRows(NamedTuple):
-    """Keys and values of the own tokens of decode rows, [rows, kv_heads, head_dim] each."""
-
-    key: jax.Array
-    value: jax.Array
-
-
 class NewPages(NamedTuple):
     """The new tokens of sequences in plain pages, and where the queries of runs are among them.
 
@@ -65,7 +58,7 @@ class NewPages(NamedTuple):
         )
 
 
-def before_new(tokens: QueryTokens, new: NewRows | NewPages) -> QueryTokens:
+def before_new(tokens: QueryTokens, new: NewTokens | NewPages) -> QueryTokens:
     """Return the queries with an end before the first new token, which the cache does not hold yet."""
     end = new.first if isinstance(new, NewPages) else jnp.maximum(tokens.position, 0)
     return dataclasses.replace(tokens, end=end)
@@ -80,10 +73,10 @@ def are_consecutive(position: AnyArray) -> AnyArray:
 
 
 def attend_new(
-    backend: str | None, tokens: QueryTokens, new: NewRows | NewPages, options: Options
+    backend: str | None, tokens: QueryTokens, new: NewTokens | NewPages, options: Options
 ) -> Partial:
     """Return the causal attention of a call's queries to its new tokens; a decode row sees its own alone."""
-    if isinstance(new, NewRows):
+    if isinstance(new, NewTokens):
         return _attend_new_rows(tokens, new, options)
     pages, page_size = new.keys.shape[1:3]
     end = jnp.full(len(new.table), pages * page_size, jnp.int32)
@@ -103,7 +96,7 @@ def as_pages(rows: jax.Array, page_size: int) -> jax.Array:
     return rows.reshape(rows.shape[0], -1, page_size, rows.shape[2])
 
 
-def _attend_new_rows(tokens: QueryTokens, new: NewRows, options: Options) -> Partial:
+def _attend_new_rows(tokens: QueryTokens, new: NewTokens, options: Options) -> Partial:
     """Return the attention of each decode row to its own token alone."""
     rows, q_heads, head_dim = tokens.query.shape
     kv_heads = new.key.shape[1]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from qpaged._promotion import promoting_ranks
 from qpaged.attention._merge import Partial
-from qpaged.attention._new_tokens import NewPages, NewRows, NewTokens, as_pages
+from qpaged.attention._new_tokens import NewPages, NewTokens, as_pages
 from qpaged.attention._options import QueryTokens
 from qpaged.cache._config import LARGEST_INDEX
 from qpaged.cache._step_tokens import Members
@@ -98,9 +98,9 @@ class Split(NamedTuple):
         is_member = is_member[:, None]
         return Partial(jnp.where(is_member[..., None], out, 0), jnp.where(is_member, lse, -jnp.inf))
 
-    def new_rows(self, new: NewTokens) -> NewRows:
+    def new_rows(self, new: NewTokens) -> NewTokens:
         """Return the keys and values of the rows' own tokens."""
-        return NewRows(new.key[self.token_of_row], new.value[self.token_of_row])
+        return NewTokens(new.key[self.token_of_row], new.value[self.token_of_row])
 
     def new_pages(self, new: NewTokens, position: jax.Array, page_size: int) -> NewPages:
         """Return the keys and values of the runs' sequences, each of which begins a page of its own."""

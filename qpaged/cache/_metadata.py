@@ -149,15 +149,8 @@ class PagedAttentionMetadata(Serializable):
         _check_starts("", starts, page_tables)
         if not isinstance(known, jax.core.Tracer):
             _check_ascending("starts", np.asarray(known), len(position))
-        return cls(
-            prefill_length=jnp.int32(0),
-            prefill_position=_absent(),
-            prefill_page_table=_absent(),
-            decodes_position=_absent(),
-            decodes_page_table=_absent(),
-            ragged_position=position,
-            ragged_page_tables=page_tables,
-            ragged_starts=starts,
+        return cls.init_empty().replace(
+            ragged_position=position, ragged_page_tables=page_tables, ragged_starts=starts
         )
 
     @classmethod

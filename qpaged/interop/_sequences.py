@@ -80,7 +80,7 @@ def ragged_sequences(view: PagedAttentionCacheView, metadata: PagedAttentionMeta
     if starts is not None:
         num_seqs = (starts[1:] > starts[:-1]).sum(keepdims=True, dtype=jnp.int32)
         position = jnp.append(position, -1)[jnp.where(starts[1:] > starts[:-1], starts[1:] - 1, -1)]
-    elif len(table) == len(position) and not metadata.is_prefill_mode():
+    elif metadata.is_decode_mode():
         starts = jnp.arange(len(position) + 1, dtype=jnp.int32)
     else:
         starts = jnp.stack([jnp.int32(0), (position >= 0).sum(dtype=jnp.int32)])
