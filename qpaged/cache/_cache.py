@@ -12,6 +12,7 @@ from qpaged import pools
 from qpaged._arguments import check_type
 from qpaged.cache._config import AnyQuantizer, PagedAttentionCacheMetaData, check_metadata
 from qpaged.cache._fresh import warn_of_narrow_floats
+from qpaged.cache._page_changes import PageChanges
 from qpaged.cache._scales import check_scales, scales_of_layer
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver
@@ -101,6 +102,11 @@ class PagedAttentionCache(Serializable):
         """Pack exact pages in every layer, as :meth:`PagedAttentionCacheView.pack_pages` does; return the
         cache."""
         return self.replace(views=[view.pack_pages(pages, lengths) for view in self.views])
+
+    def apply_changes(self, changes: PageChanges) -> Self:
+        """Change pages in every layer, as :meth:`PagedAttentionCacheView.apply_changes` does; return the
+        cache."""
+        return self.replace(views=[view.apply_changes(changes) for view in self.views])
 
     def take_pages(self, pages: ArrayLike, sequences: int = 1) -> Self:
         """Return a cache of these pages alone; see :meth:`PagedAttentionCacheView.take_pages`."""

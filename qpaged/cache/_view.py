@@ -1,6 +1,5 @@
 """One layer's pools of keys and values."""
 
-import operator
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
@@ -11,8 +10,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike, DTypeLike
 
 from qpaged import pools
-from qpaged._arguments import as_array, check_type
-from qpaged.arrays import dtype_of_floats
+from qpaged._arguments import check_type
 from qpaged.cache._config import (
     AnyQuantizer,
     PagedAttentionCacheMetaData,
@@ -21,14 +19,15 @@ from qpaged.cache._config import (
     layer_formats,
     logical_dtype,
 )
-from qpaged.cache._fresh import PoolFormat, allocate_pages, fresh_pages, warn_of_narrow_floats
+from qpaged.cache._fresh import PoolFormat, allocate_pages, warn_of_narrow_floats
 from qpaged.cache._metadata import PagedAttentionMetadata, check_step
+from qpaged.cache._page_changes import PageChanges
 from qpaged.cache._scales import set_scales
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
-from qpaged.cache._slot_mapping import as_indices, slot_mapping
+from qpaged.cache._slot_mapping import slot_mapping
 from qpaged.cache._step_tokens import StepTokens
-from qpaged.implicit._tree import same_layout
+from qpaged.cache._view_checks import check_alike, check_pages, checked_layer, checked_rows, page_indices
 from qpaged.pools import Pages
 
 
@@ -98,7 +97,7 @@ class PagedAttentionCacheView(Serializable):
         """Return what :meth:`init` does, without its warning, which a cache of many layers gives once."""
         check_metadata(metadata, "arguments go in the order mesh, dtype, metadata, layer_index")
         check_layout(mesh, partition_manager)
-        layer_index = _checked_layer(layer_index, metadata.num_hidden_layers)
+        layer_index = checked_layer(layer_index, metadata.num_hidden_layers)
         formats = agreed_formats(metadata, quantizer, dtype)
         key_format, value_format = layer_formats(formats, layer_index)
         shape, dtype = metadata.pool_shape, logical_dtype(dtype)
@@ -122,14 +121,14 @@ class PagedAttentionCacheView(Serializable):
 
     def check_fields(self) -> None:
         """Raise ValueError unless layer and pools are as the metadata says; files are read so."""
-        layer = _checked_layer(self.layer_index, self.metadata.num_hidden_layers)
+        layer = checked_layer(self.layer_index, self.metadata.num_hidden_layers)
         formats: tuple[PoolFormat, PoolFormat] | None = None
         if self.metadata.quantizer is not None:
             formats = layer_formats(self.metadata.quantizer, layer)
         for index, name in enumerate(("key_pages", "value_pages")):
             pages = getattr(self, name)
             quantizer = pools.format_of(pages) if formats is None else formats[index]
-            _check_pages(name, pages, quantizer, self.metadata)
+            check_pages(name, pages, quantizer, self.metadata)
 
     def write_prefill_to_cache(
         self, key: ArrayLike, value: ArrayLike, metadata: PagedAttentionMetadata
@@ -197,8 +196,8 @@ class PagedAttentionCacheView(Serializable):
         config = self.metadata
         shape = (sum(len(step.position) for step in steps), config.num_kv_heads, config.kv_head_dim_size)
         keys, values = (
-            _checked_rows("key", key, shape, "query"),
-            _checked_rows("value", value, shape, "query"),
+            checked_rows("key", key, shape, "query"),
+            checked_rows("value", value, shape, "query"),
         )
         view, start = self, 0
         for step in steps:
@@ -219,7 +218,7 @@ class PagedAttentionCacheView(Serializable):
             TypeError: the pages are not integers.
             ValueError: they have more than one axis.
         """
-        indices = _page_indices("pages", pages)
+        indices = page_indices("pages", pages)
         return self.replace(
             key_pages=pools.clear_pages(self.key_pages, indices),
             value_pages=pools.clear_pages(self.value_pages, indices),
@@ -240,7 +239,7 @@ class PagedAttentionCacheView(Serializable):
             TypeError: the pages are not integers.
             ValueError: there are not as many targets as sources, or they have more than one axis.
         """
-        sources, targets = _page_indices("source", source), _page_indices("target", target)
+        sources, targets = page_indices("source", source), page_indices("target", target)
         if len(sources) != len(targets):
             raise ValueError(
                 f"source and target must have one page each for every copy, but came with {len(sources)} and "
@@ -266,7 +265,7 @@ class PagedAttentionCacheView(Serializable):
             TypeError: pages or lengths are not integers.
             ValueError: there are not as many lengths as pages, or they have more than one axis.
         """
-        indices, counts = _page_indices("pages", pages), _page_indices("lengths", lengths)
+        indices, counts = page_indices("pages", pages), page_indices("lengths", lengths)
         if len(indices) != len(counts):
             raise ValueError(
                 f"pages and lengths must be as many, but came with {len(indices)} and {len(counts)}; give "
@@ -276,6 +275,25 @@ class PagedAttentionCacheView(Serializable):
             key_pages=pools.pack_pages(self.key_pages, indices, counts),
             value_pages=pools.pack_pages(self.value_pages, indices, counts),
         )
+
+    def apply_changes(self, changes: PageChanges) -> Self:
+        """Return the view after what a :class:`PageAllocator` asks for: copies, then packs, then resets.
+
+        O(n), and in place where the view is donated.
+
+        Args:
+            changes: of :meth:`PageAllocator.take_changes`.
+
+        Raises:
+            TypeError: of another kind.
+        """
+        advice = "give what take_changes of a PageAllocator returned"
+        check_type("changes", changes, PageChanges, "a qpaged.PageChanges", advice)
+        if not changes:
+            return self
+        lengths = np.full(len(changes.pack), self.metadata.page_size, np.int32)
+        view = self.copy_pages(changes.source, changes.target)
+        return view.pack_pages(changes.pack, lengths).reset_pages(changes.reset)
 
     def take_pages(self, pages: ArrayLike, sequences: int = 1) -> Self:
         """Return a view of these pages alone, numbered from 0: codes, scales and exact rows, bit for bit.
@@ -293,7 +311,7 @@ class PagedAttentionCacheView(Serializable):
             TypeError: the pages are not integers, or of a kind that cannot be taken out of their pool.
             ValueError: they have more than one axis, or there is no page or no sequence.
         """
-        indices, config = _page_indices("pages", pages), self.metadata
+        indices, config = page_indices("pages", pages), self.metadata
         if not len(indices):
             raise ValueError("pages must name at least one page, but are none; give those of a sequence.")
         if sequences < 1:
@@ -323,7 +341,7 @@ class PagedAttentionCacheView(Serializable):
         """
         advice = "give what take_pages of a view returned"
         check_type("taken", taken, PagedAttentionCacheView, "a qpaged.PagedAttentionCacheView", advice)
-        indices = _page_indices("pages", pages)
+        indices = page_indices("pages", pages)
         count = taken.metadata.num_pages_per_layer
         if len(indices) != count:
             raise ValueError(
@@ -332,7 +350,7 @@ class PagedAttentionCacheView(Serializable):
             )
         keys, values = jax.tree_util.tree_map(jnp.asarray, (taken.key_pages, taken.value_pages))
         for name, own, others in (("keys", self.key_pages, keys), ("values", self.value_pages, values)):
-            _check_alike(name, own, others)
+            check_alike(name, own, others)
         return self.replace(
             key_pages=pools.put_pages(self.key_pages, keys, indices),
             value_pages=pools.put_pages(self.value_pages, values, indices),
@@ -393,8 +411,8 @@ class PagedAttentionCacheView(Serializable):
         """Return the view with a row written for each token; ``position_name`` is for messages."""
         config = self.metadata
         shape = (len(step.position), config.num_kv_heads, config.kv_head_dim_size)
-        keys = _checked_rows("key", key, shape, position_name)
-        values = _checked_rows("value", value, shape, position_name)
+        keys = checked_rows("key", key, shape, position_name)
+        values = checked_rows("value", value, shape, position_name)
         mapping = slot_mapping(step, config.page_size, config.num_pages_per_layer)
         return self.replace(
             key_pages=pools.write_slots(self.key_pages, mapping, keys),
@@ -422,59 +440,3 @@ def _unflatten(aux: Any, children: Any) -> PagedAttentionCacheView:
 
 CHILDREN = tuple(map(jax.tree_util.GetAttrKey, ("key_pages", "value_pages", "layer_index")))
 jax.tree_util.register_pytree_with_keys(PagedAttentionCacheView, _flatten_with_keys, _unflatten, _flatten)
-
-
-def _checked_layer(layer: Any, layers: int) -> int:
-    """Return the number of a layer as a Python int, or raise ValueError unless there is such a layer."""
-    try:
-        index = -1 if isinstance(layer, bool) else operator.index(layer)
-    except TypeError:  # it is no integer
-        index = -1
-    if not 0 <= index < layers:
-        raise ValueError(
-            f"layer_index must be one of the {layers} layers, counted from 0, but came as {layer!r}."
-        )
-    return index
-
-
-def _check_pages(name: str, pages: Pages, quantizer: Any, metadata: PagedAttentionCacheMetaData) -> None:
-    """Raise ValueError unless pages that were read are laid out as fresh ones of this format."""
-    dtype = dtype_of_floats(name, pages.dtype if metadata.dtype is None else metadata.dtype)
-    fresh = jax.eval_shape(lambda: fresh_pages(quantizer, metadata.pool_shape, dtype, metadata.sequences))
-    if not same_layout(fresh, pages):
-        raise ValueError(
-            f"{name} must be {'plain' if quantizer is None else quantizer} pages of {dtype.name} and of the "
-            f"metadata's shape {metadata.pool_shape}, but holds {pools.format_of(pages) or 'plain'} pages of "
-            f"{jnp.dtype(pages.dtype).name} and shape {tuple(pages.shape)}; the data was not written whole."
-        )
-
-
-def _check_alike(name: str, own: Pages, taken: Pages) -> None:
-    """Raise ValueError unless pages that were taken are like those of a pool, but for their number."""
-    shapes = [(pages.shape[0], *pages.shape[2:]) for pages in (own, taken)]
-    formats = [(pools.format_of(pages), jnp.dtype(pages.dtype)) for pages in (own, taken)]
-    if shapes[0] != shapes[1] or formats[0] != formats[1] or pools.kind_of(own) is not pools.kind_of(taken):
-        raise ValueError(
-            f"taken must be pages of the same kind, but its {name} are {pools.describe(taken)}, and those of "
-            f"this view {pools.describe(own)}; take them from a cache of the same format and sizes."
-        )
-
-
-def _page_indices(name: str, pages: ArrayLike) -> jax.Array:
-    """Return pages as (n,) int32; a scalar becomes (1,)."""
-    indices = jnp.atleast_1d(as_indices(name, pages))
-    if indices.ndim != 1:
-        raise ValueError(f"{name} must have shape (n,), but came with shape {indices.shape}.")
-    return indices
-
-
-def _checked_rows(name: str, rows: ArrayLike, shape: tuple[int, ...], position_name: str) -> jax.Array:
-    """Return ``rows`` as an array, or raise unless they are floats of this shape."""
-    rows = as_array(name, rows)
-    if tuple(rows.shape) != shape:
-        raise ValueError(
-            f"{name} must have shape (len({position_name}), kv_heads, head_dim) = {shape}, but came with "
-            f"shape {tuple(rows.shape)}."
-        )
-    dtype_of_floats(name, rows.dtype)  # raises TypeError unless it is one
-    return rows

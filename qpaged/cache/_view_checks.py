@@ -1,0 +1,73 @@
+"""Checks of what the methods of a view are given."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from qpaged import pools
+from qpaged._arguments import as_array
+from qpaged.arrays import dtype_of_floats
+from qpaged.cache._config import PagedAttentionCacheMetaData
+from qpaged.cache._fresh import fresh_pages
+from qpaged.cache._slot_mapping import as_indices
+from qpaged.implicit._tree import same_layout
+from qpaged.pools import Pages
+
+
+def checked_layer(layer: Any, layers: int) -> int:
+    """Return the number of a layer as a Python int, or raise ValueError unless there is such a layer."""
+    try:
+        index = -1 if isinstance(layer, bool) else operator.index(layer)
+    except TypeError:  # it is no integer
+        index = -1
+    if not 0 <= index < layers:
+        raise ValueError(
+            f"layer_index must be one of the {layers} layers, counted from 0, but came as {layer!r}."
+        )
+    return index
+
+
+def check_pages(name: str, pages: Pages, quantizer: Any, metadata: PagedAttentionCacheMetaData) -> None:
+    """Raise ValueError unless pages that were read are laid out as fresh ones of this format."""
+    dtype = dtype_of_floats(name, pages.dtype if metadata.dtype is None else metadata.dtype)
+    fresh = jax.eval_shape(lambda: fresh_pages(quantizer, metadata.pool_shape, dtype, metadata.sequences))
+    if not same_layout(fresh, pages):
+        raise ValueError(
+            f"{name} must be {'plain' if quantizer is None else quantizer} pages of {dtype.name} and of the "
+            f"metadata's shape {metadata.pool_shape}, but holds {pools.format_of(pages) or 'plain'} pages of "
+            f"{jnp.dtype(pages.dtype).name} and shape {tuple(pages.shape)}; the data was not written whole."
+        )
+
+
+def check_alike(name: str, own: Pages, taken: Pages) -> None:
+    """Raise ValueError unless pages that were taken are like those of a pool, but for their number."""
+    shapes = [(pages.shape[0], *pages.shape[2:]) for pages in (own, taken)]
+    formats = [(pools.format_of(pages), jnp.dtype(pages.dtype)) for pages in (own, taken)]
+    if shapes[0] != shapes[1] or formats[0] != formats[1] or pools.kind_of(own) is not pools.kind_of(taken):
+        raise ValueError(
+            f"taken must be pages of the same kind, but its {name} are {pools.describe(taken)}, and those of "
+            f"this view {pools.describe(own)}; take them from a cache of the same format and sizes."
+        )
+
+
+def page_indices(name: str, pages: ArrayLike) -> jax.Array:
+    """Return pages as (n,) int32; a scalar becomes (1,)."""
+    indices = jnp.atleast_1d(as_indices(name, pages))
+    if indices.ndim != 1:
+        raise ValueError(f"{name} must have shape (n,), but came with shape {indices.shape}.")
+    return indices
+
+
+def checked_rows(name: str, rows: ArrayLike, shape: tuple[int, ...], position_name: str) -> jax.Array:
+    """Return ``rows`` as an array, or raise unless they are floats of this shape."""
+    rows = as_array(name, rows)
+    if tuple(rows.shape) != shape:
+        raise ValueError(
+            f"{name} must have shape (len({position_name}), kv_heads, head_dim) = {shape}, but came with "
+            f"shape {tuple(rows.shape)}."
+        )
+    dtype_of_floats(name, rows.dtype)  # raises TypeError unless it is one
+    return rows
