@@ -40,6 +40,7 @@ from qpaged.formats import (
     available_wrappers,
     get_quantizer,
 )
+from qpaged.storage import PrefixStore, SavedCache, load, save
 
 __version__ = "0.1.0"
 
@@ -76,9 +77,11 @@ __all__ = [
     "PagedAttentionMetadata",
     "PartitionManager",
     "PowerOfTwoQuantizer",
+    "PrefixStore",
     "QuantizedArray",
     "Quantizer",
     "RegistryError",
+    "SavedCache",
     "TransformRule",
     "Wrapper",
     "attention_backends",
@@ -87,6 +90,8 @@ __all__ = [
     "available_wrappers",
     "dropped_tokens",
     "get_quantizer",
+    "load",
     "merge_attention",
     "paged_attention",
+    "save",
 ]

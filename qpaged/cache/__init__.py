@@ -2,6 +2,7 @@
 
 from qpaged.cache._allocation import AllocationError, PageCounts, PageTableUpdates
 from qpaged.cache._allocator import PageAllocator
+from qpaged.cache._allocator_record import allocator_of_record, allocator_to_record, pages_in_use
 from qpaged.cache._budget import HostMemoryWarning
 from qpaged.cache._cache import PagedAttentionCache
 from qpaged.cache._config import PagedAttentionCacheMetaData
@@ -26,5 +27,8 @@ __all__ = [
     "PagedAttentionCacheView",
     "PagedAttentionMetadata",
     "PartitionManager",
+    "allocator_of_record",
+    "allocator_to_record",
     "dropped_tokens",
+    "pages_in_use",
 ]

@@ -71,6 +71,9 @@ class PendingChanges:
         self._fresh: dict[int, None] = {}
         self._evicted: dict[bytes, int] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._sources or self._packed or self._fresh)
+
     def give(self, page: int) -> None:
         """Note that a page is given to a sequence, which may not see what is in it."""
         self._packed.pop(page, None)

@@ -1,6 +1,7 @@
 """How many hold each page: the part of the allocator that knows pages, and no sequences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from qpaged.cache._allocation import AllocationError
 from qpaged.cache._page_changes import PageChanges, PendingChanges
@@ -115,6 +116,21 @@ class PageHolders:
                 f"{who} {pages} more pages {purpose}, but {self.num_free} are free; free a sequence, "
                 f"or make a cache with more pages."
             )
+
+    @property
+    def has_changes(self) -> bool:
+        """True if something is asked of the cache that was not taken yet."""
+        return bool(self._changes)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return free pages and prefixes as plain JSON; who holds the others, their holders know."""
+        return {"free": list(self._free), **self._prefixes.to_record()}
+
+    def restore(self, record: Mapping[str, Any], holders: list[int]) -> None:
+        """Take over what :meth:`to_record` returned, and how many hold each page."""
+        self._free = list(record["free"])
+        self._holders = holders
+        self._prefixes.restore(record)
 
     def take_changes(self) -> PageChanges:
         """Return what is asked of the cache since the last call."""

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -89,6 +90,17 @@ class Prefixes:
     def hold(self, page: int) -> None:
         """Note that a sequence holds a page, which may be parked."""
         self._parked.pop(page, None)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return all pages that are found, and those that are parked in order, as plain JSON."""
+        found = {page_hash.hex(): page for page_hash, page in self._pages.items()}
+        return {"found": found, "parked": list(self._parked)}
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """Take over what :meth:`to_record` returned."""
+        self._pages = {bytes.fromhex(page_hash): page for page_hash, page in record["found"].items()}
+        self._hashes = {page: page_hash for page_hash, page in self._pages.items()}
+        self._parked = OrderedDict.fromkeys(record["parked"])
 
     def evict(self) -> tuple[bytes, int]:
         """Forget the page that was parked first; return its hash and the page."""

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qpaged._extras import need
 from qpaged._files import read_json, write_whole
-from qpaged.models._extras import need
 from qpaged.models._safetensors import (
     DTYPES,
     INDEX_FILE,

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from qpaged._arguments import shown
+from qpaged._extras import need
 from qpaged._files import write_whole
 from qpaged.formats import CacheScales
-from qpaged.models._extras import need
 from qpaged.models._safetensors import DTYPES, StoredTensor, file_tensors, stored_tensors
 
 FORMAT = "fp8_e4m3"  # what the scales of checkpoints are for

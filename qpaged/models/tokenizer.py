@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from qpaged._extras import need
 from qpaged._files import read_json
-from qpaged.models._extras import need
 
 if TYPE_CHECKING:
     import tokenizers

@@ -31,6 +31,7 @@ from qpaged.pools._kinds import (
     static_scales,
     take_pages,
     to_record,
+    with_packed,
     with_static_scales,
     write_slots,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "static_scales",
     "take_pages",
     "to_record",
+    "with_packed",
     "with_static_scales",
     "write_slots",
 ]

@@ -162,6 +162,9 @@ class ExactPages(Pool):
     def packed(self) -> QuantizedArray:
         return self.codes
 
+    def with_packed(self, pages: QuantizedArray) -> "ExactPages":
+        return dataclasses.replace(self, codes=pages)
+
     def find(self, pages: jax.Array) -> jax.Array:
         """Return each page's number among the exact ones, capacity if it has none; of any shape."""
         order = jnp.argsort(self.page)

@@ -108,6 +108,11 @@ def packed(pages: Pages) -> Pages:
     return _pool_of(pages).packed() if isinstance(pages, Pool) else pages
 
 
+def with_packed(pages: Pages, packed_pages: Pages) -> Pages:
+    """Return a pool with others in the place of those that :func:`packed` returns."""
+    return _pool_of(pages).with_packed(packed_pages)
+
+
 def pack_pages(
     pages: Pages,
     indices: jax.Array,  # [n]

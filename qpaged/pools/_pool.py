@@ -124,6 +124,10 @@ class Pool(abc.ABC):
         """Return the pool that attention reads where pages are not exact."""
         return self
 
+    def with_packed(self, pages: Pages) -> Pages:
+        """Return the pages with others in the place of :meth:`packed`."""
+        return pages
+
     def pack_pages(self, indices: jax.Array, lengths: jax.Array) -> Pages:
         """Return the pages with those at ``indices`` (n,) packed, slots from ``lengths`` (n,) on as zeros."""
         return self

@@ -1,6 +1,6 @@
 """Packages that only a sweep needs: imported on use, with an error that says how to install them."""
 
-from qpaged.models._extras import HOW_TO_INSTALL, MissingExtraError, need
+from qpaged._extras import MissingExtraError, how_to_install, need
 
 __all__ = ["MissingExtraError", "need", "need_sweep_extra"]
 
@@ -16,7 +16,7 @@ def need_sweep_extra() -> None:
     missing = [module for module in SWEEP if not _is_installed(module)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise MissingExtraError(f"{', '.join(missing)} {verb} needed here: {HOW_TO_INSTALL}")
+        raise MissingExtraError(f"{', '.join(missing)} {verb} needed here: {how_to_install('sweep')}")
 
 
 def _is_installed(module: str) -> bool:

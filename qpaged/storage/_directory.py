@@ -1,0 +1,168 @@
+"""A directory of files with a manifest, which is there whole or not at all.
+
+Each save writes files under new names, brings them to the disk, and then replaces the manifest, which names
+them with their digests. Whenever it is interrupted, the manifest is the old one or the new one, and the files
+that it names are there.
+"""
+
+import contextlib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qpaged._extras import need
+from qpaged._files import DIGEST, digest, has_own_digest
+
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+OWN_FILES = re.compile(r"(pages|beside)-[0-9a-f]{16}-\d{5,}\.safetensors|manifest\.json(\.partial)?|\.lock")
+
+Tensors = dict[str, np.ndarray]
+
+
+def write_directory(path: Path, record: Mapping[str, Any], files: Iterable[tuple[str, Tensors]]) -> None:
+    """Write files, one after the other, and a manifest with ``record``; remove those that were there before.
+
+    Args:
+        path: a new directory, an empty one, or one that was written by this function.
+        record: plain JSON.
+        files: of each the kind, "pages" or "beside", and its arrays.
+
+    Raises:
+        ValueError: the directory holds other files.
+        OSError: it cannot be written, or another process writes to it now.
+    """
+    filelock = need("filelock", "files")
+    path.mkdir(parents=True, exist_ok=True)
+    _check_own(path)
+    try:
+        with filelock.FileLock(path / LOCK, timeout=0):
+            _write_files(path, record, files)
+    except filelock.Timeout as error:
+        raise OSError(f"{path} is written by another process now; save to another directory.") from error
+
+
+def _write_files(path: Path, record: Mapping[str, Any], files: Iterable[tuple[str, Tensors]]) -> None:
+    to_bytes = need("safetensors.numpy", "files").save
+    generation = secrets.token_hex(8)
+    written: list[dict[str, Any]] = []
+    try:
+        for number, (kind, tensors) in enumerate(files):
+            name = f"{kind}-{generation}-{number:05}.safetensors"
+            data = to_bytes(tensors)
+            written.append({"name": name, "bytes": len(data), DIGEST: file_digest(data)})
+            _write_to_disk(path / name, data)
+        whole = {**record, "files": written}
+        partial = path / f"{MANIFEST}.partial"
+        _write_to_disk(partial, _manifest_text({**whole, DIGEST: digest(whole)}).encode())
+        _bring_entries_to_disk(path)
+        partial.replace(path / MANIFEST)
+    except BaseException:
+        _remove(path, lambda name: generation in name)
+        raise
+    _bring_entries_to_disk(path)
+    _remove(path, lambda name: name.endswith(".safetensors") and generation not in name)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the record of a directory, with its files.
+
+    Raises:
+        FileNotFoundError: nothing was saved there whole.
+        ValueError: the manifest was changed or damaged.
+    """
+    manifest = path / MANIFEST
+    try:
+        data = manifest.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            error.errno, "nothing was saved here whole; there is no manifest", str(manifest)
+        ) from error
+    try:
+        record = json.loads(data)
+        is_sound = has_own_digest(record) and _manifest_text(record).encode() == data
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{manifest} is no manifest ({error}); save the cache again.") from error
+    if not is_sound:
+        raise ValueError(
+            f"{manifest} was changed or damaged since it was written: its digest does not match; save the "
+            f"cache again."
+        )
+    return dict(record)
+
+
+def read_file(path: Path, entry: Mapping[str, Any]) -> Tensors:
+    """Return the arrays of a file that a manifest names.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ValueError: it is not the one that was written.
+    """
+    file = path / entry["name"]
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            error.errno, f"{MANIFEST} names a file that is not there; copy the whole directory", str(file)
+        ) from error
+    if len(data) != entry["bytes"] or file_digest(data) != entry[DIGEST]:
+        raise ValueError(
+            f"{file} must hold the {entry['bytes']:,} bytes that were written, but holds {len(data):,} with "
+            f"another digest; it was changed, cut or exchanged: save the cache again."
+        )
+    tensors: Tensors = need("safetensors.numpy", "files").load(data)
+    return tensors
+
+
+def file_digest(data: bytes) -> str:
+    """Return the digest of a file: XXH3, 128 bits."""
+    hexdigest: str = need("xxhash", "files").xxh3_128_hexdigest(data)
+    return hexdigest
+
+
+def _manifest_text(record: Mapping[str, Any]) -> str:
+    """Return the one text that a manifest has, so that no bit of it can change unseen."""
+    return json.dumps(record, indent=1, sort_keys=True) + "\n"
+
+
+def _check_own(path: Path) -> None:
+    """Raise ValueError if there are files in a directory that were not written by :func:`write_directory`."""
+    others = sorted(file.name for file in path.iterdir() if not OWN_FILES.fullmatch(file.name))
+    if others:
+        raise ValueError(
+            f"path must be a new directory, or one with a saved cache, but {path} has other files, as "
+            f"{others[0]!r}; give another."
+        )
+
+
+def _write_to_disk(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bring_entries_to_disk(path: Path) -> None:
+    """Wait until the names in a directory are on the disk, where the system can be asked for it."""
+    with contextlib.suppress(PermissionError):  # of systems that open no directories
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path, is_old: Any) -> None:
+    for file in _files(path):
+        if is_old(file.name):
+            file.unlink(missing_ok=True)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    return (file for file in list(path.iterdir()) if OWN_FILES.fullmatch(file.name))

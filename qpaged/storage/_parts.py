@@ -1,0 +1,190 @@
+"""The arrays of a cache by names: those with a place for each page, and those beside them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from qpaged import pools
+from qpaged.cache import PagedAttentionCache
+from qpaged.pools import Pages
+
+T = TypeVar("T")
+Kind: TypeAlias = tuple[tuple[int, ...], np.dtype]
+"""The shape and the dtype of an array."""
+
+PAGE_AXIS = 1
+STATIC_SCALES = "static_scales"
+
+
+def pools_of(cache: PagedAttentionCache) -> Iterator[tuple[str, Pages]]:
+    """Yield the name and the pages of each pool."""
+    for layer, view in enumerate(cache.views):
+        yield f"{layer}/key_pages", view.key_pages
+        yield f"{layer}/value_pages", view.value_pages
+
+
+def with_pools(cache: PagedAttentionCache, changed: Sequence[Pages]) -> PagedAttentionCache:
+    """Return a cache with other pools, in the order of :func:`pools_of`."""
+    pairs = zip(changed[::2], changed[1::2], strict=True)
+    views = [
+        view.replace(key_pages=keys, value_pages=values)
+        for view, (keys, values) in zip(cache.views, pairs, strict=True)
+    ]
+    return cache.replace(views=views)
+
+
+def of_all_pools(cache: PagedAttentionCache, parts_of: Callable[[Pages], Mapping[str, T]]) -> dict[str, T]:
+    """Return the parts of all pools, named by pool and part."""
+    named = {}
+    for name, pool in pools_of(cache):
+        named.update({f"{name}/{part}": value for part, value in parts_of(pool).items()})
+    return named
+
+
+def of_pool(name: str, parts: Mapping[str, T]) -> dict[str, T]:
+    """Return the parts of one pool, from those of all."""
+    prefix = f"{name}/"
+    return {part.removeprefix(prefix): value for part, value in parts.items() if part.startswith(prefix)}
+
+
+def page_parts(pool: Pages, pages: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what packed pages (n,) hold, each array as bits [kv_heads, n, ...] of its own."""
+    taken = _take(pools.packed(pool), pages)
+    return {name: to_bits(leaf) for name, leaf in _leaves_by_page(taken).items()}
+
+
+def kinds_of_page_parts(pool: Pages) -> dict[str, Kind]:
+    """Return shape and dtype of each array that :func:`page_parts` returns for one page."""
+    taken = jax.eval_shape(_take, pools.packed(pool), jax.ShapeDtypeStruct((1,), jnp.int32))
+    kinds = {}
+    for name, leaf in _leaves_by_page(taken).items():
+        width = np.prod(leaf.shape[PAGE_AXIS + 1 :], dtype=int)
+        kinds[name] = ((*leaf.shape[: PAGE_AXIS + 1], int(width)), _bits_of(leaf.dtype))
+    return kinds
+
+
+def put_page_parts(
+    pool: Pages,
+    pages: np.ndarray,  # [n]
+    parts: dict[str, np.ndarray],
+) -> Pages:
+    """Return a pool, which is donated, with the content of packed pages.
+
+    Raises:
+        ValueError: the parts are not those of such pages.
+    """
+    packed = pools.packed(pool)
+    shapes = jax.eval_shape(_take, packed, pages)
+    by_page = _leaves_by_page(shapes)
+    check_names(parts, by_page)
+    leaves = {name: from_bits(name, parts[name], leaf) for name, leaf in by_page.items()}
+    flat, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    # What has no place for each page, as static scales, is not put: any array will do.
+    taken = [leaves.get(_name(path), np.zeros(leaf.shape, leaf.dtype)) for path, leaf in flat]
+    return pools.with_packed(pool, _put(packed, jax.tree_util.tree_unflatten(tree, taken), pages))
+
+
+def parts_beside(pool: Pages) -> dict[str, jax.Array]:
+    """Return the arrays of a pool that are of no single page: exact rows, what is noted of them, scales."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(_without_packed(pool))
+    beside = {_name(path): leaf for path, leaf in flat}
+    scales = pools.static_scales(pool)
+    return beside if scales is None else {**beside, STATIC_SCALES: scales}
+
+
+def bits_beside(pool: Pages) -> dict[str, np.ndarray]:
+    """Return the arrays of :func:`parts_beside` as bits."""
+    return {name: to_bits(leaf) for name, leaf in parts_beside(pool).items()}
+
+
+def with_parts_beside(pool: Pages, parts: dict[str, np.ndarray]) -> Pages:
+    """Return a pool with the arrays of :func:`parts_beside`, as bits.
+
+    Raises:
+        ValueError: they are not those of such a pool.
+    """
+    own = parts_beside(pool)
+    check_names(parts, own)
+    new = {}
+    for name, leaf in own.items():
+        new[name] = jax.device_put(from_bits(name, parts[name], leaf), leaf.sharding)
+    flat, tree = jax.tree_util.tree_flatten_with_path(_without_packed(pool))
+    beside = jax.tree_util.tree_unflatten(tree, [new[_name(path)] for path, _ in flat])
+    made = pools.with_packed(beside, pools.packed(pool)) if flat else pool
+    return pools.with_static_scales(made, new[STATIC_SCALES]) if STATIC_SCALES in new else made
+
+
+def to_bits(leaf: jax.Array | np.ndarray) -> np.ndarray:
+    """Return an array's bits as unsigned integers; those of one page in a row, however it lies in memory."""
+    array = np.asarray(leaf)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.ndim > PAGE_AXIS + 1:
+        array = array.reshape(*array.shape[: PAGE_AXIS + 1], -1)
+    return np.ascontiguousarray(array).view(_bits_of(array.dtype))
+
+
+def from_bits(name: str, bits: np.ndarray, like: jax.Array | jax.ShapeDtypeStruct) -> np.ndarray:
+    """Return the array of which these are the bits.
+
+    Raises:
+        ValueError: they are not those of an array of this shape and dtype.
+    """
+    dtype = jnp.dtype(like.dtype)
+    if bits.dtype != _bits_of(dtype) or bits.size != np.prod(like.shape, dtype=int):
+        raise ValueError(
+            f"{name} must be {like.shape} of {dtype.name}, but holds {bits.shape} of {bits.dtype.name}; it "
+            f"was saved from a cache of other sizes."
+        )
+    return bits.view(dtype).reshape(like.shape)
+
+
+def _bits_of(dtype: DTypeLike) -> np.dtype:
+    """Return the unsigned integers that have the bits of a dtype."""
+    return np.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
+
+
+def check_names(parts: dict[str, Any], own: dict[str, Any]) -> None:
+    """Raise ValueError unless the parts have the names of a cache's own."""
+    if parts.keys() != own.keys():
+        different = sorted(parts.keys() ^ own.keys())
+        raise ValueError(
+            f"files must hold the arrays of the cache that the manifest describes, but {different} are "
+            f"missing or too many; it was written by another version of qpaged."
+        )
+
+
+def _without_packed(pool: Pages) -> Any:
+    without = pools.with_packed(pool, None)
+    return without
+
+
+def _leaves_by_page(taken: Any) -> dict[str, Any]:
+    """Return the leaves of taken pages that have a place for each."""
+    more = jax.eval_shape(_take, taken, jax.ShapeDtypeStruct((taken.shape[PAGE_AXIS] + 1,), jnp.int32))
+    flat, _ = jax.tree_util.tree_flatten_with_path(taken)
+    longer = jax.tree_util.tree_leaves(more)
+    return {
+        _name(path): leaf
+        for (path, leaf), other in zip(flat, longer, strict=True)
+        if leaf.shape != other.shape
+    }
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(getattr(key, "name", getattr(key, "key", key))) for key in path) or "values"
+
+
+@jax.jit
+def _take(packed: Pages, pages: jax.Array) -> Pages:
+    return pools.take_pages(packed, pages, 1)
+
+
+def _put_pages(packed: Pages, taken: Pages, pages: jax.Array) -> Pages:
+    return pools.put_pages(packed, taken, pages)
+
+
+_put = jax.jit(_put_pages, donate_argnums=0)
