@@ -24,7 +24,7 @@ FORMATS = (
     "int8",
     "int8:token",
     "int8:channel+exact4+sink4",
-    "int4:group16+rotate",
+    "int4:token+rotate",
     "int4:token+rotate+exact8",
     "int3:token+offset",
     "fp8_e4m3",

@@ -3,6 +3,7 @@
 import itertools
 import json
 import statistics
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -366,6 +367,39 @@ def ragged():
     return "\n".join(lines) + "\n"
 
 
+def save_load():
+    """What ``benchmarks/save_load.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "save_load.json").read_text())
+    lines = [
+        f"`benchmarks/save_load.py`, {results['date']}: megabytes a second, beside files of the same sizes "
+        "that are written and read as they are; and the memory of the process beyond what it had before, of "
+        "which a load makes the cache.",
+        "",
+        "| format | bytes | save | write files | load | read files | memory to save | to load |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for run in results["runs"]:
+        speeds = [
+            f"{run['bytes'] / run['seconds'][name] / 1e6:,.0f}" for name in ("save", "write", "load", "read")
+        ]
+        sizes = [run["bytes"], run["memory"]["save"], run["memory"]["load"]]
+        total, *memory = [f"{size / 1e6:,.0f} MB" for size in sizes]
+        lines.append(f"| `{run['format']}` | {' | '.join([total, *speeds, *memory])} |")
+    return "\n".join(lines) + "\n"
+
+
+def serving():
+    """What ``benchmarks/serving.py`` left, as a Markdown table of all formats together."""
+    results = json.loads((RESULTS / "serving.json").read_text())
+    formats = list(dict.fromkeys(f"`{run['format']}`" for run in results["runs"]))
+    total = Counter()
+    for run in results["runs"]:
+        total.update(run["done"])
+    lines = [f"{', '.join(formats)}; {results['date']}:", "", "| what | how often |", "|---|--:|"]
+    lines += [f"| {what} | {count:,} |" for what, count in sorted(total.items(), key=lambda item: -item[1])]
+    return "\n".join(lines) + "\n"
+
+
 def generation():
     """What ``benchmarks/cpu_attention.py`` left of compilations, as a Markdown table."""
     results = json.loads((RESULTS / "cpu_attention.json").read_text())
@@ -544,6 +578,8 @@ TABLES = {
     "tpu_compile.md": tpu_compile,
     "tpu_ragged.md": tpu_ragged,
     "ragged.md": ragged,
+    "save_load.md": save_load,
+    "serving.md": serving,
     "stress.md": stress,
     "stress_attention_kl.md": partial(stress_losses, "attention_kl"),
     "stress_key_rms.md": partial(stress_losses, "key_rms"),

@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,17 @@ def _write_files(path: Path, record: Mapping[str, Any], files: Iterable[tuple[st
     generation = secrets.token_hex(8)
     written: list[dict[str, Any]] = []
     try:
-        for number, (kind, tensors) in enumerate(files):
-            name = f"{kind}-{generation}-{number:05}.safetensors"
-            data = to_bytes(tensors)
-            written.append({"name": name, "bytes": len(data), DIGEST: file_digest(data)})
-            _write_to_disk(path / name, data)
+        with ThreadPoolExecutor(max_workers=1) as disk:  # which writes a file while the next is made
+            writing: Future[None] | None = None
+            for number, (kind, tensors) in enumerate(files):
+                name = f"{kind}-{generation}-{number:05}.safetensors"
+                data = to_bytes(tensors)
+                written.append({"name": name, "bytes": len(data), DIGEST: file_digest(data)})
+                if writing is not None:
+                    writing.result()
+                writing = disk.submit(_write_to_disk, path / name, data)
+            if writing is not None:
+                writing.result()
         whole = {**record, "files": written}
         partial = path / f"{MANIFEST}.partial"
         _write_to_disk(partial, _manifest_text({**whole, DIGEST: digest(whole)}).encode())
