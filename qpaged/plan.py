@@ -134,8 +134,12 @@ def plan(
         )
     shards = mesh_size if config.num_key_value_heads % mesh_size == 0 else 1
     cache_format = CacheFormat.of(quantizer)
-    page = (config.num_key_value_heads // shards, page_size, config.head_dim)
-    parts = [part for layer in range(config.num_hidden_layers) for part in layer_formats(cache_format, layer)]
+    page = (config.num_key_value_heads // shards, page_size)
+    parts = [
+        (part, config.head_dim)
+        for layer in range(config.num_hidden_layers)
+        for part in layer_formats(cache_format, layer)
+    ]
     per_sequence = -(-context // page_size)
     of_page, beside = cache_bytes(parts, page, dtype, Sequences(1, per_sequence), None, None)
     _, beside_two = cache_bytes(parts, page, dtype, Sequences(2, per_sequence), None, None)

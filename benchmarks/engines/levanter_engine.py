@@ -54,13 +54,12 @@ def load(checkpoint: Path):
         LlamaConfig, str(checkpoint), tokenizer=tokenizer, HfConfigClass=transformers.LlamaConfig
     )
     config = converter.config_from_hf_config(converter.hf_config_from_hf_checkpoint(str(checkpoint)))
-    model = converter.load_pretrained(
-        config.model_type,
-        ref=str(checkpoint),
-        config=config,
-        dtype=jnp.float32,
-        resize_vocab_to_match_tokenizer=False,
-    )
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("data",))  # levanter does not load without one
+    with jax.set_mesh(mesh):
+        model = converter.load_pretrained(
+            config.model_type, str(checkpoint), config, resize_vocab_to_match_tokenizer=False
+        )
+    model = jax.device_put(model, jax.devices()[0])
     return jmp.get_policy("f32").cast_to_compute(model), tokenizer
 
 
@@ -97,7 +96,6 @@ def answers(model, tokenizer, config) -> tuple[list[list[int]], float]:
         for index, prompt in enumerate(prompts)
     ]
     engine.generate(requests)  # compiles
-    engine.reset()
     start = time.perf_counter()
     result = engine.generate(requests)
     return [list(map(int, tokens)) for tokens in result.tokens], time.perf_counter() - start
@@ -148,6 +146,7 @@ def main() -> None:
     prompts = [len(tokenizer.encode(prompt)) for prompt in PROMPTS]
     runs, texts, reference = [], [], []
     for name in (OWN, *FORMATS):
+        jax.clear_caches()  # of programs with other pages
         quantizer = None if name == "plain" else name
         given = contextlib.nullcontext() if name == OWN else pages_of(quantizer, config)
         with given:

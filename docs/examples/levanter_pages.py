@@ -39,7 +39,7 @@ class Pages(PageCache):
 
 
 def ragged(lengths, tables, starts, sequences, tokens):
-    """Return the step that levanter describes by lengths [seq], page tables [seq, page] and starts [seq + 1]."""
+    """Return the step that levanter describes by lengths [seq], tables [seq, page] and starts [seq + 1]."""
     lengths, tables = lengths.array, tables.array
     starts = starts[jnp.minimum(jnp.arange(len(starts)), sequences)]
     row = jnp.searchsorted(starts[1:], jnp.arange(tokens), side="right")
@@ -59,7 +59,10 @@ def attend(query, pages, lengths, tables, starts, sequences, sm_scale=1.0, soft_
 
 @contextlib.contextmanager
 def pages_of(quantizer, config):
-    """Give engines that are made within pages of a format; ``config`` is their InferenceEngineConfig."""
+    """Give engines that are made and run within pages of a format; ``config`` is their InferenceEngineConfig.
+
+    What was compiled for a model with other pages is used again: call ``jax.clear_caches()`` in between.
+    """
 
     def init(spec, kv_heads, head_size, dtype):
         metadata = qpaged.PagedAttentionCacheMetaData(

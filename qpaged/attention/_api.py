@@ -65,9 +65,8 @@ def attention_backends(
         calls = []
         for group in _token_groups(as_array("query", query), view, metadata):
             for tokens in group.parts():
-                calls.append(
-                    _untransformed_call(tokens, pools.packed(view.key_pages), pools.packed(view.value_pages))
-                )
+                keys, values = map(pools.packed, _pools_read(view))
+                calls.append(_untransformed_call(tokens, keys, values))
         traced_backends.append(_backends.list_backends(calls))
 
     # Traced, since shapes are enough; what it finds are no arrays, and go out by the list.
@@ -86,7 +85,7 @@ def paged_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     backend: str | None = None,
-    new: tuple[ArrayLike, ArrayLike] | None = None,
+    new: tuple[ArrayLike, ArrayLike | None] | None = None,
     return_lse: Literal[False] = False,
 ) -> jax.Array: ...
 
@@ -102,7 +101,7 @@ def paged_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     backend: str | None = None,
-    new: tuple[ArrayLike, ArrayLike] | None = None,
+    new: tuple[ArrayLike, ArrayLike | None] | None = None,
     return_lse: Literal[True],
 ) -> tuple[jax.Array, jax.Array]: ...
 
@@ -117,7 +116,7 @@ def paged_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,  # [q_heads]
     backend: str | None = None,
-    new: tuple[ArrayLike, ArrayLike] | None = None,  # [tokens, kv_heads, head_dim] each
+    new: tuple[ArrayLike, ArrayLike | None] | None = None,  # [tokens, kv_heads, head_dim] each
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Return the attention of queries over the pages of their sequences, causal, with grouped-query heads.
@@ -145,14 +144,15 @@ def paged_attention(
             they are given, and to older ones as ``view`` has them, and write them afterwards. The format then
             rounds nothing between a query and the tokens of its own call. The positions of a sequence must
             follow one another, padding last; where they are traced, and cannot be refused, others make its
-            rows NaN. A decode row sees of the new tokens its own alone: give each sequence one row. None if
-            ``view`` holds the tokens already.
+            rows NaN. A decode row sees of the new tokens its own alone: give each sequence one row. The value
+            is None where values lie in the keys. None if ``view`` holds the tokens already.
         return_lse: return the log-sum-exp of the scores too, for :func:`merge_attention`.
 
     Returns:
-        (as query) in the query's dtype; zeros for padding and for inactive rows. With ``return_lse`` the same
-        in float32, and (tokens, q_heads) float32: the natural logarithm of the sum of exp(score) over the
-        slots that the query sees and the sink, after scale and soft cap; -inf where there are neither.
+        (tokens, q_heads, head_dim of the values) in the query's dtype; zeros for padding and for inactive
+        rows. With ``return_lse`` the same in float32, and (tokens, q_heads) float32: the natural logarithm of
+        the sum of exp(score) over the slots that the query sees and the sink, after scale and soft cap; -inf
+        where there are neither.
 
     Raises:
         TypeError, ValueError: a shape, dtype, option or position other than these, or a backend that declines
@@ -166,18 +166,25 @@ def paged_attention(
     if sinks is not None:
         sinks = checked_sinks(sinks, query.shape[1])
     method = Method(backend, options, jnp.dtype(jnp.float32) if return_lse else query.dtype)
+    channels = view.metadata.value_dim
     if not groups:
-        out = jnp.zeros_like(query, method.dtype)
+        out = jnp.zeros_like(query, method.dtype, shape=(*query.shape[:2], channels))
         return (out, jnp.full_like(query[..., 0], -jnp.inf, jnp.float32)) if return_lse else out
     try:
-        out, lse = _attend_pools(method, view.key_pages, view.value_pages, groups, sinks)
+        out, lse = _attend_pools(method, *_pools_read(view), groups, sinks)
     except ValueError as error:
         if "Only interpret mode is supported" not in str(error):  # JAX's words for a kernel on CPU
             raise
         raise ValueError(
             f"backend {backend!r} runs on no CPU; leave it None for the first backend that takes the call."
         ) from error
+    out = out[..., :channels]  # of values that lie in the keys, which have others behind them
     return (out, lse) if return_lse else out
+
+
+def _pools_read(view: PagedAttentionCacheView) -> tuple[Pages, Pages]:
+    """Return the pools that attention reads as keys and as values."""
+    return view.key_pages, view.key_pages if view.metadata.values_in_keys else view.value_pages
 
 
 class Method(NamedTuple):
@@ -251,8 +258,9 @@ def _attend_group(
     tokens, new = group
     page_size = keys.shape[2]
     if group.is_empty:
-        shape = tokens.query.shape
-        return Partial(jnp.zeros(shape, jnp.float32), jnp.full(shape[:2], -jnp.inf, jnp.float32))
+        shape = tokens.query.shape[:2]
+        out = jnp.zeros((*shape, values.shape[3]), jnp.float32)
+        return Partial(out, jnp.full(shape, -jnp.inf, jnp.float32))
     if isinstance(tokens, RaggedTokens):
         batch = split(tokens)
         of_rows = None if new is None else batch.new_rows(new)
@@ -325,7 +333,7 @@ def _token_groups(
     query: jax.Array,
     view: PagedAttentionCacheView,
     metadata: PagedAttentionMetadata,
-    new: tuple[ArrayLike, ArrayLike] | None = None,
+    new: tuple[ArrayLike, ArrayLike | None] | None = None,
 ) -> list[TokenGroup]:
     """Return the tokens of the prefill, of the decode and of the ragged batch, as there are."""
     advice = "give cache.views[i], the view of layer i"

@@ -108,14 +108,21 @@ def checked_sinks(sinks: ArrayLike, q_heads: int) -> jax.Array:
 
 
 def checked_new(
-    new: tuple[ArrayLike, ArrayLike], tokens: int, config: PagedAttentionCacheMetaData
+    new: tuple[ArrayLike, ArrayLike | None], tokens: int, config: PagedAttentionCacheMetaData
 ) -> NewTokens:
     """Return the keys and values of a call's own tokens, or raise what is wrong with them."""
-    shape = (tokens, config.num_kv_heads, config.kv_head_dim_size)
     if not isinstance(new, tuple | list) or len(new) != 2:
         raise TypeError(f"new must be (key, value), but came as {shown(new)}; give both in a tuple.")
-    rows = [as_array(f"new[{index}]", array) for index, array in enumerate(new)]
+    key, value = new
+    if config.values_in_keys and value is None:
+        value = key
+    rows = [as_array(f"new[{index}]", array) for index, array in enumerate((key, value))]
+    head_dims = (
+        config.kv_head_dim_size,
+        config.kv_head_dim_size if config.values_in_keys else config.value_dim,
+    )
     for index, array in enumerate(rows):
+        shape = (tokens, config.num_kv_heads, head_dims[index])
         if array.shape != shape:
             raise ValueError(
                 f"new[{index}] must have shape (tokens, kv_heads, head_dim) = {shape}, but came with "

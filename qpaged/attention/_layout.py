@@ -143,6 +143,13 @@ def mesh_refusal() -> str | None:
     return None
 
 
+def sizes_refusal(keys: Pages, values: Pages) -> str | None:
+    """Return why no kernel takes keys and values of these sizes, or None."""
+    if keys.shape == values.shape:
+        return None
+    return f"takes keys and values of one head_dim, but they have {keys.shape[3]} and {values.shape[3]}"
+
+
 def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:
     """Return why no kernel takes the format of a pool whose codes decode to ``decode_dtype``, or None."""
     quantized = as_quantized(pool)

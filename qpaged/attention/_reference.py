@@ -23,7 +23,8 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
 
     query, position = tokens.by_run(tokens.query), tokens.by_run(tokens.position)
     out, lse = jax.vmap(attend_run)(query, position, tokens.table, tokens.end)
-    return Partial(out.reshape(tokens.query.shape), lse.reshape(tokens.query.shape[:2]))
+    shape = tokens.query.shape[:2]
+    return Partial(out.reshape(*shape, values.shape[3]), lse.reshape(shape))
 
 
 def _attend_run(

@@ -14,6 +14,7 @@ from qpaged.attention._layout import (
     mesh_refusal,
     pad_to_multiple,
     pool_refusal,
+    sizes_refusal,
     stored_scales,
     tile_query,
     tile_runs,
@@ -43,6 +44,9 @@ def refusal() -> str | None:
 def call_refusal(tokens: QueryTokens, keys: Pages, values: Pages) -> str | None:
     """Return why the backend does not take a call, or None."""
     kv_heads, _, page_size, head_dim = keys.shape
+    reason = sizes_refusal(keys, values)
+    if reason is not None:
+        return reason
     if head_dim not in HEAD_DIMS:
         return f"takes a head_dim of {', '.join(map(str, HEAD_DIMS))}, but it is {head_dim}"
     if page_size not in PAGE_SIZES:

@@ -54,8 +54,9 @@ def attend_in_turn(tokens: QueryTokens, keys: Pages, values: Pages, options: Opt
         partial = _attend_q_tile(call, query, position, table[run], tokens.end[run])
         return Partial(*(whole.at[index].set(part) for whole, part in zip(attended, partial, strict=True)))
 
+    shape = tiles.query.shape[:-1]
     nothing = Partial(
-        jnp.zeros(tiles.query.shape, jnp.float32), jnp.full(tiles.query.shape[:-1], -jnp.inf, jnp.float32)
+        jnp.zeros((*shape, values.shape[3]), jnp.float32), jnp.full(shape, -jnp.inf, jnp.float32)
     )
     nothing = vary_like(nothing, (tiles, table, tokens.end, keys, values, nothing))
     number = 1 + jnp.arange(len(tiles.run), dtype=jnp.int32)
@@ -71,7 +72,7 @@ def _attend_q_tile(
     table: jax.Array,  # [pages], a multiple of call.pages_per_tile
     end: jax.Array,  # []
 ) -> Partial:
-    kv_heads, _, _, head_dim = call.keys.shape
+    kv_heads, _, _, head_dim = call.values.shape
     tokens, q_heads, _ = query.shape
 
     def add_kv_tile(tile_index: jax.Array, state: SoftmaxState) -> SoftmaxState:

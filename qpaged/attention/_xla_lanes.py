@@ -73,7 +73,7 @@ def _attend_q_tiles(
     table: jax.Array,  # [q_tiles, pages], a multiple of call.pages_per_tile
     end: jax.Array,  # [q_tiles]
 ) -> Partial:
-    kv_heads, _, _, head_dim = call.keys.shape
+    kv_heads, _, _, head_dim = call.values.shape
     q_tiles, tokens, q_heads, _ = query.shape
     kv_tiles = table.shape[1] // call.pages_per_tile
     lanes = min(most_lanes, q_tiles * kv_tiles)

@@ -79,23 +79,23 @@ class CacheBytes(NamedTuple):
 
 
 def cache_bytes(
-    formats: list[PoolFormat],  # of every pool: keys and values of every layer
-    shape: tuple[int, int, int],  # (kv_heads, page_size, head_dim)
+    formats: list[tuple[PoolFormat, int]],  # and head_dim of every pool: keys and values of every layer
+    shape: tuple[int, int],  # (kv_heads, page_size)
     dtype: DTypeLike,
     sequences: Sequences,
     mesh: Mesh | None,
     manager: Resolver | None,
 ) -> CacheBytes:
     """Return the bytes of all the pools together on one device, with exact pages for ``sequences``."""
-    kv_heads, page_size, head_dim = shape
+    kv_heads, page_size = shape
     pages = 1 if mesh is None else mesh.devices.size  # so that partitioned pages are counted right
 
-    def bytes_of(quantizer: PoolFormat, pages: int) -> int:
+    def bytes_of(quantizer: PoolFormat, head_dim: int, pages: int) -> int:
         pool = (kv_heads, pages, page_size, head_dim)
         return device_bytes(quantizer, pool, dtype, sequences, mesh, manager)
 
-    once = {quantizer: bytes_of(quantizer, pages) for quantizer in set(formats)}
-    twice = {quantizer: bytes_of(quantizer, 2 * pages) for quantizer in set(formats)}
-    total = sum(once[quantizer] for quantizer in formats)
-    of_pages = sum(twice[quantizer] for quantizer in formats) - total
+    once = {kind: bytes_of(*kind, pages) for kind in set(formats)}
+    twice = {kind: bytes_of(*kind, 2 * pages) for kind in set(formats)}
+    total = sum(once[kind] for kind in formats)
+    of_pages = sum(twice[kind] for kind in formats) - total
     return CacheBytes(Fraction(of_pages, pages), total - of_pages)

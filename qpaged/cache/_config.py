@@ -53,6 +53,10 @@ class PagedAttentionCacheMetaData(Serializable):
         hbm_utilization: the share of a device's memory that the cache takes, between 0 and 1.
         quantizer: the format the pages were counted for; None if any.
         dtype: the name of the logical dtype the pages were counted for; None if any.
+        value_head_dim_size: the size of a head of values; None if it is that of keys.
+        values_in_keys: True if values are the first ``value_head_dim_size`` channels of the keys, which are
+            stored once: the latent of multi-head latent attention (DeepSeek-V2), with the rotary part behind
+            it.
 
     Raises:
         TypeError: a count that is not an integer.
@@ -70,6 +74,10 @@ class PagedAttentionCacheMetaData(Serializable):
     hbm_utilization: float
     quantizer: CachePages | None = None
     dtype: str | None = None
+    value_head_dim_size: int | None = None
+    values_in_keys: bool = False
+
+    later_fields = frozenset({"value_head_dim_size", "values_in_keys"})
 
     def __post_init__(self) -> None:
         for name in COUNTS:
@@ -80,6 +88,15 @@ class PagedAttentionCacheMetaData(Serializable):
             check_layers(self.quantizer, self.num_hidden_layers)
         if self.dtype is not None:
             object.__setattr__(self, "dtype", logical_dtype(self.dtype).name)
+        if self.value_head_dim_size is not None:
+            size = positive("value_head_dim_size", self.value_head_dim_size)
+            object.__setattr__(self, "value_head_dim_size", size)
+        if self.values_in_keys and self.value_dim > self.kv_head_dim_size:
+            raise ValueError(
+                f"value_head_dim_size must be at most kv_head_dim_size for values that lie in the keys, but "
+                f"came as {self.value_dim} with {self.kv_head_dim_size}; give the size of a whole key to the "
+                f"latter."
+            )
         advice = "use fewer or larger pages"
         _indexable("num_pages_per_layer", self.num_pages_per_layer, advice)
         tokens = self.num_pages_per_sequence * self.page_size
@@ -101,6 +118,8 @@ class PagedAttentionCacheMetaData(Serializable):
         quantizer: AnyQuantizer = None,
         memory_bytes: int | None = None,
         partition_manager: Resolver | None = None,
+        value_head_dim_size: int | None = None,
+        values_in_keys: bool = False,
     ) -> Self:
         """Return the configuration whose pools fill ``hbm_utilization`` of a device's memory.
 
@@ -133,18 +152,27 @@ class PagedAttentionCacheMetaData(Serializable):
             "give the tokens of the longest sequence",
         )
         memory_bytes = None if memory_bytes is None else byte_count("memory_bytes", memory_bytes)
-        shape = (kv_heads, page_size, head_dim)
+        value_dim = head_dim
+        if value_head_dim_size is not None:
+            value_dim = positive("value_head_dim_size", value_head_dim_size)
         dtype = logical_dtype(dtype)
         formats = cache_pages(quantizer)
-        pool_formats = [pool for layer in range(num_layers) for pool in layer_formats(formats, layer)]
+        sides = [(0, head_dim)] if values_in_keys else [(0, head_dim), (1, value_dim)]
+        pool_formats = [
+            (layer_formats(formats, layer)[side], channels)
+            for layer in range(num_layers)
+            for side, channels in sides
+        ]
         sequences = Sequences(positive("batch_size", batch_size), pages_per_sequence)
-        page_bytes, beside = cache_bytes(pool_formats, shape, dtype, sequences, mesh, partition_manager)
+        page_bytes, beside = cache_bytes(
+            pool_formats, (kv_heads, page_size), dtype, sequences, mesh, partition_manager
+        )
         device = default_device() if mesh is None else mesh.devices.flat[0]
         room = available_bytes(mesh, device, utilization, memory_bytes)
         pages = min(int((room - beside) / page_bytes), LARGEST_INDEX)
-        pages = round_to_shards(pages, shape, mesh, partition_manager)
+        pages = round_to_shards(pages, (kv_heads, page_size, head_dim), mesh, partition_manager)
         if pages < 1:
-            has_exact = any(isinstance(pool_format, ExactFormat) for pool_format in pool_formats)
+            has_exact = any(isinstance(pool_format, ExactFormat) for pool_format, _ in pool_formats)
             others = f"exact pages of {batch_size} sequences" if has_exact else "static scales"
             others = f", and {others} {beside:,}" if beside else ""
             raise ValueError(
@@ -165,6 +193,8 @@ class PagedAttentionCacheMetaData(Serializable):
             hbm_utilization=utilization,
             quantizer=formats,
             dtype=dtype.name,
+            value_head_dim_size=value_head_dim_size,
+            values_in_keys=values_in_keys,
         )
 
     @classmethod
@@ -176,6 +206,10 @@ class PagedAttentionCacheMetaData(Serializable):
             wrong["quantizer"] = fields["quantizer"]
         if not isinstance(fields["dtype"], str | None):
             wrong["dtype"] = fields["dtype"]
+        if type(fields.get("value_head_dim_size")) not in (int, type(None)):
+            wrong["value_head_dim_size"] = fields["value_head_dim_size"]
+        if type(fields.get("values_in_keys", False)) is not bool:
+            wrong["values_in_keys"] = fields["values_in_keys"]
         if wrong:
             raise ValueError(
                 f"data of a {cls.__name__} must hold integers, a CacheFormat and the name of a dtype, "
@@ -189,8 +223,18 @@ class PagedAttentionCacheMetaData(Serializable):
 
     @property
     def pool_shape(self) -> tuple[int, int, int, int]:
-        """The logical shape of a pool: (kv_heads, pages, page_size, head_dim)."""
+        """The logical shape of a pool of keys: (kv_heads, pages, page_size, head_dim)."""
         return self.num_kv_heads, self.num_pages_per_layer, self.page_size, self.kv_head_dim_size
+
+    @property
+    def value_pool_shape(self) -> tuple[int, int, int, int]:
+        """The logical shape of a pool of values, likewise."""
+        return *self.pool_shape[:3], self.value_dim
+
+    @property
+    def value_dim(self) -> int:
+        """The size of a head of values."""
+        return self.kv_head_dim_size if self.value_head_dim_size is None else self.value_head_dim_size
 
 
 def cache_pages(quantizer: AnyQuantizer) -> CachePages:

@@ -19,11 +19,12 @@ VERSION = 2
 READABLE = 1, VERSION  # the text of version 1 has no digest, and its arrays have no names
 ARRAYS_OF_PAGES = ("codes", "scales", "outer")  # in the record of a quantized pool
 PARTS_OF_EXACT_PAGES = ("codes", "rows", "page", "opened", "is_full", "is_sink")
-PARTS_OF_POOLS = {"ExactPages": PARTS_OF_EXACT_PAGES, "QuantizedArray": ARRAYS_OF_PAGES}
+PARTS_OF_POOLS = {"ExactPages": PARTS_OF_EXACT_PAGES, "QuantizedArray": ARRAYS_OF_PAGES, "ValuesInKeys": ()}
 FIELDS_OF_PARTS = {
     "CacheFormat": {"key", "value", "layers"},
     "ExactPages": {"window", "sinks", *PARTS_OF_EXACT_PAGES},
     "QuantizedArray": {"quantizer", "dtype", *ARRAYS_OF_PAGES},
+    "ValuesInKeys": {"shape", "dtype"},
     "array": {"name", "dtype", "shape", "data"},
 }
 
@@ -36,7 +37,7 @@ class Serializable:
 
     _classes: ClassVar[dict[str, type["Serializable"]]] = {}
     later_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that records of earlier versions of qpaged lack; they then have their defaults."""
+    """Fields that a record lacks where they have their defaults: versions before them read and write it so."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -50,7 +51,9 @@ class Serializable:
         """Return nested dictionaries and lists; arrays stay arrays."""
         data: dict[str, Any] = {"type": type(self).__name__, "version": VERSION}
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            data[field.name] = _pack(getattr(self, field.name))
+            value = getattr(self, field.name)
+            if field.name not in self.later_fields or value is not field.default:
+                data[field.name] = _pack(value)
         return data
 
     @classmethod

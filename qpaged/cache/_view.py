@@ -19,7 +19,7 @@ from qpaged.cache._config import (
     layer_formats,
     logical_dtype,
 )
-from qpaged.cache._fresh import PoolFormat, allocate_pages, warn_of_narrow_floats
+from qpaged.cache._fresh import PoolFormat, allocate_pages, allocate_values, warn_of_narrow_floats
 from qpaged.cache._metadata import PagedAttentionMetadata, check_step
 from qpaged.cache._page_changes import PageChanges
 from qpaged.cache._scales import set_scales
@@ -27,7 +27,13 @@ from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
 from qpaged.cache._slot_mapping import slot_mapping
 from qpaged.cache._step_tokens import StepTokens
-from qpaged.cache._view_checks import check_alike, check_pages, checked_layer, checked_rows, page_indices
+from qpaged.cache._view_checks import (
+    check_alike,
+    check_pages,
+    checked_keys_and_values,
+    checked_layer,
+    page_indices,
+)
 from qpaged.pools import Pages
 
 
@@ -42,7 +48,8 @@ class PagedAttentionCacheView(Serializable):
         layer_index: the layer's number, counted from 0. A Python int is static; an int32 scalar is a leaf, as
             :meth:`PagedAttentionCache.with_layer_leaves` makes it.
         key_pages: (kv_heads, pages, page_size, head_dim); a plain or implicit array, or another kind of pool.
-        value_pages: likewise.
+        value_pages: likewise, of the values' head_dim; where they lie in the keys, a
+            :class:`qpaged.pools.ValuesInKeys`.
     """
 
     metadata: PagedAttentionCacheMetaData
@@ -100,10 +107,17 @@ class PagedAttentionCacheView(Serializable):
         layer_index = checked_layer(layer_index, metadata.num_hidden_layers)
         formats = agreed_formats(metadata, quantizer, dtype)
         key_format, value_format = layer_formats(formats, layer_index)
-        shape, dtype = metadata.pool_shape, logical_dtype(dtype)
-        sequences = metadata.sequences
-        keys = allocate_pages(key_format, shape, dtype, sequences, mesh, partition_manager)
-        values = allocate_pages(value_format, shape, dtype, sequences, mesh, partition_manager)
+        dtype, sequences = logical_dtype(dtype), metadata.sequences
+        keys = allocate_pages(key_format, metadata.pool_shape, dtype, sequences, mesh, partition_manager)
+        values = allocate_values(
+            value_format,
+            metadata.value_pool_shape,
+            dtype,
+            sequences,
+            mesh,
+            partition_manager,
+            in_keys=metadata.values_in_keys,
+        )
         return cls(metadata, layer_index, keys, values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,13 +139,14 @@ class PagedAttentionCacheView(Serializable):
         formats: tuple[PoolFormat, PoolFormat] | None = None
         if self.metadata.quantizer is not None:
             formats = layer_formats(self.metadata.quantizer, layer)
+        shapes = self.metadata.pool_shape, self.metadata.value_pool_shape
         for index, name in enumerate(("key_pages", "value_pages")):
             pages = getattr(self, name)
             quantizer = pools.format_of(pages) if formats is None else formats[index]
-            check_pages(name, pages, quantizer, self.metadata)
+            check_pages(name, pages, quantizer, shapes[index], self.metadata)
 
     def write_prefill_to_cache(
-        self, key: ArrayLike, value: ArrayLike, metadata: PagedAttentionMetadata
+        self, key: ArrayLike, value: ArrayLike | None, metadata: PagedAttentionMetadata
     ) -> Self:
         """Return the view with a prefill's keys and values written.
 
@@ -141,7 +156,7 @@ class PagedAttentionCacheView(Serializable):
 
         Args:
             key: (padded_len, kv_heads, head_dim) floats.
-            value: (padded_len, kv_heads, head_dim) floats.
+            value: (padded_len, kv_heads, head_dim of the values) floats; None where they lie in the keys.
             metadata: of a prefill, or of a prefill and a decode.
 
         Raises:
@@ -155,13 +170,13 @@ class PagedAttentionCacheView(Serializable):
         return self._write(key, value, StepTokens(position, table[None]), "prefill_position")
 
     def write_decodes_to_cache(
-        self, key: ArrayLike, value: ArrayLike, metadata: PagedAttentionMetadata
+        self, key: ArrayLike, value: ArrayLike | None, metadata: PagedAttentionMetadata
     ) -> Self:
         """Return the view with one token's keys and values written for each sequence of a batch.
 
         Args:
             key: (batch, kv_heads, head_dim) floats.
-            value: (batch, kv_heads, head_dim) floats.
+            value: (batch, kv_heads, head_dim of the values) floats; None where they lie in the keys.
             metadata: of a decode, or of a prefill and a decode.
 
         Raises:
@@ -173,13 +188,15 @@ class PagedAttentionCacheView(Serializable):
             return self._nothing_to_write("decode", metadata)
         return self._write(key, value, StepTokens(*tokens), "decodes_position")
 
-    def write_to_cache(self, key: ArrayLike, value: ArrayLike, metadata: PagedAttentionMetadata) -> Self:
+    def write_to_cache(
+        self, key: ArrayLike, value: ArrayLike | None, metadata: PagedAttentionMetadata
+    ) -> Self:
         """Return the view with the keys and values of all tokens of a step written, whatever its kind.
 
         Args:
             key: (tokens, kv_heads, head_dim) floats, in the order in which :func:`paged_attention` takes
                 queries.
-            value: (tokens, kv_heads, head_dim) floats.
+            value: (tokens, kv_heads, head_dim of the values) floats; None where they lie in the keys.
             metadata: of a ragged batch, of a prefill, of a decode, or of the last two.
 
         Raises:
@@ -193,16 +210,13 @@ class PagedAttentionCacheView(Serializable):
             mode = "decodes" if metadata.is_decode_mode() else "prefill"
             name = "ragged_position" if metadata.is_ragged_mode() else f"{mode}_position"
             return self._write(key, value, steps[0], name)
-        config = self.metadata
-        shape = (sum(len(step.position) for step in steps), config.num_kv_heads, config.kv_head_dim_size)
-        keys, values = (
-            checked_rows("key", key, shape, "query"),
-            checked_rows("value", value, shape, "query"),
-        )
+        tokens = sum(len(step.position) for step in steps)
+        keys, values = checked_keys_and_values(key, value, tokens, self.metadata, "query")
         view, start = self, 0
         for step in steps:
             here = slice(start, start + len(step.position))
-            view = view._write(keys[here], values[here], step, "query")
+            of_step = None if values is None else values[here]
+            view = view._write(keys[here], of_step, step, "query")
             start = here.stop
         return view
 
@@ -404,20 +418,18 @@ class PagedAttentionCacheView(Serializable):
     def _write(
         self,
         key: ArrayLike,  # [tokens, kv_heads, head_dim]
-        value: ArrayLike,  # [tokens, kv_heads, head_dim]
+        value: ArrayLike | None,  # [tokens, kv_heads, head_dim of values]
         step: StepTokens,
         position_name: str,
     ) -> Self:
         """Return the view with a row written for each token; ``position_name`` is for messages."""
         config = self.metadata
-        shape = (len(step.position), config.num_kv_heads, config.kv_head_dim_size)
-        keys = checked_rows("key", key, shape, position_name)
-        values = checked_rows("value", value, shape, position_name)
+        keys, values = checked_keys_and_values(key, value, len(step.position), config, position_name)
         mapping = slot_mapping(step, config.page_size, config.num_pages_per_layer)
-        return self.replace(
-            key_pages=pools.write_slots(self.key_pages, mapping, keys),
-            value_pages=pools.write_slots(self.value_pages, mapping, values),
-        )
+        view = self.replace(key_pages=pools.write_slots(self.key_pages, mapping, keys))
+        if values is None:
+            return view
+        return view.replace(value_pages=pools.write_slots(self.value_pages, mapping, values))
 
 
 def _flatten_with_keys(view: PagedAttentionCacheView) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ from qpaged.cache._config import PagedAttentionCacheMetaData
 from qpaged.cache._fresh import fresh_pages
 from qpaged.cache._slot_mapping import as_indices
 from qpaged.implicit._tree import same_layout
-from qpaged.pools import Pages
+from qpaged.pools import Pages, ValuesInKeys
 
 
 def checked_layer(layer: Any, layers: int) -> int:
@@ -30,14 +30,22 @@ def checked_layer(layer: Any, layers: int) -> int:
     return index
 
 
-def check_pages(name: str, pages: Pages, quantizer: Any, metadata: PagedAttentionCacheMetaData) -> None:
-    """Raise ValueError unless pages that were read are laid out as fresh ones of this format."""
+def check_pages(
+    name: str,
+    pages: Pages,
+    quantizer: Any,
+    shape: tuple[int, int, int, int],
+    metadata: PagedAttentionCacheMetaData,
+) -> None:
+    """Raise ValueError unless pages that were read are laid out as fresh ones of this format and shape."""
     dtype = dtype_of_floats(name, pages.dtype if metadata.dtype is None else metadata.dtype)
-    fresh = jax.eval_shape(lambda: fresh_pages(quantizer, metadata.pool_shape, dtype, metadata.sequences))
+    fresh: Pages = ValuesInKeys(shape, dtype)
+    if name == "key_pages" or not metadata.values_in_keys:
+        fresh = jax.eval_shape(lambda: fresh_pages(quantizer, shape, dtype, metadata.sequences))
     if not same_layout(fresh, pages):
         raise ValueError(
             f"{name} must be {'plain' if quantizer is None else quantizer} pages of {dtype.name} and of the "
-            f"metadata's shape {metadata.pool_shape}, but holds {pools.format_of(pages) or 'plain'} pages of "
+            f"metadata's shape {shape}, but holds {pools.format_of(pages) or 'plain'} pages of "
             f"{jnp.dtype(pages.dtype).name} and shape {tuple(pages.shape)}; the data was not written whole."
         )
 
@@ -61,7 +69,30 @@ def page_indices(name: str, pages: ArrayLike) -> jax.Array:
     return indices
 
 
-def checked_rows(name: str, rows: ArrayLike, shape: tuple[int, ...], position_name: str) -> jax.Array:
+def checked_keys_and_values(
+    key: ArrayLike,
+    value: ArrayLike | None,
+    tokens: int,
+    metadata: PagedAttentionCacheMetaData,
+    position_name: str,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Return the rows of so many tokens as arrays, or raise what is wrong with them.
+
+    There are no values where they lie in the keys.
+    """
+    heads = metadata.num_kv_heads
+    keys = checked_rows("key", key, (tokens, heads, metadata.kv_head_dim_size), position_name)
+    if not metadata.values_in_keys:
+        return keys, checked_rows("value", value, (tokens, heads, metadata.value_dim), position_name)
+    if value is not None:
+        raise ValueError(
+            "value must be None for a cache whose values lie in the keys, but came as an array; write the "
+            "keys, whose first channels are the values."
+        )
+    return keys, None
+
+
+def checked_rows(name: str, rows: ArrayLike | None, shape: tuple[int, ...], position_name: str) -> jax.Array:
     """Return ``rows`` as an array, or raise unless they are floats of this shape."""
     rows = as_array(name, rows)
     if tuple(rows.shape) != shape:

@@ -7,6 +7,7 @@ itself, and needs no entry anywhere.
 """
 
 from qpaged.pools._exact import ExactPages
+from qpaged.pools._in_keys import ValuesInKeys
 from qpaged.pools._kinds import (
     as_quantized,
     clear_pages,
@@ -44,6 +45,7 @@ __all__ = [
     "PoolBytes",
     "SlotMapping",
     "Slots",
+    "ValuesInKeys",
     "as_quantized",
     "clear_pages",
     "copy_pages",

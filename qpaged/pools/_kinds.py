@@ -12,7 +12,7 @@ from qpaged.arrays import ArrayFormat, QuantizedArray
 from qpaged.arrays._quantized import short
 from qpaged.formats import ExactFormat
 from qpaged.implicit import ImplicitArray
-from qpaged.pools import _exact, _quantized
+from qpaged.pools import _exact, _in_keys, _quantized
 from qpaged.pools._implicit import ImplicitPool
 from qpaged.pools._plain import PlainPool
 from qpaged.pools._pool import Pages, Pool, PoolBytes, SlotMapping, Slots
@@ -210,4 +210,5 @@ def to_record(pages: Pages) -> Any:
 
 def from_record(data: Mapping[str, Any]) -> Pages:
     """Return the pool of a dictionary that :func:`to_record` made; plain pools are arrays there."""
-    return _exact.from_record(data) if data["type"] == "ExactPages" else _quantized.from_record(data)
+    readers = {"ExactPages": _exact.from_record, "ValuesInKeys": _in_keys.from_record}
+    return readers.get(data["type"], _quantized.from_record)(data)
