@@ -388,6 +388,48 @@ def save_load():
     return "\n".join(lines) + "\n"
 
 
+def latent_attention():
+    """What ``benchmarks/latent_attention.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "latent_attention.json").read_text())
+    lines = [
+        "`benchmarks/latent_attention.py`: a random model of DeepSeek-V2's form, "
+        f"{results['tokens']} tokens, transformers {results['versions']['transformers']}, {results['date']}; KL is mean nats a token, "
+        "from the model's own attention, with its standard error:",
+        "",
+        "| format | bytes of a token and layer | KL | largest difference of a log-probability |",
+        "|---|--:|--:|--:|",
+    ]
+    for run in results["runs"]:
+        kl = f"{run['kl']:.1e} ± {run['kl_error']:.0e}"
+        difference = f"{run['largest_difference']:.1e}"
+        lines.append(f"| `{run['format']}` | {run['bytes_per_token']:,.0f} | {kl} | {difference} |")
+    return "\n".join(lines) + "\n"
+
+
+def engine_levanter():
+    """What ``benchmarks/engines/levanter_engine.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "engine_levanter.json").read_text())
+    lines = [
+        f"`benchmarks/engines/levanter_engine.py`: levanter {results['versions']['levanter']}, an adapter of "
+        f"{results['adapter_lines']} lines, {results['model']} in float32, {results['generated']} tokens "
+        f"after each of eight prompts, {results['date']}. The same tokens are those of levanter's own pages. KL is "
+        "mean nats a token, from these, over the texts that they give. Seconds are of one run.",
+        "",
+        "| pages | same tokens | KL | bytes | sequences of 512 tokens in 1 GiB | seconds |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for run in results["runs"]:
+        cells = [
+            f"{run['same_tokens']:.1%}",
+            f"{run['kl']:.1e} ± {run['kl_error']:.0e}",
+            f"{run['bytes'] / 1e6:,.1f} MB",
+            f"{run['sequences_in_a_gibibyte']:,}",
+            f"{run['seconds']:.1f}",
+        ]
+        lines.append(f"| {run['pages']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def serving():
     """What ``benchmarks/serving.py`` left, as a Markdown table of all formats together."""
     results = json.loads((RESULTS / "serving.json").read_text())
@@ -579,6 +621,8 @@ TABLES = {
     "tpu_ragged.md": tpu_ragged,
     "ragged.md": ragged,
     "save_load.md": save_load,
+    "latent_attention.md": latent_attention,
+    "engine_levanter.md": engine_levanter,
     "serving.md": serving,
     "stress.md": stress,
     "stress_attention_kl.md": partial(stress_losses, "attention_kl"),

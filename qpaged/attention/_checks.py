@@ -59,7 +59,8 @@ def checked_options(
         except TypeError as error:  # that of a traced value, too
             raise TypeError(
                 f"sliding_window must be an integer that is known when the call is traced, or None for no "
-                f"window, but came as {window!r}."
+                f"window, but came as {window!r}; in a scan over layers, let jax.lax.cond choose between two "
+                f"calls."
             ) from error
         if window < 1:
             raise ValueError(

@@ -37,7 +37,7 @@ class Serializable:
 
     _classes: ClassVar[dict[str, type["Serializable"]]] = {}
     later_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields that a record lacks where they have their defaults: versions before them read and write it so."""
+    """Fields that a record lacks where they have their defaults, as those of earlier versions do."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

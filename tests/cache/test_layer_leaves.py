@@ -73,3 +73,37 @@ def test_records_hold_the_number():
     assert cache.with_layer_leaves().to_json() == cache.to_json()
     back = qpaged.PagedAttentionCache.from_json(cache.to_json())
     assert [view.layer_index for view in back.views] == [*range(LAYERS)]
+
+
+def test_a_scan_over_layers_some_of_which_have_a_window():
+    """Each call is compiled with its own window, and a layer's flag chooses."""
+    windows = [None, 5, None, 5]
+    cache = cache_of("int8")
+    key, value = tokens(12)
+    query = jnp.repeat(key, 2, axis=1)
+    step = qpaged.PagedAttentionMetadata.prefill(position=jnp.arange(12), page_table=jnp.arange(3))
+    expected = []
+    for view, window in zip(cache.views, windows, strict=True):
+        view = view.write_prefill_to_cache(key, value, step)
+        expected.append(qpaged.paged_attention(query, view, step, sliding_window=window))
+
+    @jax.jit
+    def scanned(stacked, has_window):
+        def layer(carry, inputs):
+            view, is_windowed = inputs
+            view = view.write_prefill_to_cache(key, value, step)
+            out = jax.lax.cond(
+                is_windowed,
+                lambda view: qpaged.paged_attention(query, view, step, sliding_window=5),
+                lambda view: qpaged.paged_attention(query, view, step),
+                view,
+            )
+            return carry, out
+
+        return jax.lax.scan(layer, None, (stacked, has_window))[1]
+
+    views = cache.with_layer_leaves().views
+    stacked = jax.tree_util.tree_map(lambda *leaves: jnp.stack(leaves), *views)
+    out = scanned(stacked, jnp.asarray([window is not None for window in windows]))
+    np.testing.assert_allclose(out, jnp.stack(expected), atol=1e-5)
+    assert not np.allclose(out[0], out[1], atol=1e-3)
