@@ -412,8 +412,8 @@ def engine_levanter():
     lines = [
         f"`benchmarks/engines/levanter_engine.py`: levanter {results['versions']['levanter']}, an adapter of "
         f"{results['adapter_lines']} lines, {results['model']} in float32, {results['generated']} tokens "
-        f"after each of eight prompts, {results['date']}. The same tokens are those of levanter's own pages. KL is "
-        "mean nats a token, from these, over the texts that they give. Seconds are of one run.",
+        f"after each of eight prompts, {results['date']}. The same tokens are those of levanter's own pages. "
+        "KL is mean nats a token, from these, over the texts that they give. Seconds are of one run.",
         "",
         "| pages | same tokens | KL | bytes | sequences of 512 tokens in 1 GiB | seconds |",
         "|---|--:|--:|--:|--:|--:|",

@@ -126,8 +126,7 @@ class PrefixStore:
         return list(self.path.glob(f"??/*{SUFFIX}"))
 
     def _write(self, page_hash: bytes, page: Tensors) -> None:
-        note = {"qpaged": KIND, "version": VERSION, "digest": _digest(page_hash, page)}
-        data = need("safetensors.numpy", "files").save(page, note)
+        data = need("safetensors.numpy", "files").save(page, _note(page_hash, page))
         file = self._file(page_hash)
         file.parent.mkdir(exist_ok=True)
         write_whole(file, data)
@@ -142,10 +141,10 @@ class PrefixStore:
         file = self._file(page_hash)
         try:
             with safetensors.safe_open(file, "np") as opened:
-                note = opened.metadata() or {}
+                note = opened.metadata()
                 page = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
             kind = {name: (bits.shape, bits.dtype) for name, bits in page.items()}
-            is_sound = note.get("digest") == _digest(page_hash, page) and kind == expected
+            is_sound = note == _note(page_hash, page) and kind == expected
         except FileNotFoundError:
             return None
         except (safetensors.SafetensorError, OSError, ValueError, TypeError):
@@ -168,15 +167,14 @@ class PrefixStore:
             self._bytes -= state.st_size
 
 
-def _digest(page_hash: bytes, page: Tensors) -> str:
-    """Return the digest of a page's arrays, with all that says what they are."""
+def _note(page_hash: bytes, page: Tensors) -> dict[str, str]:
+    """Return what is noted of a page: a digest of its arrays, with all that says what they are."""
     digest = need("xxhash", "files").xxh3_128(f"{KIND} {VERSION} {page_hash.hex()}".encode())
     for name in sorted(page):
         bits = page[name]
         digest.update(f"{name} {bits.dtype.name} {bits.shape}".encode())
         digest.update(np.ascontiguousarray(bits).data)
-    hexdigest: str = digest.hexdigest()
-    return hexdigest
+    return {"qpaged": KIND, "version": VERSION, "digest": digest.hexdigest()}
 
 
 @jax.jit

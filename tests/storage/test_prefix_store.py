@@ -99,9 +99,13 @@ def test_pages_of_another_cache_are_not_found(stored):
         assert count == 0
 
 
-@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.long), 1 / 1000])
-def test_no_bit_makes_a_wrong_token(stored, share):
-    store, hashes, _, _ = stored
+@pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.long), 1 / 100])
+def test_no_bit_makes_a_wrong_token(tmp_path, share):
+    sizes = {"layers": 1, "num_kv_heads": 1, "kv_head_dim_size": 16}
+    cache, allocator = filled("int8", **sizes)
+    store = qpaged.PrefixStore(tmp_path)
+    hashes = allocator.prefix_hashes(PROMPT)
+    store.put(cache, dict(zip(hashes, allocator.page_table(["a"])[0].tolist(), strict=False)))
     file = store._file(hashes[0])
     data = file.read_bytes()
     bits = range(8 * len(data))
@@ -109,14 +113,16 @@ def test_no_bit_makes_a_wrong_token(stored, share):
         changed = bytearray(data)
         changed[bit // 8] ^= 1 << bit % 8
         file.write_bytes(bytes(changed))
-        _, count = store.get(fresh("int8"), hashes, [0, 1])
+        cache, count = store.get(cache, hashes, [3, 4])
         assert count == 0, f"bit {bit}"
         assert not file.exists()  # so that it is written again
     for length in (0, 1, 8, 100, len(data) - 1):
         file.write_bytes(data[:length])
-        assert store.get(fresh("int8"), hashes, [0, 1])[1] == 0
+        assert store.get(cache, hashes, [3, 4])[1] == 0
     file.write_bytes(store._file(hashes[1]).read_bytes())
-    assert store.get(fresh("int8"), hashes, [0, 1])[1] == 0
+    assert store.get(cache, hashes, [3, 4])[1] == 0
+    file.write_bytes(data)
+    assert store.get(cache, hashes, [3, 4])[1] == 2
 
 
 def test_files_that_were_used_last_are_kept(tmp_path):
