@@ -393,8 +393,8 @@ def latent_attention():
     results = json.loads((RESULTS / "latent_attention.json").read_text())
     lines = [
         "`benchmarks/latent_attention.py`: a random model of DeepSeek-V2's form, "
-        f"{results['tokens']} tokens, transformers {results['versions']['transformers']}, {results['date']}; KL is mean nats a token, "
-        "from the model's own attention, with its standard error:",
+        f"{results['tokens']} tokens, transformers {results['versions']['transformers']}, {results['date']}; "
+        "KL is mean nats a token, from the model's own attention, with its standard error:",
         "",
         "| format | bytes of a token and layer | KL | largest difference of a log-probability |",
         "|---|--:|--:|--:|",
