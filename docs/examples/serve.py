@@ -90,7 +90,7 @@ class Engine:
 
     def __init__(self, config, params, quantizer, memory, rows, context, budget=128, page_size=16, stop=()):
         self.config, self.params, self.stop = config, params, set(stop)
-        self.rows, self.budget = rows, budget
+        self.rows, self.budget = rows, max(rows, budget)
         self.metadata = cache_metadata(config, quantizer, memory, rows, context, page_size)
         cache = qpaged.PagedAttentionCache.init_cache(None, "bfloat16", self.metadata, None, quantizer)
         self.views = cache.with_layer_leaves().views  # with leaves, layers that are alike have one type
@@ -172,9 +172,19 @@ class Engine:
                 self.allocator.extend(self.running, lengths)
                 return counts
             except qpaged.AllocationError:
-                if len(self.running) == 1:
+                if len(self.running) > 1:
+                    self._swap_out(self.running.pop())
+                elif not self._forget_one():
                     raise
-                self._swap_out(self.running.pop())
+
+    def _forget_one(self):
+        """Free a sequence on the host, which holds on to pages that it shares; it is computed anew later."""
+        for request in self.waiting:
+            if request.on_host is not None:
+                self.allocator.free(request)
+                request.written, request.on_host = 0, None
+                return True
+        return False
 
     def _swap_out(self, request):
         pages = self.allocator.swap_out(request)
@@ -258,7 +268,7 @@ def main():
 
     requests = []
     text = sys.stdin.read() if arguments.prompts is None else arguments.prompts.read_text()
-    for line in text.splitlines():
+    for line in filter(None, text.splitlines()):
         prompt = [*tokenizer.prefix, *tokenizer.encode(line.encode()).ids.tolist()]
         requests.append(engine.submit(prompt, arguments.tokens))
     start = time.perf_counter()

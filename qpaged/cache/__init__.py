@@ -2,7 +2,7 @@
 
 from qpaged.cache._allocation import AllocationError, PageCounts, PageTableUpdates
 from qpaged.cache._allocator import PageAllocator
-from qpaged.cache._allocator_record import allocator_of_record, allocator_to_record, pages_in_use
+from qpaged.cache._allocator_record import allocator_of_record, allocator_to_record
 from qpaged.cache._budget import HostMemoryWarning
 from qpaged.cache._cache import PagedAttentionCache
 from qpaged.cache._config import PagedAttentionCacheMetaData
@@ -30,5 +30,4 @@ __all__ = [
     "allocator_of_record",
     "allocator_to_record",
     "dropped_tokens",
-    "pages_in_use",
 ]

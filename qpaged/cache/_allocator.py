@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from qpaged._arguments import shown
 from qpaged.cache._allocation import (
     AllocationError,
     PageCounts,
@@ -62,6 +63,12 @@ class PageAllocator:
             state = {name: value for name, value in vars(self).items() if name != "_lock"}
             names = {id(name): name for name in self._sequences}  # which stay what they are
             return copy.deepcopy(state, names | {id(self.metadata): self.metadata})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PageAllocator":
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(self.__getstate__())  # whose names are these, not copies
+        return made
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -152,8 +159,8 @@ class PageAllocator:
             held = self._sequences.pop(sequence, None)
             if held is None:
                 raise AllocationError(
-                    f"sequence {sequence!r} holds no pages: it was never allocated, or is freed already; "
-                    f"free each sequence once."
+                    f"sequence {shown(sequence)} holds no pages: it was never allocated, or is freed "
+                    f"already; free each sequence once."
                 )
             return self._pages.drop(held.pages)
 
@@ -195,7 +202,7 @@ class PageAllocator:
         with self._lock:
             given = self._sequences.growths(names, firsts)
             for _, name, held, first in given:
-                self._sequences.checked_part(name, held, first)
+                self._sequences.checked_part(name, held, first, "positions")
             entries = []
             for row, _, held, first in given:
                 columns = range(held.released, first // page_size)
@@ -262,7 +269,7 @@ class PageAllocator:
         written, page_size = as_tokens(tokens), self.metadata.page_size
         with self._lock:
             held = self._sequences.present(sequence)
-            self._sequences.checked_part(sequence, held, len(written))
+            self._sequences.checked_part(sequence, held, len(written), "tokens")
             first = len(held.hashes)
             parent = held.hashes[-1] if first else held.root
             added = {}
@@ -310,8 +317,12 @@ class PageAllocator:
 
         Raises:
             AllocationError: pages that are not swapped out, or released already.
+            TypeError: pages that are no integers.
         """
-        given = [int(page) for page in np.asarray(pages) if page != self.metadata.num_pages_per_layer]
+        array = np.asarray(pages)
+        if array.size and array.dtype.kind not in "iu":
+            raise TypeError(f"pages must be integers, but got {shown(pages)}; give what swap_out returned.")
+        given = [int(page) for page in array if page != self.metadata.num_pages_per_layer]
         with self._lock:
             unknown = sorted(set(given) - self._pinned)
             if unknown or len(set(given)) != len(given):
@@ -325,6 +336,8 @@ class PageAllocator:
     def swap_in(self, sequence: Hashable) -> np.ndarray:
         """Give a sequence pages in place of those that were swapped out.
 
+        Apply the changes, and put the pages, before anything else is done with the sequence.
+
         Returns:
             (n,) int32, for ``cache.put_pages``, in the order of :meth:`swap_out` and as many.
 
@@ -336,9 +349,9 @@ class PageAllocator:
             held = self._sequences.get(sequence)
             if held is None or held.swapped is None:
                 raise AllocationError(
-                    f"sequence {sequence!r} is not swapped out; swap_in goes with a swap_out before it."
+                    f"sequence {shown(sequence)} is not swapped out; swap_in goes with a swap_out before it."
                 )
-            self._pages.check_free(f"sequence {sequence!r} needs", len(held.swapped), "to be swapped in")
+            self._pages.check_free(f"sequence {shown(sequence)} needs", len(held.swapped), "to be swapped in")
             pages = [self._pages.to_overwrite() for _ in held.swapped]
             for column, page in zip(held.swapped, pages, strict=True):
                 held.pages[column] = page

@@ -4,18 +4,9 @@ from collections.abc import Hashable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from qpaged.cache._allocator import PageAllocator
 from qpaged.cache._config import PagedAttentionCacheMetaData
 from qpaged.cache._sequence_pages import SequencePages
-
-
-def pages_in_use(allocator: PageAllocator) -> np.ndarray:
-    """Return the pages (n,) int32, ascending, that hold something: those that are not free."""
-    free = set(allocator._pages.to_record()["free"])
-    pages = [page for page in range(allocator.metadata.num_pages_per_layer) if page not in free]
-    return np.asarray(pages, np.int32)
 
 
 def allocator_to_record(allocator: PageAllocator) -> dict[str, Any]:

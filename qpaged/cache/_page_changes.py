@@ -44,7 +44,7 @@ class PageChanges:
     evicted: dict[bytes, int] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return len(self.reset) > 0
+        return len(self.reset) > 0 or bool(self.evicted)
 
 
 jax.tree_util.register_pytree_node(
@@ -69,10 +69,15 @@ class PendingChanges:
         self._sources: dict[int, int] = {}  # by target
         self._packed: dict[int, None] = {}
         self._fresh: dict[int, None] = {}
+        self._awaiting: set[int] = set()
         self._evicted: dict[bytes, int] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._sources or self._packed or self._fresh)
+        return bool(self._sources or self._packed or self._fresh or self._evicted)
+
+    def awaits_content(self, page: int) -> bool:
+        """Return True if a page is to be overwritten whole, and was not yet."""
+        return page in self._awaiting
 
     def give(self, page: int) -> None:
         """Note that a page is given to a sequence, which may not see what is in it."""
@@ -80,8 +85,9 @@ class PendingChanges:
         self._fresh[page] = None
 
     def give_to_overwrite(self, page: int) -> None:
-        """Note that a page is given to a sequence that overwrites it whole."""
+        """Note that a page is given to a sequence that overwrites it whole once the changes are taken."""
         self._packed.pop(page, None)
+        self._awaiting.add(page)
 
     def copy(self, source: int, target: int) -> None:
         """Note that ``target`` is given to a sequence, with the content of ``source``."""
@@ -99,6 +105,7 @@ class PendingChanges:
         """Note that no sequence holds a page any more, and that its content is of no use."""
         self._sources.pop(page, None)
         self._fresh.pop(page, None)
+        self._awaiting.discard(page)
         self._packed[page] = None
 
     def evict(self, page_hash: bytes, page: int) -> None:

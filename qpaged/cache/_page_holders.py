@@ -37,6 +37,10 @@ class PageHolders:
         """Return how many hold a page."""
         return self._holders[page]
 
+    def awaits_content(self, page: int) -> bool:
+        """Return True if a page was given to be overwritten, and the changes were not taken since."""
+        return self._changes.awaits_content(page)
+
     def fresh(self) -> int:
         """Return a page for one holder, which is as before any write once the changes are made."""
         page = self._take()

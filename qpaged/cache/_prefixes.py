@@ -14,7 +14,16 @@ from qpaged.cache._config import PagedAttentionCacheMetaData
 from qpaged.formats import CacheFormat
 
 HASH_BYTES = 32
-DECIDING = ("num_hidden_layers", "page_size", "num_kv_heads", "kv_head_dim_size", "dtype")
+DECIDING = (
+    "num_hidden_layers",
+    "page_size",
+    "num_kv_heads",
+    "kv_head_dim_size",
+    "value_dim",
+    "values_in_keys",
+    "dtype",
+)
+"""What of a cache's metadata decides what is in a page, beside the format."""
 
 
 def as_tokens(tokens: ArrayLike) -> np.ndarray:
@@ -22,10 +31,11 @@ def as_tokens(tokens: ArrayLike) -> np.ndarray:
     array = np.asarray(tokens)
     if array.ndim == 1 and not array.size:
         return np.zeros(0, np.int64)
-    if array.dtype.kind not in "iu":
+    is_integer = array.dtype.kind in "iu" and (array.dtype != np.uint64 or array.max() < 2**63)
+    if not is_integer:
         raise TypeError(
-            f"tokens must be integers, but got {shown(tokens)}; give the numbers that a tokenizer gives, and "
-            f"for an image numbers that tell it from others."
+            f"tokens must be integers below 2**63, but got {shown(tokens)}; give the numbers that a "
+            f"tokenizer gives, and for an image numbers that tell it from others."
         )
     if array.ndim != 1:
         raise ValueError(f"tokens must have shape (n,), but came with shape {array.shape}.")

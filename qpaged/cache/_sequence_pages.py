@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from qpaged._arguments import shown
 from qpaged.cache._allocation import AllocationError, check_hashable, checked_length
 from qpaged.cache._page_holders import PageHolders
 
@@ -73,9 +74,9 @@ class SequenceTable(dict[Hashable, SequencePages]):
         check_hashable(name)
         held = self.get(name)
         if held is None:
-            raise AllocationError(f"sequence {name!r} holds no pages; {advice}.")
+            raise AllocationError(f"sequence {shown(name)} holds no pages; {advice}.")
         if held.swapped is not None:
-            raise AllocationError(f"sequence {name!r} is swapped out; swap_in brings it back.")
+            raise AllocationError(f"sequence {shown(name)} is swapped out; swap_in brings it back.")
         return held
 
     def growths(self, names: Sequence[Hashable | None], lengths: Sequence[int]) -> list[Growth]:
@@ -88,29 +89,33 @@ class SequenceTable(dict[Hashable, SequencePages]):
         ]
         if len(set(given)) != len(given):
             twice = next(name for name in given if given.count(name) > 1)
-            raise AllocationError(f"sequences must be different ones, but {twice!r} comes twice.")
+            raise AllocationError(f"sequences must be different ones, but {shown(twice)} comes twice.")
         return growths
 
     def check_absent(self, name: Hashable) -> None:
         """Raise AllocationError if there is such a sequence."""
         if name in self:
-            raise AllocationError(f"sequence {name!r} holds pages already; free it, or give another name.")
+            raise AllocationError(
+                f"sequence {shown(name)} holds pages already; free it, or give another name."
+            )
 
     def check_longest(self, name: Hashable, length: int) -> None:
         """Raise AllocationError for more tokens than a sequence may have."""
         if self.pages_of(length) > self.longest:
             raise AllocationError(
                 f"length must be at most {self.longest * self.page_size} tokens, but got {length} for "
-                f"sequence {name!r}; make the metadata with a larger max_sequences."
+                f"sequence {shown(name)}; make the metadata with a larger max_sequences."
             )
 
-    def checked_part(self, name: Hashable, held: SequencePages, length: object) -> int:
+    def checked_part(
+        self, name: Hashable, held: SequencePages, length: object, argument: str = "length"
+    ) -> int:
         """Return a number of the sequence's tokens, or raise AllocationError if it has fewer."""
         number = checked_length(length)
         if number > held.length:
             raise AllocationError(
-                f"length must be at most the {held.length} tokens of sequence {name!r}, but got {number}; "
-                f"extend makes it longer."
+                f"{argument} must be at most the {held.length} tokens of sequence {shown(name)}, but got "
+                f"{number}; extend makes it longer."
             )
         return number
 
@@ -120,8 +125,8 @@ class SequenceTable(dict[Hashable, SequencePages]):
         first = held.released * self.page_size
         if number < first:
             raise AllocationError(
-                f"length must be at least the {first} tokens that sequence {name!r} has released, but got "
-                f"{number}; they cannot be written again."
+                f"length must be at least the {first} tokens that sequence {shown(name)} has released, but "
+                f"got {number}; they cannot be written again."
             )
         return number
 
@@ -132,11 +137,21 @@ class SequenceTable(dict[Hashable, SequencePages]):
             self.check_longest(growth.name, growth.length)
             missing += max(self.pages_of(growth.length) - len(growth.held.pages), 0)
             written = self._written_page(growth)
-            if written is not None:
-                writers[written] += 1
+            if written is None:
+                continue
+            if pages.awaits_content(written):
+                raise AllocationError(
+                    f"sequence {shown(growth.name)} was swapped in, and its pages are not there yet; apply "
+                    f"the changes and put them before anything else."
+                )
+            writers[written] += 1
         copies = sum(min(count, pages.holders(page) - 1) for page, count in writers.items())
         tokens = sum(growth.length for growth in growths)
-        who = f"sequence {growths[0].name!r} needs" if len(growths) == 1 else f"{len(growths)} sequences need"
+        who = (
+            f"sequence {shown(growths[0].name)} needs"
+            if len(growths) == 1
+            else f"{len(growths)} sequences need"
+        )
         pages.check_free(who, missing + copies, f"for {tokens} tokens")
         return [given for growth in growths for given in self._grow_one(growth, pages)]
 

@@ -293,7 +293,8 @@ class PagedAttentionCacheView(Serializable):
     def apply_changes(self, changes: PageChanges) -> Self:
         """Return the view after what a :class:`PageAllocator` asks for: copies, then packs, then resets.
 
-        O(n), and in place where the view is donated.
+        O(n), and in place where the view is donated. Exact pages that are packed make room for the copies
+        first, if they are not what is copied.
 
         Args:
             changes: of :meth:`PageAllocator.take_changes`.
@@ -303,10 +304,14 @@ class PagedAttentionCacheView(Serializable):
         """
         advice = "give what take_changes of a PageAllocator returned"
         check_type("changes", changes, PageChanges, "a qpaged.PageChanges", advice)
-        if not changes:
+        if not len(changes.reset):
             return self
-        lengths = np.full(len(changes.pack), self.metadata.page_size, np.int32)
-        view = self.copy_pages(changes.source, changes.target)
+        view, lengths = self, np.full(len(changes.pack), self.metadata.page_size, np.int32)
+        if pools.has_exact_pages(self.key_pages, self.value_pages):
+            is_source = (changes.pack[:, None] == changes.source).any(axis=1)
+            others = jnp.where(is_source, self.metadata.num_pages_per_layer, changes.pack)
+            view = view.pack_pages(others, lengths)
+        view = view.copy_pages(changes.source, changes.target)
         return view.pack_pages(changes.pack, lengths).reset_pages(changes.reset)
 
     def take_pages(self, pages: ArrayLike, sequences: int = 1) -> Self:

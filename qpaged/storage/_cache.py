@@ -16,7 +16,6 @@ from qpaged.cache import (
     PagedAttentionCacheMetaData,
     allocator_of_record,
     allocator_to_record,
-    pages_in_use,
 )
 from qpaged.cache._sharding import Resolver
 from qpaged.formats import CacheFormat
@@ -60,6 +59,7 @@ def save(path: str | Path, cache: PagedAttentionCache, allocator: PageAllocator 
         ImportError: the extra ``files`` is not installed.
     """
     check_type("cache", cache, PagedAttentionCache, "a qpaged.PagedAttentionCache", "give that of all layers")
+    _check_whole(cache)
     metadata = cache.views[0].metadata
     pages = np.arange(metadata.num_pages_per_layer, dtype=np.int32)
     record: dict[str, Any] = {"qpaged": KIND, "version": VERSION, "allocator": None}
@@ -68,10 +68,10 @@ def save(path: str | Path, cache: PagedAttentionCache, allocator: PageAllocator 
         if allocator.metadata != metadata:
             raise ValueError("allocator must be that of the cache, but was made with another metadata.")
         record["allocator"] = allocator_to_record(allocator)
-        pages = pages_in_use(allocator)
+        pages = np.setdiff1d(pages, record["allocator"]["pages"]["free"]).astype(np.int32)
     record["metadata"] = metadata.to_dict()
     record["dtype"] = jnp.dtype(cache.views[0].key_pages.dtype).name
-    record["format"] = _format_of(cache).config
+    record["format"] = _checked_format(cache).config
     pages_of_file = max(1, BATCH_BYTES * metadata.num_pages_per_layer // cache.nbytes)
     batches = [pages[start : start + pages_of_file] for start in range(0, len(pages), pages_of_file)]
     record["pages"] = [batch.tolist() for batch in batches]
@@ -79,7 +79,9 @@ def save(path: str | Path, cache: PagedAttentionCache, allocator: PageAllocator 
 
 
 def load(path: str | Path, mesh: Mesh | None = None, partition_manager: Resolver | None = None) -> SavedCache:
-    """Return the cache, and its allocator, that :func:`save` wrote. Pages that were not in use are fresh.
+    """Return the cache, and its allocator, that :func:`save` wrote.
+
+    Pages that were not in use are fresh, and the numbers of layers are static.
 
     Args:
         mesh: the devices; None for the default device.
@@ -94,6 +96,19 @@ def load(path: str | Path, mesh: Mesh | None = None, partition_manager: Resolver
     """
     path = Path(path)
     record = read_manifest(path)
+    while True:
+        try:
+            return _load(path, record, mesh, partition_manager)
+        except FileNotFoundError:
+            before, record = record, read_manifest(path)
+            if record == before:  # else it was saved anew meanwhile
+                raise
+
+
+def _load(
+    path: Path, record: dict[str, Any], mesh: Mesh | None, partition_manager: Resolver | None
+) -> SavedCache:
+    """Return what a manifest describes."""
     if (record.get("qpaged"), record.get("version")) != (KIND, VERSION):
         raise ValueError(
             f"{path} must hold a {KIND} of version {VERSION}, but holds {record.get('qpaged')!r} of version "
@@ -110,31 +125,54 @@ def load(path: str | Path, mesh: Mesh | None = None, partition_manager: Resolver
 def _loaded(cache: PagedAttentionCache, path: Path, record: dict[str, Any]) -> PagedAttentionCache:
     """Return a fresh cache, which is donated, with what the files hold."""
     names, filled = map(list, zip(*_parts.pools_of(cache), strict=True))
-    *files, last = record["files"]
-    for entry, pages in zip(files, record["pages"], strict=True):
+    batches = record["pages"]
+    for entry, pages in zip(record["files"], batches, strict=False):
         tensors = read_file(path, entry)
         indices = np.asarray(pages, np.int32)
         for index, pool in enumerate(filled):
             filled[index] = _parts.put_page_parts(pool, indices, _parts.of_pool(names[index], tensors))
-    tensors = read_file(path, last)
-    beside = [
-        _parts.with_parts_beside(pool, _parts.of_pool(name, tensors))
-        for name, pool in zip(names, filled, strict=True)
-    ]
-    return _parts.with_pools(cache, beside)
+    beside = iter(record["files"][len(batches) :])
+    for index, pool in enumerate(filled):
+        if _parts.parts_beside(pool):
+            tensors = read_file(path, next(beside))
+            filled[index] = _parts.with_parts_beside(pool, _parts.of_pool(names[index], tensors))
+    return _parts.with_pools(cache, filled)
 
 
 def _files(cache: PagedAttentionCache, batches: list[np.ndarray]) -> Iterator[tuple[str, Tensors]]:
-    """Yield the kind and the arrays of each file: pages, some at a time, and then what is beside them."""
+    """Yield the kind and the arrays of each file: some pages of all pools, then what each has beside them."""
     for pages in batches:
         yield "pages", _parts.of_all_pools(cache, lambda pool: _parts.page_parts(pool, pages))  # noqa: B023
-    yield "beside", _parts.of_all_pools(cache, _parts.bits_beside)
+    for name, pool in _parts.pools_of(cache):
+        beside = _parts.bits_beside(pool)
+        if beside:
+            yield "beside", {f"{name}/{part}": bits for part, bits in beside.items()}
 
 
-def _format_of(cache: PagedAttentionCache) -> CacheFormat:
-    """Return the formats of all pools, of a cache whose metadata does not tell them."""
+def _check_whole(cache: PagedAttentionCache) -> None:
+    """Raise ValueError unless all layers are there, each as its metadata says."""
+    if any(np.ndim(view.layer_index) for view in cache.views):
+        raise ValueError(
+            "cache must have a view for each layer, but its layers are stacked for a scan; take them apart "
+            "first: tree_map(lambda leaf: leaf[i], view)."
+        )
+    views = [view.replace(layer_index=int(view.layer_index)) for view in cache.views]
+    cache.replace(views=views).check_fields()
+    for view in views:
+        view.check_fields()
+
+
+def _checked_format(cache: PagedAttentionCache) -> CacheFormat:
+    """Return the formats of all pools, or raise unless they can be found again by their configuration."""
     made = [
         CacheFormat(pools.format_of(view.key_pages), pools.format_of(view.value_pages))  # type: ignore[arg-type]  # a cache's are quantizers
         for view in cache.views
     ]
-    return made[0].with_layers({layer: other for layer, other in enumerate(made) if other != made[0]})
+    formats = made[0].with_layers({layer: other for layer, other in enumerate(made) if other != made[0]})
+    found = CacheFormat.from_config(formats.config)
+    if found != formats:
+        raise TypeError(
+            f"cache must have formats that are installed, but {formats} is another one than the {found} that "
+            f"its configuration names; register it under a name of its own."
+        )
+    return formats

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def write_directory(path: Path, record: Mapping[str, Any], files: Iterable[tuple
 
     Raises:
         ValueError: the directory holds other files.
-        OSError: it cannot be written, or another process writes to it now.
+        OSError: it cannot be written, or is being written to now.
     """
     filelock = need("filelock", "files")
     path.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def write_directory(path: Path, record: Mapping[str, Any], files: Iterable[tuple
         with filelock.FileLock(path / LOCK, timeout=0):
             _write_files(path, record, files)
     except filelock.Timeout as error:
-        raise OSError(f"{path} is written by another process now; save to another directory.") from error
+        raise OSError(f"{path} is being written to now; wait, or save to another directory.") from error
 
 
 def _write_files(path: Path, record: Mapping[str, Any], files: Iterable[tuple[str, Tensors]]) -> None:
@@ -69,10 +69,11 @@ def _write_files(path: Path, record: Mapping[str, Any], files: Iterable[tuple[st
         partial = path / f"{MANIFEST}.partial"
         _write_to_disk(partial, _manifest_text({**whole, DIGEST: digest(whole)}).encode())
         _bring_entries_to_disk(path)
-        partial.replace(path / MANIFEST)
     except BaseException:
         _remove(path, lambda name: generation in name)
         raise
+    # From here on the manifest may be the new one, whatever is raised: its files stay.
+    partial.replace(path / MANIFEST)
     _bring_entries_to_disk(path)
     _remove(path, lambda name: name.endswith(".safetensors") and generation not in name)
 
@@ -165,7 +166,7 @@ def _bring_entries_to_disk(path: Path) -> None:
             os.close(descriptor)
 
 
-def _remove(path: Path, is_old: Any) -> None:
+def _remove(path: Path, is_old: Callable[[str], bool]) -> None:
     for file in _files(path):
         if is_old(file.name):
             file.unlink(missing_ok=True)

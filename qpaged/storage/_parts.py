@@ -158,8 +158,7 @@ def check_names(parts: dict[str, Any], own: dict[str, Any]) -> None:
 
 
 def _without_packed(pool: Pages) -> Any:
-    without = pools.with_packed(pool, None)
-    return without
+    return pools.with_packed(pool, None)
 
 
 def _leaves_by_page(taken: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -12,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qpaged._arguments import check_type, positive
+from qpaged import pools
+from qpaged._arguments import check_type, positive, shown, whole_number
 from qpaged._extras import need
 from qpaged._files import write_whole
 from qpaged.cache import PagedAttentionCache
+from qpaged.cache._page_changes import filled_up
 from qpaged.storage import _parts
-from qpaged.storage._directory import Tensors
+from qpaged.storage._directory import Tensors, file_digest
 
 KIND, VERSION = "page of a prefix", "1"
-SUFFIX = ".safetensors"
+PAGES_AT_ONCE = 64  # which are in memory beside the cache
 KEPT = 0.9  # of the bytes that a store may hold, when it is trimmed
 
 
@@ -35,7 +38,8 @@ class PrefixStore:
 
     Args:
         path: a directory; it is made if it is not there.
-        max_bytes: of all files; the ones used last are kept. None for no limit.
+        max_bytes: of all files, as far as this process knows of them: what it found, and what it writes. The
+            ones used last are kept. None for no limit.
 
     Raises:
         ImportError: the extra ``files`` is not installed.
@@ -48,7 +52,7 @@ class PrefixStore:
         self.max_bytes = None if max_bytes is None else positive("max_bytes", max_bytes)
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._bytes = sum(file.stat().st_size for file in self._files())
+        self._bytes = sum(state.st_size for state, _ in self._states())
 
     def __contains__(self, page_hash: bytes) -> bool:
         return self._file(page_hash).exists()
@@ -65,21 +69,29 @@ class PrefixStore:
                 :attr:`PageChanges.evicted` lists, before the changes are applied.
 
         Raises:
+            ValueError: a page that the cache does not have.
             OSError: a file cannot be written.
         """
         check_type("cache", cache, PagedAttentionCache, "a qpaged.PagedAttentionCache", "give the whole one")
-        missing = [page_hash for page_hash in pages if page_hash not in self]
-        if not missing:
-            return
-        size = 1 << (len(missing) - 1).bit_length()
-        indices = np.full(size, cache.views[0].metadata.num_pages_per_layer, np.int32)
-        indices[: len(missing)] = [pages[page_hash] for page_hash in missing]
-        taken = _take_packed(cache, indices)
-        order = np.arange(size, dtype=np.int32)
-        parts = _parts.of_all_pools(taken, lambda pool: _parts.page_parts(pool, order))
-        for index, page_hash in enumerate(missing):
-            page = {name: np.ascontiguousarray(bits[:, index : index + 1]) for name, bits in parts.items()}
-            self._write(page_hash, page)
+        num_pages = cache.views[0].metadata.num_pages_per_layer
+        numbers = {page_hash: whole_number("pages", page) for page_hash, page in pages.items()}
+        wrong = [page for page in numbers.values() if not 0 <= page < num_pages]
+        if wrong:
+            raise ValueError(
+                f"pages must be those of the cache, from 0 to {num_pages - 1}, but {wrong[0]} came; leave "
+                f"out hashes without a page."
+            )
+        missing = [page_hash for page_hash in numbers if page_hash not in self]
+        kind = _kind_of(cache)
+        for start in range(0, len(missing), PAGES_AT_ONCE):
+            hashes = missing[start : start + PAGES_AT_ONCE]
+            indices = filled_up([numbers[page_hash] for page_hash in hashes], num_pages)
+            order = np.arange(len(indices), dtype=np.int32)
+            taken = _take_packed(cache, indices)
+            parts = _parts.of_all_pools(taken, lambda pool: _parts.page_parts(pool, order))  # noqa: B023
+            for index, page_hash in enumerate(hashes):
+                page = {name: bits[:, index : index + 1].copy() for name, bits in parts.items()}
+                self._write(page_hash, page, kind)
 
     def get(
         self, cache: PagedAttentionCache, hashes: Sequence[bytes], pages: ArrayLike
@@ -91,42 +103,45 @@ class PrefixStore:
             pages: (len(hashes),) integers: where each of them goes.
 
         Returns:
-            the cache, and how many pages it was given: up to the first that is not found.
+            the cache, and how many pages it was given: up to the first that is not found, or that is no page.
+
+        Raises:
+            TypeError, ValueError: pages that are no integers, or not as many as hashes.
         """
         indices = np.asarray(pages)
         if indices.shape != (len(hashes),):
             raise ValueError(
                 f"pages must have shape ({len(hashes)},), one for each hash, but came with {indices.shape}."
             )
-        expected = _parts.of_all_pools(cache, _parts.kinds_of_page_parts)
-        found: list[Tensors] = []
-        for page_hash in hashes:
-            page = self._read(page_hash, expected)
-            if page is None:
+        if len(hashes) and indices.dtype.kind not in "iu":
+            raise TypeError(f"pages must be integers, but got {shown(pages)}; give those of a page table.")
+        is_page = (indices >= 0) & (indices < cache.views[0].metadata.num_pages_per_layer)
+        most = int(np.append(is_page, False).argmin())
+        kind, count = _kind_of(cache), 0
+        while count < most:
+            asked = min(count + PAGES_AT_ONCE, most)
+            found = self._read_all(hashes[count:asked], kind)
+            if found:
+                cache = _put(cache, found, indices[count : count + len(found)])
+                count += len(found)
+            if count < asked:
                 break
-            found.append(page)
-        if not found:
-            return cache, 0
-        size = 1 << (len(found) - 1).bit_length()
-        target = np.full(size, cache.views[0].metadata.num_pages_per_layer, np.int32)
-        target[: len(found)] = indices[: len(found)]
-        rows = found + [found[-1]] * (size - len(found))
-        parts = {name: np.concatenate([page[name] for page in rows], axis=1) for name in expected}
-        cache = _reset(cache, target)
-        filled = []
-        for name, pool in _parts.pools_of(cache):
-            filled.append(_parts.put_page_parts(pool, target, _parts.of_pool(name, parts)))
-        return _parts.with_pools(cache, filled), len(found)
+        return cache, count
 
     def _file(self, page_hash: bytes) -> Path:
         name = page_hash.hex()
-        return self.path / name[:2] / f"{name}{SUFFIX}"
+        return self.path / name[:2] / f"{name}.safetensors"
 
-    def _files(self) -> list[Path]:
-        return list(self.path.glob(f"??/*{SUFFIX}"))
+    def _states(self) -> list[tuple[os.stat_result, Path]]:
+        """Return all files, those that a writer left behind too, but for what others remove meanwhile."""
+        states = []
+        for file in self.path.glob("??/*"):
+            with contextlib.suppress(FileNotFoundError):
+                states.append((file.stat(), file))
+        return states
 
-    def _write(self, page_hash: bytes, page: Tensors) -> None:
-        data = need("safetensors.numpy", "files").save(page, _note(page_hash, page))
+    def _write(self, page_hash: bytes, page: Tensors, kind: str) -> None:
+        data = need("safetensors.numpy", "files").save(page, _note(page_hash, page, kind))
         file = self._file(page_hash)
         file.parent.mkdir(exist_ok=True)
         write_whole(file, data)
@@ -135,30 +150,39 @@ class PrefixStore:
             if self.max_bytes is not None and self._bytes > self.max_bytes:
                 self._trim(self.max_bytes * KEPT)
 
-    def _read(self, page_hash: bytes, expected: Mapping[str, _parts.Kind]) -> Tensors | None:
-        """Return the page of a hash; None if there is none, or it is damaged and so removed."""
+    def _read_all(self, hashes: Sequence[bytes], kind: str) -> list[Tensors]:
+        """Return the pages of hashes, up to the first that is not found."""
+        found: list[Tensors] = []
+        for page_hash in hashes:
+            page = self._read(page_hash, kind)
+            if page is None:
+                break
+            found.append(page)
+        return found
+
+    def _read(self, page_hash: bytes, kind: str) -> Tensors | None:
+        """Return the page of a hash; None if there is none of this kind. What is damaged is removed."""
         safetensors = need("safetensors", "files")
         file = self._file(page_hash)
         try:
             with safetensors.safe_open(file, "np") as opened:
                 note = opened.metadata()
                 page = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
-            kind = {name: (bits.shape, bits.dtype) for name, bits in page.items()}
-            is_sound = note == _note(page_hash, page) and kind == expected
+            is_sound = note == _note(page_hash, page, note["kind"])
         except FileNotFoundError:
             return None
-        except (safetensors.SafetensorError, OSError, ValueError, TypeError):
+        except (safetensors.SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError):
             is_sound = False
         with contextlib.suppress(OSError):  # of a directory that is read only
             if is_sound:
                 os.utime(file)
             else:
                 file.unlink()
-        return page if is_sound else None
+        return page if is_sound and note["kind"] == kind else None
 
     def _trim(self, most: float) -> None:
         """Remove the files that were used first, until the others have at most so many bytes."""
-        states = [(file.stat(), file) for file in self._files()]
+        states = self._states()
         self._bytes = sum(state.st_size for state, _ in states)
         for state, file in sorted(states, key=lambda pair: pair[0].st_mtime_ns):
             if self._bytes <= most:
@@ -167,14 +191,38 @@ class PrefixStore:
             self._bytes -= state.st_size
 
 
-def _note(page_hash: bytes, page: Tensors) -> dict[str, str]:
-    """Return what is noted of a page: a digest of its arrays, with all that says what they are."""
-    digest = need("xxhash", "files").xxh3_128(f"{KIND} {VERSION} {page_hash.hex()}".encode())
+def _kind_of(cache: PagedAttentionCache) -> str:
+    """Return what the pages of a cache must have in common with those of another: formats, sizes, scales."""
+    pools_alike = []
+    for name, pool in _parts.pools_of(cache):
+        made_with, scales = pools.packed_format(pool), pools.static_scales(pool)
+        parts = {part: (shape, bits.name) for part, (shape, bits) in _parts.kinds_of_page_parts(pool).items()}
+        config = None if made_with is None else made_with.config  # type: ignore[attr-defined]  # a cache's is a Quantizer
+        given = None if scales is None else np.asarray(scales).tobytes().hex()
+        pools_alike.append([name, config, jnp.dtype(pool.dtype).name, parts, given])
+    return file_digest(json.dumps(pools_alike, sort_keys=True).encode())
+
+
+def _put(cache: PagedAttentionCache, found: list[Tensors], pages: np.ndarray) -> PagedAttentionCache:
+    """Return a cache, which is donated, with some pages put."""
+    target = filled_up(pages.tolist(), cache.views[0].metadata.num_pages_per_layer)
+    rows = found + [found[-1]] * (len(target) - len(found))
+    parts = {name: np.concatenate([page[name] for page in rows], axis=1) for name in found[0]}
+    cache = _reset(cache, target)
+    filled = []
+    for name, pool in _parts.pools_of(cache):
+        filled.append(_parts.put_page_parts(pool, target, _parts.of_pool(name, parts)))
+    return _parts.with_pools(cache, filled)
+
+
+def _note(page_hash: bytes, page: Tensors, kind: str) -> dict[str, str]:
+    """Return what is noted of a page: its kind, and a digest of its arrays and of all that tells them."""
+    digest = need("xxhash", "files").xxh3_128(f"{KIND} {VERSION} {kind} {page_hash.hex()}".encode())
     for name in sorted(page):
         bits = page[name]
         digest.update(f"{name} {bits.dtype.name} {bits.shape}".encode())
         digest.update(np.ascontiguousarray(bits).data)
-    return {"qpaged": KIND, "version": VERSION, "digest": digest.hexdigest()}
+    return {"qpaged": KIND, "version": VERSION, "kind": kind, "digest": digest.hexdigest()}
 
 
 @jax.jit

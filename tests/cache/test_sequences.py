@@ -262,7 +262,9 @@ def test_a_shared_page_that_is_written_again_is_no_longer_found(allocator):
     _, second = allocator.share_prefix("a", prompt)
     allocator.truncate("a", 6)
     allocator.extend(["a"], [7])
-    assert allocator.take_changes().evicted == {second: pages_of(allocator, "a")[1]}
+    changes = allocator.take_changes()
+    assert changes  # though there is nothing to do to the cache
+    assert changes.evicted == {second: pages_of(allocator, "a")[1]}
     allocator.extend(["a"], [8])
     assert list(allocator.share_prefix("a", prompt)) == [second]
     assert allocator.take_changes().evicted == {}
@@ -279,7 +281,7 @@ def test_two_that_computed_the_same_prefix(allocator):
 
 
 def test_what_prefixes_refuse(allocator):
-    with pytest.raises(TypeError, match=r"tokens must be integers, but got \[0.5\]"):
+    with pytest.raises(TypeError, match=r"tokens must be integers below 2\*\*63, but got \[0.5\]"):
         allocator.match_prefix("a", [0.5])
     with pytest.raises(ValueError, match=r"tokens must have shape \(n,\), but came with shape \(1, 2\)"):
         allocator.match_prefix("a", [[1, 2]])
@@ -326,6 +328,66 @@ def test_a_sequence_that_is_swapped_out_keeps_what_it_shares(allocator):
     assert allocator.free("a") == []
     assert allocator.swap_in("b").tolist() == [PAGES] * 8
     assert len(allocator.free("b")) == 2
+
+
+def test_pages_that_are_swapped_in_are_put_before_anything_else(allocator):
+    allocator.allocate("a", 6)
+    allocator.release(allocator.swap_out("a"))
+    allocator.swap_in("a")
+    allocator.fork("a", "b")
+    before = allocator.counts()
+    with pytest.raises(qpaged.AllocationError, match=r"'a' was swapped in, and its pages are not there"):
+        allocator.extend(["a", "b"], [7, 7])
+    assert allocator.counts() == before
+    allocator.take_changes()
+    allocator.extend(["a", "b"], [7, 7])
+
+
+def test_odd_arguments(allocator):
+    with pytest.raises(TypeError, match=r"pages must be integers, but got \[0.7\]; give what"):
+        allocator.release([0.7])
+    with pytest.raises(TypeError, match=r"pages must be integers, but got \[True\]"):
+        allocator.release([True])
+    with pytest.raises(TypeError, match=r"tokens must be integers below 2\*\*63"):
+        allocator.prefix_hashes(np.asarray([2**63, 1, 1, 1], np.uint64))
+    assert allocator.prefix_hashes([2**63 - 1, -1, 1, 1]) != allocator.prefix_hashes([0, -1, 1, 1])
+
+
+def test_names_may_be_objects():
+    allocator = qpaged.PageAllocator(METADATA)
+    name = object()
+    allocator.allocate(name, 5)
+    for copied in (copy.copy(allocator), copy.deepcopy(allocator), copy.deepcopy([allocator])[0]):
+        assert pages_of(copied, name) == pages_of(allocator, name)
+        copied.free(name)
+    assert allocator.length(name) == 5
+
+
+def test_what_is_parked_makes_room_for_exact_copies():
+    """In one call: a copy of an exact page is exact, though all places are taken by others."""
+    config_of_two = config(
+        batch_size=2, num_pages_per_layer=8, num_pages_per_sequence=4, page_size=4, num_hidden_layers=1
+    )
+    view = qpaged.PagedAttentionCacheView.init(None, jnp.float32, config_of_two, 0, None, "int8:token+exact4")
+    allocator = qpaged.PageAllocator(config_of_two)
+    shape = (5, config_of_two.num_kv_heads, config_of_two.kv_head_dim_size)
+    for name in "ab":
+        allocator.allocate(name, 5)
+        view = view.apply_changes(allocator.take_changes())
+        step = qpaged.PagedAttentionMetadata.prefill(
+            position=np.arange(5), page_table=allocator.page_table([name])[0]
+        )
+        rows = jax.random.normal(jax.random.key(0), shape)
+        view = view.write_prefill_to_cache(rows, rows, step)
+    exact = qpaged.pools.is_exact(view.key_pages, jnp.arange(8))
+    assert exact.sum() == 4  # all that there is room for
+    allocator.share_prefix("b", range(4))
+    allocator.free("b")
+    allocator.fork("a", "c")
+    allocator.extend(["a"], [6])
+    view = view.apply_changes(allocator.take_changes())
+    table = allocator.page_table(["a", "c"])[:, :2]
+    assert np.asarray(qpaged.pools.is_exact(view.key_pages, jnp.asarray(table))).all()
 
 
 def test_a_copy_takes_over_forks_prefixes_and_swaps(allocator):

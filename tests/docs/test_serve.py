@@ -78,6 +78,23 @@ def test_prompts_that_are_too_long(serve, tiny):
         engine.submit([], 40)
 
 
+def test_sequences_on_the_host_give_up_pages_that_they_alone_share(serve, tiny):
+    """They hold on to these when they are swapped out, and one that runs may need them."""
+    prompts = [bytes(HEADER + "x", "utf-8"), bytes(HEADER + "y", "utf-8")]
+    alone = [served(serve, tiny, "raw", 2**22, 1, [prompt], tokens=70)[1][0] for prompt in prompts]
+    engine = serve.Engine(*tiny, "raw", 480_000, rows=2, context=128, budget=48)
+    first = engine.submit(list(prompts[0]), 70)
+    while len(first.tokens) == first.prompt:
+        engine.step()
+    others = [engine.submit(list(prompt), 70) for prompt in prompts]
+    while not all(request.is_done for request in (first, *others)):
+        engine.step()
+    assert [first.tokens[first.prompt :], *(other.tokens[other.prompt :] for other in others)] == [
+        alone[0],
+        *alone,
+    ]
+
+
 def test_a_sequence_that_the_whole_cache_cannot_hold(serve, tiny):
     engine = serve.Engine(*tiny, "raw", 130_000, 2, context=128)
     engine.submit([1] * 90, 30)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.long import first_short
-from support.saved_caches import PAGE_SIZE, filled, fresh
+from support.saved_caches import PAGE_SIZE, PAGES, filled, fresh
 
 import qpaged
+from qpaged.storage import _prefix_store
 
 FORMATS = ["int8", None, "int4:token+rotate+exact20+sink4", "fp8_e4m3:head", "nvfp4", "int6:channel"]
 PROMPT = list(range(40))
@@ -97,6 +98,57 @@ def test_pages_of_another_cache_are_not_found(stored):
         store.put(stored[2], dict(zip(hashes, range(2), strict=True)))
         _, count = store.get(other, hashes, [0, 1])
         assert count == 0
+
+
+def test_pages_of_other_formats_and_scales_are_not_found_though_hashes_are_the_same(tmp_path):
+    """Metadata need not tell the format, and tells no scales."""
+    store, h = qpaged.PrefixStore(tmp_path), b"0"
+    scaled = fresh("fp8_e4m3:tensor")
+    scaled = scaled.replace(views=[view.with_scales(4.0, 4.0) for view in scaled.views])
+    caches = [fresh("int8:token"), fresh("int8:token+rotate"), fresh("fp8_e4m3:tensor"), scaled]
+    for cache in caches:
+        store.put(cache, {h: 0})
+        for other in caches:
+            assert store.get(other, [h], [1])[1] == int(other is cache)
+        assert store.count([h]) == 1  # what is sound stays
+        store._file(h).unlink()
+
+
+def test_pages_that_are_none(stored):
+    store, hashes, cache, _ = stored
+    for page in (PAGES, -1):
+        with pytest.raises(ValueError, match=rf"must be those of the cache, from 0 to 8, but {page} came"):
+            store.put(cache, {b"new": 0, b"other": page})
+    with pytest.raises(TypeError, match=r"pages must be an integer, but came as 0.5"):
+        store.put(cache, {b"new": 0.5})
+    assert store.count([b"new"]) == 0
+    for wrong in (PAGES, -1):
+        assert store.get(fresh("int8"), hashes, [3, wrong])[1] == 1
+        assert store.get(fresh("int8"), hashes, [wrong, 3])[1] == 0
+    with pytest.raises(TypeError, match=r"pages must be integers, but got \[3.5, 4.5\]"):
+        store.get(cache, hashes, [3.5, 4.5])
+
+
+def test_many_pages_go_in_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr(_prefix_store, "PAGES_AT_ONCE", 2)
+    cache, _ = filled("int8")
+    store = qpaged.PrefixStore(tmp_path)
+    hashes = [bytes([index]) for index in range(5)]
+    store.put(cache, {page_hash: index for index, page_hash in enumerate(hashes)})
+    got, count = store.get(fresh("int8"), hashes, range(5))
+    assert count == 5
+    for view, other in zip(got.views, cache.views, strict=True):
+        assert (view.key_pages.codes[:, :5] == other.key_pages.codes[:, :5]).all()
+
+
+def test_files_that_others_remove_or_write_wrongly(stored):
+    store, hashes, cache, _ = stored
+    (store.path / "ab").mkdir(exist_ok=True)
+    (store.path / "ab" / "gone.safetensors").symlink_to(store.path / "nowhere")
+    assert hashes[0] in qpaged.PrefixStore(store.path)
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
+    store._file(hashes[0]).write_bytes(len(header).to_bytes(8, "little") + header + b"1")
+    assert store.get(cache, hashes, [3, 4])[1] == 0
 
 
 @pytest.mark.parametrize("share", [pytest.param(1, marks=pytest.mark.long), 1 / 100])

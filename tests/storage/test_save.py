@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import random
 import re
 import shutil
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.caches import narrow_floats_allowed
@@ -136,6 +139,69 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     assert same_bits(qpaged.load(tmp_path).cache, cache)
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_save_that_is_interrupted_as_it_replaces_the_manifest(tmp_path, monkeypatch, moment):
+    old, new = filled("int8")[0], filled("int8", seed=5)[0]
+    qpaged.save(tmp_path, old)
+    replace = pathlib.Path.replace
+
+    def interrupted(path, target):
+        if moment == "after":
+            replace(path, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        qpaged.save(tmp_path, new)
+    monkeypatch.undo()
+    assert same_bits(qpaged.load(tmp_path).cache, new if moment == "after" else old)
+    qpaged.save(tmp_path, new)  # which tidies up
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_load_beside_a_save_reads_the_old_cache_or_the_new(tmp_path, monkeypatch):
+    old, new = filled("int8")[0], filled("int8", seed=5)[0]
+    qpaged.save(tmp_path, old)
+    read_file = _directory.read_file
+
+    def saved_anew(path, entry):
+        monkeypatch.setattr(_cache, "read_file", read_file)
+        qpaged.save(tmp_path, new)
+        return read_file(path, entry)
+
+    monkeypatch.setattr(_cache, "read_file", saved_anew)
+    assert same_bits(qpaged.load(tmp_path).cache, new)
+
+
+def test_caches_that_are_not_whole_are_not_saved(tmp_path):
+    cache, _ = filled("int8")
+    qpaged.save(tmp_path, cache)
+    with pytest.raises(ValueError, match=r"views must be those of all layers in order, but got layers \[0\]"):
+        qpaged.save(tmp_path, cache.replace(views=cache.views[:1]))
+    with pytest.raises(ValueError, match=r"but got layers \[1, 0\]"):
+        qpaged.save(tmp_path, cache.replace(views=cache.views[::-1]))
+    leaves = cache.with_layer_leaves()
+    stacked = jax.tree_util.tree_map(lambda *layers: jnp.stack(layers), *leaves.views)
+    with pytest.raises(ValueError, match="its layers are stacked for a scan; take them apart first"):
+        qpaged.save(tmp_path, cache.replace(views=[stacked]))
+    assert same_bits(qpaged.load(tmp_path).cache, cache)
+    qpaged.save(tmp_path, leaves)
+    assert same_bits(qpaged.load(tmp_path).cache, cache)
+
+
+def test_a_format_that_its_configuration_does_not_name_is_not_saved(tmp_path):
+    class Rounds(type(qpaged.get_quantizer("int8"))):
+        pass
+
+    with pytest.raises(TypeError, match="is another one than the int8 that its configuration names"):
+        qpaged.save(tmp_path, fresh(Rounds()))
+
+
+def test_what_is_beside_the_pages_of_a_pool_has_a_file_of_its_own(tmp_path):
+    qpaged.save(tmp_path, filled("int8+exact40")[0])
+    assert [file.name[:6] for file in data_files(tmp_path)] == ["beside"] * 4 + ["pages-"]
+
+
 def flipped(data, bit):
     changed = bytearray(data)
     changed[bit // 8] ^= 1 << bit % 8
@@ -233,7 +299,7 @@ def test_two_that_save_to_one_directory(tmp_path):
     filelock = pytest.importorskip("filelock")
     with (
         filelock.FileLock(tmp_path / ".lock"),
-        pytest.raises(OSError, match="is written by another process now"),
+        pytest.raises(OSError, match="is being written to now"),
     ):
         qpaged.save(tmp_path, fresh("int8"))
 
@@ -257,7 +323,7 @@ def test_what_is_not_saved(tmp_path):
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_foreign_pages_are_not_saved(tmp_path):
+def test_pages_that_a_function_made_of_a_format_are_saved(tmp_path):
     cache = fresh(lambda zeros: qpaged.get_quantizer("int8").quantize(zeros))
     assert cache.views[0].key_pages.shape[1] == PAGES
     qpaged.save(tmp_path, cache)  # what the function made is a format's own
@@ -302,7 +368,8 @@ def test_kill_at_any_moment(tmp_path, kills):
 
 def test_arrays_lie_in_files_as_the_docs_say(small):
     safetensors = pytest.importorskip("safetensors.numpy")
-    pages = safetensors.load_file(data_files(small)[1])
+    (file,) = data_files(small)
+    pages = safetensors.load_file(file)
     assert {name: array.shape for name, array in pages.items()} == {
         "0/key_pages/codes": (1, 4, 128),
         "0/key_pages/scales": (1, 4, 16),
