@@ -430,6 +430,26 @@ def engine_levanter():
     return "\n".join(lines) + "\n"
 
 
+def engine_jax_llm_examples():
+    """What ``benchmarks/engines/jax_llm_examples.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "engine_jax_llm_examples.json").read_text())
+    lines = [
+        f"`benchmarks/engines/jax_llm_examples.py`: an adapter of {results['adapter_lines']} lines, "
+        f"{results['model']} in float32, {results['generated']} tokens after each of eight prompts, jax "
+        f"{results['versions']['jax']} on CPU, {results['date']}. The model's norms round to bfloat16, which "
+        "makes other tokens of the last bit of a sum; in the first rows they do not.",
+        "",
+        "| cache that it decodes on | norms | same tokens | bytes | sequences of 256 tokens in 1 GiB |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for run in results["runs"]:
+        size = f"{run['bytes'] / 1e6:,.1f} MB"
+        fits = f"{run['sequences_in_a_gibibyte']:,}"
+        norms = "bfloat16" if run["norms_round"] else "float32"
+        lines.append(f"| {run['pages']} | {norms} | {run['same_tokens']:.1%} | {size} | {fits} |")
+    return "\n".join(lines) + "\n"
+
+
 def serving():
     """What ``benchmarks/serving.py`` left, as a Markdown table of all formats together."""
     results = json.loads((RESULTS / "serving.json").read_text())
@@ -623,6 +643,7 @@ TABLES = {
     "save_load.md": save_load,
     "latent_attention.md": latent_attention,
     "engine_levanter.md": engine_levanter,
+    "engine_jax_llm_examples.md": engine_jax_llm_examples,
     "serving.md": serving,
     "stress.md": stress,
     "stress_attention_kl.md": partial(stress_losses, "attention_kl"),
