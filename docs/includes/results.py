@@ -372,19 +372,18 @@ def save_load():
     results = json.loads((RESULTS / "save_load.json").read_text())
     lines = [
         f"`benchmarks/save_load.py`, {results['date']}: megabytes a second, beside files of the same sizes "
-        "that are written and read as they are; and the memory of the process beyond what it had before, of "
-        "which a load makes the cache.",
+        "that are written and read as they are, from the system's memory; and the memory that a save takes "
+        "beyond the cache.",
         "",
-        "| format | bytes | save | write files | load | read files | memory to save | to load |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| format | bytes | save | write files | load | read files | memory to save |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for run in results["runs"]:
         speeds = [
             f"{run['bytes'] / run['seconds'][name] / 1e6:,.0f}" for name in ("save", "write", "load", "read")
         ]
-        sizes = [run["bytes"], run["memory"]["save"], run["memory"]["load"]]
-        total, *memory = [f"{size / 1e6:,.0f} MB" for size in sizes]
-        lines.append(f"| `{run['format']}` | {' | '.join([total, *speeds, *memory])} |")
+        total, memory = (f"{size / 1e6:,.0f} MB" for size in (run["bytes"], run["memory"]["save"]))
+        lines.append(f"| `{run['format']}` | {' | '.join([total, *speeds, memory])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -402,7 +401,8 @@ def latent_attention():
     for run in results["runs"]:
         kl = f"{run['kl']:.1e} ± {run['kl_error']:.0e}"
         difference = f"{run['largest_difference']:.1e}"
-        lines.append(f"| `{run['format']}` | {run['bytes_per_token']:,.0f} | {kl} | {difference} |")
+        name = "`plain`, float32" if run["format"] == "plain" else f"`{run['format']}`"
+        lines.append(f"| {name} | {run['bytes_per_token']:,.0f} | {kl} | {difference} |")
     return "\n".join(lines) + "\n"
 
 

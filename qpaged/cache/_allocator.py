@@ -380,7 +380,9 @@ class PageAllocator:
             for row, name in enumerate(names):
                 if name is not None:
                     pages = self._sequences.present(name, "allocate it, or pass None").pages
-                    table[row, : len(pages)] = [no_page if page is None else page for page in pages]
+                    if None in pages:
+                        pages = [no_page if page is None else page for page in pages]
+                    table[row, : len(pages)] = pages
         return table
 
     def length(self, sequence: Hashable) -> int:
