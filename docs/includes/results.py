@@ -437,7 +437,8 @@ def engine_jax_llm_examples():
         f"`benchmarks/engines/jax_llm_examples.py`: an adapter of {results['adapter_lines']} lines, "
         f"{results['model']} in float32, {results['generated']} tokens after each of eight prompts, jax "
         f"{results['versions']['jax']} on CPU, {results['date']}. The model's norms round to bfloat16, which "
-        "makes other tokens of the last bit of a sum; in the first rows they do not.",
+        "makes other tokens of the last bit of a sum: in the first rows they do not. KL is not told, since "
+        "the loop gives tokens alone.",
         "",
         "| cache that it decodes on | norms | same tokens | bytes | sequences of 256 tokens in 1 GiB |",
         "|---|---|--:|--:|--:|",
