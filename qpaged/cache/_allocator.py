@@ -380,9 +380,7 @@ class PageAllocator:
             for row, name in enumerate(names):
                 if name is not None:
                     pages = self._sequences.present(name, "allocate it, or pass None").pages
-                    if None in pages:
-                        pages = [no_page if page is None else page for page in pages]
-                    table[row, : len(pages)] = pages
+                    table[row, : len(pages)] = [no_page if page is None else page for page in pages]
         return table
 
     def length(self, sequence: Hashable) -> int:
