@@ -24,6 +24,7 @@ from jax.sharding import AxisType
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs" / "examples")]
+from prompts import PROMPTS  # noqa: E402
 from record import circumstances, save  # noqa: E402
 
 from qpaged import models  # noqa: E402
@@ -32,16 +33,6 @@ FORMATS = "plain", "int8", "int8:token+rotate", "int4:token+rotate+exact32"
 OWN = "its own, contiguous"
 PAGE_SIZE, CONTEXT, GENERATED, ROWS = 16, 256, 64, 8
 MEMORY = 2**30
-PROMPTS = (
-    "The capital of France is",
-    "Water boils at a temperature of",
-    "The three primary colors are",
-    "A short poem about the sea:",
-    "To bake bread, you need",
-    "The largest planet of the solar system is",
-    "In the year 1969, two astronauts",
-    "The difference between a violin and a viola is",
-)
 
 
 def import_source(source: Path):

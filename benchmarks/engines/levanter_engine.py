@@ -29,22 +29,13 @@ from levanter.models.llama import LlamaConfig
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "docs" / "examples")]
 from levanter_pages import pages_of  # noqa: E402
+from prompts import PROMPTS  # noqa: E402
 from record import circumstances, save  # noqa: E402
 
 FORMATS = "plain", "int8", "int8:token+rotate", "int4+rotate+exact128"
 OWN = "levanter's own"
 PAGE_SIZE, CONTEXT, GENERATED = 16, 512, 64
 MEMORY = 2**30
-PROMPTS = (
-    "The capital of France is",
-    "Water boils at a temperature of",
-    "The three primary colors are",
-    "A short poem about the sea:",
-    "To bake bread, you need",
-    "The largest planet of the solar system is",
-    "In the year 1969, two astronauts",
-    "The difference between a violin and a viola is",
-)
 
 
 def load(checkpoint: Path):

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -109,28 +110,28 @@ def checked_sinks(sinks: ArrayLike, q_heads: int) -> jax.Array:
 
 
 def checked_new(
-    new: tuple[ArrayLike, ArrayLike | None], tokens: int, config: PagedAttentionCacheMetaData
+    new: Sequence[ArrayLike | None], tokens: int, config: PagedAttentionCacheMetaData
 ) -> NewTokens:
     """Return the keys and values of a call's own tokens, or raise what is wrong with them."""
     if not isinstance(new, tuple | list) or len(new) != 2:
         raise TypeError(f"new must be (key, value), but came as {shown(new)}; give both in a tuple.")
-    key, value = new
-    if config.values_in_keys and value is None:
-        value = key
-    rows = [as_array(f"new[{index}]", array) for index, array in enumerate((key, value))]
-    head_dims = (
-        config.kv_head_dim_size,
-        config.kv_head_dim_size if config.values_in_keys else config.value_dim,
-    )
-    for index, array in enumerate(rows):
-        shape = (tokens, config.num_kv_heads, head_dims[index])
+    head_dims = [config.kv_head_dim_size, config.value_dim]
+    if config.values_in_keys:
+        if new[1] is not None:
+            raise ValueError(
+                "new[1] must be None for a cache whose values lie in the keys; give the key alone."
+            )
+        new, head_dims = new[:1], head_dims[:1]
+    rows = [as_array(f"new[{index}]", array) for index, array in enumerate(new)]
+    for index, (array, head_dim) in enumerate(zip(rows, head_dims, strict=True)):
+        shape = (tokens, config.num_kv_heads, head_dim)
         if array.shape != shape:
             raise ValueError(
                 f"new[{index}] must have shape (tokens, kv_heads, head_dim) = {shape}, but came with "
                 f"shape {array.shape}; give what is written to the view."
             )
         dtype_of_floats(f"new[{index}]", array.dtype)
-    return NewTokens(*rows)
+    return NewTokens(rows[0], rows[-1])  # of a latent, both are the key
 
 
 def check_consecutive(position: jax.Array | np.ndarray, starts: jax.Array | None) -> None:

@@ -16,7 +16,7 @@ from qpaged._arguments import shown
 from qpaged._compat import spec_axes
 from qpaged.cache._sharding import EMPTY, KV_HEAD, MODE, PartitionManager, Resolver, leaf_spec
 from qpaged.formats import ExactFormat, PoolQuantizer, Quantizer, get_quantizer
-from qpaged.pools import ExactPages, Pages, ValuesInKeys
+from qpaged.pools import ExactPages, Pages
 
 REPLICATED = PartitionSpec()
 SLOT_AXES = 1, 2  # of a pool: a token names a page and a slot of it
@@ -113,21 +113,6 @@ def allocate_pages(
     # Static arguments of one function: the pools of all layers share a compilation.
     fresh = jax.jit(fresh_pages, static_argnums=(0, 1, 2, 3, 4), out_shardings=shardings)
     return fresh(quantizer, shape, dtype, sequences, spec)
-
-
-def allocate_values(
-    quantizer: PoolFormat,
-    shape: Sequence[int],
-    dtype: DTypeLike,
-    sequences: Sequences,
-    mesh: Mesh | None,
-    manager: Resolver | None,
-    in_keys: bool,
-) -> Pages:
-    """Return a fresh pool of values; one that holds nothing if they are a part of the keys."""
-    if in_keys:
-        return ValuesInKeys(tuple(shape), jnp.dtype(dtype))  # type: ignore[arg-type]  # of four axes
-    return allocate_pages(quantizer, shape, dtype, sequences, mesh, manager)
 
 
 def pages_spec(shape: Sequence[int], mesh: Mesh | None, manager: Resolver | None) -> PartitionSpec:

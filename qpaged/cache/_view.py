@@ -19,7 +19,7 @@ from qpaged.cache._config import (
     layer_formats,
     logical_dtype,
 )
-from qpaged.cache._fresh import PoolFormat, allocate_pages, allocate_values, warn_of_narrow_floats
+from qpaged.cache._fresh import PoolFormat, allocate_pages, warn_of_narrow_floats
 from qpaged.cache._metadata import PagedAttentionMetadata, check_step
 from qpaged.cache._page_changes import PageChanges
 from qpaged.cache._scales import set_scales
@@ -34,7 +34,7 @@ from qpaged.cache._view_checks import (
     checked_layer,
     page_indices,
 )
-from qpaged.pools import Pages
+from qpaged.pools import Pages, ValuesInKeys
 
 
 @dataclass(frozen=True)
@@ -109,15 +109,11 @@ class PagedAttentionCacheView(Serializable):
         key_format, value_format = layer_formats(formats, layer_index)
         dtype, sequences = logical_dtype(dtype), metadata.sequences
         keys = allocate_pages(key_format, metadata.pool_shape, dtype, sequences, mesh, partition_manager)
-        values = allocate_values(
-            value_format,
-            metadata.value_pool_shape,
-            dtype,
-            sequences,
-            mesh,
-            partition_manager,
-            in_keys=metadata.values_in_keys,
-        )
+        shape = metadata.value_pool_shape
+        if metadata.values_in_keys:
+            values: Pages = ValuesInKeys(shape, dtype)
+        else:
+            values = allocate_pages(value_format, shape, dtype, sequences, mesh, partition_manager)
         return cls(metadata, layer_index, keys, values)
 
     def to_dict(self) -> dict[str, Any]:

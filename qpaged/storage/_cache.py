@@ -52,10 +52,11 @@ def save(path: str | Path, cache: PagedAttentionCache, allocator: PageAllocator 
             named by strings, integers, or tuples of these.
 
     Raises:
-        TypeError: a cache of pages that only their class can write, or another name of a sequence.
-        ValueError: an allocator of another cache, or whose changes were not applied; or a directory that
-            holds other files.
-        OSError: the files cannot be written, or another process writes to them now.
+        TypeError: a cache of pages that only their class can write, or of a format that is not installed
+            under its own name; or another name of a sequence.
+        ValueError: layers that are missing or stacked; an allocator of another cache, or whose changes were
+            not applied; or a directory that holds other files.
+        OSError: the files cannot be written, or are being written now.
         ImportError: the extra ``files`` is not installed.
     """
     check_type("cache", cache, PagedAttentionCache, "a qpaged.PagedAttentionCache", "give that of all layers")

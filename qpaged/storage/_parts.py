@@ -182,8 +182,4 @@ def _take(packed: Pages, pages: jax.Array) -> Pages:
     return pools.take_pages(packed, pages, 1)
 
 
-def _put_pages(packed: Pages, taken: Pages, pages: jax.Array) -> Pages:
-    return pools.put_pages(packed, taken, pages)
-
-
-_put = jax.jit(_put_pages, donate_argnums=0)
+_put = jax.jit(pools.put_pages, donate_argnums=0)

@@ -1,7 +1,6 @@
 """Pages of prompts on a disk, found by the hashes of their tokens."""
 
 import contextlib
-import functools
 import json
 import os
 import threading
@@ -17,7 +16,7 @@ from qpaged import pools
 from qpaged._arguments import check_type, positive, shown, whole_number
 from qpaged._extras import need
 from qpaged._files import write_whole
-from qpaged.cache import PagedAttentionCache
+from qpaged.cache import PagedAttentionCache, PagedAttentionCacheView
 from qpaged.cache._page_changes import filled_up
 from qpaged.storage import _parts
 from qpaged.storage._directory import Tensors, file_digest
@@ -87,7 +86,9 @@ class PrefixStore:
             hashes = missing[start : start + PAGES_AT_ONCE]
             indices = filled_up([numbers[page_hash] for page_hash in hashes], num_pages)
             order = np.arange(len(indices), dtype=np.int32)
-            taken = _take_packed(cache, indices)
+            # By views without their numbers: layers that are alike share a compilation.
+            views = [_take_packed(view.replace(layer_index=0), indices) for view in cache.views]
+            taken = cache.replace(views=views)
             parts = _parts.of_all_pools(taken, lambda pool: _parts.page_parts(pool, order))  # noqa: B023
             for index, page_hash in enumerate(hashes):
                 page = {name: bits[:, index : index + 1].copy() for name, bits in parts.items()}
@@ -208,10 +209,10 @@ def _put(cache: PagedAttentionCache, found: list[Tensors], pages: np.ndarray) ->
     target = filled_up(pages.tolist(), cache.views[0].metadata.num_pages_per_layer)
     rows = found + [found[-1]] * (len(target) - len(found))
     parts = {name: np.concatenate([page[name] for page in rows], axis=1) for name in found[0]}
-    cache = _reset(cache, target)
     filled = []
     for name, pool in _parts.pools_of(cache):
-        filled.append(_parts.put_page_parts(pool, target, _parts.of_pool(name, parts)))
+        # Cleared first: a page that is exact would be read as it was.
+        filled.append(_parts.put_page_parts(_clear(pool, target), target, _parts.of_pool(name, parts)))
     return _parts.with_pools(cache, filled)
 
 
@@ -226,13 +227,10 @@ def _note(page_hash: bytes, page: Tensors, kind: str) -> dict[str, str]:
 
 
 @jax.jit
-def _take_packed(cache: PagedAttentionCache, pages: jax.Array) -> PagedAttentionCache:
-    """Return a cache of these pages, all of which are packed."""
-    taken = cache.take_pages(pages)
-    page_size = cache.views[0].metadata.page_size
-    return taken.pack_pages(jnp.arange(len(pages)), jnp.full(len(pages), page_size))
+def _take_packed(view: PagedAttentionCacheView, pages: jax.Array) -> PagedAttentionCacheView:
+    """Return a view of these pages, all of which are packed."""
+    lengths = jnp.full(len(pages), view.metadata.page_size)
+    return view.take_pages(pages).pack_pages(jnp.arange(len(pages)), lengths)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _reset(cache: PagedAttentionCache, pages: jax.Array) -> PagedAttentionCache:
-    return cache.reset_pages(pages)
+_clear = jax.jit(pools.clear_pages, donate_argnums=0)

@@ -151,6 +151,8 @@ def test_new_tokens_whose_values_lie_in_the_keys(format):
     view = cache_of(format, config).views[0]
     out = qpaged.paged_attention(query, view, prefill(), new=(latent, None))
     np.testing.assert_allclose(out, dense(query, latent, latent[..., :32], 64**-0.5), atol=2e-5)
+    with pytest.raises(ValueError, match=r"new\[1\] must be None for a cache whose values lie in the keys"):
+        qpaged.paged_attention(query, view, prefill(), new=(latent, latent))
 
 
 @pytest.mark.parametrize("format", ["int8:token", None, "int4:token+rotate+exact20"])

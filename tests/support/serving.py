@@ -32,7 +32,8 @@ KEYS, VALUES = _random.uniform(-1, 1, (2, KINDS, KV_HEADS, HEAD_DIM)).astype(np.
 QUERIES = _random.uniform(-1, 1, (ROWS, QUERY_HEADS, HEAD_DIM)).astype(np.float32)
 
 TOLERANCE = {None: 1e-5, "raw": 1e-5, "int8": 0.02, "int8:token": 0.02, "int8:channel": 0.02}
-COARSE = 0.3  # for fewer bits; a poisoned row is far beyond it
+# Half a step of values up to 1 is at most 1/128 with 8 bits, and keys that are off move the weights besides.
+COARSE = 0.3  # for fewer bits: it tells poison, but not each row of ordinary size, which the others do
 
 
 @dataclass
