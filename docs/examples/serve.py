@@ -147,8 +147,11 @@ class Engine:
         while self.waiting and len(self.running) < self.rows:
             request = self.waiting[0]
             pages = len(request.tokens) // self.metadata.page_size + 1
-            if self.running and pages + len(self.running) > self.allocator.num_free:
-                return  # it would leave again, as soon as each of the others needs a page
+            if pages + len(self.running) > self.allocator.num_free:
+                if self.running:
+                    return  # it would leave again, as soon as each of the others needs a page
+                if self._forget_one():
+                    continue
             if request.on_host is None:
                 request.written = self.allocator.match_prefix(request, request.tokens)
             else:
