@@ -9,6 +9,7 @@ from qpaged.attention import AttentionBackend, attention_backends, merge_attenti
 from qpaged.cache import (
     AllocationError,
     DroppedToken,
+    HeadSizes,
     HostMemoryWarning,
     NarrowFloatPoolWarning,
     PageAllocator,
@@ -64,6 +65,7 @@ __all__ = [
     "FitAgain",
     "GlobalScaleRule",
     "GrowthRule",
+    "HeadSizes",
     "HostMemoryWarning",
     "NarrowFloatPoolWarning",
     "OffsetRule",

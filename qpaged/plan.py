@@ -11,7 +11,7 @@ from qpaged._arguments import byte_count, check_type, shown, whole_number
 from qpaged._bad_argument import BadArgumentError
 from qpaged._deprecated import renamed_argument
 from qpaged.cache import PagedAttentionCache, PagedAttentionCacheMetaData
-from qpaged.cache._budget import cache_bytes
+from qpaged.cache._budget import PagePool, cache_bytes
 from qpaged.cache._config import LARGEST_INDEX, layer_formats
 from qpaged.cache._fresh import Sequences
 from qpaged.formats import CacheFormat
@@ -134,15 +134,15 @@ def plan(
         )
     shards = mesh_size if config.num_key_value_heads % mesh_size == 0 else 1
     cache_format = CacheFormat.of(quantizer)
-    page = (config.num_key_value_heads // shards, page_size)
-    parts = [
-        (part, config.head_dim)
+    kv_heads = config.num_key_value_heads // shards
+    pools = [
+        PagePool(part, kv_heads, page_size, config.head_dim)
         for layer in range(config.num_hidden_layers)
         for part in layer_formats(cache_format, layer)
     ]
     per_sequence = -(-context // page_size)
-    of_page, beside = cache_bytes(parts, page, dtype, Sequences(1, per_sequence), None, None)
-    _, beside_two = cache_bytes(parts, page, dtype, Sequences(2, per_sequence), None, None)
+    of_page, beside = cache_bytes(pools, dtype, Sequences(1, per_sequence), None, None)
+    _, beside_two = cache_bytes(pools, dtype, Sequences(2, per_sequence), None, None)
     page_bytes = int(of_page) + beside
     room = int(free * hbm_utilization)
     if page_bytes > room:

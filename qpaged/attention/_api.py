@@ -12,26 +12,24 @@ from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from qpaged import pools
-from qpaged._arguments import as_array, check_type
+from qpaged._arguments import as_array
 from qpaged._compat import with_auto_axes
 from qpaged._eager import compiled_if_eager
 from qpaged.arrays import invert_output, transform_query, untransformed
 from qpaged.attention import _backends, _exact_pages
 from qpaged.attention._backends import BACKENDS, AttentionBackend, AttentionCall
 from qpaged.attention._checks import (
-    check_consecutive,
-    check_query,
-    checked_new,
+    check_dimensions,
     checked_options,
     checked_sinks,
+    scaled_query,
 )
 from qpaged.attention._merge import Partial, merge, with_sinks
 from qpaged.attention._new_tokens import NewPages, NewTokens, attend_new, before_new
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.attention._ragged import RaggedTokens, split
+from qpaged.attention._token_groups import TokenGroup, checked_mask, token_groups
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
-from qpaged.cache._config import LARGEST_INDEX
-from qpaged.cache._metadata import check_step
 from qpaged.implicit import use_implicit_args
 from qpaged.pools import Pages
 
@@ -40,6 +38,10 @@ def attention_backends(
     query: ArrayLike | jax.ShapeDtypeStruct | None = None,
     view: PagedAttentionCacheView | None = None,
     metadata: PagedAttentionMetadata | None = None,
+    *,
+    sliding_window: ArrayLike | None = None,
+    visible_until: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
 ) -> tuple[AttentionBackend, ...]:
     """Return all backends, in the order in which :func:`paged_attention` prefers them.
 
@@ -48,6 +50,9 @@ def attention_backends(
             take this call say why. Shapes are enough (``jax.eval_shape``'s).
         view: likewise.
         metadata: likewise.
+        sliding_window: as :func:`paged_attention` takes it; of the options, backends decline masks alone.
+        visible_until: likewise.
+        alibi_slopes: likewise.
 
     Raises:
         TypeError, ValueError: arguments that :func:`paged_attention` does not take, or not all three.
@@ -63,10 +68,13 @@ def attention_backends(
         query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata
     ) -> None:
         calls = []
-        for group in _token_groups(as_array("query", query), view, metadata):
+        query = as_array("query", query)
+        check_dimensions(query)
+        _, mask = checked_mask(query, sliding_window, visible_until, alibi_slopes)
+        keys, values = _pools_read(view)
+        for group in token_groups(query, view, metadata, mask):
             for tokens in group.parts():
-                keys, values = map(pools.packed, _pools_read(view))
-                calls.append(_untransformed_call(tokens, keys, values))
+                calls.append(_untransformed_call(tokens, pools.packed(keys), pools.packed(values)))
         traced_backends.append(_backends.list_backends(calls))
 
     # Traced, since shapes are enough; what it finds are no arrays, and go out by the list.
@@ -80,10 +88,12 @@ def paged_attention(
     view: PagedAttentionCacheView,
     metadata: PagedAttentionMetadata,
     *,
-    softmax_scale: float | None = None,
-    sliding_window: int | None = None,
+    softmax_scale: ArrayLike | None = None,
+    sliding_window: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
+    visible_until: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
     backend: str | None = None,
     new: tuple[ArrayLike, ArrayLike | None] | None = None,
     return_lse: Literal[False] = False,
@@ -96,10 +106,12 @@ def paged_attention(
     view: PagedAttentionCacheView,
     metadata: PagedAttentionMetadata,
     *,
-    softmax_scale: float | None = None,
-    sliding_window: int | None = None,
+    softmax_scale: ArrayLike | None = None,
+    sliding_window: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
+    visible_until: ArrayLike | None = None,
+    alibi_slopes: ArrayLike | None = None,
     backend: str | None = None,
     new: tuple[ArrayLike, ArrayLike | None] | None = None,
     return_lse: Literal[True],
@@ -111,10 +123,12 @@ def paged_attention(
     view: PagedAttentionCacheView,
     metadata: PagedAttentionMetadata,
     *,
-    softmax_scale: float | None = None,
-    sliding_window: int | None = None,
+    softmax_scale: ArrayLike | None = None,
+    sliding_window: ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,  # [q_heads]
+    visible_until: ArrayLike | None = None,  # [tokens]
+    alibi_slopes: ArrayLike | None = None,  # [q_heads]
     backend: str | None = None,
     new: tuple[ArrayLike, ArrayLike | None] | None = None,  # [tokens, kv_heads, head_dim] each
     return_lse: bool = False,
@@ -123,6 +137,7 @@ def paged_attention(
 
     A query at position p attends to the slots 0 to p of its sequence, p included, in float32
     accumulation: softmax(softmax_scale · q·k) · v. Write its keys and values first, or give them as ``new``.
+    ``visible_until`` lets it see further.
 
     Args:
         query: (batch, q_heads, head_dim) in a decode, (padded_len, q_heads, head_dim) in a prefill, (tokens,
@@ -130,13 +145,23 @@ def paged_attention(
             ``metadata`` carries both.
         view: the layer's pages.
         metadata: positions and page tables.
-        softmax_scale: factor of the dot products, at most 65,536 in magnitude; 1 / sqrt(head_dim) if None.
-        sliding_window: attend to the last so many positions, the query's own included; to all if None.
+        softmax_scale: factor of the dot products, at most 65,536 in magnitude; 1 / sqrt(head_dim) if None. A
+            traced one multiplies the query, in the query's dtype.
+        sliding_window: attend to the last so many positions, the query's own included; to all if None. It may
+            be traced, as in a scan over layers with windows and without, where one that is longer than every
+            sequence is none; kernels take those alone that are known.
         logits_soft_cap: scores become cap · tanh(score / cap) (Gemma 2), cap being from 1.2e-38 to 1e30;
             untouched if None.
         sinks: (q_heads,) logits that join each head's softmax and carry no value (gpt-oss); none if None, and
             where -inf. Where they are traced, and cannot be refused, +inf takes all of the weight, which
             leaves zeros, and NaN makes the head's active rows NaN.
+        visible_until: (tokens,) integers; the last position that each query sees, where it is beyond its own:
+            the end of a prefix or of an image whose tokens see each other (PaliGemma, Gemma 3), or of the
+            whole text that is attended across (encoder and decoder). -1 where queries see up to their own
+            position; it is not beyond the page table. Every slot up to there must have been written, or be
+            ``new``. A sliding window goes back from the query's own position.
+        alibi_slopes: (q_heads,) finite floats: each position between a slot and the query takes so much from
+            the score, after the soft cap (Press et al., 2022); none if None.
         backend: the name of one of :func:`attention_backends`, which never falls back. None for the first of
             them that takes the call and is for the platform that the program is lowered for, be it there or
             not. Only ``reference`` can be differentiated in reverse.
@@ -161,8 +186,12 @@ def paged_attention(
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, or None, but came as {backend!r}.")
     query = as_array("query", query)
-    groups = _token_groups(query, view, metadata, new)
-    options = checked_options(view.metadata, softmax_scale, sliding_window, logits_soft_cap)
+    check_dimensions(query)
+    if isinstance(softmax_scale, jax.core.Tracer):
+        query, softmax_scale = scaled_query(query, softmax_scale), 1.0
+    window, mask = checked_mask(query, sliding_window, visible_until, alibi_slopes)
+    groups = token_groups(query, view, metadata, mask, new)
+    options = checked_options(view, softmax_scale, window, logits_soft_cap)
     if sinks is not None:
         sinks = checked_sinks(sinks, query.shape[1])
     method = Method(backend, options, jnp.dtype(jnp.float32) if return_lse else query.dtype)
@@ -183,8 +212,14 @@ def paged_attention(
 
 
 def _pools_read(view: PagedAttentionCacheView) -> tuple[Pages, Pages]:
-    """Return the pools that attention reads as keys and as values."""
-    return view.key_pages, view.key_pages if view.metadata.values_in_keys else view.value_pages
+    """Return the pools that attention reads as keys and as values: those of all layers, where they are one.
+
+    Page tables name pages of the latter then; see :func:`token_groups`.
+    """
+    values = view.key_pages if view.metadata.values_in_keys else view.value_pages
+    if pools.as_flat(view.key_pages) is None:
+        return view.key_pages, values
+    return view.key_pages.pages, values.pages
 
 
 class Method(NamedTuple):
@@ -199,28 +234,6 @@ class Method(NamedTuple):
     backend: str | None
     options: Options
     dtype: np.dtype
-
-
-class TokenGroup(NamedTuple):
-    """Queries of one kind, and the keys and values of their tokens; None if the cache holds these."""
-
-    tokens: QueryTokens | RaggedTokens
-    new: NewTokens | None
-
-    @property
-    def is_empty(self) -> bool:
-        """True if there is nothing to attend with, or to."""
-        table = self.tokens.tables if isinstance(self.tokens, RaggedTokens) else self.tokens.table
-        return not self.tokens.query.size or not table.size
-
-    def parts(self) -> tuple[QueryTokens, ...]:
-        """Return the queries as backends take them."""
-        if self.is_empty:
-            return ()
-        if not isinstance(self.tokens, RaggedTokens):
-            return (self.tokens,)
-        batch = split(self.tokens)
-        return batch.rows, batch.runs
 
 
 @compiled_if_eager(static_argnums=(0,))
@@ -327,36 +340,3 @@ def _untransformed_call(tokens: QueryTokens, keys: Pages, values: Pages) -> Atte
     """Return the call that a backend gets: transforms are moved from the keys to the query."""
     query = transform_query(tokens.query, keys)
     return AttentionCall(dataclasses.replace(tokens, query=query), untransformed(keys), untransformed(values))
-
-
-def _token_groups(
-    query: jax.Array,
-    view: PagedAttentionCacheView,
-    metadata: PagedAttentionMetadata,
-    new: tuple[ArrayLike, ArrayLike | None] | None = None,
-) -> list[TokenGroup]:
-    """Return the tokens of the prefill, of the decode and of the ragged batch, as there are."""
-    advice = "give cache.views[i], the view of layer i"
-    check_type("view", view, PagedAttentionCacheView, "a qpaged.PagedAttentionCacheView", advice)
-    check_step(metadata)
-    config = view.metadata
-    steps = metadata.steps()
-    check_query(query, sum(len(step.position) for step in steps) if steps else None, config)
-    new_tokens = None if new is None else checked_new(new, len(query), config)
-    groups: list[TokenGroup] = []
-    start = 0
-    for step in steps:
-        table = step.table[:, : LARGEST_INDEX // config.page_size]  # no int32 position lies further
-        position = jnp.where(step.position < table.shape[1] * config.page_size, step.position, -1)
-        here = slice(start, start + len(position))
-        start = here.stop
-        own = None if new_tokens is None else NewTokens(new_tokens.key[here], new_tokens.value[here])
-        if own is not None and not step.is_decode:
-            check_consecutive(position, step.starts)
-        if step.starts is not None:
-            groups.append(TokenGroup(RaggedTokens(query[here], position, table, step.starts), own))
-            continue
-        no_end = np.full(len(table), LARGEST_INDEX, np.int32)  # of NumPy, which dispatches nothing
-        tokens = QueryTokens(query[here], position, table, no_end)  # type: ignore[arg-type]
-        groups.append(TokenGroup(tokens, own))
-    return groups

@@ -10,25 +10,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from qpaged import pools
 from qpaged._arguments import as_array, shown
 from qpaged.arrays import dtype_of_floats
 from qpaged.attention._new_tokens import NewTokens, are_consecutive
 from qpaged.attention._options import Options
-from qpaged.cache import PagedAttentionCacheMetaData
+from qpaged.cache import PagedAttentionCacheMetaData, PagedAttentionCacheView
 from qpaged.cache._config import LARGEST_INDEX
+from qpaged.cache._slot_mapping import as_indices
 
 LARGEST_SCALE = 2.0**16
 LEAST_CAP = float(jnp.finfo(jnp.float32).tiny)  # a smaller one would become 0, and scores over it NaN
 LARGEST_CAP = 1e30  # scores under 1e-8 over it would be subnormal, and become zeros
 
 
-def check_query(query: jax.Array, count: int | None, config: PagedAttentionCacheMetaData) -> None:
-    """Raise unless the query has ``count`` tokens, any number if None, of the cache's head size."""
+def check_dimensions(query: jax.Array) -> None:
+    """Raise unless the query is of floats, and has three axes."""
     dtype_of_floats("query", query.dtype)
     if query.ndim != 3:
         raise ValueError(
             f"query must have shape (tokens, q_heads, head_dim), but came with shape {query.shape}."
         )
+
+
+def check_query(query: jax.Array, count: int | None, config: PagedAttentionCacheMetaData) -> None:
+    """Raise unless the query has ``count`` tokens, any number if None, of the cache's head size."""
     tokens, q_heads, head_dim = query.shape
     kv_heads = config.num_kv_heads
     fault = None
@@ -44,31 +50,65 @@ def check_query(query: jax.Array, count: int | None, config: PagedAttentionCache
         )
 
 
+def checked_window(window: ArrayLike | None) -> int | jax.Array | None:
+    """Return a sliding window, None for one that all slots are in, or raise what is wrong with it."""
+    if window is None:
+        return None
+    if isinstance(window, jax.core.Tracer):
+        traced = as_indices("sliding_window", window)
+        if traced.ndim:
+            raise ValueError(
+                f"sliding_window must be one integer, but came with shape {traced.shape}; in a scan over "
+                f"layers, give that of the layer."
+            )
+        return traced
+    try:
+        known = operator.index(window)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(
+            f"sliding_window must be an integer, or None for no window, but came as {window!r}."
+        ) from error
+    if known < 1:
+        raise ValueError(f"sliding_window must be at least 1, or None for no window, but came as {known}.")
+    return None if known >= LARGEST_INDEX else known  # which no position reaches
+
+
+def checked_until(visible_until: ArrayLike, tokens: int) -> jax.Array:
+    """Return the last positions that queries see as int32, or raise what is wrong with them."""
+    until = as_indices("visible_until", visible_until)
+    if until.shape != (tokens,):
+        raise ValueError(
+            f"visible_until must have shape (tokens,) = ({tokens},), but came with shape {until.shape}; give "
+            f"-1 for the queries that see up to their own position."
+        )
+    return until
+
+
+def checked_slopes(slopes: ArrayLike, q_heads: int) -> jax.Array:
+    """Return ALiBi slopes as float32, or raise what is wrong with them."""
+    slopes = as_array("alibi_slopes", slopes)
+    dtype_of_floats("alibi_slopes", slopes.dtype)
+    if slopes.shape != (q_heads,):
+        raise ValueError(
+            f"alibi_slopes must have shape (q_heads,) = ({q_heads},), but came with shape {slopes.shape}."
+        )
+    if not isinstance(slopes, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(slopes, np.float32))):
+        raise ValueError(f"alibi_slopes must be finite, but came as {slopes}.")
+    return slopes.astype(jnp.float32)
+
+
 def checked_options(
-    config: PagedAttentionCacheMetaData, scale: float | None, window: int | None, cap: float | None
+    view: PagedAttentionCacheView, scale: ArrayLike | None, window: int | None, cap: float | None
 ) -> Options:
     """Return the options of a call, or raise what is wrong with one."""
+    flat, config = pools.as_flat(view.key_pages), view.metadata
+    num_pages = config.num_pages_per_layer if flat is None else flat.pages.shape[1]
     scale = 1 / math.sqrt(config.kv_head_dim_size) if scale is None else _as_float("softmax_scale", scale)
     if not abs(scale) <= LARGEST_SCALE:  # nor NaN
         raise ValueError(
             f"softmax_scale must be at most {LARGEST_SCALE} in magnitude, so that float32 tells scores "
             f"apart, but came as {scale}; None is for 1 / sqrt(head_dim)."
         )
-    if window is not None:
-        try:
-            window = operator.index(window)
-        except TypeError as error:  # that of a traced value, too
-            raise TypeError(
-                f"sliding_window must be an integer that is known when the call is traced, or None for no "
-                f"window, but came as {window!r}; in a scan over layers, let jax.lax.cond choose between two "
-                f"calls."
-            ) from error
-        if window < 1:
-            raise ValueError(
-                f"sliding_window must be at least 1, or None for no window, but came as {window}."
-            )
-        if window >= LARGEST_INDEX:  # which no position reaches
-            window = None
     if cap is not None:
         cap = _as_float("logits_soft_cap", cap)
         if not LEAST_CAP <= cap <= LARGEST_CAP:
@@ -76,7 +116,16 @@ def checked_options(
                 f"logits_soft_cap must be from {LEAST_CAP:.3g} to {LARGEST_CAP}, as float32 loses scores "
                 f"over any other, but came as {cap}; None is for no cap."
             )
-    return Options(scale, window, cap, config.num_pages_per_layer)
+    return Options(scale, window, cap, num_pages)
+
+
+def scaled_query(query: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return a query times a traced ``softmax_scale``, in its dtype; or raise unless that is a number."""
+    if scale.ndim or not jnp.issubdtype(scale.dtype, jnp.floating):
+        raise TypeError(
+            f"softmax_scale must be one real number, but came as {scale.dtype.name} of shape {scale.shape}."
+        )
+    return (query.astype(jnp.float32) * scale.astype(jnp.float32)).astype(query.dtype)
 
 
 def _as_float(name: str, value: Any) -> float:
@@ -89,7 +138,7 @@ def _as_float(name: str, value: Any) -> float:
         pass
     raise TypeError(
         f"{name} must be a real number that is known when the call is traced, or None, but came as "
-        f"{value!r:.60}; make it static under jit."
+        f"{value!r:.60}; make it static under jit, or let jax.lax.cond choose between two calls."
     )
 
 

@@ -12,7 +12,7 @@ from qpaged.attention._cpu_layout import (
     pool_operands,
     scales_of,
 )
-from qpaged.attention._layout import mesh_refusal, sizes_refusal
+from qpaged.attention._layout import kernel_refusal, mesh_refusal
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.pools import Pages, Pool, as_quantized
@@ -29,7 +29,7 @@ def call_refusal(tokens: QueryTokens, keys: Pages, values: Pages) -> str | None:
     """Return why the backend does not take a call, or None."""
     if tokens.run_length > 1:
         return "takes decode rows alone, and leaves prompts to xla"
-    reason = sizes_refusal(keys, values)
+    reason = kernel_refusal(tokens, keys, values)
     if reason is not None:
         return reason
     head_dim = keys.shape[3]

@@ -9,17 +9,20 @@ from jax import lax
 
 from qpaged import pools
 from qpaged.arrays import common_dtype, to_float32
-from qpaged.attention._layout import join_runs, tile_runs
+from qpaged.attention._layout import join_runs, tile_runs, tile_span
 from qpaged.attention._merge import Partial
-from qpaged.attention._options import Options, QueryTokens, group_query_heads, ungroup_query_heads
+from qpaged.attention._options import (
+    Options,
+    QueryTokens,
+    Span,
+    distance_bias,
+    group_query_heads,
+    ungroup_query_heads,
+)
 from qpaged.pools import ExactPages, Pages
 
 Q_TILE = 128  # queries of a run whose scores are there at once
 ROWS = 32  # decode rows whose exact pages are gathered at once
-
-
-AttendTile: TypeAlias = Callable[[tuple[jax.Array, ...]], Partial]
-"""Takes queries, positions, and the end and the short table of their sequence."""
 
 
 class ShortTable(NamedTuple):
@@ -27,6 +30,27 @@ class ShortTable(NamedTuple):
 
     page: jax.Array
     logical_page: jax.Array
+
+
+class QueryTile(NamedTuple):
+    """Queries of one sequence.
+
+    Attributes:
+        query: [tokens, q_heads, head_dim].
+        position: [tokens] int32.
+        span: of [tokens].
+        end: [] int32.
+        table: of [n].
+    """
+
+    query: jax.Array
+    position: jax.Array
+    span: Span
+    end: jax.Array
+    table: ShortTable
+
+
+AttendTile: TypeAlias = Callable[[QueryTile], Partial]
 
 
 def is_exact(table: jax.Array, keys: Pages, values: Pages) -> jax.Array | None:
@@ -41,10 +65,9 @@ def is_exact(table: jax.Array, keys: Pages, values: Pages) -> jax.Array | None:
 def _is_seen(tokens: QueryTokens, page_size: int, options: Options) -> jax.Array:
     """Return, for each entry of the page tables, True if a query of the sequence sees slots of the page."""
     first = jnp.arange(tokens.table.shape[1], dtype=jnp.int32) * page_size
-    position = tokens.by_run(tokens.position)[..., None]  # [runs, run_length, 1]
-    is_seen = (first <= position) & (position >= 0)
-    if options.sliding_window is not None:
-        is_seen &= first + page_size > position - options.sliding_window + 1
+    span = tokens.span_within(options.sliding_window)
+    first_seen, last_seen = (tokens.by_run(slot)[..., None] for slot in span)  # [runs, run_length, 1]
+    is_seen = (first <= last_seen) & (first + page_size > first_seen) & (last_seen >= 0)
     return is_seen.any(axis=1)
 
 
@@ -69,36 +92,41 @@ def attend(tokens: QueryTokens, exact: jax.Array, keys: Pages, values: Pages, op
 
     short = jax.vmap(shorten)(tokens.table, exact)
 
-    def attend_tile(tile: tuple[jax.Array, ...]) -> Partial:
-        query, position, end, page, logical_page = tile
-        return _attend(query, position, end, ShortTable(page, logical_page), keys, values, options)
+    def attend_tile(tile: QueryTile) -> Partial:
+        return _attend(tile, keys, values, options, tokens.slopes)
 
     attend_all = _attend_rows if tokens.run_length == 1 else _attend_runs
-    partial = attend_all(attend_tile, tokens, short)
+    partial = attend_all(attend_tile, tokens, short, options.sliding_window)
     fits = jnp.repeat(exact.sum(axis=1, dtype=jnp.int32) <= most, tokens.run_length)
     return Partial(jnp.where(fits[..., None, None], partial.out, jnp.nan), partial.lse)
 
 
-def _attend_rows(attend_tile: AttendTile, tokens: QueryTokens, short: ShortTable) -> Partial:
-    def attend_row(row: tuple[jax.Array, ...]) -> Partial:
-        query, position, *others = row
-        out, lse = attend_tile((query[None], position[None], *others))
-        return Partial(out[0], lse[0])
+def _attend_rows(
+    attend_tile: AttendTile, tokens: QueryTokens, short: ShortTable, window: int | None
+) -> Partial:
+    query, position, span = jax.tree_util.tree_map(
+        lambda part: part[:, None], (tokens.query, tokens.position, tokens.span_within(window))
+    )
+    rows = QueryTile(query, position, span, tokens.end, short)
+    partials = lax.map(attend_tile, rows, batch_size=min(ROWS, len(query)))  # [rows, 1, ...]
+    return Partial(*(part[:, 0] for part in partials))
 
-    rows = (tokens.query, tokens.position, tokens.end, *short)
-    return lax.map(attend_row, rows, batch_size=min(ROWS, len(tokens.query)))
 
+def _attend_runs(
+    attend_tile: AttendTile, tokens: QueryTokens, short: ShortTable, window: int | None
+) -> Partial:
+    q_tile, runs = min(Q_TILE, tokens.run_length), len(tokens.table)
+    query = tile_runs(tokens, tokens.query, q_tile, 0)
+    position = tile_runs(tokens, tokens.position, q_tile, -1)
+    span = tile_span(tokens, q_tile, window)
 
-def _attend_runs(attend_tile: AttendTile, tokens: QueryTokens, short: ShortTable) -> Partial:
-    query, position = tile_runs(tokens, min(Q_TILE, tokens.run_length))
-    runs = len(tokens.table)
-
-    def attend_tile_of_run(tile: tuple[jax.Array, ...]) -> Partial:
-        query, position, run = tile
-        return attend_tile((query, position, tokens.end[run], short.page[run], short.logical_page[run]))
+    def attend_tile_of_run(tile: tuple[jax.Array, jax.Array, Span, jax.Array]) -> Partial:
+        query, position, span, run = tile
+        end, table = jax.tree_util.tree_map(lambda part: part[run], (tokens.end, short))
+        return attend_tile(QueryTile(query, position, span, end, table))
 
     run = jnp.repeat(jnp.arange(runs, dtype=jnp.int32), len(query) // runs)
-    partials = lax.map(attend_tile_of_run, (query, position, run))
+    partials = lax.map(attend_tile_of_run, (query, position, span, run))
     return join_runs(Partial(*(part.reshape(-1, *part.shape[2:]) for part in partials)), tokens)
 
 
@@ -124,19 +152,19 @@ def _short_table(
 
 
 def _attend(
-    query: jax.Array,  # [tokens, q_heads, head_dim]
-    position: jax.Array,  # [tokens]
-    end: jax.Array,  # []
-    table: ShortTable,  # of [n]
+    tile: QueryTile,
     keys: Pages,
     values: Pages,
     options: Options,
+    slopes: jax.Array | None,  # [q_heads]
 ) -> Partial:
     """Return the attention of queries to some pages of one sequence."""
     kv_heads, _, page_size, _ = keys.shape
-    slot = table.logical_page[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
-    exists = (slot < end) & (table.page < options.num_pages)[:, None]
-    mask = options.position_mask(position[:, None], slot.reshape(-1)) & exists.reshape(-1)  # [tokens, slots]
+    query, table = tile.query, tile.table
+    slots = table.logical_page[:, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
+    exists = (slots < tile.end) & (table.page < options.num_pages)[:, None]
+    slot = slots.reshape(-1)
+    mask = tile.span.sees(slot) & exists.reshape(-1)  # [tokens, slots]
     k, v = _gather(keys, values, table.page)
     v = jnp.where(mask.any(axis=0)[:, None], v, jnp.zeros((), v.dtype))  # NaN, perhaps, where no one sees it
     q = group_query_heads(query, kv_heads)
@@ -148,9 +176,10 @@ def _attend(
         precision="highest",  # or a TPU would round float32 to bfloat16
         preferred_element_type=jnp.float32,
     )
-    scores = jnp.where(
-        jnp.repeat(mask, q.shape[1] // len(query), axis=0), options.scale_and_cap(dots), -jnp.inf
-    )
+    scores = options.scale_and_cap(dots)
+    if slopes is not None:
+        scores += distance_bias(slopes, tile.position, slot, kv_heads)
+    scores = jnp.where(jnp.repeat(mask, q.shape[1] // len(query), axis=0), scores, -jnp.inf)
     highest = scores.max(axis=-1, initial=-jnp.inf)
     highest = lax.stop_gradient(jnp.where(highest == -jnp.inf, 0, highest))
     weights = jnp.exp(scores - highest[..., None])

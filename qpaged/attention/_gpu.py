@@ -10,14 +10,15 @@ from qpaged.arrays import compute_dtype
 from qpaged.attention._layout import (
     Layout,
     join_runs,
+    kernel_refusal,
     mesh_refusal,
     pad_to_multiple,
     pool_refusal,
-    sizes_refusal,
     stored_codes,
     stored_scales,
     tile_query,
     tile_runs,
+    tile_span,
     untile_rows,
     visible_range,
 )
@@ -48,7 +49,7 @@ def refusal() -> str | None:
 def call_refusal(tokens: QueryTokens, keys: Pages, values: Pages) -> str | None:
     """Return why the backend does not take a call, or None."""
     kv_heads, _, page_size, head_dim = keys.shape
-    reason = sizes_refusal(keys, values)
+    reason = kernel_refusal(tokens, keys, values)
     if reason is not None:
         return reason
     if head_dim not in HEAD_DIMS:
@@ -95,7 +96,9 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
         q_tile = max(1, min(MAX_Q_ROWS, MAX_ACCUMULATORS // head_dim) // q_heads_per_kv)
     used_rows = q_tile * q_heads_per_kv
     q_rows = used_rows + -used_rows % Q_ROWS_MULTIPLE
-    query, position = tile_runs(tokens, q_tile)
+    query = tile_runs(tokens, tokens.query, q_tile, 0)
+    span = tile_span(tokens, q_tile, options.sliding_window)
+    position = span.last
     num_q_tiles = len(position)
     tiles_per_run = num_q_tiles // len(tokens.table)
     table = pad_to_multiple(tokens.table, max(1, KV_TILE // page_size), options.num_pages, axis=1)
@@ -109,7 +112,7 @@ def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) ->
         table_pages=table.shape[1],
         tiles_per_run=tiles_per_run,
     )
-    visible = visible_range(position, jnp.repeat(tokens.end, tiles_per_run), options.sliding_window)
+    visible = visible_range(span, jnp.repeat(tokens.end, tiles_per_run))
     position = pad_to_multiple(jnp.repeat(position, q_heads_per_kv, axis=1), q_rows, -1, axis=1)
     query = pad_to_multiple(tile_query(query, kv_heads), q_rows, 0, axis=2)
     acc, row_max, row_sum = _gpu_kernel.attend(

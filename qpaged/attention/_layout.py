@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from qpaged._compat import compiler_partitions_mesh
 from qpaged.arrays import codes_together, extract_codes, has_planes, join_planes, not_elementwise
 from qpaged.attention._merge import Partial
-from qpaged.attention._options import QueryTokens
+from qpaged.attention._options import QueryTokens, Span
 from qpaged.pools import Pages, Pool, as_quantized
 
 
@@ -143,11 +143,15 @@ def mesh_refusal() -> str | None:
     return None
 
 
-def sizes_refusal(keys: Pages, values: Pages) -> str | None:
-    """Return why no kernel takes keys and values of these sizes, or None."""
-    if keys.shape == values.shape:
-        return None
-    return f"takes keys and values of one head_dim, but they have {keys.shape[3]} and {values.shape[3]}"
+def kernel_refusal(tokens: QueryTokens, keys: Pages, values: Pages) -> str | None:
+    """Return why no kernel takes such a mask, or keys and values of these sizes; else None."""
+    if tokens.slopes is not None:
+        return "knows no ALiBi slopes"
+    if tokens.span is not None:
+        return "takes a sliding window that is known when the call is traced, and then no visible_until"
+    if keys.shape != values.shape:
+        return f"takes keys and values of one head_dim, but they have {keys.shape[3]} and {values.shape[3]}"
+    return None
 
 
 def pool_refusal(pool: Pages, decode_dtype: DTypeLike) -> str | None:
@@ -189,11 +193,21 @@ def pad_to_multiple(array: jax.Array, multiple: int, fill: int, axis: int = 0) -
     return jnp.pad(array, widths, constant_values=fill)
 
 
-def tile_runs(tokens: QueryTokens, q_tile: int) -> tuple[jax.Array, jax.Array]:
-    """Return queries and positions in query tiles, [num_q_tiles, q_tile, ...]: as many for each run."""
-    query = pad_to_multiple(tokens.by_run(tokens.query), q_tile, 0, axis=1)
-    position = pad_to_multiple(tokens.by_run(tokens.position), q_tile, -1, axis=1)
-    return query.reshape(-1, q_tile, *query.shape[2:]), position.reshape(-1, q_tile)
+def tile_runs(
+    tokens: QueryTokens,
+    of_tokens: jax.Array,  # [tokens, ...]
+    q_tile: int,
+    fill: int,
+) -> jax.Array:
+    """Return something of each token in query tiles, [num_q_tiles, q_tile, ...]: as many for each run."""
+    padded = pad_to_multiple(tokens.by_run(of_tokens), q_tile, fill, axis=1)
+    return padded.reshape(-1, q_tile, *padded.shape[2:])
+
+
+def tile_span(tokens: QueryTokens, q_tile: int, window: int | None) -> Span:
+    """Return the span of each token in query tiles, [num_q_tiles, q_tile]."""
+    span = tokens.span_within(window)
+    return Span(tile_runs(tokens, span.first, q_tile, 0), tile_runs(tokens, span.last, q_tile, -1))
 
 
 def join_runs(partial: Partial, tokens: QueryTokens) -> Partial:
@@ -229,17 +243,11 @@ def untile_rows(
 
 
 def visible_range(
-    position: jax.Array,  # [q_tiles, queries]
+    span: Span,  # of [q_tiles, queries]
     end: jax.Array,  # [q_tiles]
-    window: int | None,
 ) -> jax.Array:
     """Return the first and the last slot that any query of a tile sees, [q_tiles, 2]; 0 and -1 for none."""
-    highest = position.max(axis=1)
-    last = jnp.minimum(highest, end - 1)
-    if window is None:
-        first = jnp.zeros_like(last)
-    else:
-        lowest = jnp.where(position >= 0, position, highest[:, None]).min(axis=1)
-        first = jnp.maximum(lowest - (window - 1), 0)
+    last = jnp.minimum(span.last.max(axis=1), end - 1)
+    first = jnp.where(span.last >= 0, span.first, span.last.max(axis=1, keepdims=True)).min(axis=1)
     sees_any = first <= last
     return jnp.stack([jnp.where(sees_any, first, 0), jnp.where(sees_any, last, -1)], axis=1)

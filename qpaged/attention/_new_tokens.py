@@ -12,7 +12,7 @@ from qpaged.attention import _backends
 from qpaged.attention._backends import AttentionCall
 from qpaged.attention._layout import pad_to_multiple
 from qpaged.attention._merge import Partial
-from qpaged.attention._options import Options, QueryTokens
+from qpaged.attention._options import Options, QueryTokens, Span
 
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
@@ -75,12 +75,16 @@ def are_consecutive(position: AnyArray) -> AnyArray:
 def attend_new(
     backend: str | None, tokens: QueryTokens, new: NewTokens | NewPages, options: Options
 ) -> Partial:
-    """Return the causal attention of a call's queries to its new tokens; a decode row sees its own alone."""
+    """Return the attention of a call's queries to its new tokens; a decode row sees its own alone."""
     if isinstance(new, NewTokens):
         return _attend_new_rows(tokens, new, options)
     pages, page_size = new.keys.shape[1:3]
     end = jnp.full(len(new.table), pages * page_size, jnp.int32)
-    local = dataclasses.replace(tokens, position=new.place, table=new.table, end=end)
+    span = tokens.span
+    if span is not None:  # as slots among the new tokens
+        first = jnp.repeat(new.first, tokens.run_length)
+        span = Span(jnp.maximum(span.first - first, 0), jnp.where(new.place >= 0, span.last - first, -1))
+    local = dataclasses.replace(tokens, position=new.place, table=new.table, end=end, span=span)
     call, options = AttentionCall(local, new.keys, new.values), dataclasses.replace(options, num_pages=pages)
     if backend in ("xla", "reference"):  # which take any call
         out, lse = _backends.attend_by_name(backend, call, options)

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,29 @@ Result = TypeVar("Result")
 MASK_VALUE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
+class Span(NamedTuple):
+    """The slots that queries see, from ``first`` to ``last``, both included; none where ``last`` is negative.
+
+    Attributes:
+        first: [...] int32, for instance of [queries].
+        last: likewise.
+    """
+
+    first: jax.Array
+    last: jax.Array
+
+    def sees(self, slot: jax.Array) -> jax.Array:
+        """Return [..., slots], True where a query sees a slot [slots], if the slot's page exists."""
+        return (self.first[..., None] <= slot) & (slot <= self.last[..., None])
+
+    def take(self, token: jax.Array, is_token: jax.Array) -> "Span":
+        """Return the spans of tokens [n]; empty where ``is_token`` [n] is False."""
+        return Span(self.first[token], jnp.where(is_token, self.last[token], -1))
+
+
 @dataclass(frozen=True)
 class Options:
-    """The keyword arguments of :func:`paged_attention`, checked, and the number of pages in a pool."""
+    """The static keyword arguments of :func:`paged_attention`, checked, and the number of pages in a pool."""
 
     softmax_scale: float
     sliding_window: int | None
@@ -34,7 +54,7 @@ class Options:
 
     def attention_mask(
         self,
-        position: jax.Array,  # [queries]
+        span: Span,  # of [queries]
         end: jax.Array,  # []
         pages: jax.Array,  # [pages], some of the sequence's
         first_slot: int | jax.Array,  # of these pages, counted from the sequence's first
@@ -42,17 +62,18 @@ class Options:
     ) -> jax.Array:
         """Return [queries, slots], True where a query sees a slot of the pages.
 
-        A query sees the last ``sliding_window`` slots up to its own position, that one included, as far as
-        they are before ``end`` and the page table has pages for them. A query at a negative position sees
-        nothing.
+        A query sees its span, as far as it is before ``end`` and the page table has pages for it.
         """
         page = jnp.repeat(pages, page_size)
         slot = first_slot + jnp.arange(len(page), dtype=jnp.int32)
         exists = (slot < end) & (page >= 0) & (page < self.num_pages)
-        return self.position_mask(position[:, None], slot) & exists
+        return span.sees(slot) & exists
 
     def position_mask(self, position: jax.Array, slot: jax.Array) -> jax.Array:
-        """Return True where a query at ``position`` sees ``slot``, if the slot's page exists; broadcasts."""
+        """Return True where a query at ``position`` sees ``slot``, if the slot's page exists; broadcasts.
+
+        The causal mask of the kernels, which know no other.
+        """
         causal = slot <= position
         if self.sliding_window is None:
             return causal
@@ -60,17 +81,15 @@ class Options:
 
     def sees_page(
         self,
-        position: jax.Array,  # [queries]
+        span: Span,  # of [queries]
         end: jax.Array,  # []
         page: jax.Array,  # [pages], counted from the sequence's first
         page_size: int,
     ) -> jax.Array:
         """Return [pages], True where a query sees a slot of the page, if it exists."""
         first_slot = page * page_size
-        seen = (first_slot <= position[:, None]) & (first_slot < end)
-        if self.sliding_window is not None:
-            seen &= first_slot + page_size > position[:, None] - self.sliding_window + 1
-        return seen.any(axis=0)
+        seen = (first_slot <= span.last[:, None]) & (first_slot < end)
+        return (seen & (first_slot + page_size > span.first[:, None])).any(axis=0)
 
     def visible_pages(
         self,
@@ -95,12 +114,18 @@ class QueryTokens:
         position: [runs * run_length] int32; negative for padding and inactive rows, whose output is zeros.
         table: [runs, pages] int32, the page table of each run's sequence.
         end: [runs] int32, the first slot that no query of the run sees.
+        span: of [runs * run_length], which slots each query sees; None for those up to its position, as far
+            as the options' sliding window goes.
+        slopes: [q_heads] float32; a score falls by so much with each position between slot and query (ALiBi).
+            None for no such fall.
     """
 
     query: jax.Array
     position: jax.Array
     table: jax.Array
     end: jax.Array
+    span: Span | None = None
+    slopes: jax.Array | None = None
 
     @property
     def run_length(self) -> int:
@@ -110,6 +135,14 @@ class QueryTokens:
     def by_run(self, of_tokens: jax.Array) -> jax.Array:
         """Return something of each token [tokens, ...] as [runs, run_length, ...]."""
         return of_tokens.reshape(len(self.table), self.run_length, *of_tokens.shape[1:])
+
+    def span_within(self, window: int | None) -> Span:
+        """Return which slots each query sees, where it is not given, with the options' sliding window."""
+        if self.span is not None:
+            return self.span
+        if window is None:
+            return Span(jnp.zeros_like(self.position), self.position)
+        return Span(jnp.maximum(self.position - (window - 1), 0), self.position)
 
 
 @functools.lru_cache(maxsize=256)
@@ -125,8 +158,23 @@ def with_options(
 
 
 jax.tree_util.register_dataclass(
-    QueryTokens, data_fields=["query", "position", "table", "end"], meta_fields=[]
+    QueryTokens, data_fields=["query", "position", "table", "end", "span", "slopes"], meta_fields=[]
 )
+
+
+def distance_bias(
+    slopes: jax.Array,  # [q_heads]
+    position: jax.Array,  # [queries]
+    slot: jax.Array,  # [slots]
+    kv_heads: int,
+) -> jax.Array:
+    """Return what ALiBi adds to scores, [kv_heads, q_rows, slots]: minus the slope for each position between.
+
+    Press et al., "Train Short, Test Long", 2022. Slots ahead of the query are as far away as those behind it.
+    """
+    distance = jnp.abs(slot - position[:, None]).astype(jnp.float32)
+    bias = -slopes[:, None] * distance[:, None, :]  # [queries, q_heads, slots]
+    return group_query_heads(bias, kv_heads)
 
 
 def group_query_heads(query: jax.Array, kv_heads: int) -> jax.Array:

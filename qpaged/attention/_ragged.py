@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from qpaged._promotion import promoting_ranks
 from qpaged.attention._merge import Partial
 from qpaged.attention._new_tokens import NewPages, NewTokens, as_pages
-from qpaged.attention._options import QueryTokens
+from qpaged.attention._options import QueryTokens, Span
 from qpaged.cache._config import LARGEST_INDEX
 from qpaged.cache._step_tokens import Members
 
@@ -30,12 +30,33 @@ class RaggedTokens(NamedTuple):
         position: [tokens] int32; negative for inactive tokens.
         tables: [sequences, pages] int32.
         starts: [sequences + 1] int32; the first token of each sequence, and one past the last token.
+        span: of [tokens], as :class:`QueryTokens` has it.
+        slopes: [q_heads] float32, likewise.
     """
 
     query: jax.Array
     position: jax.Array
     tables: jax.Array
     starts: jax.Array
+    span: Span | None = None
+    slopes: jax.Array | None = None
+
+    def take(self, token: jax.Array, is_token: jax.Array, table: jax.Array) -> QueryTokens:
+        """Return tokens [n] as queries; inactive where ``is_token`` [n] is False.
+
+        Args:
+            token: [n] int32.
+            is_token: [n] bool.
+            table: [runs, pages], of as many runs as divide the tokens.
+        """
+        return QueryTokens(
+            query=self.query[token],
+            position=jnp.where(is_token, self.position[token], -1),
+            table=table,
+            end=jnp.full(len(table), LARGEST_INDEX, jnp.int32),
+            span=None if self.span is None else self.span.take(token, is_token),
+            slopes=self.slopes,
+        )
 
 
 class Pieces(NamedTuple):
@@ -125,19 +146,8 @@ def split(tokens: RaggedTokens) -> Split:
         members, jnp.where(members.length > 1, members.length, 0), run_length(count, sequences)
     )
     token_of_row = jnp.minimum(members.first, count - 1)
-    rows = QueryTokens(
-        query=tokens.query[token_of_row],
-        position=jnp.where(members.length == 1, tokens.position[token_of_row], -1),
-        table=tokens.tables,
-        end=jnp.full(sequences, LARGEST_INDEX, jnp.int32),
-    )
-    token_of_run = pieces.token.reshape(-1)
-    runs = QueryTokens(
-        query=tokens.query[token_of_run],
-        position=jnp.where(pieces.is_token.reshape(-1), tokens.position[token_of_run], -1),
-        table=tokens.tables[pieces.sequence],
-        end=jnp.full(len(pieces.sequence), LARGEST_INDEX, jnp.int32),
-    )
+    rows = tokens.take(token_of_row, members.length == 1, tokens.tables)
+    runs = tokens.take(pieces.token.reshape(-1), pieces.is_token.reshape(-1), tokens.tables[pieces.sequence])
     return Split(rows, runs, members, pieces)
 
 

@@ -9,6 +9,8 @@ from qpaged.attention._merge import Partial
 from qpaged.attention._options import (
     Options,
     QueryTokens,
+    Span,
+    distance_bias,
     group_query_heads,
     ungroup_query_heads,
 )
@@ -18,33 +20,40 @@ from qpaged.pools import Pages, gather_slots
 def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token over its sequence's pages."""
 
-    def attend_run(query: jax.Array, position: jax.Array, table: jax.Array, end: jax.Array) -> Partial:
-        return _attend_run(query, position, table, end, keys, values, options)
+    def attend_run(
+        query: jax.Array, position: jax.Array, table: jax.Array, end: jax.Array, span: Span
+    ) -> Partial:
+        run = QueryTokens(query, position, table, end, span, tokens.slopes)
+        return _attend_run(run, keys, values, options)
 
-    query, position = tokens.by_run(tokens.query), tokens.by_run(tokens.position)
-    out, lse = jax.vmap(attend_run)(query, position, tokens.table, tokens.end)
+    query, position, span = jax.tree_util.tree_map(
+        tokens.by_run, (tokens.query, tokens.position, tokens.span_within(options.sliding_window))
+    )
+    out, lse = jax.vmap(attend_run)(query, position, tokens.table, tokens.end, span)
     shape = tokens.query.shape[:2]
     return Partial(out.reshape(*shape, values.shape[3]), lse.reshape(shape))
 
 
 def _attend_run(
-    query: jax.Array,  # [tokens, q_heads, head_dim]
-    position: jax.Array,  # [tokens]
-    table: jax.Array,  # [pages]
-    end: jax.Array,  # []
+    run: QueryTokens,  # one, whose page table is [pages], and whose end is []
     keys: Pages,  # [kv_heads, num_pages, page_size, head_dim]
     values: Pages,
     options: Options,
 ) -> Partial:
     """Return the attention of queries over one sequence."""
     kv_heads, _, page_size, _ = keys.shape
+    query = run.query  # [tokens, q_heads, head_dim]
     q_heads_per_kv = query.shape[1] // kv_heads
-    mask = options.attention_mask(position, end, table, 0, page_size)  # [tokens, slots]
-    table = options.visible_pages(table, mask)
+    span = run.span_within(options.sliding_window)  # of [tokens]
+    mask = options.attention_mask(span, run.end, run.table, 0, page_size)  # [tokens, slots]
+    table = options.visible_pages(run.table, mask)
     k = to_float32(gather_slots(keys, table))  # [kv_heads, slots, head_dim]
     v = to_float32(mask_slots(gather_slots(values, table), mask.any(axis=0)))
     q = group_query_heads(query, kv_heads).astype(jnp.float32)  # [kv_heads, q_rows, head_dim]
     scores = options.scale_and_cap(jnp.einsum("hqd,hsd->hqs", q, k, precision="highest"))
+    if run.slopes is not None:
+        slot = jnp.arange(mask.shape[1], dtype=jnp.int32)
+        scores += distance_bias(run.slopes, run.position, slot, kv_heads)
     mask = jnp.repeat(mask, q_heads_per_kv, axis=0)  # [q_rows, slots]
     weights, row_max = _weights(scores, mask)
     acc = jnp.einsum("hqs,hsd->hqd", weights, v, precision="highest")

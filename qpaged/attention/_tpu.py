@@ -11,13 +11,14 @@ from qpaged.arrays import LANES, common_dtype, compute_dtype
 from qpaged.arrays._lane_rows import count_slots_per_row
 from qpaged.attention._layout import (
     join_runs,
+    kernel_refusal,
     mesh_refusal,
     pad_to_multiple,
     pool_refusal,
-    sizes_refusal,
     stored_scales,
     tile_query,
     tile_runs,
+    tile_span,
     untile_rows,
     visible_range,
 )
@@ -44,7 +45,7 @@ def refusal() -> str | None:
 def call_refusal(tokens: QueryTokens, keys: Pages, values: Pages) -> str | None:
     """Return why the backend does not take a call, or None."""
     kv_heads, _, page_size, head_dim = keys.shape
-    reason = sizes_refusal(keys, values)
+    reason = kernel_refusal(tokens, keys, values)
     if reason is not None:
         return reason
     if head_dim not in HEAD_DIMS:
@@ -133,7 +134,9 @@ def _call_kernel(tokens: QueryTokens, keys: Pages, values: Pages, options: Optio
     q_tile = 1
     if tokens.run_length > 1:
         q_tile = _q_tile(kv_heads, q_heads_per_kv, k_layout, v_layout)
-    query, position = tile_runs(tokens, q_tile)
+    query = tile_runs(tokens, tokens.query, q_tile, 0)
+    span = tile_span(tokens, q_tile, options.sliding_window)
+    position = span.last
     num_q_tiles = len(position)
     tiles_per_run = num_q_tiles // len(tokens.table)
     table = pad_to_multiple(tokens.table, kv_tile // page_size, options.num_pages, axis=1)
@@ -148,7 +151,7 @@ def _call_kernel(tokens: QueryTokens, keys: Pages, values: Pages, options: Optio
         table_pages=table.shape[1],
         tiles_per_run=tiles_per_run,
     )
-    visible = visible_range(position, jnp.repeat(tokens.end, tiles_per_run), options.sliding_window)
+    visible = visible_range(span, jnp.repeat(tokens.end, tiles_per_run))
     query = k_layout.repeat_for_slots(tile_query(query, kv_heads)).swapaxes(2, 3)
     k_scales = k_layout.gather_scales(keys, table, call.pages_per_tile)
     v_scales = v_layout.gather_scales(values, table, call.pages_per_tile)

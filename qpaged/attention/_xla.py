@@ -16,6 +16,7 @@ from qpaged.attention._layout import pad_to_multiple
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens, ungroup_query_heads, with_options
 from qpaged.attention._xla_tiles import (
+    QueryTile,
     SoftmaxState,
     XLACall,
     join_tiles,
@@ -45,13 +46,14 @@ def attend_in_turn(tokens: QueryTokens, keys: Pages, values: Pages, options: Opt
     """Return the same, one query tile after another, up to the last one that has a token."""
     pages_per_tile = max(1, min(_xla_tiles.KV_TILE // keys.shape[2], tokens.table.shape[-1]))
     table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=-1)
-    call = XLACall(keys, values, options, pages_per_tile)
-
-    tiles = split_queries(tokens)
+    call = XLACall(keys, values, options, pages_per_tile, tokens.slopes)
+    tiles = split_queries(tokens, options.sliding_window)
 
     def add_tile(index: jax.Array, attended: Partial) -> Partial:
-        query, position, run = (lax.dynamic_index_in_dim(part, index, keepdims=False) for part in tiles)
-        partial = _attend_q_tile(call, query, position, table[run], tokens.end[run])
+        tile = jax.tree_util.tree_map(
+            lambda part: lax.dynamic_index_in_dim(part, index, keepdims=False), tiles
+        )
+        partial = _attend_q_tile(call, tile, table[tile.run], tokens.end[tile.run])
         return Partial(*(whole.at[index].set(part) for whole, part in zip(attended, partial, strict=True)))
 
     shape = tiles.query.shape[:-1]
@@ -60,31 +62,31 @@ def attend_in_turn(tokens: QueryTokens, keys: Pages, values: Pages, options: Opt
     )
     nothing = vary_like(nothing, (tiles, table, tokens.end, keys, values, nothing))
     number = 1 + jnp.arange(len(tiles.run), dtype=jnp.int32)
-    is_used = (tiles.position >= 0).any(axis=1)
+    is_used = (tiles.span.last >= 0).any(axis=1)
     count = jnp.where(is_used, number, 0).max(initial=0)
     return join_tiles(lax.fori_loop(0, count, add_tile, nothing), tokens)
 
 
 def _attend_q_tile(
     call: XLACall,
-    query: jax.Array,  # [tokens, q_heads, head_dim]
-    position: jax.Array,  # [tokens]
+    tile: QueryTile,  # one
     table: jax.Array,  # [pages], a multiple of call.pages_per_tile
     end: jax.Array,  # []
 ) -> Partial:
     kv_heads, _, _, head_dim = call.values.shape
-    tokens, q_heads, _ = query.shape
+    tokens, q_heads, _ = tile.query.shape
 
     def add_kv_tile(tile_index: jax.Array, state: SoftmaxState) -> SoftmaxState:
         pages = lax.dynamic_slice_in_dim(table, tile_index * call.pages_per_tile, call.pages_per_tile)
-        mask = call.options.attention_mask(position, end, pages, tile_index * call.kv_tile, call.page_size)
-        tile = weigh_kv_tile(call, query, mask, call.options.visible_pages(pages, mask))
-        return state.merge(sum_kv_tile(call, tile))
+        first_slot = tile_index * call.kv_tile
+        mask = call.options.attention_mask(tile.span, end, pages, first_slot, call.page_size)
+        weighed = weigh_kv_tile(call, tile, mask, first_slot, call.options.visible_pages(pages, mask))
+        return state.merge(sum_kv_tile(call, weighed))
 
     state = SoftmaxState.of_nothing(kv_heads, tokens * q_heads // kv_heads, head_dim)
     # Inside shard_map the carry must vary along the mesh axes that the operands vary along.
-    state = vary_like(state, (query, position, table, end, call.keys, call.values, state))
-    first_tile, end_tile = visible_kv_tiles(call, position, end)
+    state = vary_like(state, (tile, table, end, call.keys, call.values, state))
+    first_tile, end_tile = visible_kv_tiles(call, tile.span, end)
     row_max, row_sum, acc = lax.fori_loop(first_tile, end_tile, add_kv_tile, state)
     out, lse = Partial.of_sums(acc, row_max, row_sum)
     return Partial(ungroup_query_heads(out, tokens), ungroup_query_heads(lse, tokens))

@@ -14,7 +14,7 @@ from qpaged._compat import vary_like
 from qpaged.attention import _xla_tiles
 from qpaged.attention._layout import pad_to_multiple
 from qpaged.attention._merge import Partial
-from qpaged.attention._options import MASK_VALUE, Options, QueryTokens, ungroup_query_heads
+from qpaged.attention._options import MASK_VALUE, Options, QueryTokens, Span, ungroup_query_heads
 from qpaged.attention._xla_tiles import (
     QueryTile,
     SoftmaxState,
@@ -34,27 +34,27 @@ PREFILL_LANES = 16  # of up to 128 queries each
 
 def attend(tokens: QueryTokens, keys: Pages, values: Pages, options: Options) -> Partial:
     """Return the attention of each token over its sequence's pages."""
-    tiles = split_queries(tokens)
+    tiles = split_queries(tokens, options.sliding_window)
     count, page_size, table_pages = len(tiles.query), keys.shape[2], tokens.table.shape[1]
     if tokens.run_length > 1:
         lanes, pages_per_tile = PREFILL_LANES, max(1, min(_xla_tiles.KV_TILE // page_size, table_pages))
     else:
         lanes, pages_per_tile = decode_lanes(count, table_pages, page_size)
     table = pad_to_multiple(tokens.table, pages_per_tile, options.num_pages, axis=1)
-    call = XLACall(keys, values, options, pages_per_tile)
+    call = XLACall(keys, values, options, pages_per_tile, tokens.slopes)
 
     def attend_some(tiles: QueryTile) -> Partial:
-        return _attend_q_tiles(
-            call, lanes, tiles.query, tiles.position, table[tiles.run], tokens.end[tiles.run]
-        )
+        return _attend_q_tiles(call, lanes, tiles, table[tiles.run], tokens.end[tiles.run])
 
     at_once = min(lanes, count)
     if at_once == count:
         return join_tiles(attend_some(tiles), tokens)
-    padded = (
-        pad_to_multiple(part, at_once, fill) for part, fill in zip(tiles, (0, -1, 0), strict=True)
-    )  # of queries, positions and runs
-    in_turn = QueryTile(*(part.reshape(-1, at_once, *part.shape[1:]) for part in padded))
+    fills = QueryTile(query=0, position=-1, span=Span(0, -1), run=0)  # type: ignore[arg-type]
+    in_turn = jax.tree_util.tree_map(
+        lambda part, fill: pad_to_multiple(part, at_once, fill).reshape(-1, at_once, *part.shape[1:]),
+        tiles,
+        fills,
+    )
     partials = lax.map(attend_some, in_turn)  # [turns, at_once, tokens, ...]
     return join_tiles(Partial(*(part.reshape(-1, *part.shape[2:])[:count] for part in partials)), tokens)
 
@@ -68,16 +68,15 @@ def decode_lanes(rows: int, table_pages: int, page_size: int) -> tuple[int, int]
 def _attend_q_tiles(
     call: XLACall,
     most_lanes: int,  # at least q_tiles
-    query: jax.Array,  # [q_tiles, tokens, q_heads, head_dim]
-    position: jax.Array,  # [q_tiles, tokens]
+    tiles: QueryTile,  # [q_tiles, ...]
     table: jax.Array,  # [q_tiles, pages], a multiple of call.pages_per_tile
     end: jax.Array,  # [q_tiles]
 ) -> Partial:
     kv_heads, _, _, head_dim = call.values.shape
-    q_tiles, tokens, q_heads, _ = query.shape
+    q_tiles, tokens, q_heads, _ = tiles.query.shape
     kv_tiles = table.shape[1] // call.pages_per_tile
     lanes = min(most_lanes, q_tiles * kv_tiles)
-    first_tile, end_tile = jax.vmap(visible_kv_tiles, (None, 0, 0))(call, position, end)
+    first_tile, end_tile = jax.vmap(visible_kv_tiles, (None, 0, 0))(call, tiles.span, end)
     count = end_tile - first_tile  # [q_tiles]
     steps = steps_for(count, kv_tiles, lanes)
     parts = _divide_up(count, steps)
@@ -87,27 +86,28 @@ def _attend_q_tiles(
     q = jnp.minimum(owner, q_tiles - 1)
     lane_first = first_tile[q] + (lane - (end_lane[q] - parts[q])) * steps
     lane_end = jnp.where(owner < q_tiles, end_tile[q], 0)
-    lane_query, lane_position, lane_end_slot = query[q], position[q], end[q]
+    lane_tile, lane_end_slot = jax.tree_util.tree_map(lambda part: part[q], (tiles, end))
 
     def add_tiles(step: jax.Array, state: SoftmaxState) -> SoftmaxState:
         tile = lane_first + step
         page = tile[:, None] * call.pages_per_tile + jnp.arange(call.pages_per_tile, dtype=jnp.int32)
         is_seen = jax.vmap(call.options.sees_page, (0, 0, 0, None))(
-            lane_position, lane_end_slot, page, call.page_size
+            lane_tile.span, lane_end_slot, page, call.page_size
         )
         is_seen &= (tile < lane_end)[:, None]
         pages = jnp.where(is_seen, table[q[:, None], page], call.options.num_pages)
         masks = jax.vmap(call.options.attention_mask, (0, 0, 0, 0, None))(
-            lane_position, lane_end_slot, pages, tile * call.kv_tile, call.page_size
+            lane_tile.span, lane_end_slot, pages, tile * call.kv_tile, call.page_size
         )
-        weighed = jax.vmap(weigh_kv_tile, (None, 0, 0, 0))(call, lane_query, masks, pages)
+        weigh = jax.vmap(weigh_kv_tile, (None, 0, 0, 0, 0))
+        weighed = weigh(call, lane_tile, masks, tile * call.kv_tile, pages)
         # Keys and values are not to be read at once: both would lie in memory beside the pools.
         weighed = lax.optimization_barrier(weighed)
         return state.merge(jax.vmap(sum_kv_tile, (None, 0))(call, weighed))
 
     one = SoftmaxState.of_nothing(kv_heads, tokens * q_heads // kv_heads, head_dim)
     state = SoftmaxState(*(jnp.broadcast_to(part, (lanes, *part.shape)) for part in one))
-    state = vary_like(state, (query, position, table, end, call.keys, call.values, state))
+    state = vary_like(state, (tiles, table, end, call.keys, call.values, state))
     state = lax.fori_loop(0, steps, add_tiles, state)
     row_max, row_sum, acc = _merge_lanes(state, owner == jnp.arange(q_tiles, dtype=jnp.int32)[:, None])
     out, lse = Partial.of_sums(acc, row_max, row_sum)

@@ -11,9 +11,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from qpaged.arrays import compute_dtype, dot, mask_slots
-from qpaged.attention._layout import join_runs, tile_runs, visible_range
+from qpaged.attention._layout import join_runs, tile_runs, tile_span, visible_range
 from qpaged.attention._merge import Partial
-from qpaged.attention._options import MASK_VALUE, Options, QueryTokens, group_query_heads
+from qpaged.attention._options import (
+    MASK_VALUE,
+    Options,
+    QueryTokens,
+    Span,
+    distance_bias,
+    group_query_heads,
+)
 from qpaged.pools import Pages, gather_slots
 
 KV_TILE = 256  # slots read at once; a tile's scores and decoded slots then fit in a CPU core's cache
@@ -30,6 +37,7 @@ class XLACall(NamedTuple):
     values: Pages
     options: Options
     pages_per_tile: int
+    slopes: jax.Array | None  # [q_heads]
 
     @property
     def page_size(self) -> int:
@@ -69,20 +77,27 @@ class QueryTile(NamedTuple):
 
     Attributes:
         query: [..., tokens, q_heads, head_dim].
-        position: [..., tokens].
+        position: [..., tokens] int32.
+        span: of [..., tokens].
         run: [...] int32.
     """
 
     query: jax.Array
     position: jax.Array
+    span: Span
     run: jax.Array
 
 
-def split_queries(tokens: QueryTokens) -> QueryTile:
+def split_queries(tokens: QueryTokens, window: int | None) -> QueryTile:
     """Return the query tiles of all runs, [q_tiles, ...]."""
-    query, position = tile_runs(tokens, min(Q_TILE, tokens.run_length))
-    runs = len(tokens.table)
-    return QueryTile(query, position, jnp.repeat(jnp.arange(runs, dtype=jnp.int32), len(query) // runs))
+    q_tile, runs = min(Q_TILE, tokens.run_length), len(tokens.table)
+    query = tile_runs(tokens, tokens.query, q_tile, 0)
+    return QueryTile(
+        query=query,
+        position=tile_runs(tokens, tokens.position, q_tile, -1),
+        span=tile_span(tokens, q_tile, window),
+        run=jnp.repeat(jnp.arange(runs, dtype=jnp.int32), len(query) // runs),
+    )
 
 
 def join_tiles(partials: Partial, tokens: QueryTokens) -> Partial:
@@ -101,15 +116,19 @@ class Weighed(NamedTuple):
 
 def weigh_kv_tile(
     call: XLACall,
-    query: jax.Array,  # [tokens, q_heads, head_dim]
+    tile: QueryTile,  # one
     mask: jax.Array,  # [tokens, slots]
+    first_slot: jax.Array,  # []
     pages: jax.Array,  # [pages_per_tile], "no page" where no query sees them
 ) -> Weighed:
     """Return the weights of a tile of slots, which lies in these pages, for a query tile."""
-    kv_heads = call.keys.shape[0]
+    kv_heads, query = call.keys.shape[0], tile.query
     k = gather_slots(call.keys, pages)  # [kv_heads, slots, head_dim]
     q = group_query_heads(query, kv_heads)  # [kv_heads, q_rows, head_dim]
     scores = call.options.scale_and_cap(dot(q.astype(compute_dtype(query, call.keys)), k, QK))
+    if call.slopes is not None:
+        slot = first_slot + jnp.arange(call.kv_tile, dtype=jnp.int32)
+        scores += distance_bias(call.slopes, tile.position, slot, kv_heads)
     of_rows = jnp.repeat(mask, query.shape[1] // kv_heads, axis=0)  # [q_rows, slots]
     row_max = jnp.where(of_rows, scores, MASK_VALUE).max(axis=-1)
     weights = jnp.where(of_rows, jnp.exp(scores - row_max[..., None]), 0)
@@ -125,8 +144,8 @@ def sum_kv_tile(call: XLACall, tile: Weighed) -> SoftmaxState:
     return SoftmaxState(tile.row_max, row_sum, dot(tile.weights, v, PV))
 
 
-def visible_kv_tiles(call: XLACall, position: jax.Array, end: jax.Array) -> tuple[jax.Array, jax.Array]:
+def visible_kv_tiles(call: XLACall, span: Span, end: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the first tile of slots that any query of a query tile sees, and one past the last."""
-    first_slot, last_slot = visible_range(position[None], end[None], call.options.sliding_window)[0]
+    first_slot, last_slot = visible_range(Span(span.first[None], span.last[None]), end[None])[0]
     slots = jnp.int32(call.kv_tile)
     return lax.div(first_slot, slots), lax.div(last_slot + slots, slots)

@@ -8,6 +8,7 @@ from qpaged.cache._cache import PagedAttentionCache
 from qpaged.cache._config import PagedAttentionCacheMetaData
 from qpaged.cache._dropped import DroppedToken, dropped_tokens
 from qpaged.cache._fresh import NarrowFloatPoolWarning
+from qpaged.cache._head_sizes import HeadSizes
 from qpaged.cache._metadata import PagedAttentionMetadata
 from qpaged.cache._page_changes import PageChanges
 from qpaged.cache._sharding import PartitionManager
@@ -16,6 +17,7 @@ from qpaged.cache._view import PagedAttentionCacheView
 __all__ = [
     "AllocationError",
     "DroppedToken",
+    "HeadSizes",
     "HostMemoryWarning",
     "NarrowFloatPoolWarning",
     "PageAllocator",

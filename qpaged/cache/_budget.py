@@ -78,24 +78,31 @@ class CacheBytes(NamedTuple):
     beside: int
 
 
+class PagePool(NamedTuple):
+    """A pool of pages whose number is not known yet."""
+
+    quantizer: PoolFormat
+    kv_heads: int
+    page_size: int
+    head_dim: int
+
+
 def cache_bytes(
-    formats: list[tuple[PoolFormat, int]],  # and head_dim of every pool: keys and values of every layer
-    shape: tuple[int, int],  # (kv_heads, page_size)
+    pools: list[PagePool],  # keys and values of every layer
     dtype: DTypeLike,
     sequences: Sequences,
     mesh: Mesh | None,
     manager: Resolver | None,
 ) -> CacheBytes:
     """Return the bytes of all the pools together on one device, with exact pages for ``sequences``."""
-    kv_heads, page_size = shape
     pages = 1 if mesh is None else mesh.devices.size  # so that partitioned pages are counted right
 
-    def bytes_of(quantizer: PoolFormat, head_dim: int, pages: int) -> int:
-        pool = (kv_heads, pages, page_size, head_dim)
-        return device_bytes(quantizer, pool, dtype, sequences, mesh, manager)
+    def bytes_of(pool: PagePool, pages: int) -> int:
+        shape = pool.kv_heads, pages, pool.page_size, pool.head_dim
+        return device_bytes(pool.quantizer, shape, dtype, sequences, mesh, manager)
 
-    once = {kind: bytes_of(*kind, pages) for kind in set(formats)}
-    twice = {kind: bytes_of(*kind, 2 * pages) for kind in set(formats)}
-    total = sum(once[kind] for kind in formats)
-    of_pages = sum(twice[kind] for kind in formats) - total
+    once = {kind: bytes_of(kind, pages) for kind in set(pools)}
+    twice = {kind: bytes_of(kind, 2 * pages) for kind in set(pools)}
+    total = sum(once[pool] for pool in pools)
+    of_pages = sum(twice[pool] for pool in pools) - total
     return CacheBytes(Fraction(of_pages, pages), total - of_pages)

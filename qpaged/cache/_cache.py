@@ -11,12 +11,15 @@ from jax.typing import ArrayLike, DTypeLike
 from qpaged import pools
 from qpaged._arguments import check_type
 from qpaged.cache._config import AnyQuantizer, PagedAttentionCacheMetaData, check_metadata
+from qpaged.cache._flat import flat_view
 from qpaged.cache._fresh import warn_of_narrow_floats
+from qpaged.cache._head_sizes import HeadSizes
 from qpaged.cache._page_changes import PageChanges
 from qpaged.cache._scales import check_scales, scales_of_layer
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver
 from qpaged.cache._view import PagedAttentionCacheView
+from qpaged.cache._view_checks import checked_layer
 from qpaged.formats import CacheScales
 
 
@@ -25,7 +28,7 @@ class PagedAttentionCache(Serializable):
     """The pages of all layers: a pytree whose leaves are the pools' arrays.
 
     Attributes:
-        views: one view for each layer.
+        views: one view for each layer; in a flat cache one of all layers, of which :meth:`layer` gives each.
     """
 
     views: list[PagedAttentionCacheView]
@@ -43,7 +46,8 @@ class PagedAttentionCache(Serializable):
         lines = [f"\n    {_name_layers(layers)}: {kind}" for kind, layers in layers_by_kind.items()]
         holds_arrays = all(hasattr(leaf, "dtype") for leaf in jax.tree_util.tree_leaves(self))
         size = f", {self.nbytes:,} bytes" if holds_arrays else ""  # functions of trees put other things there
-        return f"PagedAttentionCache({len(self.views)} layers{size}{''.join(lines)})"
+        number = self.views[0].metadata.num_hidden_layers if self.is_flat else len(self.views)
+        return f"PagedAttentionCache({number} layers{size}{''.join(lines)})"
 
     @classmethod
     def init_cache(
@@ -53,14 +57,23 @@ class PagedAttentionCache(Serializable):
         metadata: PagedAttentionCacheMetaData,
         partition_manager: Resolver | None = None,
         quantizer: AnyQuantizer = None,
+        *,
+        flat: bool = False,
     ) -> Self:
-        """Return fresh pools for every layer; arguments are as for :meth:`PagedAttentionCacheView.init`.
+        """Return fresh pools for every layer.
+
+        Args are those of :meth:`PagedAttentionCacheView.init`, and:
+            flat: put the layers in one pool, for a scan over layers that carries the cache: all of one format
+                and of the same heads. See :meth:`layer`.
 
         Raises:
             TypeError: an argument of another kind.
-            ValueError: the metadata was made for another format or dtype.
+            ValueError: the metadata was made for another format or dtype; or layers that differ, or have
+                static scales of their own, cannot lie in one pool.
         """
         check_metadata(metadata, "arguments go in the order mesh, dtype, metadata")
+        if flat:
+            return cls([flat_view(mesh, dtype, metadata, partition_manager, quantizer)])
         views = []
         for layer in range(metadata.num_hidden_layers):
             views.append(
@@ -69,6 +82,18 @@ class PagedAttentionCache(Serializable):
         all_pages = [pages for view in views for pages in (view.key_pages, view.value_pages)]
         warn_of_narrow_floats(*all_pages)
         return cls(views)
+
+    @property
+    def metadata(self) -> PagedAttentionCacheMetaData:
+        """The configuration of all layers, from those of the views."""
+        first = self.views[0].metadata
+        configs = {layer: view.metadata for layer, view in enumerate(self.views)}
+        others = {
+            layer: HeadSizes(config.num_kv_heads, config.kv_head_dim_size, config.value_head_dim_size)
+            for layer, config in configs.items()
+            if config != first
+        }
+        return first.replace(layer_sizes=others) if others else first
 
     def check_fields(self) -> None:
         """Raise ValueError unless there is a view for every layer, in order, and all are of one cache."""
@@ -79,11 +104,79 @@ class PagedAttentionCache(Serializable):
             or not views
         ):
             raise ValueError(f"views must be a list with a view for each layer, but got {views!r:.80}.")
-        layers, metadata = [view.layer_index for view in views], views[0].metadata
+        layers, metadata = [view.layer_index for view in views], self.metadata
+        if layers == [None]:
+            return
         if layers != list(range(metadata.num_hidden_layers)):
             raise ValueError(f"views must be those of all layers in order, but got layers {layers}.")
-        if any(view.metadata != metadata for view in views):
+        if any(view.metadata != metadata.of_layer(layer) for layer, view in enumerate(views)):
             raise ValueError("views must have the same metadata, but those of some layers differ.")
+
+    @property
+    def is_flat(self) -> bool:
+        """True if the layers lie in one pool."""
+        return self.views[0].layer_index is None
+
+    def layer(self, index: ArrayLike) -> PagedAttentionCacheView:
+        """Return the view of a layer.
+
+            def block(carry, layer_and_weights):
+                cache, x = carry
+                layer, weights = layer_and_weights
+                ...
+                view = cache.layer(layer).write_to_cache(key, value, step)
+                attended = qpaged.paged_attention(query, view, step)
+                ...
+                return (cache.with_layer(view), x), None
+
+            (cache, x), _ = jax.lax.scan(block, (cache, x), (jnp.arange(layers), weights))
+
+        Args:
+            index: counted from 0. In a flat cache it may be traced, and a view out of range has no pages.
+
+        Raises:
+            ValueError: there is no such layer; or it is traced, and the layers have pools of their own.
+        """
+        if not self.is_flat:
+            return self.views[self._number(index)]
+        view = self.views[0]
+        if not isinstance(index, jax.core.Tracer):
+            index = checked_layer(index, view.metadata.num_hidden_layers)
+        layer = jnp.asarray(index, jnp.int32)
+        return view.replace(
+            layer_index=layer,
+            key_pages=pools.at_layer(view.key_pages, layer),
+            value_pages=pools.at_layer(view.value_pages, layer),
+        )
+
+    def with_layer(self, view: PagedAttentionCacheView) -> Self:
+        """Return the cache with a view of :meth:`layer`, which was changed, in its place.
+
+        Raises:
+            ValueError: a view of no layer of this cache.
+        """
+        advice = "give what cache.layer(i), or a method of it, returned"
+        check_type("view", view, PagedAttentionCacheView, "a qpaged.PagedAttentionCacheView", advice)
+        if not self.is_flat:
+            number = self._number(view.layer_index)
+            return self.replace(views=[*self.views[:number], view, *self.views[number + 1 :]])
+        if pools.as_flat(view.key_pages) is None:
+            raise ValueError(f"view must be of a layer of this flat cache, but is a {view}; {advice}.")
+        whole = view.replace(
+            layer_index=None,
+            key_pages=pools.of_all_layers(view.key_pages),
+            value_pages=pools.of_all_layers(view.value_pages),
+        )
+        return self.replace(views=[whole])
+
+    def _number(self, index: ArrayLike | None) -> int:
+        """Return the number of a layer of a cache that is not flat."""
+        if isinstance(index, jax.core.Tracer):
+            raise ValueError(
+                "index must be known when the call is traced for layers with pools of their own; make the "
+                "cache with init_cache(..., flat=True) to scan over its layers."
+            )
+        return checked_layer(index, len(self.views))
 
     def init_empty(self, *args: Any, **kwargs: Any) -> None:
         """Return None: it is not used for pages."""
@@ -161,10 +254,12 @@ class PagedAttentionCache(Serializable):
     def with_layer_leaves(self) -> Self:
         """Return the cache with the layers' numbers as int32 leaves of their views, beside the pools.
 
-        Views of like layers then have one tree: a jitted function of a view is compiled once for all of them,
-        and they can be stacked for a scan over layers. What it returns keeps its layer's number.
+        Views of like layers then have one tree: a jitted function of a view is compiled once for all of them.
+        What it returns keeps its layer's number. A flat cache is returned as it is.
         """
-        views = []
+        views: list[PagedAttentionCacheView] = []
+        if self.is_flat:
+            return self
         for view in self.views:
             index = jnp.int32(view.layer_index)
             mesh = pools.mesh_of(view.key_pages)
@@ -183,6 +278,8 @@ class PagedAttentionCache(Serializable):
 
 def _name_layers(layers: list[Any]) -> str:
     """Return "layer 2", "layers 0 to 31", or "layers 0, 2, 3": a run of them, or each."""
+    if layers == [None]:
+        return "all layers in one pool"
     names = list(map(str, layers))  # compared as text: traced and stacked layers have no truth value
     if len(names) == 1:
         return f"layer {names[0]}"

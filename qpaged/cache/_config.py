@@ -12,8 +12,9 @@ from jax.typing import DTypeLike
 
 from qpaged._arguments import byte_count, check_count, check_type, positive
 from qpaged.arrays import float_dtype, is_dtype
-from qpaged.cache._budget import available_bytes, cache_bytes, default_device
+from qpaged.cache._budget import PagePool, available_bytes, cache_bytes, default_device
 from qpaged.cache._fresh import MakePages, PoolFormat, Sequences, check_takes_zeros, round_to_shards
+from qpaged.cache._head_sizes import HeadSizes, LayerSizes, checked_layer_sizes
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
 from qpaged.formats import CacheFormat, ExactFormat, PoolQuantizer, Quantizer
@@ -57,6 +58,8 @@ class PagedAttentionCacheMetaData(Serializable):
         values_in_keys: True if values are the first ``value_head_dim_size`` channels of the keys, which are
             stored once: the latent of multi-head latent attention (DeepSeek-V2), with the rotary part behind
             it.
+        layer_sizes: the layers whose heads are others than the fields above say, in ascending order; given as
+            a mapping from layers to :class:`HeadSizes`. Views have the metadata of their own layer.
 
     Raises:
         TypeError: a count that is not an integer.
@@ -76,8 +79,9 @@ class PagedAttentionCacheMetaData(Serializable):
     dtype: str | None = None
     value_head_dim_size: int | None = None
     values_in_keys: bool = False
+    layer_sizes: LayerSizes = ()
 
-    later_fields = frozenset({"value_head_dim_size", "values_in_keys"})
+    later_fields = frozenset({"value_head_dim_size", "values_in_keys", "layer_sizes"})
 
     def __post_init__(self) -> None:
         for name in COUNTS:
@@ -97,6 +101,11 @@ class PagedAttentionCacheMetaData(Serializable):
                 f"came as {self.value_dim} with {self.kv_head_dim_size}; give the size of a whole key to the "
                 f"latter."
             )
+        usual = HeadSizes(self.num_kv_heads, self.kv_head_dim_size, self.value_head_dim_size)
+        sizes = checked_layer_sizes(self.layer_sizes, usual, self.num_hidden_layers)
+        object.__setattr__(self, "layer_sizes", sizes)
+        for layer, _ in sizes:
+            self.of_layer(layer)  # which checks that values lie in the keys
         advice = "use fewer or larger pages"
         _indexable("num_pages_per_layer", self.num_pages_per_layer, advice)
         tokens = self.num_pages_per_sequence * self.page_size
@@ -120,6 +129,7 @@ class PagedAttentionCacheMetaData(Serializable):
         partition_manager: Resolver | None = None,
         value_head_dim_size: int | None = None,
         values_in_keys: bool = False,
+        layer_sizes: Mapping[int, HeadSizes] | LayerSizes = (),
     ) -> Self:
         """Return the configuration whose pools fill ``hbm_utilization`` of a device's memory.
 
@@ -152,27 +162,29 @@ class PagedAttentionCacheMetaData(Serializable):
             "give the tokens of the longest sequence",
         )
         memory_bytes = None if memory_bytes is None else byte_count("memory_bytes", memory_bytes)
-        value_dim = head_dim
         if value_head_dim_size is not None:
-            value_dim = positive("value_head_dim_size", value_head_dim_size)
+            value_head_dim_size = positive("value_head_dim_size", value_head_dim_size)
         dtype = logical_dtype(dtype)
         formats = cache_pages(quantizer)
-        sides = [(0, head_dim)] if values_in_keys else [(0, head_dim), (1, value_dim)]
-        pool_formats = [
-            (layer_formats(formats, layer)[side], channels)
-            for layer in range(num_layers)
-            for side, channels in sides
-        ]
+        usual = HeadSizes(kv_heads, head_dim, value_head_dim_size)
+        other_sizes = dict(checked_layer_sizes(layer_sizes, usual, num_layers))
+        page_pools = []
+        for layer in range(num_layers):
+            sizes = other_sizes.get(layer, usual)
+            key_format, value_format = layer_formats(formats, layer)
+            page_pools.append(PagePool(key_format, sizes.num_kv_heads, page_size, sizes.kv_head_dim_size))
+            if not values_in_keys:
+                channels = sizes.value_head_dim_size or sizes.kv_head_dim_size
+                page_pools.append(PagePool(value_format, sizes.num_kv_heads, page_size, channels))
         sequences = Sequences(positive("batch_size", batch_size), pages_per_sequence)
-        page_bytes, beside = cache_bytes(
-            pool_formats, (kv_heads, page_size), dtype, sequences, mesh, partition_manager
-        )
+        page_bytes, beside = cache_bytes(page_pools, dtype, sequences, mesh, partition_manager)
         device = default_device() if mesh is None else mesh.devices.flat[0]
         room = available_bytes(mesh, device, utilization, memory_bytes)
         pages = min(int((room - beside) / page_bytes), LARGEST_INDEX)
-        pages = round_to_shards(pages, (kv_heads, page_size, head_dim), mesh, partition_manager)
+        for pool in set(page_pools):
+            pages = round_to_shards(pages, pool[1:], mesh, partition_manager)
         if pages < 1:
-            has_exact = any(isinstance(pool_format, ExactFormat) for pool_format, _ in pool_formats)
+            has_exact = any(isinstance(pool.quantizer, ExactFormat) for pool in page_pools)
             others = f"exact pages of {batch_size} sequences" if has_exact else "static scales"
             others = f", and {others} {beside:,}" if beside else ""
             raise ValueError(
@@ -195,7 +207,15 @@ class PagedAttentionCacheMetaData(Serializable):
             dtype=dtype.name,
             value_head_dim_size=value_head_dim_size,
             values_in_keys=values_in_keys,
+            layer_sizes=tuple(other_sizes.items()),
         )
+
+    def of_layer(self, layer: int) -> Self:
+        """Return the configuration with the head sizes of a layer as those of all: that of its view."""
+        sizes = dict(self.layer_sizes).get(layer)
+        if sizes is None:
+            return self.replace(layer_sizes=()) if self.layer_sizes else self
+        return self.replace(**sizes._asdict(), layer_sizes=())
 
     @classmethod
     def check_record(cls, fields: Mapping[str, Any]) -> None:
@@ -210,6 +230,8 @@ class PagedAttentionCacheMetaData(Serializable):
             wrong["value_head_dim_size"] = fields["value_head_dim_size"]
         if type(fields.get("values_in_keys", False)) is not bool:
             wrong["values_in_keys"] = fields["values_in_keys"]
+        if not isinstance(fields.get("layer_sizes", []), list):
+            wrong["layer_sizes"] = fields["layer_sizes"]
         if wrong:
             raise ValueError(
                 f"data of a {cls.__name__} must hold integers, a CacheFormat and the name of a dtype, "

@@ -201,7 +201,7 @@ def warn_of_narrow_floats(*all_pages: Pages) -> None:
     for pages in all_pages:
         if not pools.is_narrow_float(pages) or isinstance(pages, jax.core.Tracer):
             continue
-        device = next(iter(pages.devices()))
+        device = next(iter(jax.tree_util.tree_leaves(pages)[0].devices()))
         if device.platform == "cpu":
             warnings.warn(
                 f"XLA on CPU copies a whole {pages.dtype.name} pool at every write and read; "

@@ -44,23 +44,26 @@ class PagedAttentionCacheView(Serializable):
     Writes update in place if the function that writes is jitted, and the old view donated to it.
 
     Attributes:
-        metadata: static; the configuration of the cache. The ``metadata`` of methods is that of a step.
+        metadata: static; the configuration of the cache, with the head sizes of this layer. The ``metadata``
+            of methods is that of a step.
         layer_index: the layer's number, counted from 0. A Python int is static; an int32 scalar is a leaf, as
-            :meth:`PagedAttentionCache.with_layer_leaves` makes it.
+            :meth:`PagedAttentionCache.with_layer_leaves` makes it. None for all the layers of a flat cache,
+            of which :meth:`PagedAttentionCache.layer` gives one.
         key_pages: (kv_heads, pages, page_size, head_dim); a plain or implicit array, or another kind of pool.
         value_pages: likewise, of the values' head_dim; where they lie in the keys, a
             :class:`qpaged.pools.ValuesInKeys`.
     """
 
     metadata: PagedAttentionCacheMetaData
-    layer_index: int | jax.Array
+    layer_index: int | jax.Array | None
     key_pages: Pages
     value_pages: Pages
 
     def __repr__(self) -> str:
         keys, values = pools.describe(self.key_pages), pools.describe(self.value_pages)
         described = f"keys and values {keys}" if keys == values else f"keys {keys}, values {values}"
-        return f"PagedAttentionCacheView(layer {self.layer_index}, {described})"
+        layer = "all layers" if self.layer_index is None else f"layer {self.layer_index}"
+        return f"PagedAttentionCacheView({layer}, {described})"
 
     @classmethod
     def init(
@@ -106,6 +109,7 @@ class PagedAttentionCacheView(Serializable):
         check_layout(mesh, partition_manager)
         layer_index = checked_layer(layer_index, metadata.num_hidden_layers)
         formats = agreed_formats(metadata, quantizer, dtype)
+        metadata = metadata.of_layer(layer_index)
         key_format, value_format = layer_formats(formats, layer_index)
         dtype, sequences = logical_dtype(dtype), metadata.sequences
         keys = allocate_pages(key_format, metadata.pool_shape, dtype, sequences, mesh, partition_manager)
@@ -120,14 +124,19 @@ class PagedAttentionCacheView(Serializable):
         """Return nested dictionaries and lists; arrays stay arrays.
 
         Raises:
-            ValueError: the view is of several layers, stacked for a scan.
+            ValueError: the view is of several layers, stacked for a scan or flat.
         """
-        if np.ndim(self.layer_index):
+        layer = self.layer_index
+        if layer is None:
             raise ValueError(
-                f"a record is of one layer, but layer_index has shape {np.shape(self.layer_index)}, as of "
-                f"stacked layers; take them apart first: tree_map(lambda leaf: leaf[i], view)."
+                "a record is of one layer, but this view is of a flat cache; qpaged.save takes it."
             )
-        return {**super().to_dict(), "layer_index": int(self.layer_index)}
+        if np.ndim(layer):
+            raise ValueError(
+                f"a record is of one layer, but layer_index has shape {np.shape(layer)}, as of stacked "
+                f"layers; take them apart first: tree_map(lambda leaf: leaf[i], view)."
+            )
+        return {**super().to_dict(), "layer_index": int(layer)}
 
     def check_fields(self) -> None:
         """Raise ValueError unless layer and pools are as the metadata says; files are read so."""

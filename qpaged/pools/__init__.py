@@ -7,6 +7,7 @@ itself, and needs no entry anywhere.
 """
 
 from qpaged.pools._exact import ExactPages
+from qpaged.pools._flat import FlatPool, as_flat, at_layer, of_all_layers
 from qpaged.pools._in_keys import ValuesInKeys
 from qpaged.pools._kinds import (
     as_quantized,
@@ -40,13 +41,16 @@ from qpaged.pools._pool import Pages, Pool, PoolBytes, SlotMapping, Slots, no_re
 
 __all__ = [
     "ExactPages",
+    "FlatPool",
     "Pages",
     "Pool",
     "PoolBytes",
     "SlotMapping",
     "Slots",
     "ValuesInKeys",
+    "as_flat",
     "as_quantized",
+    "at_layer",
     "clear_pages",
     "copy_pages",
     "count_bytes",
@@ -63,6 +67,7 @@ __all__ = [
     "mesh_of",
     "needs_implicit_args",
     "no_record_of",
+    "of_all_layers",
     "pack_pages",
     "packed",
     "packed_format",

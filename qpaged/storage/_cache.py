@@ -61,18 +61,19 @@ def save(path: str | Path, cache: PagedAttentionCache, allocator: PageAllocator 
     """
     check_type("cache", cache, PagedAttentionCache, "a qpaged.PagedAttentionCache", "give that of all layers")
     _check_whole(cache)
-    metadata = cache.views[0].metadata
+    metadata = cache.metadata
     pages = np.arange(metadata.num_pages_per_layer, dtype=np.int32)
     record: dict[str, Any] = {"qpaged": KIND, "version": VERSION, "allocator": None}
     if allocator is not None:
         check_type("allocator", allocator, PageAllocator, "a qpaged.PageAllocator", "or None")
-        if allocator.metadata != metadata:
+        if any(allocator.metadata.of_layer(layer) != view.metadata for layer, view in enumerate(cache.views)):
             raise ValueError("allocator must be that of the cache, but was made with another metadata.")
         record["allocator"] = allocator_to_record(allocator)
         pages = np.setdiff1d(pages, record["allocator"]["pages"]["free"]).astype(np.int32)
     record["metadata"] = metadata.to_dict()
     record["dtype"] = jnp.dtype(cache.views[0].key_pages.dtype).name
     record["format"] = _checked_format(cache).config
+    record["flat"] = cache.is_flat
     pages_of_file = max(1, BATCH_BYTES * metadata.num_pages_per_layer // cache.nbytes)
     batches = [pages[start : start + pages_of_file] for start in range(0, len(pages), pages_of_file)]
     record["pages"] = [batch.tolist() for batch in batches]
@@ -117,7 +118,9 @@ def _load(
         )
     metadata = PagedAttentionCacheMetaData.from_dict(record["metadata"])
     formats = metadata.quantizer or CacheFormat.from_config(record["format"])
-    cache = PagedAttentionCache.init_cache(mesh, record["dtype"], metadata, partition_manager, formats)
+    cache = PagedAttentionCache.init_cache(
+        mesh, record["dtype"], metadata, partition_manager, formats, flat=record.get("flat", False)
+    )
     cache = _loaded(cache, path, record)
     allocator = record["allocator"]
     return SavedCache(cache, None if allocator is None else allocator_of_record(metadata, allocator))
@@ -152,12 +155,15 @@ def _files(cache: PagedAttentionCache, batches: list[np.ndarray]) -> Iterator[tu
 
 def _check_whole(cache: PagedAttentionCache) -> None:
     """Raise ValueError unless all layers are there, each as its metadata says."""
-    if any(np.ndim(view.layer_index) for view in cache.views):
+    layers = [view.layer_index for view in cache.views if view.layer_index is not None]
+    if any(np.ndim(layer) for layer in layers):
         raise ValueError(
             "cache must have a view for each layer, but its layers are stacked for a scan; take them apart "
             "first: tree_map(lambda leaf: leaf[i], view)."
         )
-    views = [view.replace(layer_index=int(view.layer_index)) for view in cache.views]
+    if cache.is_flat:
+        return
+    views = [view.replace(layer_index=int(layer)) for view, layer in zip(cache.views, layers, strict=True)]
     cache.replace(views=views).check_fields()
     for view in views:
         view.check_fields()

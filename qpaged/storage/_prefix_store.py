@@ -68,7 +68,7 @@ class PrefixStore:
                 :attr:`PageChanges.evicted` lists, before the changes are applied.
 
         Raises:
-            ValueError: a page that the cache does not have.
+            ValueError: a page that the cache does not have, or a flat cache.
             OSError: a file cannot be written.
         """
         check_type("cache", cache, PagedAttentionCache, "a qpaged.PagedAttentionCache", "give the whole one")
@@ -193,7 +193,16 @@ class PrefixStore:
 
 
 def _kind_of(cache: PagedAttentionCache) -> str:
-    """Return what the pages of a cache must have in common with those of another: formats, sizes, scales."""
+    """Return what the pages of a cache must have in common with those of another: formats, sizes, scales.
+
+    Raises:
+        ValueError: the cache is flat.
+    """
+    if cache.is_flat:
+        raise ValueError(
+            "cache must have a pool for each layer, whose pages are in files of their own, but its layers "
+            "lie in one pool; make it with init_cache(..., flat=False)."
+        )
     pools_alike = []
     for name, pool in _parts.pools_of(cache):
         made_with, scales = pools.packed_format(pool), pools.static_scales(pool)

@@ -165,8 +165,8 @@ BAD_ARGUMENTS = [
     ({"backend": "gpu"}, ValueError, "takes the call, but 'gpu' declines: it "),
     ({"backend": "tpu"}, ValueError, "but 'tpu' declines: it .*"),
     ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1, .* came as 0"),
-    ({"sliding_window": 2.5}, TypeError, "sliding_window must be an integer that is known .* came as 2.5"),
-    ({"sliding_window": "2"}, TypeError, "sliding_window must be an integer that is known .* came as '2'"),
+    ({"sliding_window": 2.5}, TypeError, "sliding_window must be an integer, .* came as 2.5"),
+    ({"sliding_window": "2"}, TypeError, "sliding_window must be an integer, .* came as '2'"),
     ({"logits_soft_cap": -1.0}, ValueError, "logits_soft_cap must be from 1.18e-38 to .* came as -1.0"),
     ({"logits_soft_cap": 1e-40}, ValueError, "logits_soft_cap must be from 1.18e-38 to .* came as 1e-40"),
     ({"logits_soft_cap": 1e38}, ValueError, r"logits_soft_cap must be from .* to 1e\+30, .* came as 1e\+38"),
@@ -190,11 +190,16 @@ BAD_ARGUMENTS = [
     ({"sinks": np.array([0, 0, np.inf, 0])}, ValueError, "sinks must be logits below infinity, but .* inf"),
     ({"sinks": np.array([0, np.nan, 0, 0])}, ValueError, "sinks must be logits below infinity, but .* nan"),
     ({"sinks": np.zeros(3)}, ValueError, r"sinks must have shape \(q_heads,\) = \(4,\), .* \(3,\)"),
+    ({"sliding_window": (1, 2)}, TypeError, r"sliding_window must be an integer, .* came as \(1, 2\)"),
     (
-        {"sliding_window": (1, 2)},
-        TypeError,
-        r"sliding_window must be an integer that is known .* came as \(1, 2\)",
+        {"visible_until": [0] * 5},
+        ValueError,
+        r"visible_until must have shape .* = \(6,\), .* \(5,\); give -1",
     ),
+    ({"visible_until": [0.5] * 6}, TypeError, "visible_until must be integers, but came as float64"),
+    ({"alibi_slopes": [0.5] * 6}, ValueError, r"alibi_slopes must have shape .* = \(4,\), .* \(6,\)"),
+    ({"alibi_slopes": np.arange(4)}, TypeError, "alibi_slopes must have a real floating-point dtype, .* int"),
+    ({"alibi_slopes": [0.5, np.nan, 0, 0]}, ValueError, "alibi_slopes must be finite, but came as .*nan"),
     (
         {"metadata": None},
         TypeError,
@@ -229,12 +234,26 @@ def test_bad_arguments_are_refused(change, error, message):
         qpaged.paged_attention(arguments.pop("query"), **arguments)
 
 
-@pytest.mark.parametrize("name", ["softmax_scale", "logits_soft_cap", "sliding_window"])
-def test_an_option_that_is_traced_is_refused(name):
+TRACED = [
+    (
+        "logits_soft_cap",
+        1,
+        TypeError,
+        "logits_soft_cap must be .* that is known when .*, or let jax.lax.cond",
+    ),
+    ("softmax_scale", 1, TypeError, r"softmax_scale must be one real number, but .* int32 of shape \(\)"),
+    ("sliding_window", 1.5, TypeError, "sliding_window must be integers, but came as float32"),
+    ("sliding_window", [1, 2], ValueError, r"sliding_window must be one integer, .* \(2,\); in a scan"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "message"), TRACED)
+def test_a_traced_option_of_another_kind_is_refused(name, value, error, message):
     view, table = filled_view("int8", 2, 16)
     query, metadata = np.zeros((6, 4, 16), np.float32), decode_step(table)[0]
-    with pytest.raises(TypeError, match=f"{name} must be .* that is known when the call is traced, or None"):
-        jax.jit(lambda option: qpaged.paged_attention(query, view, metadata, **{name: option}))(1)
+    attend = jax.jit(lambda option: qpaged.paged_attention(query, view, metadata, **{name: option}))
+    with pytest.raises(error, match=message):
+        attend(jnp.asarray(value))
 
 
 @pytest.mark.parametrize("number", [2, np.float32(2), np.array(2), jnp.float32(2), jnp.bfloat16(2)])
