@@ -476,6 +476,51 @@ def generation():
     return "\n".join(lines) + "\n"
 
 
+def tpu_scan():
+    """What ``benchmarks/tpu_scan.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "tpu_scan.json").read_text())
+    chips = list(dict.fromkeys(run["chip"] for run in results["runs"]))
+    small, large = (f"{pages:,}" for pages in results["shape"]["pages"])
+    versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("jax", "libtpu"))
+    lines = [
+        f"Temporaries in MB at {small} pages a layer, and at {large} in brackets. "
+        f"{versions}, {results['date']}.",
+        "",
+        f"| format | {' | '.join(f'{chip}: one pool | stacked' for chip in chips)} |",
+        f"|---|{'--:|' * 2 * len(chips)}",
+    ]
+    for format in dict.fromkeys(run["format"] for run in results["runs"]):
+        cells = []
+        for run in results["runs"]:
+            if run["format"] == format:
+                cells.append(f"{run['flat'] / 1e6:.1f} ({run['flat_large'] / 1e6:.1f})")
+                cells.append(f"{run['stacked'] / 1e6:.1f}")
+        lines.append(f"| `{format}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def tpu_interleaved():
+    """What ``benchmarks/tpu_interleaved.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "tpu_interleaved.json").read_text())
+    chips = list(dict.fromkeys(run["chip"] for run in results["runs"]))
+    small, large = (f"{pages:,}" for pages in results["shape"]["pages"])
+    versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("jax", "libtpu"))
+    lines = [
+        f"Temporaries in MB at {small} pages, and at {large} in brackets. {versions}, {results['date']}.",
+        "",
+        f"| pool of | {' | '.join(f'{chip}: attention | write' for chip in chips)} |",
+        f"|---|{'--:|' * 2 * len(chips)}",
+    ]
+    for stored in dict.fromkeys(run["stored"] for run in results["runs"]):
+        cells = []
+        for run in results["runs"]:
+            if run["stored"] == stored:
+                for kind in ("attention", "write"):
+                    cells.append(f"{run[kind] / 1e6:.2f} ({run[f'{kind}_large'] / 1e6:.2f})")
+        lines.append(f"| {stored} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def tpu_ragged():
     """What ``benchmarks/tpu_compile.py --ragged`` left, as a Markdown table."""
     return tpu_compile("tpu_ragged.json")
@@ -640,6 +685,8 @@ TABLES = {
     "generation.md": generation,
     "tpu_compile.md": tpu_compile,
     "tpu_ragged.md": tpu_ragged,
+    "tpu_scan.md": tpu_scan,
+    "tpu_interleaved.md": tpu_interleaved,
     "ragged.md": ragged,
     "save_load.md": save_load,
     "latent_attention.md": latent_attention,

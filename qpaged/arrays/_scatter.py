@@ -31,6 +31,25 @@ def scatter_rows(
     return lax.scatter(operand, index, rows.astype(operand.dtype), numbers, mode=DROP)
 
 
+def scatter_heads(
+    operand: jax.Array,  # [kv_heads, pages, page_size, head_dim]
+    index: jax.Array,  # [rows, 2], page and slot
+    rows: jax.Array,  # [rows, kv_heads, head_dim]
+) -> jax.Array:
+    """Return what :func:`scatter_rows` does of a pool, by a row for each head.
+
+    For rows of all heads XLA on TPUs may lay a pool out anew, heads inmost, at every step of a loop.
+    """
+    heads, pages, page_size, head_dim = operand.shape
+    page, slot = index[:, 0], index[:, 1]
+    inside = (page >= 0) & (page < pages) & (slot >= 0) & (slot < page_size)
+    head_start = jnp.arange(heads, dtype=jnp.int32) * (pages * page_size)
+    target = head_start + (page * page_size + slot)[:, None]  # [rows, kv_heads]
+    target = jnp.where(inside[:, None], target, heads * pages * page_size)
+    flat = operand.reshape(-1, head_dim)
+    return flat.at[target].set(rows, mode="drop").reshape(operand.shape)
+
+
 def gather_rows(
     operand: jax.Array,
     axes: Axes,

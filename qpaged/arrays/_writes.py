@@ -15,7 +15,7 @@ from qpaged.arrays._indices import clip_to_int32
 from qpaged.arrays._packing import insert_codes, pack
 from qpaged.arrays._quantized import BlockParts, QuantizedArray
 from qpaged.arrays._read_format import channels_matter
-from qpaged.arrays._scatter import Axes, gather_rows, group_by_block, scatter_rows
+from qpaged.arrays._scatter import Axes, gather_rows, group_by_block, scatter_heads, scatter_rows
 
 PAGE_AND_SLOT: Axes = (1, 2)  # of a pool's codes; of its scales, page and block within the page
 
@@ -55,7 +55,10 @@ def write_rows(array: Any, axes: Sequence[int], coordinates: Sequence[jax.Array]
     if index.shape[0] == 0:
         return array
     if not isinstance(array, QuantizedArray):
-        return scatter_rows(array, axes, index, jnp.asarray(rows).astype(array.dtype))
+        rows = jnp.asarray(rows).astype(array.dtype)
+        if axes == PAGE_AND_SLOT and array.ndim == 4:
+            return by_platform(array, index, rows, default=_scatter_slots_of_plain, tpu=scatter_heads)
+        return scatter_rows(array, axes, index, rows)
     if not is_writable(array):
         raise ValueError(
             f"array must be as {array.quantizer} stores it, but came as a lazy read of such an array; "
@@ -240,6 +243,11 @@ def _scatter_slots_on_tpu(array: QuantizedArray, index: jax.Array, codes: jax.Ar
     pages, page_of_row = group_by_block(index[:, :1], array.shape[1:2])
     packed = pack(codes, array.quantizer.bits, array.channel_axis)
     return _tpu_write.write(array, pages[:, 0], page_of_row, index[:, 1], packed)
+
+
+def _scatter_slots_of_plain(pool: jax.Array, index: jax.Array, rows: jax.Array) -> jax.Array:
+    """Return a plain pool with ``rows`` put at (page, slot)."""
+    return scatter_rows(pool, PAGE_AND_SLOT, index, rows)
 
 
 def _put_parts(

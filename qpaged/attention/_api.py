@@ -31,7 +31,7 @@ from qpaged.attention._ragged import RaggedTokens, split
 from qpaged.attention._token_groups import TokenGroup, checked_mask, token_groups
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.implicit import use_implicit_args
-from qpaged.pools import Pages
+from qpaged.pools import Pages, ValuesInKeys
 
 
 def attention_backends(
@@ -216,7 +216,9 @@ def _pools_read(view: PagedAttentionCacheView) -> tuple[Pages, Pages]:
 
     Page tables name pages of the latter then; see :func:`token_groups`.
     """
-    values = view.key_pages if view.metadata.values_in_keys else view.value_pages
+    values = view.value_pages
+    if isinstance(values, ValuesInKeys):
+        values = pools.values_within(view.key_pages)
     if pools.as_flat(view.key_pages) is None:
         return view.key_pages, values
     return view.key_pages.pages, values.pages

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from qpaged import arrays, pools
 from qpaged._arguments import shown
 from qpaged._compat import spec_axes
+from qpaged._eager import any_traced
 from qpaged.cache._sharding import EMPTY, KV_HEAD, MODE, PartitionManager, Resolver, leaf_spec
 from qpaged.formats import ExactFormat, PoolQuantizer, Quantizer, get_quantizer
 from qpaged.pools import ExactPages, Pages
@@ -199,7 +200,7 @@ class NarrowFloatPoolWarning(UserWarning):
 def warn_of_narrow_floats(*all_pages: Pages) -> None:
     """Warn, once, of plain pools that XLA on CPU copies whole at every write and read."""
     for pages in all_pages:
-        if not pools.is_narrow_float(pages) or isinstance(pages, jax.core.Tracer):
+        if not pools.is_narrow_float(pages) or any_traced(pages):
             continue
         device = next(iter(jax.tree_util.tree_leaves(pages)[0].devices()))
         if device.platform == "cpu":

@@ -21,6 +21,7 @@ DECIDING = (
     "kv_head_dim_size",
     "value_dim",
     "values_in_keys",
+    "layer_sizes",
     "dtype",
 )
 """What of a cache's metadata decides what is in a page, beside the format."""

@@ -436,6 +436,8 @@ class PagedAttentionCacheView(Serializable):
         config = self.metadata
         keys, values = checked_keys_and_values(key, value, len(step.position), config, position_name)
         mapping = slot_mapping(step, config.page_size, config.num_pages_per_layer)
+        if isinstance(self.value_pages, ValuesInKeys):
+            return self.replace(key_pages=pools.write_both(self.key_pages, mapping, keys, values))
         view = self.replace(key_pages=pools.write_slots(self.key_pages, mapping, keys))
         if values is None:
             return view

@@ -19,8 +19,11 @@ The ragged kernel's own quantized pages have one scale for all keys and one for 
 ``fp8_e4m3:tensor`` do; codes of these are kept, too.
 
 For these, use :func:`interleaved_pages`, which decodes them, or :func:`qpaged.paged_attention`.
+
+:func:`interleaved_view` goes the other way: it makes a view of a pool that an engine for TPUs has allocated.
 """
 
+from qpaged.interop._interleaved import interleaved_shape, interleaved_view
 from qpaged.interop._pages import (
     ScaledInterleavedPages,
     ScaledPages,
@@ -37,6 +40,8 @@ __all__ = [
     "ScaledPages",
     "decode_sequences",
     "interleaved_pages",
+    "interleaved_shape",
+    "interleaved_view",
     "quantized_tensors",
     "ragged_sequences",
     "scaled_interleaved_pages",

@@ -9,6 +9,7 @@ itself, and needs no entry anywhere.
 from qpaged.pools._exact import ExactPages
 from qpaged.pools._flat import FlatPool, as_flat, at_layer, of_all_layers
 from qpaged.pools._in_keys import ValuesInKeys
+from qpaged.pools._interleaved import InterleavedPages
 from qpaged.pools._kinds import (
     as_quantized,
     clear_pages,
@@ -33,8 +34,10 @@ from qpaged.pools._kinds import (
     static_scales,
     take_pages,
     to_record,
+    values_within,
     with_packed,
     with_static_scales,
+    write_both,
     write_slots,
 )
 from qpaged.pools._pool import Pages, Pool, PoolBytes, SlotMapping, Slots, no_record_of
@@ -42,6 +45,7 @@ from qpaged.pools._pool import Pages, Pool, PoolBytes, SlotMapping, Slots, no_re
 __all__ = [
     "ExactPages",
     "FlatPool",
+    "InterleavedPages",
     "Pages",
     "Pool",
     "PoolBytes",
@@ -75,7 +79,9 @@ __all__ = [
     "static_scales",
     "take_pages",
     "to_record",
+    "values_within",
     "with_packed",
     "with_static_scales",
+    "write_both",
     "write_slots",
 ]

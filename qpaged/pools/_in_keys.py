@@ -1,4 +1,4 @@
-"""Values that are a part of the keys, as in multi-head latent attention: a pool that holds nothing."""
+"""Values that lie in the pool of keys, as in multi-head latent attention: a pool that holds nothing."""
 
 import dataclasses
 import functools
@@ -16,9 +16,10 @@ from qpaged.pools._pool import Pool, PoolBytes, SlotMapping
 @functools.partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["shape", "dtype"])
 @dataclass(frozen=True)
 class ValuesInKeys(Pool):
-    """What stands for a pool of values where a slot's values are the first channels of its keys.
+    """What stands for a pool of values where values lie in the pool of keys.
 
-    A pytree without leaves. Attention reads the keys in its place.
+    A pytree without leaves. Attention reads :meth:`Pool.values_within` of the keys in its place: of most
+    kinds the keys themselves, whose first channels are the values.
 
     Attributes:
         shape: static; (kv_heads, pages, page_size, channels that are values).

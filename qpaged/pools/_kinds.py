@@ -40,6 +40,22 @@ def write_slots(
     return _pool_of(pages).write_slots(SlotMapping(*slot_mapping), rows)
 
 
+@compiled_if_eager()
+def write_both(
+    pages: Pages,
+    slot_mapping: SlotMapping,
+    keys: jax.Array,  # [tokens, kv_heads, head_dim]
+    values: jax.Array | None,  # [tokens, kv_heads, head_dim], if they are no part of the keys
+) -> Pages:
+    """Return a pool of keys, within which values lie too, with both written at (page, slot)."""
+    return _pool_of(pages).write_both(slot_mapping, keys, values)
+
+
+def values_within(pages: Pages) -> Pages:
+    """Return the pool that attention reads as values, where they lie within these pages of keys."""
+    return pages.values_within() if isinstance(pages, Pool) else pages
+
+
 def gather_slots(
     pages: Pages,
     indices: jax.Array,  # [n]

@@ -93,6 +93,17 @@ class Pool(abc.ABC):
     def write_slots(self, mapping: SlotMapping, rows: jax.Array) -> Pages:
         """Return the pages with ``rows`` (tokens, kv_heads, head_dim) written; out of range is dropped."""
 
+    def write_both(self, mapping: SlotMapping, keys: jax.Array, values: jax.Array | None) -> Pages:
+        """Return pages, within which values lie too, with keys and values written.
+
+        Of most kinds values are a part of the keys, and there are none but these.
+        """
+        return self.write_slots(mapping, keys)
+
+    def values_within(self) -> Pages:
+        """Return the pool that attention reads as values, where they lie within these pages of keys."""
+        return self
+
     @abc.abstractmethod
     def gather_slots(self, indices: jax.Array) -> Slots:
         """Return the slots (kv_heads, n * page_size, head_dim) of pages (n,); zeros where out of range."""
