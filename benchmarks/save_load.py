@@ -2,9 +2,10 @@
 
     python benchmarks/save_load.py --out benchmarks/results/save_load.json
 
-The plain files have the sizes of a save's own, and are brought to the disk one by one as they are. Both take
-turns; times are medians. What is read was just written, and comes from the system's memory. Memory is what
-the process has at most while it saves or loads, beyond what it had before: a load makes the cache.
+The plain files have the sizes of a save's own, and are brought to the disk one by one as they are, before
+those of the turn before are removed, as a save does. Both take turns; times are medians. What is read was
+just written, and comes from the system's memory. Memory is what the process has at most while it saves or
+loads, beyond what it had before: a load makes the cache.
 """
 
 import argparse
@@ -79,17 +80,20 @@ def timed(call: Callable[[], object]) -> tuple[float, int]:
 
 
 def write_plain(folder: Path, data: bytes, files: int) -> None:
-    """Write files as a save does, without digests and names."""
-    for index in range(files):
-        with (folder / str(index)).open("wb") as file:
+    """Write files as a save does, without digests: new ones first, and then the old ones are removed."""
+    old = list(folder.iterdir())
+    for _ in range(files):
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+    for path in old:
+        path.unlink()
 
 
-def read_plain(folder: Path, files: int) -> int:
+def read_plain(folder: Path) -> int:
     """Read them, and return their bytes."""
-    return sum(len((folder / str(index)).read_bytes()) for index in range(files))
+    return sum(len(path.read_bytes()) for path in folder.iterdir())
 
 
 def measure(spelling: str, size: int, folder: Path) -> dict[str, object]:
@@ -104,7 +108,7 @@ def measure(spelling: str, size: int, folder: Path) -> dict[str, object]:
         "save": lambda: qpaged.save(saved, cache),
         "write": lambda: write_plain(plain, data, files),
         "load": lambda: jax.block_until_ready(qpaged.load(saved).cache),
-        "read": lambda: read_plain(plain, files),
+        "read": lambda: read_plain(plain),
     }
     for call in calls.values():
         call()  # compiles

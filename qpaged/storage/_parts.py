@@ -1,5 +1,6 @@
 """The arrays of a cache by names: those with a place for each page, and those beside them."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -163,14 +164,23 @@ def _without_packed(pool: Pages) -> Any:
 
 def _leaves_by_page(taken: Any) -> dict[str, Any]:
     """Return the leaves of taken pages that have a place for each."""
+    leaves, tree = jax.tree_util.tree_flatten(taken)
+    kinds = tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
+    return {name: leaves[index] for name, index in _names_by_page(tree, kinds)}
+
+
+@functools.lru_cache(maxsize=256)  # a pool is asked once for each file of its pages
+def _names_by_page(tree: jax.tree_util.PyTreeDef, kinds: tuple[Kind, ...]) -> list[tuple[str, int]]:
+    """Return the name and the number of each leaf of taken pages that has a place for each."""
+    taken = jax.tree_util.tree_unflatten(tree, [jax.ShapeDtypeStruct(*kind) for kind in kinds])
     more = jax.eval_shape(_take, taken, jax.ShapeDtypeStruct((taken.shape[PAGE_AXIS] + 1,), jnp.int32))
     flat, _ = jax.tree_util.tree_flatten_with_path(taken)
     longer = jax.tree_util.tree_leaves(more)
-    return {
-        _name(path): leaf
-        for (path, leaf), other in zip(flat, longer, strict=True)
+    return [
+        (_name(path), index)
+        for index, ((path, leaf), other) in enumerate(zip(flat, longer, strict=True))
         if leaf.shape != other.shape
-    }
+    ]
 
 
 def _name(path: Any) -> str:
