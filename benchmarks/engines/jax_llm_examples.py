@@ -7,6 +7,9 @@ Its Llama 3 and its serving loop are untouched; `docs/examples/jax_llm_examples_
 pages to decode on. It answers the same prompts greedily on each. Its own pages have a kernel for GPUs alone:
 on CPU, what it is compared with is its contiguous cache. The model's norms round to bfloat16, so that the
 last bit of a sum may change a token; they are replaced by norms that do not, but for the last pair of runs.
+
+KL is of the model's next-token distributions on pages of a format, to those on plain pages, whose tokens are
+its own: over the answers of the first run, token by token, on empty pages at first.
 """
 
 import argparse
@@ -106,6 +109,36 @@ def exact_norm(x: jax.Array, gamma: jax.Array) -> jax.Array:
     return gamma * x / jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2, axis=-1, keepdims=True) + 1e-6)
 
 
+def make_pages(config, quantizer: str):
+    """Return the loop's paged cache with pages of a format."""
+    paged = model.PagedKVCache.init(jax.random.key(0), config, ROWS, ROWS * CONTEXT // PAGE_SIZE, PAGE_SIZE)
+    return jax_llm_examples_pages.pages_of(None if quantizer == "plain" else quantizer, paged, config)
+
+
+def predictions(config, weights, texts: np.ndarray, quantizer: str) -> np.ndarray:
+    """Return the log-probabilities [rows, tokens, vocabulary] of what follows each token of texts."""
+
+    @partial(jax.jit, donate_argnames=("cache",))
+    def forward(inputs, weights, cache):
+        logits, cache = model.forward(inputs, jnp.ones_like(inputs), weights, config, cache)
+        return jax.nn.log_softmax(logits[:, 0].astype(jnp.float32)), cache
+
+    rows = []
+    with jax.sharding.set_mesh(config.mesh):
+        cache = make_pages(config, quantizer)
+        for tokens in texts.T:
+            log_probabilities, cache = forward(jnp.asarray(tokens[:, None]), weights, cache)
+            rows.append(np.asarray(log_probabilities))
+    return np.stack(rows, axis=1)
+
+
+def mean_kl(reference: np.ndarray, other: np.ndarray, is_answer: np.ndarray) -> tuple[float, float]:
+    """Return the mean KL over tokens of answers, and the standard error of the means of rows."""
+    of_tokens = (np.exp(reference) * (reference - other)).sum(axis=-1)
+    of_rows = [of_row[mask].mean() for of_row, mask in zip(of_tokens, is_answer, strict=True)]
+    return float(of_tokens[is_answer].mean()), float(np.std(of_rows, ddof=1) / len(of_rows) ** 0.5)
+
+
 def answers(config, weights, tokenizer, quantizer: str | None) -> tuple[list[list[int]], int]:
     """Return what the loop says after each prompt, and the bytes of the cache that it decodes on.
 
@@ -121,12 +154,10 @@ def answers(config, weights, tokenizer, quantizer: str | None) -> tuple[list[lis
         if quantizer is None:
             decode_cache = utils.AttentionWrapper(model.KVCache.init(key, config, ROWS), *own)
         else:
-            paged = model.PagedKVCache.init(key, config, ROWS, ROWS * CONTEXT // PAGE_SIZE, PAGE_SIZE)
-            pages = jax_llm_examples_pages.pages_of(
-                None if quantizer == "plain" else quantizer, paged, config
-            )
             decode_cache = utils.AttentionWrapper(
-                pages, jax_llm_examples_pages.get_sequence, jax_llm_examples_pages.insert_sequences
+                make_pages(config, quantizer),
+                jax_llm_examples_pages.get_sequence,
+                jax_llm_examples_pages.insert_sequences,
             )
     total = sum(leaf.nbytes for leaf in jax.tree.leaves((decode_cache.cache.k, decode_cache.cache.v)))
 
@@ -172,6 +203,8 @@ def main() -> None:
         "runs": runs,
     }
     reference: list[list[int]] = []
+    prompts = [tokenizer.encode(prompt.encode()).ids.tolist() for prompt in PROMPTS]
+    texts = is_answer = plain = np.zeros(0)
     for name, rounds in [
         *((name, False) for name in (OWN, *arguments.formats)),
         (OWN, True),
@@ -181,13 +214,22 @@ def main() -> None:
         norms = contextlib.nullcontext() if rounds else mock.patch.object(model, "rms_norm", exact_norm)
         with jax_llm_examples_pages.qpaged_attention(), norms:
             said, total = answers(config, weights, tokenizer, None if name == OWN else name)
-        if name == OWN:
-            reference = said
+            if name == OWN:
+                reference = said
+                whole = [prompt + answer for prompt, answer in zip(prompts, said, strict=True)]
+                texts = np.asarray([text[: min(map(len, whole))] for text in whole], np.int32)
+                is_answer = np.arange(texts.shape[1]) >= np.asarray([[len(prompt) - 1] for prompt in prompts])
+            kl = None
+            if name != OWN and not rounds:
+                predicted = predictions(config, weights, texts, name)
+                plain = predicted if name == "plain" else plain
+                kl = mean_kl(plain, predicted, is_answer)
         same = [np.mean(np.asarray(a) == np.asarray(b)) for a, b in zip(reference, said, strict=True)]
         run = {
             "pages": name,
             "norms_round": rounds,
             "same_tokens": float(np.mean(same)),
+            "kl": kl,
             "bytes": total,
             "sequences_in_a_gibibyte": int(MEMORY * ROWS / total),
         }
