@@ -330,6 +330,23 @@ def with_auto_axes(fun: Callable[..., Any], out_shardings: Pytree) -> Callable[.
     return jax.sharding.auto_axes(fun, axes=tuple(axes), out_sharding=out_shardings)
 
 
+def current_mesh() -> jax.sharding.AbstractMesh | None:
+    """Return the mesh that programs are in, by `jax.set_mesh` or within shard_map; None if there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def manual_axes() -> frozenset[str]:
+    """Return the mesh axes that a shard_map around this divides already."""
+    mesh = current_mesh()
+    return frozenset() if mesh is None else frozenset(mesh.manual_axes)
+
+
+def is_explicit(mesh: jax.sharding.AbstractMesh) -> bool:
+    """Return True if any axis of a mesh is Explicit."""
+    return jax.sharding.AxisType.Explicit in mesh.axis_types
+
+
 def reshard_primitives() -> list[Primitive]:
     """Return the primitive of `jax.sharding.reshard`, which JAX exports nowhere; none where it has none."""
     if not has_explicit_meshes() or not hasattr(jax.sharding, "reshard"):

@@ -28,8 +28,10 @@ from qpaged.attention._merge import Partial, merge, with_sinks
 from qpaged.attention._new_tokens import NewPages, NewTokens, attend_new, before_new
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.attention._ragged import RaggedTokens, split
-from qpaged.attention._token_groups import TokenGroup, checked_mask, token_groups
+from qpaged.attention._token_groups import StepCall, TokenGroup, checked_mask, step_calls, token_group
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
+from qpaged.cache._placement import group_index
+from qpaged.cache._view import here
 from qpaged.implicit import use_implicit_args
 from qpaged.pools import Pages, ValuesInKeys
 
@@ -71,9 +73,10 @@ def attention_backends(
         query = as_array("query", query)
         check_dimensions(query)
         _, mask = checked_mask(query, sliding_window, visible_until, alibi_slopes)
-        keys, values = _pools_read(view)
-        for group in token_groups(query, view, metadata, mask):
-            for tokens in group.parts():
+        for call in step_calls(query, view, metadata, mask):
+            local, call = _on_one_device(here(view), call)
+            keys, values = _pools_read(local)
+            for tokens in token_group(local, call).parts():
                 calls.append(_untransformed_call(tokens, pools.packed(keys), pools.packed(values)))
         traced_backends.append(_backends.list_backends(calls))
 
@@ -190,17 +193,21 @@ def paged_attention(
     if isinstance(softmax_scale, jax.core.Tracer):
         query, softmax_scale = scaled_query(query, softmax_scale), 1.0
     window, mask = checked_mask(query, sliding_window, visible_until, alibi_slopes)
-    groups = token_groups(query, view, metadata, mask, new)
-    options = checked_options(view, softmax_scale, window, logits_soft_cap)
     if sinks is not None:
         sinks = checked_sinks(sinks, query.shape[1])
+    calls = step_calls(query, view, metadata, mask, sinks, new)
+    options = checked_options(view.metadata, softmax_scale, window, logits_soft_cap)
     method = Method(backend, options, jnp.dtype(jnp.float32) if return_lse else query.dtype)
     channels = view.metadata.value_dim
-    if not groups:
+    if not calls:
         out = jnp.zeros_like(query, method.dtype, shape=(*query.shape[:2], channels))
         return (out, jnp.full_like(query[..., 0], -jnp.inf, jnp.float32)) if return_lse else out
     try:
-        out, lse = _attend_pools(method, *_pools_read(view), groups, sinks)
+        if view.placement is not None and view.placement.is_open:
+            partials = [attend_over_devices(method, view, call) for call in calls]
+            out, lse = (jnp.concatenate(of_each) for of_each in zip(*partials, strict=True))
+        else:
+            out, lse = attend_here(method, here(view), calls)
     except ValueError as error:
         if "Only interpret mode is supported" not in str(error):  # JAX's words for a kernel on CPU
             raise
@@ -236,6 +243,55 @@ class Method(NamedTuple):
     backend: str | None
     options: Options
     dtype: np.dtype
+
+
+def attend_here(method: Method, view: PagedAttentionCacheView, calls: list[StepCall]) -> Partial:
+    """Return the attention of the calls, one after the other, by the device that this is."""
+    keys, values = _pools_read(view)
+    method = method._replace(options=dataclasses.replace(method.options, num_pages=keys.shape[1]))
+    groups = [token_group(view, call) for call in calls]
+    return _attend_pools(method, keys, values, groups, calls[0].sinks)
+
+
+@compiled_if_eager(static_argnums=(0,))
+def attend_over_devices(method: Method, view: PagedAttentionCacheView, call: StepCall) -> Partial:
+    """Return the attention of a call, each device attending with its own heads to its own sequences."""
+    placement = view.placement
+    assert placement is not None  # or it would not be called
+    pair, tree = jax.tree_util.tree_flatten((view.key_pages, view.value_pages))
+    groups = placement.open_groups
+
+    def attend(pair: list[jax.Array], call: StepCall) -> Partial:
+        keys, values = jax.tree_util.tree_unflatten(tree, pair)
+        local = here(view.replace(key_pages=keys, value_pages=values, placement=None))
+        index = group_index(groups)
+        own = call._replace(step=call.step.of_group(index))
+        partial = attend_here(method, local, [own])
+        if call.step.group is None or index is None:
+            return partial
+        is_own = call.step.group == index  # all others have zeros
+        return Partial(*(jax.lax.psum(jnp.where(is_own, part, 0), groups) for part in partial))
+
+    rows = placement.row_specs(call.step)
+    specs = (placement.pool_specs(pair), call.specs(placement))
+    return placement.run(attend, (pair, call), specs, Partial(rows, rows))  # type: ignore[arg-type]
+
+
+def _on_one_device(view: PagedAttentionCacheView, call: StepCall) -> tuple[PagedAttentionCacheView, StepCall]:
+    """Return shapes of a view and of a call as each device has them; of their values nothing is said."""
+    placement = view.placement
+    if placement is None or not placement.is_open:
+        return view, call
+
+    def local(spec: PartitionSpec, array: jax.Array) -> jax.Array:
+        return jnp.zeros(placement.local_shape(spec, array.shape), array.dtype)
+
+    pair, tree = jax.tree_util.tree_flatten((view.key_pages, view.value_pages))
+    parts = [local(*part) for part in zip(placement.pool_specs(pair), pair, strict=True)]
+    keys, values = jax.tree_util.tree_unflatten(tree, parts)
+    view = here(view.replace(key_pages=keys, value_pages=values, placement=None))
+    call = jax.tree_util.tree_map(local, call.specs(placement), call)
+    return view, call._replace(step=call.step.of_group(None))
 
 
 @compiled_if_eager(static_argnums=(0,))

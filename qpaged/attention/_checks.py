@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from qpaged import pools
 from qpaged._arguments import as_array, shown
 from qpaged.arrays import dtype_of_floats
 from qpaged.attention._new_tokens import NewTokens, are_consecutive
 from qpaged.attention._options import Options
-from qpaged.cache import PagedAttentionCacheMetaData, PagedAttentionCacheView
+from qpaged.cache import PagedAttentionCacheMetaData
 from qpaged.cache._config import LARGEST_INDEX
 from qpaged.cache._slot_mapping import as_indices
 
@@ -33,10 +32,11 @@ def check_dimensions(query: jax.Array) -> None:
         )
 
 
-def check_query(query: jax.Array, count: int | None, config: PagedAttentionCacheMetaData) -> None:
+def check_query(
+    query: jax.Array, count: int | None, config: PagedAttentionCacheMetaData, kv_heads: int
+) -> None:
     """Raise unless the query has ``count`` tokens, any number if None, of the cache's head size."""
     tokens, q_heads, head_dim = query.shape
-    kv_heads = config.num_kv_heads
     fault = None
     if count not in (None, tokens):
         fault = f"a row for each of the {count} tokens of the metadata, but has {tokens} rows"
@@ -98,11 +98,9 @@ def checked_slopes(slopes: ArrayLike, q_heads: int) -> jax.Array:
 
 
 def checked_options(
-    view: PagedAttentionCacheView, scale: ArrayLike | None, window: int | None, cap: float | None
+    config: PagedAttentionCacheMetaData, scale: ArrayLike | None, window: int | None, cap: float | None
 ) -> Options:
     """Return the options of a call, or raise what is wrong with one."""
-    flat, config = pools.as_flat(view.key_pages), view.metadata
-    num_pages = config.num_pages_per_layer if flat is None else flat.pages.shape[1]
     scale = 1 / math.sqrt(config.kv_head_dim_size) if scale is None else _as_float("softmax_scale", scale)
     if not abs(scale) <= LARGEST_SCALE:  # nor NaN
         raise ValueError(
@@ -116,7 +114,7 @@ def checked_options(
                 f"logits_soft_cap must be from {LEAST_CAP:.3g} to {LARGEST_CAP}, as float32 loses scores "
                 f"over any other, but came as {cap}; None is for no cap."
             )
-    return Options(scale, window, cap, num_pages)
+    return Options(scale, window, cap, config.num_pages_per_layer)
 
 
 def scaled_query(query: jax.Array, scale: jax.Array) -> jax.Array:

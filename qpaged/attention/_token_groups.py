@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from qpaged import pools
@@ -23,6 +24,9 @@ from qpaged.attention._ragged import RaggedTokens, split
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.cache._config import LARGEST_INDEX
 from qpaged.cache._metadata import check_step
+from qpaged.cache._placement import Placement
+from qpaged.cache._step_tokens import StepTokens
+from qpaged.cache._view import here
 
 
 class Mask(NamedTuple):
@@ -38,15 +42,15 @@ class Mask(NamedTuple):
     until: jax.Array | None = None
     slopes: jax.Array | None = None
 
-    def span(self, position: jax.Array, here: slice, slots: int) -> Span | None:
-        """Return what the tokens ``here``, at positions [n], see of so many slots; None if options say it."""
+    def span(self, position: jax.Array, slots: int) -> Span | None:
+        """Return what tokens at these positions see of so many slots; None if options say it."""
         if self.window is None and self.until is None:
             return None
         first, last = jnp.zeros_like(position), position
         if self.window is not None:
             first = jnp.maximum(position - (jnp.maximum(self.window, 1) - 1), 0)
         if self.until is not None:
-            further = jnp.maximum(position, jnp.minimum(self.until[here], slots - 1))
+            further = jnp.maximum(position, jnp.minimum(self.until, slots - 1))
             last = jnp.where(position >= 0, further, -1)
         return Span(first, last)
 
@@ -88,42 +92,87 @@ class TokenGroup(NamedTuple):
         return batch.rows, batch.runs
 
 
-def token_groups(
-    query: jax.Array,
+class StepCall(NamedTuple):
+    """The attention of the tokens of a step that are of one kind: what is asked, and of which tokens.
+
+    Attributes:
+        step: the tokens.
+        query: [tokens, q_heads, head_dim].
+        new: keys and values of the tokens; None if the cache holds these.
+        mask: what they see; ``until`` is of these tokens.
+        sinks: [q_heads] float32, or None.
+    """
+
+    step: StepTokens
+    query: jax.Array
+    new: NewTokens | None
+    mask: Mask
+    sinks: jax.Array | None
+
+    def specs(self, placement: Placement) -> "StepCall":
+        """Return how the arrays are divided over devices."""
+        rows, heads = placement.row_specs(self.step), PartitionSpec(placement.open_heads)
+        mask = Mask(
+            None if self.mask.window is None else PartitionSpec(),  # type: ignore[arg-type]
+            None if self.mask.until is None else PartitionSpec(rows[0]),  # type: ignore[arg-type]
+            None if self.mask.slopes is None else heads,  # type: ignore[arg-type]
+        )
+        new = None if self.new is None else NewTokens(rows, rows)  # type: ignore[arg-type]
+        sinks = None if self.sinks is None else heads
+        return StepCall(self.step.specs(placement.open_groups), rows, new, mask, sinks)  # type: ignore[arg-type]
+
+
+def step_calls(
+    query: jax.Array,  # [tokens, q_heads, head_dim]
     view: PagedAttentionCacheView,
     metadata: PagedAttentionMetadata,
     mask: Mask,
+    sinks: jax.Array | None = None,  # [q_heads]
     new: tuple[ArrayLike, ArrayLike | None] | None = None,
-) -> list[TokenGroup]:
-    """Return the tokens of the prefill, of the decode and of the ragged batch, as there are."""
+) -> list[StepCall]:
+    """Return the calls of the prefill, of the decode and of the ragged batch, as there are, checked."""
     advice = "give cache.views[i], the view of layer i"
     check_type("view", view, PagedAttentionCacheView, "a qpaged.PagedAttentionCacheView", advice)
     check_step(metadata)
-    config = view.metadata
-    steps = metadata.steps()
-    check_query(query, sum(len(step.position) for step in steps) if steps else None, config)
-    new_tokens = None if new is None else checked_new(new, len(query), config)
-    groups: list[TokenGroup] = []
-    flat, start = pools.as_flat(view.key_pages), 0
+    view = here(view)
+    placement = view.placement
+    groups = 1 if placement is None else placement.num_groups
+    steps = [step.divided(groups) for step in metadata.steps()]
+    stored_heads = view.key_pages.shape[0]
+    check_query(
+        query, sum(len(step.position) for step in steps) if steps else None, view.metadata, stored_heads
+    )
+    new_tokens = None if new is None else checked_new(new, len(query), view.metadata)
+    if new_tokens is not None and placement is not None:
+        new_tokens = NewTokens(*(placement.repeat_heads(rows, stored_heads) for rows in new_tokens))
+    calls: list[StepCall] = []
+    start = 0
     for step in steps:
-        table = step.table[:, : LARGEST_INDEX // config.page_size]  # no int32 position lies further
-        slots = table.shape[1] * config.page_size
-        position = jnp.where(step.position < slots, step.position, -1)
-        if flat is not None:
-            table = flat.place(table)
-        here = slice(start, start + len(position))
-        start = here.stop
-        span = mask.span(position, here, slots)
-        if span is not None and new is None and mask.window is None and mask.slopes is None:
-            position, span = span.last, None  # those of causal queries that are further on, as kernels know
-        own = None if new_tokens is None else NewTokens(new_tokens.key[here], new_tokens.value[here])
-        if own is not None and not step.is_decode:
-            check_consecutive(position, step.starts)
-        if step.starts is not None:
-            ragged = RaggedTokens(query[here], position, table, step.starts, span, mask.slopes)
-            groups.append(TokenGroup(ragged, own))
-            continue
-        no_end = np.full(len(table), LARGEST_INDEX, np.int32)  # of NumPy, which dispatches nothing
-        tokens = QueryTokens(query[here], position, table, no_end, span, mask.slopes)  # type: ignore[arg-type]
-        groups.append(TokenGroup(tokens, own))
-    return groups
+        tokens = slice(start, start + len(step.position))
+        start = tokens.stop
+        own = None if new_tokens is None else NewTokens(new_tokens.key[tokens], new_tokens.value[tokens])
+        if own is not None and not step.is_decode and groups == 1:
+            check_consecutive(step.position, step.starts)
+        until = None if mask.until is None else mask.until[tokens]
+        calls.append(StepCall(step, query[tokens], own, mask._replace(until=until), sinks))
+    return calls
+
+
+def token_group(view: PagedAttentionCacheView, call: StepCall) -> TokenGroup:
+    """Return the queries of a call as the view's own device has them."""
+    config, step, mask = view.metadata, call.step, call.mask
+    table = step.table[:, : LARGEST_INDEX // config.page_size]  # no int32 position lies further
+    slots = table.shape[1] * config.page_size
+    flat = pools.as_flat(view.key_pages)
+    if flat is not None:
+        table = flat.place(table)
+    position = jnp.where(step.position < slots, step.position, -1)
+    span = mask.span(position, slots)
+    if span is not None and call.new is None and mask.window is None and mask.slopes is None:
+        position, span = span.last, None  # those of causal queries that are further on, as kernels know
+    if step.starts is not None:
+        ragged = RaggedTokens(call.query, position, table, step.starts, span, mask.slopes)
+        return TokenGroup(ragged, call.new)
+    no_end = np.full(len(table), LARGEST_INDEX, np.int32)  # of NumPy, which dispatches nothing
+    tokens = QueryTokens(call.query, position, table, no_end, span, mask.slopes)  # type: ignore[arg-type]
+    return TokenGroup(tokens, call.new)

@@ -1,5 +1,6 @@
 """Fresh pools: how one is made, of how many bytes, and on which devices."""
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from qpaged import arrays, pools
 from qpaged._arguments import shown
 from qpaged._compat import spec_axes
 from qpaged._eager import any_traced
+from qpaged.cache._placement import Placement
 from qpaged.cache._sharding import EMPTY, KV_HEAD, MODE, PartitionManager, Resolver, leaf_spec
 from qpaged.formats import ExactFormat, PoolQuantizer, Quantizer, get_quantizer
 from qpaged.pools import ExactPages, Pages
@@ -107,6 +109,11 @@ def allocate_pages(
 ) -> Pages:
     """Return a fresh pool on the mesh's devices, or on the default device where there is no mesh."""
     shape = tuple(shape)
+    placement = Placement.of(mesh, manager, shape)
+    if placement is not None and mesh is not None:
+        return _allocate_over_devices(
+            placement, mesh, (quantizer, _local(placement, shape), dtype, sequences)
+        )
     spec = pages_spec(shape, mesh, manager)
     shardings = None
     if mesh is not None:
@@ -114,6 +121,46 @@ def allocate_pages(
     # Static arguments of one function: the pools of all layers share a compilation.
     fresh = jax.jit(fresh_pages, static_argnums=(0, 1, 2, 3, 4), out_shardings=shardings)
     return fresh(quantizer, shape, dtype, sequences, spec)
+
+
+def _local(placement: Placement, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of what one device holds of a pool whose pages are those of a group."""
+    kv_heads, *others = shape
+    stored = placement.stored_heads(kv_heads)
+    return stored // placement.num_head_shards, *others
+
+
+def _allocate_over_devices(
+    placement: Placement,
+    mesh: Mesh,
+    local: tuple[PoolFormat, tuple[int, ...], DTypeLike, Sequences],
+) -> Pages:
+    """Return a fresh pool, each device's part of which is made there."""
+    quantizer, (kv_heads, pages, *slot), dtype, sequences = local
+    whole = (kv_heads * placement.num_head_shards, pages * placement.num_groups, *slot)
+    of_all = Sequences(sequences.number * placement.num_groups, sequences.pages)
+    leaves, tree = jax.tree_util.tree_flatten(
+        jax.eval_shape(lambda: fresh_pages(quantizer, whole, dtype, of_all))
+    )
+    made = _fresh_leaves(mesh, tuple(placement.pool_specs(leaves)), *local)
+    return jax.tree_util.tree_unflatten(tree, made)
+
+
+@functools.partial(jax.jit, static_argnums=range(6))
+def _fresh_leaves(
+    mesh: Mesh,
+    specs: tuple[PartitionSpec, ...],
+    quantizer: PoolFormat,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    sequences: Sequences,
+) -> tuple[jax.Array, ...]:
+    """Return the arrays of a pool, each device's part of which has ``shape``."""
+
+    def fresh() -> tuple[jax.Array, ...]:
+        return tuple(jax.tree_util.tree_leaves(fresh_pages(quantizer, shape, dtype, sequences)))
+
+    return jax.shard_map(fresh, mesh=mesh, in_specs=(), out_specs=specs, check_vma=False)()
 
 
 def pages_spec(shape: Sequence[int], mesh: Mesh | None, manager: Resolver | None) -> PartitionSpec:
@@ -183,6 +230,10 @@ def device_bytes(
     manager: Resolver | None,
 ) -> int:
     """Return the bytes of a pool on one device, scales included: what the format's own arrays take there."""
+    placement = Placement.of(mesh, manager, shape)
+    if placement is not None:
+        local = _local(placement, tuple(shape))
+        return pools.bytes_of(jax.eval_shape(lambda: fresh_pages(quantizer, local, dtype, sequences)))
     spec = pages_spec(shape, mesh, manager)
     pool = jax.eval_shape(lambda: fresh_pages(quantizer, tuple(shape), dtype, sequences, spec))
     leaves = jax.tree_util.tree_leaves(pool)

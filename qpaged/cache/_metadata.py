@@ -39,11 +39,12 @@ class PagedAttentionMetadata(Serializable):
             () if there is none.
         ragged_page_tables: (sequences, pages_per_sequence) int32; each sequence's pages. () likewise.
         ragged_starts: (sequences + 1,) int32; the first token of each sequence, and one past the last token
-            of all. () likewise.
+            of all. () likewise. (groups, sequences_per_group + 1) where sequences are divided over devices.
+        prefill_group: () int32; the group that the prefill's sequence is of, where there are several.
     """
 
     later_fields: ClassVar[frozenset[str]] = frozenset(
-        {"ragged_position", "ragged_page_tables", "ragged_starts"}
+        {"ragged_position", "ragged_page_tables", "ragged_starts", "prefill_group"}
     )
 
     prefill_length: ArrayLike
@@ -54,6 +55,7 @@ class PagedAttentionMetadata(Serializable):
     ragged_position: ArrayLike = ABSENT
     ragged_page_tables: ArrayLike = ABSENT
     ragged_starts: ArrayLike = ABSENT
+    prefill_group: ArrayLike = ABSENT
 
     def __post_init__(self) -> None:
         # A jitted function would take host integers of 64 bits modulo 2^32. Those beyond int32 become its
@@ -72,17 +74,24 @@ class PagedAttentionMetadata(Serializable):
             as_indices(field.name, value)
         self.steps()  # which checks the shapes of what it returns
         if self.is_ragged_mode():
-            tokens = np.size(self.ragged_position)
-            _check_ascending("ragged_starts", np.asarray(self.ragged_starts), tokens)
+            _check_ascending("ragged_starts", np.asarray(self.ragged_starts), np.size(self.ragged_position))
 
     @classmethod
-    def prefill(cls, *, position: ArrayLike, page_table: ArrayLike, length: ArrayLike | None = None) -> Self:
+    def prefill(
+        cls,
+        *,
+        position: ArrayLike,
+        page_table: ArrayLike,
+        length: ArrayLike | None = None,
+        group: ArrayLike = 0,
+    ) -> Self:
         """Return the metadata of a prefill of one sequence, or of a chunk of it.
 
         Args:
             position: (padded_len,) integers; token i goes to position[i].
             page_table: (pages,) integers; the sequence's pages in order.
             length: how many of the tokens count; all of them if None.
+            group: the group of devices that has the sequence's pages, where there are several.
 
         Raises:
             TypeError: not integers. ValueError: another number of axes.
@@ -95,6 +104,7 @@ class PagedAttentionMetadata(Serializable):
             prefill_page_table=_shaped("page_table", page_table, "(pages,)", 1),
             decodes_position=_absent(),
             decodes_page_table=_absent(),
+            prefill_group=_shaped("group", group, "()", 0),
         )
 
     @classmethod
@@ -136,7 +146,9 @@ class PagedAttentionMetadata(Serializable):
             position: (tokens,) integers; where each token goes, those of one sequence after another.
             page_tables: (sequences, pages_per_sequence) integers; each sequence's pages in order.
             starts: (sequences + 1,) integers, ascending from 0: sequence i has the tokens from starts[i] to
-                starts[i + 1] - 1, or none. Tokens from starts[-1] on are padding.
+                starts[i + 1] - 1, or none. Tokens from starts[-1] on are padding. Where sequences are divided
+                over devices, tokens and sequences come group by group, as many of each, and starts is
+                (groups, sequences_per_group + 1), each line counting within its group.
 
         Raises:
             TypeError: not integers. ValueError: another number of axes or of sequences, or starts that are
@@ -145,8 +157,8 @@ class PagedAttentionMetadata(Serializable):
         position = _shaped("position", position, "(tokens,)", 1)
         page_tables = _shaped("page_tables", page_tables, "(sequences, pages_per_sequence)", 2)
         known = starts
-        starts = _shaped("starts", starts, "(sequences + 1,)", 1)
-        _check_starts("", starts, page_tables)
+        starts = _starts("starts", starts)
+        _check_starts("", starts, page_tables, position)
         if not isinstance(known, jax.core.Tracer):
             _check_ascending("starts", np.asarray(known), len(position))
         return cls.init_empty().replace(
@@ -201,8 +213,8 @@ class PagedAttentionMetadata(Serializable):
             return None
         position = _shaped("ragged_position", self.ragged_position, "(tokens,)", 1)
         tables = _shaped("ragged_page_tables", self.ragged_page_tables, "(sequences, pages_per_sequence)", 2)
-        starts = _shaped("ragged_starts", self.ragged_starts, "(sequences + 1,)", 1)
-        _check_starts("ragged_", starts, tables)
+        starts = _starts("ragged_starts", self.ragged_starts)
+        _check_starts("ragged_", starts, tables, position)
         return position, tables, starts
 
     def steps(self) -> list[StepTokens]:
@@ -215,7 +227,8 @@ class PagedAttentionMetadata(Serializable):
         prefill, decode, ragged = self.prefill_tokens(), self.decodes_tokens(), self.ragged_tokens()
         if prefill is not None:
             position, table = prefill
-            steps.append(StepTokens(position, table[None]))
+            group = _shaped("prefill_group", self.prefill_group, "()", 0)
+            steps.append(StepTokens(position, table[None], group=group))
         if decode is not None:
             steps.append(StepTokens(*decode))
         if ragged is not None:
@@ -258,19 +271,33 @@ def _check_batch(prefix: str, position: jax.Array, page_table: jax.Array) -> Non
         )
 
 
-def _check_starts(prefix: str, starts: jax.Array, page_tables: jax.Array) -> None:
-    if len(starts) != len(page_tables) + 1:
+def _starts(name: str, starts: ArrayLike) -> jax.Array:
+    """Return starts as int32 indices, or raise unless they have an axis, or two."""
+    if np.ndim(starts) == 2:
+        return as_indices(name, starts)
+    return _shaped(name, starts, "(sequences + 1,)", 1)
+
+
+def _check_starts(prefix: str, starts: jax.Array, page_tables: jax.Array, position: jax.Array) -> None:
+    groups, entries = starts.shape if starts.ndim == 2 else (1, len(starts))
+    if groups * (entries - 1) != len(page_tables):
         raise ValueError(
-            f"{prefix}starts must have one entry more than {prefix}page_tables has rows, but came with "
-            f"{len(starts)} for {len(page_tables)}; the last is one past the last token."
+            f"{prefix}starts must have one entry more than {prefix}page_tables has rows, in each group, but "
+            f"came with {entries} in {groups} for {len(page_tables)}; the last is one past the last token."
+        )
+    if len(position) % groups:
+        raise ValueError(
+            f"{prefix}position must have as many tokens for each of the {groups} groups, but has "
+            f"{len(position)}; fill them up with positions of -1."
         )
 
 
 def _check_ascending(name: str, starts: np.ndarray, tokens: int) -> None:
     """Raise unless starts divide so many tokens; once they are traced, nobody can."""
-    if starts[0] != 0 or starts[-1] > tokens or (np.diff(starts.astype(np.int64)) < 0).any():
+    lines = starts.astype(np.int64).reshape(-1, starts.shape[-1])
+    if lines[:, 0].any() or (lines[:, -1] > tokens // len(lines)).any() or (np.diff(lines) < 0).any():
         raise ValueError(
-            f"{name} must ascend from 0 to at most the number of tokens, {tokens}, but came as "
+            f"{name} must ascend from 0 to at most the number of tokens, {tokens // len(lines)}, but came as "
             f"{shown(starts.tolist())}; fill it up with its last entry."
         )
 
@@ -291,6 +318,7 @@ jax.tree_util.register_dataclass(
         "ragged_position",
         "ragged_page_tables",
         "ragged_starts",
+        "prefill_group",
     ],
     meta_fields=[],
 )

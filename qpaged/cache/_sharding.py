@@ -35,17 +35,21 @@ def check_layout(mesh: object, manager: object) -> None:
 
 @dataclass(frozen=True)
 class PartitionManager:
-    """The default rules: KV heads over one mesh axis where they divide, everything else replicated.
+    """The default rules: KV heads over one mesh axis, sequences and their pages over another.
 
-    Anything with this ``resolve`` can stand in its place.
+    Fewer heads than devices are stored as often as the devices ask; heads that neither divide the devices nor
+    are divided by them are whole on each. Anything with this ``resolve`` can stand in its place, and divides
+    what it says, but no sequences.
 
     Attributes:
         mesh: the devices; None partitions nothing.
         kv_head_axis: the mesh axis that KV heads are divided over.
+        group_axis: the mesh axis that sequences are divided over, in groups with pages of their own.
     """
 
     mesh: Mesh | None = None
     kv_head_axis: str = "tp"
+    group_axis: str = "dp"
 
     def resolve(self, axes: Sequence[str], mode: str = MODE, shape: Sequence[int] = ()) -> PartitionSpec:
         """Return the partition of an array with axes of these meanings: ``"__KV_HEAD__"``, or ``"_"``."""

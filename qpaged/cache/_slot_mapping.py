@@ -49,7 +49,7 @@ def slot_mapping(step: StepTokens, page_size: int, num_pages: int) -> SlotMappin
     The page is ``num_pages``, one past the last, for a position that is negative or past the table, and for
     an entry that is not a page.
     """
-    position, table, starts = step
+    position, table, starts, _ = step
     logical_page, slot = position // page_size, position % page_size
     if not table.size:
         return SlotMapping(jnp.full_like(position, num_pages), slot, logical_page, table)

@@ -1,7 +1,9 @@
 """One layer's pools of keys and values."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from qpaged import pools
 from qpaged._arguments import check_type
+from qpaged._eager import compiled_if_eager
 from qpaged.cache._config import (
     AnyQuantizer,
     PagedAttentionCacheMetaData,
@@ -22,6 +25,7 @@ from qpaged.cache._config import (
 from qpaged.cache._fresh import PoolFormat, allocate_pages, warn_of_narrow_floats
 from qpaged.cache._metadata import PagedAttentionMetadata, check_step
 from qpaged.cache._page_changes import PageChanges
+from qpaged.cache._placement import Placement, change_over_devices, group_index
 from qpaged.cache._scales import set_scales
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
@@ -52,12 +56,17 @@ class PagedAttentionCacheView(Serializable):
         key_pages: (kv_heads, pages, page_size, head_dim); a plain or implicit array, or another kind of pool.
         value_pages: likewise, of the values' head_dim; where they lie in the keys, a
             :class:`qpaged.pools.ValuesInKeys`.
+        placement: static; how the pools lie over a mesh, by which calls divide themselves. None on one
+            device, and where the compiler is to divide them.
     """
+
+    later_fields: ClassVar[frozenset[str]] = frozenset({"placement"})
 
     metadata: PagedAttentionCacheMetaData
     layer_index: int | jax.Array | None
     key_pages: Pages
     value_pages: Pages
+    placement: Placement | None = None
 
     def __repr__(self) -> str:
         keys, values = pools.describe(self.key_pages), pools.describe(self.value_pages)
@@ -118,7 +127,8 @@ class PagedAttentionCacheView(Serializable):
             values: Pages = ValuesInKeys(shape, dtype)
         else:
             values = allocate_pages(value_format, shape, dtype, sequences, mesh, partition_manager)
-        return cls(metadata, layer_index, keys, values)
+        placement = Placement.of(mesh, partition_manager, metadata.pool_shape)
+        return cls(metadata, layer_index, keys, values, placement)
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dictionaries and lists; arrays stay arrays.
@@ -136,6 +146,8 @@ class PagedAttentionCacheView(Serializable):
                 f"a record is of one layer, but layer_index has shape {np.shape(layer)}, as of stacked "
                 f"layers; take them apart first: tree_map(lambda leaf: leaf[i], view)."
             )
+        if self.placement is not None:  # whoever reads the record has other devices
+            return self.replace(placement=None).to_dict()
         return {**super().to_dict(), "layer_index": int(layer)}
 
     def check_fields(self) -> None:
@@ -171,8 +183,7 @@ class PagedAttentionCacheView(Serializable):
         tokens = metadata.prefill_tokens()
         if tokens is None:
             return self._nothing_to_write("prefill", metadata)
-        position, table = tokens
-        return self._write(key, value, StepTokens(position, table[None]), "prefill_position")
+        return self._write(key, value, metadata.steps()[0], "prefill_position")
 
     def write_decodes_to_cache(
         self, key: ArrayLike, value: ArrayLike | None, metadata: PagedAttentionMetadata
@@ -237,11 +248,7 @@ class PagedAttentionCacheView(Serializable):
             TypeError: the pages are not integers.
             ValueError: they have more than one axis.
         """
-        indices = page_indices("pages", pages)
-        return self.replace(
-            key_pages=pools.clear_pages(self.key_pages, indices),
-            value_pages=pools.clear_pages(self.value_pages, indices),
-        )
+        return self._change(pools.clear_pages, page_indices("pages", pages))
 
     def copy_pages(self, source: ArrayLike, target: ArrayLike) -> Self:
         """Return the view with pages ``source`` copied to pages ``target``, codes and scales bit for bit.
@@ -264,10 +271,7 @@ class PagedAttentionCacheView(Serializable):
                 f"source and target must have one page each for every copy, but came with {len(sources)} and "
                 f"{len(targets)} pages."
             )
-        return self.replace(
-            key_pages=pools.copy_pages(self.key_pages, sources, targets),
-            value_pages=pools.copy_pages(self.value_pages, sources, targets),
-        )
+        return self._change(pools.copy_pages, sources, targets)
 
     def pack_pages(self, pages: ArrayLike, lengths: ArrayLike) -> Self:
         """Return the view with these pages quantized now, if they are exact, from their first slots.
@@ -290,10 +294,7 @@ class PagedAttentionCacheView(Serializable):
                 f"pages and lengths must be as many, but came with {len(indices)} and {len(counts)}; give "
                 f"the length of each page."
             )
-        return self.replace(
-            key_pages=pools.pack_pages(self.key_pages, indices, counts),
-            value_pages=pools.pack_pages(self.value_pages, indices, counts),
-        )
+        return self._change(pools.pack_pages, indices, counts)
 
     def apply_changes(self, changes: PageChanges) -> Self:
         """Return the view after what a :class:`PageAllocator` asks for: copies, then packs, then resets.
@@ -340,11 +341,15 @@ class PagedAttentionCacheView(Serializable):
             raise ValueError("pages must name at least one page, but are none; give those of a sequence.")
         if sequences < 1:
             raise ValueError(f"sequences must be at least 1, but came as {sequences}.")
-        taken = config.replace(num_pages_per_layer=len(indices), batch_size=sequences)
+        groups = self._num_groups
+        taken = config.replace(num_pages_per_layer=len(indices) // groups, batch_size=sequences)
+        take, values = _take(sequences), self.value_pages
+        if not isinstance(values, ValuesInKeys):
+            values = self._change_pool(take, values, indices)
+        else:
+            values = values.take_pages(indices, sequences)
         return self.replace(
-            metadata=taken,
-            key_pages=pools.take_pages(self.key_pages, indices, sequences),
-            value_pages=pools.take_pages(self.value_pages, indices, sequences),
+            metadata=taken, key_pages=self._change_pool(take, self.key_pages, indices), value_pages=values
         )
 
     def put_pages(self, pages: ArrayLike, taken: "PagedAttentionCacheView") -> Self:
@@ -366,7 +371,7 @@ class PagedAttentionCacheView(Serializable):
         advice = "give what take_pages of a view returned"
         check_type("taken", taken, PagedAttentionCacheView, "a qpaged.PagedAttentionCacheView", advice)
         indices = page_indices("pages", pages)
-        count = taken.metadata.num_pages_per_layer
+        count = taken.metadata.num_pages_per_layer * self._num_groups
         if len(indices) != count:
             raise ValueError(
                 f"pages must be as many as were taken, {count}, but came as {len(indices)}; fill them up "
@@ -375,9 +380,10 @@ class PagedAttentionCacheView(Serializable):
         keys, values = jax.tree_util.tree_map(jnp.asarray, (taken.key_pages, taken.value_pages))
         for name, own, others in (("keys", self.key_pages, keys), ("values", self.value_pages, values)):
             check_alike(name, own, others)
+        put = self._change_pool
         return self.replace(
-            key_pages=pools.put_pages(self.key_pages, keys, indices),
-            value_pages=pools.put_pages(self.value_pages, values, indices),
+            key_pages=put(_put, self.key_pages, indices, keys),
+            value_pages=put(_put, self.value_pages, indices, values),
         )
 
     def with_scales(self, key: ArrayLike | None = None, value: ArrayLike | None = None) -> Self:
@@ -413,6 +419,27 @@ class PagedAttentionCacheView(Serializable):
             "write_decodes_to_cache or write_to_cache."
         )
 
+    @property
+    def _num_groups(self) -> int:
+        return 1 if self.placement is None else self.placement.num_groups
+
+    def _change(self, change: Callable[..., Pages], *indices: jax.Array) -> Self:
+        """Return the view with both pools changed; pages (n,) are those of one group after the other."""
+        return self.replace(
+            key_pages=self._change_pool(change, self.key_pages, *indices),
+            value_pages=self._change_pool(change, self.value_pages, *indices),
+        )
+
+    def _change_pool(self, change: Callable[..., Pages], pages: Pages, *operands: Any) -> Pages:
+        if self.placement is None or not self.placement.is_open:
+            return change(pages, *operands)
+        if len(operands[0]) % self._num_groups:
+            raise ValueError(
+                f"pages must be as many for each of the {self._num_groups} groups of devices, but are "
+                f"{len(operands[0])}; fill them up with num_pages_per_layer, which is no page."
+            )
+        return change_over_devices(self.placement, change, pages, operands)
+
     def _nothing_to_write(self, mode: str, metadata: PagedAttentionMetadata) -> Self:
         """Return the view unchanged for a placeholder; raise ValueError for metadata of another mode."""
         if not metadata.steps():
@@ -433,9 +460,16 @@ class PagedAttentionCacheView(Serializable):
         position_name: str,
     ) -> Self:
         """Return the view with a row written for each token; ``position_name`` is for messages."""
-        config = self.metadata
+        config = here(self).metadata
         keys, values = checked_keys_and_values(key, value, len(step.position), config, position_name)
-        mapping = slot_mapping(step, config.page_size, config.num_pages_per_layer)
+        step = step.divided(self._num_groups)
+        if self.placement is not None and self.placement.is_open:
+            return self.replace(**_write_over_devices(self, step, keys, values))
+        return self._write_here(step, keys, values)
+
+    def _write_here(self, step: StepTokens, keys: jax.Array, values: jax.Array | None) -> Self:
+        """Return the view with rows written that were checked, all by the device that this is."""
+        mapping = slot_mapping(step, self.metadata.page_size, self.metadata.num_pages_per_layer)
         if isinstance(self.value_pages, ValuesInKeys):
             return self.replace(key_pages=pools.write_both(self.key_pages, mapping, keys, values))
         view = self.replace(key_pages=pools.write_slots(self.key_pages, mapping, keys))
@@ -444,22 +478,70 @@ class PagedAttentionCacheView(Serializable):
         return view.replace(value_pages=pools.write_slots(self.value_pages, mapping, values))
 
 
+def here(view: PagedAttentionCacheView) -> PagedAttentionCacheView:
+    """Return a view whose metadata has the heads that its pools have, as within a ``shard_map``.
+
+    Where calls divide themselves, the heads are those of the model.
+    """
+    config, placement = view.metadata, view.placement
+    kv_heads = view.key_pages.shape[0]
+    if kv_heads == config.num_kv_heads or (placement is not None and placement.open_heads):
+        return view
+    return view.replace(metadata=config.replace(num_kv_heads=kv_heads))
+
+
+@compiled_if_eager()
+def _write_over_devices(
+    view: PagedAttentionCacheView,
+    step: StepTokens,
+    keys: jax.Array,  # [tokens, kv_heads, head_dim]
+    values: jax.Array | None,
+) -> dict[str, Pages]:
+    """Return the pools of a view with rows written, each device writing what it holds."""
+    placement = view.placement
+    assert placement is not None  # or it would not be called
+    stored = view.key_pages.shape[0]
+    keys = placement.repeat_heads(keys, stored)
+    values = None if values is None else placement.repeat_heads(values, stored)
+    of_rows, groups = placement.row_specs(step), placement.open_groups
+
+    def write(
+        pair: dict[str, Pages], step: StepTokens, keys: jax.Array, values: jax.Array | None
+    ) -> dict[str, Pages]:
+        local = here(view.replace(**pair, placement=None))
+        written = local._write_here(step.of_group(group_index(groups)), keys, values)
+        return {name: getattr(written, name) for name in pair}
+
+    pair = {"key_pages": view.key_pages, "value_pages": view.value_pages}
+    specs = (step.specs(groups), of_rows, None if values is None else of_rows)
+    return placement.change(write, pair, (step, keys, values), specs)
+
+
+def _put(pages: Pages, target: jax.Array, taken: Pages) -> Pages:
+    return pools.put_pages(pages, taken, target)
+
+
+@functools.cache
+def _take(sequences: int) -> Callable[[Pages, jax.Array], Pages]:
+    return functools.partial(pools.take_pages, sequences=sequences)
+
+
 def _flatten_with_keys(view: PagedAttentionCacheView) -> tuple[Any, Any]:
     children, aux = _flatten(view)
     return tuple(zip(CHILDREN, children, strict=True)), aux
 
 
 def _flatten(view: PagedAttentionCacheView) -> tuple[Any, Any]:
-    if isinstance(view.layer_index, int):
-        return (view.key_pages, view.value_pages, None), (view.metadata, view.layer_index)
-    return (view.key_pages, view.value_pages, view.layer_index), (view.metadata, None)
+    is_static = isinstance(view.layer_index, int)
+    static = view.metadata, view.layer_index if is_static else None, view.placement
+    return (view.key_pages, view.value_pages, None if is_static else view.layer_index), static
 
 
 def _unflatten(aux: Any, children: Any) -> PagedAttentionCacheView:
-    metadata, layer_index = aux
+    metadata, layer_index, placement = aux
     key_pages, value_pages, layer_leaf = children
     layer_index = layer_leaf if layer_index is None else layer_index
-    return PagedAttentionCacheView(metadata, layer_index, key_pages, value_pages)
+    return PagedAttentionCacheView(metadata, layer_index, key_pages, value_pages, placement)
 
 
 CHILDREN = tuple(map(jax.tree_util.GetAttrKey, ("key_pages", "value_pages", "layer_index")))

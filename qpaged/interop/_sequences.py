@@ -75,7 +75,7 @@ def ragged_sequences(view: PagedAttentionCacheView, metadata: PagedAttentionMeta
             f"metadata must be of a ragged batch, a prefill or a decode, but is {_mode(metadata)}; make both "
             f"one with PagedAttentionMetadata.ragged, or call the kernel once for each."
         )
-    position, table, starts = steps[0]
+    position, table, starts, _ = steps[0].divided(1)
     num_seqs = jnp.full((1,), len(table), jnp.int32)
     if starts is not None:
         num_seqs = (starts[1:] > starts[:-1]).sum(keepdims=True, dtype=jnp.int32)

@@ -40,7 +40,7 @@ from qpaged.pools._kinds import (
     write_both,
     write_slots,
 )
-from qpaged.pools._pool import Pages, Pool, PoolBytes, SlotMapping, Slots, no_record_of
+from qpaged.pools._pool import Pages, Pool, PoolBytes, SlotMapping, Slots, bytes_of, no_record_of
 
 __all__ = [
     "ExactPages",
@@ -55,6 +55,7 @@ __all__ = [
     "as_flat",
     "as_quantized",
     "at_layer",
+    "bytes_of",
     "clear_pages",
     "copy_pages",
     "count_bytes",

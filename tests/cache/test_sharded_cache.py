@@ -139,7 +139,7 @@ def test_each_device_holds_its_share(format, devices):
 @pytest.mark.parametrize("axis_type", first_short(1, AXIS_TYPES))
 @pytest.mark.parametrize("format", ["int8"])
 def test_heads_that_do_not_divide_are_whole_everywhere(format, axis_type):
-    mesh = tp(8, axis_type)
+    mesh = tp(3, axis_type)
     with entered(mesh, axis_type):
         view = make_view(format, mesh=mesh, num_kv_heads=HEADS)
         for leaf in jax.tree_util.tree_leaves(view):
@@ -150,7 +150,7 @@ def test_heads_that_do_not_divide_are_whole_everywhere(format, axis_type):
 
 
 def test_a_mesh_without_the_axis_is_of_replicas():
-    view = make_view("int8", mesh=tp(8, shape=(2, 4), names=("dp", "fsdp")), num_kv_heads=HEADS)
+    view = make_view("int8", mesh=tp(8, shape=(2, 4), names=("data", "fsdp")), num_kv_heads=HEADS)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree_util.tree_leaves(view))
 
 

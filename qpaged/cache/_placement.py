@@ -1,0 +1,217 @@
+"""How the pools of a view lie over a mesh, and calls that each device answers with what it holds.
+
+Under Auto axes a program sees neither how an array lies nor, outside of ``jax.set_mesh``, which mesh there
+is. A view therefore keeps both as static data, and its calls open a ``jax.shard_map``: kernels run on every
+device, on its own heads and its own sequences. No key and no value goes from one device to another.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from qpaged._compat import current_mesh, has_explicit_meshes, is_explicit, manual_axes, spec_axes
+from qpaged._eager import compiled_if_eager
+from qpaged.cache._sharding import EMPTY, KV_HEAD, MODE, PartitionManager, Resolver
+from qpaged.cache._step_tokens import StepTokens
+
+Specs: TypeAlias = Any
+"""A tree of PartitionSpecs, as that of the arrays that it is for."""
+Axes: TypeAlias = tuple[str, ...]
+
+REPLICATED = PartitionSpec()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where pools lie; hashable, since programs depend on it.
+
+    Attributes:
+        mesh: without its devices.
+        heads: the mesh axes that KV heads are divided over; () if each device has all.
+        groups: the mesh axes that sequences and their pages are divided over, in groups; () if there is one.
+    """
+
+    mesh: AbstractMesh
+    heads: Axes = ()
+    groups: Axes = ()
+
+    @classmethod
+    def of(
+        cls, mesh: Mesh | AbstractMesh | None, manager: Resolver | None, shape: Sequence[int]
+    ) -> "Placement | None":
+        """Return how pools of a shape are laid over a mesh; None where the compiler is left to divide them.
+
+        That is on one device, for managers that divide other axes than heads, and for old versions of JAX.
+        """
+        kv_heads = shape[0]
+        if mesh is None or mesh.size == 1 or not has_explicit_meshes():
+            return None
+        abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+        if manager is None or isinstance(manager, PartitionManager):
+            manager = PartitionManager() if manager is None else manager
+            heads: Axes = (manager.kv_head_axis,) if mesh.shape.get(manager.kv_head_axis, 1) > 1 else ()
+            if heads and kv_heads % mesh.shape[heads[0]] and mesh.shape[heads[0]] % kv_heads:
+                heads = ()  # neither divides the other
+            groups = (manager.group_axis,) if mesh.shape.get(manager.group_axis, 1) > 1 else ()
+            return cls(abstract, heads, groups)
+        spec = manager.resolve([KV_HEAD, EMPTY, EMPTY, EMPTY], mode=MODE, shape=tuple(shape))
+        if any(entry is not None for entry in spec[1:]) or PartitionSpec.UNCONSTRAINED in spec:
+            return None
+        heads = spec_axes(spec[0]) if spec else ()
+        known = all(axis in mesh.shape for axis in heads)
+        return cls(abstract, heads) if known and kv_heads % _size(abstract, heads) == 0 else None
+
+    @property
+    def num_head_shards(self) -> int:
+        """How many parts the heads are divided into."""
+        return _size(self.mesh, self.heads)
+
+    def stored_heads(self, kv_heads: int) -> int:
+        """Return the heads of a pool: where there are more devices than heads, each of these has copies."""
+        return max(kv_heads, self.num_head_shards)
+
+    @property
+    def open_axes(self) -> frozenset[str]:
+        """The mesh axes that are not divided by a ``shard_map`` of the caller already."""
+        return frozenset(self.mesh.axis_names) - manual_axes()
+
+    @property
+    def open_heads(self) -> Axes | None:
+        """The axes of heads that are still to be divided, as an entry of a PartitionSpec."""
+        return self._open(self.heads)
+
+    @property
+    def open_groups(self) -> Axes | None:
+        """The axes of groups likewise."""
+        return self._open(self.groups)
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups of sequences are still to be divided."""
+        return _size(self.mesh, self.open_groups or ())
+
+    @property
+    def is_open(self) -> bool:
+        """True if calls have axes to divide."""
+        return bool(self.open_axes)
+
+    def pool_specs(self, leaves: Sequence[jax.Array | jax.ShapeDtypeStruct]) -> list[PartitionSpec]:
+        """Return the partition of each array of a pool, heads and then pages; what does not divide is whole.
+
+        Lists of exact pages are those of a group.
+        """
+        groups, heads = self.open_groups, self.open_heads
+        num_heads = _size(self.mesh, heads or ())
+        specs = []
+        for leaf in leaves:
+            if leaf.ndim == 1:
+                specs.append(PartitionSpec(groups))
+            elif leaf.ndim == 0:
+                specs.append(REPLICATED)
+            else:
+                of_heads = heads if leaf.shape[0] % num_heads == 0 else None
+                of_groups = groups if leaf.shape[1] % self.num_groups == 0 else None
+                specs.append(PartitionSpec(of_heads, of_groups, None, None))
+        return specs
+
+    def local_shape(self, spec: PartitionSpec, shape: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of one device's part of an array."""
+        entries = [spec_axes(entry) for entry in spec] + [()] * (len(shape) - len(spec))
+        return tuple(length // _size(self.mesh, axes) for length, axes in zip(shape, entries, strict=True))
+
+    def run(
+        self, body: Callable[..., Any], operands: tuple[Any, ...], specs: tuple[Specs, ...], out_specs: Specs
+    ) -> Any:
+        """Return what ``body`` makes of each device's parts of the operands.
+
+        Args:
+            body: a function of one device's arrays.
+            operands: trees of arrays.
+            specs: how each of them is divided.
+            out_specs: how what the body returns is put together.
+        """
+        operands = jax.tree_util.tree_map(self._placed, operands, specs)
+        is_current = current_mesh() is not None
+        run = jax.shard_map(
+            body,
+            mesh=None if is_current else self.mesh,
+            in_specs=specs,
+            out_specs=out_specs,
+            axis_names=set(self.open_axes),
+        )
+        return run(*operands)
+
+    def change(
+        self, change: Callable[..., Any], pages: Any, operands: tuple[Any, ...], specs: tuple[Specs, ...]
+    ) -> Any:
+        """Return pools after ``change(pages, *operands)`` of what each device holds of them."""
+        leaves, tree = jax.tree_util.tree_flatten(pages)
+        trees = []
+
+        def body(leaves: list[jax.Array], *operands: Any) -> list[jax.Array]:
+            changed, changed_tree = jax.tree_util.tree_flatten(
+                change(jax.tree_util.tree_unflatten(tree, leaves), *operands)
+            )
+            trees.append(changed_tree)
+            return changed
+
+        of_leaves = self.pool_specs(leaves)
+        changed = self.run(body, (leaves, *operands), (of_leaves, *specs), of_leaves)
+        return jax.tree_util.tree_unflatten(trees[-1], changed)
+
+    def repeat_heads(self, rows: jax.Array, stored_heads: int) -> jax.Array:
+        """Return rows [tokens, kv_heads, ...] with as many heads as a pool stores."""
+        copies = stored_heads // rows.shape[1]
+        if not self.open_heads or copies == 1:
+            return rows
+        return jnp.repeat(self._placed(rows, REPLICATED), copies, axis=1)
+
+    def row_specs(self, step: StepTokens) -> PartitionSpec:
+        """Return how rows [tokens, heads, ...] of a step are divided."""
+        return PartitionSpec(None if step.is_prefill else self.open_groups, self.open_heads)
+
+    def _open(self, axes: Axes) -> Axes | None:
+        return tuple(axis for axis in axes if axis in self.open_axes) or None
+
+    def _placed(self, operand: Any, spec: PartitionSpec) -> jax.Array:
+        """Return an operand laid out so, as meshes with Explicit axes ask."""
+        array = jnp.asarray(operand)
+        if not is_explicit(self.mesh):
+            return array
+        mesh = current_mesh() or self.mesh
+        return jax.sharding.reshard(array, NamedSharding(mesh, spec))
+
+
+@compiled_if_eager(static_argnums=(0, 1))
+def change_over_devices(
+    placement: Placement, change: Callable[..., Any], pages: Any, operands: tuple[Any, ...]
+) -> Any:
+    """Return a pool after ``change(pages, *operands)`` of what each device holds of all of them.
+
+    Args:
+        placement: of the pool.
+        change: the same function object each time.
+        pages: the pool.
+        operands: pages (n,), those of a group after those of another; or pools.
+    """
+    if not jax.tree_util.tree_leaves(pages):  # values that lie in the keys
+        return change(pages, *operands)
+    specs = []
+    for operand in operands:
+        leaves, tree = jax.tree_util.tree_flatten(operand)
+        specs.append(jax.tree_util.tree_unflatten(tree, placement.pool_specs(leaves)))
+    return placement.change(change, pages, operands, tuple(specs))
+
+
+def group_index(groups: Axes | None) -> jax.Array | None:
+    """Return the number of the group of a device, within :meth:`Placement.run`; None where there are none."""
+    return jax.lax.axis_index(groups) if groups else None
+
+
+def _size(mesh: AbstractMesh, axes: Axes) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
