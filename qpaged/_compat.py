@@ -347,6 +347,17 @@ def is_explicit(mesh: jax.sharding.AbstractMesh) -> bool:
     return jax.sharding.AxisType.Explicit in mesh.axis_types
 
 
+@contextmanager
+def outside_of_meshes() -> Iterator[None]:
+    """Compute constants as if no mesh were there: within shard_map they would be of its kind."""
+    with jax.ensure_compile_time_eval():
+        if has_explicit_meshes():
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                yield
+        else:
+            yield
+
+
 def reshard_primitives() -> list[Primitive]:
     """Return the primitive of `jax.sharding.reshard`, which JAX exports nowhere; none where it has none."""
     if not has_explicit_meshes() or not hasattr(jax.sharding, "reshard"):

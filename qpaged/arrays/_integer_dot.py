@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from qpaged._compat import outside_of_meshes
 from qpaged.arrays._encoding import LARGE, nonzero
 from qpaged.arrays._protocol import ArrayFormat
 from qpaged.arrays._quantized import BlockParts, QuantizedArray
@@ -65,7 +66,7 @@ def _added_to_integers(quantizer: ArrayFormat, dtype: Any) -> float | None:
         return None
     middle = _middle_code(quantizer)
     every_code = np.arange(-128, 128) if dtype == jnp.int8 else np.arange(2 * middle)
-    with jax.ensure_compile_time_eval():
+    with outside_of_meshes():
         codes = jnp.asarray(every_code.astype(dtype))
         decoded = np.asarray(quantizer.decode(codes, jnp.float32))
         added = decoded - np.asarray(_to_signed(codes, middle))

@@ -193,11 +193,11 @@ def test_nothing_goes_between_devices(spelling, shape, axis_type):
             assert not COLLECTIVES.findall(compiled_text(write_and_attend, view, step, *rows))
         pages = np.zeros(2 * groups, np.int32)
 
-        def change(view, pages):
-            view = view.copy_pages(pages, pages + 1).pack_pages(pages, pages)
-            return view.put_pages(pages + 1, view.take_pages(pages)).reset_pages(pages)
+        def change(view, pages, others):
+            view = view.copy_pages(pages, others).pack_pages(pages, pages)
+            return view.put_pages(others, view.take_pages(pages)).reset_pages(pages)
 
-        assert not COLLECTIVES.findall(compiled_text(change, view, pages))
+        assert not COLLECTIVES.findall(compiled_text(change, view, pages, pages + 1))
 
 
 def test_a_prefill_sums_its_output_over_groups_and_nothing_else():
