@@ -33,7 +33,8 @@ class Plan:
         key_codes, key_scales, value_codes, value_scales: bytes in the pools of all layers; scales include
             everything else that goes with codes, such as offsets.
         context: tokens of a sequence.
-        shards: devices that the KV heads are divided over.
+        shards: devices that the KV heads are divided over; 1 if each has all of them.
+        groups: groups of such devices, each with sequences of its own.
     """
 
     format: str
@@ -47,6 +48,7 @@ class Plan:
     value_scales: int
     context: int
     shards: int
+    groups: int = 1
 
     @property
     def cache(self) -> int:
@@ -70,8 +72,9 @@ class Plan:
 
     @property
     def sequences(self) -> int:
-        """Whole sequences of :attr:`context` tokens that fit, each with its exact pages."""
-        return min(self.metadata.batch_size, self.pages // self.metadata.num_pages_per_sequence)
+        """Whole sequences of :attr:`context` tokens that fit, each with its exact pages; of all groups."""
+        of_group = min(self.metadata.batch_size, self.pages // self.metadata.num_pages_per_sequence)
+        return of_group * self.groups
 
     @property
     def bytes_per_token(self) -> float:
@@ -90,14 +93,15 @@ def plan(
     dtype: DTypeLike = "bfloat16",
     page_size: int = 16,
     mesh_size: int = 1,
+    groups: int = 1,
     hbm_utilization: float = 0.9,
     name: str | None = None,
 ) -> Plan:
     """Return the largest cache that fits beside a model's weights.
 
     ``hbm_utilization`` of what the weights leave of each device's memory goes to the cache. On a mesh,
-    weights are divided over all devices. KV heads are divided too if their number allows it; if not, each
-    device holds all of them.
+    weights are divided over the devices of a group. So are KV heads: fewer heads than devices are stored as
+    often as the devices ask, and where neither number divides the other, each device holds all heads.
 
     Args:
         config: of the model, or its sizes alone.
@@ -107,7 +111,8 @@ def plan(
         weights_bytes: of the whole model.
         dtype: the logical dtype of keys and values.
         page_size: tokens of a page.
-        mesh_size: devices.
+        mesh_size: devices of a group, over which weights and KV heads are divided.
+        groups: groups of devices, each with all weights, and with sequences of its own.
         hbm_utilization: between 0 and 1.
         name: the name of the format in the plan; its spelling if None.
 
@@ -123,7 +128,10 @@ def plan(
     weights_bytes = byte_count("weights_bytes", weights_bytes)
     context, page_size = whole_number("context", context), whole_number("page_size", page_size)
     mesh_size = whole_number("mesh_size", mesh_size)
+    groups = whole_number("groups", groups)
     _check_ranges(context, page_size, mesh_size, hbm_utilization)
+    if groups < 1:
+        raise BadArgumentError("groups", f"must be at least 1, but came as {groups:,}.")
     weights = -(-weights_bytes // mesh_size)
     free = memory_bytes - weights
     if free <= 0:
@@ -132,9 +140,11 @@ def plan(
             f"must be more than the weights, {readable_bytes(weights)} on each device, but came as "
             f"{readable_bytes(memory_bytes)}; give more, or divide the model over more devices.",
         )
-    shards = mesh_size if config.num_key_value_heads % mesh_size == 0 else 1
+    stored_heads = max(config.num_key_value_heads, mesh_size)  # fewer heads than devices are stored again
+    divides = stored_heads % mesh_size == 0 and stored_heads % config.num_key_value_heads == 0
+    shards = mesh_size if divides else 1
     cache_format = CacheFormat.of(quantizer)
-    kv_heads = config.num_key_value_heads // shards
+    kv_heads = stored_heads // mesh_size if divides else config.num_key_value_heads
     pools = [
         PagePool(part, kv_heads, page_size, config.head_dim)
         for layer in range(config.num_hidden_layers)
@@ -159,7 +169,7 @@ def plan(
         num_hidden_layers=config.num_hidden_layers,
         max_sequences=context,
         page_size=page_size,
-        num_kv_heads=config.num_key_value_heads // shards,
+        num_kv_heads=kv_heads,
         kv_head_dim_size=config.head_dim,
         hbm_utilization=hbm_utilization,
         dtype=dtype,
@@ -185,6 +195,7 @@ def plan(
         value_scales=sum(pool.scales for pool in values),
         context=context,
         shards=shards,
+        groups=groups,
     )
 
 

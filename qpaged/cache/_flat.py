@@ -13,6 +13,7 @@ from qpaged.cache._config import (
     logical_dtype,
 )
 from qpaged.cache._fresh import PoolFormat, Sequences, allocate_pages, warn_of_narrow_floats
+from qpaged.cache._placement import Placement
 from qpaged.cache._sharding import Resolver, check_layout
 from qpaged.cache._view import PagedAttentionCacheView
 from qpaged.pools import FlatPool, Pages, ValuesInKeys
@@ -63,4 +64,6 @@ def flat_view(
             "would have one for all."
         )
     warn_of_narrow_floats(keys, values)
-    return PagedAttentionCacheView(metadata, None, keys, values)
+    return PagedAttentionCacheView(
+        metadata, None, keys, values, Placement.of(mesh, manager, metadata.pool_shape)
+    )

@@ -278,7 +278,7 @@ def test_positions_that_do_not_follow_one_another_are_refused_or_nan():
     [
         (
             {"starts": [0, 2]},
-            "starts must have one entry more than page_tables has rows, but came with 2 for 2",
+            "starts must have one entry more than page_tables has rows, in each group, but came with 2 in 1",
         ),
         (
             {"starts": [0, 3, 2]},

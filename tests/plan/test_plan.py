@@ -26,7 +26,7 @@ MEMORY, WEIGHTS = 1_000_003, 100_001
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("devices", [1, 4, 8])
+@pytest.mark.parametrize("devices", [1, 3, 4, 8])
 def test_planned_bytes_equal_allocated_bytes(format, devices):
     planned = plan(
         CONFIG,
@@ -47,7 +47,7 @@ def test_planned_bytes_equal_allocated_bytes(format, devices):
     assert planned.cache == allocated
     assert planned.pages == metadata.num_pages_per_layer
     assert planned.weights == -(-WEIGHTS // devices)
-    assert planned.shards == {1: 1, 4: 4, 8: 1}[devices]  # 4 heads do not divide over 8 devices
+    assert planned.shards == {1: 1, 3: 1, 4: 4, 8: 8}[devices]  # 4 heads are stored twice over 8 devices
     assert planned.weights + planned.cache + planned.reserve + planned.unused == MEMORY
     assert 0 <= planned.unused < planned.cache / planned.pages  # not one page more would fit
 
@@ -91,6 +91,7 @@ def test_only_whole_sequences_are_counted():
         ),
         ({"memory_bytes": MEMORY, "context": 0}, "context must be at least 1, but came as 0"),
         ({"memory_bytes": MEMORY, "mesh_size": 0}, "mesh_size must be at least 1, but came as 0"),
+        ({"memory_bytes": MEMORY, "groups": 0}, "groups must be at least 1, but came as 0"),
         ({"memory_bytes": MEMORY, "hbm_utilization": 1.5}, "hbm_utilization must be between 0 and 1"),
     ],
 )
@@ -166,17 +167,18 @@ def test_a_format_that_does_not_fit_is_left_out(command, model):
 
 
 def test_the_heads_on_each_device_of_a_mesh_are_shown(command):
-    assert "On 4 devices, 1 KV heads on each" in command("--memory", "1MiB", "--mesh", 4)[1]
-    assert (
-        "4 KV heads do not divide by that, so each holds all" in command("--memory", "1MiB", "--mesh", 8)[1]
-    )
+    assert "On 4 devices, 1 KV head on each." in command("--memory", "1MiB", "--mesh", 4)[1]
+    assert "On 8 devices, 1 KV head on each, stored 2 times." in command("--memory", "1MiB", "--mesh", 8)[1]
+    in_groups = command("--memory", "1MiB", "--mesh", "dp=3,tp=2")[1]
+    assert "On 6 devices in 3 groups, each with sequences of its own, 2 KV heads on each." in in_groups
+    whole = command("--memory", "1MiB", "--mesh", 3)[1]
+    assert "On 3 devices, all 4 KV heads on each, since these do not divide by 3." in whole
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("", "--memory is needed, since the device here does not report its memory; give it, as 80GiB."),
-        ("--memory 1MiB --mesh 0", "--mesh must be at least 1, but came as 0."),
         ("--memory 1MiB --page-size 0", "--page-size must be at least 1, but came as 0."),
         ("--memory 1MiB --page-size 3000000000", "--page-size must be at most 2,147,483,646, but came as 3,"),
         (
@@ -217,7 +219,8 @@ def test_bad_arguments_are_refused_in_the_words_of_the_flags(command, arguments,
         ("--memory 1.5", "--memory: '1.5' would be 1.5 bytes; write 1.5GiB."),
         ("--memory 0.5", "--memory: '0.5' would be 0.5 bytes; write 0.5GiB."),
         ("--context 4kk", "--context: '4kk' is no number of tokens; 32768 or 32k is."),
-        ("--mesh 2x4", "--mesh: '2x4' is no whole number; 16 is."),
+        ("--mesh 2x4", "--mesh: '2x4' is no mesh; 8, tp=8 and dp=32,tp=8 are."),
+        ("--mesh tp=0", "--mesh: 'tp=0' is no mesh; 8, tp=8 and dp=32,tp=8 are."),
         ("--utilization 90%", "--utilization: '90%' is no number; 5 and 0.9 are."),
     ],
 )

@@ -46,6 +46,19 @@ def memory_size(text: str) -> int:
     return memory
 
 
+def mesh_axes(text: str) -> tuple[int, int]:
+    """Return (groups, devices of a group) of ``"8"``, ``"tp=8"`` or ``"dp=32,tp=8"``."""
+    sizes = {"dp": 1, "tp": 1}
+    parts = [f"tp={text}"] if text.strip().isdigit() else text.split(",")
+    for part in parts:
+        name, _, count = part.strip().partition("=")
+        is_count = count.strip().isdigit() and int(count) > 0
+        if name not in sizes or not is_count:
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is no mesh; 8, tp=8 and dp=32,tp=8 are.")
+        sizes[name] = int(count)
+    return sizes["dp"], sizes["tp"]
+
+
 def add(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "plan",
@@ -77,11 +90,11 @@ def add(subparsers: Subparsers) -> None:
     )
     add_argument(
         "--mesh",
-        dest="mesh_size",
-        type=whole_number,
-        metavar="N",
-        default=1,
-        help="devices that the model is divided over (%(default)s)",
+        type=mesh_axes,
+        metavar="AXES",
+        default=(1, 1),
+        help="devices that the model is divided over, as 8 or tp=8, and groups of them with sequences of "
+        "their own, as dp=32,tp=8 (one device)",
     )
     add_argument(
         "--page-size", type=whole_number, metavar="N", default=16, help="tokens a page (%(default)s)"
@@ -140,7 +153,7 @@ def _plans(
             plans.append(
                 plan(
                     config, cache_format, memory_bytes=memory, context=context, weights_bytes=weights,
-                    dtype=args.dtype, page_size=args.page_size, mesh_size=args.mesh_size,
+                    dtype=args.dtype, page_size=args.page_size, mesh_size=args.mesh[1], groups=args.mesh[0],
                     hbm_utilization=args.hbm_utilization, name=spelling,
                 )
             )  # fmt: skip
@@ -158,13 +171,16 @@ def _record(each: Plan) -> dict[str, Any]:
 def _print_model(args: argparse.Namespace, config: CacheSizes, first: Plan, source: str) -> None:
     layers, heads = config.num_hidden_layers, config.num_key_value_heads
     print(f"{layers} layers of {heads} KV heads of {config.head_dim}, pages of {args.page_size} tokens.")
-    if args.mesh_size > 1 and first.shards > 1:
-        print(f"On {args.mesh_size} devices, {heads // first.shards} KV heads on each. Of one of them:")
-    elif args.mesh_size > 1:
-        print(
-            f"On {args.mesh_size} devices: {heads} KV heads do not divide by that, so each holds all of "
-            f"them. Of one of them:"
-        )
+    groups, devices = args.mesh
+    if groups * devices > 1:
+        each = first.metadata.num_kv_heads
+        of_groups = f" in {groups} groups, each with sequences of its own" if groups > 1 else ""
+        held = f"{each} KV {'head' if each == 1 else 'heads'} on each"
+        if devices > 1 and first.shards == 1:
+            held = f"all {heads} KV heads on each, since these do not divide by {devices}"
+        elif devices > heads:
+            held = f"{held}, stored {devices // heads} times"
+        print(f"On {groups * devices} devices{of_groups}, {held}. Of one of them, but for sequences:")
     memory, weights, reserve = map(readable_bytes, (first.memory, first.weights, first.reserve))
     print(f"Of {memory} the weights take {weights}{source}, and {reserve} are left to everything else.\n")
 
