@@ -24,13 +24,21 @@ from qpaged.attention._checks import (
     checked_sinks,
     scaled_query,
 )
-from qpaged.attention._merge import Partial, merge, with_sinks
+from qpaged.attention._merge import Partial, merge, merge_over, with_sinks
 from qpaged.attention._new_tokens import NewPages, NewTokens, attend_new, before_new
 from qpaged.attention._options import Options, QueryTokens
+from qpaged.attention._own_pages import of_own_pages
 from qpaged.attention._ragged import RaggedTokens, split
-from qpaged.attention._token_groups import StepCall, TokenGroup, checked_mask, step_calls, token_group
+from qpaged.attention._token_groups import (
+    StepCall,
+    TokenGroup,
+    check_shared_pages,
+    checked_mask,
+    step_calls,
+    token_group,
+)
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
-from qpaged.cache._placement import group_index
+from qpaged.cache._placement import axis_index
 from qpaged.cache._view import here
 from qpaged.implicit import use_implicit_args
 from qpaged.pools import Pages, ValuesInKeys
@@ -196,6 +204,11 @@ def paged_attention(
     if sinks is not None:
         sinks = checked_sinks(sinks, query.shape[1])
     calls = step_calls(query, view, metadata, mask, sinks, new)
+    if view.placement is not None and view.placement.open_context:
+        check_shared_pages(calls)
+        # Positions are counted among a device's own slots there, over which a window is another one.
+        calls = [call._replace(mask=call.mask.with_window(window)) for call in calls]
+        window = None
     options = checked_options(view.metadata, softmax_scale, window, logits_soft_cap)
     method = Method(backend, options, jnp.dtype(jnp.float32) if return_lse else query.dtype)
     channels = view.metadata.value_dim
@@ -245,10 +258,18 @@ class Method(NamedTuple):
     dtype: np.dtype
 
 
-def attend_here(method: Method, view: PagedAttentionCacheView, calls: list[StepCall]) -> Partial:
-    """Return the attention of the calls, one after the other, by the device that this is."""
+def attend_here(
+    method: Method, view: PagedAttentionCacheView, calls: list[StepCall], index: jax.Array | None = None
+) -> Partial:
+    """Return the attention of the calls, one after the other, by the device that this is.
+
+    Args:
+        index: which one it is of those that share the pages of a sequence; None if there are no others.
+    """
     keys, values = _pools_read(view)
     method = method._replace(options=dataclasses.replace(method.options, num_pages=keys.shape[1]))
+    if index is not None:
+        calls = [of_own_pages(call, view, index) for call in calls]
     groups = [token_group(view, call) for call in calls]
     return _attend_pools(method, keys, values, groups, calls[0].sinks)
 
@@ -259,14 +280,23 @@ def attend_over_devices(method: Method, view: PagedAttentionCacheView, call: Ste
     placement = view.placement
     assert placement is not None  # or it would not be called
     pair, tree = jax.tree_util.tree_flatten((view.key_pages, view.value_pages))
-    groups = placement.open_groups
+    groups, context = placement.open_groups, placement.open_context
 
     def attend(pair: list[jax.Array], call: StepCall) -> Partial:
         keys, values = jax.tree_util.tree_unflatten(tree, pair)
         local = here(view.replace(key_pages=keys, value_pages=values, placement=None))
-        index = group_index(groups)
+        index = axis_index(groups)
         own = call._replace(step=call.step.of_group(index))
-        partial = attend_here(method, local, [own])
+        if context is None:
+            partial = attend_here(method, local, [own])
+        else:
+            of_own_pages = own._replace(sinks=None)
+            in_float32 = method._replace(dtype=np.dtype(np.float32))
+            partial = attend_here(in_float32, local, [of_own_pages], jax.lax.axis_index(context))
+            partial = merge_over(partial, context)
+            if call.sinks is not None:
+                partial = _with_sinks_of_active(partial, own.step.position, call.sinks)
+            partial = Partial(partial.out.astype(method.dtype), partial.lse)
         if call.step.group is None or index is None:
             return partial
         is_own = call.step.group == index  # all others have zeros

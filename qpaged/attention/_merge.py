@@ -101,6 +101,15 @@ def merge(partials: Sequence[Partial]) -> Partial:
     return Partial.of_sums(functools.reduce(jnp.add, weighted), highest, functools.reduce(jnp.add, weights))
 
 
+def merge_over(partial: Partial, axes: tuple[str, ...]) -> Partial:
+    """Return attention over all slots from what each device along mesh axes has seen, within shard_map."""
+    highest = lax.pmax(partial.lse, axes)
+    highest = jnp.where(highest == -jnp.inf, 0, highest)
+    weight = jnp.exp(partial.lse - highest)
+    weighted, total = lax.psum((weight[..., None] * partial.out, weight), axes)
+    return Partial.of_sums(weighted, highest, total)
+
+
 def with_sinks(partial: Partial, sinks: jax.Array) -> Partial:
     """Return a partial with each head's sink (q_heads,): a score that carries no value."""
     highest = _highest([partial.lse, sinks])

@@ -36,14 +36,22 @@ class Mask(NamedTuple):
         window: the sliding window, where options do not have it: traced, or with ``until``; else None.
         until: [tokens] int32, the last position that each query sees, where it is beyond its own; or None.
         slopes: [q_heads] float32, or None.
+        given: of [tokens], what they see in the end; or None.
     """
 
     window: int | jax.Array | None = None
     until: jax.Array | None = None
     slopes: jax.Array | None = None
+    given: Span | None = None
+
+    def with_window(self, window: int | None) -> "Mask":
+        """Return the mask with a known window, if there is no other."""
+        return self if window is None else self._replace(window=window)
 
     def span(self, position: jax.Array, slots: int) -> Span | None:
         """Return what tokens at these positions see of so many slots; None if options say it."""
+        if self.given is not None:
+            return self.given
         if self.window is None and self.until is None:
             return None
         first, last = jnp.zeros_like(position), position
@@ -158,6 +166,14 @@ def step_calls(
     return calls
 
 
+def check_shared_pages(calls: list[StepCall]) -> None:
+    """Raise ValueError for what is not done where devices share the pages of a sequence."""
+    if any(call.new is not None for call in calls):
+        raise ValueError("new must be None where devices share the pages of a sequence; write first.")
+    if any(call.mask.slopes is not None for call in calls):
+        raise ValueError("alibi_slopes must be None where devices share the pages of a sequence.")
+
+
 def token_group(view: PagedAttentionCacheView, call: StepCall) -> TokenGroup:
     """Return the queries of a call as the view's own device has them."""
     config, step, mask = view.metadata, call.step, call.mask
@@ -168,7 +184,8 @@ def token_group(view: PagedAttentionCacheView, call: StepCall) -> TokenGroup:
         table = flat.place(table)
     position = jnp.where(step.position < slots, step.position, -1)
     span = mask.span(position, slots)
-    if span is not None and call.new is None and mask.window is None and mask.slopes is None:
+    is_until = mask.until is not None and mask.window is None
+    if span is not None and is_until and call.new is None and mask.slopes is None:
         position, span = span.last, None  # those of causal queries that are further on, as kernels know
     if step.starts is not None:
         ragged = RaggedTokens(call.query, position, table, step.starts, span, mask.slopes)

@@ -15,6 +15,7 @@ from qpaged.arrays import float_dtype, is_dtype
 from qpaged.cache._budget import PagePool, available_bytes, cache_bytes, default_device
 from qpaged.cache._fresh import MakePages, PoolFormat, Sequences, check_takes_zeros, round_to_shards
 from qpaged.cache._head_sizes import HeadSizes, LayerSizes, checked_layer_sizes
+from qpaged.cache._placement import Placement
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
 from qpaged.formats import CacheFormat, ExactFormat, PoolQuantizer, Quantizer
@@ -180,7 +181,9 @@ class PagedAttentionCacheMetaData(Serializable):
         page_bytes, beside = cache_bytes(page_pools, dtype, sequences, mesh, partition_manager)
         device = default_device() if mesh is None else mesh.devices.flat[0]
         room = available_bytes(mesh, device, utilization, memory_bytes)
-        pages = min(int((room - beside) / page_bytes), LARGEST_INDEX)
+        placement = Placement.of(mesh, partition_manager, (kv_heads, 1, page_size, head_dim))
+        devices = 1 if placement is None else placement.context_size  # that share the pages of a sequence
+        pages = min(int((room - beside) / page_bytes), LARGEST_INDEX // devices) * devices
         for pool in set(page_pools):
             pages = round_to_shards(pages, pool[1:], mesh, partition_manager)
         if pages < 1:

@@ -125,9 +125,9 @@ def allocate_pages(
 
 def _local(placement: Placement, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of what one device holds of a pool whose pages are those of a group."""
-    kv_heads, *others = shape
+    kv_heads, pages, *slot = shape
     stored = placement.stored_heads(kv_heads)
-    return stored // placement.num_head_shards, *others
+    return stored // placement.num_head_shards, placement.local_pages(pages), *slot
 
 
 def _allocate_over_devices(
@@ -137,7 +137,13 @@ def _allocate_over_devices(
 ) -> Pages:
     """Return a fresh pool, each device's part of which is made there."""
     quantizer, (kv_heads, pages, *slot), dtype, sequences = local
-    whole = (kv_heads * placement.num_head_shards, pages * placement.num_groups, *slot)
+    if placement.context and isinstance(quantizer, ExactFormat):
+        raise ValueError(
+            f"quantizer must be one without exact pages where devices share the pages of a sequence, but is "
+            f"{quantizer}; leave out +exact and +sink."
+        )
+    parts = placement.num_groups * placement.context_size
+    whole = (kv_heads * placement.num_head_shards, pages * parts, *slot)
     of_all = Sequences(sequences.number * placement.num_groups, sequences.pages)
     leaves, tree = jax.tree_util.tree_flatten(
         jax.eval_shape(lambda: fresh_pages(quantizer, whole, dtype, of_all))
@@ -232,7 +238,8 @@ def device_bytes(
     """Return the bytes of a pool on one device, scales included: what the format's own arrays take there."""
     placement = Placement.of(mesh, manager, shape)
     if placement is not None:
-        local = _local(placement, tuple(shape))
+        kv_heads, pages, *slot = shape
+        local = _local(placement, (kv_heads, pages * placement.context_size, *slot))
         return pools.bytes_of(jax.eval_shape(lambda: fresh_pages(quantizer, local, dtype, sequences)))
     spec = pages_spec(shape, mesh, manager)
     pool = jax.eval_shape(lambda: fresh_pages(quantizer, tuple(shape), dtype, sequences, spec))

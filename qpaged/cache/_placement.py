@@ -34,11 +34,14 @@ class Placement:
         mesh: without its devices.
         heads: the mesh axes that KV heads are divided over; () if each device has all.
         groups: the mesh axes that sequences and their pages are divided over, in groups; () if there is one.
+        context: the mesh axes that the pages of a group are divided over, the first ones on the first device;
+            () if each device has all of them.
     """
 
     mesh: AbstractMesh
     heads: Axes = ()
     groups: Axes = ()
+    context: Axes = ()
 
     @classmethod
     def of(
@@ -57,8 +60,11 @@ class Placement:
             heads: Axes = (manager.kv_head_axis,) if mesh.shape.get(manager.kv_head_axis, 1) > 1 else ()
             if heads and kv_heads % mesh.shape[heads[0]] and mesh.shape[heads[0]] % kv_heads:
                 heads = ()  # neither divides the other
-            groups = (manager.group_axis,) if mesh.shape.get(manager.group_axis, 1) > 1 else ()
-            return cls(abstract, heads, groups)
+            groups, context = (
+                (axis,) if mesh.shape.get(axis, 1) > 1 else ()
+                for axis in (manager.group_axis, manager.context_axis)
+            )
+            return cls(abstract, heads, groups, context)
         spec = manager.resolve([KV_HEAD, EMPTY, EMPTY, EMPTY], mode=MODE, shape=tuple(shape))
         if any(entry is not None for entry in spec[1:]) or PartitionSpec.UNCONSTRAINED in spec:
             return None
@@ -76,6 +82,24 @@ class Placement:
         return max(kv_heads, self.num_head_shards)
 
     @property
+    def context_size(self) -> int:
+        """How many devices share the pages of a group."""
+        return _size(self.mesh, self.context)
+
+    def local_pages(self, pages: int) -> int:
+        """Return the pages that each device has, of those of a group.
+
+        Raises:
+            ValueError: they do not divide.
+        """
+        if pages % self.context_size:
+            raise ValueError(
+                f"num_pages_per_layer must be a multiple of the {self.context_size} devices that share the "
+                f"pages of a sequence, but came as {pages}."
+            )
+        return pages // self.context_size
+
+    @property
     def open_axes(self) -> frozenset[str]:
         """The mesh axes that are not divided by a ``shard_map`` of the caller already."""
         return frozenset(self.mesh.axis_names) - manual_axes()
@@ -89,6 +113,11 @@ class Placement:
     def open_groups(self) -> Axes | None:
         """The axes of groups likewise."""
         return self._open(self.groups)
+
+    @property
+    def open_context(self) -> Axes | None:
+        """The axes of context likewise."""
+        return self._open(self.context)
 
     @property
     def num_groups(self) -> int:
@@ -105,18 +134,18 @@ class Placement:
 
         Lists of exact pages are those of a group.
         """
-        groups, heads = self.open_groups, self.open_heads
-        num_heads = _size(self.mesh, heads or ())
+        heads, axes = self.open_heads, (self.open_groups or ()) + (self.open_context or ())
+        num_heads, num_parts = _size(self.mesh, heads or ()), _size(self.mesh, axes)
         specs = []
         for leaf in leaves:
             if leaf.ndim == 1:
-                specs.append(PartitionSpec(groups))
+                specs.append(PartitionSpec(axes or None))
             elif leaf.ndim == 0:
                 specs.append(REPLICATED)
             else:
                 of_heads = heads if leaf.shape[0] % num_heads == 0 else None
-                of_groups = groups if leaf.shape[1] % self.num_groups == 0 else None
-                specs.append(PartitionSpec(of_heads, of_groups, None, None))
+                of_pages = axes or None if leaf.shape[1] % num_parts == 0 else None
+                specs.append(PartitionSpec(of_heads, of_pages, None, None))
         return specs
 
     def local_shape(self, spec: PartitionSpec, shape: Sequence[int]) -> tuple[int, ...]:
@@ -201,16 +230,37 @@ def change_over_devices(
     """
     if not jax.tree_util.tree_leaves(pages):  # values that lie in the keys
         return change(pages, *operands)
+    context = placement.open_context
     specs = []
     for operand in operands:
         leaves, tree = jax.tree_util.tree_flatten(operand)
-        specs.append(jax.tree_util.tree_unflatten(tree, placement.pool_specs(leaves)))
-    return placement.change(change, pages, operands, tuple(specs))
+        is_indices = isinstance(operand, jax.Array)
+        of_leaves = [PartitionSpec(placement.open_groups)] if is_indices else placement.pool_specs(leaves)
+        specs.append(jax.tree_util.tree_unflatten(tree, of_leaves))
+
+    def change_own(pages: Any, indices: jax.Array, *others: Any) -> Any:
+        return change(pages, own_pages(indices, pages.shape[1], axis_index(context)), *others)
+
+    return placement.change(change_own, pages, operands, tuple(specs))
 
 
-def group_index(groups: Axes | None) -> jax.Array | None:
-    """Return the number of the group of a device, within :meth:`Placement.run`; None where there are none."""
-    return jax.lax.axis_index(groups) if groups else None
+def own_pages(pages: jax.Array, local_pages: int, index: jax.Array | None) -> jax.Array:
+    """Return the numbers that pages of a group have on one of its devices, "no page" for those of others.
+
+    Args:
+        pages: of any shape, in numbers of the group.
+        local_pages: pages of each device.
+        index: which of the devices; None if there is one.
+    """
+    if index is None:
+        return pages
+    own = pages - index * local_pages
+    return jnp.where((own >= 0) & (own < local_pages), own, local_pages)
+
+
+def axis_index(axes: Axes | None) -> jax.Array | None:
+    """Return the number of a device along mesh axes, within :meth:`Placement.run`; None without axes."""
+    return jax.lax.axis_index(axes) if axes else None
 
 
 def _size(mesh: AbstractMesh, axes: Axes) -> int:

@@ -45,11 +45,13 @@ class PartitionManager:
         mesh: the devices; None partitions nothing.
         kv_head_axis: the mesh axis that KV heads are divided over.
         group_axis: the mesh axis that sequences are divided over, in groups with pages of their own.
+        context_axis: the mesh axis that the pages of each sequence are divided over, by their numbers.
     """
 
     mesh: Mesh | None = None
     kv_head_axis: str = "tp"
     group_axis: str = "dp"
+    context_axis: str = "cp"
 
     def resolve(self, axes: Sequence[str], mode: str = MODE, shape: Sequence[int] = ()) -> PartitionSpec:
         """Return the partition of an array with axes of these meanings: ``"__KV_HEAD__"``, or ``"_"``."""

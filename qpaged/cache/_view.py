@@ -25,7 +25,7 @@ from qpaged.cache._config import (
 from qpaged.cache._fresh import PoolFormat, allocate_pages, warn_of_narrow_floats
 from qpaged.cache._metadata import PagedAttentionMetadata, check_step
 from qpaged.cache._page_changes import PageChanges
-from qpaged.cache._placement import Placement, change_over_devices, group_index
+from qpaged.cache._placement import Placement, axis_index, change_over_devices, own_pages
 from qpaged.cache._scales import set_scales
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
@@ -433,6 +433,11 @@ class PagedAttentionCacheView(Serializable):
     def _change_pool(self, change: Callable[..., Pages], pages: Pages, *operands: Any) -> Pages:
         if self.placement is None or not self.placement.is_open:
             return change(pages, *operands)
+        if self.placement.open_context and change not in (pools.clear_pages, pools.pack_pages):
+            raise ValueError(
+                "pages must not be copied, taken or put where devices share those of a sequence, since they "
+                "would go from one device to another; write them again."
+            )
         if len(operands[0]) % self._num_groups:
             raise ValueError(
                 f"pages must be as many for each of the {self._num_groups} groups of devices, but are "
@@ -481,13 +486,16 @@ class PagedAttentionCacheView(Serializable):
 def here(view: PagedAttentionCacheView) -> PagedAttentionCacheView:
     """Return a view whose metadata has the heads that its pools have, as within a ``shard_map``.
 
-    Where calls divide themselves, the heads are those of the model.
+    Where calls divide themselves, the heads are those of the model. Where devices share the pages of a group,
+    the pages are those of this one.
     """
     config, placement = view.metadata, view.placement
-    kv_heads = view.key_pages.shape[0]
-    if kv_heads == config.num_kv_heads or (placement is not None and placement.open_heads):
+    kv_heads, pages, *_ = view.key_pages.shape
+    if placement is not None and (placement.open_heads or placement.open_groups or placement.open_context):
         return view
-    return view.replace(metadata=config.replace(num_kv_heads=kv_heads))
+    if (kv_heads, pages) == (config.num_kv_heads, config.num_pages_per_layer):
+        return view
+    return view.replace(metadata=config.replace(num_kv_heads=kv_heads, num_pages_per_layer=pages))
 
 
 @compiled_if_eager()
@@ -503,13 +511,15 @@ def _write_over_devices(
     stored = view.key_pages.shape[0]
     keys = placement.repeat_heads(keys, stored)
     values = None if values is None else placement.repeat_heads(values, stored)
-    of_rows, groups = placement.row_specs(step), placement.open_groups
+    of_rows, groups, context = placement.row_specs(step), placement.open_groups, placement.open_context
 
     def write(
         pair: dict[str, Pages], step: StepTokens, keys: jax.Array, values: jax.Array | None
     ) -> dict[str, Pages]:
         local = here(view.replace(**pair, placement=None))
-        written = local._write_here(step.of_group(group_index(groups)), keys, values)
+        step = step.of_group(axis_index(groups))
+        step = step._replace(table=own_pages(step.table, local.key_pages.shape[1], axis_index(context)))
+        written = local._write_here(step, keys, values)
         return {name: getattr(written, name) for name in pair}
 
     pair = {"key_pages": view.key_pages, "value_pages": view.value_pages}

@@ -1,0 +1,218 @@
+"""One sequence over many devices, which share its pages: against one device, and at a million tokens."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.arrays import normal
+from support.caches import make_mesh
+from support.long import first_short
+
+import qpaged
+
+if not hasattr(jax, "shard_map"):
+    pytest.skip("this JAX has no jax.shard_map", allow_module_level=True)
+
+KV_HEADS, Q_HEADS, HEAD_DIM, PAGES, PAGE_SIZE = 2, 4, 32, 16, 8
+TABLE = np.array([[9, 2, 15, 0, 7, 12], [3, 11, 6, PAGES, PAGES, PAGES]], np.int32)
+FORMATS = ["int8", None, "int8:token", "int4:token+rotate", "nvfp4", "int8:channel"]
+OPTIONS = {
+    "plain": {},
+    "window": {"sliding_window": 11},
+    "cap and sinks": {"logits_soft_cap": 3.0, "sinks": normal(Q_HEADS, seed=7)},
+    "prefix, window": {"visible_until": np.full(43, 20, np.int32), "sliding_window": 15},
+    "prefix": {"visible_until": np.full(43, 20, np.int32)},
+}
+SHAPES = [{"cp": 8}, {"cp": 4, "tp": 2}, {"cp": 2, "tp": 4}]
+TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}  # float32 sums in other orders
+
+
+def entered(mesh, axis_type):
+    return jax.set_mesh(mesh) if axis_type == "Explicit" else contextlib.nullcontext()
+
+
+def config(**changes):
+    sizes = {
+        "batch_size": 2, "num_hidden_layers": 2, "num_pages_per_layer": PAGES, "num_pages_per_sequence": 6,
+        "max_sequences": 48, "page_size": PAGE_SIZE, "num_kv_heads": KV_HEADS, "kv_head_dim_size": HEAD_DIM,
+        "hbm_utilization": 0.5,
+    }  # fmt: skip
+    return qpaged.PagedAttentionCacheMetaData(**sizes | changes)
+
+
+STEPS = {
+    "prefill": qpaged.PagedAttentionMetadata.prefill(position=np.arange(43), page_table=TABLE[0], length=41),
+    "ragged": qpaged.PagedAttentionMetadata.ragged(
+        position=np.concatenate([np.arange(17), np.arange(30, 43), [-1] * 13]),
+        page_tables=TABLE[::-1], starts=[0, 17, 30],
+    ),
+}  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("sliding_window", "logits_soft_cap"))
+def write_and_attend(view, step, query, key, value, **options):
+    view = view.write_to_cache(key, value, step)
+    return view, qpaged.paged_attention(query, view, step, return_lse=True, **options)
+
+
+@jax.jit
+def decode(view, query, key, value):
+    step = qpaged.PagedAttentionMetadata.decode(position=[41, 17], page_table=TABLE)
+    view = view.write_to_cache(key, value, step)
+    out = qpaged.paged_attention(query, view, step, sliding_window=9)
+    return view.reset_pages([2, PAGES, 11]), qpaged.paged_attention(query, view, step), out
+
+
+def rows(tokens, seed):
+    return (
+        normal(tokens, Q_HEADS, HEAD_DIM, seed=seed),
+        normal(tokens, KV_HEADS, HEAD_DIM, seed=seed + 1),
+        normal(tokens, KV_HEADS, HEAD_DIM, seed=seed + 2),
+    )
+
+
+def run(view, kind, name):
+    view, attended = write_and_attend(view, STEPS[kind], *rows(43, 1), **OPTIONS[name])
+    view, *decoded = decode(view, *rows(2, 9))
+    return view, [*attended, *decoded]
+
+
+@functools.cache
+def alone(spelling, kind, name):
+    view = qpaged.PagedAttentionCacheView.init(None, jnp.float32, config(), 0, None, spelling)
+    return run(view, kind, name)
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    "shape", first_short(1, [{"cp": 8}, {"cp": 4, "tp": 2}, {"cp": 2, "tp": 4}]), ids=str
+)
+@pytest.mark.parametrize("spelling", first_short(2, FORMATS))
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in STEPS for name in OPTIONS])
+def test_it_holds_and_gives_what_one_device_does(kind, name, spelling, shape, axis_type):
+    if axis_type == "Explicit" and name != "window":
+        pytest.skip("once is enough")
+    mesh = make_mesh(tuple(shape.values()), tuple(shape), axis_type)
+    with entered(mesh, axis_type):
+        view = qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, spelling)
+        shards = {leaf.addressable_shards[0].data.shape[1] for leaf in jax.tree_util.tree_leaves(view)}
+        assert shards == {PAGES // shape["cp"]}
+        view, outs = run(view, kind, name)
+    want_view, want = alone(spelling, kind, name)
+    for out, wanted in zip(outs, want, strict=True):
+        np.testing.assert_allclose(out, wanted, **TOLERANCE)
+    for leaf, wanted in zip(*map(jax.tree_util.tree_leaves, (view, want_view)), strict=True):
+        copies = leaf.shape[0] // wanted.shape[0]
+        assert np.asarray(leaf)[::copies].tobytes() == np.asarray(wanted).tobytes()
+
+
+def test_only_what_is_attended_to_is_merged():
+    mesh = make_mesh((8,), ("cp",), "Auto")
+    view = qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, "int8")
+    text = write_and_attend.lower(view, STEPS["prefill"], *rows(43, 1)).compile().as_text()
+    collectives = [line for line in text.splitlines() if " all-" in line and "(" in line.split(" all-")[1]]
+    largest = 43 * Q_HEADS * HEAD_DIM
+    assert collectives
+    assert not [kind for kind in ("all-gather", "all-to-all", "collective-permute") if f" {kind}(" in text]
+    for line in collectives:
+        sizes = [part.split("]")[0] for part in line.split(" all-")[0].split("[")[1:]]
+        counts = [int(np.prod([int(size) for size in part.split(",") if size])) for part in sizes if part]
+        assert max(counts, default=1) <= largest
+
+
+def test_groups_and_a_flat_cache_too():
+    mesh = make_mesh((2, 4), ("dp", "cp"), "Auto")
+    cache = qpaged.PagedAttentionCache.init_cache(mesh, jnp.float32, config(), quantizer="int8", flat=True)
+    step = qpaged.PagedAttentionMetadata.prefill(
+        position=np.arange(43), page_table=TABLE[0], length=41, group=1
+    )
+    view, (out, _) = write_and_attend(cache.layer(1), step, *rows(43, 1))
+    _, want = alone("int8", "prefill", "plain")
+    np.testing.assert_allclose(out, want[0], **TOLERANCE)
+    assert cache.with_layer(view).is_flat
+
+
+@pytest.mark.long
+def test_a_million_tokens_over_eight_devices():
+    """A decode step against float64, over pages that are spread over all devices."""
+    tokens, page_size, chunk, head_dim = 2**20, 64, 2**16, 16
+    pages = tokens // page_size
+    mesh = make_mesh((8,), ("cp",), "Auto")
+    metadata = config(
+        num_pages_per_layer=pages, num_pages_per_sequence=pages, max_sequences=tokens, page_size=page_size,
+        num_kv_heads=1, kv_head_dim_size=head_dim,
+    )  # fmt: skip
+    view = qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, metadata, 0, None, "int8:token")
+    table = np.random.default_rng(0).permutation(pages).astype(np.int32)
+    rng = np.random.default_rng(1)
+    key, value = rng.normal(size=(2, tokens, 1, head_dim)).astype(np.float32)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def write(view, key, value, position):
+        step = qpaged.PagedAttentionMetadata.prefill(position=position, page_table=table)
+        return view.write_to_cache(key, value, step)
+
+    for start in range(0, tokens, chunk):
+        here = slice(start, start + chunk)
+        view = write(view, key[here], value[here], np.arange(start, start + chunk, dtype=np.int32))
+    query = 4 * rng.normal(size=(1, 2, head_dim)).astype(np.float32)
+    step = qpaged.PagedAttentionMetadata.decode(position=[tokens - 1], page_table=table[None])
+    out, lse = qpaged.paged_attention(query, view, step, return_lse=True)
+    held = []
+    for pool in (view.key_pages, view.value_pages):
+        slots = np.asarray(pool.dequantize())[0][table].reshape(tokens, head_dim)
+        held.append(slots.astype(np.float64))
+    scores = query[0].astype(np.float64) @ held[0].T / head_dim**0.5
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    want = weights @ held[1] / weights.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(out[0], want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(lse[0], np.log(weights.sum(axis=1)) + scores.max(axis=1), rtol=1e-5)
+
+
+def test_what_would_go_between_devices_is_refused():
+    mesh = make_mesh((4,), ("cp",), "Auto")
+
+    def init(metadata, spelling):
+        return qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, metadata, 0, None, spelling)
+
+    view = init(config(), "int8")
+    query, key, value = rows(43, 1)
+    for call, message in (
+        (lambda: view.copy_pages([0], [1]), "pages must not be copied, taken or put where devices share"),
+        (lambda: view.take_pages([0]), "pages must not be copied, taken or put where devices share"),
+        (
+            lambda: qpaged.paged_attention(query, view, STEPS["prefill"], new=(key, value)),
+            "new must be None where devices share the pages of a sequence; write first",
+        ),
+        (
+            lambda: qpaged.paged_attention(
+                query, view, STEPS["prefill"], alibi_slopes=np.ones(4, np.float32)
+            ),
+            "alibi_slopes must be None where devices share the pages",
+        ),
+        (
+            lambda: init(config(num_pages_per_layer=18), "int8"),
+            "num_pages_per_layer must be a multiple of the 4 devices that share the pages .* came as 18",
+        ),
+        (
+            lambda: init(config(), "int4+exact8"),
+            r"quantizer must be one without exact pages where devices share .* int4\+exact8",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_memory_is_counted_for_pages_that_are_shared():
+    def create(mesh):
+        return qpaged.PagedAttentionCacheMetaData.create(
+            mesh, 2, 2, 48, PAGE_SIZE, KV_HEADS, HEAD_DIM, 0.9, jnp.float32,
+            quantizer="int8", memory_bytes=100_000,
+        )  # fmt: skip
+
+    assert (
+        create(make_mesh((4,), ("cp",), "Auto")).num_pages_per_layer == 4 * create(None).num_pages_per_layer
+    )
