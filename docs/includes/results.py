@@ -499,6 +499,26 @@ def tpu_scan():
     return "\n".join(lines) + "\n"
 
 
+def scale():
+    """What ``benchmarks/scale.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "scale.json").read_text())
+    shape, planned = results["shape"], results["planned"]
+    versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("jax", "libtpu"))
+    lines = [
+        f"Of one chip: temporaries in MB, kernels and collectives of a layer. A group has {shape['pages']:,} "
+        f"pages of each layer and {shape['sequences']} sequences; the cache of a chip takes "
+        f"{planned / 1e6:.1f} MB, as planned. {versions}, {results['date']}.",
+        "",
+        "| pod | devices | step | temporaries | kernels | collectives |",
+        "|---|--:|---|--:|--:|---|",
+    ]
+    for run in results["runs"]:
+        found = ", ".join(f"{count} {kind}" for kind, count in run["collectives"].items()) or "none"
+        cells = run["devices"], run["style"], f"{run['temp'] / 1e6:,.1f}", run["kernels"], found
+        lines.append(f"| {run['pod']} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
 def tpu_interleaved():
     """What ``benchmarks/tpu_interleaved.py`` left, as a Markdown table."""
     results = json.loads((RESULTS / "tpu_interleaved.json").read_text())
@@ -687,6 +707,7 @@ TABLES = {
     "tpu_ragged.md": tpu_ragged,
     "tpu_scan.md": tpu_scan,
     "tpu_interleaved.md": tpu_interleaved,
+    "scale.md": scale,
     "ragged.md": ragged,
     "save_load.md": save_load,
     "latent_attention.md": latent_attention,

@@ -1,6 +1,6 @@
 """What an allocator asks of a cache: pages to copy, to pack and to reset."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -45,6 +45,31 @@ class PageChanges:
 
     def __bool__(self) -> bool:
         return len(self.reset) > 0 or bool(self.evicted)
+
+    @classmethod
+    def of_groups(cls, changes: Sequence["PageChanges"], no_page: int) -> "PageChanges":
+        """Return the changes of groups of devices, each with an allocator of its own, as those of one cache.
+
+        Args:
+            changes: of each group, in order.
+            no_page: ``num_pages_per_layer``.
+
+        Returns:
+            the pages of one group after those of another, as many of each. :attr:`evicted` is empty, since
+            hashes are found in the books of their own group.
+        """
+        most = max((len(of_group.reset) for of_group in changes), default=0)
+
+        def joined(name: str) -> np.ndarray:
+            parts = [getattr(of_group, name) for of_group in changes]
+            widths = [(0, most - len(part)) for part in parts]
+            filled = [
+                np.pad(part, width, constant_values=no_page)
+                for part, width in zip(parts, widths, strict=True)
+            ]
+            return np.concatenate([np.zeros(0, np.int32), *filled])
+
+        return cls(joined("source"), joined("target"), joined("pack"), joined("reset"))
 
 
 jax.tree_util.register_pytree_node(

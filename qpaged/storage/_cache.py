@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -55,12 +56,14 @@ def save(path: str | Path, cache: PagedAttentionCache, allocator: PageAllocator 
         TypeError: a cache of pages that only their class can write, or of a format that is not installed
             under its own name; or another name of a sequence.
         ValueError: layers that are missing or stacked; an allocator of another cache, or whose changes were
-            not applied; or a directory that holds other files.
+            not applied; a directory that holds other files; or pages in several groups of devices or
+            processes.
         OSError: the files cannot be written, or are being written now.
         ImportError: the extra ``files`` is not installed.
     """
     check_type("cache", cache, PagedAttentionCache, "a qpaged.PagedAttentionCache", "give that of all layers")
     _check_whole(cache)
+    check_placed("cache", cache)
     metadata = cache.metadata
     pages = np.arange(metadata.num_pages_per_layer, dtype=np.int32)
     record: dict[str, Any] = {"qpaged": KIND, "version": VERSION, "allocator": None}
@@ -121,6 +124,7 @@ def _load(
     cache = PagedAttentionCache.init_cache(
         mesh, record["dtype"], metadata, partition_manager, formats, flat=record.get("flat", False)
     )
+    check_placed("mesh", cache)
     cache = _loaded(cache, path, record)
     allocator = record["allocator"]
     return SavedCache(cache, None if allocator is None else allocator_of_record(metadata, allocator))
@@ -167,6 +171,20 @@ def _check_whole(cache: PagedAttentionCache) -> None:
     cache.replace(views=views).check_fields()
     for view in views:
         view.check_fields()
+
+
+def check_placed(name: str, cache: PagedAttentionCache) -> None:
+    """Raise ValueError for pages that lie in several groups or processes, or are stored several times."""
+    view = cache.views[0]
+    placement, stored_heads = view.placement, view.key_pages.shape[0]
+    is_divided = placement is not None and bool(placement.groups or placement.context)
+    leaves = jax.tree_util.tree_leaves(view)
+    is_here = all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves)
+    if is_divided or not is_here or stored_heads != view.metadata.num_kv_heads:
+        raise ValueError(
+            f"{name} must have all its pages in one group and in this process, and each KV head once, to be "
+            f"saved or loaded; take pages to the host, and put them on a mesh, with take_pages and put_pages."
+        )
 
 
 def _checked_format(cache: PagedAttentionCache) -> CacheFormat:
