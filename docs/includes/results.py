@@ -437,17 +437,18 @@ def engine_jax_llm_examples():
         f"`benchmarks/engines/jax_llm_examples.py`: an adapter of {results['adapter_lines']} lines, "
         f"{results['model']} in float32, {results['generated']} tokens after each of eight prompts, jax "
         f"{results['versions']['jax']} on CPU, {results['date']}. The model's norms round to bfloat16, which "
-        "makes other tokens of the last bit of a sum: in the first rows they do not. KL is not told, since "
-        "the loop gives tokens alone.",
+        "makes other tokens of the last bit of a sum: in the first rows they do not. KL is of the model's "
+        "predictions along these answers, to those on plain pages.",
         "",
-        "| cache that it decodes on | norms | same tokens | bytes | sequences of 256 tokens in 1 GiB |",
-        "|---|---|--:|--:|--:|",
+        "| cache that it decodes on | norms | same tokens | KL | bytes | sequences of 256 tokens in 1 GiB |",
+        "|---|---|--:|--:|--:|--:|",
     ]
     for run in results["runs"]:
         size = f"{run['bytes'] / 1e6:,.1f} MB"
         fits = f"{run['sequences_in_a_gibibyte']:,}"
         norms = "bfloat16" if run["norms_round"] else "float32"
-        lines.append(f"| {run['pages']} | {norms} | {run['same_tokens']:.1%} | {size} | {fits} |")
+        kl = "" if run["kl"] is None else f"{run['kl'][0]:.4f} ± {run['kl'][1]:.4f}"
+        lines.append(f"| {run['pages']} | {norms} | {run['same_tokens']:.1%} | {kl} | {size} | {fits} |")
     return "\n".join(lines) + "\n"
 
 

@@ -62,8 +62,8 @@ def save(path: str | Path, cache: PagedAttentionCache, allocator: PageAllocator 
         ImportError: the extra ``files`` is not installed.
     """
     check_type("cache", cache, PagedAttentionCache, "a qpaged.PagedAttentionCache", "give that of all layers")
-    _check_whole(cache)
     check_placed("cache", cache)
+    _check_whole(cache)
     metadata = cache.metadata
     pages = np.arange(metadata.num_pages_per_layer, dtype=np.int32)
     record: dict[str, Any] = {"qpaged": KIND, "version": VERSION, "allocator": None}

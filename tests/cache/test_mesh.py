@@ -309,3 +309,71 @@ def test_batches_that_do_not_divide_are_refused():
             position=np.zeros(4, int), page_tables=np.zeros((3, 2), int), starts=[[0, 1], [0, 1]]
         )
     assert step.decodes_tokens() is not None and query.shape and key.shape and value.shape
+
+
+@pytest.mark.parametrize("spelling", first_short(2, ["int8:token", "int4:token+rotate+exact9", None]))
+def test_pages_go_from_a_mesh_to_the_host_and_to_others(spelling):
+    meshes = [mesh_of(1, 4, "Auto"), None, mesh_of(1, 2, "Auto")]
+    views = [
+        qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, spelling) for mesh in meshes
+    ]
+    first, outs = run(views[0], [0], named=False)
+    pages = tables(0)[0]
+    taken = jax.device_get(first.take_pages(pages))
+    query = rows_of(13, 5)[0]
+    want = qpaged.paged_attention(query, first, prefill_of(0, False))
+    for view in views[1:]:
+        there = np.array([8, 0, 3, NO_PAGE])
+        put = view.put_pages(there, taken)
+        step = prefill_of(0, False).replace(prefill_page_table=there)
+        np.testing.assert_allclose(qpaged.paged_attention(query, put, step), want, **TOLERANCE)
+    assert outs
+
+
+def test_files_take_what_lies_in_one_group(tmp_path):
+    pytest.importorskip("safetensors")
+    make = functools.partial(
+        qpaged.PagedAttentionCache.init_cache, dtype=jnp.float32, metadata=config(), quantizer="int8"
+    )
+    cache = make(mesh_of(1, 4, "Auto"))
+    view, _ = write_and_attend(cache.layer(1), decode_of([0]), *rows_of(SEQUENCES, 1))
+    cache = cache.with_layer(view)
+    qpaged.save(tmp_path / "cache", cache)
+    loaded = qpaged.load(tmp_path / "cache", mesh=mesh_of(1, 2, "Auto")).cache
+    for got, want in zip(*map(jax.tree_util.tree_leaves, (loaded, cache)), strict=True):
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+    for mesh in (mesh_of(2, 4, "Auto"), mesh_of(1, 8, "Auto")):
+        with pytest.raises(
+            ValueError, match="cache must have all its pages in one group and in this process"
+        ):
+            qpaged.save(tmp_path / "other", make(mesh))
+        with pytest.raises(ValueError, match="mesh must have all its pages in one group and in this process"):
+            qpaged.load(tmp_path / "cache", mesh=mesh)
+
+
+def test_changes_of_groups_are_those_of_each():
+    mesh = mesh_of(2, 4, "Auto")
+    cache = qpaged.PagedAttentionCache.init_cache(mesh, jnp.float32, config(), quantizer="int8")
+    books = [qpaged.PageAllocator(config()) for _ in range(2)]
+    books[0].allocate("a", 30)
+    books[1].allocate("b", 3)
+    books[1].fork("b", "c")
+    for book in books:
+        book.take_changes()
+    books[1].extend(["c"], [4])
+    changes = qpaged.PageChanges.of_groups([book.take_changes() for book in books], NO_PAGE)
+    assert len(changes.source) == 2 * 8 and (changes.source[:8] == NO_PAGE).all()
+    assert changes.target[8] == books[1].page_table(["c"])[0, 0]
+    source = int(changes.source[8])
+    step = qpaged.PagedAttentionMetadata.prefill(position=np.arange(3), page_table=[source], group=1)
+    view, _ = write_and_attend(cache.layer(0), step, *rows_of(3, 1))
+    cache = cache.with_layer(view).apply_changes(changes)
+    there = step.replace(prefill_page_table=np.array([changes.target[8]]))
+    query = rows_of(3, 1)[0]
+    np.testing.assert_allclose(
+        qpaged.paged_attention(query, cache.layer(0), there),
+        qpaged.paged_attention(query, view, step),
+        **TOLERANCE,
+    )
+    empty = qpaged.PageChanges.of_groups([book.take_changes() for book in books], NO_PAGE)
+    assert not empty and cache.apply_changes(empty) is not None
