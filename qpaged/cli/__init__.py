@@ -1,4 +1,4 @@
-"""The command line: ``qpaged sweep``, ``tune``, ``plan`` and ``formats``.
+"""The command line: ``qpaged sweep``, ``merge``, ``tune``, ``plan``, ``calibrate`` and ``formats``.
 
 Each module in ``commands`` is one command. Exit status: 0 success, 1 a format failed or none is good enough,
 2 wrong usage, 130 interrupted, 141 nobody reads the output any more.

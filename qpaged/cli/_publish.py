@@ -10,21 +10,25 @@ from qpaged.sweep._numbers import percent, rough_duration, small
 
 def publish(args: argparse.Namespace, result: sweep.SweepResult, directory: Path) -> int:
     """Write all files of a result, print it, and return the exit status."""
-    sweep.write_json(result, directory)
-    results = result.to_dict()
+    return publish_results(args, result.to_dict(), directory)
+
+
+def publish_results(args: argparse.Namespace, results: sweep.Results, directory: Path) -> int:
+    """Do so with the values of ``results.json``."""
+    sweep.write_record(results, directory)
     sweep.write_figures(results, directory)
     report = sweep.write_report(results, directory)
     if args.json:
-        print(result.to_json(), end="")
+        print(sweep.json_of(results), end="")
     else:
         sweep.print_table(results)
         print(f"The report: {report}")
-    for failure in result.failures:
-        say(args, f"{failure.format} failed: {failure.error}")
-    if not result.complete:
-        say(args, f"interrupted; finished: {', '.join(run.format for run in result.runs)}.")
+    for failure in results["failures"]:
+        say(args, f"{failure['format']} failed: {failure['error']}")
+    if not results["complete"]:
+        say(args, f"interrupted; finished: {', '.join(run['format'] for run in results['runs'])}.")
         return INTERRUPTED
-    return FAILED if result.failures else FINE
+    return FAILED if results["failures"] else FINE
 
 
 def say_row(args: argparse.Namespace, run: sweep.Run) -> None:

@@ -1,6 +1,14 @@
 """Results of a sweep: ``results.json``, how it is written, resumed from and read."""
 
-from qpaged.sweep.results._files import RESULTS, claimed, known_runs, set_aside, write_json
+from qpaged.sweep.results._files import (
+    RESULTS,
+    claimed,
+    known_runs,
+    set_aside,
+    write_json,
+    write_record,
+)
+from qpaged.sweep.results._merge import merged, read_results
 from qpaged.sweep.results._reading import (
     BROKEN,
     CONFIDENT_ERRORS,
@@ -18,6 +26,7 @@ from qpaged.sweep.results._record import (
     SweepResult,
     conditions,
     is_number,
+    json_of,
     run_from_record,
     run_record,
     same_conditions,
@@ -36,9 +45,12 @@ __all__ = [
     "conditions",
     "is_broken",
     "is_number",
+    "json_of",
     "known_runs",
     "log_floor",
+    "merged",
     "pareto_front",
+    "read_results",
     "run_from_record",
     "run_record",
     "same_conditions",
@@ -46,4 +58,5 @@ __all__ = [
     "tied",
     "title",
     "write_json",
+    "write_record",
 ]

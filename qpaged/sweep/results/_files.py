@@ -10,8 +10,10 @@ from qpaged.sweep._extras import need
 from qpaged.sweep.measure import Run, Sweep
 from qpaged.sweep.results._record import (
     VERSION,
+    Record,
     SweepResult,
     conditions,
+    json_of,
     run_from_record,
     same_conditions,
 )
@@ -73,6 +75,11 @@ def set_aside(directory: Path) -> Path | None:
 
 def write_json(result: SweepResult, directory: Path) -> Path:
     """Write ``results.json``; an interrupt leaves the previous file."""
+    return write_record(result.to_dict(), directory)
+
+
+def write_record(record: Record, directory: Path) -> Path:
+    """Write a record as ``results.json``, likewise."""
     path = directory / RESULTS
-    write_whole(path, result.to_json())
+    write_whole(path, json_of(record))
     return path

@@ -55,8 +55,13 @@ class SweepResult:
         return record
 
     def to_json(self) -> str:
-        record = self.to_dict()
-        return json.dumps({**record, DIGEST: digest(record)}, indent=2, allow_nan=False) + "\n"
+        return json_of(self.to_dict())
+
+
+def json_of(record: Record) -> str:
+    """Return a record as JSON, with its digest."""
+    record = {name: value for name, value in record.items() if name != DIGEST}
+    return json.dumps({**record, DIGEST: digest(record)}, indent=2, allow_nan=False) + "\n"
 
 
 def conditions(sweep: Sweep) -> Record:
