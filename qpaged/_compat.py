@@ -342,7 +342,7 @@ def manual_axes() -> frozenset[str]:
     return frozenset() if mesh is None else frozenset(mesh.manual_axes)
 
 
-def is_explicit(mesh: jax.sharding.AbstractMesh) -> bool:
+def is_explicit(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> bool:
     """Return True if any axis of a mesh is Explicit."""
     return jax.sharding.AxisType.Explicit in mesh.axis_types
 

@@ -27,18 +27,17 @@ from qpaged.attention._checks import (
 from qpaged.attention._merge import Partial, merge, merge_over, with_sinks
 from qpaged.attention._new_tokens import NewPages, NewTokens, attend_new, before_new
 from qpaged.attention._options import Options, QueryTokens
-from qpaged.attention._own_pages import of_own_pages
+from qpaged.attention._over_devices import divided_calls, over_devices
+from qpaged.attention._own_pages import active_position, of_own_pages
 from qpaged.attention._ragged import RaggedTokens, split
 from qpaged.attention._token_groups import (
     StepCall,
     TokenGroup,
-    check_shared_pages,
     checked_mask,
     step_calls,
     token_group,
 )
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
-from qpaged.cache._placement import axis_index
 from qpaged.cache._view import here
 from qpaged.implicit import use_implicit_args
 from qpaged.pools import Pages, ValuesInKeys
@@ -72,25 +71,32 @@ def attention_backends(
         return _backends.list_backends([])
     if any(argument is None for argument in arguments):
         raise TypeError("attention_backends takes query, view and metadata together, or none of them.")
-    traced_backends: list[tuple[AttentionBackend, ...]] = []
+    found: list[tuple[AttentionBackend, ...]] = []  # of each step
 
     def list_traced(
         query: jax.Array, view: PagedAttentionCacheView, metadata: PagedAttentionMetadata
     ) -> None:
-        calls = []
         query = as_array("query", query)
         check_dimensions(query)
-        _, mask = checked_mask(query, sliding_window, visible_until, alibi_slopes)
-        for call in step_calls(query, view, metadata, mask):
-            local, call = _on_one_device(here(view), call)
-            keys, values = _pools_read(local)
-            for tokens in token_group(local, call).parts():
-                calls.append(_untransformed_call(tokens, pools.packed(keys), pools.packed(values)))
-        traced_backends.append(_backends.list_backends(calls))
+        window, mask = checked_mask(query, sliding_window, visible_until, alibi_slopes)
+        for call in divided_calls(step_calls(query, view, metadata, mask), view, window):
+            over_devices(view, call, list_of_device)
+
+    def list_of_device(local: PagedAttentionCacheView, call: StepCall, index: jax.Array | None) -> None:
+        if index is not None:
+            call = of_own_pages(call, local, index)
+        keys, values = map(pools.packed, _pools_read(local))
+        parts = token_group(local, call).parts()
+        found.append(_backends.list_backends([_untransformed_call(part, keys, values) for part in parts]))
 
     # Traced, since shapes are enough; what it finds are no arrays, and go out by the list.
     jax.eval_shape(list_traced, query, view, metadata)
-    return traced_backends[0]
+    if not found:
+        return _backends.list_backends([])
+    first_reasons = [
+        next((one for one in of_steps if one.reason), of_steps[0]) for of_steps in zip(*found, strict=True)
+    ]
+    return tuple(first_reasons)
 
 
 @overload
@@ -160,7 +166,7 @@ def paged_attention(
             traced one multiplies the query, in the query's dtype.
         sliding_window: attend to the last so many positions, the query's own included; to all if None. It may
             be traced, as in a scan over layers with windows and without, where one that is longer than every
-            sequence is none; kernels take those alone that are known.
+            sequence is none, and one below 1 is 1; kernels take those alone that are known.
         logits_soft_cap: scores become cap · tanh(score / cap) (Gemma 2), cap being from 1.2e-38 to 1e30;
             untouched if None.
         sinks: (q_heads,) logits that join each head's softmax and carry no value (gpt-oss); none if None, and
@@ -169,8 +175,9 @@ def paged_attention(
         visible_until: (tokens,) integers; the last position that each query sees, where it is beyond its own:
             the end of a prefix or of an image whose tokens see each other (PaliGemma, Gemma 3), or of the
             whole text that is attended across (encoder and decoder). -1 where queries see up to their own
-            position; it is not beyond the page table. Every slot up to there must have been written, or be
-            ``new``. A sliding window goes back from the query's own position.
+            position; it is not beyond the page table. Every slot up to there must have been written; with
+            ``new`` it ends with the last new token of the sequence. A sliding window goes back from the
+            query's own position.
         alibi_slopes: (q_heads,) finite floats: each position between a slot and the query takes so much from
             the score, after the soft cap (Press et al., 2022); none if None.
         backend: the name of one of :func:`attention_backends`, which never falls back. None for the first of
@@ -204,11 +211,9 @@ def paged_attention(
     if sinks is not None:
         sinks = checked_sinks(sinks, query.shape[1])
     calls = step_calls(query, view, metadata, mask, sinks, new)
+    calls = divided_calls(calls, view, window)
     if view.placement is not None and view.placement.open_context:
-        check_shared_pages(calls)
-        # Positions are counted among a device's own slots there, over which a window is another one.
-        calls = [call._replace(mask=call.mask.with_window(window)) for call in calls]
-        window = None
+        window = None  # which the calls have
     options = checked_options(view.metadata, softmax_scale, window, logits_soft_cap)
     method = Method(backend, options, jnp.dtype(jnp.float32) if return_lse else query.dtype)
     channels = view.metadata.value_dim
@@ -217,7 +222,9 @@ def paged_attention(
         return (out, jnp.full_like(query[..., 0], -jnp.inf, jnp.float32)) if return_lse else out
     try:
         if view.placement is not None and view.placement.is_open:
-            partials = [attend_over_devices(method, view, call) for call in calls]
+            partials = [_attend_divided(method, view, call) for call in calls]
+            if len(partials) > 1:  # which lie otherwise: those of a prefill are everywhere
+                partials = [Partial(*map(view.placement.whole_tokens, partial)) for partial in partials]
             out, lse = (jnp.concatenate(of_each) for of_each in zip(*partials, strict=True))
         else:
             out, lse = attend_here(method, here(view), calls)
@@ -274,54 +281,40 @@ def attend_here(
     return _attend_pools(method, keys, values, groups, calls[0].sinks)
 
 
+def _attend_divided(method: Method, view: PagedAttentionCacheView, call: StepCall) -> Partial:
+    """Return :func:`attend_over_devices`, or what it gives where there is nothing to attend with, or to."""
+    if call.query.size and call.step.table.size:
+        return attend_over_devices(method, view, call)
+    shape = call.query.shape[:2]
+    out = jnp.zeros((*shape, _pools_read(view)[1].shape[3]), method.dtype)
+    return Partial(out, jnp.full(shape, -jnp.inf, jnp.float32))
+
+
 @compiled_if_eager(static_argnums=(0,))
 def attend_over_devices(method: Method, view: PagedAttentionCacheView, call: StepCall) -> Partial:
     """Return the attention of a call, each device attending with its own heads to its own sequences."""
     placement = view.placement
     assert placement is not None  # or it would not be called
-    pair, tree = jax.tree_util.tree_flatten((view.key_pages, view.value_pages))
-    groups, context = placement.open_groups, placement.open_context
+    groups, context, num_groups = placement.open_groups, placement.open_context, placement.num_groups
 
-    def attend(pair: list[jax.Array], call: StepCall) -> Partial:
-        keys, values = jax.tree_util.tree_unflatten(tree, pair)
-        local = here(view.replace(key_pages=keys, value_pages=values, placement=None))
-        index = axis_index(groups)
-        own = call._replace(step=call.step.of_group(index))
+    def attend(local: PagedAttentionCacheView, own: StepCall, index: jax.Array | None) -> Partial:
         if context is None:
             partial = attend_here(method, local, [own])
         else:
-            of_own_pages = own._replace(sinks=None)
             in_float32 = method._replace(dtype=np.dtype(np.float32))
-            partial = attend_here(in_float32, local, [of_own_pages], jax.lax.axis_index(context))
-            partial = merge_over(partial, context)
-            if call.sinks is not None:
-                partial = _with_sinks_of_active(partial, own.step.position, call.sinks)
+            partial = merge_over(attend_here(in_float32, local, [own._replace(sinks=None)], index), context)
+            if own.sinks is not None:
+                partial = _with_sinks_of_active(partial, active_position(own.step, local), own.sinks)
             partial = Partial(partial.out.astype(method.dtype), partial.lse)
-        if call.step.group is None or index is None:
+        if own.step.group is None or groups is None:
             return partial
-        is_own = call.step.group == index  # all others have zeros
-        return Partial(*(jax.lax.psum(jnp.where(is_own, part, 0), groups) for part in partial))
+        group = jax.lax.axis_index(groups)  # all others than that of the prefill have zeros
+        out, lse = (jax.lax.psum(jnp.where(own.step.group == group, part, 0), groups) for part in partial)
+        is_group = (own.step.group >= 0) & (own.step.group < num_groups)
+        return Partial(out, jnp.where(is_group, lse, -jnp.inf))
 
     rows = placement.row_specs(call.step)
-    specs = (placement.pool_specs(pair), call.specs(placement))
-    return placement.run(attend, (pair, call), specs, Partial(rows, rows))  # type: ignore[arg-type]
-
-
-def _on_one_device(view: PagedAttentionCacheView, call: StepCall) -> tuple[PagedAttentionCacheView, StepCall]:
-    """Return shapes of a view and of a call as each device has them; of their values nothing is said."""
-    placement = view.placement
-    if placement is None or not placement.is_open:
-        return view, call
-
-    def local(spec: PartitionSpec, array: jax.Array) -> jax.Array:
-        return jnp.zeros(placement.local_shape(spec, array.shape), array.dtype)
-
-    pair, tree = jax.tree_util.tree_flatten((view.key_pages, view.value_pages))
-    parts = [local(*part) for part in zip(placement.pool_specs(pair), pair, strict=True)]
-    keys, values = jax.tree_util.tree_unflatten(tree, parts)
-    view = here(view.replace(key_pages=keys, value_pages=values, placement=None))
-    call = jax.tree_util.tree_map(local, call.specs(placement), call)
-    return view, call._replace(step=call.step.of_group(None))
+    return over_devices(view, call, attend, Partial(rows, rows))  # type: ignore[arg-type]
 
 
 @compiled_if_eager(static_argnums=(0,))

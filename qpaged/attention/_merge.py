@@ -103,7 +103,7 @@ def merge(partials: Sequence[Partial]) -> Partial:
 
 def merge_over(partial: Partial, axes: tuple[str, ...]) -> Partial:
     """Return attention over all slots from what each device along mesh axes has seen, within shard_map."""
-    highest = lax.pmax(partial.lse, axes)
+    highest = lax.pmax(lax.stop_gradient(partial.lse), axes)
     highest = jnp.where(highest == -jnp.inf, 0, highest)
     weight = jnp.exp(partial.lse - highest)
     weighted, total = lax.psum((weight[..., None] * partial.out, weight), axes)

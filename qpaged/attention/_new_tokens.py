@@ -33,6 +33,7 @@ class NewPages(NamedTuple):
         place: [tokens] int32, each query's place among the new tokens of its sequence; negative for padding.
         table: [runs, pages] int32, the pages of the run's sequence.
         first: [runs] int32, the position of the first new token of the run's sequence.
+        length: [runs] int32, the new tokens of the run's sequence.
         is_right: [runs] bool, True if their positions follow one another; the rows are NaN where they do not.
     """
 
@@ -41,6 +42,7 @@ class NewPages(NamedTuple):
     place: jax.Array
     table: jax.Array
     first: jax.Array
+    length: jax.Array
     is_right: jax.Array
 
     @classmethod
@@ -54,6 +56,7 @@ class NewPages(NamedTuple):
             place=jnp.where(tokens.position >= 0, place, -1),
             table=jnp.arange(keys.shape[1], dtype=jnp.int32)[None],
             first=jnp.maximum(tokens.position[:1], 0),
+            length=(tokens.position >= 0).sum(keepdims=True, dtype=jnp.int32),
             is_right=are_consecutive(tokens.position)[None],
         )
 
@@ -78,13 +81,12 @@ def attend_new(
     """Return the attention of a call's queries to its new tokens; a decode row sees its own alone."""
     if isinstance(new, NewTokens):
         return _attend_new_rows(tokens, new, options)
-    pages, page_size = new.keys.shape[1:3]
-    end = jnp.full(len(new.table), pages * page_size, jnp.int32)
+    pages = new.keys.shape[1]
     span = tokens.span
     if span is not None:  # as slots among the new tokens
         first = jnp.repeat(new.first, tokens.run_length)
         span = Span(jnp.maximum(span.first - first, 0), jnp.where(new.place >= 0, span.last - first, -1))
-    local = dataclasses.replace(tokens, position=new.place, table=new.table, end=end, span=span)
+    local = dataclasses.replace(tokens, position=new.place, table=new.table, end=new.length, span=span)
     call, options = AttentionCall(local, new.keys, new.values), dataclasses.replace(options, num_pages=pages)
     if backend in ("xla", "reference"):  # which take any call
         out, lse = _backends.attend_by_name(backend, call, options)

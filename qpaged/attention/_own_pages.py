@@ -23,7 +23,7 @@ def of_own_pages(call: StepCall, view: PagedAttentionCacheView, index: jax.Array
     """
     step, page_size = call.step, view.metadata.page_size
     slots = step.table.shape[1] * page_size
-    position = jnp.where(step.position < slots, step.position, -1)
+    position = active_position(step, view)
     span = call.mask.span(position, slots)
     table = own_pages(step.table, view.metadata.num_pages_per_layer, index)
     is_own = table < view.metadata.num_pages_per_layer  # [sequences, pages]
@@ -42,6 +42,16 @@ def of_own_pages(call: StepCall, view: PagedAttentionCacheView, index: jax.Array
     order = jnp.argsort(~is_own, axis=1, stable=True)
     own = step._replace(table=jnp.take_along_axis(table, order, axis=1), position=last)
     return call._replace(step=own, mask=call.mask._replace(window=None, until=None, given=own_span))
+
+
+def active_position(step: StepTokens, view: PagedAttentionCacheView) -> jax.Array:
+    """Return the position of each token, [tokens]; negative where it is of no sequence, or past the table."""
+    position = step.position
+    slots = step.table.shape[1] * view.metadata.page_size
+    is_active = position < slots
+    if step.starts is not None:
+        is_active &= Members.of(step.starts, len(position)).is_member
+    return jnp.where(is_active, position, -1)
 
 
 def _sequence_of_tokens(step: StepTokens) -> jax.Array:

@@ -134,7 +134,8 @@ class Split(NamedTuple):
         is_active = self.pieces.is_token & (position[self.pieces.token] >= 0)
         place = jnp.where(is_active, members.offset[self.pieces.token], -1)
         first = position[jnp.minimum(members.first, len(position) - 1)][sequence]
-        return NewPages(keys, values, place.reshape(-1), table, jnp.maximum(first, 0), is_right)
+        count = members.length[sequence]
+        return NewPages(keys, values, place.reshape(-1), table, jnp.maximum(first, 0), count, is_right)
 
 
 @promoting_ranks

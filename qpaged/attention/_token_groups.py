@@ -159,7 +159,7 @@ def step_calls(
         tokens = slice(start, start + len(step.position))
         start = tokens.stop
         own = None if new_tokens is None else NewTokens(new_tokens.key[tokens], new_tokens.value[tokens])
-        if own is not None and not step.is_decode and groups == 1:
+        if own is not None and not step.is_decode and (step.is_prefill or groups == 1):
             check_consecutive(step.position, step.starts)
         until = None if mask.until is None else mask.until[tokens]
         calls.append(StepCall(step, query[tokens], own, mask._replace(until=until), sinks))

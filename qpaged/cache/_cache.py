@@ -160,7 +160,8 @@ class PagedAttentionCache(Serializable):
         if not self.is_flat:
             number = self._number(view.layer_index)
             return self.replace(views=[*self.views[:number], view, *self.views[number + 1 :]])
-        if pools.as_flat(view.key_pages) is None:
+        own, other = pools.as_flat(self.views[0].key_pages), pools.as_flat(view.key_pages)
+        if own is None or other is None or (own.layers, own.shape) != (other.layers, other.shape):
             raise ValueError(f"view must be of a layer of this flat cache, but is a {view}; {advice}.")
         whole = view.replace(
             layer_index=None,
@@ -243,7 +244,13 @@ class PagedAttentionCache(Serializable):
             ValueError: of another number of layers or KV heads, or chosen for another format; or no pool has
                 static scales.
         """
-        check_scales(scales, len(self.views), self.views[0].metadata.num_kv_heads, self.has_static_scales)
+        config = self.metadata
+        if config.layer_sizes:
+            raise ValueError(
+                "scales must be left out for a cache whose layers have different heads, which a CacheScales "
+                "does not tell apart; give each view its own with view.with_scales."
+            )
+        check_scales(scales, config.num_hidden_layers, config.num_kv_heads, self.has_static_scales)
         views = []
         for layer, view in enumerate(self.views):
             views.append(

@@ -48,6 +48,10 @@ def flat_view(
         )
     sequences = Sequences(layers * metadata.batch_size, metadata.num_pages_per_sequence)
 
+    placement = Placement.of(mesh, manager, metadata.pool_shape)
+    if placement is not None:
+        placement.local_pages(metadata.num_pages_per_layer)  # of each layer, not only of all together
+
     def allocate(made_with: PoolFormat, shape: tuple[int, int, int, int]) -> Pages:
         kv_heads, pages, *slot = shape
         whole = allocate_pages(made_with, (kv_heads, layers * pages, *slot), dtype, sequences, mesh, manager)
@@ -64,6 +68,4 @@ def flat_view(
             "would have one for all."
         )
     warn_of_narrow_floats(keys, values)
-    return PagedAttentionCacheView(
-        metadata, None, keys, values, Placement.of(mesh, manager, metadata.pool_shape)
-    )
+    return PagedAttentionCacheView(metadata, None, keys, values, placement)

@@ -42,6 +42,8 @@ def checked_layer_sizes(
                 f"layer_sizes must name layers of the model's {num_layers}, counted from 0, but names "
                 f"{number}."
             )
+        if number in sizes:
+            raise ValueError(f"layer_sizes must name each layer once, but names {number} again.")
         kv_heads, head_dim, *value_dim = of_layer
         of_values = value_dim[0] if value_dim else None
         sizes[number] = HeadSizes(

@@ -15,6 +15,7 @@ from qpaged.cache._serializable import Serializable
 from qpaged.cache._slot_mapping import as_indices
 from qpaged.cache._step_tokens import StepTokens
 
+FIRST_GROUP = 0
 ABSENT = np.int32(0)  # in place of the arrays of a mode that a step is not in, of shape ()
 
 
@@ -83,7 +84,7 @@ class PagedAttentionMetadata(Serializable):
         position: ArrayLike,
         page_table: ArrayLike,
         length: ArrayLike | None = None,
-        group: ArrayLike = 0,
+        group: ArrayLike = FIRST_GROUP,
     ) -> Self:
         """Return the metadata of a prefill of one sequence, or of a chunk of it.
 
@@ -104,7 +105,7 @@ class PagedAttentionMetadata(Serializable):
             prefill_page_table=_shaped("page_table", page_table, "(pages,)", 1),
             decodes_position=_absent(),
             decodes_page_table=_absent(),
-            prefill_group=_shaped("group", group, "()", 0),
+            prefill_group=ABSENT if group is FIRST_GROUP else _shaped("group", group, "()", 0),
         )
 
     @classmethod
@@ -280,6 +281,11 @@ def _starts(name: str, starts: ArrayLike) -> jax.Array:
 
 def _check_starts(prefix: str, starts: jax.Array, page_tables: jax.Array, position: jax.Array) -> None:
     groups, entries = starts.shape if starts.ndim == 2 else (1, len(starts))
+    if not groups or not entries:
+        raise ValueError(
+            f"{prefix}starts must have an entry for each sequence and one more, but came with shape "
+            f"{starts.shape}."
+        )
     if groups * (entries - 1) != len(page_tables):
         raise ValueError(
             f"{prefix}starts must have one entry more than {prefix}page_tables has rows, in each group, but "

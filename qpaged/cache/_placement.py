@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from qpaged import pools
 from qpaged._compat import current_mesh, has_explicit_meshes, is_explicit, manual_axes, spec_axes
 from qpaged._eager import compiled_if_eager
 from qpaged.cache._sharding import EMPTY, KV_HEAD, MODE, PartitionManager, Resolver
@@ -31,14 +32,14 @@ class Placement:
     """Where pools lie; hashable, since programs depend on it.
 
     Attributes:
-        mesh: without its devices.
+        mesh: with its devices, if they are there.
         heads: the mesh axes that KV heads are divided over; () if each device has all.
         groups: the mesh axes that sequences and their pages are divided over, in groups; () if there is one.
         context: the mesh axes that the pages of a group are divided over, the first ones on the first device;
             () if each device has all of them.
     """
 
-    mesh: AbstractMesh
+    mesh: Mesh | AbstractMesh
     heads: Axes = ()
     groups: Axes = ()
     context: Axes = ()
@@ -54,8 +55,7 @@ class Placement:
         kv_heads = shape[0]
         if mesh is None or mesh.size == 1 or not has_explicit_meshes():
             return None
-        abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
-        if manager is None or isinstance(manager, PartitionManager):
+        if manager is None or type(manager) is PartitionManager:  # a class of its own may resolve otherwise
             manager = PartitionManager() if manager is None else manager
             heads: Axes = (manager.kv_head_axis,) if mesh.shape.get(manager.kv_head_axis, 1) > 1 else ()
             if heads and kv_heads % mesh.shape[heads[0]] and mesh.shape[heads[0]] % kv_heads:
@@ -64,13 +64,13 @@ class Placement:
                 (axis,) if mesh.shape.get(axis, 1) > 1 else ()
                 for axis in (manager.group_axis, manager.context_axis)
             )
-            return cls(abstract, heads, groups, context)
+            return cls(mesh, heads, groups, context)
         spec = manager.resolve([KV_HEAD, EMPTY, EMPTY, EMPTY], mode=MODE, shape=tuple(shape))
         if any(entry is not None for entry in spec[1:]) or PartitionSpec.UNCONSTRAINED in spec:
             return None
         heads = spec_axes(spec[0]) if spec else ()
         known = all(axis in mesh.shape for axis in heads)
-        return cls(abstract, heads) if known and kv_heads % _size(abstract, heads) == 0 else None
+        return cls(mesh, heads) if known and kv_heads % _size(mesh, heads) == 0 else None
 
     @property
     def num_head_shards(self) -> int:
@@ -145,8 +145,14 @@ class Placement:
             else:
                 of_heads = heads if leaf.shape[0] % num_heads == 0 else None
                 of_pages = axes or None if leaf.shape[1] % num_parts == 0 else None
-                specs.append(PartitionSpec(of_heads, of_pages, None, None))
+                specs.append(PartitionSpec(of_heads, of_pages))
         return specs
+
+    def whole_tokens(self, rows: jax.Array) -> jax.Array:
+        """Return rows [tokens, heads, ...], of an Explicit mesh, with the tokens of all groups everywhere."""
+        if not self.open_groups or not is_explicit(self.mesh):
+            return rows
+        return self._placed(rows, PartitionSpec(None, self.open_heads))
 
     def local_shape(self, spec: PartitionSpec, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of one device's part of an array."""
@@ -244,6 +250,40 @@ def change_over_devices(
     return placement.change(change_own, pages, operands, tuple(specs))
 
 
+@compiled_if_eager(static_argnums=(0,))
+def copy_over_devices(placement: Placement, pages: Any, source: jax.Array, target: jax.Array) -> Any:
+    """Return a pool with pages ``source`` (n,) copied to ``target`` (n,), which other devices may have.
+
+    Those pages, and no others, are summed over the devices that share the pages of a group: all but one have
+    zeros for each.
+    """
+    if not jax.tree_util.tree_leaves(pages):
+        return pages
+    context = placement.open_context
+    assert context is not None  # or it would not be called
+    of_indices = PartitionSpec(placement.open_groups)
+
+    def copy(pages: Any, source: jax.Array, target: jax.Array) -> Any:
+        local, index = pages.shape[1], axis_index(context)
+        own = own_pages(source, local, index)
+        is_page = (source >= 0) & (source < local * placement.context_size)
+        taken = pools.take_pages(pages, jnp.minimum(own, local - 1), len(source))
+
+        def from_owner(leaf: jax.Array) -> jax.Array:
+            if leaf.ndim < 2 or leaf.shape[1] != len(source):  # of no single page
+                return leaf
+            shape = (1, len(source)) + (1,) * (leaf.ndim - 2)
+            bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+            summed = jax.lax.psum(jnp.where((own < local).reshape(shape), bits, 0), context)
+            return jax.lax.bitcast_convert_type(summed, leaf.dtype)
+
+        taken = jax.tree_util.tree_map(from_owner, taken)
+        reached = jnp.where(is_page, own_pages(target, local, index), local)
+        return pools.put_pages(pages, taken, reached)
+
+    return placement.change(copy, pages, (source, target), (of_indices, of_indices))
+
+
 def own_pages(pages: jax.Array, local_pages: int, index: jax.Array | None) -> jax.Array:
     """Return the numbers that pages of a group have on one of its devices, "no page" for those of others.
 
@@ -263,5 +303,5 @@ def axis_index(axes: Axes | None) -> jax.Array | None:
     return jax.lax.axis_index(axes) if axes else None
 
 
-def _size(mesh: AbstractMesh, axes: Axes) -> int:
+def _size(mesh: Mesh | AbstractMesh, axes: Axes) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)

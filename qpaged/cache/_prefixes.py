@@ -21,7 +21,6 @@ DECIDING = (
     "kv_head_dim_size",
     "value_dim",
     "values_in_keys",
-    "layer_sizes",
     "dtype",
 )
 """What of a cache's metadata decides what is in a page, beside the format."""
@@ -47,7 +46,10 @@ def root_hash(metadata: PagedAttentionCacheMetaData, *salts: str) -> bytes:
     """Return the hash before the first page's: of all but tokens that decides what is in a page."""
     pages = metadata.quantizer
     config = pages.config if isinstance(pages, CacheFormat) else getattr(pages, "__qualname__", repr(pages))
-    deciding = [getattr(metadata, name) for name in DECIDING]
+    deciding: list[Any] = [getattr(metadata, name) for name in DECIDING]
+    if metadata.layer_sizes:  # which may be told beside those of any layer
+        layers = [metadata.of_layer(layer) for layer in range(metadata.num_hidden_layers)]
+        deciding = [[getattr(layer, name) for name in DECIDING] for layer in layers]
     text = json.dumps([deciding, config, salts], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=HASH_BYTES).digest()
 

@@ -42,7 +42,7 @@ class PartitionManager:
     what it says, but no sequences.
 
     Attributes:
-        mesh: the devices; None partitions nothing.
+        mesh: the devices, for :meth:`resolve`, which divides nothing if it is None.
         kv_head_axis: the mesh axis that KV heads are divided over.
         group_axis: the mesh axis that sequences are divided over, in groups with pages of their own.
         context_axis: the mesh axis that the pages of each sequence are divided over, by their numbers.

@@ -78,8 +78,13 @@ class StepTokens(NamedTuple):
                 f"decodes_position must have as many rows for each of the {groups} groups of devices, but "
                 f"has {len(self.position)}; fill them up with positions of -1."
             )
-        is_one = self.starts is not None and groups == 1
-        return self._replace(starts=self.starts.reshape(-1)) if is_one else self  # type: ignore[union-attr]
+        if groups > 1:
+            return self
+        starts = None if self.starts is None else self.starts.reshape(-1)
+        position = self.position
+        if self.group is not None:
+            position = jnp.where(self.group == 0, position, -1)
+        return self._replace(position=position, starts=starts)
 
     def of_group(self, index: jax.Array | None) -> "StepTokens":
         """Return the tokens of a device's group, once they are divided: none of another group's prefill.

@@ -1,7 +1,6 @@
 """One layer's pools of keys and values."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -13,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from qpaged import pools
 from qpaged._arguments import check_type
-from qpaged._eager import compiled_if_eager
+from qpaged.cache import _pool_calls
 from qpaged.cache._config import (
     AnyQuantizer,
     PagedAttentionCacheMetaData,
@@ -25,11 +24,10 @@ from qpaged.cache._config import (
 from qpaged.cache._fresh import PoolFormat, allocate_pages, warn_of_narrow_floats
 from qpaged.cache._metadata import PagedAttentionMetadata, check_step
 from qpaged.cache._page_changes import PageChanges
-from qpaged.cache._placement import Placement, axis_index, change_over_devices, own_pages
+from qpaged.cache._placement import Placement
 from qpaged.cache._scales import set_scales
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
-from qpaged.cache._slot_mapping import slot_mapping
 from qpaged.cache._step_tokens import StepTokens
 from qpaged.cache._view_checks import (
     check_alike,
@@ -150,6 +148,12 @@ class PagedAttentionCacheView(Serializable):
             return self.replace(placement=None).to_dict()
         return {**super().to_dict(), "layer_index": int(layer)}
 
+    @classmethod
+    def check_record(cls, fields: Mapping[str, Any]) -> None:
+        """Raise ValueError for a placement, which no record has."""
+        if fields.get("placement") is not None:
+            raise ValueError("placement must not be in data, since whoever reads it has other devices.")
+
     def check_fields(self) -> None:
         """Raise ValueError unless layer and pools are as the metadata says; files are read so."""
         layer = checked_layer(self.layer_index, self.metadata.num_hidden_layers)
@@ -227,13 +231,13 @@ class PagedAttentionCacheView(Serializable):
             name = "ragged_position" if metadata.is_ragged_mode() else f"{mode}_position"
             return self._write(key, value, steps[0], name)
         tokens = sum(len(step.position) for step in steps)
-        keys, values = checked_keys_and_values(key, value, tokens, self.metadata, "query")
+        keys, values = checked_keys_and_values(key, value, tokens, here(self).metadata, "query")
         view, start = self, 0
         for step in steps:
-            here = slice(start, start + len(step.position))
-            of_step = None if values is None else values[here]
-            view = view._write(keys[here], of_step, step, "query")
-            start = here.stop
+            rows = slice(start, start + len(step.position))
+            of_step = None if values is None else values[rows]
+            view = view._write(keys[rows], of_step, step, "query")
+            start = rows.stop
         return view
 
     def reset_pages(self, pages: ArrayLike) -> Self:
@@ -314,7 +318,8 @@ class PagedAttentionCacheView(Serializable):
             return self
         view, lengths = self, np.full(len(changes.pack), self.metadata.page_size, np.int32)
         if pools.has_exact_pages(self.key_pages, self.value_pages):
-            is_source = (changes.pack[:, None] == changes.source).any(axis=1)
+            pack, source = (part.reshape(self._num_groups, -1) for part in (changes.pack, changes.source))
+            is_source = (pack[:, :, None] == source[:, None]).any(axis=2).reshape(-1)
             others = jnp.where(is_source, self.metadata.num_pages_per_layer, changes.pack)
             view = view.pack_pages(others, lengths)
         view = view.copy_pages(changes.source, changes.target)
@@ -341,16 +346,9 @@ class PagedAttentionCacheView(Serializable):
             raise ValueError("pages must name at least one page, but are none; give those of a sequence.")
         if sequences < 1:
             raise ValueError(f"sequences must be at least 1, but came as {sequences}.")
-        groups = self._num_groups
-        taken = config.replace(num_pages_per_layer=len(indices) // groups, batch_size=sequences)
-        take, values = _take(sequences), self.value_pages
-        if not isinstance(values, ValuesInKeys):
-            values = self._change_pool(take, values, indices)
-        else:
-            values = values.take_pages(indices, sequences)
-        return self.replace(
-            metadata=taken, key_pages=self._change_pool(take, self.key_pages, indices), value_pages=values
-        )
+        view = self._change(_pool_calls.take(sequences), indices)
+        of_group = len(indices) // self._num_groups
+        return view.replace(metadata=config.replace(num_pages_per_layer=of_group, batch_size=sequences))
 
     def put_pages(self, pages: ArrayLike, taken: "PagedAttentionCacheView") -> Self:
         """Return the view with pages that :meth:`take_pages` took put at ``pages``, bit for bit.
@@ -380,10 +378,10 @@ class PagedAttentionCacheView(Serializable):
         keys, values = jax.tree_util.tree_map(jnp.asarray, (taken.key_pages, taken.value_pages))
         for name, own, others in (("keys", self.key_pages, keys), ("values", self.value_pages, values)):
             check_alike(name, own, others)
-        put = self._change_pool
+        put, placement = _pool_calls.put, self.placement
         return self.replace(
-            key_pages=put(_put, self.key_pages, indices, keys),
-            value_pages=put(_put, self.value_pages, indices, values),
+            key_pages=_pool_calls.apply(put, self.key_pages, placement, indices, keys),
+            value_pages=_pool_calls.apply(put, self.value_pages, placement, indices, values),
         )
 
     def with_scales(self, key: ArrayLike | None = None, value: ArrayLike | None = None) -> Self:
@@ -426,24 +424,9 @@ class PagedAttentionCacheView(Serializable):
     def _change(self, change: Callable[..., Pages], *indices: jax.Array) -> Self:
         """Return the view with both pools changed; pages (n,) are those of one group after the other."""
         return self.replace(
-            key_pages=self._change_pool(change, self.key_pages, *indices),
-            value_pages=self._change_pool(change, self.value_pages, *indices),
+            key_pages=_pool_calls.apply(change, self.key_pages, self.placement, *indices),
+            value_pages=_pool_calls.apply(change, self.value_pages, self.placement, *indices),
         )
-
-    def _change_pool(self, change: Callable[..., Pages], pages: Pages, *operands: Any) -> Pages:
-        if self.placement is None or not self.placement.is_open:
-            return change(pages, *operands)
-        if self.placement.open_context and change not in (pools.clear_pages, pools.pack_pages):
-            raise ValueError(
-                "pages must not be copied, taken or put where devices share those of a sequence, since they "
-                "would go from one device to another; write them again."
-            )
-        if len(operands[0]) % self._num_groups:
-            raise ValueError(
-                f"pages must be as many for each of the {self._num_groups} groups of devices, but are "
-                f"{len(operands[0])}; fill them up with num_pages_per_layer, which is no page."
-            )
-        return change_over_devices(self.placement, change, pages, operands)
 
     def _nothing_to_write(self, mode: str, metadata: PagedAttentionMetadata) -> Self:
         """Return the view unchanged for a placeholder; raise ValueError for metadata of another mode."""
@@ -467,20 +450,9 @@ class PagedAttentionCacheView(Serializable):
         """Return the view with a row written for each token; ``position_name`` is for messages."""
         config = here(self).metadata
         keys, values = checked_keys_and_values(key, value, len(step.position), config, position_name)
-        step = step.divided(self._num_groups)
-        if self.placement is not None and self.placement.is_open:
-            return self.replace(**_write_over_devices(self, step, keys, values))
-        return self._write_here(step, keys, values)
-
-    def _write_here(self, step: StepTokens, keys: jax.Array, values: jax.Array | None) -> Self:
-        """Return the view with rows written that were checked, all by the device that this is."""
-        mapping = slot_mapping(step, self.metadata.page_size, self.metadata.num_pages_per_layer)
-        if isinstance(self.value_pages, ValuesInKeys):
-            return self.replace(key_pages=pools.write_both(self.key_pages, mapping, keys, values))
-        view = self.replace(key_pages=pools.write_slots(self.key_pages, mapping, keys))
-        if values is None:
-            return view
-        return view.replace(value_pages=pools.write_slots(self.value_pages, mapping, values))
+        pair = _pool_calls.PoolPair(self.key_pages, self.value_pages)
+        pair = _pool_calls.write(pair, self.placement, step, _pool_calls.Rows(keys, values))
+        return self.replace(key_pages=pair.keys, value_pages=pair.values)
 
 
 def here(view: PagedAttentionCacheView) -> PagedAttentionCacheView:
@@ -491,49 +463,13 @@ def here(view: PagedAttentionCacheView) -> PagedAttentionCacheView:
     """
     config, placement = view.metadata, view.placement
     kv_heads, pages, *_ = view.key_pages.shape
-    if placement is not None and (placement.open_heads or placement.open_groups or placement.open_context):
-        return view
+    if placement is not None and placement.open_heads:
+        kv_heads = config.num_kv_heads
+    if placement is not None and (placement.open_groups or placement.open_context):
+        pages = config.num_pages_per_layer
     if (kv_heads, pages) == (config.num_kv_heads, config.num_pages_per_layer):
         return view
     return view.replace(metadata=config.replace(num_kv_heads=kv_heads, num_pages_per_layer=pages))
-
-
-@compiled_if_eager()
-def _write_over_devices(
-    view: PagedAttentionCacheView,
-    step: StepTokens,
-    keys: jax.Array,  # [tokens, kv_heads, head_dim]
-    values: jax.Array | None,
-) -> dict[str, Pages]:
-    """Return the pools of a view with rows written, each device writing what it holds."""
-    placement = view.placement
-    assert placement is not None  # or it would not be called
-    stored = view.key_pages.shape[0]
-    keys = placement.repeat_heads(keys, stored)
-    values = None if values is None else placement.repeat_heads(values, stored)
-    of_rows, groups, context = placement.row_specs(step), placement.open_groups, placement.open_context
-
-    def write(
-        pair: dict[str, Pages], step: StepTokens, keys: jax.Array, values: jax.Array | None
-    ) -> dict[str, Pages]:
-        local = here(view.replace(**pair, placement=None))
-        step = step.of_group(axis_index(groups))
-        step = step._replace(table=own_pages(step.table, local.key_pages.shape[1], axis_index(context)))
-        written = local._write_here(step, keys, values)
-        return {name: getattr(written, name) for name in pair}
-
-    pair = {"key_pages": view.key_pages, "value_pages": view.value_pages}
-    specs = (step.specs(groups), of_rows, None if values is None else of_rows)
-    return placement.change(write, pair, (step, keys, values), specs)
-
-
-def _put(pages: Pages, target: jax.Array, taken: Pages) -> Pages:
-    return pools.put_pages(pages, taken, target)
-
-
-@functools.cache
-def _take(sequences: int) -> Callable[[Pages, jax.Array], Pages]:
-    return functools.partial(pools.take_pages, sequences=sequences)
 
 
 def _flatten_with_keys(view: PagedAttentionCacheView) -> tuple[Any, Any]:

@@ -52,9 +52,16 @@ def check_pages(
 
 def check_alike(name: str, own: Pages, taken: Pages) -> None:
     """Raise ValueError unless pages that were taken are like those of a pool, but for their number."""
+    flat, other = pools.as_flat(own), pools.as_flat(taken)
+    layers = [0 if pool is None or pool.layer is not None else pool.layers for pool in (flat, other)]
+    own, taken = own if flat is None else flat.pages, taken if other is None else other.pages
     shapes = [(pages.shape[0], *pages.shape[2:]) for pages in (own, taken)]
     formats = [(pools.format_of(pages), jnp.dtype(pages.dtype)) for pages in (own, taken)]
-    if shapes[0] != shapes[1] or formats[0] != formats[1] or pools.kind_of(own) is not pools.kind_of(taken):
+    stored = [[jnp.dtype(leaf.dtype) for leaf in jax.tree_util.tree_leaves(pages)] for pages in (own, taken)]
+    pairs = shapes, formats, stored, layers
+    if any(of_own != of_taken for of_own, of_taken in pairs) or pools.kind_of(own) is not pools.kind_of(
+        taken
+    ):
         raise ValueError(
             f"taken must be pages of the same kind, but its {name} are {pools.describe(taken)}, and those of "
             f"this view {pools.describe(own)}; take them from a cache of the same format and sizes."

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike, DTypeLike
 from qpaged._arguments import as_array
 from qpaged.cache import PagedAttentionCacheMetaData, PagedAttentionCacheView
 from qpaged.cache._config import check_metadata, logical_dtype
+from qpaged.cache._view_checks import checked_layer
 from qpaged.pools import InterleavedPages, ValuesInKeys
 
 WORD_BYTES = 4  # heads of a slot go to words of 32 bits
@@ -68,7 +69,13 @@ def interleaved_view(
             for pools of 8.
     """
     check_metadata(metadata, "give the sizes of the engine's cache")
+    layer_index = checked_layer(layer_index, metadata.num_hidden_layers)
     config = metadata.of_layer(layer_index)
+    if config.values_in_keys or config.value_dim != config.kv_head_dim_size:
+        raise ValueError(
+            "metadata must be of values of the keys' head size, each beside its key, but has "
+            f"{config.value_dim} channels of values for {config.kv_head_dim_size} of keys."
+        )
     array = as_array("pages", pages)
     shape = interleaved_shape(config, array.dtype)
     if array.shape != shape:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -22,6 +21,7 @@ from qpaged.cache._sharding import Resolver
 from qpaged.formats import CacheFormat
 from qpaged.storage import _parts
 from qpaged.storage._directory import Tensors, read_file, read_manifest, write_directory
+from qpaged.storage._placed import check_placed
 
 KIND, VERSION = "cache in pages", 1
 BATCH_BYTES = 2**25  # of a file of pages, and so of what is in memory beside the cache
@@ -171,20 +171,6 @@ def _check_whole(cache: PagedAttentionCache) -> None:
     cache.replace(views=views).check_fields()
     for view in views:
         view.check_fields()
-
-
-def check_placed(name: str, cache: PagedAttentionCache) -> None:
-    """Raise ValueError for pages that lie in several groups or processes, or are stored several times."""
-    view = cache.views[0]
-    placement, stored_heads = view.placement, view.key_pages.shape[0]
-    is_divided = placement is not None and bool(placement.groups or placement.context)
-    leaves = jax.tree_util.tree_leaves(view)
-    is_here = all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves)
-    if is_divided or not is_here or stored_heads != view.metadata.num_kv_heads:
-        raise ValueError(
-            f"{name} must have all its pages in one group and in this process, and each KV head once, to be "
-            f"saved or loaded; take pages to the host, and put them on a mesh, with take_pages and put_pages."
-        )
 
 
 def _checked_format(cache: PagedAttentionCache) -> CacheFormat:

@@ -20,6 +20,7 @@ from qpaged.cache import PagedAttentionCache, PagedAttentionCacheView
 from qpaged.cache._page_changes import filled_up
 from qpaged.storage import _parts
 from qpaged.storage._directory import Tensors, file_digest
+from qpaged.storage._placed import check_placed
 
 KIND, VERSION = "page of a prefix", "1"
 PAGES_AT_ONCE = 64  # which are in memory beside the cache
@@ -196,8 +197,9 @@ def _kind_of(cache: PagedAttentionCache) -> str:
     """Return what the pages of a cache must have in common with those of another: formats, sizes, scales.
 
     Raises:
-        ValueError: the cache is flat.
+        ValueError: the cache is flat, or its pages lie in several groups of devices.
     """
+    check_placed("cache", cache)
     if cache.is_flat:
         raise ValueError(
             "cache must have a pool for each layer, whose pages are in files of their own, but its layers "

@@ -105,6 +105,13 @@ def test_pages_are_moved_bit_for_bit():
     np.testing.assert_array_equal(qpaged.paged_attention(query, put, prompt(there)), want)
 
 
+def test_pages_of_other_codes_are_not_put():
+    view = view_of("int8").write_to_cache(*rows(config()), prompt())
+    for other in ("float8_e4m3fn", "float32"):
+        with pytest.raises(ValueError, match="taken must be pages of the same kind"):
+            view_of(other).put_pages(TABLE, view.take_pages(TABLE))
+
+
 def test_tokens_that_have_no_page_are_dropped():
     view = view_of("bfloat16")
     step = qpaged.PagedAttentionMetadata.decode(
@@ -145,6 +152,21 @@ FAULTS = [
         r"k_scale and v_scale must be one number each, but came with shape \(1,\)",
     ),
 ]
+
+
+OTHER_VALUES = [
+    {"values_in_keys": True, "value_head_dim_size": 32},
+    {"value_head_dim_size": 32},
+]
+
+
+@pytest.mark.parametrize("changes", OTHER_VALUES)
+def test_values_of_another_size_are_refused(changes):
+    pages = jnp.zeros((PAGES, PAGE_SIZE, 3, 2, 128), jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"metadata must be of values of the keys' head size, .* 32"):
+        interop.interleaved_view(pages, config(**changes))
+    with pytest.raises(ValueError, match="layer_index must be one of the 1 layers"):
+        interop.interleaved_view(pages, config(), layer_index=99)
 
 
 @pytest.mark.parametrize(("arguments", "message"), FAULTS)

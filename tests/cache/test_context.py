@@ -181,8 +181,7 @@ def test_what_would_go_between_devices_is_refused():
     view = init(config(), "int8")
     query, key, value = rows(43, 1)
     for call, message in (
-        (lambda: view.copy_pages([0], [1]), "pages must not be copied, taken or put where devices share"),
-        (lambda: view.take_pages([0]), "pages must not be copied, taken or put where devices share"),
+        (lambda: view.take_pages([0]), "pages must not be taken or put where devices share"),
         (
             lambda: qpaged.paged_attention(query, view, STEPS["prefill"], new=(key, value)),
             "new must be None where devices share the pages of a sequence; write first",
@@ -216,3 +215,74 @@ def test_memory_is_counted_for_pages_that_are_shared():
     assert (
         create(make_mesh((4,), ("cp",), "Auto")).num_pages_per_layer == 4 * create(None).num_pages_per_layer
     )
+
+
+@pytest.mark.parametrize("spelling", first_short(2, ["int8", None, "int8:token"]))
+def test_an_allocators_changes_go_from_device_to_device(spelling):
+    """A page is copied to one that another device has, and one to itself."""
+    made = []
+    for mesh in (None, make_mesh((4,), ("cp",), "Auto")):
+        view = qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, spelling)
+        view, _ = write_and_attend(view, STEPS["prefill"], *rows(43, 1))
+        copy = jax.jit(lambda view: view.copy_pages([9, 2, 15, PAGES, -1, 7], [3, 13, 12, 5, 6, 99]))
+        view = copy(view)
+        allocator = qpaged.PageAllocator(config())
+        allocator.allocate("a", 20)
+        made.append(qpaged.PagedAttentionCache([view]).apply_changes(allocator.take_changes()))
+    for got, want in zip(*map(jax.tree_util.tree_leaves, made), strict=True):
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
+def test_rows_of_no_sequence_see_nothing_and_no_sink():
+    mesh = make_mesh((4,), ("cp",), "Auto")
+    outs = []
+    for place in (mesh, None):
+        view = qpaged.PagedAttentionCacheView.init(place, jnp.float32, config(), 0, None, "int8")
+        step = STEPS["ragged"].replace(ragged_position=np.arange(43, dtype=np.int32))  # padding, too
+        _, attended = write_and_attend(
+            view, step, *rows(43, 1), sinks=np.array([0, np.nan, 1, 2], np.float32)
+        )
+        outs.append(attended)
+    for got, want in zip(*outs, strict=True):
+        np.testing.assert_allclose(got, want, **TOLERANCE)
+    assert np.isneginf(outs[0][1][30:]).all()
+
+
+def test_empty_tables_and_derivatives():
+    mesh = make_mesh((4,), ("cp",), "Auto")
+    view = qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, None)
+    view, _ = write_and_attend(view, STEPS["prefill"], *rows(43, 1))
+    query = rows(2, 3)[0]
+    nothing = qpaged.PagedAttentionMetadata.decode(position=[0, 1], page_table=np.zeros((2, 0), np.int32))
+    assert not qpaged.paged_attention(query, view, nothing).any()
+    step = qpaged.PagedAttentionMetadata.decode(position=[40, 3], page_table=TABLE)
+    alone, _ = write_and_attend(
+        qpaged.PagedAttentionCacheView.init(None, jnp.float32, config(), 0), STEPS["prefill"], *rows(43, 1)
+    )
+
+    def loss(query, view):
+        return qpaged.paged_attention(query, view, step, backend="reference").sum()
+
+    gradients = [jax.jit(jax.grad(loss))(query, each) for each in (view, alone)]
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_pages_of_each_layer_divide():
+    mesh = make_mesh((2,), ("cp",), "Auto")
+    with pytest.raises(ValueError, match="num_pages_per_layer must be a multiple of the 2 devices"):
+        qpaged.PagedAttentionCache.init_cache(
+            mesh, jnp.float32, config(num_pages_per_layer=9), quantizer="int8", flat=True
+        )
+
+
+def test_backends_say_what_runs():
+    mesh = make_mesh((4,), ("cp",), "Auto")
+    view = qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, "int8")
+    step = qpaged.PagedAttentionMetadata.decode(position=[40, 3], page_table=TABLE)
+    query = rows(2, 3)[0]
+    plain = {each.name: each.reason for each in qpaged.attention_backends(query, view, step)}
+    within = {
+        each.name: each.reason for each in qpaged.attention_backends(query, view, step, sliding_window=9)
+    }
+    assert plain["cpu"] is None or not qpaged.attention_backends()[2].available
+    assert within["cpu"] is not None and within["xla"] is None

@@ -227,3 +227,19 @@ def test_layers_are_named_by_their_numbers():
     with pytest.raises(TypeError, match=r"view must be a qpaged.PagedAttentionCacheView, but got None; give"):
         flat.with_layer(None)
     assert flat.with_layer_leaves() is flat
+
+
+def test_pages_go_from_layer_to_layer_and_not_to_other_numbers_of_layers():
+    flat, _ = run_layers(cache_of("int8:token", True))
+    taken = flat.layer(1).take_pages(TABLE[0])
+    put = flat.with_layer(flat.layer(0).put_pages([2, 4, 6, 8], taken))
+    held = all_slots(put)
+    np.testing.assert_array_equal(
+        held[0].reshape(KV_HEADS, PAGES, -1)[:, [2, 4, 6, 8]],
+        held[2].reshape(KV_HEADS, PAGES, -1)[:, TABLE[0]],
+    )
+    other = cache_of("int8:token", True, config(num_hidden_layers=2))
+    with pytest.raises(ValueError, match="taken must be pages of the same kind"):
+        flat.put_pages([1], other.take_pages([1]))
+    with pytest.raises(ValueError, match="view must be of a layer of this flat cache"):
+        flat.with_layer(other.layer(1))

@@ -106,3 +106,23 @@ def test_a_cache_tells_the_sizes_of_its_layers():
 def test_other_sizes_are_refused(layer_sizes, error, message):
     with pytest.raises(error, match=message):
         create(layer_sizes=layer_sizes)
+
+
+def test_prefixes_are_found_after_a_load(tmp_path):
+    pytest.importorskip("safetensors")
+    metadata = create()
+    cache, _, _ = filled(metadata)
+    allocator = qpaged.PageAllocator(metadata)
+    tokens = list(range(32))
+    allocator.allocate("a", 32)
+    allocator.share_prefix("a", tokens)
+    found = allocator.match_prefix("b", tokens)
+    cache = cache.apply_changes(allocator.take_changes())
+    qpaged.save(tmp_path / "cache", cache, allocator)
+    loaded = qpaged.load(tmp_path / "cache").allocator
+    assert loaded.match_prefix("c", tokens) == found > 0
+
+
+def test_a_layer_is_named_once():
+    with pytest.raises(ValueError, match="layer_sizes must name each layer once, but names 1 again"):
+        create(layer_sizes=((1, HeadSizes(1, 64)), (1, HeadSizes(2, 64))))

@@ -377,3 +377,90 @@ def test_changes_of_groups_are_those_of_each():
     )
     empty = qpaged.PageChanges.of_groups([book.take_changes() for book in books], NO_PAGE)
     assert not empty and cache.apply_changes(empty) is not None
+
+
+def test_a_view_may_be_closed_over_and_have_no_rows():
+    mesh = mesh_of(2, 4, "Auto")
+    view = qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, "int8")
+    step, (query, key, value) = decode_of(range(2)), rows_of(2 * SEQUENCES, 1)
+    view, (want, _) = write_and_attend(view, step, query, key, value)
+    out = jax.jit(lambda query: qpaged.paged_attention(query, view, step))(query)
+    np.testing.assert_allclose(out, want, **TOLERANCE)
+    none = qpaged.PagedAttentionMetadata.decode(position=np.zeros(0, int), page_table=np.zeros((0, 4), int))
+    assert qpaged.paged_attention(query[:0], view, none).shape == (0, Q_HEADS, HEAD_DIM)
+
+
+def test_a_prefill_of_no_group_is_of_nobody():
+    views = [
+        qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, "int8")
+        for mesh in (mesh_of(2, 4, "Auto"), None)
+    ]
+    for view in views:
+        step = prefill_of(0, False).replace(prefill_group=np.int32(7))
+        after, (out, lse) = write_and_attend(view, step, *rows_of(13, 1))
+        assert not out.any() and np.isneginf(lse).all()
+        for got, want in zip(*map(jax.tree_util.tree_leaves, (after, view)), strict=True):
+            assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_a_prefill_and_a_decode_in_one_step(axis_type):
+    mesh = mesh_of(2, 2, axis_type)
+    decodes = decode_of(range(2))
+    both = prefill_of(0, True).replace(
+        decodes_position=decodes.decodes_position, decodes_page_table=decodes.decodes_page_table
+    )
+    rows = rows_of(13 + 2 * SEQUENCES, 1)
+    with entered(mesh, axis_type):
+        view = qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, "int8")
+        _, (out, _) = write_and_attend(view, both, *rows)
+    out = np.asarray(out)
+    alone = qpaged.PagedAttentionCacheView.init(None, jnp.float32, config(), 0, None, "int8")
+    _, (want, _) = write_and_attend(
+        alone, both.replace(decodes_position=np.array([15, -1]), decodes_page_table=tables(0)),
+        *(row[:15] for row in rows),
+    )  # fmt: skip
+    np.testing.assert_allclose(out[:15], want, **TOLERANCE)
+
+
+def test_changes_of_one_group_say_nothing_of_another():
+    """A page that one group packs has the number of one that the other copies."""
+    mesh = mesh_of(2, 1, "Auto")
+    spelling = "int4:token+exact4"
+    pages = {"source": [[6], [5]], "target": [[9], [7]], "pack": [[5], [NO_PAGE]], "reset": [[NO_PAGE]] * 2}
+
+    def changes(group):
+        return qpaged.PageChanges(**{name: np.array(each[group], np.int32) for name, each in pages.items()})
+
+    def written(view, step, count):
+        view, _ = write_and_attend(view, step, *rows_of(count, 1))
+        return qpaged.PagedAttentionCache([view])
+
+    def decode(groups):
+        table = np.array([[6, NO_PAGE], [5, NO_PAGE]], np.int32)
+        return qpaged.PagedAttentionMetadata.decode(
+            position=np.tile([3, 2], groups), page_table=np.tile(table, (groups, 1))
+        )
+
+    config_of = config(num_hidden_layers=1)
+    alone = written(
+        qpaged.PagedAttentionCacheView.init(None, jnp.float32, config_of, 0, None, spelling), decode(1), 2
+    ).apply_changes(changes(0))
+    both = qpaged.PageChanges.of_groups([changes(0), changes(1)], NO_PAGE)
+    view = qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config_of, 0, None, spelling)
+    view, _ = write_and_attend(view, decode(2), *(jnp.tile(row, (2, 1, 1)) for row in rows_of(2, 1)))
+    divided = qpaged.PagedAttentionCache([view]).apply_changes(both)
+    want = [np.asarray(leaf) for leaf in jax.tree_util.tree_leaves(alone)]
+    for got, leaf in zip(leaves_of_group(divided.views[0], 0, 2), want, strict=True):
+        assert got.tobytes() == leaf.tobytes()
+
+
+def test_a_store_takes_pages_of_one_group(tmp_path):
+    pytest.importorskip("safetensors")
+    cache = qpaged.PagedAttentionCache.init_cache(
+        mesh_of(2, 4, "Auto"), jnp.float32, config(), quantizer="int8"
+    )
+    store = qpaged.PrefixStore(tmp_path)
+    for call in (lambda: store.put(cache, {b"x" * 32: 1}), lambda: store.get(cache, [b"x" * 32], [1])):
+        with pytest.raises(ValueError, match="cache must have all its pages in one group"):
+            call()

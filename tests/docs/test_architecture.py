@@ -21,4 +21,4 @@ def test_functions_that_the_page_names_are_defined_in_their_files(function, path
 
 
 def test_the_page_follows_a_key_and_a_query():
-    assert len(STEPS) == 22
+    assert len(STEPS) == 24

@@ -48,15 +48,15 @@ def memory_size(text: str) -> int:
 
 def mesh_axes(text: str) -> tuple[int, int]:
     """Return (groups, devices of a group) of ``"8"``, ``"tp=8"`` or ``"dp=32,tp=8"``."""
-    sizes = {"dp": 1, "tp": 1}
+    sizes: dict[str, int] = {}
     parts = [f"tp={text}"] if text.strip().isdigit() else text.split(",")
     for part in parts:
         name, _, count = part.strip().partition("=")
         is_count = count.strip().isdigit() and int(count) > 0
-        if name not in sizes or not is_count:
+        if name not in ("dp", "tp") or name in sizes or not is_count:
             raise argparse.ArgumentTypeError(f"{text!r:.60} is no mesh; 8, tp=8 and dp=32,tp=8 are.")
         sizes[name] = int(count)
-    return sizes["dp"], sizes["tp"]
+    return sizes.get("dp", 1), sizes.get("tp", 1)
 
 
 def add(subparsers: Subparsers) -> None:

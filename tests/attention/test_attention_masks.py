@@ -210,3 +210,20 @@ def test_a_prefix_that_ends_past_the_page_table_ends_with_it():
     out, _ = attend(query, view, step, visible_until=np.full(len(position), 2**31 - 1))
     np.testing.assert_array_equal(out, want)
     assert not out[0].any()  # the inactive row
+
+
+def test_new_tokens_are_seen_as_far_as_they_go_and_no_other_sequences():
+    view, table = filled_view(None, KV_HEADS, HEAD_DIM)
+    step = qpaged.PagedAttentionMetadata.ragged(
+        position=[0, 1, 2, 0, 1, 2, 3, 4], page_tables=table[[3, -1]], starts=[0, 3, 8]
+    )
+    query = normal(8, Q_HEADS, HEAD_DIM, seed=5)
+    new = [normal(8, KV_HEADS, HEAD_DIM, seed=seed) for seed in (6, 7)]
+    until = np.array([6, 6, 6, -1, -1, -1, -1, -1])
+    out, _ = attend(query, view, step, new=tuple(new), visible_until=until)
+    last = np.array([2, 2, 2, -1, -1, -1, -1, -1])
+    want, _ = attend(query, view, step, new=tuple(new), visible_until=last)
+    np.testing.assert_allclose(out, want, **TOLERANCE)
+    others = tuple(rows.at[3:].multiply(100) for rows in new)
+    louder, _ = attend(query, view, step, new=others, visible_until=until)
+    np.testing.assert_array_equal(louder[:3], out[:3])
