@@ -477,15 +477,19 @@ def generation():
     return "\n".join(lines) + "\n"
 
 
+def _temporaries_at_two_sizes(results, pages):
+    """What the columns of a table of temporaries are."""
+    small, large = (f"{count:,}" for count in results["shape"]["pages"])
+    versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("jax", "libtpu"))
+    return f"Temporaries in MB at {small} {pages}, and at {large} in brackets. {versions}, {results['date']}."
+
+
 def tpu_scan():
     """What ``benchmarks/tpu_scan.py`` left, as a Markdown table."""
     results = json.loads((RESULTS / "tpu_scan.json").read_text())
     chips = list(dict.fromkeys(run["chip"] for run in results["runs"]))
-    small, large = (f"{pages:,}" for pages in results["shape"]["pages"])
-    versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("jax", "libtpu"))
     lines = [
-        f"Temporaries in MB at {small} pages a layer, and at {large} in brackets. "
-        f"{versions}, {results['date']}.",
+        _temporaries_at_two_sizes(results, "pages a layer"),
         "",
         f"| format | {' | '.join(f'{chip}: one pool | stacked' for chip in chips)} |",
         f"|---|{'--:|' * 2 * len(chips)}",
@@ -524,10 +528,8 @@ def tpu_interleaved():
     """What ``benchmarks/tpu_interleaved.py`` left, as a Markdown table."""
     results = json.loads((RESULTS / "tpu_interleaved.json").read_text())
     chips = list(dict.fromkeys(run["chip"] for run in results["runs"]))
-    small, large = (f"{pages:,}" for pages in results["shape"]["pages"])
-    versions = ", ".join(f"{name} {results['versions'][name]}" for name in ("jax", "libtpu"))
     lines = [
-        f"Temporaries in MB at {small} pages, and at {large} in brackets. {versions}, {results['date']}.",
+        _temporaries_at_two_sizes(results, "pages"),
         "",
         f"| pool of | {' | '.join(f'{chip}: attention | write' for chip in chips)} |",
         f"|---|{'--:|' * 2 * len(chips)}",

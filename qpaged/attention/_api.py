@@ -241,7 +241,7 @@ def paged_attention(
 def _pools_read(view: PagedAttentionCacheView) -> tuple[Pages, Pages]:
     """Return the pools that attention reads as keys and as values: those of all layers, where they are one.
 
-    Page tables name pages of the latter then; see :func:`token_groups`.
+    Page tables name pages of the latter then; see :func:`token_group`.
     """
     values = view.value_pages
     if isinstance(values, ValuesInKeys):

@@ -24,7 +24,7 @@ from qpaged.attention._ragged import RaggedTokens, split
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.cache._config import LARGEST_INDEX
 from qpaged.cache._metadata import check_step
-from qpaged.cache._placement import Placement
+from qpaged.cache._placement import Placement, num_groups
 from qpaged.cache._step_tokens import StepTokens
 from qpaged.cache._view import here
 
@@ -144,7 +144,7 @@ def step_calls(
     check_step(metadata)
     view = here(view)
     placement = view.placement
-    groups = 1 if placement is None else placement.num_groups
+    groups = num_groups(placement)
     steps = [step.divided(groups) for step in metadata.steps()]
     stored_heads = view.key_pages.shape[0]
     check_query(

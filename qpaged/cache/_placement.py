@@ -2,7 +2,8 @@
 
 Under Auto axes a program sees neither how an array lies nor, outside of ``jax.set_mesh``, which mesh there
 is. A view therefore keeps both as static data, and its calls open a ``jax.shard_map``: kernels run on every
-device, on its own heads and its own sequences. No key and no value goes from one device to another.
+device, on its own heads and its own sequences. No key and no value goes from one device to another, but for
+pages that are copied where devices share those of a sequence.
 """
 
 import math
@@ -154,11 +155,6 @@ class Placement:
             return rows
         return self._placed(rows, PartitionSpec(None, self.open_heads))
 
-    def local_shape(self, spec: PartitionSpec, shape: Sequence[int]) -> tuple[int, ...]:
-        """Return the shape of one device's part of an array."""
-        entries = [spec_axes(entry) for entry in spec] + [()] * (len(shape) - len(spec))
-        return tuple(length // _size(self.mesh, axes) for length, axes in zip(shape, entries, strict=True))
-
     def run(
         self, body: Callable[..., Any], operands: tuple[Any, ...], specs: tuple[Specs, ...], out_specs: Specs
     ) -> Any:
@@ -282,6 +278,11 @@ def copy_over_devices(placement: Placement, pages: Any, source: jax.Array, targe
         return pools.put_pages(pages, taken, reached)
 
     return placement.change(copy, pages, (source, target), (of_indices, of_indices))
+
+
+def num_groups(placement: Placement | None) -> int:
+    """Return how many groups of sequences a call is to be divided into: one, without a placement."""
+    return 1 if placement is None else placement.num_groups
 
 
 def own_pages(pages: jax.Array, local_pages: int, index: jax.Array | None) -> jax.Array:

@@ -13,6 +13,7 @@ from qpaged.cache._placement import (
     axis_index,
     change_over_devices,
     copy_over_devices,
+    num_groups,
     own_pages,
 )
 from qpaged.cache._slot_mapping import slot_mapping
@@ -36,7 +37,7 @@ class Rows(NamedTuple):
 
 def write(pair: PoolPair, placement: Placement | None, step: StepTokens, rows: Rows) -> PoolPair:
     """Return the pools with rows written that were checked."""
-    step = step.divided(1 if placement is None else placement.num_groups)
+    step = step.divided(num_groups(placement))
     if placement is not None and placement.is_open:
         return _write_over_devices(placement, pair, step, rows)
     return _write_here(pair, step, rows)

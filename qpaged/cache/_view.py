@@ -24,7 +24,7 @@ from qpaged.cache._config import (
 from qpaged.cache._fresh import PoolFormat, allocate_pages, warn_of_narrow_floats
 from qpaged.cache._metadata import PagedAttentionMetadata, check_step
 from qpaged.cache._page_changes import PageChanges
-from qpaged.cache._placement import Placement
+from qpaged.cache._placement import Placement, num_groups
 from qpaged.cache._scales import set_scales
 from qpaged.cache._serializable import Serializable
 from qpaged.cache._sharding import Resolver, check_layout
@@ -318,7 +318,9 @@ class PagedAttentionCacheView(Serializable):
             return self
         view, lengths = self, np.full(len(changes.pack), self.metadata.page_size, np.int32)
         if pools.has_exact_pages(self.key_pages, self.value_pages):
-            pack, source = (part.reshape(self._num_groups, -1) for part in (changes.pack, changes.source))
+            pack, source = (
+                part.reshape(num_groups(self.placement), -1) for part in (changes.pack, changes.source)
+            )
             is_source = (pack[:, :, None] == source[:, None]).any(axis=2).reshape(-1)
             others = jnp.where(is_source, self.metadata.num_pages_per_layer, changes.pack)
             view = view.pack_pages(others, lengths)
@@ -347,7 +349,7 @@ class PagedAttentionCacheView(Serializable):
         if sequences < 1:
             raise ValueError(f"sequences must be at least 1, but came as {sequences}.")
         view = self._change(_pool_calls.take(sequences), indices)
-        of_group = len(indices) // self._num_groups
+        of_group = len(indices) // num_groups(self.placement)
         return view.replace(metadata=config.replace(num_pages_per_layer=of_group, batch_size=sequences))
 
     def put_pages(self, pages: ArrayLike, taken: "PagedAttentionCacheView") -> Self:
@@ -369,7 +371,7 @@ class PagedAttentionCacheView(Serializable):
         advice = "give what take_pages of a view returned"
         check_type("taken", taken, PagedAttentionCacheView, "a qpaged.PagedAttentionCacheView", advice)
         indices = page_indices("pages", pages)
-        count = taken.metadata.num_pages_per_layer * self._num_groups
+        count = taken.metadata.num_pages_per_layer * num_groups(self.placement)
         if len(indices) != count:
             raise ValueError(
                 f"pages must be as many as were taken, {count}, but came as {len(indices)}; fill them up "
@@ -416,10 +418,6 @@ class PagedAttentionCacheView(Serializable):
             "concatenate_to_cache does not apply to pages; use write_prefill_to_cache, "
             "write_decodes_to_cache or write_to_cache."
         )
-
-    @property
-    def _num_groups(self) -> int:
-        return 1 if self.placement is None else self.placement.num_groups
 
     def _change(self, change: Callable[..., Pages], *indices: jax.Array) -> Self:
         """Return the view with both pools changed; pages (n,) are those of one group after the other."""

@@ -66,6 +66,10 @@ def decode(view, query, key, value):
     return view.reset_pages([2, PAGES, 11]), qpaged.paged_attention(query, view, step), out
 
 
+CASES = [(kind, name, "Auto") for kind in STEPS for name in OPTIONS]
+CASES += [(kind, "window", "Explicit") for kind in STEPS]
+
+
 def rows(tokens, seed):
     return (
         normal(tokens, Q_HEADS, HEAD_DIM, seed=seed),
@@ -86,15 +90,12 @@ def alone(spelling, kind, name):
     return run(view, kind, name)
 
 
-@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 @pytest.mark.parametrize(
     "shape", first_short(1, [{"cp": 8}, {"cp": 4, "tp": 2}, {"cp": 2, "tp": 4}]), ids=str
 )
 @pytest.mark.parametrize("spelling", first_short(2, FORMATS))
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in STEPS for name in OPTIONS])
+@pytest.mark.parametrize(("kind", "name", "axis_type"), CASES)
 def test_it_holds_and_gives_what_one_device_does(kind, name, spelling, shape, axis_type):
-    if axis_type == "Explicit" and name != "window":
-        pytest.skip("once is enough")
     mesh = make_mesh(tuple(shape.values()), tuple(shape), axis_type)
     with entered(mesh, axis_type):
         view = qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, spelling)

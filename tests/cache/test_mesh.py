@@ -294,7 +294,6 @@ def test_a_flat_cache_divides_itself_too():
 def test_batches_that_do_not_divide_are_refused():
     mesh = mesh_of(2, 4, "Auto")
     view = qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, "int8")
-    step, (query, key, value) = decode_of([0]), rows_of(SEQUENCES, 1)
     odd = qpaged.PagedAttentionMetadata.decode(position=[15, -1, 3], page_table=np.stack([tables(0)[0]] * 3))
     with pytest.raises(ValueError, match=r"decodes_position must have as many rows for each of the 2 groups"):
         view.write_to_cache(*rows_of(3, 1)[1:], odd)
@@ -308,7 +307,6 @@ def test_batches_that_do_not_divide_are_refused():
         qpaged.PagedAttentionMetadata.ragged(
             position=np.zeros(4, int), page_tables=np.zeros((3, 2), int), starts=[[0, 1], [0, 1]]
         )
-    assert step.decodes_tokens() is not None and query.shape and key.shape and value.shape
 
 
 @pytest.mark.parametrize("spelling", first_short(2, ["int8:token", "int4:token+rotate+exact9", None]))
@@ -317,7 +315,7 @@ def test_pages_go_from_a_mesh_to_the_host_and_to_others(spelling):
     views = [
         qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, spelling) for mesh in meshes
     ]
-    first, outs = run(views[0], [0], named=False)
+    first, _ = run(views[0], [0], named=False)
     pages = tables(0)[0]
     taken = jax.device_get(first.take_pages(pages))
     query = rows_of(13, 5)[0]
@@ -327,7 +325,6 @@ def test_pages_go_from_a_mesh_to_the_host_and_to_others(spelling):
         put = view.put_pages(there, taken)
         step = prefill_of(0, False).replace(prefill_page_table=there)
         np.testing.assert_allclose(qpaged.paged_attention(query, put, step), want, **TOLERANCE)
-    assert outs
 
 
 def test_files_take_what_lies_in_one_group(tmp_path):
