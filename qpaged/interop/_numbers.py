@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from qpaged._compat import outside_of_meshes
 from qpaged.arrays import QuantizedArray, pack
 
 
@@ -41,7 +42,7 @@ def as_numbers(pool: QuantizedArray, dtypes: Sequence[DTypeLike]) -> Numbers | N
 def _every_code(pool: QuantizedArray) -> tuple[np.ndarray, np.ndarray]:
     """Return every code that there is, and the float32 values that they decode to."""
     bits = pool.quantizer.bits
-    with jax.ensure_compile_time_eval():
+    with outside_of_meshes():
         every_code = np.arange(2**bits, dtype=np.uint8).reshape(1, 1, 1, -1)
         stored = np.asarray(pack(jnp.asarray(every_code), bits, -1)).view(pool.codes.dtype)
         array = pool.like(jnp.asarray(stored), pool.parts)
