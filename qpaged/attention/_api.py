@@ -25,12 +25,12 @@ from qpaged.attention._checks import (
     scaled_query,
 )
 from qpaged.attention._merge import Partial, merge, merge_over, with_sinks
-from qpaged.attention._new_tokens import NewPages, NewTokens, attend_new, before_new
+from qpaged.attention._new_tokens import attend_new, before_new
 from qpaged.attention._options import Options, QueryTokens
 from qpaged.attention._over_devices import divided_calls, over_devices
 from qpaged.attention._own_pages import active_position, of_own_pages
-from qpaged.attention._ragged import RaggedTokens, split
 from qpaged.attention._token_groups import (
+    DividedGroup,
     StepCall,
     TokenGroup,
     checked_mask,
@@ -86,8 +86,10 @@ def attention_backends(
         if index is not None:
             call = of_own_pages(call, local, index)
         keys, values = map(pools.packed, _pools_read(local))
-        parts = token_group(local, call).parts()
-        found.append(_backends.list_backends([_untransformed_call(part, keys, values) for part in parts]))
+        group = token_group(local, call)
+        parts = () if group.is_empty else group.divided(local.metadata.page_size).parts
+        calls = [AttentionCall(part, untransformed(keys), untransformed(values)) for part in parts]
+        found.append(_backends.list_backends(calls))
 
     # Traced, since shapes are enough; what it finds are no arrays, and go out by the list.
     jax.eval_shape(list_traced, query, view, metadata)
@@ -348,66 +350,63 @@ def _attend_all(
 def _attend_group(
     method: Method, keys: Pages, values: Pages, group: TokenGroup, sinks: jax.Array | None
 ) -> Partial:
-    """Return the attention of queries of one kind, or of a ragged batch."""
-    tokens, new = group
-    page_size = keys.shape[2]
+    """Return the attention of a group of queries to pages, to new tokens, and to the sinks."""
     if group.is_empty:
-        shape = tokens.query.shape[:2]
+        shape = group.tokens.query.shape[:2]
         out = jnp.zeros((*shape, values.shape[3]), jnp.float32)
         return Partial(out, jnp.full(shape, -jnp.inf, jnp.float32))
-    if isinstance(tokens, RaggedTokens):
-        batch = split(tokens)
-        of_rows = None if new is None else batch.new_rows(new)
-        of_runs = None if new is None else batch.new_pages(new, tokens.position, page_size)
-        return batch.join(
-            _attend(method, keys, values, batch.rows, of_rows, sinks),
-            _attend(method, keys, values, batch.runs, of_runs, sinks),
-        )
-    tokens = dataclasses.replace(tokens, end=jnp.asarray(tokens.end))  # which may be of NumPy
-    if new is None:
-        return _attend(method, keys, values, tokens, None, sinks)
-    if len(tokens.table) == len(tokens.query):
-        return _attend(method, keys, values, tokens, new, sinks)
-    return _attend(method, keys, values, tokens, NewPages.of_prefill(tokens, new, page_size), sinks)
+    divided = group.divided(keys.shape[2])
+    partials = _attend_pages(method, keys, values, group.tokens.query, divided)
+    of_new = [
+        attend_new(method.backend, part, new, method.options)
+        for part, new in zip(divided.parts, divided.new, strict=True)
+        if new is not None
+    ]
+    if of_new:
+        partials.append(divided.join(of_new))
+    partial = partials[0] if len(partials) == 1 else merge(partials)
+    if sinks is None:
+        return partial
+    return _with_sinks_of_active(partial, divided.active_position(group.tokens.position), sinks)
 
 
-def _attend(
+def _attend_pages(
     method: Method,
     keys: Pages,
     values: Pages,
-    tokens: QueryTokens,
-    new: NewTokens | NewPages | None,
-    sinks: jax.Array | None,
-) -> Partial:
-    """Return the attention of queries to pages, to new tokens, and to the sinks."""
-    if new is None:
-        partial = _attend_pages(method, keys, values, tokens)
-    else:
-        of_new = attend_new(method.backend, tokens, new, method.options)
-        partial = merge([_attend_pages(method, keys, values, before_new(tokens, new)), of_new])
-    return partial if sinks is None else _with_sinks_of_active(partial, tokens.position, sinks)
+    query: jax.Array,  # [tokens, q_heads, head_dim]
+    divided: DividedGroup,
+) -> list[Partial]:
+    """Return the attention to pages that are packed, and then to those that are exact, if any can be.
 
-
-def _attend_pages(method: Method, keys: Pages, values: Pages, tokens: QueryTokens) -> Partial:
-    """Return the attention to pages: to those that are packed, and to those that are exact."""
-    exact = _exact_pages.is_exact(tokens.table, keys, values)
-    if exact is None:
-        return _attend_packed(method, keys, values, tokens)
-    table = jnp.where(exact, method.options.num_pages, tokens.table)
-    of_packed = _attend_packed(
-        method, pools.packed(keys), pools.packed(values), dataclasses.replace(tokens, table=table)
-    )
-    return merge([of_packed, _exact_pages.attend(tokens, exact, keys, values, method.options)])
+    Transforms are moved from the keys to the query, before it is divided, and from the values to the output,
+    after it is joined: the parts of a ragged batch have more rows than it has tokens.
+    """
+    packed_keys, packed_values = pools.packed(keys), pools.packed(values)
+    of_packed, of_exact = [], []
+    transformed = divided.take(transform_query(query, packed_keys))
+    for part, new, part_query in zip(divided.parts, divided.new, transformed, strict=True):
+        tokens = part if new is None else before_new(part, new)
+        exact = _exact_pages.is_exact(tokens.table, keys, values)
+        table = tokens.table
+        if exact is not None:
+            of_exact.append(_exact_pages.attend(tokens, exact, keys, values, method.options))
+            table = jnp.where(exact, method.options.num_pages, table)
+        tokens = dataclasses.replace(tokens, query=part_query, table=table)
+        of_packed.append(_attend_packed(method, packed_keys, packed_values, tokens))
+    out, lse = divided.join(of_packed)
+    partials = [Partial(invert_output(out, packed_values), lse)]
+    if of_exact:
+        partials.append(divided.join(of_exact))
+    return partials
 
 
 def _attend_packed(method: Method, keys: Pages, values: Pages, tokens: QueryTokens) -> Partial:
-    """Return the attention to pages that are all in the codes, on the backend asked for."""
-    call = _untransformed_call(tokens, keys, values)
+    """Return the attention of transformed queries to codes, on the backend asked for."""
+    call = AttentionCall(tokens, untransformed(keys), untransformed(values))
     if method.backend is None:
-        partial = _backends.attend(call, method.options)
-    else:
-        partial = _backends.attend_by_name(method.backend, call, method.options)
-    return Partial(invert_output(partial.out, values), partial.lse)
+        return _backends.attend(call, method.options)
+    return _backends.attend_by_name(method.backend, call, method.options)
 
 
 def _with_sinks_of_active(partial: Partial, position: jax.Array, sinks: jax.Array) -> Partial:
@@ -415,9 +414,3 @@ def _with_sinks_of_active(partial: Partial, position: jax.Array, sinks: jax.Arra
     out, lse = with_sinks(partial, sinks)
     is_active = (position >= 0)[:, None]
     return Partial(jnp.where(is_active[..., None], out, 0), jnp.where(is_active, lse, -jnp.inf))
-
-
-def _untransformed_call(tokens: QueryTokens, keys: Pages, values: Pages) -> AttentionCall:
-    """Return the call that a backend gets: transforms are moved from the keys to the query."""
-    query = transform_query(tokens.query, keys)
-    return AttentionCall(dataclasses.replace(tokens, query=query), untransformed(keys), untransformed(values))

@@ -119,6 +119,10 @@ class Split(NamedTuple):
         is_member = is_member[:, None]
         return Partial(jnp.where(is_member[..., None], out, 0), jnp.where(is_member, lse, -jnp.inf))
 
+    def take(self, of_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return something of each token [tokens, ...] for each query of the rows, and of the runs."""
+        return of_tokens[self.token_of_row], of_tokens[self.pieces.token.reshape(-1)]
+
     def new_rows(self, new: NewTokens) -> NewTokens:
         """Return the keys and values of the rows' own tokens."""
         return NewTokens(new.key[self.token_of_row], new.value[self.token_of_row])

@@ -1,5 +1,7 @@
 """The queries of a call, by kind, and which slots each sees."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,9 +20,10 @@ from qpaged.attention._checks import (
     checked_until,
     checked_window,
 )
-from qpaged.attention._new_tokens import NewTokens
+from qpaged.attention._merge import Partial
+from qpaged.attention._new_tokens import NewPages, NewTokens
 from qpaged.attention._options import QueryTokens, Span
-from qpaged.attention._ragged import RaggedTokens, split
+from qpaged.attention._ragged import RaggedTokens, Split, split
 from qpaged.cache import PagedAttentionCacheView, PagedAttentionMetadata
 from qpaged.cache._config import LARGEST_INDEX
 from qpaged.cache._metadata import check_step
@@ -90,14 +93,46 @@ class TokenGroup(NamedTuple):
         table = self.tokens.tables if isinstance(self.tokens, RaggedTokens) else self.tokens.table
         return not self.tokens.query.size or not table.size
 
-    def parts(self) -> tuple[QueryTokens, ...]:
-        """Return the queries as backends take them."""
-        if self.is_empty:
-            return ()
-        if not isinstance(self.tokens, RaggedTokens):
-            return (self.tokens,)
-        batch = split(self.tokens)
-        return batch.rows, batch.runs
+    def divided(self, page_size: int) -> "DividedGroup":
+        """Return the queries, of which there are some, as backends take them."""
+        tokens, new = self
+        if isinstance(tokens, RaggedTokens):
+            batch = split(tokens)
+            parts = (batch.rows, batch.runs)
+            if new is None:
+                return DividedGroup(parts, (None, None), batch)
+            news = batch.new_rows(new), batch.new_pages(new, tokens.position, page_size)
+            return DividedGroup(parts, news, batch)
+        tokens = dataclasses.replace(tokens, end=jnp.asarray(tokens.end))  # which may be of NumPy
+        if new is None or len(tokens.table) == len(tokens.query):
+            return DividedGroup((tokens,), (new,))
+        return DividedGroup((tokens,), (NewPages.of_prefill(tokens, new, page_size),))
+
+
+class DividedGroup(NamedTuple):
+    """The queries of a group as backends take them: all as one part, or the rows and the runs of a batch.
+
+    Attributes:
+        parts: the queries.
+        new: the new tokens of each part, or None.
+        batch: None if there is one part.
+    """
+
+    parts: tuple[QueryTokens, ...]
+    new: tuple[NewTokens | NewPages | None, ...]
+    batch: Split | None = None
+
+    def take(self, of_tokens: jax.Array) -> tuple[jax.Array, ...]:
+        """Return something of each token [tokens, ...] for each query of each part."""
+        return (of_tokens,) if self.batch is None else self.batch.take(of_tokens)
+
+    def join(self, partials: Sequence[Partial]) -> Partial:
+        """Return the attention of the group's tokens from that of the parts."""
+        return partials[0] if self.batch is None else self.batch.join(*partials)
+
+    def active_position(self, position: jax.Array) -> jax.Array:
+        """Return the position of each token [tokens]; negative where it is of no sequence."""
+        return position if self.batch is None else jnp.where(self.batch.members.is_member, position, -1)
 
 
 class StepCall(NamedTuple):
