@@ -19,7 +19,7 @@ import jax.extend.core as jex
 import jax.extend.source_info_util as source_info_util
 import numpy as np
 from jax.interpreters import mlir
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
 # ------------------------------------------------------------------------------------------------
@@ -356,6 +356,16 @@ def outside_of_meshes() -> Iterator[None]:
                 yield
         else:
             yield
+
+
+@contextmanager
+def without_mesh() -> Iterator[None]:
+    """Leave the mesh of `jax.set_mesh`, in which programs take no arrays of a single device."""
+    if not has_explicit_meshes() or current_mesh() is None:
+        yield
+        return
+    with jax.set_mesh(Mesh(np.empty((), object), ())):
+        yield
 
 
 def reshard_primitives() -> list[Primitive]:

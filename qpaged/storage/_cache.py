@@ -1,6 +1,6 @@
 """Saves a cache to a directory, and loads it."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from qpaged import pools
 from qpaged._arguments import check_type
+from qpaged._compat import without_mesh
 from qpaged.cache import (
     PageAllocator,
     PagedAttentionCache,
@@ -17,14 +18,15 @@ from qpaged.cache import (
     allocator_of_record,
     allocator_to_record,
 )
+from qpaged.cache._placement import num_groups
 from qpaged.cache._sharding import Resolver
 from qpaged.formats import CacheFormat
-from qpaged.storage import _parts
-from qpaged.storage._directory import Tensors, read_file, read_manifest, write_directory
-from qpaged.storage._placed import check_placed
+from qpaged.storage._directory import read_manifest, write_directory
+from qpaged.storage._processes import Processes
+from qpaged.storage._shard_files import batches_of, files_of, read_files
+from qpaged.storage._shards import Shard, shards_of
 
-KIND, VERSION = "cache in pages", 1
-BATCH_BYTES = 2**25  # of a file of pages, and so of what is in memory beside the cache
+KIND, VERSION = "cache in pages", 2
 
 
 class SavedCache(NamedTuple):
@@ -32,55 +34,75 @@ class SavedCache(NamedTuple):
 
     Attributes:
         cache: as it was saved.
-        allocator: of its pages; None if it was saved without.
+        allocator: of its pages, as it was given: one, those of each group, or None.
     """
 
     cache: PagedAttentionCache
-    allocator: PageAllocator | None
+    allocator: PageAllocator | tuple[PageAllocator, ...] | None
 
 
-def save(path: str | Path, cache: PagedAttentionCache, allocator: PageAllocator | None = None) -> None:
+def save(
+    path: str | Path,
+    cache: PagedAttentionCache,
+    allocator: PageAllocator | Sequence[PageAllocator] | None = None,
+) -> None:
     """Write a cache to a directory: codes, scales and exact rows, bit for bit.
 
     Files of some 32 MB are written one after the other, each with its digest, and the last step replaces the
     manifest that names them: whatever interrupts it, the directory holds the cache that was saved before, or
     this one.
 
+    A cache that lies over several devices is written as each of them has it. Where these are of several
+    processes, each calls this function with its cache and the same allocators, and writes what it holds, to a
+    directory that all of them see.
+
     Args:
         path: a new directory, an empty one, or one that a cache was saved to.
         cache: all of whose layers are there.
-        allocator: of its pages; only those in use are saved then, and it is saved, too. Sequences must be
-            named by strings, integers, or tuples of these.
+        allocator: of its pages, or those of each group of devices, in order; only pages in use are saved
+            then, and the allocators are saved, too. Sequences must be named by strings, integers, or tuples
+            of these.
 
     Raises:
         TypeError: a cache of pages that only their class can write, or of a format that is not installed
             under its own name; or another name of a sequence.
         ValueError: layers that are missing or stacked; an allocator of another cache, or whose changes were
-            not applied; a directory that holds other files; or pages in several groups of devices or
-            processes.
-        OSError: the files cannot be written, or are being written now.
+            not applied, or not one for each group; a directory that holds other files; or processes that do
+            not all save the same.
+        OSError: the files cannot be written, or are being written now, or another process failed.
         ImportError: the extra ``files`` is not installed.
     """
     check_type("cache", cache, PagedAttentionCache, "a qpaged.PagedAttentionCache", "give that of all layers")
-    check_placed("cache", cache)
-    _check_whole(cache)
-    metadata = cache.metadata
+    placement = cache.views[0].placement
+    processes = Processes(None if placement is None else placement.mesh)
+    record = processes.agree_on("allocator", lambda: _record_of(cache, allocator))
+    with without_mesh():
+        write_directory(Path(path), record, files_of(cache, record["batches"]), processes)
+
+
+def _record_of(
+    cache: PagedAttentionCache, allocator: PageAllocator | Sequence[PageAllocator] | None
+) -> dict[str, Any]:
+    """Return what a manifest says of a cache, apart from its files; or raise why it is not saved."""
+    metadata, groups, shard = cache.metadata, num_groups(cache.views[0].placement), shards_of(cache)[0]
+    _check_whole(cache, shard)
     pages = np.arange(metadata.num_pages_per_layer, dtype=np.int32)
-    record: dict[str, Any] = {"qpaged": KIND, "version": VERSION, "allocator": None}
+    books, in_use = [], [pages] * groups
     if allocator is not None:
-        check_type("allocator", allocator, PageAllocator, "a qpaged.PageAllocator", "or None")
-        if any(allocator.metadata.of_layer(layer) != view.metadata for layer, view in enumerate(cache.views)):
-            raise ValueError("allocator must be that of the cache, but was made with another metadata.")
-        record["allocator"] = allocator_to_record(allocator)
-        pages = np.setdiff1d(pages, record["allocator"]["pages"]["free"]).astype(np.int32)
-    record["metadata"] = metadata.to_dict()
-    record["dtype"] = jnp.dtype(cache.views[0].key_pages.dtype).name
-    record["format"] = _checked_format(cache).config
-    record["flat"] = cache.is_flat
-    pages_of_file = max(1, BATCH_BYTES * metadata.num_pages_per_layer // cache.nbytes)
-    batches = [pages[start : start + pages_of_file] for start in range(0, len(pages), pages_of_file)]
-    record["pages"] = [batch.tolist() for batch in batches]
-    write_directory(Path(path), record, _files(cache, batches))
+        books = [allocator_to_record(each) for each in _checked_allocators(cache, allocator)]
+        in_use = [np.setdiff1d(pages, each["pages"]["free"]).astype(np.int32) for each in books]
+    return {
+        "qpaged": KIND,
+        "version": VERSION,
+        "allocator": books[0] if isinstance(allocator, PageAllocator) else books or None,
+        "metadata": metadata.to_dict(),
+        "dtype": jnp.dtype(cache.views[0].key_pages.dtype).name,
+        "format": _checked_format(cache).config,
+        "flat": cache.is_flat,
+        "groups": groups,
+        "head_parts": shard.part.total,
+        "batches": batches_of(cache, shard, in_use),
+    }
 
 
 def load(path: str | Path, mesh: Mesh | None = None, partition_manager: Resolver | None = None) -> SavedCache:
@@ -89,25 +111,29 @@ def load(path: str | Path, mesh: Mesh | None = None, partition_manager: Resolver
     Pages that were not in use are fresh, and the numbers of layers are static.
 
     Args:
-        mesh: the devices; None for the default device.
+        mesh: the devices, which may be others than it was saved from, in as many groups; None for the default
+            device. One of several processes is given in each of them.
         partition_manager: as for :meth:`PagedAttentionCache.init_cache`.
 
     Raises:
         FileNotFoundError: nothing was saved there whole, or a file is missing.
         RegistryError: the format is not installed.
         ValueError: a file that was changed, cut or exchanged, or written by another version of qpaged; it is
-            named.
+            named. Or a mesh of another number of groups.
+        OSError: another process failed.
         ImportError: the extra ``files`` is not installed.
     """
-    path = Path(path)
-    record = read_manifest(path)
-    while True:
+    path, processes = Path(path), Processes(mesh)
+    record = processes.agree_on("path", lambda: read_manifest(path))
+    made: list[SavedCache] = []
+    while not made:
         try:
-            return _load(path, record, mesh, partition_manager)
+            processes.all_do(lambda: made.append(_load(path, record, mesh, partition_manager)))  # noqa: B023
         except FileNotFoundError:
             before, record = record, read_manifest(path)
-            if record == before:  # else it was saved anew meanwhile
+            if processes.are_many or record == before:  # else it was saved anew meanwhile
                 raise
+    return made[0]
 
 
 def _load(
@@ -122,43 +148,49 @@ def _load(
     metadata = PagedAttentionCacheMetaData.from_dict(record["metadata"])
     formats = metadata.quantizer or CacheFormat.from_config(record["format"])
     cache = PagedAttentionCache.init_cache(
-        mesh, record["dtype"], metadata, partition_manager, formats, flat=record.get("flat", False)
+        mesh, record["dtype"], metadata, partition_manager, formats, flat=record["flat"]
     )
-    check_placed("mesh", cache)
-    cache = _loaded(cache, path, record)
-    allocator = record["allocator"]
-    return SavedCache(cache, None if allocator is None else allocator_of_record(metadata, allocator))
+    groups = num_groups(cache.views[0].placement)
+    if groups != record["groups"]:
+        raise ValueError(
+            f"mesh must divide sequences into the {record['groups']} groups that were saved, but has "
+            f"{groups}; page tables name pages of a group."
+        )
+    allocator = _loaded_allocator(metadata, record["allocator"])
+    with without_mesh():
+        return SavedCache(read_files(cache, path, record), allocator)
 
 
-def _loaded(cache: PagedAttentionCache, path: Path, record: dict[str, Any]) -> PagedAttentionCache:
-    """Return a fresh cache, which is donated, with what the files hold."""
-    names, filled = map(list, zip(*_parts.pools_of(cache), strict=True))
-    batches = record["pages"]
-    for entry, pages in zip(record["files"], batches, strict=False):
-        tensors = read_file(path, entry)
-        indices = np.asarray(pages, np.int32)
-        for index, pool in enumerate(filled):
-            filled[index] = _parts.put_page_parts(pool, indices, _parts.of_pool(names[index], tensors))
-    beside = iter(record["files"][len(batches) :])
-    for index, pool in enumerate(filled):
-        if _parts.parts_beside(pool):
-            tensors = read_file(path, next(beside))
-            filled[index] = _parts.with_parts_beside(pool, _parts.of_pool(names[index], tensors))
-    return _parts.with_pools(cache, filled)
+def _loaded_allocator(
+    metadata: PagedAttentionCacheMetaData, books: dict[str, Any] | list[dict[str, Any]] | None
+) -> PageAllocator | tuple[PageAllocator, ...] | None:
+    if isinstance(books, list):
+        return tuple(allocator_of_record(metadata, of_group) for of_group in books)
+    return None if books is None else allocator_of_record(metadata, books)
 
 
-def _files(cache: PagedAttentionCache, batches: list[np.ndarray]) -> Iterator[tuple[str, Tensors]]:
-    """Yield the kind and the arrays of each file: some pages of all pools, then what each has beside them."""
-    for pages in batches:
-        yield "pages", _parts.of_all_pools(cache, lambda pool: _parts.page_parts(pool, pages))  # noqa: B023
-    for name, pool in _parts.pools_of(cache):
-        beside = _parts.bits_beside(pool)
-        if beside:
-            yield "beside", {f"{name}/{part}": bits for part, bits in beside.items()}
+def _checked_allocators(
+    cache: PagedAttentionCache, allocator: PageAllocator | Sequence[PageAllocator]
+) -> tuple[PageAllocator, ...]:
+    """Return the allocators of all groups, or raise what is wrong with them."""
+    allocators = tuple(allocator) if isinstance(allocator, Sequence) else (allocator,)
+    groups = num_groups(cache.views[0].placement)
+    for each in allocators:
+        check_type(
+            "allocator", each, PageAllocator, "a qpaged.PageAllocator", "or one for each group, or None"
+        )
+        if any(each.metadata.of_layer(layer) != view.metadata for layer, view in enumerate(cache.views)):
+            raise ValueError("allocator must be that of the cache, but was made with another metadata.")
+    if len(allocators) != groups:
+        raise ValueError(
+            f"allocator must be one for each of the {groups} groups of devices, but {len(allocators)} came; "
+            f"give a list of them."
+        )
+    return allocators
 
 
-def _check_whole(cache: PagedAttentionCache) -> None:
-    """Raise ValueError unless all layers are there, each as its metadata says."""
+def _check_whole(cache: PagedAttentionCache, shard: Shard) -> None:
+    """Raise ValueError unless all layers are there, each as its metadata says, judged by one shard."""
     layers = [view.layer_index for view in cache.views if view.layer_index is not None]
     if any(np.ndim(layer) for layer in layers):
         raise ValueError(
@@ -170,7 +202,10 @@ def _check_whole(cache: PagedAttentionCache) -> None:
     views = [view.replace(layer_index=int(layer)) for view, layer in zip(cache.views, layers, strict=True)]
     cache.replace(views=views).check_fields()
     for view in views:
-        view.check_fields()
+        heads = shard.part.heads(view.metadata.num_kv_heads)
+        local = view.metadata.replace(num_kv_heads=len(heads), num_pages_per_layer=len(shard.pages))
+        keys, values = shard.own(view.key_pages), shard.own(view.value_pages)
+        view.replace(metadata=local, key_pages=keys, value_pages=values).check_fields()
 
 
 def _checked_format(cache: PagedAttentionCache) -> CacheFormat:

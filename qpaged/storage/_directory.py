@@ -13,67 +13,104 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from qpaged._extras import need
 from qpaged._files import DIGEST, digest, has_own_digest
+from qpaged.storage._processes import Processes
 
 MANIFEST = "manifest.json"
+PARTIAL = f"{MANIFEST}.partial"
 LOCK = ".lock"
-OWN_FILES = re.compile(r"(pages|beside)-[0-9a-f]{16}-\d{5,}\.safetensors|manifest\.json(\.partial)?|\.lock")
+OWN_FILES = re.compile(
+    r"(pages|beside)-[0-9a-f]{16}-\d+-\d{5,}\.safetensors|manifest\.json(\.partial)?|\.lock"
+)
 
-Tensors = dict[str, np.ndarray]
+Tags: TypeAlias = Mapping[str, str | int]
+"""What a file is of, plain JSON; "kind" is "pages" or "beside"."""
+Tensors: TypeAlias = dict[str, np.ndarray]
+"""The arrays of a file by name."""
 
 
-def write_directory(path: Path, record: Mapping[str, Any], files: Iterable[tuple[str, Tensors]]) -> None:
+def write_directory(
+    path: Path,
+    record: Mapping[str, Any],
+    files: Iterable[tuple[Tags, Tensors]],
+    processes: Processes | None = None,
+) -> None:
     """Write files, one after the other, and a manifest with ``record``; remove those that were there before.
 
     Args:
         path: a new directory, an empty one, or one that was written by this function.
-        record: plain JSON.
-        files: of each the kind, "pages" or "beside", and its arrays.
+        record: plain JSON, the same in all processes.
+        files: what each of this process is of, and its arrays.
+        processes: those that write to the directory together; None for this one alone.
 
     Raises:
         ValueError: the directory holds other files.
-        OSError: it cannot be written, or is being written to now.
+        OSError: it cannot be written, or is being written to now, or another process failed.
     """
-    filelock = need("filelock", "files")
+    processes = Processes() if processes is None else processes
+    with contextlib.ExitStack() as until_written:
+
+        def by_first(step: Callable[[], str | None]) -> str:
+            """Return what the first process has done, which alone does it."""
+            return processes.all_do(lambda: step() if processes.number == 0 else None)[0]
+
+        generation = by_first(lambda: _begin(path, until_written))
+        try:
+            written = processes.all_do(lambda: _write_files(path, f"{generation}-{processes.number}", files))
+            whole = {**record, "files": [entry for of_process in written for entry in of_process]}
+            by_first(lambda: _write_partial_manifest(path, whole))
+        except BaseException:
+            _remove(path, lambda name: generation in name)
+            raise
+        # From here on the manifest may be the new one, whatever is raised: its files stay.
+        by_first(lambda: _replace_manifest(path, generation))
+
+
+def _begin(path: Path, until_written: contextlib.ExitStack) -> str:
+    """Return a name for the files of this save, and keep others from saving to the directory."""
     path.mkdir(parents=True, exist_ok=True)
     _check_own(path)
+    filelock = need("filelock", "files")
     try:
-        with filelock.FileLock(path / LOCK, timeout=0):
-            _write_files(path, record, files)
+        until_written.enter_context(filelock.FileLock(path / LOCK, timeout=0))
     except filelock.Timeout as error:
         raise OSError(f"{path} is being written to now; wait, or save to another directory.") from error
+    return secrets.token_hex(8)
 
 
-def _write_files(path: Path, record: Mapping[str, Any], files: Iterable[tuple[str, Tensors]]) -> None:
+def _write_files(path: Path, name: str, files: Iterable[tuple[Tags, Tensors]]) -> list[dict[str, Any]]:
+    """Write files, and return how the manifest names them."""
     to_bytes = need("safetensors.numpy", "files").save
-    generation = secrets.token_hex(8)
     written: list[dict[str, Any]] = []
-    try:
-        with ThreadPoolExecutor(max_workers=1) as disk:  # which writes a file while the next is made
-            writing: Future[None] | None = None
-            for number, (kind, tensors) in enumerate(files):
-                name = f"{kind}-{generation}-{number:05}.safetensors"
-                data = to_bytes(tensors)
-                written.append({"name": name, "bytes": len(data), DIGEST: file_digest(data)})
-                if writing is not None:
-                    writing.result()
-                writing = disk.submit(_write_to_disk, path / name, data)
+    with ThreadPoolExecutor(max_workers=1) as disk:  # which writes a file while the next is made
+        writing: Future[None] | None = None
+        for number, (tags, tensors) in enumerate(files):
+            file = f"{tags['kind']}-{name}-{number:05}.safetensors"
+            data = to_bytes(tensors)
+            written.append({**tags, "name": file, "bytes": len(data), DIGEST: file_digest(data)})
             if writing is not None:
                 writing.result()
-        whole = {**record, "files": written}
-        partial = path / f"{MANIFEST}.partial"
-        _write_to_disk(partial, _manifest_text({**whole, DIGEST: digest(whole)}).encode())
-        _bring_entries_to_disk(path)
-    except BaseException:
-        _remove(path, lambda name: generation in name)
-        raise
-    # From here on the manifest may be the new one, whatever is raised: its files stay.
-    partial.replace(path / MANIFEST)
+            writing = disk.submit(_write_to_disk, path / file, data)
+        if writing is not None:
+            writing.result()
+    _bring_entries_to_disk(path)
+    return written
+
+
+def _write_partial_manifest(path: Path, record: Mapping[str, Any]) -> None:
+    text = _manifest_text({**record, DIGEST: digest(record)})
+    _write_to_disk(path / PARTIAL, text.encode())
+    _bring_entries_to_disk(path)
+
+
+def _replace_manifest(path: Path, generation: str) -> None:
+    """Make the partial manifest the one that holds, and remove the files of those before."""
+    (path / PARTIAL).replace(path / MANIFEST)
     _bring_entries_to_disk(path)
     _remove(path, lambda name: name.endswith(".safetensors") and generation not in name)
 

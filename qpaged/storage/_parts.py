@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,26 @@ PAGE_AXIS = 1
 STATIC_SCALES = "static_scales"
 
 
-def pools_of(cache: PagedAttentionCache) -> Iterator[tuple[str, Pages]]:
-    """Yield the name and the pages of each pool."""
+class NamedPool(NamedTuple):
+    """A pool of a cache.
+
+    Attributes:
+        name: by which its arrays are named.
+        pages: [kv_heads, pages, page_size, head_dim].
+        kv_heads: those of the model, of which a pool may store copies.
+    """
+
+    name: str
+    pages: Pages
+    kv_heads: int
+
+
+def pools_of(cache: PagedAttentionCache) -> Iterator[NamedPool]:
+    """Yield the keys and the values of each layer."""
     for layer, view in enumerate(cache.views):
-        yield f"{layer}/key_pages", view.key_pages
-        yield f"{layer}/value_pages", view.value_pages
+        kv_heads = view.metadata.num_kv_heads
+        yield NamedPool(f"{layer}/key_pages", view.key_pages, kv_heads)
+        yield NamedPool(f"{layer}/value_pages", view.value_pages, kv_heads)
 
 
 def with_pools(cache: PagedAttentionCache, changed: Sequence[Pages]) -> PagedAttentionCache:
@@ -40,10 +55,15 @@ def with_pools(cache: PagedAttentionCache, changed: Sequence[Pages]) -> PagedAtt
 
 def of_all_pools(cache: PagedAttentionCache, parts_of: Callable[[Pages], Mapping[str, T]]) -> dict[str, T]:
     """Return the parts of all pools, named by pool and part."""
-    named = {}
-    for name, pool in pools_of(cache):
-        named.update({f"{name}/{part}": value for part, value in parts_of(pool).items()})
-    return named
+    arrays = {}
+    for pool in pools_of(cache):
+        arrays.update(named(pool.name, parts_of(pool.pages)))
+    return arrays
+
+
+def named(name: str, parts: Mapping[str, T]) -> dict[str, T]:
+    """Return the parts of a pool, named by pool and part."""
+    return {f"{name}/{part}": value for part, value in parts.items()}
 
 
 def of_pool(name: str, parts: Mapping[str, T]) -> dict[str, T]:
@@ -97,6 +117,36 @@ def parts_beside(pool: Pages) -> dict[str, jax.Array]:
     return beside if scales is None else {**beside, STATIC_SCALES: scales}
 
 
+def kinds_beside(pool: Pages) -> dict[str, Kind]:
+    """Return shape and dtype of each array of :func:`parts_beside`."""
+    return {name: (leaf.shape, jnp.dtype(leaf.dtype)) for name, leaf in parts_beside(pool).items()}
+
+
+def of_heads(
+    held: Mapping[range, Mapping[str, np.ndarray]], wanted: range, kinds: Mapping[str, Kind]
+) -> dict[str, np.ndarray]:
+    """Return arrays of some KV heads from those of ranges of heads that cover them, in order.
+
+    Args:
+        held: the arrays of each range.
+        wanted: the heads.
+        kinds: shape and dtype of the arrays of the heads that are wanted.
+    """
+    for parts in held.values():
+        check_names(parts, kinds)
+
+    def of_array(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        pieces = []
+        for heads, parts in held.items():
+            array, own = parts[name], slice(wanted.start - heads.start, wanted.stop - heads.start)
+            if len(shape) < 2 or shape[0] != len(wanted) or len(array) != len(heads):
+                return array  # which is the same for all heads
+            pieces.append(array[max(own.start, 0) : own.stop])
+        return np.concatenate(pieces)
+
+    return {name: of_array(name, shape) for name, (shape, _) in kinds.items()}
+
+
 def bits_beside(pool: Pages) -> dict[str, np.ndarray]:
     """Return the arrays of :func:`parts_beside` as bits."""
     return {name: to_bits(leaf) for name, leaf in parts_beside(pool).items()}
@@ -148,7 +198,7 @@ def _bits_of(dtype: DTypeLike) -> np.dtype:
     return np.dtype(f"uint{8 * jnp.dtype(dtype).itemsize}")
 
 
-def check_names(parts: dict[str, Any], own: dict[str, Any]) -> None:
+def check_names(parts: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Raise ValueError unless the parts have the names of a cache's own."""
     if parts.keys() != own.keys():
         different = sorted(parts.keys() ^ own.keys())

@@ -20,7 +20,6 @@ from qpaged.cache import PagedAttentionCache, PagedAttentionCacheView
 from qpaged.cache._page_changes import filled_up
 from qpaged.storage import _parts
 from qpaged.storage._directory import Tensors, file_digest
-from qpaged.storage._placed import check_placed
 
 KIND, VERSION = "page of a prefix", "1"
 PAGES_AT_ONCE = 64  # which are in memory beside the cache
@@ -199,14 +198,14 @@ def _kind_of(cache: PagedAttentionCache) -> str:
     Raises:
         ValueError: the cache is flat, or its pages lie in several groups of devices.
     """
-    check_placed("cache", cache)
+    _check_placed(cache)
     if cache.is_flat:
         raise ValueError(
             "cache must have a pool for each layer, whose pages are in files of their own, but its layers "
             "lie in one pool; make it with init_cache(..., flat=False)."
         )
     pools_alike = []
-    for name, pool in _parts.pools_of(cache):
+    for name, pool, _ in _parts.pools_of(cache):
         made_with, scales = pools.packed_format(pool), pools.static_scales(pool)
         parts = {part: (shape, bits.name) for part, (shape, bits) in _parts.kinds_of_page_parts(pool).items()}
         config = None if made_with is None else made_with.config  # type: ignore[attr-defined]  # a cache's is a Quantizer
@@ -215,13 +214,27 @@ def _kind_of(cache: PagedAttentionCache) -> str:
     return file_digest(json.dumps(pools_alike, sort_keys=True).encode())
 
 
+def _check_placed(cache: PagedAttentionCache) -> None:
+    """Raise ValueError for pages that lie in several groups or processes, or are stored several times."""
+    view = cache.views[0]
+    placement, stored_heads = view.placement, view.key_pages.shape[0]
+    is_divided = placement is not None and bool(placement.groups or placement.context)
+    leaves = jax.tree_util.tree_leaves(view)
+    is_here = all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves)
+    if is_divided or not is_here or stored_heads != view.metadata.num_kv_heads:
+        raise ValueError(
+            "cache must have all its pages in one group and in this process, and each KV head once, to be in "
+            "a store; divide KV heads alone, over as many devices as there are heads at most."
+        )
+
+
 def _put(cache: PagedAttentionCache, found: list[Tensors], pages: np.ndarray) -> PagedAttentionCache:
     """Return a cache, which is donated, with some pages put."""
     target = filled_up(pages.tolist(), cache.views[0].metadata.num_pages_per_layer)
     rows = found + [found[-1]] * (len(target) - len(found))
     parts = {name: np.concatenate([page[name] for page in rows], axis=1) for name in found[0]}
     filled = []
-    for name, pool in _parts.pools_of(cache):
+    for name, pool, _ in _parts.pools_of(cache):
         # Cleared first: a page that is exact would be read as it was.
         filled.append(_parts.put_page_parts(_clear(pool, target), target, _parts.of_pool(name, parts)))
     return _parts.with_pools(cache, filled)

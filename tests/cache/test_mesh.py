@@ -327,27 +327,6 @@ def test_pages_go_from_a_mesh_to_the_host_and_to_others(spelling):
         np.testing.assert_allclose(qpaged.paged_attention(query, put, step), want, **TOLERANCE)
 
 
-def test_files_take_what_lies_in_one_group(tmp_path):
-    pytest.importorskip("safetensors")
-    make = functools.partial(
-        qpaged.PagedAttentionCache.init_cache, dtype=jnp.float32, metadata=config(), quantizer="int8"
-    )
-    cache = make(mesh_of(1, 4, "Auto"))
-    view, _ = write_and_attend(cache.layer(1), decode_of([0]), *rows_of(SEQUENCES, 1))
-    cache = cache.with_layer(view)
-    qpaged.save(tmp_path / "cache", cache)
-    loaded = qpaged.load(tmp_path / "cache", mesh=mesh_of(1, 2, "Auto")).cache
-    for got, want in zip(*map(jax.tree_util.tree_leaves, (loaded, cache)), strict=True):
-        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
-    for mesh in (mesh_of(2, 4, "Auto"), mesh_of(1, 8, "Auto")):
-        with pytest.raises(
-            ValueError, match="cache must have all its pages in one group and in this process"
-        ):
-            qpaged.save(tmp_path / "other", make(mesh))
-        with pytest.raises(ValueError, match="mesh must have all its pages in one group and in this process"):
-            qpaged.load(tmp_path / "cache", mesh=mesh)
-
-
 def test_changes_of_groups_are_those_of_each():
     mesh = mesh_of(2, 4, "Auto")
     cache = qpaged.PagedAttentionCache.init_cache(mesh, jnp.float32, config(), quantizer="int8")

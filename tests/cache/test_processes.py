@@ -22,12 +22,12 @@ def free_port():
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
-def test_writes_attention_and_resets_are_those_of_one_process(count):
+def test_writes_attention_resets_and_files_are_those_of_one_process(count, tmp_path):
     port = free_port()
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "support.processes", str(number), str(count), str(port)],
+            [sys.executable, "-m", "support.processes", str(number), str(count), str(port), str(tmp_path)],
             env={**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

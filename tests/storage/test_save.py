@@ -20,7 +20,7 @@ from support.long import first_short
 from support.saved_caches import PAGES, filled, fresh, metadata, same_bits
 
 import qpaged
-from qpaged.storage import _cache, _directory
+from qpaged.storage import _directory, _shard_files
 
 SOME = [None, "int8", "int4:token+rotate+exact8+sink4", "fp8_e4m3:tensor", "nvfp4", "int6/int8:channel"]
 OTHERS = ["int8:token", "fp8_e4m3:tensor+exact1", "int3:channel+offset+exact20", *EVERY_FORMAT]
@@ -61,7 +61,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(format, tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("format", [None, "int8"])
 def test_a_cache_without_an_allocator_is_saved_whole(format, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(_cache, "BATCH_BYTES", 40_000)  # so that there are several files
+    monkeypatch.setattr(_shard_files, "BATCH_BYTES", 40_000)  # so that there are several files
     cache, _ = filled(format, dtype)
     qpaged.save(str(tmp_path), cache)
     assert len(data_files(tmp_path)) > 2
@@ -165,11 +165,11 @@ def test_a_load_beside_a_save_reads_the_old_cache_or_the_new(tmp_path, monkeypat
     read_file = _directory.read_file
 
     def saved_anew(path, entry):
-        monkeypatch.setattr(_cache, "read_file", read_file)
+        monkeypatch.setattr(_shard_files, "read_file", read_file)
         qpaged.save(tmp_path, new)
         return read_file(path, entry)
 
-    monkeypatch.setattr(_cache, "read_file", saved_anew)
+    monkeypatch.setattr(_shard_files, "read_file", saved_anew)
     assert same_bits(qpaged.load(tmp_path).cache, new)
 
 
@@ -236,7 +236,7 @@ def test_files_that_are_cut_or_too_long(directory):
 
 
 def test_files_that_are_exchanged(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr(_cache, "BATCH_BYTES", 1)
+    monkeypatch.setattr(_shard_files, "BATCH_BYTES", 1)
     qpaged.save(directory, filled("int8")[0])
     first, second = data_files(directory)[1:3]
     check_refused(directory, first, second.read_bytes(), "exchanged")
@@ -262,10 +262,10 @@ def rewrite_manifest(directory, **changes):
 
 
 def test_foreign_manifests(directory):
-    rewrite_manifest(directory, version=2)
-    with pytest.raises(ValueError, match=r"must hold a cache in pages of version 1, but holds .* version 2"):
+    rewrite_manifest(directory, version=3)
+    with pytest.raises(ValueError, match=r"must hold a cache in pages of version 2, but holds .* version 3"):
         qpaged.load(directory)
-    rewrite_manifest(directory, version=1, qpaged="another thing")
+    rewrite_manifest(directory, version=2, qpaged="another thing")
     with pytest.raises(ValueError, match=r"but holds 'another thing'"):
         qpaged.load(directory)
 
@@ -341,7 +341,7 @@ print("ready", flush=True)
 while True:
     turn += 1
     arrays = {"values": np.full(200_000, turn, np.uint32)}
-    write_directory(path, {"turn": turn}, [("pages", arrays), ("pages", arrays), ("beside", arrays)])
+    write_directory(path, {"turn": turn}, [({"kind": kind}, arrays) for kind in ("pages", "pages", "beside")])
     print(turn, flush=True)
 """
 

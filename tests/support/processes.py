@@ -1,10 +1,13 @@
 """Run by several processes at once: a cache over a mesh of all their devices, against one device of each.
 
-python -m support.processes NUMBER OF PORT
+python -m support.processes NUMBER OF PORT DIRECTORY
+
+What one of them saves with the others is loaded by all, and by the first alone.
 """
 
 import os
 import sys
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
@@ -12,6 +15,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import qpaged
 
@@ -45,8 +49,40 @@ def run(view, groups, here):
     return view, outs
 
 
+def check_same(pages, alone):
+    """Raise AssertionError unless what this process has of pages is the same as those of its group alone."""
+    for leaf, want in zip(*map(jax.tree_util.tree_leaves, (pages, alone)), strict=True):
+        for shard in leaf.addressable_shards:
+            heads = shard.index[0] if leaf.ndim > 1 else slice(None)
+            assert np.asarray(shard.data).tobytes() == np.asarray(want)[heads].tobytes()
+
+
+def check_files(directory, view, alone, mesh, number):
+    """Raise AssertionError unless processes save and load together; what fails in one fails in all."""
+    books = [qpaged.PageAllocator(view.metadata) for _ in range(jax.process_count())]
+    for group, allocator in enumerate(books):
+        allocator.allocate("a", 8 * group + 3)
+        allocator.take_changes()
+    cache = qpaged.PagedAttentionCache([view])
+    qpaged.save(directory, cache)
+    loaded, allocators = qpaged.load(directory, mesh)
+    check_same(loaded.views[0], alone)
+    assert allocators is None
+    qpaged.save(directory, cache, books)
+    loaded, allocators = qpaged.load(directory, mesh)
+    assert [each.num_free for each in allocators] == [each.num_free for each in books]
+    with pytest.raises(ValueError, match="allocator must be the same in all processes"):
+        qpaged.save(directory, cache, books[::-1] if number else books)
+    with pytest.raises((TypeError, OSError), match=r"^(process 0 failed.*)?allocator must be a qpaged.Page"):
+        qpaged.save(directory, cache, books if number else 3)
+    with pytest.raises((FileNotFoundError, OSError), match=r"process 0 failed|nothing was saved here whole"):
+        qpaged.load(directory if number else directory / "elsewhere", mesh)
+    loaded, allocators = qpaged.load(directory, mesh)
+    assert len(allocators) == len(books)
+
+
 def main() -> None:
-    number, count, port = map(int, sys.argv[1:])
+    number, count, port = map(int, sys.argv[1:4])
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", count, number)
     mesh = jax.make_mesh((count, 2), ("dp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -60,10 +96,8 @@ def main() -> None:
             for shard in out.addressable_shards:
                 heads = shard.index[1]
                 np.testing.assert_allclose(shard.data, np.asarray(want)[:, heads], rtol=1e-5, atol=1e-6)
-        for leaf, want in zip(*map(jax.tree_util.tree_leaves, (view, alone)), strict=True):
-            for shard in leaf.addressable_shards:
-                heads = shard.index[0] if leaf.ndim > 1 else slice(None)
-                assert np.asarray(shard.data).tobytes() == np.asarray(want)[heads].tobytes(), spelling
+        check_same(view, alone)
+        check_files(Path(sys.argv[4]) / str(spelling), view, alone, mesh, number)
     print("the same", flush=True)
 
 
