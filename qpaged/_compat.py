@@ -347,6 +347,14 @@ def is_explicit(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> bool:
     return jax.sharding.AxisType.Explicit in mesh.axis_types
 
 
+def auto_mesh(sizes: dict[str, int]) -> Mesh:
+    """Return a mesh of Auto axes over the first devices, of all processes."""
+    if not has_explicit_meshes():
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes))
+    kinds = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+
+
 @contextmanager
 def outside_of_meshes() -> Iterator[None]:
     """Compute constants as if no mesh were there: within shard_map they would be of its kind."""

@@ -1,11 +1,13 @@
 """Arguments of ``sweep``, ``tune`` and ``calibrate``: which model reads which text, and how much of it."""
 
 import argparse
+import functools
 from typing import Any
 
 from qpaged import sweep
 from qpaged._bad_argument import BadArgumentError
 from qpaged.cli._arguments import token_count, whole_number
+from qpaged.cli._devices import add_devices, mesh_of
 from qpaged.cli._output import say
 from qpaged.cli._programs import keep_programs
 from qpaged.models import read_scales
@@ -44,6 +46,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
         help="what a checkpoint computes in, the reference included (%(default)s); bfloat16 is for devices "
         "that are faster in it",
     )
+    add_devices(parser)
     add(
         "--quick",
         action="store_true",
@@ -106,6 +109,10 @@ def load_job(args: argparse.Namespace) -> tuple[sweep.Model, sweep.Text, sweep.S
         raise BadArgumentError("scales", "must be left out with --step, whose cache has no static scales.")
     if args.compute != sweep.COMPUTE_DTYPES[0]:
         raise BadArgumentError("compute", "must be left out with --step, which computes as it does.")
+    if args.mesh != 1:
+        raise BadArgumentError("mesh", "must be left out with --step, which lies as it does.")
+    if args.stream:
+        raise BadArgumentError("stream", "must be left out with --step, which has its own weights.")
     text, settings = _load_text(args.text), _settings(args, args.context)
     return sweep.load_step(args.step, settings, args.tokenizer), text, settings
 
@@ -113,11 +120,14 @@ def load_job(args: argparse.Namespace) -> tuple[sweep.Model, sweep.Text, sweep.S
 def load_checkpoint_job(args: argparse.Namespace) -> tuple[sweep.Decoder, sweep.Text, sweep.Settings]:
     """Load the checkpoint, the text and the settings that the arguments choose, as :func:`load_job` does."""
     text = _load_text(args.text)
+    load = functools.partial(
+        sweep.load_model, args.model, args.tokenizer, mesh=mesh_of(args), streamed=args.stream
+    )
     if args.context is not None:
         settings = _settings(args, args.context)
-        model = sweep.load_model(args.model, args.tokenizer, args.context)
+        model = load(args.context)
     else:
-        model = sweep.load_model(args.model, args.tokenizer)
+        model = load()
         settings = _settings(args, min(sweep.Settings().context, model.longest))
     if args.scales is not None:
         model = _with_scales(model, args.scales)

@@ -3,18 +3,21 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from qpaged._extras import need
 from qpaged._files import read_json, write_whole
+from qpaged.models._placed import read_placed, sharding_of
 from qpaged.models._safetensors import (
     DTYPES,
     INDEX_FILE,
@@ -60,12 +63,24 @@ def read_config(path: str | Path) -> DecoderConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_checkpoint(directory: str | Path, dtype: DTypeLike | None = None) -> tuple[DecoderConfig, Params]:
+def load_checkpoint(
+    directory: str | Path,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
+    *,
+    streamed: bool = False,
+) -> tuple[DecoderConfig, Params]:
     """Read the configuration and weights of a checkpoint of one file or of shards, weights cast to `dtype`.
 
     Weights keep their stored dtypes if None. They are read one by one: no more than the model and the weight
     being read is in memory, and tensors that the decoder does not use are not read. If the checkpoint has no
     output matrix, the embedding is used for it.
+
+    Args:
+        directory: of the checkpoint.
+        dtype: of the weights.
+        mesh: the devices to divide matrices over, each of which reads its own part; None for one device.
+        streamed: read a weight whenever it is used, and keep none: the whole model need not fit into memory.
 
     Raises:
         FileNotFoundError: a missing file.
@@ -77,16 +92,45 @@ def load_checkpoint(directory: str | Path, dtype: DTypeLike | None = None) -> tu
     config, tensors = _used_tensors(path, compare_tied=True)
     if tensors is None:
         raise _no_weights(path.parent)
-    params: Params = {}
-    for name, shape in param_shapes(config).items():
-        parts = [tensors[part] for part in _part_shapes(config, name, shape)]
-        params[name] = _read_stack(parts, dtype) if EXPERTS in name else parts[0].read(dtype)
-    return config, params
+    stored = StoredParams(config, tensors, dtype, mesh)
+    return config, stored if streamed else dict(stored)
 
 
-def _read_stack(parts: list[StoredTensor], dtype: DTypeLike | None) -> jax.Array:
-    # Once the stack is ready, its parts can be freed, before the next weight is read.
-    return jnp.stack([part.read(dtype) for part in parts]).block_until_ready()
+@dataclass(frozen=True)
+class StoredParams(Mapping[str, jax.Array]):
+    """The weights of a checkpoint, each of which is read whenever it is asked for.
+
+    Attributes:
+        config: of the decoder.
+        tensors: those that it uses.
+        dtype: to which weights are cast.
+        mesh: the devices that they are divided over.
+    """
+
+    config: DecoderConfig
+    tensors: Mapping[str, StoredTensor]
+    dtype: DTypeLike | None
+    mesh: Mesh | None
+
+    def __getitem__(self, name: str) -> jax.Array:
+        shape = self._shapes[name]
+        parts = [self.tensors[part] for part in _part_shapes(self.config, name, shape)]
+        if self.mesh is not None:
+            return read_placed(parts, shape, self.dtype, sharding_of(name, shape, self.mesh))
+        if EXPERTS not in name:
+            return parts[0].read(self.dtype)
+        # Once the stack is ready, its parts can be freed, before the next weight is read.
+        return jnp.stack([part.read(self.dtype) for part in parts]).block_until_ready()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    @cached_property
+    def _shapes(self) -> Shapes:
+        return param_shapes(self.config)
 
 
 def parameter_bytes(path: str | Path) -> int | None:

@@ -5,18 +5,19 @@ model, fills a cache and decodes from one. The parts of a layer before and after
 for all layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from qpaged.models.config import Activation, DecoderConfig
 from qpaged.models.experts import route
 from qpaged.models.rope import Rotation, rotary_angles, rotate
 
-Params = dict[str, jax.Array]
+Params = Mapping[str, jax.Array]
 """Weights under their Hugging Face names; linear weights are (out, in).
 
 Those of experts are stacked, (experts, out, in), under a name without the expert's number, which is Qwen's.
@@ -133,7 +134,7 @@ def init_params(config: DecoderConfig, key: jax.Array) -> Params:
     """
     shapes = param_shapes(config)
     keys = jax.random.split(key, len(shapes))
-    params: Params = {}
+    params: dict[str, jax.Array] = {}
     for (name, shape), weight_key in zip(shapes.items(), keys, strict=True):
         params[name] = _init_weight(name, shape, config, weight_key)
     return params
@@ -155,8 +156,8 @@ def _init_weight(name: str, shape: tuple[int, ...], config: DecoderConfig, key: 
 def forward(
     params: Params,
     config: DecoderConfig,
-    tokens: jax.Array,  # [n] int32
-    positions: jax.Array,  # [n] int32
+    tokens: jax.Array | np.ndarray,  # [n] int32
+    positions: jax.Array | np.ndarray,  # [n] int32
     attend: Attend,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:  # [n, vocab_size] float32
@@ -171,8 +172,8 @@ def forward(
 def final_hidden(
     params: Params,
     config: DecoderConfig,
-    tokens: jax.Array,  # [n] int32
-    positions: jax.Array,  # [n] int32
+    tokens: jax.Array | np.ndarray,  # [n] int32
+    positions: jax.Array | np.ndarray,  # [n] int32
     attend: Attend,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:  # [n, hidden_size]

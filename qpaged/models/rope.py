@@ -171,7 +171,7 @@ Rotation = tuple[jax.Array, jax.Array]
 def rotary_angles(
     rope: Rope,
     head_dim: int,
-    positions: jax.Array,  # [n] int32
+    positions: jax.Array | np.ndarray,  # [n] int32
 ) -> Rotation:
     """Return the rotation of tokens at positions (n,) int32."""
     amplitude = 1.0 if rope.scaling is None else rope.scaling.amplitude

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from qpaged import pools
 from qpaged._arguments import check_type
 from qpaged._compat import without_mesh
+from qpaged._processes import Processes
 from qpaged.cache import (
     PageAllocator,
     PagedAttentionCache,
@@ -22,7 +23,6 @@ from qpaged.cache._placement import num_groups
 from qpaged.cache._sharding import Resolver
 from qpaged.formats import CacheFormat
 from qpaged.storage._directory import read_manifest, write_directory
-from qpaged.storage._processes import Processes
 from qpaged.storage._shard_files import batches_of, files_of, read_files
 from qpaged.storage._shards import Shard, shards_of
 

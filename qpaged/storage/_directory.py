@@ -19,7 +19,7 @@ import numpy as np
 
 from qpaged._extras import need
 from qpaged._files import DIGEST, digest, has_own_digest
-from qpaged.storage._processes import Processes
+from qpaged._processes import Processes
 
 MANIFEST = "manifest.json"
 PARTIAL = f"{MANIFEST}.partial"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.caches import make_mesh
 
 from qpaged.models import (
     DecoderConfig,
@@ -121,8 +122,10 @@ def edit_weights(directory, edit):
 
 
 @pytest.mark.parametrize("asked", [None, jnp.bfloat16])
-def test_experts_are_loaded_stacked_in_order(checkpoint, asked):
-    config, params = load_checkpoint(checkpoint, asked)
+@pytest.mark.parametrize("devices", [1, 2])
+def test_experts_are_loaded_stacked_in_order(checkpoint, asked, devices):
+    mesh = make_mesh((devices,), ("tp",)) if devices > 1 else None
+    config, params = load_checkpoint(checkpoint, asked, mesh, streamed=devices > 1)
     assert {name: weight.shape for name, weight in params.items()} == param_shapes(config)
     stored = load_file(checkpoint / "model.safetensors")
     for part in PARTS:

@@ -94,7 +94,11 @@ def quick_with_figures(monkeypatch):
     """
     hooks, load = SimpleNamespace(before={}, ran=[]), qpaged.sweep.load_model
     monkeypatch.setattr(NoModel, "hooks", hooks, raising=False)
-    monkeypatch.setattr(qpaged.sweep, "load_model", lambda *arguments: NoModel(**vars(load(*arguments))))
+
+    def load_nothing(*arguments, **options):
+        return NoModel(**vars(load(*arguments, **options)))
+
+    monkeypatch.setattr(qpaged.sweep, "load_model", load_nothing)
     return hooks
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from qpaged import CacheFormat, CacheScales, sweep
 from qpaged._bad_argument import BadArgumentError
+from qpaged.cli._devices import add_devices
 from qpaged.cli._job import add_checkpoint, add_text, load_checkpoint_job
 from qpaged.cli._output import FINE, Subparsers, make_writable, print_columns, say
 from qpaged.models import write_scales
@@ -25,6 +26,7 @@ def add(subparsers: Subparsers) -> None:
         "qpaged.CacheScales.load reads, or as the k_scale and v_scale tensors of checkpoints.",
     )
     add_checkpoint(parser)
+    add_devices(parser)
     add_text(parser)
     parser.add_argument(
         "--format",

@@ -10,6 +10,7 @@ from typing import Any
 from qpaged import sweep
 from qpaged._bad_argument import BadArgumentError
 from qpaged.cli._arguments import number, token_count, whole_number
+from qpaged.cli._devices import mesh_axes
 from qpaged.cli._formats import check_layers, named_formats
 from qpaged.cli._output import FAILED, FINE, Subparsers, in_words_of_flags, print_columns, say
 from qpaged.models import CacheSizes, read_cache_sizes, weights_bytes
@@ -44,19 +45,6 @@ def memory_size(text: str) -> int:
     if not has_unit and 0 < float(text) < LEAST_MEMORY:
         raise argparse.ArgumentTypeError(f"{text!r} would be {text} bytes; write {text}GiB.")
     return memory
-
-
-def mesh_axes(text: str) -> tuple[int, int]:
-    """Return (groups, devices of a group) of ``"8"``, ``"tp=8"`` or ``"dp=32,tp=8"``."""
-    sizes: dict[str, int] = {}
-    parts = [f"tp={text}"] if text.strip().isdigit() else text.split(",")
-    for part in parts:
-        name, _, count = part.strip().partition("=")
-        is_count = count.strip().isdigit() and int(count) > 0
-        if name not in ("dp", "tp") or name in sizes or not is_count:
-            raise argparse.ArgumentTypeError(f"{text!r:.60} is no mesh; 8, tp=8 and dp=32,tp=8 are.")
-        sizes[name] = int(count)
-    return sizes.get("dp", 1), sizes.get("tp", 1)
 
 
 def add(subparsers: Subparsers) -> None:

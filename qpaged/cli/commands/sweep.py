@@ -8,6 +8,8 @@ from pathlib import Path
 
 import qpaged
 from qpaged import sweep
+from qpaged._processes import Processes
+from qpaged.cli._devices import add_processes, as_one_of_all, mesh_of
 from qpaged.cli._formats import EVERYTHING, check_layers, named_formats, split_formats
 from qpaged.cli._job import add_job, load_job, say_job
 from qpaged.cli._output import INTERRUPTED, Subparsers, make_writable, say
@@ -23,6 +25,7 @@ def add(subparsers: Subparsers) -> None:
         "write results.json, report.html and figures. A sweep that was interrupted goes on where it stopped.",
     )
     add_job(parser)
+    add_processes(parser)
     parser.add_argument(
         "--formats",
         metavar="LIST",
@@ -45,6 +48,11 @@ class _Formats:
 
 def _run(args: argparse.Namespace) -> int:
     sweep.need_sweep_extra()
+    with as_one_of_all(args):
+        return _run_here(args)
+
+
+def _run_here(args: argparse.Namespace) -> int:
     has_no_list = args.formats in (None, EVERYTHING)
     if not has_no_list:
         # Raise for bad spellings now, before the model is loaded.
@@ -64,6 +72,8 @@ def _sweep(args: argparse.Namespace, has_no_list: bool) -> int:
     if model.layers is not None:
         check_layers(job.order, model.layers)
     known = _known_runs(args, job)
+    # Or some would wait for others who do not come.
+    Processes(mesh_of(args)).agree_on("out", lambda: {"known": sorted(run.identity for run in known)})
     _say_plan(args, job, known, formats)
     result = _measure(args, job, known, formats.failures)
     if not result.runs:

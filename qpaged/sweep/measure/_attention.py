@@ -74,6 +74,7 @@ def compare_attention(
     """Return :data:`SUMS` over a prefill's tokens; both views hold the prefill of one layer already."""
     kv_heads = plain.metadata.num_kv_heads
     group = query.shape[1] // kv_heads
+    copies = slice(None, None, plain.key_pages.shape[0] // kv_heads)  # one of a head that is stored again
     attended = _attended(position, len(table) * plain.metadata.page_size, options.sliding_window)
     attended = jnp.repeat(attended, group, axis=0)  # [tokens * group, slots]
 
@@ -82,11 +83,11 @@ def compare_attention(
     measured_query = transform_query(query.astype(jnp.float32), view.key_pages)
     operands = (
         _by_kv_head(query.astype(jnp.float32), kv_heads),
-        _slots(plain.key_pages, table),
-        _slots(plain.value_pages, table),
+        _slots(plain.key_pages, table)[copies],
+        _slots(plain.value_pages, table)[copies],
         _by_kv_head(measured_query, kv_heads),
-        _slots(untransformed(view.key_pages), table),
-        _slots(untransformed(view.value_pages), table),
+        _slots(untransformed(view.key_pages), table)[copies],
+        _slots(untransformed(view.value_pages), table)[copies],
     )
 
     def sums_of_head(operands: tuple[jax.Array, ...]) -> jax.Array:

@@ -1,13 +1,16 @@
 """A checkpoint's decoder as a model that can be swept."""
 
+import functools
 import hashlib
+import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 import qpaged.models
@@ -25,6 +28,7 @@ from qpaged.models import (
     load_checkpoint,
     load_tokenizer,
     output_logits,
+    param_shapes,
 )
 from qpaged.sweep.measure._attention import SUMS, AttentionProfile, compare_attention
 from qpaged.sweep.measure._decoder_stream import Chunk, DecoderStream, chunks
@@ -43,6 +47,8 @@ class Decoder:
         scales: those of caches with static scales; 1 if None.
         compute: the name of the dtype that it computes in.
         reference: a description of the plain cache.
+        mesh: the devices that weights and KV heads are divided over; None for one.
+        is_streamed: whether weights are read from their files whenever they are used.
     """
 
     name: str
@@ -54,6 +60,8 @@ class Decoder:
     scales: CacheScales | None = None
     compute: str = "float32"
     reference: str = "plain pages in float32, the precision that the model computes in"
+    mesh: Mesh | None = None
+    is_streamed: bool = False
 
     @property
     def architecture(self) -> str:
@@ -61,7 +69,7 @@ class Decoder:
 
     @property
     def parameters(self) -> int:
-        return sum(weight.size for weight in self.params.values())
+        return sum(map(math.prod, param_shapes(self.config).values()))
 
     @property
     def elements_per_token(self) -> int:
@@ -93,7 +101,9 @@ class Decoder:
         return self._stream(self.cache(quantizer, settings, sequences), quantizer, settings)
 
     def compile(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> None:
-        """Compile what such a stream runs, without a cache."""
+        """Compile what such a stream runs, without a cache; nothing over several devices."""
+        if self.mesh is not None:
+            return  # how arrays will lie is known where they are there
         cache = jax.eval_shape(lambda: self.cache(quantizer, settings, sequences))
         self._stream(cache, quantizer, settings).compile()
 
@@ -106,7 +116,7 @@ class Decoder:
     def logits(self, outputs: jax.Array) -> jax.Array:
         """Return the logits [..., vocabulary] of hidden states [..., hidden_size]."""
         logits = output_logits(self.params, self.config, outputs.reshape(-1, outputs.shape[-1]))
-        return logits.reshape(*outputs.shape[:-1], -1)
+        return self._everywhere(logits.reshape(*outputs.shape[:-1], -1))
 
     @renamed_argument("format", "quantizer")
     def cache(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> PagedAttentionCache:
@@ -127,7 +137,7 @@ class Decoder:
         with warnings.catch_warnings():
             # A narrow plain pool is slow on CPU, but a sweep asks for its accuracy.
             warnings.simplefilter("ignore", NarrowFloatPoolWarning)
-            cache = PagedAttentionCache.init_cache(None, dtype, metadata, quantizer=quantizer)
+            cache = PagedAttentionCache.init_cache(self.mesh, dtype, metadata, quantizer=quantizer)
         if self.scales is None or not cache.has_static_scales:
             return cache
         return cache.with_scales(self.scales)
@@ -176,14 +186,24 @@ class Decoder:
         attend: Attend,
     ) -> jax.Array:  # [n, hidden_size]
         """Return the last hidden states of tokens at their positions."""
-        return final_hidden(
+
+        def attend_after_reading(layer: int, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+            query.block_until_ready()  # or weights of many layers would be read before they are used
+            return attend(layer, query, key, value)
+
+        hidden = final_hidden(
             self.params,
             self.config,
-            jnp.asarray(tokens),
-            jnp.asarray(position),
-            attend,
+            np.asarray(tokens),
+            np.asarray(position),
+            attend_after_reading if self.is_streamed else attend,
             dtype=self.compute,
         )
+        return self._everywhere(hidden)
+
+    def _everywhere(self, array: jax.Array) -> jax.Array:
+        """Return an array as every device has it whole, so that every process can read it."""
+        return array if self.mesh is None else _replicated(self.mesh)(array)
 
     def attention_profile(
         self,
@@ -231,14 +251,28 @@ class Decoder:
         return jax.device_get(sums)
 
 
+@functools.cache
+def _replicated(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
 def load_model(
-    path: str | Path | None = None, tokenizer: str | None = None, context: int | None = None
+    path: str | Path | None = None,
+    tokenizer: str | None = None,
+    context: int | None = None,
+    *,
+    mesh: Mesh | None = None,
+    streamed: bool = False,
 ) -> Decoder:
     """Load the checkpoint in directory ``path``, or the bundled tiny model without one.
 
     Args:
         tokenizer: a directory with a ``tokenizer.json``, or ``"bytes"``; the checkpoint's own if None.
         context: tokens of the sequences, for models that compute differently on long ones.
+        mesh: the devices to divide weights and KV heads over, along an axis ``"tp"``, which may be of several
+            processes; None for one device.
+        streamed: read weights from their files whenever they are used: slow, but the model need not fit into
+            memory.
 
     Raises:
         OSError, ValueError: the checkpoint cannot be read, or a tokenizer was given without one.
@@ -258,7 +292,7 @@ def load_model(
         if directory.name == "config.json":
             raise ValueError(f"The model must be a directory: give {directory.parent}, not its config.json.")
         name, tokenizer_source = directory.resolve().name, tokenizer or str(directory)
-    config, params = load_checkpoint(directory)  # weights as they are stored
+    config, params = load_checkpoint(directory, mesh=mesh, streamed=streamed)  # as they are stored
     if context is not None:
         config = _for_context(config, context)
     return Decoder(
@@ -268,6 +302,8 @@ def load_model(
         tokenizer=load_tokenizer(tokenizer_source),
         sha256=checkpoint_sha256(directory),
         path=None if path is None else str(path),
+        mesh=mesh,
+        is_streamed=streamed,
     )
 
 

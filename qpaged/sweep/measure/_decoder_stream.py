@@ -89,7 +89,8 @@ class DecoderStream:
         self.views = list(cache.views)
         self.dtype = dtype
         self._compute = compute
-        self.bytes_per_token = cache.nbytes / (metadata.num_pages_per_layer * metadata.page_size)
+        slots = metadata.num_pages_per_layer * metadata.page_size
+        self.bytes_per_token = sum(map(_bytes_of_heads_once, cache.views)) / slots
         self._config = config
         self._hidden = hidden
         self._settings = settings
@@ -177,6 +178,17 @@ class DecoderStream:
             return self.attend(layer, query, key, value, metadata)
 
         return self._hidden(tokens, position, attend)
+
+
+def _bytes_of_heads_once(view: PagedAttentionCacheView) -> int:
+    """Return the bytes of a view, of heads that are stored on several devices those of one."""
+    stored = view.key_pages.shape[0]
+    total = 0
+    for leaf in jax.tree_util.tree_leaves((view.key_pages, view.value_pages)):
+        is_by_head = leaf.ndim > 1 and leaf.shape[0] == stored
+        heads = view.metadata.num_kv_heads if is_by_head else stored
+        total += leaf.size * leaf.dtype.itemsize * heads // stored
+    return total
 
 
 # A view's layer index is static. With 0 for all of them, layers of one format share one compilation.
