@@ -6,6 +6,7 @@ device, on its own heads and its own sequences. No key and no value goes from on
 pages that are copied where devices share those of a sequence.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -72,6 +73,11 @@ class Placement:
         heads = spec_axes(spec[0]) if spec else ()
         known = all(axis in mesh.shape for axis in heads)
         return cls(mesh, heads) if known and kv_heads % _size(mesh, heads) == 0 else None
+
+    @property
+    def without_context(self) -> "Placement":
+        """The placement of pages that each device of a group has."""
+        return dataclasses.replace(self, context=())
 
     @property
     def num_head_shards(self) -> int:
@@ -236,8 +242,10 @@ def change_over_devices(
     specs = []
     for operand in operands:
         leaves, tree = jax.tree_util.tree_flatten(operand)
-        is_indices = isinstance(operand, jax.Array)
-        of_leaves = [PartitionSpec(placement.open_groups)] if is_indices else placement.pool_specs(leaves)
+        is_indices = isinstance(operand, jax.Array) and operand.ndim == 1  # and no plain pool
+        of_leaves = placement.without_context.pool_specs(leaves)  # pages that were taken are everywhere
+        if is_indices:
+            of_leaves = [PartitionSpec(placement.open_groups)]
         specs.append(jax.tree_util.tree_unflatten(tree, of_leaves))
 
     def change_own(pages: Any, indices: jax.Array, *others: Any) -> Any:
@@ -246,38 +254,45 @@ def change_over_devices(
     return placement.change(change_own, pages, operands, tuple(specs))
 
 
-@compiled_if_eager(static_argnums=(0,))
-def copy_over_devices(placement: Placement, pages: Any, source: jax.Array, target: jax.Array) -> Any:
-    """Return a pool with pages ``source`` (n,) copied to ``target`` (n,), which other devices may have.
+@compiled_if_eager(static_argnums=(0, 1))
+def take_over_devices(placement: Placement, sequences: int, pages: Any, indices: jax.Array) -> Any:
+    """Return pages ``indices`` (n,) of so many sequences, each of which one of several devices has.
 
-    Those pages, and no others, are summed over the devices that share the pages of a group: all but one have
-    zeros for each.
+    Those pages, and no others, are summed over the devices that share the pages of a group, all of which
+    get them: all but one have zeros for each.
     """
     if not jax.tree_util.tree_leaves(pages):
         return pages
     context = placement.open_context
     assert context is not None  # or it would not be called
-    of_indices = PartitionSpec(placement.open_groups)
+    trees: list[jax.tree_util.PyTreeDef] = []
 
-    def copy(pages: Any, source: jax.Array, target: jax.Array) -> Any:
-        local, index = pages.shape[1], axis_index(context)
-        own = own_pages(source, local, index)
-        is_page = (source >= 0) & (source < local * placement.context_size)
-        taken = pools.take_pages(pages, jnp.minimum(own, local - 1), len(source))
+    def take(leaves: list[jax.Array], indices: jax.Array) -> list[jax.Array]:
+        own_pool = jax.tree_util.tree_unflatten(tree, leaves)
+        local = own_pool.shape[1]
+        own = own_pages(indices, local, axis_index(context))
+        taken = pools.take_pages(own_pool, jnp.minimum(own, local - 1), sequences)
+        taken_leaves, taken_tree = jax.tree_util.tree_flatten(taken)
+        trees.append(taken_tree)
+        count = len(indices)
 
         def from_owner(leaf: jax.Array) -> jax.Array:
-            if leaf.ndim < 2 or leaf.shape[1] != len(source):  # of no single page
+            if leaf.ndim < 2 or leaf.shape[1] % count:  # of no single page
                 return leaf
-            shape = (1, len(source)) + (1,) * (leaf.ndim - 2)
+            # Those of a flat pool are pages of one layer after those of another.
+            is_own = jnp.tile(own < local, leaf.shape[1] // count)
+            shape = (1, leaf.shape[1]) + (1,) * (leaf.ndim - 2)
             bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
-            summed = jax.lax.psum(jnp.where((own < local).reshape(shape), bits, 0), context)
+            summed = jax.lax.psum(jnp.where(is_own.reshape(shape), bits, 0), context)
             return jax.lax.bitcast_convert_type(summed, leaf.dtype)
 
-        taken = jax.tree_util.tree_map(from_owner, taken)
-        reached = jnp.where(is_page, own_pages(target, local, index), local)
-        return pools.put_pages(pages, taken, reached)
+        return [from_owner(leaf) for leaf in taken_leaves]
 
-    return placement.change(copy, pages, (source, target), (of_indices, of_indices))
+    leaves, tree = jax.tree_util.tree_flatten(pages)
+    specs = placement.pool_specs(leaves)
+    whole = placement.without_context.pool_specs(leaves)
+    taken = placement.run(take, (leaves, indices), (specs, PartitionSpec(placement.open_groups)), whole)
+    return jax.tree_util.tree_unflatten(trees[-1], taken)
 
 
 def num_groups(placement: Placement | None) -> int:

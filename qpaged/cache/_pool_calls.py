@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from qpaged import pools
 from qpaged._eager import compiled_if_eager
@@ -12,9 +13,9 @@ from qpaged.cache._placement import (
     Placement,
     axis_index,
     change_over_devices,
-    copy_over_devices,
     num_groups,
     own_pages,
+    take_over_devices,
 )
 from qpaged.cache._slot_mapping import slot_mapping
 from qpaged.cache._step_tokens import StepTokens
@@ -75,29 +76,38 @@ def apply(change: Callable[..., Pages], pages: Pages, placement: Placement | Non
     """Return a pool after ``change(pages, *operands)``.
 
     Args:
-        change: one of :mod:`qpaged.pools`, :func:`put`, or what :func:`take` returns.
+        change: one of :mod:`qpaged.pools`, or :func:`put`.
         pages: the pool.
         placement: how it lies over devices.
         operands: pages (n,), those of one group after those of another; or pools.
 
     Raises:
-        ValueError: pages that are taken or put where devices share them, or not as many of each group.
+        ValueError: not as many pages of each group.
     """
     if placement is None or not placement.is_open:
         return change(pages, *operands)
-    if placement.open_context and change not in (pools.clear_pages, pools.pack_pages, pools.copy_pages):
-        raise ValueError(
-            "pages must not be taken or put where devices share those of a sequence; write them again."
-        )
-    groups = placement.num_groups
-    if len(operands[0]) % groups:
-        raise ValueError(
-            f"pages must be as many for each of the {groups} groups of devices, but are {len(operands[0])}; "
-            f"fill them up with num_pages_per_layer, which is no page."
-        )
+    _check_of_each_group(placement, operands[0])
     if placement.open_context and change is pools.copy_pages:
-        return copy_over_devices(placement, pages, *operands)
+        source, target = operands
+        taken = take_over_devices(placement, 1, pages, source)
+        no_page = pages.shape[1] // placement.num_groups
+        is_page = (source >= 0) & (source < no_page)
+        return change_over_devices(placement, put, pages, (jnp.where(is_page, target, no_page), taken))
     return change_over_devices(placement, change, pages, operands)
+
+
+def take(pages: Pages, placement: Placement | None, indices: jax.Array, sequences: int) -> Pages:
+    """Return the pages ``indices`` (n,) of so many sequences as a pool of their own.
+
+    Raises:
+        ValueError: not as many pages of each group.
+    """
+    if placement is None or not placement.is_open:
+        return pools.take_pages(pages, indices, sequences)
+    _check_of_each_group(placement, indices)
+    if placement.open_context:
+        return take_over_devices(placement, sequences, pages, indices)
+    return change_over_devices(placement, _taking(sequences), pages, (indices,))
 
 
 def put(pages: Pages, target: jax.Array, taken: Pages) -> Pages:
@@ -106,6 +116,14 @@ def put(pages: Pages, target: jax.Array, taken: Pages) -> Pages:
 
 
 @functools.cache  # one function object for a number, so that programs are compiled once
-def take(sequences: int) -> Callable[[Pages, jax.Array], Pages]:
-    """Return a function that takes the pages of so many sequences."""
+def _taking(sequences: int) -> Callable[[Pages, jax.Array], Pages]:
     return functools.partial(pools.take_pages, sequences=sequences)
+
+
+def _check_of_each_group(placement: Placement, indices: jax.Array) -> None:
+    groups = placement.num_groups
+    if len(indices) % groups:
+        raise ValueError(
+            f"pages must be as many for each of the {groups} groups of devices, but are {len(indices)}; fill "
+            f"them up with num_pages_per_layer, which is no page."
+        )

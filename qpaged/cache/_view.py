@@ -35,6 +35,7 @@ from qpaged.cache._view_checks import (
     checked_keys_and_values,
     checked_layer,
     page_indices,
+    with_stored_heads,
 )
 from qpaged.pools import Pages, ValuesInKeys
 
@@ -348,9 +349,14 @@ class PagedAttentionCacheView(Serializable):
             raise ValueError("pages must name at least one page, but are none; give those of a sequence.")
         if sequences < 1:
             raise ValueError(f"sequences must be at least 1, but came as {sequences}.")
-        view = self._change(_pool_calls.take(sequences), indices)
-        of_group = len(indices) // num_groups(self.placement)
-        return view.replace(metadata=config.replace(num_pages_per_layer=of_group, batch_size=sequences))
+        placement = self.placement
+        of_group = len(indices) // num_groups(placement)
+        return self.replace(
+            metadata=config.replace(num_pages_per_layer=of_group, batch_size=sequences),
+            key_pages=_pool_calls.take(self.key_pages, placement, indices, sequences),
+            value_pages=_pool_calls.take(self.value_pages, placement, indices, sequences),
+            placement=placement and placement.without_context,
+        )
 
     def put_pages(self, pages: ArrayLike, taken: "PagedAttentionCacheView") -> Self:
         """Return the view with pages that :meth:`take_pages` took put at ``pages``, bit for bit.
@@ -378,6 +384,11 @@ class PagedAttentionCacheView(Serializable):
                 f"with num_pages_per_layer, which is no page."
             )
         keys, values = jax.tree_util.tree_map(jnp.asarray, (taken.key_pages, taken.value_pages))
+        if taken.metadata.num_kv_heads == self.metadata.num_kv_heads:
+            keys, values = (
+                with_stored_heads(keys, self.key_pages),
+                with_stored_heads(values, self.value_pages),
+            )
         for name, own, others in (("keys", self.key_pages, keys), ("values", self.value_pages, values)):
             check_alike(name, own, others)
         put, placement = _pool_calls.put, self.placement

@@ -68,6 +68,24 @@ def check_alike(name: str, own: Pages, taken: Pages) -> None:
         )
 
 
+def with_stored_heads(taken: Pages, own: Pages) -> Pages:
+    """Return taken pages with as many copies of each head as a pool stores, if they are of its kind."""
+    leaves, tree = jax.tree_util.tree_flatten(taken)
+    likes = jax.tree_util.tree_leaves(own)
+    if len(likes) != len(leaves):
+        return taken
+
+    def of_heads(leaf: jax.Array, like: jax.Array) -> jax.Array:
+        if min(leaf.ndim, like.ndim) < 2:
+            return leaf
+        heads, stored = leaf.shape[0], like.shape[0]
+        if stored % heads == 0:
+            return jnp.repeat(leaf, stored // heads, axis=0)
+        return leaf[:: heads // stored] if heads % stored == 0 else leaf
+
+    return jax.tree_util.tree_unflatten(tree, map(of_heads, leaves, likes))
+
+
 def page_indices(name: str, pages: ArrayLike) -> jax.Array:
     """Return pages as (n,) int32; a scalar becomes (1,)."""
     indices = jnp.atleast_1d(as_indices(name, pages))

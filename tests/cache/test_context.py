@@ -182,7 +182,6 @@ def test_what_would_go_between_devices_is_refused():
     view = init(config(), "int8")
     query, key, value = rows(43, 1)
     for call, message in (
-        (lambda: view.take_pages([0]), "pages must not be taken or put where devices share"),
         (
             lambda: qpaged.paged_attention(query, view, STEPS["prefill"], new=(key, value)),
             "new must be None where devices share the pages of a sequence; write first",
@@ -232,6 +231,41 @@ def test_an_allocators_changes_go_from_device_to_device(spelling):
         made.append(qpaged.PagedAttentionCache([view]).apply_changes(allocator.take_changes()))
     for got, want in zip(*map(jax.tree_util.tree_leaves, made), strict=True):
         assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("spelling", first_short(2, ["int8:token", None, "nvfp4", "int4:token+rotate"]))
+def test_pages_go_from_shared_ones_to_the_host_and_back(spelling, flat):
+    def fresh(axes):
+        mesh = make_mesh(tuple(axes.values()), tuple(axes), "Auto") if axes else None
+        return qpaged.PagedAttentionCache.init_cache(
+            mesh, jnp.float32, config(), quantizer=spelling, flat=flat
+        )
+
+    taken, wanted = [], np.array([7, 12, 9, PAGES, 2, 15], np.int32)
+    for axes in ({}, {"cp": 4}, {"cp": 2, "tp": 4}):
+        cache = fresh(axes)
+        view, _ = write_and_attend(cache.layer(1), STEPS["prefill"], *rows(43, 1))
+        taken.append(jax.device_get(jax.jit(lambda cache: cache.take_pages(wanted))(cache.with_layer(view))))
+    held = [0, 1, 2, 4, 5]
+    for cache in taken[1:]:
+        put = [
+            jax.jit(lambda cache, pages: cache.put_pages([1, 14, 3, PAGES, 8, 6], pages))(fresh({}), pages)
+            for pages in (taken[0], cache)
+        ]
+        for got, want in zip(*map(jax.tree_util.tree_leaves, put), strict=True):
+            assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+    there = np.array([11, 0, 4, PAGES, 13, 5], np.int32)
+    for axes in ({"cp": 8}, {"cp": 4, "tp": 2}):
+        cache = fresh(axes).put_pages(there, taken[0])
+        again = jax.device_get(cache.take_pages(there))
+        for got, want in zip(*map(jax.tree_util.tree_leaves, (again, taken[0])), strict=True):
+            if want.ndim > 1:
+                got, want = (
+                    array.reshape(len(array), -1, len(there), *array.shape[2:])[:, :, held]
+                    for array in (got, want)
+                )
+            assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
 def test_rows_of_no_sequence_see_nothing_and_no_sink():

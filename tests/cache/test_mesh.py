@@ -311,7 +311,7 @@ def test_batches_that_do_not_divide_are_refused():
 
 @pytest.mark.parametrize("spelling", first_short(2, ["int8:token", "int4:token+rotate+exact9", None]))
 def test_pages_go_from_a_mesh_to_the_host_and_to_others(spelling):
-    meshes = [mesh_of(1, 4, "Auto"), None, mesh_of(1, 2, "Auto")]
+    meshes = [mesh_of(1, 4, "Auto"), None, mesh_of(1, 2, "Auto"), mesh_of(1, 8, "Auto")]
     views = [
         qpaged.PagedAttentionCacheView.init(mesh, jnp.float32, config(), 0, None, spelling) for mesh in meshes
     ]
@@ -323,6 +323,7 @@ def test_pages_go_from_a_mesh_to_the_host_and_to_others(spelling):
     for view in views[1:]:
         there = np.array([8, 0, 3, NO_PAGE])
         put = view.put_pages(there, taken)
+        taken = jax.device_get(put.take_pages(there))  # from there to the next
         step = prefill_of(0, False).replace(prefill_page_table=there)
         np.testing.assert_allclose(qpaged.paged_attention(query, put, step), want, **TOLERANCE)
 
