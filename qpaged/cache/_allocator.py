@@ -39,15 +39,21 @@ class PageAllocator:
     Args:
         metadata: the configuration of the cache, all of whose pages are fresh.
         salt: tells prefixes of one model and format from those of others, where hashes leave the process.
+        devices: how many share the pages of a sequence, along the mesh axis ``cp``: each page is taken from
+            the one that has the most free.
+
+    Raises:
+        TypeError, ValueError: arguments of another kind, or devices that do not divide the pages.
     """
 
-    def __init__(self, metadata: PagedAttentionCacheMetaData, salt: str = ""):
+    def __init__(self, metadata: PagedAttentionCacheMetaData, salt: str = "", devices: int = 1):
         check_metadata(metadata, "give the one that the cache is made for")
         check_salt(salt)
         pages = metadata.num_pages_per_layer
         self.metadata = metadata
         self.salt = salt
-        self._pages = PageHolders(pages)
+        self.devices = devices
+        self._pages = PageHolders(pages, devices)
         self._pinned: set[int] = set()
         self._sequences = SequenceTable(metadata.page_size, metadata.num_pages_per_sequence)
         self._looked_up = self._matched = 0

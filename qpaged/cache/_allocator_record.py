@@ -30,6 +30,7 @@ def allocator_to_record(allocator: PageAllocator) -> dict[str, Any]:
             sequences.append([_name_to_record(name), fields])
         return {
             "salt": allocator.salt,
+            "devices": allocator.devices,
             "sequences": sequences,
             "pages": allocator._pages.to_record(),
             "pinned": sorted(allocator._pinned),
@@ -40,7 +41,7 @@ def allocator_to_record(allocator: PageAllocator) -> dict[str, Any]:
 
 def allocator_of_record(metadata: PagedAttentionCacheMetaData, record: Mapping[str, Any]) -> PageAllocator:
     """Return the allocator that :func:`allocator_to_record` wrote."""
-    allocator = PageAllocator(metadata, record["salt"])
+    allocator = PageAllocator(metadata, record["salt"], record["devices"])
     holders = [0] * metadata.num_pages_per_layer
     for name, fields in record["sequences"]:
         root, hashes = bytes.fromhex(fields["root"]), list(map(bytes.fromhex, fields["hashes"]))

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qpaged.cache._allocation import AllocationError
+from qpaged.cache._free_pages import FreePages
 from qpaged.cache._page_changes import PageChanges, PendingChanges
 from qpaged.cache._prefixes import Prefixes
 
@@ -11,11 +12,12 @@ from qpaged.cache._prefixes import Prefixes
 class PageHolders:
     """Gives out pages, counts who holds them, and collects what that asks of the cache.
 
-    A page is free, parked, or held: by sequences, or by a swap that is under way.
+    A page is free, parked, or held: by sequences, or by a swap that is under way. See :class:`FreePages` for
+    the arguments.
     """
 
-    def __init__(self, pages: int):
-        self._free = list(range(pages - 1, -1, -1))
+    def __init__(self, pages: int, devices: int):
+        self._free = FreePages(pages, devices)
         self._holders = [0] * pages
         self._prefixes = Prefixes()
         self._changes = PendingChanges(no_page=pages)
@@ -63,7 +65,7 @@ class PageHolders:
     def _take(self) -> int:
         """Return a free page, else the one that was parked first; it has one holder."""
         if self._free:
-            page = self._free.pop()
+            page = self._free.take()
         else:
             page_hash, page = self._prefixes.evict()
             self._changes.evict(page_hash, page)
@@ -92,7 +94,7 @@ class PageHolders:
                 self._changes.park(page)
             else:
                 self._changes.drop(page)
-                self._free.append(page)
+                self._free.add(page)
                 freed.append(page)
         return freed[::-1]
 
@@ -132,7 +134,7 @@ class PageHolders:
 
     def restore(self, record: Mapping[str, Any], holders: list[int]) -> None:
         """Take over what :meth:`to_record` returned, and how many hold each page."""
-        self._free = list(record["free"])
+        self._free.restore(record["free"])
         self._holders = holders
         self._prefixes.restore(record)
 

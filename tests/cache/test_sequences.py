@@ -445,3 +445,23 @@ def test_engines_that_allocate_within_jit_reset_pages_at_their_first_slot():
     again, fresh = serve(used, [[2, 3]], 0.01, 6), serve(view, [[2, 3]], 0.01, 6)
     same = jax.tree_util.tree_map(lambda a, b: bool((a == b).all()), again, fresh)
     assert all(jax.tree_util.tree_leaves(same))
+
+
+def test_pages_are_taken_from_the_device_that_has_the_most():
+    allocator = qpaged.PageAllocator(METADATA.replace(num_pages_per_layer=12), devices=3)
+    allocator.allocate("a", 5 * PAGE_SIZE)
+    assert allocator.page_table(["a"])[0, :5].tolist() == [0, 4, 8, 1, 5]
+    allocator.allocate("b", 2 * PAGE_SIZE)
+    assert allocator.page_table(["b"])[0, :2].tolist() == [9, 2]
+    allocator.free("a")
+    again = copy.deepcopy(allocator)
+    for each in (allocator, again):
+        each.allocate("c", 3 * PAGE_SIZE)
+    assert (allocator.page_table(["c"]) == again.page_table(["c"])).all()
+    assert sorted(page // 4 for page in allocator.page_table(["c"])[0, :3]) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("devices", [5, 0])
+def test_devices_that_do_not_share_pages(devices):
+    with pytest.raises(ValueError, match="devices must"):
+        qpaged.PageAllocator(METADATA.replace(num_pages_per_layer=12), devices=devices)
