@@ -24,6 +24,7 @@ from qpaged.cache import (
     dropped_tokens,
 )
 from qpaged.formats import (
+    BlockFitRule,
     CacheFormat,
     CacheScales,
     ChainedTransform,
@@ -58,6 +59,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "AllocationError",
     "AttentionBackend",
+    "BlockFitRule",
     "CacheFormat",
     "CacheScales",
     "ChainedTransform",

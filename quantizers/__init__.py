@@ -21,6 +21,7 @@ from quantizers._int import (
 )
 from quantizers._int2 import Int2, Int2Floor, Int2Whole, int2
 from quantizers._int8 import Int8Floor, Int8Token, Int8Whole, int8
+from quantizers._lloyd import Lloyd2, Lloyd3, Lloyd4
 from quantizers._mx import Mxfp4, Mxfp8
 from quantizers._nvfp4 import Nvfp4
 from quantizers._offset import Offset
@@ -51,6 +52,9 @@ __all__ = [
     "Int8Floor",
     "Int8Token",
     "Int8Whole",
+    "Lloyd2",
+    "Lloyd3",
+    "Lloyd4",
     "Mxfp4",
     "Mxfp8",
     "Nvfp4",

@@ -10,6 +10,7 @@ from jax import lax
 
 LOW = 0xFFFF  # the bits that float32 has below bfloat16
 NAN = 0x7FC0
+LARGEST = float(jnp.finfo(jnp.bfloat16).max)
 SMALLEST = float(jnp.finfo(jnp.float32).smallest_normal)
 
 
@@ -17,6 +18,11 @@ def away_from_zero(x: jax.Array) -> jax.Array:
     """float32 ``x``, at least the smallest normal number in magnitude, rounded to bfloat16 away from zero."""
     x = jnp.copysign(jnp.maximum(jnp.abs(x), SMALLEST), x)
     return _float32((_bits(x) + jnp.uint32(LOW)) & ~jnp.uint32(LOW))
+
+
+def nearest(x: jax.Array) -> jax.Array:
+    """float32 ``x`` that does not overflow, rounded to bfloat16; halves away from zero."""
+    return _float32((_bits(x) + jnp.uint32(LOW // 2 + 1)) & ~jnp.uint32(LOW))
 
 
 def toward_zero(x: jax.Array) -> jax.Array:

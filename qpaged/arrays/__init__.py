@@ -13,7 +13,14 @@ from qpaged.arrays._lane_rows import LANES
 from qpaged.arrays._packing import PLANES, codes_together, extract_codes, has_planes, join_planes, pack
 from qpaged.arrays._pages import clear_pages, copy_pages, final_targets, put_pages, read_pages
 from qpaged.arrays._partly_exact import PartlyExact, is_cache_array, overwrite_exact
-from qpaged.arrays._protocol import ArrayFormat, GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
+from qpaged.arrays._protocol import (
+    ArrayFormat,
+    BlockFitRule,
+    GlobalScaleRule,
+    GrowthRule,
+    OffsetRule,
+    TransformRule,
+)
 from qpaged.arrays._quantize import check_parts, empty, fill_lane_rows, overwrite, quantize
 from qpaged.arrays._quantized import BlockParts, QuantizedArray, is_quantized
 from qpaged.arrays._slots import (
@@ -33,6 +40,7 @@ __all__ = [
     "LANES",
     "PLANES",
     "ArrayFormat",
+    "BlockFitRule",
     "BlockParts",
     "GlobalScaleRule",
     "GrowthRule",

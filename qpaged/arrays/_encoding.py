@@ -78,6 +78,17 @@ def fit_scales(
     return FittedScales(quantizer.fit(low / factor, high / factor), stored)
 
 
+def fit_blocks(
+    quantizer: ArrayFormat, x: jax.Array, scale_shape: Sequence[int], channel_axis: int
+) -> FittedScales:
+    """Return the scales of the blocks of ``x``, from :func:`to_block_values`, that have this shape."""
+    if quantizer.block_fit is not None and x.size:
+        axes = tuple(range(1, 2 * x.ndim, 2))
+        return FittedScales(quantizer.block_fit.scale(split_blocks(x, scale_shape), axes), None)
+    low, high = block_extremes(x, scale_shape)
+    return fit_scales(quantizer, low, high, global_scale_shape(quantizer, scale_shape, channel_axis))
+
+
 def multipliers(quantizer: ArrayFormat, scales: jax.Array, global_scale: jax.Array | None) -> jax.Array:
     """Return stored scales as float32 factors, the second level included."""
     factors = quantizer.multiplier(scales)

@@ -1,6 +1,6 @@
 """The protocol that arrays ask of a format; a quantizer keeps it whole, a read-only format in part.
 
-A format has four optional abilities. Each is an attribute that is None or an object, so that code asks
+A format has five optional abilities. Each is an attribute that is None or an object, so that code asks
 ``format.transform is None`` and never what class a format is of.
 """
 
@@ -23,6 +23,17 @@ class GrowthRule(Protocol):
 
     def requantize(self, codes: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
         """Return ``codes`` under ``old`` stored scales as codes under larger ``new`` ones (broadcast)."""
+
+
+class BlockFitRule(Protocol):
+    """How scales follow from all values of their blocks, where extremes do not tell enough."""
+
+    def scale(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        """Return the stored scales of blocks, whose float32 values are along ``axes`` of ``x``.
+
+        They have the other axes, and are 0 exactly where all values of a block are. Nothing may depend on the
+        order of a sum: see law 2.
+        """
 
 
 class OffsetRule(Protocol):
@@ -86,6 +97,10 @@ class ArrayFormat(Protocol):
     @property
     def growth(self) -> GrowthRule | None:
         """How shared scales grow; None if they cannot, so that every write must cover its blocks."""
+
+    @property
+    def block_fit(self) -> BlockFitRule | None:
+        """How scales follow from whole blocks; None if they follow from extremes."""
 
     @property
     def offset(self) -> OffsetRule | None:

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from qpaged._promotion import promoting_ranks
 from qpaged.arrays._blocks import check_block, scale_shape
 from qpaged.arrays._dtypes import dtype_of_floats, float_dtype
-from qpaged.arrays._encoding import block_extremes, encode, fit_scales, global_scale_shape, to_block_values
+from qpaged.arrays._encoding import encode, fit_blocks, to_block_values
 from qpaged.arrays._explicit import placed_as
 from qpaged.arrays._lane_rows import count_slots_per_row
 from qpaged.arrays._packing import BYTE, codes_together, has_planes, pack
@@ -49,8 +49,7 @@ def quantize(
         return QuantizedArray(stored=codes, scales=None, quantizer=quantizer, dtype=dtype)
     x = to_block_values(array, quantizer, dtype, channel_axis)
     grid = scale_shape(array.shape, block)
-    low, high = block_extremes(x, grid)
-    scales, global_scale = fit_scales(quantizer, low, high, global_scale_shape(quantizer, grid, channel_axis))
+    scales, global_scale = fit_blocks(quantizer, x, grid, channel_axis)
     codes = pack(encode(x, quantizer, scales, global_scale), quantizer.bits, channel_axis)
     channels_matter = quantizer.bits < BYTE or quantizer.transform is not None
     return QuantizedArray(

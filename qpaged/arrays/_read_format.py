@@ -54,6 +54,10 @@ class ReadFormat:
         return None
 
     @property
+    def block_fit(self) -> None:
+        return None
+
+    @property
     def bits(self) -> int:
         return BYTE if self.unpacked else self.source.bits
 

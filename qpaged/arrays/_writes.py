@@ -9,7 +9,14 @@ from jax import lax
 
 from qpaged._platforms import by_platform
 from qpaged.arrays import _tpu_write
-from qpaged.arrays._encoding import block_extremes, encode, fit_scales, global_scale_shape, to_block_values
+from qpaged.arrays._encoding import (
+    block_extremes,
+    encode,
+    fit_blocks,
+    fit_scales,
+    global_scale_shape,
+    to_block_values,
+)
 from qpaged.arrays._growth import NewExtremes, grow_blocks, grow_page_scales
 from qpaged.arrays._indices import clip_to_int32
 from qpaged.arrays._packing import insert_codes, pack
@@ -161,6 +168,8 @@ def _quantize_rows(
     block_index = index // jnp.array([array.block[axis] for axis in axes], jnp.int32)
     blocks = TargetBlocks(*group_by_block(block_index, tuple(grid[axis] for axis in axes)))
     kept_grid = tuple(count for axis, count in enumerate(grid) if axis not in axes)
+    if quantizer.block_fit is not None:
+        return _fit_each_row(array, axes, index, rows, blocks)
     low, high = jax.vmap(lambda row: block_extremes(row, kept_grid))(rows)
     # Entries without rows get infinities, and meaningless scales, which the scatter drops.
     low = jax.ops.segment_min(low, blocks.of_row, rows.shape[0])
@@ -182,6 +191,23 @@ def _quantize_rows(
     return array.like(
         _put_codes(array, axes, index, codes),
         _put_parts(array, axes, blocks.distinct, new_parts, rows.shape[0]),
+    )
+
+
+def _fit_each_row(
+    array: QuantizedArray, axes: Axes, index: jax.Array, rows: jax.Array, blocks: TargetBlocks
+) -> QuantizedArray:
+    """Return ``array`` with rows written that are whole blocks; of several to one block the last counts."""
+    count, channel_axis = rows.shape[0], channel_axis_of_rows(array, axes)
+    kept_grid = tuple(size for axis, size in enumerate(array.block_scales.shape) if axis not in axes)
+    of_rows = jax.vmap(lambda row: fit_blocks(array.quantizer, row, kept_grid, channel_axis))(rows)
+    # Entries without rows get that of any row, which the scatter drops.
+    last = jax.ops.segment_max(jnp.arange(count, dtype=jnp.int32), blocks.of_row, count)
+    scales = of_rows.scales[jnp.maximum(last, 0)]
+    codes = _encode_rows(array, rows, blocks.of_row, scales)
+    return array.like(
+        _put_codes(array, axes, index, codes),
+        _put_parts(array, axes, blocks.distinct, BlockParts(scales), count),
     )
 
 

@@ -1,6 +1,6 @@
 """Formats: the contract that a plugin implements, and the registry that finds it."""
 
-from qpaged.arrays import GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
+from qpaged.arrays import BlockFitRule, GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
 from qpaged.formats._cache_format import CacheFormat
 from qpaged.formats._cache_scales import CacheScales, check_formats, scale_values, without_granularity
 from qpaged.formats._contract import Quantizer
@@ -19,6 +19,7 @@ from qpaged.formats._transform import ChainedTransform
 from qpaged.formats._wrapper import Wrapper
 
 __all__ = [
+    "BlockFitRule",
     "CacheFormat",
     "CacheScales",
     "ChainedTransform",

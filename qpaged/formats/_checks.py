@@ -32,6 +32,7 @@ RENAMED = {
 
 ABILITIES = {
     "growth": ("covers", "grown_scale", "requantize"),
+    "block_fit": ("scale",),
     "offset": ("from_scales",),
     "global_scale": ("dtype", "scale", "multiplier"),
     "transform": ("forward", "inverse"),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from qpaged.arrays import (
+    BlockFitRule,
     GlobalScaleRule,
     GrowthRule,
     OffsetRule,
@@ -36,7 +37,7 @@ class Quantizer(abc.ABC):
     per block.
 
     What few formats have is an attribute that is None or an object: :attr:`growth`, :attr:`offset`,
-    :attr:`global_scale`, :attr:`transform`.
+    :attr:`global_scale`, :attr:`transform`, :attr:`block_fit`.
 
     Attributes:
         granularity: which elements share a scale: ``page`` (a page of one KV head), ``token`` (its one slot),
@@ -120,6 +121,16 @@ class Quantizer(abc.ABC):
         not grow.
         """
         return None if self.has_static_scales else FitAgain(self)
+
+    @property
+    def block_fit(self) -> BlockFitRule | None:
+        """How scales follow from all values of a block, as its norm does; None if from its extremes alone.
+
+        :meth:`scale` is the scale of a block all of whose magnitudes are ``absmax`` then. Such scales do not
+        grow: :attr:`growth` must be None, and no two tokens may share one, but in pages that are quantized
+        once.
+        """
+        return None
 
     @property
     def offset(self) -> OffsetRule | None:

@@ -42,6 +42,7 @@ class Wrapper(Quantizer):
     elementwise: ClassVar[Any] = _OfInner()
     nan_scale: ClassVar[Any] = _OfInner()
     growth: ClassVar[Any] = _OfInner()
+    block_fit: ClassVar[Any] = _OfInner()
     offset: ClassVar[Any] = _OfInner()
     global_scale: ClassVar[Any] = _OfInner()
     transform: ClassVar[Any] = _OfInner()
