@@ -41,13 +41,10 @@ class NormFit:
 
 
 class Lloyd(Quantizer):
-    """The nearest of 2^bits levels that lose least of a unit gaussian (Lloyd 1982, Max 1960), times s.
+    """The nearest of 2^bits levels that lose least of a unit gaussian, times s (Lloyd 1982, Max 1960).
 
-    s brings a token back to its own norm; a bfloat16, stored as its bits. Made for ``+rotate``, which makes
-    gaussians of most tokens; without it, what is far above the others is cut off.
-
-    Levels are bfloat16 numbers. Codes are a sign above the number of a magnitude. The error is half a gap
-    between levels at most, and what is beyond the last one.
+    s brings a token back to its own norm, to a few hundredths; a bfloat16, stored as its bits. Codes are a
+    sign above the number of a magnitude.
     """
 
     granularities: ClassVar[tuple[str, ...]] = ("token",)
@@ -109,9 +106,12 @@ class Lloyd(Quantizer):
 
 @dataclass(frozen=True)
 class Lloyd2(Lloyd):
-    """Four levels, 0.453 s and 1.508 s and their negatives: 2 bits an element and 16 a token.
+    """The levels that lose least of a gaussian, 0.453 s, 1.508 s and their negatives: 2.125 bits an element.
 
-    2.125 bits at head_dim 128. Of gaussians, 0.1175 of the power is lost.
+    2 bits and 16 a token, of head_dim 128; s brings a token back to its norm. Lloyd (1982) and Max (1960). Of
+    gaussians 0.12 of the power is lost. Made for ``+rotate``, which makes gaussians of most tokens; without
+    it, what is far above the others is cut off: the error is at most 0.53 s up to the last level, and what is
+    beyond it.
     """
 
     name: ClassVar[str] = "lloyd2"
@@ -121,9 +121,9 @@ class Lloyd2(Lloyd):
 
 @dataclass(frozen=True)
 class Lloyd3(Lloyd):
-    """Eight levels, up to 2.156 s: 3 bits an element and 16 a token, 3.125 bits at head_dim 128.
+    """What :class:`Lloyd2` does with eight levels, up to 2.156 s: 3.125 bits an element at head_dim 128.
 
-    Of gaussians, 0.0345 of the power is lost.
+    Of gaussians 0.034 of the power is lost. The error is at most 0.41 s up to the last level.
     """
 
     name: ClassVar[str] = "lloyd3"
@@ -133,9 +133,9 @@ class Lloyd3(Lloyd):
 
 @dataclass(frozen=True)
 class Lloyd4(Lloyd):
-    """Sixteen levels, up to 2.734 s: 4 bits an element and 16 a token, 4.125 bits at head_dim 128.
+    """What :class:`Lloyd2` does with sixteen levels, up to 2.734 s: 4.125 bits an element at head_dim 128.
 
-    Of gaussians, 0.0095 of the power is lost.
+    Of gaussians 0.0093 of the power is lost. The error is at most 0.34 s up to the last level.
     """
 
     name: ClassVar[str] = "lloyd4"

@@ -55,6 +55,9 @@ STORED = {
     "int8:token+offset": (8, {TOKEN: PAIR}),
     "int8:channel": (8, {CHANNEL: POWER}),
     "int8:channel+offset": (8, {CHANNEL: WINDOW}),
+    "lloyd2": (2, {TOKEN: BFLOAT16}),
+    "lloyd3": (3, {TOKEN: BFLOAT16}),
+    "lloyd4": (4, {TOKEN: BFLOAT16}),
     "mxfp4": (4, {32: 8}),
     "mxfp8": (8, {32: 8}),
     "nvfp4": (4, {16: 8, TOKEN: 8}),
@@ -121,6 +124,9 @@ def test_the_logical_dtype_matters_to_raw_alone(dtype):
 # What docstrings say: class, words, spelling, slots, head_dim, and the number of bits among the words.
 Fp8 = quantizers.Fp8E4M3.__base__
 STATED = [
+    (quantizers.Lloyd2, "2.125 bits an element", "lloyd2", 16, 128, "2.125"),
+    (quantizers.Lloyd3, "3.125 bits an element at head_dim 128", "lloyd3", 16, 128, "3.125"),
+    (quantizers.Lloyd4, "4.125 bits an element at head_dim 128", "lloyd4", 16, 128, "4.125"),
     (quantizers.Int2, "2.5 at ``group32``", "int2", 16, 128, "2.5"),
     (quantizers.Int2, "2.25 at ``group64``", "int2:group64", 16, 128, "2.25"),
     (quantizers.Int2, "with the offset, 3 and 2.5", "int2+offset", 16, 128, "3"),

@@ -112,6 +112,12 @@ def test_codes_that_are_floats_are_refused():
         floats()
 
 
+def test_scales_of_whole_blocks_do_not_grow():
+    rule = qpaged.get_quantizer("lloyd3").block_fit
+    with pytest.raises(TypeError, match=r"Grows.growth must be None beside block_fit, whose scales cannot"):
+        type("Grows", (Sound,), {"block_fit": rule})()
+
+
 def test_an_instance_is_checked_by_shapes_alone(monkeypatch):
     def computes(*_):
         raise AssertionError("something was computed")
@@ -123,7 +129,7 @@ def test_an_instance_is_checked_by_shapes_alone(monkeypatch):
 def test_abilities_are_none_or_an_object():
     sound, offset = Sound(), qpaged.get_quantizer("int8:token+offset")
     assert isinstance(sound.growth, qpaged.FitAgain)
-    assert (sound.offset, sound.global_scale, sound.transform) == (None, None, None)
+    assert (sound.offset, sound.global_scale, sound.transform, sound.block_fit) == (None,) * 4
     assert offset.growth is None and offset.offset is not None
     assert qpaged.get_quantizer("nvfp4").global_scale.dtype == jnp.uint8
     rotated = qpaged.get_quantizer("int8:token+offset+rotate")
