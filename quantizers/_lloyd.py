@@ -34,8 +34,8 @@ class NormFit:
         power = (values * values).sum(axis=axes, keepdims=True, dtype=jnp.uint32).astype(jnp.float32)
         rms = jnp.maximum(of_word(unit) * (jnp.sqrt(power / n) * 2.0**-bits), SMALLEST_SCALE)
         codes = quantizer.encode_under(x, quantizer.scale(rms * quantizer.spread))
-        squares = quantizer.magnitude(codes, quantizer.squares)
-        kept = squares.sum(axis=axes, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
+        squares = jnp.round(jnp.square(quantizer.decode(codes, jnp.float32)) * 2.0**SQUARE_BITS)
+        kept = squares.astype(jnp.int32).sum(axis=axes, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
         scale = rms * jnp.sqrt(n * 2.0**SQUARE_BITS / kept)
         return quantizer.scale(jnp.where(largest == 0, 0, scale)).squeeze(axes)
 
@@ -67,9 +67,9 @@ class Lloyd(Quantizer):
         return {2: 1.0645, 3: 1.0177, 4: 1.0048}[self.bits]
 
     @property
-    def squares(self) -> tuple[int, ...]:
-        """The squares of the magnitudes, as integers."""
-        return tuple(round(size * size * 2**SQUARE_BITS) for size in self.magnitudes)
+    def gaps(self) -> tuple[float, ...]:
+        """What lies between neighbouring magnitudes."""
+        return tuple(high - low for low, high in zip(self.magnitudes, self.magnitudes[1:], strict=False))
 
     def scale(self, absmax: jax.Array) -> jax.Array:
         rounded = nearest(jnp.clip(absmax, SMALLEST_SCALE, LARGEST))
@@ -80,27 +80,23 @@ class Lloyd(Quantizer):
 
     def encode(self, units: jax.Array) -> jax.Array:
         size = jnp.abs(units)
-        between = [(low + high) / 2 for low, high in zip(self.magnitudes, self.magnitudes[1:], strict=False)]
-        code = sum((size > threshold).astype(jnp.uint8) for threshold in between)
+        lower = zip(self.magnitudes, self.gaps, strict=False)
+        code = sum((size > low + gap / 2).astype(jnp.uint8) for low, gap in lower)
         return code | jnp.where(jnp.signbit(units), jnp.uint8(len(self.magnitudes)), jnp.uint8(0))
 
     def decode(self, codes: jax.Array, dtype: Any) -> jax.Array:
-        size = self.magnitude(codes, self.magnitudes).astype(dtype)
+        number = (codes & (len(self.magnitudes) - 1)).astype(jnp.float32)
+        # A sum of the gaps below, which is exact, and of which kernels make arithmetic.
+        size = jnp.full_like(number, self.magnitudes[0])
+        for below, gap in enumerate(self.gaps):
+            size += gap * jnp.clip(number - below, 0, 1)
+        size = size.astype(dtype)
         return jnp.where(codes & len(self.magnitudes) != 0, -size, size)
-
-    def magnitude(self, codes: jax.Array, of_magnitudes: tuple[Any, ...]) -> jax.Array:
-        """Return what belongs to the magnitude of each code, from the least to the greatest; elementwise."""
-        number = codes & (len(of_magnitudes) - 1)
-        chosen = jnp.full(codes.shape, of_magnitudes[0])
-        for index, of_magnitude in enumerate(of_magnitudes[1:], 1):
-            chosen = jnp.where(number == index, of_magnitude, chosen)
-        return chosen
 
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
         factors = jnp.abs(multipliers)
         size = jnp.abs(x) / jnp.where(factors != 0, factors, 1)
-        gaps = [high - low for low, high in zip(self.magnitudes, self.magnitudes[1:], strict=False)]
-        inside = max(self.magnitudes[0], *(gap / 2 for gap in gaps)) * (1 + 2.0**-18)
+        inside = max(self.magnitudes[0], *(gap / 2 for gap in self.gaps)) * (1 + 2.0**-18)
         return factors * jnp.maximum(size - self.magnitudes[-1] + 2.0**-18 * size, inside)
 
 
