@@ -50,7 +50,8 @@ CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "TPU7x": "tpu7x
 FORMATS = (
     "plain", "raw", "int8", "int8:token", "int8:channel", "int8:token+offset", "int8:channel+offset",
     "fp8_e4m3", "fp8_e5m2:channel", "int4:page", "int4:token", "int4:channel", "int4",
-    "int6:token", "int6:channel", "int5:token", "int3:channel", "int4:token+exact128",
+    "int6:token", "int6:channel", "int5:token", "int3:channel", "lloyd4+rotate", "lloyd2+rotate",
+    "int4:token+exact128",
 )  # fmt: skip
 SEQUENCES, TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 4096, 32, 8, 128, 16
 LARGER_PAGES = {"int5:token": 32, "int3:channel": 32}  # slots

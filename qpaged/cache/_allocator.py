@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from qpaged._arguments import shown
+from qpaged._arguments import positive, shown
 from qpaged.cache._allocation import (
     AllocationError,
     PageCounts,
@@ -52,8 +52,8 @@ class PageAllocator:
         pages = metadata.num_pages_per_layer
         self.metadata = metadata
         self.salt = salt
-        self.devices = devices
-        self._pages = PageHolders(pages, devices)
+        self.devices = positive("devices", devices)
+        self._pages = PageHolders(pages, self.devices)
         self._pinned: set[int] = set()
         self._sequences = SequenceTable(metadata.page_size, metadata.num_pages_per_sequence)
         self._looked_up = self._matched = 0

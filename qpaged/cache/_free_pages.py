@@ -2,8 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 
-from qpaged._arguments import positive
-
 
 class FreePages:
     """Gives out pages so that every device has about as many of a sequence's, and so as much to attend to.
@@ -17,7 +15,7 @@ class FreePages:
     """
 
     def __init__(self, pages: int, devices: int):
-        if pages % positive("devices", devices):
+        if pages % devices:
             raise ValueError(
                 f"devices must divide num_pages_per_layer, {pages:,}, as those along cp do, but came as "
                 f"{devices}."

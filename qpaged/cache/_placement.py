@@ -7,6 +7,7 @@ pages that are copied where devices share those of a sequence.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -256,42 +257,47 @@ def change_over_devices(
 
 @compiled_if_eager(static_argnums=(0, 1))
 def take_over_devices(placement: Placement, sequences: int, pages: Any, indices: jax.Array) -> Any:
-    """Return pages ``indices`` (n,) of so many sequences, each of which one of several devices has.
+    """Return pages ``indices`` (n,) of so many sequences, those of a group after those of another.
 
-    Those pages, and no others, are summed over the devices that share the pages of a group, all of which
-    get them: all but one have zeros for each.
+    Where devices share the pages of a group, the pages that are taken, and no others, are summed over them:
+    all but one have zeros for each. All of them get them.
     """
-    if not jax.tree_util.tree_leaves(pages):
+    leaves, tree = jax.tree_util.tree_flatten(pages)
+    if not leaves:
         return pages
-    context = placement.open_context
-    assert context is not None  # or it would not be called
+    context, count = placement.open_context, len(indices) // placement.num_groups
     trees: list[jax.tree_util.PyTreeDef] = []
 
     def take(leaves: list[jax.Array], indices: jax.Array) -> list[jax.Array]:
-        own_pool = jax.tree_util.tree_unflatten(tree, leaves)
-        local = own_pool.shape[1]
+        pool = jax.tree_util.tree_unflatten(tree, leaves)
+        local = pool.shape[1]
         own = own_pages(indices, local, axis_index(context))
-        taken = pools.take_pages(own_pool, jnp.minimum(own, local - 1), sequences)
+        taken = pools.take_pages(pool, own if context is None else jnp.minimum(own, local - 1), sequences)
+        if context is not None:
+            scales = pools.static_scales(taken)
+            taken = jax.tree_util.tree_map(functools.partial(from_owner, is_own=own < local), taken)
+            taken = taken if scales is None else pools.with_static_scales(taken, scales)
         taken_leaves, taken_tree = jax.tree_util.tree_flatten(taken)
         trees.append(taken_tree)
-        count = len(indices)
+        return taken_leaves
 
-        def from_owner(leaf: jax.Array) -> jax.Array:
-            if leaf.ndim < 2 or leaf.shape[1] % count:  # of no single page
-                return leaf
-            # Those of a flat pool are pages of one layer after those of another.
-            is_own = jnp.tile(own < local, leaf.shape[1] // count)
-            shape = (1, leaf.shape[1]) + (1,) * (leaf.ndim - 2)
-            bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
-            summed = jax.lax.psum(jnp.where(is_own.reshape(shape), bits, 0), context)
-            return jax.lax.bitcast_convert_type(summed, leaf.dtype)
+    def from_owner(leaf: jax.Array, is_own: jax.Array) -> jax.Array:
+        if leaf.ndim < 2 or leaf.shape[1] % count:  # of no single page
+            return leaf
+        # Those of a flat pool are pages of one layer after those of another.
+        mask = jnp.tile(is_own, leaf.shape[1] // count).reshape(1, -1, *[1] * (leaf.ndim - 2))
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+        summed = jax.lax.psum(jnp.where(mask, bits, 0), context)
+        return jax.lax.bitcast_convert_type(summed, leaf.dtype)
 
-        return [from_owner(leaf) for leaf in taken_leaves]
-
-    leaves, tree = jax.tree_util.tree_flatten(pages)
-    specs = placement.pool_specs(leaves)
-    whole = placement.without_context.pool_specs(leaves)
-    taken = placement.run(take, (leaves, indices), (specs, PartitionSpec(placement.open_groups)), whole)
+    flat = pools.as_flat(pages)
+    kept = leaves if flat is None or flat.layer is None else jax.tree_util.tree_leaves(flat.pages)
+    taken = placement.run(
+        take,
+        (leaves, indices),
+        (placement.pool_specs(leaves), PartitionSpec(placement.open_groups)),
+        placement.without_context.pool_specs(kept),
+    )
     return jax.tree_util.tree_unflatten(trees[-1], taken)
 
 

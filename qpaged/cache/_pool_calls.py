@@ -1,6 +1,5 @@
 """What a view does to its two pools: at once, or each device to what it holds of them."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -105,19 +104,12 @@ def take(pages: Pages, placement: Placement | None, indices: jax.Array, sequence
     if placement is None or not placement.is_open:
         return pools.take_pages(pages, indices, sequences)
     _check_of_each_group(placement, indices)
-    if placement.open_context:
-        return take_over_devices(placement, sequences, pages, indices)
-    return change_over_devices(placement, _taking(sequences), pages, (indices,))
+    return take_over_devices(placement, sequences, pages, indices)
 
 
 def put(pages: Pages, target: jax.Array, taken: Pages) -> Pages:
     """Return a pool with others at ``target`` (n,)."""
     return pools.put_pages(pages, taken, target)
-
-
-@functools.cache  # one function object for a number, so that programs are compiled once
-def _taking(sequences: int) -> Callable[[Pages, jax.Array], Pages]:
-    return functools.partial(pools.take_pages, sequences=sequences)
 
 
 def _check_of_each_group(placement: Placement, indices: jax.Array) -> None:

@@ -384,11 +384,10 @@ class PagedAttentionCacheView(Serializable):
                 f"with num_pages_per_layer, which is no page."
             )
         keys, values = jax.tree_util.tree_map(jnp.asarray, (taken.key_pages, taken.value_pages))
-        if taken.metadata.num_kv_heads == self.metadata.num_kv_heads:
-            keys, values = (
-                with_stored_heads(keys, self.key_pages),
-                with_stored_heads(values, self.value_pages),
-            )
+        kv_heads = self.metadata.num_kv_heads
+        if taken.metadata.num_kv_heads == kv_heads:
+            keys = with_stored_heads(keys, self.key_pages, kv_heads)
+            values = with_stored_heads(values, self.value_pages, kv_heads)
         for name, own, others in (("keys", self.key_pages, keys), ("values", self.value_pages, values)):
             check_alike(name, own, others)
         put, placement = _pool_calls.put, self.placement

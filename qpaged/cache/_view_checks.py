@@ -68,7 +68,7 @@ def check_alike(name: str, own: Pages, taken: Pages) -> None:
         )
 
 
-def with_stored_heads(taken: Pages, own: Pages) -> Pages:
+def with_stored_heads(taken: Pages, own: Pages, kv_heads: int) -> Pages:
     """Return taken pages with as many copies of each head as a pool stores, if they are of its kind."""
     leaves, tree = jax.tree_util.tree_flatten(taken)
     likes = jax.tree_util.tree_leaves(own)
@@ -76,12 +76,10 @@ def with_stored_heads(taken: Pages, own: Pages) -> Pages:
         return taken
 
     def of_heads(leaf: jax.Array, like: jax.Array) -> jax.Array:
-        if min(leaf.ndim, like.ndim) < 2:
+        if min(leaf.ndim, like.ndim) < 2 or leaf.shape[0] == like.shape[0]:
             return leaf
-        heads, stored = leaf.shape[0], like.shape[0]
-        if stored % heads == 0:
-            return jnp.repeat(leaf, stored // heads, axis=0)
-        return leaf[:: heads // stored] if heads % stored == 0 else leaf
+        once = leaf[:: max(1, leaf.shape[0] // kv_heads)]
+        return jnp.repeat(once, max(1, like.shape[0] // kv_heads), axis=0)
 
     return jax.tree_util.tree_unflatten(tree, map(of_heads, leaves, likes))
 

@@ -93,10 +93,13 @@ def check_methods(quantizer: "Quantizer") -> None:
                 f"{cls.__name__}.{ability} must be None or an object with {', '.join(needed)}, but is "
                 f"{rule!r}, which lacks {', '.join(missing)}."
             )
-    if quantizer.block_fit is not None and quantizer.growth is not None:
-        raise TypeError(
-            f"{cls.__name__}.growth must be None beside block_fit, whose scales cannot grow; return None."
-        )
+    if quantizer.block_fit is not None:
+        for ability in ("growth", "offset", "global_scale"):
+            if getattr(quantizer, ability) is not None:
+                raise TypeError(
+                    f"{cls.__name__}.{ability} must be None beside block_fit, which gives one scale for all "
+                    f"of a block; return None."
+                )
     if quantizer.scale_dtype is None:
         return
     try:

@@ -27,6 +27,7 @@ from qpaged.storage._shard_files import batches_of, files_of, read_files
 from qpaged.storage._shards import Shard, shards_of
 
 KIND, VERSION = "cache in pages", 2
+FIELDS = {"allocator", "metadata", "dtype", "format", "flat", "groups", "head_parts", "batches", "files"}
 
 
 class SavedCache(NamedTuple):
@@ -144,6 +145,12 @@ def _load(
         raise ValueError(
             f"{path} must hold a {KIND} of version {VERSION}, but holds {record.get('qpaged')!r} of version "
             f"{record.get('version')!r}; read it with the qpaged that wrote it."
+        )
+    missing = FIELDS - record.keys()
+    if missing:
+        raise ValueError(
+            f"{path} must have a manifest with {', '.join(sorted(missing))}, but has one without; another "
+            f"version of qpaged wrote it: save the cache again."
         )
     metadata = PagedAttentionCacheMetaData.from_dict(record["metadata"])
     formats = metadata.quantizer or CacheFormat.from_config(record["format"])

@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 PARTIAL = f"{MANIFEST}.partial"
 LOCK = ".lock"
 OWN_FILES = re.compile(
-    r"(pages|beside)-[0-9a-f]{16}-\d+-\d{5,}\.safetensors|manifest\.json(\.partial)?|\.lock"
+    r"(pages|beside)-[0-9a-f]{16}-(\d+-)?\d{5,}\.safetensors|manifest\.json(\.partial)?|\.lock"
 )
 
 Tags: TypeAlias = Mapping[str, str | int]
@@ -103,6 +103,14 @@ def _write_files(path: Path, name: str, files: Iterable[tuple[Tags, Tensors]]) -
 
 
 def _write_partial_manifest(path: Path, record: Mapping[str, Any]) -> None:
+    """Write the manifest that is to hold, once all files are seen that it names."""
+    for entry in record["files"]:
+        file = path / entry["name"]
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise ValueError(
+                f"path must be one directory that all processes see, but {file} of another process is not "
+                f"there; give a directory of a file system that they share."
+            )
     text = _manifest_text({**record, DIGEST: digest(record)})
     _write_to_disk(path / PARTIAL, text.encode())
     _bring_entries_to_disk(path)

@@ -5,9 +5,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from qpaged.cache import PagedAttentionCache
+from qpaged.cache._placement import num_groups
 from qpaged.pools import Pages
 
 
@@ -90,14 +91,10 @@ def shards_of(cache: PagedAttentionCache) -> list[Shard]:
             "cache must have all its layers over the same devices, but has them over different ones."
         )
     placement = placements[0]
-    if placement is None or isinstance(placement.mesh, AbstractMesh):
-        leaves = jax.tree_util.tree_leaves(cache)
-        if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves):
-            raise ValueError(
-                "cache must lie over processes as qpaged.PartitionManager divides it, to be in files; leave "
-                "partition_manager out."
-            )
+    if placement is None or not _lies_as_placed(cache):
+        _check_whole_here(cache)
         return [Shard(None, 0, Part(0, 1), range(pages))]
+    assert isinstance(placement.mesh, Mesh)  # whose devices have the arrays
     # Layers whose heads do not divide are whole on each device, as Part.heads has it.
     heads = max((each.heads for each in placements if each is not None), key=len)
     local_pages = placement.local_pages(pages)
@@ -114,6 +111,36 @@ def shards_of(cache: PagedAttentionCache) -> list[Shard]:
             own = range(start, start + local_pages)
             shards.append(Shard(device, group.number, part, own, is_copy))
     return shards
+
+
+def _lies_as_placed(cache: PagedAttentionCache) -> bool:
+    """Return True if every array lies as its view says, and not where its caller has put it since."""
+    for view in cache.views:
+        placement = view.placement
+        if placement is None or isinstance(placement.mesh, AbstractMesh):
+            return False
+        for pool in (view.key_pages, view.value_pages):
+            leaves = jax.tree_util.tree_leaves(pool)
+            for leaf, spec in zip(leaves, placement.pool_specs(leaves), strict=True):
+                sharding = getattr(leaf, "sharding", None)
+                placed = NamedSharding(placement.mesh, spec)
+                if sharding is None or not sharding.is_equivalent_to(placed, leaf.ndim):
+                    return False
+    return True
+
+
+def _check_whole_here(cache: PagedAttentionCache) -> None:
+    """Raise ValueError unless arrays that lie anyhow are all here, of one group, and each head once."""
+    leaves = jax.tree_util.tree_leaves(cache)
+    is_here = all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves)
+    for view in cache.views:
+        groups = num_groups(view.placement)
+        is_once = view.key_pages.shape[0] == view.metadata.num_kv_heads
+        if not is_here or groups > 1 or not is_once:
+            raise ValueError(
+                "cache must lie as init_cache lays it over its mesh, to be in files, but its arrays were put "
+                "elsewhere; put them where those of a fresh cache lie: jax.device_put(leaf, fresh.sharding)."
+            )
 
 
 def _along(axes: Sequence[str], mesh: Mesh, number: Mapping[str, int]) -> Part:

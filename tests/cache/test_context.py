@@ -268,6 +268,28 @@ def test_pages_go_from_shared_ones_to_the_host_and_back(spelling, flat):
             assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
+def test_what_is_no_page_leaves_static_scales_as_they_are():
+    view = qpaged.PagedAttentionCacheView.init(
+        make_mesh((4,), ("cp",), "Auto"), jnp.float32, config(), 0, None, "fp8_e4m3:tensor"
+    )
+    taken = [view.take_pages([page]).key_pages.scales for page in (3, PAGES)]
+    assert [scales.tolist() for scales in taken] == [view.key_pages.scales.tolist()] * 2
+
+
+@pytest.mark.parametrize("axes", [{"cp": 4}, {"tp": 2}])
+def test_pages_of_one_layer_of_a_flat_cache_are_taken(axes):
+    def taken(mesh):
+        cache = qpaged.PagedAttentionCache.init_cache(
+            mesh, jnp.float32, config(), quantizer="int8:token", flat=True
+        )
+        view, _ = write_and_attend(cache.layer(1), STEPS["prefill"], *rows(43, 1))
+        return jax.device_get(view.take_pages([7, 12, 9]))
+
+    made = taken(make_mesh(tuple(axes.values()), tuple(axes), "Auto")), taken(None)
+    for got, want in zip(*map(jax.tree_util.tree_leaves, made), strict=True):
+        assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
+
+
 def test_rows_of_no_sequence_see_nothing_and_no_sink():
     mesh = make_mesh((4,), ("cp",), "Auto")
     outs = []

@@ -448,7 +448,8 @@ def test_engines_that_allocate_within_jit_reset_pages_at_their_first_slot():
 
 
 def test_pages_are_taken_from_the_device_that_has_the_most():
-    allocator = qpaged.PageAllocator(METADATA.replace(num_pages_per_layer=12), devices=3)
+    allocator = qpaged.PageAllocator(METADATA.replace(num_pages_per_layer=12), devices=np.int64(3))
+    assert type(allocator.devices) is int
     allocator.allocate("a", 5 * PAGE_SIZE)
     assert allocator.page_table(["a"])[0, :5].tolist() == [0, 4, 8, 1, 5]
     allocator.allocate("b", 2 * PAGE_SIZE)

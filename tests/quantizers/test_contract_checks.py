@@ -114,7 +114,7 @@ def test_codes_that_are_floats_are_refused():
 
 def test_scales_of_whole_blocks_do_not_grow():
     rule = qpaged.get_quantizer("lloyd3").block_fit
-    with pytest.raises(TypeError, match=r"Grows.growth must be None beside block_fit, whose scales cannot"):
+    with pytest.raises(TypeError, match=r"Grows.growth must be None beside block_fit, which gives one"):
         type("Grows", (Sound,), {"block_fit": rule})()
 
 

@@ -270,6 +270,21 @@ def test_foreign_manifests(directory):
         qpaged.load(directory)
 
 
+def test_manifests_that_lack_something(directory):
+    record = json.loads((directory / "manifest.json").read_text())
+    del record["groups"], record["digest"]
+    text = _directory._manifest_text({**record, "digest": _directory.digest(record)})
+    (directory / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match="must have a manifest with groups, but has one without"):
+        qpaged.load(directory)
+
+
+def test_files_of_older_versions_are_replaced(tmp_path):
+    (tmp_path / "pages-0123456789abcdef-00000.safetensors").write_bytes(b"old")
+    qpaged.save(tmp_path, fresh("int8"))
+    assert not (tmp_path / "pages-0123456789abcdef-00000.safetensors").exists()
+
+
 def test_a_format_that_is_not_installed(directory):
     record = json.loads((directory / "manifest.json").read_text())
     record["format"]["key"]["name"] = "int4711"

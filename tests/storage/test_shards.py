@@ -182,6 +182,35 @@ def test_groups_are_those_that_were_saved(tmp_path):
             qpaged.load(tmp_path, mesh_of(target))
 
 
+def elsewhere(kind):
+    """Return a function that puts an array where init_cache over four devices would not."""
+    if kind == "host":
+        return jax.device_get
+    devices = np.array(jax.devices()[3::-1])
+    spec = {"reversed": ("tp",), "everywhere": (), "pages": (None, "tp")}[kind]
+    mesh = jax.sharding.Mesh(devices, ("tp",))
+    return lambda leaf: jax.device_put(
+        leaf, jax.NamedSharding(mesh, jax.P(*spec[: leaf.ndim]) if leaf.ndim > 1 else jax.P())
+    )
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("kind", ["reversed", "everywhere", "pages", "host"])
+def test_arrays_that_their_caller_put_elsewhere_are_saved_as_they_are(kind, flat, tmp_path):
+    cache, allocators = filled({"tp": 4}, "int8:token", flat=flat)
+    moved = jax.tree_util.tree_map(elsewhere(kind), cache)
+    qpaged.save(tmp_path, moved, allocators)
+    for target in ({}, {"tp": 4}):
+        check_same(qpaged.load(tmp_path, mesh_of(target)).cache, cache)
+
+
+def test_groups_that_their_caller_put_elsewhere_are_not_saved(tmp_path):
+    cache, allocators = filled({"dp": 2, "tp": 2}, "int8")
+    cache = jax.tree_util.tree_map(jax.device_get, cache)
+    with pytest.raises(ValueError, match="cache must lie as init_cache lays it over its mesh"):
+        qpaged.save(tmp_path, cache, allocators)
+
+
 def test_layers_over_different_devices(tmp_path):
     views = [fresh(axes, "int8").views[layer] for layer, axes in enumerate(({"tp": 2}, {"tp": 4}))]
     with pytest.raises(ValueError, match="cache must have all its layers over the same devices"):

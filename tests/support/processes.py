@@ -71,6 +71,10 @@ def check_files(directory, view, alone, mesh, number):
     qpaged.save(directory, cache, books)
     loaded, allocators = qpaged.load(directory, mesh)
     assert [each.num_free for each in allocators] == [each.num_free for each in books]
+    own = directory.with_name(f"{directory.name} of {number}")
+    own.mkdir()
+    with pytest.raises((ValueError, OSError), match="path must be one directory that all processes see"):
+        qpaged.save(own, cache)
     with pytest.raises(ValueError, match="allocator must be the same in all processes"):
         qpaged.save(directory, cache, books[::-1] if number else books)
     with pytest.raises((TypeError, OSError), match=r"^(process 0 failed.*)?allocator must be a qpaged.Page"):

@@ -92,6 +92,7 @@ def test_no_weight_of_a_streamed_model_is_kept(checkpoint):
         (("--mesh", "dp=2,tp=2"), "must have no dp; tp=8 divides a model over 8 devices"),
         (("--mesh", "pp=2"), "'pp=2' is no mesh"),
         (("--mesh", "tp=64"), "--mesh must have at most the 8 devices that are here, but has 64"),
+        (("--mesh", "tp=8"), "--mesh must have a number of devices that divides the 4 query heads"),
         (("--distributed", "here"), "'here' must be HOST:PORT,COUNT,NUMBER, as host:1234,4,0"),
     ],
 )

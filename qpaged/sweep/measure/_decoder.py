@@ -29,6 +29,7 @@ from qpaged.models import (
     load_tokenizer,
     output_logits,
     param_shapes,
+    read_config,
 )
 from qpaged.sweep.measure._attention import SUMS, AttentionProfile, compare_attention
 from qpaged.sweep.measure._decoder_stream import Chunk, DecoderStream, chunks
@@ -292,6 +293,8 @@ def load_model(
         if directory.name == "config.json":
             raise ValueError(f"The model must be a directory: give {directory.parent}, not its config.json.")
         name, tokenizer_source = directory.resolve().name, tokenizer or str(directory)
+    if mesh is not None:
+        _check_heads(read_config(directory), mesh)
     config, params = load_checkpoint(directory, mesh=mesh, streamed=streamed)  # as they are stored
     if context is not None:
         config = _for_context(config, context)
@@ -305,6 +308,17 @@ def load_model(
         mesh=mesh,
         is_streamed=streamed,
     )
+
+
+def _check_heads(config: DecoderConfig, mesh: Mesh) -> None:
+    """Raise BadArgumentError for more devices than a model's query heads can be divided over."""
+    devices, kv_heads = mesh.size, config.num_key_value_heads
+    if devices % kv_heads == 0 and config.num_attention_heads % devices:
+        raise BadArgumentError(
+            "mesh",
+            f"must have a number of devices that divides the {config.num_attention_heads} query heads of the "
+            f"model, but has {devices}.",
+        )
 
 
 def _for_context(config: DecoderConfig, context: int) -> DecoderConfig:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import jax
+
 from qpaged._bad_argument import BadArgumentError
 from qpaged._deprecated import renamed_argument
 from qpaged.formats import CacheFormat
@@ -134,6 +136,8 @@ class Sweep:
             try:
                 yield bench.measure(spelling, cache_format)
             except Exception as error:  # A plugin may raise anything; the others are still worth measuring.
+                if jax.process_count() > 1:
+                    raise  # or other processes, where it did not fail, would wait for this one
                 yield Failure.of(spelling, error)
 
     def _compile(self, named: tuple[str, CacheFormat]) -> None:
