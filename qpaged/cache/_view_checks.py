@@ -72,7 +72,7 @@ def with_stored_heads(taken: Pages, own: Pages, kv_heads: int) -> Pages:
     """Return taken pages with as many copies of each head as a pool stores, if they are of its kind."""
     leaves, tree = jax.tree_util.tree_flatten(taken)
     likes = jax.tree_util.tree_leaves(own)
-    if len(likes) != len(leaves):
+    if taken.shape[0] == own.shape[0] or len(likes) != len(leaves):
         return taken
 
     def of_heads(leaf: jax.Array, like: jax.Array) -> jax.Array:
