@@ -5,6 +5,7 @@ third less time without its fusion emitters; other versions do not know that fla
 """
 
 import gc
+import itertools
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_compilation_cache", False)  # commands would write to the user's
 
 MANY_MAPS = 15_000  # of the 65,530 memory maps that Linux lets a process have
+TOO_MANY_MAPS = 40_000  # also within a module
 MAPS = Path("/proc/self/maps")
+tests_done = itertools.count(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,6 +39,19 @@ def _compiled_programs_are_let_go():
     Each holds memory maps. A process that gets no more of them crashes within the compiler.
     """
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+    _let_go_of_programs(MANY_MAPS)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_programs_of_long_modules_are_let_go():
+    """Do so within a module, too, every few tests."""
+    yield
+    if next(tests_done) % 16 == 0:
+        _let_go_of_programs(TOO_MANY_MAPS)
+
+
+def _let_go_of_programs(most):
+    """Clear JAX's caches if the process has more memory maps than that."""
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > most:
         jax.clear_caches()
         gc.collect()
