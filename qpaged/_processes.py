@@ -1,4 +1,4 @@
-"""Several processes that save or load one cache together: what fails in one of them fails in all."""
+"""Several processes that do one thing together, as saving a cache: what fails in one of them fails in all."""
 
 import json
 from collections.abc import Callable
@@ -22,9 +22,8 @@ class Processes:
     """
 
     def __init__(self, mesh: Mesh | AbstractMesh | None = None):
-        numbers = (
-            set() if not isinstance(mesh, Mesh) else {device.process_index for device in mesh.devices.flat}
-        )
+        devices = mesh.devices.flat if isinstance(mesh, Mesh) else ()
+        numbers = {device.process_index for device in devices}
         self.are_many = bool(numbers - {jax.process_index()})
         if self.are_many and len(numbers) != jax.process_count():
             raise ValueError(

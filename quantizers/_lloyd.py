@@ -63,7 +63,7 @@ class Lloyd(Quantizer):
 
     @property
     def spread(self) -> float:
-        """The scale of a gaussian block by its root mean square: the levels alone have a smaller one."""
+        """The scale of a gaussian by its root mean square: 1 / sqrt(1 - the power that the levels lose)."""
         return {2: 1.0645, 3: 1.0177, 4: 1.0048}[self.bits]
 
     @property

@@ -1,7 +1,6 @@
 """Weights that lie over several devices, each of which reads its own part from the files."""
 
 from collections.abc import Sequence
-from math import prod
 
 import jax
 import numpy as np
@@ -21,7 +20,7 @@ def sharding_of(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """
     spec: list[str | tuple[str, ...] | None] = [None] * len(shape)
     axis = len(shape) - (1 if name.endswith(INPUTS_DIVIDED) else 2)
-    if len(shape) > 1 and shape[axis] % prod(mesh.shape.values()) == 0:
+    if len(shape) > 1 and shape[axis] % mesh.size == 0:
         spec[axis] = mesh.axis_names
     return NamedSharding(mesh, PartitionSpec(*spec))
 

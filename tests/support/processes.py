@@ -2,7 +2,7 @@
 
 python -m support.processes NUMBER OF PORT DIRECTORY
 
-What one of them saves with the others is loaded by all, and by the first alone.
+What they save together they load together, and what fails in one of them fails in all.
 """
 
 import os

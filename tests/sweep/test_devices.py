@@ -22,7 +22,7 @@ def runs_of(directory):
 
 
 def check_alike(directory, other, tolerance):
-    """Raise AssertionError unless two sweeps measured the same."""
+    """Raise AssertionError unless two sweeps measured the same, to sums in another order over devices."""
     ours, theirs = runs_of(directory), runs_of(other)
     assert list(ours) == list(theirs)
     for name, run in ours.items():
