@@ -34,6 +34,8 @@ class Plan:
             everything else that goes with codes, such as offsets.
         context: tokens of a sequence.
         shards: devices that the KV heads are divided over; 1 if each has all of them.
+        tpu_padding: bytes that a TPU allocates beyond :attr:`cache`, out of what is left to everything else: it
+            stores scales of one byte for KV heads in fours, and a device may hold fewer.
         groups: groups of such devices, each with sequences of its own.
     """
 
@@ -48,6 +50,7 @@ class Plan:
     value_scales: int
     context: int
     shards: int
+    tpu_padding: int = 0
     groups: int = 1
 
     @property
@@ -195,8 +198,20 @@ def plan(
         value_scales=sum(pool.scales for pool in values),
         context=context,
         shards=shards,
+        tpu_padding=_tpu_padding(cache),
         groups=groups,
     )
+
+
+def _tpu_padding(cache: PagedAttentionCache) -> int:
+    """Return the bytes that a TPU adds to scales of a byte a page (kv_heads, pages, 1, 1).
+
+    The compiler lays pages along the lanes of its tiles and KV heads along the sublanes, four bytes of which
+    fill one.
+    """
+    leaves = jax.tree.leaves(cache.views)
+    alone = [leaf for leaf in leaves if leaf.shape[2:] == (1, 1) and leaf.dtype.itemsize == 1]
+    return sum(-leaf.shape[0] % 4 * leaf.shape[1] for leaf in alone)
 
 
 def _check_ranges(context: int, page_size: int, mesh_size: int, hbm_utilization: float) -> None:

@@ -52,6 +52,15 @@ def test_planned_bytes_equal_allocated_bytes(format, devices):
     assert 0 <= planned.unused < planned.cache / planned.pages  # not one page more would fit
 
 
+@pytest.mark.parametrize(("devices", "of_page"), [(1, 0), (2, 2 * 2), (4, 2 * 3)])
+def test_padding_of_scales_on_tpus_is_planned(devices, of_page):
+    # as libtpu compiles it: scales (1, pages, 1, 1) of a byte take 4 bytes a page, (2, pages, 1, 1) too
+    planned = plan(CONFIG, "int8", memory_bytes=MEMORY, context=100, mesh_size=devices)
+    assert planned.tpu_padding == CONFIG.num_hidden_layers * planned.pages * of_page
+    by_token = plan(CONFIG, "int8:token", memory_bytes=MEMORY, context=100, mesh_size=devices)
+    assert by_token.tpu_padding == 0
+
+
 @pytest.mark.parametrize("format", ["int8", EXACT, "int4+rotate+exact128"])
 def test_as_many_sequences_fit_as_planned_with_their_exact_pages(format):
     memory = 2**27
@@ -171,6 +180,7 @@ def test_the_heads_on_each_device_of_a_mesh_are_shown(command):
     assert "On 8 devices, 1 KV head on each, stored 2 times." in command("--memory", "1MiB", "--mesh", 8)[1]
     in_groups = command("--memory", "1MiB", "--mesh", "dp=3,tp=2")[1]
     assert "On 6 devices in 3 groups, each with sequences of its own, 2 KV heads on each." in in_groups
+    assert "More on TPUs, which pad scales of pages to four KV heads: int8 " in in_groups
     whole = command("--memory", "1MiB", "--mesh", 3)[1]
     assert "On 3 devices, all 4 KV heads on each, since these do not divide by 3." in whole
 

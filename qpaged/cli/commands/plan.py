@@ -191,3 +191,6 @@ def _print_table(plans: list[Plan]) -> None:
             )
         )
     print_columns(head, rows, "<>>>>>>>")
+    padded = [f"{each.format} {readable_bytes(each.tpu_padding)}" for each in plans if each.tpu_padding]
+    if padded:
+        print(f"\nMore on TPUs, which pad scales of pages to four KV heads: {', '.join(padded)}.")
