@@ -41,6 +41,8 @@ from qpaged.formats import (
     available_quantizers,
     available_wrappers,
     get_quantizer,
+    in_units,
+    trellis_codes,
 )
 from qpaged.storage import PrefixStore, SavedCache, load, save
 
@@ -94,8 +96,10 @@ __all__ = [
     "available_wrappers",
     "dropped_tokens",
     "get_quantizer",
+    "in_units",
     "load",
     "merge_attention",
     "paged_attention",
     "save",
+    "trellis_codes",
 ]

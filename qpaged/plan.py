@@ -34,8 +34,8 @@ class Plan:
             everything else that goes with codes, such as offsets.
         context: tokens of a sequence.
         shards: devices that the KV heads are divided over; 1 if each has all of them.
-        tpu_padding: bytes that a TPU allocates beyond :attr:`cache`, out of what is left to everything else: it
-            stores scales of one byte for KV heads in fours, and a device may hold fewer.
+        tpu_padding: bytes that a TPU allocates beyond :attr:`cache`, out of what is left to everything else:
+            it stores scales of one byte for KV heads in fours, and a device may hold fewer.
         groups: groups of such devices, each with sequences of its own.
     """
 

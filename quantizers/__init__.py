@@ -28,6 +28,14 @@ from quantizers._offset import Offset
 from quantizers._offset_floor import OffsetFloor, offset
 from quantizers._raw import Raw
 from quantizers._rotate import Rotate
+from quantizers._trellis import (
+    Trellis2,
+    Trellis2Channel,
+    Trellis3,
+    Trellis3Channel,
+    trellis2,
+    trellis3,
+)
 
 __all__ = [
     "Fp8E4M3",
@@ -62,6 +70,10 @@ __all__ = [
     "OffsetFloor",
     "Raw",
     "Rotate",
+    "Trellis2",
+    "Trellis2Channel",
+    "Trellis3",
+    "Trellis3Channel",
     "fp8_e4m3",
     "fp8_e5m2",
     "int2",
@@ -71,4 +83,6 @@ __all__ = [
     "int6",
     "int8",
     "offset",
+    "trellis2",
+    "trellis3",
 ]

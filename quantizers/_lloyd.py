@@ -117,7 +117,7 @@ class Lloyd2(Lloyd):
 
 @dataclass(frozen=True)
 class Lloyd3(Lloyd):
-    """What :class:`Lloyd2` does with eight levels, up to 2.156 s: 3.125 bits an element at head_dim 128.
+    """What ``lloyd2`` does with eight levels, up to 2.156 s: 3.125 bits an element at head_dim 128.
 
     Of gaussians 0.034 of the power is lost. The error is at most 0.41 s up to the last level.
     """
@@ -129,7 +129,7 @@ class Lloyd3(Lloyd):
 
 @dataclass(frozen=True)
 class Lloyd4(Lloyd):
-    """What :class:`Lloyd2` does with sixteen levels, up to 2.734 s: 4.125 bits an element at head_dim 128.
+    """What ``lloyd2`` does with sixteen levels, up to 2.734 s: 4.125 bits an element at head_dim 128.
 
     Of gaussians 0.0093 of the power is lost. The error is at most 0.34 s up to the last level.
     """

@@ -18,6 +18,25 @@ class OffsetInLowerHalf:
         return second_of(scales)
 
 
+def covering(low: jax.Array, high: jax.Array, lowest: float, highest: float) -> jax.Array:
+    """Return the smallest scale, and its offset, under which ``lowest`` to ``highest`` cover a block.
+
+    Args:
+        low, high: float32; the least and the greatest value of blocks.
+        lowest, highest: what codes reach, in units of the scale.
+    """
+    share_below = jnp.float32(-lowest / (highest - lowest))
+    absmax = jnp.maximum(-low, high)
+    down = jnp.where(absmax > 1, jnp.float32(0.25), jnp.float32(1))  # so that no sum overflows
+    low, high = low * down, high * down
+    # The maximum changes no number. It keeps compilers from fusing the product and the sum, which would
+    # round once instead of twice, and in some programs only.
+    center = toward_zero(low + jnp.maximum((high - low) * share_below, 0))
+    above = (high - center) * jnp.float32(1 / highest)
+    below = (low - center) * jnp.float32(1 / lowest)
+    return paired(away_from_zero(jnp.maximum(above, below) / down), center / down)
+
+
 @dataclass(frozen=True)
 class Offset(Wrapper):
     """x̂ = c s + o with the inner format's codes c, whose levels just cover the block's values.
@@ -49,25 +68,18 @@ class Offset(Wrapper):
 
     def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
         assert self.inner.levels is not None  # as checked
-        lowest, highest = self.inner.levels
-        share_below = jnp.float32(-lowest / (highest - lowest))
-        absmax = jnp.maximum(-low, high)
-        down = jnp.where(absmax > 1, jnp.float32(0.25), jnp.float32(1))  # so that no sum overflows
-        low, high = low * down, high * down
-        # The maximum changes no number. It keeps compilers from fusing the product and the sum, which would
-        # round once instead of twice, and in some programs only.
-        center = toward_zero(low + jnp.maximum((high - low) * share_below, 0))
-        above = (high - center) * jnp.float32(1 / highest)
-        below = (low - center) * jnp.float32(1 / lowest)
-        return paired(away_from_zero(jnp.maximum(above, below) / down), center / down)
+        return covering(low, high, *self.inner.levels)
 
     def multiplier(self, scales: jax.Array) -> jax.Array:
         return first_of(scales)
 
-    def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+    def to_units(self, x: jax.Array, scales: jax.Array) -> jax.Array:
         down = jnp.where(self.multiplier(scales) > 1, jnp.float32(0.25), jnp.float32(1))
         difference = x * down - self.offset.from_scales(scales) * down
-        return self.encode(self.in_units(difference, scales) / down)
+        return self.in_units(difference, scales) / down
+
+    def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        return self.encode(self.to_units(x, scales))
 
     def error_bound(self, x: jax.Array, multipliers: jax.Array) -> jax.Array:
         return self.bound * multipliers + jnp.abs(x) * 2.0**-20

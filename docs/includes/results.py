@@ -387,6 +387,25 @@ def save_load():
     return "\n".join(lines) + "\n"
 
 
+def packing():
+    """What ``benchmarks/packing.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "packing.json").read_text())
+    lines = [
+        "`benchmarks/packing.py`: pages of 64 slots of 8 KV heads of 128, quantized whole, and a decode step "
+        "of 8 sequences of 4,096 tokens with 32 query heads, on two cores; "
+        f"jax {results['versions']['jax']}, {results['date']}:",
+        "",
+        "| format | million elements a second, quantized | milliseconds of the decode step |",
+        "|---|--:|--:|",
+    ]
+    for run in results["runs"]:
+        packed, read = run.get("elements_per_second"), run.get("milliseconds")
+        rate = "" if packed is None else f"{packed / 1e6:,.1f}"
+        step = "" if read is None else f"{read:.1f}"
+        lines.append(f"| `{run['format']}` | {rate} | {step} |")
+    return "\n".join(lines) + "\n"
+
+
 def latent_attention():
     """What ``benchmarks/latent_attention.py`` left, as a Markdown table."""
     results = json.loads((RESULTS / "latent_attention.json").read_text())
@@ -714,6 +733,7 @@ TABLES = {
     "ragged.md": ragged,
     "save_load.md": save_load,
     "latent_attention.md": latent_attention,
+    "packing.md": packing,
     "engine_levanter.md": engine_levanter,
     "engine_jax_llm_examples.md": engine_jax_llm_examples,
     "serving.md": serving,

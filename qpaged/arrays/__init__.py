@@ -34,6 +34,7 @@ from qpaged.arrays._slots import (
     transform_query,
     untransformed,
 )
+from qpaged.arrays._trellis import extract_states, trellis_codes, windows
 from qpaged.arrays._writes import takes_rows, write_rows
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "dtype_of_floats",
     "empty",
     "extract_codes",
+    "extract_states",
     "fill_lane_rows",
     "final_targets",
     "float_dtype",
@@ -83,7 +85,9 @@ __all__ = [
     "takes_rows",
     "to_float32",
     "transform_query",
+    "trellis_codes",
     "untransformed",
+    "windows",
     "write_rows",
 ]
 

@@ -98,14 +98,23 @@ def multipliers(quantizer: ArrayFormat, scales: jax.Array, global_scale: jax.Arr
 
 
 def encode(
-    x: jax.Array, quantizer: ArrayFormat, scales: jax.Array, global_scale: jax.Array | None = None
+    x: jax.Array,
+    quantizer: ArrayFormat,
+    scales: jax.Array,
+    global_scale: jax.Array | None = None,
+    *,
+    channel_axis: int,
 ) -> jax.Array:
     """Return codes, one an element, of float32 ``x`` under the stored ``scales`` of its blocks."""
     blocks = split_blocks(x, scales.shape)
     if quantizer.global_scale is not None and global_scale is not None:
         factor = repeat_scales(quantizer.global_scale.multiplier(global_scale), scales.shape)
         blocks = blocks / expand_scales(nonzero(factor))
-    return quantizer.encode_under(blocks, expand_scales(scales)).reshape(x.shape)
+    if quantizer.state_bits is None:
+        return quantizer.encode_under(blocks, expand_scales(scales)).reshape(x.shape)
+    units = quantizer.to_units(blocks, expand_scales(scales)).reshape(x.shape)
+    codes = quantizer.encode(jnp.moveaxis(units, channel_axis, -1))  # of whole rows
+    return jnp.moveaxis(codes, -1, channel_axis)
 
 
 def in_units(x: jax.Array, factor: jax.Array) -> jax.Array:

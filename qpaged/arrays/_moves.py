@@ -14,7 +14,7 @@ from jax import lax
 
 from qpaged.arrays._blocks import block_shape, refine
 from qpaged.arrays._indices import clip_to_int32
-from qpaged.arrays._packing import has_planes, stored_length
+from qpaged.arrays._packing import stored_length
 from qpaged.arrays._quantized import BlockParts, QuantizedArray
 from qpaged.arrays._read_format import channels_matter, free_channels, unpack_codes
 
@@ -185,7 +185,7 @@ def concatenate(arrays: Sequence[QuantizedArray], dimension: int) -> QuantizedAr
     if dimension == first.channels:
         if first.quantizer.transform is not None or first.global_scale is not None:
             return None
-        if has_planes(first.quantizer.bits):  # one behind the other in each array, and not in their sum
+        if first.channels in first.whole_axes:  # each array has planes, or a ring of states, of its own
             arrays = [unpack_codes(array) for array in arrays]
     return join(arrays, lambda parts: lax.concatenate(parts, dimension), first.channels)
 

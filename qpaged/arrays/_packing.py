@@ -62,7 +62,7 @@ def unpack(packed: jax.Array, bits: int, axis: int, dtype: DTypeLike) -> jax.Arr
         return packed
     axis %= packed.ndim
     low, *high = PLANES[bits]
-    low_plane, high_plane = _split_planes(packed, bits, axis)
+    low_plane, high_plane = split_planes(packed, bits, axis)
     codes = _unpack_plane(low_plane, low, axis)
     if high:
         high_codes = _unpack_plane(high_plane, high[0], axis)
@@ -90,7 +90,7 @@ def extract_codes(
     low, high = PLANES[bits]
     low_parts, high_parts = [], []
     for slot in range(slots):
-        low_plane, high_plane = _split_planes(packed, bits, axis, slot, slots)
+        low_plane, high_plane = split_planes(packed, bits, axis, slot, slots)
         low_parts.append(_extract_low(low_plane, low, byte_index))
         for index in range(byte_index, BYTE // high, codes_per_byte(bits)):
             high_parts.append(_extract_low(high_plane, high, index))
@@ -202,7 +202,7 @@ def _unpack_plane(packed: jax.Array, bits: int, axis: int) -> jax.Array:
     return codes.reshape(*packed.shape[:axis], length, *packed.shape[axis + 1 :])
 
 
-def _split_planes(
+def split_planes(
     packed: jax.Array, bits: int, axis: int, slot: int = 0, slots: int = 1
 ) -> tuple[jax.Array, jax.Array]:
     """Return the planes, low and high, of one of the slots that lie behind each other along ``axis``."""

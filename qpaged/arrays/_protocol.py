@@ -75,6 +75,10 @@ class ArrayFormat(Protocol):
         """Bits of a code: 8, or 4 or 2, which are packed into bytes."""
 
     @property
+    def state_bits(self) -> int | None:
+        """Bits of what ``decode`` reads in place of a code, of a trellis; None where it reads codes."""
+
+    @property
     def scale_dtype(self) -> DTypeLike | None:
         """The dtype of stored scales; None for a format without."""
 
@@ -122,6 +126,9 @@ class ArrayFormat(Protocol):
 
     def encode(self, units: jax.Array) -> jax.Array:
         """Return the codes of values in units of their scale; of the values themselves without scales."""
+
+    def to_units(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        """Return float32 ``x`` less its offset, in units of stored ``scales`` (broadcast)."""
 
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
         """Return the codes of float32 ``x`` under stored ``scales`` (broadcast)."""

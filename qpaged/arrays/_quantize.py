@@ -50,10 +50,10 @@ def quantize(
     x = to_block_values(array, quantizer, dtype, channel_axis)
     grid = scale_shape(array.shape, block)
     scales, global_scale = fit_blocks(quantizer, x, grid, channel_axis)
-    codes = pack(encode(x, quantizer, scales, global_scale), quantizer.bits, channel_axis)
+    codes = encode(x, quantizer, scales, global_scale, channel_axis=channel_axis)
     channels_matter = quantizer.bits < BYTE or quantizer.transform is not None
     return QuantizedArray(
-        stored=codes,
+        stored=pack(codes, quantizer.bits, channel_axis),
         scales=scales,
         global_scale=global_scale,
         quantizer=quantizer,
@@ -81,7 +81,7 @@ def empty(
 def quantize_under(array: QuantizedArray, new: ArrayLike) -> QuantizedArray:
     """Return floats quantized under the static scales of ``array``, with as many blocks along each axis."""
     x = to_block_values(jnp.asarray(new), array.quantizer, array.dtype, array.channel_axis)
-    codes = encode(x, array.quantizer, array.block_scales)
+    codes = encode(x, array.quantizer, array.block_scales, channel_axis=array.channel_axis)
     return array.like(pack(codes, array.quantizer.bits, array.channel_axis), array.parts)
 
 

@@ -17,6 +17,7 @@ from qpaged.arrays._lane_rows import from_lane_rows, slot_shape, to_lane_rows
 from qpaged.arrays._packing import codes_per_byte, has_planes, logical_length, unpack
 from qpaged.arrays._plain_use import PlainUse
 from qpaged.arrays._protocol import ArrayFormat
+from qpaged.arrays._trellis import unpacked_states
 from qpaged.implicit import ImplicitArray, aux_field
 
 
@@ -130,9 +131,10 @@ class QuantizedArray(PlainUse, ImplicitArray):
 
     @property
     def whole_axes(self) -> tuple[int, ...]:
-        """Axes along which leaves cannot be cut apart: channels that a transform mixes, or in two planes."""
-        together = self.quantizer.transform is not None or has_planes(self.quantizer.bits)
-        return (self.channels,) if together else ()
+        """Axes along which leaves cannot be cut apart: channels that go together, or lie in planes."""
+        quantizer = self.quantizer
+        together = quantizer.transform is not None or quantizer.state_bits is not None
+        return (self.channels,) if together or has_planes(quantizer.bits) else ()
 
     @property
     def block(self) -> tuple[int, ...]:
@@ -250,9 +252,12 @@ class QuantizedArray(PlainUse, ImplicitArray):
         return self.quantizer.decode(self.unpacked(), decoded_as).astype(dtype)
 
     def unpacked(self) -> jax.Array:
-        """Return one code per element, in the logical shape."""
-        code_dtype = self.quantizer.code_dtype(self.dtype)
-        return unpack(self.codes, self.quantizer.bits, self.channel_axis, code_dtype)
+        """Return what the format decodes, in the logical shape: codes, or the states of a trellis."""
+        bits, state_bits = self.quantizer.bits, self.quantizer.state_bits
+        if state_bits is None:
+            return unpack(self.codes, bits, self.channel_axis, self.quantizer.code_dtype(self.dtype))
+        codes = unpack(self.codes, bits, self.channel_axis, jnp.uint8)
+        return unpacked_states(codes, bits, state_bits, self.channel_axis)
 
     def multipliers(self) -> jax.Array:
         """Return the scales as float32 factors, in the shape of ``scales``."""

@@ -62,6 +62,10 @@ class ReadFormat:
         return BYTE if self.unpacked else self.source.bits
 
     @property
+    def state_bits(self) -> int | None:
+        return None if self.unpacked else self.source.state_bits
+
+    @property
     def scale_dtype(self) -> DTypeLike | None:
         return jnp.float32 if self.float_scales else self.source.scale_dtype
 
@@ -106,6 +110,9 @@ class ReadFormat:
     def encode(self, units: jax.Array) -> jax.Array:
         raise TypeError(_read_only_message(self))
 
+    def to_units(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        raise TypeError(_read_only_message(self))
+
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
         raise TypeError(_read_only_message(self))
 
@@ -143,11 +150,13 @@ def free_channels(array: QuantizedArray) -> QuantizedArray | None:
 def split_bytes(array: QuantizedArray) -> list[QuantizedArray] | None:
     """Return an array per byte index, the one of index i with channels i, i + codes_per_byte, and so on.
 
-    None where a byte is one code, or where the extent of blocks is no multiple of the codes in a byte.
+    None where a byte is one code, codes are read together, or blocks have no multiple of a byte's codes.
     """
     codes_per_byte, axis = array.codes_per_byte, array.channels
     extent = array.block[axis]
-    if codes_per_byte == 1 or (extent > 1 and extent % codes_per_byte):
+    if codes_per_byte == 1 or array.quantizer.state_bits is not None:
+        return None
+    if extent > 1 and extent % codes_per_byte:
         return None
     quantizer = replace(_as_read_format(array.quantizer), unpacked=True)
     code_dtype = array.quantizer.code_dtype(array.dtype)

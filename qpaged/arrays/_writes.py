@@ -153,7 +153,7 @@ def _encode_under_own_scales(
     """Return ``array`` with rows written under the scales that it has, which stay."""
     block_index = index // jnp.array([array.block[axis] for axis in axes], jnp.int32)
     scales = gather_rows(array.block_scales, axes, block_index)
-    codes = jax.vmap(lambda row, scale: encode(row, array.quantizer, scale))(rows, scales)
+    codes = _encode_each(array, axes, rows, scales)
     return array.like(_put_codes(array, axes, index, codes), array.parts)
 
 
@@ -186,7 +186,7 @@ def _quantize_rows(
     if any(array.block[axis] > 1 for axis in axes):  # rows share scales with what was written before
         codes, scales = grow_blocks(array, axes, blocks.distinct, new)
         array = array.like(codes, array.parts)
-    codes = _encode_rows(array, rows, blocks.of_row, scales, fitted.global_scale)
+    codes = _encode_rows(array, axes, rows, blocks.of_row, scales, fitted.global_scale)
     new_parts = BlockParts(scales, fitted.global_scale)
     return array.like(
         _put_codes(array, axes, index, codes),
@@ -204,7 +204,7 @@ def _fit_each_row(
     # Entries without rows get that of any row, which the scatter drops.
     last = jax.ops.segment_max(jnp.arange(count, dtype=jnp.int32), blocks.of_row, count)
     scales = of_rows.scales[jnp.maximum(last, 0)]
-    codes = _encode_rows(array, rows, blocks.of_row, scales)
+    codes = _encode_rows(array, axes, rows, blocks.of_row, scales)
     return array.like(
         _put_codes(array, axes, index, codes),
         _put_parts(array, axes, blocks.distinct, BlockParts(scales), count),
@@ -213,6 +213,7 @@ def _fit_each_row(
 
 def _encode_rows(
     array: QuantizedArray,
+    axes: Axes,
     rows: jax.Array,
     block_of_row: jax.Array,
     scales: jax.Array,
@@ -220,10 +221,18 @@ def _encode_rows(
 ) -> jax.Array:
     """Return the codes of each row under the scales of its block."""
     if global_scale is None:
-        return jax.vmap(lambda row, scale: encode(row, array.quantizer, scale))(rows, scales[block_of_row])
-    return jax.vmap(lambda row, scale, second: encode(row, array.quantizer, scale, second))(
-        rows, scales[block_of_row], global_scale[block_of_row]
-    )
+        return _encode_each(array, axes, rows, scales[block_of_row])
+    return _encode_each(array, axes, rows, scales[block_of_row], global_scale[block_of_row])
+
+
+def _encode_each(array: QuantizedArray, axes: Axes, rows: jax.Array, *scales: jax.Array) -> jax.Array:
+    """Return the codes of rows that leave out ``axes``, under stored scales, and global ones, of each."""
+    channel_axis = channel_axis_of_rows(array, axes)
+
+    def of_row(row: jax.Array, *scales: jax.Array) -> jax.Array:
+        return encode(row, array.quantizer, *scales, channel_axis=channel_axis)
+
+    return jax.vmap(of_row)(rows, *scales)
 
 
 def _grow_and_scatter(
@@ -231,7 +240,7 @@ def _grow_and_scatter(
 ) -> tuple[jax.Array, jax.Array]:
     """Return codes and scales of a pool with rows written to (page, slot), whose pages share scales."""
     codes, scales = grow_blocks(array, PAGE_AND_SLOT, blocks.distinct, new)
-    row_codes = _encode_rows(array, rows, blocks.of_row, scales)
+    row_codes = _encode_rows(array, PAGE_AND_SLOT, rows, blocks.of_row, scales)
     stored_scales = scatter_rows(array.block_scales, PAGE_AND_SLOT, blocks.distinct, scales)
     return _scatter_codes(array, codes, PAGE_AND_SLOT, index, row_codes), stored_scales
 
@@ -244,7 +253,8 @@ def _grow_and_scatter_on_tpu(
     old = _tpu_write.gather_pages(array.block_scales, pages)
     # [n, kv_heads, 1, channels or 1] without the axis of the slots.
     scales = grow_page_scales(array, pages, old[:, :, 0], new)
-    row_codes = pack(_encode_rows(array, rows, blocks.of_row, scales), array.quantizer.bits, -1)
+    row_codes = _encode_rows(array, PAGE_AND_SLOT, rows, blocks.of_row, scales)
+    row_codes = pack(row_codes, array.quantizer.bits, -1)
     new_scales = jnp.expand_dims(scales, 2)
     regrown = _tpu_write.ScalesOfPages(old, new_scales)
     codes = _tpu_write.write(array, pages, blocks.of_row, index[:, 1], row_codes, regrown)

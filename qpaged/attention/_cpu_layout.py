@@ -14,7 +14,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from qpaged._compat import outside_of_meshes
-from qpaged.arrays import ArrayFormat
+from qpaged.arrays import ArrayFormat, windows
 from qpaged.pools import Pages, as_quantized
 
 
@@ -62,6 +62,8 @@ class PoolLayout(ctypes.Structure):
         ("start", ctypes.c_float),
         ("has_map", ctypes.c_int32),
         ("map", ctypes.c_int8 * 16),
+        ("state_bits", ctypes.c_int32),
+        ("low_window", ctypes.c_int32),
         ("scales", Blocks),
         ("offsets", Blocks),
         ("global_scales", Blocks),
@@ -99,7 +101,7 @@ class Codes(NamedTuple):
         step: between the values of codes that follow one another.
         start: the value of code 0.
         map: what codes are in steps, by their bits, where that is not the code itself; None if it is.
-        values: of all codes, by their bits; None for EVEN_CODES.
+        values: of all codes, by their bits; None for EVEN_CODES. Of a trellis, of all states, in steps.
     """
 
     element: Element
@@ -130,6 +132,7 @@ Method: TypeAlias = Callable[[jax.Array], jax.Array]
 PLAIN = {np.dtype(jnp.bfloat16): Element.BFLOAT16, np.dtype(jnp.float32): Element.FLOAT32}
 """Plain elements, by dtype."""
 
+MOST_STATE_BITS = 12  # MOST_STATES
 MAPPED_BITS = 4  # of codes that the kernel looks up within a register
 NOTHING = np.zeros(1, np.float32)  # in place of an operand that a pool does not have
 
@@ -171,6 +174,9 @@ def _pool_layout(pool: Pages) -> PoolLayout:
     if codes.map is not None:
         layout.has_map = True
         layout.map[:] = codes.map
+    if quantizer.state_bits is not None:
+        layout.state_bits = quantizer.state_bits
+        layout.low_window = windows(quantizer.bits, quantizer.state_bits)[0]
     scales = scales_of(quantizer)
     layout.scales = _blocks(scales.factors, quantized.scales)
     layout.offsets = _blocks(scales.offsets, quantized.scales)
@@ -232,6 +238,8 @@ def codes_of(quantizer: ArrayFormat, dtype: DTypeLike) -> Codes | None:
 
     None if that does not depend on the code alone.
     """
+    if quantizer.state_bits is not None:
+        return _states_of(quantizer)
     bits = quantizer.bits
     code_dtype = np.dtype(quantizer.code_dtype(dtype))
     values = _evaluate(lambda codes: quantizer.decode(codes, jnp.float32), _all_codes(bits, code_dtype))
@@ -249,6 +257,20 @@ def codes_of(quantizer: ArrayFormat, dtype: DTypeLike) -> Codes | None:
         in_steps[: len(values)] = values / step
         return Codes(Element.EVEN_CODES, sign_bit, float(step), 0.0, map=in_steps)
     return Codes(Element.TABLE_CODES, 0, 1.0, 0.0, values=values)
+
+
+def _states_of(quantizer: ArrayFormat) -> Codes | None:
+    """Return what the states of a trellis stand for; None if these are not so many steps of 8 bits."""
+    assert quantizer.state_bits is not None
+    states = np.arange(2**quantizer.state_bits, dtype=np.int32)
+    values = _evaluate(lambda states: quantizer.decode(states, jnp.float32), states)
+    if values is None or quantizer.state_bits > MOST_STATE_BITS:
+        return None
+    step = np.abs(values[values != 0]).min()
+    in_steps = values / step
+    if (in_steps != np.clip(np.round(in_steps), -128, 127)).any():
+        return None
+    return Codes(Element.EVEN_CODES, 0, float(step), 0.0, values=in_steps)
 
 
 def _is_signed(code_dtype: np.dtype) -> bool:

@@ -79,6 +79,8 @@ def _pool_refusal(pool: Pages) -> str | None:
             f"{layout.quantizer} has codes in two planes, and the high one has {layout.run_width} bytes of a "
             f"slot; {LEAST_RUN} are the least"
         )
+    if layout.quantizer is not None and layout.quantizer.state_bits is not None:
+        return f"{layout.quantizer} reads its codes together with those of other bytes"
     if layout.scale_groups > 1:
         return f"{layout.quantizer} has several scales along the channels"
     return None

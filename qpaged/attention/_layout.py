@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qpaged._compat import compiler_partitions_mesh
-from qpaged.arrays import codes_together, extract_codes, has_planes, join_planes, not_elementwise
+from qpaged.arrays import (
+    codes_together,
+    extract_codes,
+    extract_states,
+    has_planes,
+    join_planes,
+    not_elementwise,
+)
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import QueryTokens, Span
 from qpaged.pools import Pages, Pool, as_quantized
@@ -105,10 +112,13 @@ class Layout:
         return join_planes(low, high, self.quantizer.bits, byte_index, run, code_dtype)
 
     def codes(self, stored: jax.Array, byte_index: int) -> jax.Array:
-        """Return code number ``byte_index`` of each stored element of whole slots; within a kernel."""
+        """Return code, or state, ``byte_index`` of each stored element of whole slots; within a kernel."""
         if self.codes_per_byte == 1:
             return stored
         quantizer, slots = self.quantizer, stored.shape[-1] // self.slot_bytes
+        if quantizer.state_bits is not None:
+            stored = stored.astype(jnp.int32)
+            return extract_states(stored, quantizer.bits, quantizer.state_bits, byte_index, slots)
         code_dtype = quantizer.code_dtype(self.dtype)
         return extract_codes(stored.astype(jnp.int32), quantizer.bits, byte_index, code_dtype, slots=slots)
 

@@ -1,6 +1,14 @@
 """Formats: the contract that a plugin implements, and the registry that finds it."""
 
-from qpaged.arrays import BlockFitRule, GlobalScaleRule, GrowthRule, OffsetRule, TransformRule
+from qpaged.arrays import (
+    BlockFitRule,
+    GlobalScaleRule,
+    GrowthRule,
+    OffsetRule,
+    TransformRule,
+    in_units,
+    trellis_codes,
+)
 from qpaged.formats._cache_format import CacheFormat
 from qpaged.formats._cache_scales import CacheScales, check_formats, scale_values, without_granularity
 from qpaged.formats._contract import Quantizer
@@ -40,7 +48,9 @@ __all__ = [
     "check_formats",
     "format_of_codes",
     "get_quantizer",
+    "in_units",
     "quantizer_from_config",
     "scale_values",
+    "trellis_codes",
     "without_granularity",
 ]

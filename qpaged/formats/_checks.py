@@ -68,7 +68,7 @@ def check_class(cls: type, before: type) -> None:
 
 
 def check_attributes(quantizer: "Quantizer") -> None:
-    """Raise TypeError for a class without ``name`` or ``bound``, and for narrow float scales."""
+    """Raise TypeError for a class without ``name`` or ``bound``, narrow float scales, and too many states."""
     cls = type(quantizer)
     for attribute, meaning in (
         ("name", "the first part of its spelling"),
@@ -77,6 +77,12 @@ def check_attributes(quantizer: "Quantizer") -> None:
         if getattr(quantizer, attribute, None) is None:
             raise TypeError(f"{cls.__name__} must have a class attribute {attribute}, {meaning}; set it.")
     _check_scale_dtype(quantizer.name, quantizer.scale_dtype)
+    bits, state_bits = quantizer.bits, quantizer.state_bits
+    if state_bits is not None and not (bits < 8 and bits < state_bits <= bits + 8):
+        raise TypeError(
+            f"{cls.__name__}.state_bits must be None, or more than its {bits} bits by at most 8, where "
+            f"codes have less than 8, but is {state_bits!r}; take fewer states."
+        )
 
 
 def check_methods(quantizer: "Quantizer") -> None:
@@ -94,7 +100,7 @@ def check_methods(quantizer: "Quantizer") -> None:
                 f"{rule!r}, which lacks {', '.join(missing)}."
             )
     if quantizer.block_fit is not None:
-        for ability in ("growth", "offset", "global_scale"):
+        for ability in ("growth", "global_scale"):
             if getattr(quantizer, ability) is not None:
                 raise TypeError(
                     f"{cls.__name__}.{ability} must be None beside block_fit, which gives one scale for all "

@@ -23,7 +23,7 @@ from qpaged.arrays import (
     quantize,
 )
 from qpaged.formats._checks import TILE, check_attributes, check_class, check_methods
-from qpaged.formats._granularity import STATIC, check_granularity, page_block
+from qpaged.formats._granularity import SHARED, STATIC, check_granularity, page_block
 from qpaged.formats._growth import FitAgain
 
 
@@ -63,11 +63,18 @@ class Quantizer(abc.ABC):
     bits: ClassVar[int] = 8
     """Bits of a code: 2 to 6, which are packed into bytes, or 8 for one code of :meth:`code_dtype` per
     element, however wide that is."""
+    state_bits: ClassVar[int | None] = None
+    """Of a trellis, bits of a state: a code and those before it along the channels, around the end; up to 8
+    more than :attr:`bits`. ``decode`` reads states (int32) in place of codes, and ``encode`` chooses the
+    codes of whole rows, whose channels are the last axis: see :func:`trellis_codes`."""
     scale_dtype: ClassVar[DTypeLike | None] = jnp.float32
     """Dtype of a stored scale, float32 or an integer one; None for a format without scales. A nonzero scale
     should be a normal float32 number, and so should its product with the smallest nonzero value of a code."""
     bound: ClassVar[float]
     """Largest error |x - x̂|, in units of the block's scale."""
+    gaussian_loss: ClassVar[float | None] = None
+    """The most that is lost of gaussian values, as a share of their power, by a format whose :attr:`bound`
+    says little of a single element, as a trellis; law 1 holds it to this as well."""
     levels: ClassVar[tuple[float, float] | None] = None
     """The lowest and the highest decoded value, if decoded values are evenly spaced; None otherwise. Wrappers
     that add offsets need it."""
@@ -155,6 +162,11 @@ class Quantizer(abc.ABC):
         return self.granularity in STATIC
 
     @property
+    def needs_exact_pages(self) -> bool:
+        """True if tokens share scales that cannot grow: pages are packed whole, and are exact until then."""
+        return self.granularity in SHARED and self.growth is None
+
+    @property
     def order_bound(self) -> float:
         """The largest difference, in units of the scale, that the order of writes makes; 0 is bit for bit.
 
@@ -177,8 +189,8 @@ class Quantizer(abc.ABC):
         return True
 
     def code_dtype(self, dtype: DTypeLike) -> Any:
-        """Return the dtype of codes, one an element, in an array of logical ``dtype``: encode's own."""
-        return encoded_dtype(self)
+        """Return the dtype of what ``decode`` reads in an array of logical ``dtype``: encode's, or int32."""
+        return encoded_dtype(self) if self.state_bits is None else jnp.int32
 
     def multiplier(self, scales: jax.Array) -> jax.Array:
         """Return stored scales as float32 factors."""
@@ -193,9 +205,13 @@ class Quantizer(abc.ABC):
 
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
         """Return codes of float32 ``x`` under stored ``scales`` (broadcast); a zero scale encodes zeros."""
+        return self.encode(self.to_units(x, scales))
+
+    def to_units(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        """Return float32 ``x`` less its offset, in units of stored ``scales`` (broadcast)."""
         if self.offset is not None:
             x = x - self.offset.from_scales(scales)
-        return self.encode(self.in_units(x, scales))
+        return self.in_units(x, scales)
 
     def in_units(self, x: jax.Array, scales: jax.Array) -> jax.Array:
         """Return float32 ``x`` in units of stored ``scales`` (broadcast), the same bits in every program."""

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from qpaged.formats._contract import Quantizer
 
 GROUP = re.compile(r"group([1-9][0-9]*)")
+SHARED = ("page", "channel")
+"""Granularities whose scales the tokens of a page share."""
 STATIC = ("tensor", "head")
 """Granularities whose scales are shared by all pages: they are given, and nothing that is written changes
 them."""

@@ -39,18 +39,20 @@ def available_wrappers() -> tuple[str, ...]:
     return tuple(sorted(name for name in _claims() if name.startswith(PLUS)))
 
 
-def available_formats(*, wrapped: bool = False) -> tuple[str, ...]:
+def available_formats(*, wrapped: bool = False, packed: bool = False) -> tuple[str, ...]:
     """Return the spellings of every installed format at each of its granularities, the default first.
 
     A format that cannot be had (its package is broken, or two claim its name) is warned of and left out.
 
     Args:
         wrapped: whether to list each in every set of wrappers that goes with it, too.
+        packed: whether to list those, too, that :attr:`need exact pages <Quantizer.needs_exact_pages>`.
     """
     spellings: list[str] = []
     for name in available_quantizers():
         try:
-            spellings += _spellings_of(name, wrapped)
+            formats = _formats_of(name, wrapped)
+            spellings += [str(each) for each in formats if packed or not each.needs_exact_pages]
         except RegistryError as error:
             warnings.warn(str(error), stacklevel=2)
         except (TypeError, ValueError) as error:
@@ -58,13 +60,12 @@ def available_formats(*, wrapped: bool = False) -> tuple[str, ...]:
     return tuple(spellings)
 
 
-def _spellings_of(name: str, wrapped: bool) -> list[str]:
-    """Return the spellings of one format, as :func:`available_formats` lists them."""
-    spellings = []
+def _formats_of(name: str, wrapped: bool) -> list[Quantizer]:
+    """Return a format at each of its granularities, as :func:`available_formats` lists them."""
+    formats: list[Quantizer] = []
     for granularity in _build(name).granularities:
-        bare = _build(name, granularity=granularity)
-        spellings += [str(quantizer) for quantizer in _in_wrappers(bare, wrapped)]
-    return spellings
+        formats += _in_wrappers(_build(name, granularity=granularity), wrapped)
+    return formats
 
 
 def _in_wrappers(bare: Quantizer, wrapped: bool) -> Iterator[Quantizer]:

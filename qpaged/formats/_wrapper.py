@@ -36,8 +36,10 @@ class Wrapper(Quantizer):
 
     granularities: ClassVar[Any] = _OfInner()
     bits: ClassVar[Any] = _OfInner()
+    state_bits: ClassVar[Any] = _OfInner()
     scale_dtype: ClassVar[Any] = _OfInner()
     bound: ClassVar[Any] = _OfInner()
+    gaussian_loss: ClassVar[Any] = _OfInner()
     levels: ClassVar[Any] = _OfInner()
     elementwise: ClassVar[Any] = _OfInner()
     nan_scale: ClassVar[Any] = _OfInner()
@@ -91,6 +93,9 @@ class Wrapper(Quantizer):
 
     def fit(self, low: jax.Array, high: jax.Array) -> jax.Array:
         return self.inner.fit(low, high)
+
+    def to_units(self, x: jax.Array, scales: jax.Array) -> jax.Array:
+        return self.inner.to_units(x, scales)
 
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
         return self.inner.encode_under(x, scales)

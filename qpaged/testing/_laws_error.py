@@ -53,15 +53,21 @@ def worth_stating(subject: Subject) -> None:
     Of gaussian values a format must lose less than reading zeros would, in the mean square, and state a bound
     below the largest magnitude there is. The bound of a format that transforms channels covers the worst of
     sums over all of them, so that it may be larger by the square root of their number, which is what an
-    orthonormal map can make of errors as large as the values.
+    orthonormal map can make of errors as large as the values. A format may state what is lost in the mean
+    square instead, as ``gaussian_loss``.
     """
     check = law(1, subject)
+    promised = subject.quantizer.gaussian_loss
     rows = inputs.rows(inputs.GAUSSIAN, 0, subject.shape)
     for reading in subject.read(subject.prefilled(rows), rows):
         want = reading["want"]
         lost = np.sqrt(np.mean((reading["values"] - want) ** 2))
         total = np.sqrt(np.mean(want**2))
         check(lost < total, f"of gaussian values, {lost:.3g} of {total:.3g} is lost, root mean squared")
+        if promised is not None:
+            share = (lost / total) ** 2
+            check(share <= promised, f"of gaussian values, {share:.3g} of the power is lost, not {promised}")
+            continue
         limit = np.abs(want).max()
         if subject.quantizer.transform is not None:
             limit *= np.sqrt(want.shape[-1])

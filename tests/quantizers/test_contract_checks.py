@@ -118,6 +118,13 @@ def test_scales_of_whole_blocks_do_not_grow():
         type("Grows", (Sound,), {"block_fit": rule})()
 
 
+@pytest.mark.parametrize(("bits", "state_bits"), [(2, 2), (2, 11), (8, 10)])
+def test_states_are_of_more_bits_than_codes(bits, state_bits):
+    message = rf"Deep.state_bits must be None, or more than its {bits} bits by at most 8, .* is {state_bits}"
+    with pytest.raises(TypeError, match=message):
+        type("Deep", (Sound,), {"bits": bits, "state_bits": state_bits})()
+
+
 def test_an_instance_is_checked_by_shapes_alone(monkeypatch):
     def computes(*_):
         raise AssertionError("something was computed")

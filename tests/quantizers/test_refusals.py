@@ -25,7 +25,7 @@ SPELLINGS = {
     "int7": [
         "no format is named 'int7'",
         "int2, int3, int4, int5, int6, int8",
-        "raw, and plain. Did you mean int8?",
+        "trellis3, and plain. Did you mean int8?",
     ],
     "plain:token": ["'plain:token' is no format: plain has no granularity or wrapper; write plain alone."],
     "int8+turn": ["no wrapper is named '+turn'", "there are +offset, +rotate."],

@@ -70,10 +70,12 @@ ALIKE = re.compile(
     r"|int[56].*\+.*|int2:(token|page)\+.*|int[24]:group(64|128)\+.*|fp8_e5m2.*\+.*"
 )
 """Formats that differ from others by a width alone: their laws are tested by EVERY_FORMAT=1 only."""
+PACKED = qpaged.available_formats(wrapped=True, packed=True)
+"""EVERY_FORMAT, and those that go with exact pages alone."""
 LAWFUL = {
     "": FEW,
-    "others": tuple(name for name in EVERY_FORMAT if name not in ALWAYS and not ALIKE.fullmatch(name)),
-    "1": EVERY_FORMAT,
+    "others": tuple(name for name in PACKED if name not in ALWAYS and not ALIKE.fullmatch(name)),
+    "1": PACKED,
 }[os.environ.get("EVERY_FORMAT", "")]
 """The formats whose laws are tested: FEW, or those that EVERY_FORMAT in the environment asks for."""
 WITH_LONG = first_short(len(ALWAYS), FORMATS)

@@ -320,7 +320,10 @@ void PASTE(attend_piece_, KERNEL)(const struct Call *call, const struct Piece *p
     int64_t first_head = (int64_t)piece->row * layout->q_heads + (int64_t)piece->kv_head * heads;
     const float *query = call->query + first_head * head_dim;
     int64_t tile_slots = tile_slots_of(call), numbers = numbers_of(call);
-    struct Scratch scratch = {half_table_of(&call->keys), half_table_of(&call->values), .elements = memory};
+    uint8_t ring[MOST_BEFORE + head_dim + sizeof(bytes)];
+    struct Scratch scratch = {half_table_of(&call->keys), half_table_of(&call->values), .ring = ring, .elements = memory};
+    fill_table(&call->keys, scratch.of_key_states);
+    fill_table(&call->values, scratch.of_value_states);
     scratch.factors = memory += (int64_t)layout->page_size * head_dim + MOST_LANES;
     scratch.addends = memory += numbers;
     scratch.scores = memory += numbers;

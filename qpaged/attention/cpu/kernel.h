@@ -40,6 +40,8 @@ struct PoolLayout {
     float step, start;
     int32_t has_map;
     int8_t map[16]; // what codes of at most 4 bits are in steps, where they are not what they seem
+    int32_t state_bits; // of a trellis, whose codes are read together; 0 if they are read one by one
+    int32_t low_window; // bits of a state that are of the low plane
     struct Blocks scales, offsets, global_scales;
 };
 
@@ -54,7 +56,7 @@ struct CallLayout {
 struct Pool {
     const struct PoolLayout *layout;
     const uint8_t *elements;
-    const float *code_values;  // of TABLE_CODES, by code
+    const float *code_values;  // of TABLE_CODES, by code; of a trellis, in steps by state
     const void *scales;        // offsets lie in the same words
     const void *global_scales;
     const float *factor_values, *offset_values, *global_values; // of bytes and words, by these

@@ -4,6 +4,7 @@
 
 #include "kernel.h"
 #include "lanes.h"
+#include "states.h"
 #include "unpack.h"
 
 // How elements become floats; a constant wherever it is passed.
@@ -100,6 +101,8 @@ static struct HalfTable half_table_of(const struct Pool *pool) {
 // A scratch for one page, of keys or of values, and for the scores of a tile.
 struct Scratch {
     struct HalfTable of_keys, of_values;
+    int8_t of_key_states[MOST_STATES], of_value_states[MOST_STATES];
+    uint8_t *ring;            // [MOST_BEFORE + head_dim], and a vector of room
     void *elements;           // [page_size, head_dim] floats, or as many codes; and MOST_LANES floats of room
     float *factors, *addends; // [page_size, head_dim], or those of the tile's slots
     float *scores;            // [heads, tile_slots]
@@ -166,6 +169,9 @@ static enum Source prepare(const struct Call *call, const struct Pool *pool, con
         slots->elements = scratch->elements;
         slots->slot_bytes = head_dim;
         unpack(layout, elements, count, head_dim, scratch->elements);
+        const int8_t *of_states = pool == &call->keys ? scratch->of_key_states : scratch->of_value_states;
+        if (layout->state_bits)
+            look_up_states(layout, of_states, count, head_dim, scratch->ring, scratch->elements);
     }
     if (!is_scaled_after(layout)) {
         slots->factors = scratch->factors, slots->addends = scratch->addends;
