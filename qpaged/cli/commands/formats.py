@@ -20,7 +20,7 @@ def _run(args: argparse.Namespace) -> int:
     print_columns(head, rows, "<<><")
     print("\nbits: per element, scales included, for pages of 16 tokens, head_dim 128, logical bfloat16.")
     print("Keys and values apart: KEYS/VALUES, as int8:channel/int8:token. Without quantization: plain.")
-    exact_alone = [spelling for spelling in qpaged.available_formats(packed=True) if _needs_exact(spelling)]
+    exact_alone = [info.spelling for info in infos if qpaged.get_quantizer(info.spelling).needs_exact_pages]
     if exact_alone:
         print(f"With exact pages alone, as {exact_alone[0]}+exact128: {', '.join(exact_alone)}.")
     wrappers = ", ".join(qpaged.available_wrappers()) or "none"
@@ -28,7 +28,3 @@ def _run(args: argparse.Namespace) -> int:
     for name, error in broken.items():
         say(args, f"{name}: {error}")
     return FAILED if broken else FINE
-
-
-def _needs_exact(spelling: str) -> bool:
-    return qpaged.get_quantizer(spelling).needs_exact_pages
