@@ -92,14 +92,18 @@ def bits_per_element(
 
 
 def default_formats() -> list[str]:
-    """Return :data:`LADDER`, and the formats that other packages bring, at each of their granularities."""
+    """Return :data:`LADDER`, and the formats that other packages bring, at each of their granularities.
+
+    Those that go with exact pages alone are left to be named, with as many tokens as are wanted.
+    """
     infos, _ = installed_formats()
-    others = [info.spelling for info in infos if not _is_built_in(get_quantizer(info.spelling))]
-    return [*LADDER, *others]
+    return [*LADDER, *(info.spelling for info in infos if _is_other(get_quantizer(info.spelling)))]
 
 
-def _is_built_in(quantizer: Quantizer) -> bool:
-    return type(quantizer).__module__.partition(".")[0] == BUILT_IN
+def _is_other(quantizer: Quantizer) -> bool:
+    """Return True for a format of another package that a cache can have as it is."""
+    is_built_in = type(quantizer).__module__.partition(".")[0] == BUILT_IN
+    return not is_built_in and not quantizer.needs_exact_pages
 
 
 def _check_fit(spelling: str, head_dim: int) -> None:
