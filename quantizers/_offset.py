@@ -60,7 +60,7 @@ class Offset(Wrapper):
 
     def check(self) -> None:
         one_scale = self.inner.scale_dtype is not None and self.inner.global_scale is None
-        if self.inner.levels is None or not one_scale:
+        if self.inner.levels is None or self.inner.block_fit is not None or not one_scale:
             raise ValueError(
                 f"+offset goes with formats of evenly spaced codes and one scale per block, as int8, int4 "
                 f"and int2, but {self.inner} is not one of these."

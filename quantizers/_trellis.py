@@ -20,6 +20,7 @@ class Trellis(Quantizer):
     """What trellises have in common: each value is computed from its state, and looks like chance (QTIP).
 
     Attributes:
+        only: the one of ``granularities`` that a class is of.
         mixing: a factor and an addend, found by trying many: what they make of a state is 16 bits of chance.
         stretch: a path follows values that are so much larger than what is read. A row that is followed
             closely is shorter than itself, and the sum of many rows, as attention takes it, would be, too.
@@ -27,12 +28,17 @@ class Trellis(Quantizer):
 
     granularities: ClassVar[tuple[str, ...]] = ("token", "channel")
     state_bits: ClassVar[int] = 10
+    only: ClassVar[str]
     mixing: ClassVar[tuple[int, int]]
     stretch: ClassVar[float]
 
-    @property
-    def growth(self) -> None:
-        return None
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.granularity != self.only:
+            raise ValueError(
+                f"granularity must be {self.only} for {type(self).__name__}, but came as "
+                f"{self.granularity!r}; quantizers.{self.name}({self.granularity!r}) makes what that calls for."
+            )
 
     def encode(self, units: jax.Array) -> jax.Array:
         values = self.values(np.arange(2**self.state_bits))
@@ -71,6 +77,7 @@ class SumOfFour(Trellis):
 class OfTokens(SumOfFour):
     """A token under one scale, which follows from its norm."""
 
+    only: ClassVar[str] = "token"
     scale_dtype: ClassVar[Any] = jnp.uint16
     nan_scale: ClassVar[int] = NAN
     bound: ClassVar[float] = 384.0  # of one element that has all the norm of 1,024
@@ -93,6 +100,7 @@ class OfTokens(SumOfFour):
 class OfChannels(Trellis):
     """A channel of a page under a scale and an offset, both bfloat16, in one word."""
 
+    only: ClassVar[str] = "channel"
     scale_dtype: ClassVar[Any] = jnp.uint32
     nan_scale: ClassVar[int] = NAN << 16
     offset: ClassVar[OffsetInLowerHalf] = OffsetInLowerHalf()

@@ -19,11 +19,13 @@ import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from qpaged._compat import explicit_sharding, with_auto_axes
 from qpaged.arrays._packing import BYTE, PLANES, codes_per_byte, has_planes, split_planes
 
 SEAM = 32  # channels on each side of the ring's seam, from which the state there is found
 COLUMNS_AT_ONCE = 128
 REACH = 2  # of what is followed, in units of the largest value; what is beyond counts as this
+LARGEST_VALUE = 128
 FORBIDDEN = 2**24  # cost of a state that no row may begin with
 
 
@@ -158,8 +160,30 @@ def trellis_codes(units: jax.Array, bits: int, state_bits: int, values: np.ndarr
 
     Returns:
         uint8 in the shape of ``units``, one code an element, not packed.
+
+    Raises:
+        ValueError: ``values`` are not so many integers, or a state has too few or too many bits.
     """
-    paths = _paths(bits, state_bits, np.asarray(values))
+    values = np.asarray(values)
+    if not (bits in PLANES and bits < BYTE and bits < state_bits <= bits + BYTE):
+        raise ValueError(
+            f"state_bits must be more than the bits of a code, 2 to 6, by at most 8, but came as "
+            f"{state_bits} with codes of {bits}."
+        )
+    fits = np.issubdtype(values.dtype, np.integer) and values.shape == (2**state_bits,)
+    if not (fits and np.abs(values.astype(np.int64)).max() <= LARGEST_VALUE):
+        raise ValueError(
+            f"values must be {2**state_bits:,} integers of at most {LARGEST_VALUE} in magnitude, one for "
+            f"each state, but came as {values.dtype.name} of shape {values.shape}; round them to such."
+        )
+    units = lax.stop_gradient(jnp.asarray(units))  # rounding has no useful derivative
+    sharding = explicit_sharding(units)
+    encode = functools.partial(_codes_of_rows, paths=_paths(bits, state_bits, values))
+    return encode(units) if sharding is None else with_auto_axes(encode, sharding)(units)
+
+
+def _codes_of_rows(units: jax.Array, *, paths: _Paths) -> jax.Array:
+    """Return the codes of rows (..., channels)."""
 
     @custom_vmap
     def of_rows(units: jax.Array) -> jax.Array:
@@ -191,7 +215,9 @@ def _codes(units: jax.Array, paths: _Paths) -> jax.Array:
     quarters = jnp.round(4 * jnp.clip(units, -reach, reach)).astype(jnp.int32)
     around = min(SEAM, channels)
     near_seam = jnp.concatenate([quarters[channels - around :], quarters[:around]])
-    costs, came_from = _walk(near_seam, jnp.zeros((len(paths.values), count), jnp.int32), paths)
+    nothing = jnp.zeros_like(near_seam[0])  # of the columns, and so divided over a mesh as they are
+    free = jnp.broadcast_to(nothing, (len(paths.values), count))
+    costs, came_from = _walk(near_seam, free, paths)
     at_seam = _walk_back(came_from, jnp.argmin(costs, axis=0), paths)[around - 1] % paths.memories
     memory = lax.broadcasted_iota(jnp.int32, costs.shape, 0) % paths.memories
     forbidden = jnp.where(memory == at_seam, 0, FORBIDDEN)
@@ -219,8 +245,10 @@ def _walk(quarters: jax.Array, costs: jax.Array, paths: _Paths) -> tuple[jax.Arr
         numbered = [(by_oldest[number] << paths.bits) | number for number in range(paths.choices)]
         least = functools.reduce(jnp.minimum, numbered)
         came_from = (least & (paths.choices - 1)).astype(jnp.uint8)
+        best = least >> paths.bits
+        best -= best.min(axis=0)  # so that sums stay within 32 bits, however many channels there are
         # 2 (x - v)² less 2 x², an integer
-        new = (least >> paths.bits)[:, None] + values * (2 * values - quarters)
+        new = best[:, None] + values * (2 * values - quarters)
         return new.reshape(costs.shape), came_from
 
     return lax.scan(step, costs, quarters)

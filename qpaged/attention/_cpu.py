@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from qpaged.attention import _cpu_library
 from qpaged.attention._cpu_layout import (
+    MOST_STATE_BITS,
     PLAIN,
     call_layout_of,
     codes_of,
@@ -62,6 +63,9 @@ def _pool_refusal(pool: Pages) -> str | None:
     if not quantizer.elementwise:
         return f"{quantizer} is declared not to be elementwise"
     if codes_of(quantizer, quantized.dtype) is None:
+        if quantizer.state_bits is not None:
+            limit = f"states of more than {MOST_STATE_BITS} bits, or values that are no steps of 8 bits"
+            return f"{quantizer} has {limit}"
         return f"decode of {quantizer} is not elementwise"
     if None in scales_of(quantizer):
         return f"{quantizer} has scales of a kind that is not read"

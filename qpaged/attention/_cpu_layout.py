@@ -264,7 +264,7 @@ def _states_of(quantizer: ArrayFormat) -> Codes | None:
     assert quantizer.state_bits is not None
     states = np.arange(2**quantizer.state_bits, dtype=np.int32)
     values = _evaluate(lambda states: quantizer.decode(states, jnp.float32), states)
-    if values is None or quantizer.state_bits > MOST_STATE_BITS:
+    if values is None or not values.any() or quantizer.state_bits > MOST_STATE_BITS:
         return None
     step = np.abs(values[values != 0]).min()
     in_steps = values / step

@@ -106,6 +106,11 @@ def check_methods(quantizer: "Quantizer") -> None:
                     f"{cls.__name__}.{ability} must be None beside block_fit, which gives one scale for all "
                     f"of a block; return None."
                 )
+    if quantizer.state_bits is not None and quantizer.growth is not None:
+        raise TypeError(
+            f"{cls.__name__}.growth must be None for a trellis, whose codes are not rounded one by one; "
+            f"return None, and pages whose tokens share scales go with exact ones."
+        )
     if quantizer.scale_dtype is None:
         return
     try:

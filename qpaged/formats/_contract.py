@@ -125,9 +125,9 @@ class Quantizer(abc.ABC):
         """How scales that tokens share grow; None if they cannot: every write must then cover whole blocks.
 
         By default a block is fitted to its new extremes, and its codes are rounded again. Static scales do
-        not grow.
+        not grow, nor those of a trellis.
         """
-        return None if self.has_static_scales else FitAgain(self)
+        return None if self.has_static_scales or self.state_bits is not None else FitAgain(self)
 
     @property
     def block_fit(self) -> BlockFitRule | None:
@@ -204,7 +204,10 @@ class Quantizer(abc.ABC):
         return self.scale(jnp.maximum(-low, high))
 
     def encode_under(self, x: jax.Array, scales: jax.Array) -> jax.Array:
-        """Return codes of float32 ``x`` under stored ``scales`` (broadcast); a zero scale encodes zeros."""
+        """Return codes of float32 ``x`` under stored ``scales`` (broadcast); a zero scale encodes zeros.
+
+        Of a trellis :meth:`to_units` and :meth:`encode` are called, and not this method.
+        """
         return self.encode(self.to_units(x, scales))
 
     def to_units(self, x: jax.Array, scales: jax.Array) -> jax.Array:

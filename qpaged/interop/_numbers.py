@@ -28,7 +28,10 @@ class Numbers(NamedTuple):
 def as_numbers(pool: QuantizedArray, dtypes: Sequence[DTypeLike]) -> Numbers | None:
     """Return a pool's decoded codes in the first dtype that represents them all; None if none does."""
     codes, values = _every_code(pool)
-    for dtype in dtypes:
+    is_trellis = (
+        pool.quantizer.state_bits is not None
+    )  # whose codes are read together, and have no bits of their own
+    for dtype in () if is_trellis else dtypes:
         # The bits of a code are those of its value: no copy is needed.
         if np.array_equal(codes.view(dtype).astype(np.float32), values, equal_nan=True):
             return Numbers(lax.bitcast_convert_type(pool.unpacked(), dtype), 1.0)
@@ -40,9 +43,12 @@ def as_numbers(pool: QuantizedArray, dtypes: Sequence[DTypeLike]) -> Numbers | N
 
 
 def _every_code(pool: QuantizedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Return every code that there is, and the float32 values that they decode to."""
-    bits = pool.quantizer.bits
+    """Return every code, or state, that there is, and the float32 values that they decode to."""
+    bits, state_bits = pool.quantizer.bits, pool.quantizer.state_bits
     with outside_of_meshes():
+        if state_bits is not None:
+            states = np.arange(2**state_bits, dtype=np.int32)
+            return states, np.asarray(pool.quantizer.decode(jnp.asarray(states), jnp.float32))
         every_code = np.arange(2**bits, dtype=np.uint8).reshape(1, 1, 1, -1)
         stored = np.asarray(pack(jnp.asarray(every_code), bits, -1)).view(pool.codes.dtype)
         array = pool.like(jnp.asarray(stored), pool.parts)

@@ -111,6 +111,8 @@ def _check_fit(spelling: str, head_dim: int) -> None:
     for quantizer in CacheFormat.of(spelling).layer(0):
         if quantizer is not None:
             packed = format_of_codes(quantizer)
+            if quantizer is packed and packed.needs_exact_pages:
+                raise ValueError(f"{packed} goes with exact pages alone, as {packed}+exact128.")
             jax.eval_shape(functools.partial(packed.empty, (1, 1, 16, head_dim), jnp.bfloat16))
 
 

@@ -6,11 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import qpaged
+import quantizers
+from qpaged import sweep
 from qpaged.arrays import PLANES, extract_states, windows
 from qpaged.arrays._packing import codes_per_byte, pack
 from qpaged.arrays._trellis import unpacked_states
+from qpaged.attention import _cpu
+from qpaged.interop._numbers import as_numbers
 
 WIDTHS = [(2, 7), (2, 8), (2, 10), (3, 8), (3, 10), (3, 11), (4, 10), (4, 12), (5, 11), (5, 13), (6, 14)]
 CHANNELS = 64
@@ -119,3 +124,92 @@ def test_what_is_beyond_all_values_is_read_as_near_them():
         assert (np.sign(outlier) * read[:, 9] > 20).all()
         others = np.delete(np.asarray(read) - units, 9, axis=1)
         assert np.square(others).mean() < 0.15 * 81  # and twice as much as usual is lost of the others
+
+
+def test_many_channels_of_large_values_are_followed():
+    values = np.random.default_rng(4).integers(-128, 128, 256)
+    values[0] = 127
+    codes = qpaged.trellis_codes(jnp.full((1, 1024), 1e3), 6, 8, values)
+    assert (values[np.asarray(unpacked_states(codes, 6, 8, 1))] == 127).mean() > 0.99
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [PartitionSpec("tp"), PartitionSpec(None, "tp")])
+def test_rows_over_devices_have_the_codes_that_they_have_on_one(kind, spec):
+    quantizer = qpaged.get_quantizer("trellis2")
+    x = np.random.default_rng(5).normal(size=(8, 16, 32)).astype(np.float32)
+    want = quantizer.quantize(jnp.asarray(x)).codes
+    mesh = Mesh(np.array(jax.devices()[:8]), ("tp",), axis_types=(kind,))
+    divided = jax.device_put(x, NamedSharding(mesh, spec))
+    np.testing.assert_array_equal(jax.jit(lambda x: quantizer.quantize(x).codes)(divided), want)
+    by_hand = jax.shard_map(
+        lambda x: quantizer.quantize(x).codes, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True
+    )
+    np.testing.assert_array_equal(jax.jit(by_hand)(divided), want)
+
+
+def test_rounding_has_no_derivative():
+    quantizer = qpaged.get_quantizer("trellis2")
+    slope = jax.grad(lambda x: quantizer.quantize(x).dequantize().sum())(jnp.ones((2, 32)))
+    assert not slope.any()
+
+
+@pytest.mark.parametrize(
+    ("bits", "state_bits", "values", "message"),
+    [
+        (
+            2,
+            11,
+            np.zeros(2**11, int),
+            "state_bits must be more .* by at most 8, but came as 11 with codes of 2",
+        ),
+        (3, 3, np.zeros(8, int), "state_bits must be more than the bits of a code"),
+        (
+            2,
+            8,
+            np.zeros(300, int),
+            r"values must be 256 integers .* came as int64 of shape \(300,\)",
+        ),
+        (2, 8, np.linspace(-1, 1, 256), "values must be 256 integers .* came as float64"),
+        (2, 8, np.full(256, 129), "values must be 256 integers of at most 128 in magnitude"),
+    ],
+)
+def test_values_that_are_not_those_of_states_are_refused(bits, state_bits, values, message):
+    with pytest.raises(ValueError, match=message):
+        qpaged.trellis_codes(jnp.zeros((1, 8)), bits, state_bits, values)
+
+
+def test_values_of_pools_are_given_as_other_numbers_only_if_these_hold_them():
+    pool = qpaged.get_quantizer("trellis3").quantize(jnp.ones((1, 2, 8, 64)))
+    assert as_numbers(pool, [jnp.float8_e4m3fn]) is None  # odd numbers above 16
+    numbers = as_numbers(pool, [jnp.float8_e4m3fn, jnp.int8])
+    np.testing.assert_array_equal(numbers.array.astype(jnp.float32), pool.values(jnp.float32))
+
+
+def test_shared_scales_of_a_trellis_do_not_grow():
+    trellis = quantizers.Trellis2
+    grows = type("Grows", (trellis,), {"growth": qpaged.get_quantizer("int8").growth, "block_fit": None})
+    with pytest.raises(TypeError, match=r"Grows.growth must be None for a trellis, whose codes"):
+        grows()
+
+
+@pytest.mark.parametrize(("cls", "granularity"), [("Trellis2", "channel"), ("Trellis3Channel", "token")])
+def test_classes_are_of_one_granularity(cls, granularity):
+    with pytest.raises(ValueError, match=rf"granularity must be \w+ for {cls}, but came as '{granularity}'"):
+        getattr(quantizers, cls)(granularity)
+
+
+def test_states_that_the_kernel_has_no_table_for_are_read_by_another_backend():
+    deep = type("Deep", (quantizers.Trellis2,), {"bits": 6, "state_bits": 13, "stretch": 1.0})()
+    config = qpaged.PagedAttentionCacheMetaData(1, 1, 4, 4, 64, 16, 1, 64, 0.5)
+    view = qpaged.PagedAttentionCache.init_cache(None, jnp.float32, config, None, deep).views[0]
+    reason = _cpu._pool_refusal(view.key_pages)
+    assert reason.endswith("has states of more than 12 bits, or values that are no steps of 8 bits")
+
+
+def test_a_sweep_says_which_formats_go_with_exact_pages_alone():
+    fit, reasons = sweep.fitting(["trellis2:channel", "trellis2:channel+exact128"], 64)
+    assert fit == ["trellis2:channel+exact128"]
+    assert reasons == {
+        "trellis2:channel": "trellis2:channel goes with exact pages alone, as trellis2:channel+exact128."
+    }
