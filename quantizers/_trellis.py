@@ -37,7 +37,7 @@ class Trellis(Quantizer):
         if self.granularity != self.only:
             raise ValueError(
                 f"granularity must be {self.only} for {type(self).__name__}, but came as "
-                f"{self.granularity!r}; quantizers.{self.name}({self.granularity!r}) makes what that calls for."
+                f"{self.granularity!r}; quantizers.{self.name}({self.granularity!r}) makes that one."
             )
 
     def encode(self, units: jax.Array) -> jax.Array:

@@ -28,9 +28,7 @@ class Numbers(NamedTuple):
 def as_numbers(pool: QuantizedArray, dtypes: Sequence[DTypeLike]) -> Numbers | None:
     """Return a pool's decoded codes in the first dtype that represents them all; None if none does."""
     codes, values = _every_code(pool)
-    is_trellis = (
-        pool.quantizer.state_bits is not None
-    )  # whose codes are read together, and have no bits of their own
+    is_trellis = pool.quantizer.state_bits is not None  # its codes are read together
     for dtype in () if is_trellis else dtypes:
         # The bits of a code are those of its value: no copy is needed.
         if np.array_equal(codes.view(dtype).astype(np.float32), values, equal_nan=True):
