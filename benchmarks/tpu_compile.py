@@ -51,10 +51,11 @@ FORMATS = (
     "plain", "raw", "int8", "int8:token", "int8:channel", "int8:token+offset", "int8:channel+offset",
     "fp8_e4m3", "fp8_e5m2:channel", "int4:page", "int4:token", "int4:channel", "int4",
     "int6:token", "int6:channel", "int5:token", "int3:channel", "lloyd4+rotate", "lloyd2+rotate",
+    "trellis2+rotate", "trellis3+rotate",
     "int4:token+exact128",
 )  # fmt: skip
 SEQUENCES, TOKENS, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 8, 4096, 32, 8, 128, 16
-LARGER_PAGES = {"int5:token": 32, "int3:channel": 32}  # slots
+LARGER_PAGES = {"int5:token": 32, "int3:channel": 32, "trellis3+rotate": 32}  # slots
 BATCH_TOKENS = 512  # of a ragged batch
 SMALL, LARGE = 1024, 65_536  # pages
 RAGGED = 4096, 256, 256, 256, 250, 241, 100, 17  # tokens of the sequences whose copies are counted
