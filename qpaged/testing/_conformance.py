@@ -39,7 +39,6 @@ class QuantizerConformance:
         fixture = next((name for name in made if name in metafunc.fixturenames), None)
         if fixture is None:
             return
-        skipped = pytest.mark.skip("its pages are packed whole: see the laws with exact pages")
         if not hasattr(self, "format"):
             raise pytest.UsageError(f"{type(self).__name__} must name a format to test: format = 'myformat'.")
         formats = self.format if isinstance(self.format, list | tuple) else [self.format]
@@ -51,7 +50,7 @@ class QuantizerConformance:
                 # One process runs all tests of a format, so that it compiles their programs once.
                 marks = [pytest.mark.xdist_group(str(each))]
             if fixture == "subject" and qpaged.get_quantizer(each).needs_exact_pages:
-                marks.append(skipped)
+                marks.append(pytest.mark.skip("its pages are packed whole: see the laws with exact pages"))
             parameters.append(pytest.param(subject, id=str(subject), marks=marks))
         metafunc.parametrize(fixture, parameters, scope="class")
 

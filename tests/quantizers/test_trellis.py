@@ -125,6 +125,6 @@ def test_channels_are_packed_whole():
 def test_channels_on_another_axis_are_a_ring_too():
     quantizer, x = FORMATS[2](), gaussians(16, 64)
     last = quantize(x, quantizer, (1, 64))
-    first = quantize(x.T, quantizer, (64, 1), channel_axis=0 - 2)
+    first = quantize(x.T, quantizer, (64, 1), channel_axis=-2)
     np.testing.assert_array_equal(first.dequantize().T, last.dequantize())
     assert first.codes.shape == (16, 16)
