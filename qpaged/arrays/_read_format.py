@@ -31,7 +31,6 @@ class ReadFormat:
         unpacked: there is one code per element.
         untransformed: values are left in the transformed channels.
         float_scales: scales are float32 factors, and offsets a part of their own, instead of the stored form.
-        integer_codes: a code decodes to its own integer value.
     """
 
     source: ArrayFormat
@@ -39,7 +38,6 @@ class ReadFormat:
     unpacked: bool = False
     untransformed: bool = False
     float_scales: bool = False
-    integer_codes: bool = False
 
     @property
     def writable(self) -> bool:
@@ -96,8 +94,6 @@ class ReadFormat:
         return scales if self.float_scales else self.source.multiplier(scales)
 
     def decode(self, codes: jax.Array, dtype: DTypeLike) -> jax.Array:
-        if self.integer_codes:
-            return codes.astype(dtype)
         casts = (*self.dtypes, dtype)
         values = self.source.decode(codes, casts[0])
         for next_dtype in casts[1:]:
@@ -214,16 +210,6 @@ def untransformed(array: QuantizedArray) -> QuantizedArray:
         return array
     quantizer = replace(_as_read_format(array.quantizer), untransformed=True)
     return array.like(array.codes, array.parts, quantizer=quantizer)
-
-
-def with_integer_codes(array: QuantizedArray, codes: jax.Array, parts: BlockParts) -> QuantizedArray:
-    """Return an array of ``codes`` that decode to their own integer values."""
-    return array.like(codes, parts, quantizer=replace(_as_read_format(array.quantizer), integer_codes=True))
-
-
-def stored_bits(quantizer: ArrayFormat) -> int:
-    """Return the bits of a code as it was written, also where it was unpacked since."""
-    return quantizer.source.bits if isinstance(quantizer, ReadFormat) else quantizer.bits
 
 
 def nan_code_and_scale(array: QuantizedArray) -> tuple[int, float | int | None] | None:

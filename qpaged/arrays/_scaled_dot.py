@@ -5,8 +5,8 @@ multiplied. If they are contracted, the other operand is. If there are both kind
 channel, or per group of channels), or if the codes have fewer elements than what would be multiplied instead,
 the codes are.
 
-Codes that are integers meet a bfloat16 operand as such where that is faster, on CPU: see
-:mod:`qpaged.arrays._integer_dot`.
+Codes are decoded in the other operand's dtype, in which they are exact; on CPU to bfloat16 by way of float32:
+see :mod:`qpaged.arrays._bfloat16`.
 """
 
 import math
@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qpaged.arrays import _integer_dot
-from qpaged.arrays._bfloat16 import to_bfloat16
+from qpaged.arrays._bfloat16 import decode_to_bfloat16, to_bfloat16
 from qpaged.arrays._blocks import expand_scales, refine, split_blocks
 from qpaged.arrays._quantized import QuantizedArray
 
@@ -74,12 +73,7 @@ def scaled_dot(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: P
     if (contracted and kept) or _codes_are_fewer(other, array, axes, contracted + kept):
         out = _dot_scaled_codes(other, array, axes, params)
     else:
-        if other.dtype == jnp.bfloat16:
-            array = _integer_dot.as_integers(array)  # which may add an offset
-        if contracted:
-            out = _dot_scaled_other(other, array, axes, params)
-        else:
-            out = _scale_result(other, array, axes, params)
+        out = (_dot_scaled_other if contracted else _scale_result)(other, array, axes, params)
     if array.offset is None:
         return out
     return out + _dot_offset(other, array, axes)
@@ -103,9 +97,10 @@ def _count(array: QuantizedArray, axes: Sequence[int]) -> int:
 
 def _dot_codes(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: Params) -> jax.Array:
     """Return the float32 dot with codes as the numbers that they stand for, without scales."""
-    if _integer_dot.is_integers(array):
-        return _integer_dot.dot(other, array.codes, axes.numbers)
-    values = array.values(other.dtype)
+    if other.dtype == jnp.bfloat16:
+        values = decode_to_bfloat16(array.quantizer.decode, array.unpacked())
+    else:
+        values = array.values(other.dtype)
     return lax.dot_general(other, values, axes.numbers, preferred_element_type=jnp.float32, **params)
 
 

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qpaged.arrays._bfloat16 import to_bfloat16
+import qpaged
+from qpaged.arrays._bfloat16 import decode_to_bfloat16, to_bfloat16
+
+BYTES = np.arange(256, dtype=np.uint8)
 
 
 def test_it_is_the_nearest():
@@ -28,3 +31,26 @@ def test_any_nan_stays_one(nan):
 
 def test_its_derivative_is_that_of_a_cast():
     assert jax.grad(lambda x: to_bfloat16(x * 3).astype(jnp.float32))(jnp.float32(1.3)) == 3
+
+
+def every_code(quantizer):
+    """Return what a format decodes: its codes, or its states."""
+    if quantizer.state_bits:
+        return np.arange(2**quantizer.state_bits, dtype=np.int32)
+    return BYTES[: 2**quantizer.bits].view(quantizer.code_dtype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("name", sorted(set(qpaged.available_formats()) - {"raw"}))
+def test_codes_become_what_their_format_says(name):
+    quantizer = qpaged.get_quantizer(name)
+    codes = every_code(quantizer)
+    decoded = jax.jit(decode_to_bfloat16, static_argnums=0)(quantizer.decode, codes)
+    assert decoded.dtype == jnp.bfloat16
+    want = quantizer.decode(codes, jnp.bfloat16)
+    np.testing.assert_array_equal(decoded.astype(np.float32), want.astype(np.float32))
+
+
+def test_other_devices_decode_to_bfloat16_at_once():
+    traced = jax.jit(decode_to_bfloat16, static_argnums=0).trace(qpaged.get_quantizer("int8").decode, BYTES)
+    text = {platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu")}
+    assert "f32" in text["cpu"] and "f32" not in text["tpu"]
