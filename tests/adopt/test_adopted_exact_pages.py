@@ -70,6 +70,7 @@ def run(step, x, start, chunks, cache):
     return out, cache
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("quantizer", FORMATS)
 def test_the_newest_tokens_and_the_first_are_exact(quantizer):
     x, start = normal(BATCH, 43, 3, HEADS, HEAD_DIM), jnp.array([0, 5])
@@ -86,6 +87,7 @@ def test_the_newest_tokens_and_the_first_are_exact(quantizer):
             assert not exact[:, PAGE : 2 * PAGE].all()
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("quantizer", FORMATS)
 def test_chunks_leave_the_same_cache(quantizer):
     x, start = normal(BATCH, 43, 3, HEADS, HEAD_DIM), jnp.array([0, 5])
@@ -108,6 +110,7 @@ def test_a_prompt_of_more_rows_than_one_turn_takes(monkeypatch):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("quantizer", FORMATS)
 def test_rejected_drafts_leave_no_trace(quantizer):
     x, start = normal(BATCH, 43, 3, HEADS, HEAD_DIM), jnp.array([0, 5])
@@ -212,6 +215,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.short(6)
 @pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_function_changes_values_as_it_does_floats(step_and_cache, name):

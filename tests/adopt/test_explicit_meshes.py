@@ -39,6 +39,7 @@ def run(step, cache, x):
     return outs, out, cache
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("case", first_short(3, CASES), ids=str)
 @pytest.mark.parametrize("quantizer", first_short(1, ["int8", "int4:token", "int8+exact9"]))
 def test_a_step_gives_what_it_gives_without_a_mesh(quantizer, case):
@@ -136,6 +137,7 @@ def test_axes_of_several_kinds():
     np.testing.assert_allclose(got, want, atol=0.02)
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("change", [lambda a: jnp.roll(a, -1, 1), lambda a: a[:, :20], lambda a: a * 2.0])
 @pytest.mark.parametrize("quantizer", ["int8", "int8:token"])
 @pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")

@@ -87,6 +87,7 @@ STEPS = {
 }
 
 
+@pytest.mark.short(4)
 @pytest.mark.parametrize("quantizer", first_short(1, ["int8", "int4"]))
 @pytest.mark.parametrize("name", STEPS)
 def test_the_cache_stays_quantized(name, quantizer):

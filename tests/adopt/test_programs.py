@@ -45,6 +45,7 @@ def test_the_cache_is_found(program):
     assert layers == ([0, 0, 1, 1] if program.stacking == "apart" else [None] * len(leaves))
 
 
+@pytest.mark.short(5)
 @pytest.mark.parametrize("program", programs_with_each_choice(), ids=str)
 def test_nothing_is_materialized_and_the_cache_comes_back(program):
     step = adopted(program, strict=True)
@@ -82,6 +83,7 @@ def test_a_step_may_be_vmapped(spelling):
         np.testing.assert_allclose(out, want, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("spelling", ["int8", "int8:channel+offset", "int4:token+rotate"])
 def test_gradients_of_queries_are_those_of_the_decoded_values(spelling):
     program = Program(layers=1)

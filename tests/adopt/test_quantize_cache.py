@@ -79,6 +79,7 @@ def test_the_step_sees_floats_of_its_own_dtype():
     assert nbytes <= 0.52 * sum(array.nbytes for array in halves.values())
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("spelling", ["int8", "int8:token+offset", "nvfp4", "mxfp8", "raw", "plain"])
 def test_zeros_count_as_unwritten(spelling):
     cache = {name: jnp.zeros((2, 32, 2, 32)) for name in "kv"}
@@ -102,6 +103,7 @@ def test_a_cache_that_is_in_use_may_be_quantized(spelling):
         np.testing.assert_array_equal(jnp.any(array.scales != 0, axis=(0, 2, 3)), np.arange(32) < 20)
 
 
+@pytest.mark.short(3)
 @pytest.mark.parametrize(("length", "page"), [(32, 16), (48, 16), (100, 10), (30, 15), (13, 13), (37, 1)])
 def test_pages_divide_the_length(length, page):
     cache = {name: jnp.zeros((2, length, 2, 16)) for name in "kv"}
@@ -284,6 +286,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.short(4)
 @pytest.mark.parametrize("quantizer", first_short(1, ["int8", "int8:token", "int4:token"]))
 @pytest.mark.parametrize("name", CHANGES)
 def test_functions_of_the_cache_are_applied_as_to_floats(name, quantizer):

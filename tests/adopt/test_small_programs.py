@@ -41,12 +41,14 @@ def check_it_reads_what_it_wrote(program, quantizer, bound):
     assert not step.report()
 
 
+@pytest.mark.short(12)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_it_reads_what_it_wrote(name):
     program = PROGRAMS[name]
     check_it_reads_what_it_wrote(program, program.quantizer, bound=0.03)
 
 
+@pytest.mark.short(10)
 @pytest.mark.parametrize("name", EXACT)
 def test_beside_exact_pages_it_reads_new_tokens_as_they_were_written(name):
     program = PROGRAMS[name]

@@ -72,6 +72,7 @@ def test_a_format_without_zeros_is_refused(name, quantizer, advice):
         adopted(masked, quantizer)
 
 
+@pytest.mark.short(5)
 @pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")  # keys are decoded to be compared
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("quantizer", ["int8:token", "int4:token", "fp8_e4m3", "raw", "int8:token/int8"])

@@ -122,6 +122,7 @@ CASES = [(name, spelling) for spelling in ("int8", "int4:token+rotate") for name
 CASES += [("rotated_by_halves", spelling) for spelling in FORMATS]
 
 
+@pytest.mark.short(10)
 @pytest.mark.parametrize("case", first_short(len(READS) + 6, CASES), ids=str)
 def test_reads_have_the_values_of_plain_arrays(case):
     name, spelling = case
@@ -134,6 +135,7 @@ def test_reads_have_the_values_of_plain_arrays(case):
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=max(rounding, 2e-5))
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("name", ["rotated_by_halves", "joined to a row first"])
 @pytest.mark.parametrize("spelling", ["int8", "int4"])
 def test_a_read_makes_no_array_of_floats_as_large_as_the_cache(spelling, name):
@@ -211,6 +213,7 @@ EDGES = {
 }
 
 
+@pytest.mark.short(6)
 @pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
 @pytest.mark.parametrize("name", EDGES)
 def test_what_comes_out_is_an_array_with_the_values_of_plain_ones(name):

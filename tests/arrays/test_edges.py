@@ -50,6 +50,7 @@ def test_a_converted_array_reads_nan_past_the_end(dtype):
     np.testing.assert_array_equal(lazily(program, array), program(array.materialize()))
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("format", FEW)
 def test_large_indices_do_not_wrap(format):
     array = quantized(format)
@@ -83,6 +84,7 @@ def test_raw_keeps_what_is_not_finite(program):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("format", FEW)
 def test_narrow_logical_dtypes(format):
     values = normal(2, 4, 32).astype(jnp.float8_e4m3fn)

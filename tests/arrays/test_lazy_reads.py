@@ -260,6 +260,7 @@ def test_what_a_join_cannot_do_is_said_at_its_line():
     assert out.shape == (2, 7, 16, 32)
 
 
+@pytest.mark.short(4)
 @pytest.mark.parametrize("format", FORMATS)
 def test_bfloat16_dots_round_once(format):
     array = quantized(format, dtype=jnp.bfloat16)

@@ -57,6 +57,7 @@ def written_lazily(name, array):
     return name not in PARTIAL or (blocks_grow and splits_channels)
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("format", WITH_LONG)
 def test_what_is_written_reads_back_within_the_bound(format):
     array = quantized(format)
@@ -79,6 +80,7 @@ def test_what_is_written_reads_back_within_the_bound(format):
         assert (np.abs(got - want) <= bound + 1e-30).all(), (name, float(jnp.abs(got - want).max()))
 
 
+@pytest.mark.short(4)
 @pytest.mark.parametrize("format", FORMATS)
 def test_copied_pages_move_codes_and_scales(format):
     array = quantized(format)

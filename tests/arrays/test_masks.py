@@ -57,6 +57,7 @@ def assert_same_as_plain(function, *arrays, exact=True):
         np.testing.assert_allclose(got.dequantize(), want, rtol=0 if exact else 1e-6)
 
 
+@pytest.mark.short(4)
 @pytest.mark.parametrize("case", first_short(8, CASES), ids=str)
 def test_where(case):
     name, spelling = case

@@ -87,6 +87,7 @@ def assert_same_arrays(got, want):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.short(3)
 @pytest.mark.parametrize("spelling", first_short(1, FORMATS))
 @pytest.mark.parametrize("way", WAYS)
 def test_a_selected_row_is_written_as_by_an_index(way, spelling):
@@ -225,6 +226,7 @@ def test_of_other_shapes(name):
     assert_same_values(function, array)
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize(
     ("dtype", "length", "index"), [("bfloat16", 2048, 1000), ("float8_e3m4", 32, 31), ("uint8", 300, 5)]
 )

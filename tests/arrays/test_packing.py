@@ -75,6 +75,7 @@ JOINS = {
 }
 
 
+@pytest.mark.short(5)
 @pytest.mark.parametrize("join", JOINS)
 @pytest.mark.parametrize("spelling", PACKED)
 def test_channels_that_are_joined_are_those_of_plain_arrays(spelling, join):
@@ -83,6 +84,7 @@ def test_channels_that_are_joined_are_those_of_plain_arrays(spelling, join):
     assert_close(dense(out), JOINS[join](array.dequantize()))
 
 
+@pytest.mark.short(2)
 @needs_own_implementation
 @pytest.mark.filterwarnings("ignore::qpaged.implicit.MaterializeWarning")
 @pytest.mark.parametrize(

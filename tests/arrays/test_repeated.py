@@ -53,6 +53,7 @@ def codes_at_most(jaxpr, array):
     return max(sizes, default=0) <= array.size
 
 
+@pytest.mark.short(7)
 @pytest.mark.parametrize("format", ["int8", "int4", "nvfp4", "int8:token+offset"])
 @pytest.mark.parametrize("name", sorted(DOTS))
 def test_dots_are_those_of_copies(name, format):

@@ -133,6 +133,7 @@ def test_many_channels_of_large_values_are_followed():
     assert (values[np.asarray(unpacked_states(codes, 6, 8, 1))] == 127).mean() > 0.99
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("spec", [PartitionSpec("tp"), PartitionSpec(None, "tp")])
 def test_rows_over_devices_have_the_codes_that_they_have_on_one(kind, spec):

@@ -49,6 +49,7 @@ def expected(query, view, position, tables, *, keys=None, values=None, **mask):
     return attention_and_lse(np.asarray(query), keys, values, position, tables, scale, **mask)
 
 
+@pytest.mark.short(3)
 @pytest.mark.parametrize("spelling", first_short(2, ["int8", None, "int4:token+rotate", "int8:channel"]))
 @pytest.mark.parametrize("name", MASKS)
 def test_a_prefill_agrees_with_the_oracle(name, spelling):
@@ -99,6 +100,7 @@ def test_a_ragged_batch_agrees_with_its_prefill(name):
         np.testing.assert_allclose(given, wanted, **TOLERANCE)
 
 
+@pytest.mark.short(3)
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("kind", ["prefill", "ragged"])
 def test_new_tokens_are_seen_as_written_ones(kind, name):
@@ -119,6 +121,7 @@ def test_new_tokens_are_seen_as_written_ones(kind, name):
     np.testing.assert_allclose(out, want, **TOLERANCE)
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("name", MASKS)
 def test_exact_pages_are_seen_likewise(name):
     view, tables = filled("int4+rotate+exact8")

@@ -82,6 +82,7 @@ def test_a_decode_agrees_with_the_oracle(spelling, name):
         np.testing.assert_allclose(out, expected, **TOLERANCE)
 
 
+@pytest.mark.short(3)
 @pytest.mark.parametrize(
     ("spelling", "name"),
     [
@@ -96,6 +97,7 @@ def test_a_prefill_agrees_with_the_oracle(spelling, name):
         np.testing.assert_allclose(out, expected, **TOLERANCE)
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("spelling", ["int8", "int8:channel", "raw", None])
 def test_a_combined_step_gives_what_a_prefill_and_a_decode_give(spelling):
     view, table = filled_view(spelling, 2, 32)

@@ -86,6 +86,7 @@ def test_prompts_are_left_to_others():
     assert reason == "takes decode rows alone, and leaves prompts to xla"
 
 
+@pytest.mark.short(20)
 @needs_kernel
 @pytest.mark.parametrize("spelling", qpaged.available_formats())
 def test_every_format_is_taken(spelling):

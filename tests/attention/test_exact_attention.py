@@ -40,6 +40,7 @@ def attend_with(query, view, step, **options):
     return qpaged.paged_attention(query, view, step, **options)
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 @pytest.mark.parametrize("spelling", first_short(2, tuple(ATTENTION)))
 @pytest.mark.parametrize("backend", first_short(1, [None, "reference"]))

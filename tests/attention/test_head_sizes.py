@@ -64,6 +64,7 @@ def decoded(pages):
     return np.asarray(qpaged.arrays.to_float32(slots)).swapaxes(0, 1)[:LENGTH]
 
 
+@pytest.mark.short(3)
 @pytest.mark.parametrize("backend", [None, "xla", "reference"])
 @pytest.mark.parametrize("format", first_short(3, FORMATS))
 def test_values_of_another_head_size(format, backend):
@@ -85,6 +86,7 @@ def test_values_of_another_head_size(format, backend):
     assert not np.asarray(out[1]).any()
 
 
+@pytest.mark.short(3)
 @pytest.mark.parametrize("backend", [None, "xla", "reference"])
 @pytest.mark.parametrize("format", first_short(3, FORMATS))
 def test_values_that_lie_in_the_keys(format, backend):
@@ -155,6 +157,7 @@ def test_new_tokens_whose_values_lie_in_the_keys(format):
         qpaged.paged_attention(query, view, prefill(), new=(latent, latent))
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("format", ["int8:token", None, "int4:token+rotate+exact20"])
 def test_such_caches_are_copied_taken_reset_saved_and_recorded(format, tmp_path):
     config = metadata(kv_heads=1, head_dim=64, value_head_dim_size=32, values_in_keys=True)

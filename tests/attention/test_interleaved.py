@@ -71,6 +71,7 @@ def test_rows_lie_where_the_engines_look_for_them(stored, kv_heads, head_dim):
     assert not heads[..., head_dim:].any()
 
 
+@pytest.mark.short(4)
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_attention_reads_what_lies_there(stored, backend):

@@ -72,6 +72,7 @@ def written(view, key, value, step):
     return plain
 
 
+@pytest.mark.short(10)
 @pytest.mark.parametrize("backend", ["xla", "reference"])
 @pytest.mark.parametrize("spelling", first_short(2, FORMATS))
 @pytest.mark.parametrize("name", OPTIONS)

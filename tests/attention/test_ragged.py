@@ -80,6 +80,7 @@ def check_batch(view, table, queries, backend=None, new=False, **options):
     assert not np.any(out[padding]) and np.all(np.isneginf(lse[padding]))
 
 
+@pytest.mark.short(6)
 @pytest.mark.parametrize("new", [False, True], ids=["", "new"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("backend", [None, "xla", "reference"])
@@ -88,6 +89,7 @@ def test_a_batch_is_its_sequences(backend, name, new):
     check_batch(view, table, QUERIES, backend, new, **OPTIONS[name])
 
 
+@pytest.mark.short(10)
 @pytest.mark.parametrize("spelling", qpaged.available_formats())
 def test_a_batch_of_every_format(spelling):
     head_dim = max(32, *(smallest_head_dim(one) for one in qpaged.CacheFormat.of(spelling).layer(0) if one))
@@ -138,6 +140,7 @@ def read(view, pages):
     ]
 
 
+@pytest.mark.short(3)
 @pytest.mark.parametrize("spelling", [None, "int8", "int4:token", "nvfp4", *EXACT])
 def test_a_batch_is_written_as_its_sequences_are(spelling):
     """In two batches: prompts, and then what follows them, of some sequences more than a window."""
@@ -205,6 +208,7 @@ def test_a_step_without_sequences_or_pages():
         assert not np.any(attend(normal(4, Q_HEADS, 32), write(view, rows, rows, step), step)[0])
 
 
+@pytest.mark.short(1)
 @pytest.mark.skipif(not qpaged.attention_backends()[0].available, reason="needs the tpu backend")
 @pytest.mark.parametrize("new", [False, True], ids=["", "new"])
 def test_the_interpreted_kernel_agrees(new, monkeypatch):
@@ -224,6 +228,7 @@ def test_the_interpreted_kernel_agrees(new, monkeypatch):
     np.testing.assert_allclose(out[0], want[0], **TOLERANCE)
 
 
+@pytest.mark.long
 def test_many_lanes_at_a_step_agree(monkeypatch):
     """The xla backend as it is on GPUs."""
     monkeypatch.setattr(_xla_lanes, "PREFILL_LANES", 2)

@@ -157,6 +157,7 @@ def check_backends(
         np.testing.assert_array_equal(permuted_outs[name], outs[name])
 
 
+@pytest.mark.short(6)
 @pytest.mark.parametrize(("name", "keys", "values", "dtype"), named_cases())
 def test_backends_agree_at_the_shapes_of_the_benchmarks(name, keys, values, dtype):
     shape = scaled_down(SHAPES[name])

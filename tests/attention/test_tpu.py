@@ -61,6 +61,7 @@ def attend(query, view, metadata, sinks=None, **options):
     return qpaged.paged_attention(query, view, metadata, sinks=sinks, **options)
 
 
+@pytest.mark.short(1)
 @needs_tpu_backend
 @pytest.mark.parametrize(
     "spelling", [pytest.param(case, marks=[pytest.mark.long] * (case not in SHORT)) for case in CASES]

@@ -90,6 +90,7 @@ def alone(spelling, kind, name):
     return run(view, kind, name)
 
 
+@pytest.mark.short(6)
 @pytest.mark.parametrize(
     "shape", first_short(1, [{"cp": 8}, {"cp": 4, "tp": 2}, {"cp": 2, "tp": 4}]), ids=str
 )
@@ -217,6 +218,7 @@ def test_memory_is_counted_for_pages_that_are_shared():
     )
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("spelling", first_short(2, ["int8", None, "int8:token"]))
 def test_an_allocators_changes_go_from_device_to_device(spelling):
     """A page is copied to one that another device has, and one to itself."""
@@ -233,6 +235,7 @@ def test_an_allocators_changes_go_from_device_to_device(spelling):
         assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("spelling", first_short(2, ["int8:token", None, "nvfp4", "int4:token+rotate"]))
 def test_pages_go_from_shared_ones_to_the_host_and_back(spelling, flat):

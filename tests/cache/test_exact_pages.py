@@ -143,6 +143,7 @@ def assert_holds(view, model):
         np.testing.assert_array_equal(got[page], model.content(page), err_msg=f"page {page}")
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("seed", first_short(1, range(3)))
 @pytest.mark.parametrize("spelling", first_short(3, FORMATS))
 def test_pages_are_as_the_rules_say(spelling, seed):
@@ -198,6 +199,7 @@ def test_pages_are_as_the_rules_say(spelling, seed):
         assert_holds(view, model)
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("spelling", ["int8+exact5", "int4:channel+offset+exact5+sink1", "int8:token+exact1"])
 def test_two_sequences_leave_a_page_that_they_share_in_one_step(spelling):
     rng = np.random.default_rng(0)

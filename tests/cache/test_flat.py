@@ -107,6 +107,7 @@ def all_slots(cache):
     return np.stack(held)
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("run", [scan_layers, run_layers])
 @pytest.mark.parametrize("spelling", first_short(2, FORMATS))
 def test_it_holds_and_gives_what_pools_of_layers_do(spelling, run):

@@ -18,6 +18,7 @@ def cache_of(quantizer, mesh=None):
     return qpaged.PagedAttentionCache.init_cache(mesh, jnp.float32, metadata, None, quantizer)
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("mesh", [None, "tp"])
 @pytest.mark.parametrize("quantizer", [None, "int8", "int4"])
 def test_one_program_writes_every_layer_and_views_keep_their_numbers(quantizer, mesh):

@@ -35,6 +35,7 @@ def filled(metadata):
     return cache, step, given
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("quantizer", ["int8:token", "int4:token+rotate+exact16"])
 def test_pages_fill_the_memory_to_the_byte(quantizer):
     metadata = create(quantizer)

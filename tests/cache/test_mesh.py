@@ -144,6 +144,7 @@ def leaves_of_group(view, group, groups):
     return found
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 @pytest.mark.parametrize("shape", first_short(3, MESHES))
 @pytest.mark.parametrize("spelling", first_short(2, FORMATS))
@@ -173,6 +174,7 @@ def compiled_text(function, view, *arguments):
     return jax.jit(function, donate_argnums=0).lower(view, *arguments).compile().as_text()
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("axis_type", first_short(1, ["Auto", "Explicit"]))
 @pytest.mark.parametrize("shape", first_short(2, [(2, 4), (1, 8), (4, 2)]))
 @pytest.mark.parametrize("spelling", first_short(2, FORMATS))
@@ -234,6 +236,7 @@ def test_each_device_holds_what_is_planned(spelling, groups, shards):
     assert max(held.values()) <= int(200_000 * 0.999) < min(more.values())
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("manual", [("tp",), ("dp",), ("dp", "tp")])
 def test_within_the_callers_own_shard_map_only_other_axes_are_divided(manual):
     mesh = mesh_of(2, 4, "Auto")
@@ -309,6 +312,7 @@ def test_batches_that_do_not_divide_are_refused():
         )
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("spelling", first_short(2, ["int8:token", "int4:token+rotate+exact9", None]))
 def test_pages_go_from_a_mesh_to_the_host_and_to_others(spelling):
     shapes = [(1, 4), None, (1, 2), (1, 8), (1, 4)]
@@ -381,6 +385,7 @@ def test_a_prefill_of_no_group_is_of_nobody():
             assert np.asarray(got).tobytes() == np.asarray(want).tobytes()
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
 def test_a_prefill_and_a_decode_in_one_step(axis_type):
     mesh = mesh_of(2, 2, axis_type)

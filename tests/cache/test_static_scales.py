@@ -59,6 +59,7 @@ def test_fresh_scales_are_one(format):
     assert scales_of(fresh(format)) == [[1.0] * count] * 2
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("format", STATIC)
 def test_writes_resets_and_copies_keep_them(format):
     view = given(format)

@@ -68,6 +68,7 @@ def same(a, b):
     return all(x.dtype == y.dtype and x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.short(3)
 @pytest.mark.parametrize(
     "spelling",
     [
@@ -107,6 +108,7 @@ def test_a_taken_cache_is_a_cache(spelling):
     assert same(attended(put(fresh_cache(spelling), TARGET, back), TARGET), attended(cache, SOURCE))
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("spelling", ["int8:token", EXACT[0]])
 def test_indices_that_are_no_page_fill_up(spelling):
     cache = written(fresh_cache(spelling))
@@ -146,6 +148,7 @@ def test_exact_pages_without_room_are_packed():
         assert same(attended(some, np.arange(4, 8)), attended(expected, second))
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("spelling", ["int8:token+exact1", "int8:token+exact20"])
 def test_a_page_may_be_taken_and_copied_several_times(spelling):
     cache = written(fresh_cache(spelling, batch=1))

@@ -25,6 +25,7 @@ EXACT = "int4:channel+offset+exact128+sink16/int4:token+rotate+exact128+sink16"
 MEMORY, WEIGHTS = 1_000_003, 100_001
 
 
+@pytest.mark.short(8)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("devices", [1, 3, 4, 8])
 def test_planned_bytes_equal_allocated_bytes(format, devices):

@@ -223,6 +223,7 @@ def assert_same(x, one, other, what):
     raise AssertionError(f"{what}: {len(at)} differ, as {stored} for {rows.tolist()}")
 
 
+@pytest.mark.short(2)
 @every_kind
 @every_spelling
 def test_any_order_leaves_the_same(spelling, kind):

@@ -88,6 +88,7 @@ def test_the_values_tell_a_division_from_a_product():
     assert (np.rint(rows / scale) != np.rint(rows * (1 / scale))).sum() > 10
 
 
+@pytest.mark.short(40)
 @pytest.mark.parametrize("spelling", BUILT_IN)
 def test_scales_are_the_same_in_every_program(spelling):
     """A compiler may fuse a product and a sum, with one rounding for two, in some programs only."""

@@ -36,6 +36,7 @@ def lost_of(quantizer, x):
     return np.square(read(quantizer, x) - x).mean() / np.square(x).mean()
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize(("bits", "state_bits"), LOST)
 def test_as_little_of_a_gaussian_is_lost_as_by_paths_that_begin_anywhere(bits, state_bits):
     # A ring stores no state to begin with, 10 bits less at most, and its seam is followed less closely.
@@ -48,6 +49,7 @@ def kept_by(quantizer):
     return float((x * read(quantizer, x)).sum() / np.square(x).sum())
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize(("bits", "kept"), [(2, (0.97, 0.99)), (3, (0.99, 1.005))])
 def test_sums_of_many_tokens_keep_their_length(bits, kept):
     assert kept[0] < kept_by(FORMATS[bits]()) < kept[1]
@@ -78,6 +80,7 @@ def test_states_of_another_token_lose_everything():
     assert (of_rows[:2] > 0.5).all() and of_rows[2:].max() < 0.2
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("spelling", ["trellis2:channel", "trellis3:channel"])
 def test_channels_of_every_size_and_place_lose_the_same_share(spelling):
     generator = np.random.default_rng(3)
@@ -98,6 +101,7 @@ def test_extremes_of_a_channel_are_reached_with_three_bits():
     assert lost_of(qpaged.get_quantizer("trellis3:channel"), x) < lost_of(scalar, x)
 
 
+@pytest.mark.short(4)
 @pytest.mark.parametrize("spelling", ["trellis2", "trellis2:channel", "trellis3:channel"])
 @pytest.mark.parametrize("value", [0.0, 1e-42, 2e-38, 1.0, 3.4e38])
 def test_extreme_blocks_are_finite(spelling, value):

@@ -19,6 +19,7 @@ def error_of(quantizer):
     return float(np.abs(np.asarray(quantizer.quantize(ROWS).dequantize()) - ROWS).mean())
 
 
+@pytest.mark.short(12)
 @pytest.mark.parametrize("wrappers", ["", "+offset", "+rotate", "+offset+rotate"])
 @pytest.mark.parametrize("spelling", SHARED)
 def test_whole_blocks_are_held_better_than_those_that_grow(spelling, wrappers):

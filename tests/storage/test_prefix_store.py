@@ -39,6 +39,7 @@ def stored(tmp_path):
     return store, hashes, cache, allocator
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("format", first_short(3, FORMATS))
 def test_a_later_process_goes_on_from_the_stored_prefix(format, tmp_path):
     cache, allocator = filled(format)

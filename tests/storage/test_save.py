@@ -46,6 +46,7 @@ def data_files(directory):
     return sorted(file for file in directory.iterdir() if file.suffix == ".safetensors")
 
 
+@pytest.mark.short(3)
 @pytest.mark.parametrize("format", first_short(len(SOME), [*SOME, *OTHERS]))
 def test_what_is_saved_is_loaded_bit_for_bit(format, tmp_path):
     quantizer = qpaged.CacheFormat.of(format)
@@ -58,6 +59,7 @@ def test_what_is_saved_is_loaded_bit_for_bit(format, tmp_path):
     assert loaded.allocator.counts() == allocator.counts()
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("format", [None, "int8"])
 def test_a_cache_without_an_allocator_is_saved_whole(format, dtype, tmp_path, monkeypatch):

@@ -105,6 +105,7 @@ FIRST = [(format, move) for move, format in zip(MOVES, ["int8", *EXACT, *FORMATS
 FIRST += [(format, move) for move, format in zip(MOVES_OVER_CONTEXT, FORMATS[2:], strict=False)]
 
 
+@pytest.mark.short(3)
 @pytest.mark.parametrize(
     "case", first_short(len(FIRST), FIRST + [case for case in CASES if case not in FIRST])
 )
@@ -139,6 +140,7 @@ def test_each_device_writes_what_no_other_does(tmp_path):
     )
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("move", [({"tp": 8}, {"tp": 2}), ({"tp": 2}, {}), ({"dp": 2, "cp": 2}, {"dp": 2})])
 def test_flat_caches_and_layers_of_other_heads(move, tmp_path):
     source, target = move

@@ -74,6 +74,7 @@ def test_scales_are_written_as_the_tensors_of_checkpoints(calibrate, checkpoint)
     assert read_scales(done.directory).key.shape == (SIZES.num_hidden_layers,)
 
 
+@pytest.mark.long
 def test_sweeps_and_searches_take_scales(calibrate, command, tmp_path):
     scales = calibrate(*SMALL).directory
     arguments = (*SMALL, "--formats", "fp8_e4m3:tensor,fp8_e4m3:head,fp8_e5m2:head,int8")

@@ -56,6 +56,7 @@ def test_logits_in_blocks_are_the_same(checkpoint, text_file, monkeypatch):
     assert in_blocks.metrics["same_top"] == whole.metrics["same_top"]
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("spelling", ["int8", "int4:token+rotate+exact1"])
 def test_what_is_compiled_ahead_is_not_compiled_again(checkpoint, text_file, spelling, caplog):
     jax.clear_caches()

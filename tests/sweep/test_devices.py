@@ -40,6 +40,7 @@ def alone(checkpoint, text_file, tmp_path_factory):
     return folder
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [(("--mesh", "tp=2"), 1e-3), (("--stream",), 0), (("--mesh", 4, "--stream"), 1e-3)],
@@ -51,6 +52,7 @@ def test_a_sweep_over_devices_or_from_files_measures_the_same(sweep, alone, opti
     check_alike(done.directory, alone, tolerance)
 
 
+@pytest.mark.long
 def test_a_sweep_over_processes_measures_the_same(checkpoint, text_file, alone, tmp_path):
     def command(port, number):
         return (
@@ -104,6 +106,7 @@ def test_devices_that_are_not_there(sweep, options, message, capsys):
     assert message in " ".join(error.split())
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("options", [("--mesh", "tp=2"), ("--stream",)])
 def test_a_step_has_devices_and_weights_of_its_own(command, options):
     done = command("sweep", "--step", "a:b", *options, model=None)

@@ -161,6 +161,7 @@ def accepts_head_dim(spelling, head_dim):
     return True
 
 
+@pytest.mark.long
 def test_formats_worth_a_look_are_the_default(quick, sweep):
     result = sweep(*SMALL, "--json")
     formats = [run["format"] for run in json.loads(result.out)["runs"]]
@@ -294,6 +295,7 @@ def test_a_rerun_of_what_is_finished_measures_nothing(quick, sweep):
         assert run == runs[run["identity"]] | {"format": run["format"]}
 
 
+@pytest.mark.short(2)
 @pytest.mark.parametrize(
     "change",
     [("--fresh",), ("--seed", 1), ("--page-size", 16), ("--dtype", "float16"), ("--batch", 2)],
