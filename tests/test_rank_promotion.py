@@ -25,6 +25,7 @@ def test_it_is_forbidden_here():
         jnp.ones((2, 3)) + jnp.ones(3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("spelling", first_short(1, FORMATS))
 def test_a_paged_cache(spelling):
     quantizer = qpaged.CacheFormat.of(spelling)

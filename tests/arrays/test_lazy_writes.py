@@ -183,6 +183,7 @@ def test_a_pytree_of_arrays_only():
     np.testing.assert_array_equal(sliced, array.dequantize().swapaxes(0, 1))
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("format", ["int8:channel", "int4:channel", "int8:channel+offset"])
 def test_a_channel_that_was_zero_beside_channels_that_grow(format):
     """A block of zeros may be one that nothing was written to; its scale comes with its first value."""

@@ -106,6 +106,7 @@ def test_a_row_that_is_added_to_zeros_is_written_as_by_an_index(way, spelling):
         assert_same_arrays(got(array, position), by_index(array, position))
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("spelling", ["int8:token", "int8"])
 def test_a_row_is_added_to_what_lies_there(spelling):
     array = filled(spelling)

@@ -105,6 +105,7 @@ def test_codes_are_the_same_in_every_program():
     assert together.dtype == np.uint8 and together.max() == 3
 
 
+@pytest.mark.long
 def test_rows_of_whatever_length_close_to_a_ring():
     quantizer = qpaged.get_quantizer("trellis3")
     for channels in (1, 2, 3, 8, 40, 72, 576):

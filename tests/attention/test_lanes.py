@@ -43,7 +43,7 @@ def filled_view(quantizer, seed=0):
     return view, table
 
 
-@pytest.mark.short(6)
+@pytest.mark.short(4)
 @pytest.mark.parametrize("quantizer", FORMATS)
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 9}, {"logits_soft_cap": 3.0}], ids=str)
 def test_decode_rows(quantizer, options):
@@ -53,7 +53,7 @@ def test_decode_rows(quantizer, options):
     check_against_reference(query, view, metadata, options)
 
 
-@pytest.mark.short(4)
+@pytest.mark.short(2)
 @pytest.mark.parametrize("quantizer", FORMATS)
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 9}], ids=str)
 def test_a_prefill_of_more_query_tiles_than_lanes(monkeypatch, quantizer, options):

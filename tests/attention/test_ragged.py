@@ -140,7 +140,7 @@ def read(view, pages):
     ]
 
 
-@pytest.mark.short(3)
+@pytest.mark.short(2)
 @pytest.mark.parametrize("spelling", [None, "int8", "int4:token", "nvfp4", *EXACT])
 def test_a_batch_is_written_as_its_sequences_are(spelling):
     """In two batches: prompts, and then what follows them, of some sequences more than a window."""

@@ -96,6 +96,7 @@ def test_a_record_takes_the_place_of_that_of_older_code_alone(measurer, tmp_path
     assert real_results.read(tmp_path / "missing.json") == real_results.empty()
 
 
+@pytest.mark.long
 def test_the_figure_has_the_formats_of_each_model(measurer):
     results = real_results.empty()
     real_models.describe(results, BUNDLED, measurer.model, measurer.text)

@@ -90,7 +90,7 @@ def alone(spelling, kind, name):
     return run(view, kind, name)
 
 
-@pytest.mark.short(6)
+@pytest.mark.short(4)
 @pytest.mark.parametrize(
     "shape", first_short(1, [{"cp": 8}, {"cp": 4, "tp": 2}, {"cp": 2, "tp": 4}]), ids=str
 )

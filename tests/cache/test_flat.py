@@ -1,5 +1,7 @@
 """Flat caches: all layers in one pool, one after the other, against caches with a pool for each layer."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,7 @@ def rows(count, layer, step):
     return [normal(count, KV_HEADS, HEAD_DIM, seed=100 * step + 10 * layer + side) for side in (1, 2)]
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def layer_step(view, index, number):
     """Return a view after a step's rows, and the attention of its queries."""
     step = STEPS[number]
@@ -111,8 +114,8 @@ def all_slots(cache):
 @pytest.mark.parametrize("run", [scan_layers, run_layers])
 @pytest.mark.parametrize("spelling", first_short(2, FORMATS))
 def test_it_holds_and_gives_what_pools_of_layers_do(spelling, run):
-    apart, outs_apart = jax.jit(run_layers)(cache_of(spelling, flat=False))
-    flat, outs = jax.jit(run)(cache_of(spelling, flat=True))
+    apart, outs_apart = run_layers(cache_of(spelling, flat=False))
+    flat, outs = run(cache_of(spelling, flat=True))
     np.testing.assert_array_equal(all_slots(flat), all_slots(apart))
     for out, want in zip(outs, outs_apart, strict=True):
         np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-6)
@@ -162,6 +165,7 @@ def test_a_scan_carries_it_without_a_copy(spelling):
     assert large[1] > 0.98
 
 
+@pytest.mark.long
 def test_an_allocators_changes_go_to_every_layer():
     apart, flat = cache_of("int4+exact9", False), cache_of("int4+exact9", True)
     allocator = qpaged.PageAllocator(config())

@@ -449,6 +449,7 @@ def test_a_malformed_cache_format_is_refused(change, message):
         qpaged.CacheFormat.from_config(config)
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("name", ["plain", "x.json"])
 def test_a_name_that_a_spelling_cannot_have_is_refused_and_the_others_stay(monkeypatch, name):
     entry_points.install(monkeypatch, entry_points.Point(name, "shadows", type(qpaged.get_quantizer("int8"))))

@@ -73,6 +73,7 @@ def alone(format):
     return _alone[format]
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("format", first_short(1, ["int8", None]))
 def test_writes_and_attention_are_those_of_one_device(format, axis_type):
@@ -90,6 +91,7 @@ def test_writes_and_attention_are_those_of_one_device(format, axis_type):
     assert written.key_pages.shape == (HEADS, PAGES, 4, 32)
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 def test_explicit_meshes_need_not_be_entered(axis_type):
     """jax.make_mesh makes Explicit axes unless told otherwise."""
@@ -99,6 +101,7 @@ def test_explicit_meshes_need_not_be_entered(axis_type):
     np.testing.assert_allclose(out, alone("int8")[2], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("format", first_short(1, ["int8", None]))
 def test_tokens_that_are_divided_too(format, axis_type):
@@ -173,6 +176,7 @@ class Resolved:
         return self.spec
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize(
     ("spec", "codes", "scales"),
     [

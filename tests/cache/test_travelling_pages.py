@@ -94,6 +94,7 @@ def test_pages_come_back_as_they_were(spelling):
     assert same(attended(other, np.array([1, 5, 6, 8])), others)  # untouched
 
 
+@pytest.mark.short(1)
 @pytest.mark.parametrize("spelling", ["int8", EXACT[0]])
 def test_a_taken_cache_is_a_cache(spelling):
     """Its pages are numbered from 0, it has the bytes of its pages, and it goes into records."""
@@ -128,6 +129,7 @@ def test_of_several_with_one_number_the_last_counts():
     assert same(content(after, np.array([3, 5])), content(cache, SOURCE[2:]))
 
 
+@pytest.mark.long
 def test_exact_pages_without_room_are_packed():
     """In what is taken, of more sequences than it was said to be, and in the cache that they are put into.
 
@@ -148,7 +150,7 @@ def test_exact_pages_without_room_are_packed():
         assert same(attended(some, np.arange(4, 8)), attended(expected, second))
 
 
-@pytest.mark.short(1)
+@pytest.mark.long
 @pytest.mark.parametrize("spelling", ["int8:token+exact1", "int8:token+exact20"])
 def test_a_page_may_be_taken_and_copied_several_times(spelling):
     cache = written(fresh_cache(spelling, batch=1))

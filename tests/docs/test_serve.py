@@ -78,6 +78,7 @@ def test_prompts_that_are_too_long(serve, tiny):
         engine.submit([], 40)
 
 
+@pytest.mark.long
 def test_sequences_on_the_host_give_up_pages_that_they_alone_share(serve, tiny):
     """They hold on to these when they are swapped out, and one that runs may need them."""
     prompts = [bytes(HEADER + "x", "utf-8"), bytes(HEADER + "y", "utf-8")]

@@ -126,6 +126,7 @@ def test_channels_are_packed_whole():
     assert not qpaged.get_quantizer("trellis2").needs_exact_pages
 
 
+@pytest.mark.long
 def test_channels_on_another_axis_are_a_ring_too():
     quantizer, x = FORMATS[2](), gaussians(16, 64)
     last = quantize(x, quantizer, (1, 64))

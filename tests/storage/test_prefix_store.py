@@ -64,6 +64,7 @@ def test_a_later_process_goes_on_from_the_stored_prefix(format, tmp_path):
     assert again.match_prefix("b", PROMPT) == 2 * PAGE_SIZE
 
 
+@pytest.mark.long
 def test_exact_pages_stay_exact_in_the_cache_that_they_are_stored_from(tmp_path):
     cache, allocator = filled("int8+exact40")
     before = attended(cache, allocator, "a", 40)
