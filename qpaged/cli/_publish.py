@@ -40,3 +40,6 @@ def say_row(args: argparse.Namespace, run: sweep.Run) -> None:
         f"{run.format}: {run.bits_per_element:.2f} bits an element, KL {small(run.kl_mean)}, "
         f"same top-1 {percent(top)}, {rough_duration(run.seconds)}",
     )
+    for noise in run.noise or ():
+        kl = small(noise["kl_mean"], noise["kl_mean_se"])
+        say(args, f"{run.format}, {noise['conditions']}: KL {kl}, the noise of the reference")

@@ -35,6 +35,12 @@ def test_a_run_survives_its_record():
         assert run_from_record(run_record(run)) == run
 
 
+def test_a_run_from_before_there_was_noise_has_none():
+    record = run_record(make_run())
+    del record["noise"]
+    assert run_from_record(record).noise is None
+
+
 def test_a_record_without_a_metric_is_refused():
     record = run_record(make_run())
     del record["kl_mean"]

@@ -3,6 +3,7 @@
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import qpaged
@@ -75,12 +76,24 @@ def test_every_run_has_every_number(finished):
         names = {"format", "identity", "key", "value", "layers", "dtype", "kl_parts", "kl_histogram"}
         assert run.keys() >= NUMBERS | BY_LAYER | names  # what version 2 has had from its beginning
         metrics = {metric.key for metric in METRICS} | {f"{m.key}_se" for m in METRICS if m.has_error}
-        assert run.keys() == metrics | BY_LAYER | names | {"tokens", "seconds"}
+        assert run.keys() == metrics | BY_LAYER | names | {"tokens", "seconds", "noise"}
         assert all(isinstance(run[name], int | float) for name in NUMBERS)
         assert run["tokens"] == 192 == sum(run["kl_histogram"]["counts"]) + run["kl_histogram"]["below"]
         assert all(len(run[name]) == 2 for name in BY_LAYER)
         assert run["attention_error"] == max(run["attention_error_by_layer"])
         assert (run["prefill_seconds_per_token"], run["decode_seconds_per_step"]) > (0, 0)
+
+
+def test_the_reference_is_compared_with_itself_under_other_conditions(finished):
+    reference, *others = finished[1]["runs"]
+    chunks, dtype = reference["noise"]
+    assert (chunks["conditions"], dtype["conditions"]) == (
+        "chunks of 125, 4 sequences at once",
+        "computing in bfloat16",
+    )
+    assert 0 <= chunks["kl_mean"] < 1e-8 < dtype["kl_mean"]
+    assert np.mean(dtype["kl_parts"]) == pytest.approx(dtype["kl_mean"])
+    assert all(run["noise"] is None for run in others)
 
 
 def test_formats_stand_as_they_were_typed_after_the_reference(finished):

@@ -114,6 +114,26 @@ def test_the_sample(sample):
     assert "int8:channel+offset+rotate makes the cache 1.8 times smaller" in verdict(sample)
 
 
+def with_noise(kl, error):
+    noise = {"conditions": "computing in bfloat16", "kl_mean": kl, "kl_mean_se": error}
+    quieter = noise | {"conditions": "chunks of 125", "kl_mean": 1e-14, "kl_parts": parts("chunks", 1e-14, 0)}
+    return PLAIN | {"noise": [quieter, noise | {"kl_parts": parts("noise", kl, error)}]}
+
+
+@pytest.mark.parametrize(
+    ("noise", "within"),
+    [
+        ((1e-3, 1e-5), "int8 is within that noise."),
+        ((6.5e-5, 4e-6), "int8 is within that noise."),  # 0.7 standard errors below
+        ((2e-5, 1e-6), "no format is within that noise."),
+        ((1e-2, 1e-4), "int8 and int4 are within that noise."),
+    ],
+)
+def test_what_is_within_the_noise_of_the_reference(noise, within):
+    sentence = f"The reference, computing in bfloat16, is {small(*noise)} from itself: {within}"
+    assert verdict(results(with_noise(*noise), INT8, INT4)).endswith(sentence)
+
+
 def test_another_version_is_refused():
     with pytest.raises(ValueError, match=r"must be of version 2 with all its fields, but came as version 1;"):
         verdict(results(PLAIN, version=1))

@@ -145,7 +145,7 @@ def _measure(
         kept = [run for run in known if run.identity not in identities]
         return sweep.SweepResult(job, (*runs, *kept), tuple(failures), complete)
 
-    total = job.tokens * len(job.pending(known))
+    total = job.tokens_to_predict(known)
     already = {run.identity for run in known}
     try:
         with sweep.progress_bar(total, "sweep") as progress:

@@ -8,7 +8,16 @@ from qpaged.sweep.measure._load_step import load_step
 from qpaged.sweep.measure._metrics import METRICS, WIDE, Metric, Predictions, TableColumn
 from qpaged.sweep.measure._model import Model, Prefilled, Stream
 from qpaged.sweep.measure._predictions import Reference, predict
-from qpaged.sweep.measure._run import PLAIN, Accuracy, Failure, Greedy, Run, identity, layer_spellings
+from qpaged.sweep.measure._run import (
+    PLAIN,
+    Accuracy,
+    Failure,
+    Greedy,
+    Noise,
+    Run,
+    identity,
+    layer_spellings,
+)
 from qpaged.sweep.measure._settings import COMPUTE_DTYPES, DTYPES, Settings
 from qpaged.sweep.measure._statistics import Estimate, token_estimate
 from qpaged.sweep.measure._step import StepModel
@@ -30,6 +39,7 @@ __all__ = [
     "Greedy",
     "Metric",
     "Model",
+    "Noise",
     "Predictions",
     "Prefilled",
     "Progress",

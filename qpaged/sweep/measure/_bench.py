@@ -1,5 +1,6 @@
 """Measures one format after another beside the plain cache, the reference."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from qpaged.sweep.measure._greedy import greedy_continuations
 from qpaged.sweep.measure._metrics import Measurement, Predictions, compute_metrics
 from qpaged.sweep.measure._model import Model, Stream
 from qpaged.sweep.measure._predictions import Reference, Timing, predict
-from qpaged.sweep.measure._run import PLAIN, Run, identity, layer_spellings
+from qpaged.sweep.measure._run import PLAIN, Noise, Run, identity, layer_spellings
 from qpaged.sweep.measure._settings import Settings
-from qpaged.sweep.measure._statistics import kl_histogram, part_means
+from qpaged.sweep.measure._statistics import kl_histogram, part_means, token_estimate
 from qpaged.sweep.measure._text import Sequences
 
 Progress = Callable[[str, int], None]
@@ -57,7 +58,28 @@ class Bench:
     @cached_property
     def plain(self) -> Run:
         """The run of the plain cache, which is the reference."""
-        return self.measure(self._reference_spelling, PLAIN)
+        run = self.measure(self._reference_spelling, PLAIN)
+        return dataclasses.replace(run, noise=self._noise() if self._settings.noise else None)
+
+    def _noise(self) -> list[Noise]:
+        """Return how far the reference is from itself in other chunks and batches, and in another dtype."""
+        settings = self._settings
+        smaller = dataclasses.replace(
+            settings, chunk=max(1, settings.chunk // 2), batch=max(1, settings.batch // 2)
+        )
+        conditions = f"chunks of {smaller.chunk}, {smaller.batch} sequences at once"
+        found = [self._noise_of(conditions, self._model, smaller)]
+        other = self._model.in_another_dtype()
+        if other is not None:
+            dtype, model = other
+            found.append(self._noise_of(f"computing in {dtype}", model, settings))
+        return found
+
+    def _noise_of(self, conditions: str, model: Model, settings: Settings) -> Noise:
+        kl = self._predict(self._reference_spelling, PLAIN, model, settings).predictions.kl
+        mean, error = token_estimate(lambda sums: sums[0] / sums[1], kl, np.ones_like(kl))
+        assert mean is not None  # tokens were counted
+        return {"conditions": conditions, "kl_mean": mean, "kl_mean_se": error, "kl_parts": part_means(kl)}
 
     def mean_kl(self, spelling: str, cache_format: CacheFormat) -> float:
         """Predict in a format, and return the mean KL alone.
@@ -122,17 +144,29 @@ class Bench:
     def _plain_continuations(self) -> np.ndarray:
         return self._continue(self._plain_predicted.stream)
 
-    def _predict(self, spelling: str, cache_format: CacheFormat) -> _Predicted:
-        """Predict the whole text; the first predictions become the reference."""
+    def _predict(
+        self,
+        spelling: str,
+        cache_format: CacheFormat,
+        model: Model | None = None,
+        settings: Settings | None = None,
+    ) -> _Predicted:
+        """Predict the whole text; the first predictions become the reference.
+
+        Args:
+            model: what computes, if that is not the bench's own model, which makes logits of it.
+            settings: likewise.
+        """
         start = time.perf_counter()
-        sequences = min(self._settings.batch, len(self._sequences.tokens))
-        stream = self._model.stream(cache_format, self._settings, sequences)
+        settings = settings or self._settings
+        sequences = min(settings.batch, len(self._sequences.tokens))
+        stream = (model or self._model).stream(cache_format, settings, sequences)
 
         def advance(tokens: int) -> None:
             self._progress(spelling, tokens)
 
         predictions, timing, self._reference = predict(
-            self._model, stream, self._sequences.tokens, self._settings, self._reference, advance
+            self._model, stream, self._sequences.tokens, settings, self._reference, advance
         )
         return _Predicted(predictions, stream, timing, time.perf_counter() - start)
 

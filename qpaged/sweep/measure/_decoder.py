@@ -180,6 +180,11 @@ class Decoder:
         name = f"{self.name} in {dtype}"
         return replace(self, compute=dtype, name=name, sha256=digest, reference=reference)
 
+    def in_another_dtype(self) -> "tuple[str, Decoder]":
+        """Return the other dtype that the decoder may compute in, and the decoder computing in it."""
+        (other,) = set(COMPUTE_DTYPES) - {self.compute}
+        return other, self.computing_in(other)
+
     def hidden(
         self,
         tokens: ArrayLike,  # [n] int32

@@ -94,6 +94,9 @@ class Model(Protocol):
     def logits(self, outputs: jax.Array) -> jax.Array:
         """Return float32 logits [..., vocabulary] of a stream's outputs [..., features]."""
 
+    def in_another_dtype(self) -> "tuple[str, Model] | None":
+        """Return another dtype and the model computing in it, for the reference's noise; None without one."""
+
     def attention_profile(
         self,
         plain: Any,

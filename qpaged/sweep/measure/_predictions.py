@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from qpaged.sweep.measure._metrics import Predictions, compare
 from qpaged.sweep.measure._model import Model, Stream
@@ -80,17 +81,19 @@ class Reference:
     def __init__(self, shape: tuple[int, int]):
         self._shape = shape
         self._outputs: np.ndarray | None = None
+        self._dtype: DTypeLike = np.float32
 
     def add(self, part: Part) -> None:
         """Store a part's outputs."""
         if self._outputs is None:
             self._outputs = _allocate((*self._shape, part.outputs.shape[-1]))
+            self._dtype = part.outputs.dtype
         self._outputs[part.rows, part.columns] = np.asarray(part.outputs, np.float32)
 
     def outputs(self, part: Part) -> jax.Array:
         """Return the reference's outputs [rows, columns, features] for the tokens of a part."""
         assert self._outputs is not None
-        return jnp.asarray(self._outputs[part.rows, part.columns])
+        return jnp.asarray(self._outputs[part.rows, part.columns], self._dtype)
 
 
 def predict(
@@ -135,8 +138,8 @@ def _compare(
     """
     features, tokens = outputs.shape[-1], truth.size
     size = min(tokens, max(1, LOGITS_AT_ONCE // model.vocabulary))
-    reference = reference.astype(outputs.dtype).reshape(-1, features)
-    outputs = outputs.reshape(-1, features)
+    outputs = outputs.astype(reference.dtype).reshape(-1, features)  # of another one in its noise
+    reference = reference.reshape(-1, features)
     blocks, seconds = [], 0.0
     for start in range(0, tokens, size):
         first = min(start, tokens - size)  # The last block begins earlier, so that all have one size.

@@ -4,6 +4,7 @@ import json
 import warnings
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TypedDict
 
 from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._attention import AttentionProfile
@@ -18,6 +19,24 @@ class Accuracy(SimpleNamespace):
 
 class Greedy(SimpleNamespace):
     """Metrics of continuations as attributes, as :attr:`Run.greedy` had them; use :attr:`Run.metrics`."""
+
+
+class Noise(TypedDict):
+    """How far the reference is from itself under other conditions, which no format chooses.
+
+    A format that is no further from it cannot be told from it on such a system.
+
+    Attributes:
+        conditions: in words, such as "computing in bfloat16".
+        kl_mean: nats a token.
+        kl_mean_se: its standard error, or None.
+        kl_parts: as those of a :class:`Run`.
+    """
+
+    conditions: str
+    kl_mean: float
+    kl_mean_se: float | None
+    kl_parts: list[float]
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,7 @@ class Run:
         attention: errors of each layer by itself; None for models whose layers cannot be inspected.
         tokens: number of predicted tokens.
         seconds: wall-clock time, compilation included.
+        noise: of the reference; None for other formats, and where it was not measured.
     """
 
     format: str
@@ -51,6 +71,7 @@ class Run:
     attention: AttentionProfile | None
     tokens: int
     seconds: float
+    noise: list[Noise] | None = None
 
     @property
     def bytes_per_token(self) -> float:

@@ -26,6 +26,7 @@ class Settings:
         prompts: sequences whose beginning is continued greedily, at most; 0 leaves it out.
         generated: tokens of a greedy continuation, at most half of a sequence.
         seed: draws the sequences of the text; they are spread evenly over it if None.
+        noise: the reference is compared with itself, too, under other conditions; see :class:`Noise`.
 
     Raises:
         BadArgumentError: a count that is too small or too large, or another dtype.
@@ -42,16 +43,17 @@ class Settings:
     prompts: int = 8
     generated: int = 32
     seed: int | None = None
+    noise: bool = True
 
     @classmethod
     def of_predictions_alone(cls, **settings: Any) -> "Settings":
-        """Return settings without decode, greedy texts and errors by layer: most of a short text's time."""
-        return cls(**settings, decode=0, probed=0, prompts=0)
+        """Return settings without decode, greedy texts, errors by layer and noise: most of the time."""
+        return cls(**settings, decode=0, probed=0, prompts=0, noise=False)
 
     def __post_init__(self) -> None:
         least = {"context": 2, "decode": 0, "probed": 0, "prompts": 0, "seed": 0}
         for name, value in vars(self).items():
-            if isinstance(value, int) and value < least.get(name, 1):
+            if type(value) is int and value < least.get(name, 1):
                 raise BadArgumentError(name, f"must be at least {least.get(name, 1)}, but came as {value:,}.")
             if isinstance(value, int) and value > LARGEST_INDEX and name != "seed":
                 raise BadArgumentError(name, f"must be at most {LARGEST_INDEX:,}, but came as {value:,}.")

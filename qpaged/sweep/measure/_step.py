@@ -56,6 +56,9 @@ class StepModel:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
+    def in_another_dtype(self) -> None:
+        """A step computes as it does."""
+
     def check(self, chunk: int) -> None:
         """Check that the step keeps to :data:`Step`, for one token and for a chunk.
 

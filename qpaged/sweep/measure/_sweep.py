@@ -93,6 +93,13 @@ class Sweep:
         """Tokens that are predicted in each format."""
         return len(self.sequences.tokens) * self.settings.context
 
+    def tokens_to_predict(self, known: Sequence[Run]) -> int:
+        """Return the tokens that are predicted in all, those for the noise of the reference included."""
+        runs = len(self.pending(known))
+        if runs and self.settings.noise:
+            runs += 1 if self.model.in_another_dtype() is None else 2
+        return self.tokens * runs
+
     def pending(self, known: Sequence[Run]) -> list[str]:
         """Return the formats still to be measured; the reference is among them if any format is."""
         known_identities = {run.identity for run in known}

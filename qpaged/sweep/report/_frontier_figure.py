@@ -10,7 +10,16 @@ from qpaged.sweep._extras import need
 from qpaged.sweep._numbers import TIMES
 from qpaged.sweep.report._labels import Box, box_around, boxes_of_steps, place_names
 from qpaged.sweep.report.palette import ACCENT, MUTED
-from qpaged.sweep.results import BROKEN, Results, RunRecord, is_broken, log_floor, pareto_front, title
+from qpaged.sweep.results import (
+    BROKEN,
+    Results,
+    RunRecord,
+    is_broken,
+    log_floor,
+    noise_floor,
+    pareto_front,
+    title,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,6 +55,11 @@ def frontier_figure(results: Results) -> "Figure":
     if any(is_broken(dot.run) for dot in dots):
         axes.plot([], [], "x", color=MUTED, label=BROKEN_LABEL)
     _draw_front(axes, dots)
+    noise = noise_floor(results["runs"][0])
+    if noise is not None:
+        label = f"noise: the reference against itself, {noise['conditions']}"
+        axes.axhline(noise["kl_mean"], color=MUTED, lw=0.8, ls="--", label=label)
+    axes.legend(loc="upper right", frameon=False)
     for dot in dots:
         color = ACCENT if dot.on_front else MUTED
         fill = ACCENT if dot.on_front else "white"
@@ -100,7 +114,6 @@ def _draw_front(axes: "Axes", dots: list[Dot]) -> None:
     xs = [dot.x for dot in front]
     ys = [dot.y for dot in front]
     axes.step(xs, ys, where="post", color=ACCENT, lw=1.5, label=FRONT_LABEL)
-    axes.legend(loc="upper right", frameon=False)
 
 
 def _name_dots(axes: "Axes", dots: list[Dot]) -> None:

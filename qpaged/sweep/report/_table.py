@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 from qpaged.sweep._extras import need
-from qpaged.sweep._numbers import PLUS_MINUS
+from qpaged.sweep._numbers import PLUS_MINUS, small
 from qpaged.sweep.measure import METRICS, WIDE, Metric
 from qpaged.sweep.report._verdict import verdict
 from qpaged.sweep.results import BROKEN, Results, RunRecord, is_broken, pareto_front, title
@@ -22,6 +22,7 @@ LEGEND = (
     "* Pareto front: none is both smaller and closer."
 )
 BROKEN_LEGEND = f" broken: a KL above {BROKEN:g}, where the model no longer says what it did."
+NOISE_LEGEND = " Noise, the reference against itself: {kl}, {conditions}."
 ERRORS_LEGEND = f" {PLUS_MINUS} standard errors over sequences."
 
 
@@ -44,6 +45,8 @@ def _table(results: Results, width: int) -> "Table":
     )
     if any(map(is_broken, runs)):
         caption += BROKEN_LEGEND
+    for noise in runs[0].get("noise") or ():
+        caption += NOISE_LEGEND.format(kl=small(noise["kl_mean"], noise["kl_mean_se"]), **noise)
     if is_wide:
         caption += ERRORS_LEGEND
     table = need("rich.table").Table(

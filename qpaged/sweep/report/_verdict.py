@@ -3,7 +3,16 @@
 from collections.abc import Sequence
 
 from qpaged.sweep._numbers import percent, small
-from qpaged.sweep.results import CONFIDENT_ERRORS, Results, RunRecord, check, pareto_front, tied
+from qpaged.sweep.results import (
+    CONFIDENT_ERRORS,
+    Results,
+    RunRecord,
+    check,
+    is_within,
+    noise_floor,
+    pareto_front,
+    tied,
+)
 
 HALVES = 1.75
 """Bytes of bfloat16 over a format's, from which on it about halves the cache: 8 bits, and one of scales."""
@@ -27,7 +36,7 @@ FIELDS = (
 
 
 def verdict(results: Results) -> str:
-    """Return one to four sentences on what the formats cost; see :func:`sentences`."""
+    """Return one to five sentences on what the formats cost; see :func:`sentences`."""
     return " ".join(sentences(results))
 
 
@@ -35,7 +44,8 @@ def sentences(results: Results) -> list[str]:
     """Return what the formats cost, sentence by sentence.
 
     Failures and interrupts come first; then the closest format that halves the cache; the smallest format
-    below :data:`NEARLY_EXACT`, and what the next smaller ones cost; last the choice by layer, if any.
+    below :data:`NEARLY_EXACT`, and what the next smaller ones cost; the noise of the reference, and what is
+    within it; last the choice by layer, if any.
 
     Formats whose difference is within the error bars are called tied.
 
@@ -48,7 +58,7 @@ def sentences(results: Results) -> list[str]:
     halving = [run for run in smaller if run["ratio"] >= HALVES]
     parts = [_incomplete(results)]
     if smaller:
-        parts += [_closest(halving or smaller), _smallest(smaller)]
+        parts += [_closest(halving or smaller), _smallest(smaller), _within_noise(reference, smaller)]
     else:
         parts.append(f"No format smaller than bfloat16 was measured beside {reference['format']}.")
     tune = results.get("tune") or {}
@@ -114,6 +124,18 @@ def _best(runs: Sequence[RunRecord]) -> list[RunRecord]:
     best = next(run for run in plainest if tied(run["kl_parts"], least, errors=1))
     ties = [run for run in plainest if run is not best and tied(run["kl_parts"], least)]
     return [best, *ties]
+
+
+def _within_noise(reference: RunRecord, runs: Sequence[RunRecord]) -> str:
+    """Return a sentence on the noise floor, and on the runs within it; empty if it was not measured."""
+    noise = noise_floor(reference)
+    if noise is None:
+        return ""
+    inside = [run for run in runs if is_within(run, noise)]
+    within = _listed([run["format"] for run in inside]) if inside else "no format"
+    verb = "are" if len(inside) > 1 else "is"
+    kl = small(noise["kl_mean"], noise["kl_mean_se"])
+    return f"The reference, {noise['conditions']}, is {kl} from itself: {within} {verb} within that noise."
 
 
 def _upper_bound(run: RunRecord) -> float:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from qpaged.sweep._numbers import millions
+from qpaged.sweep.measure import Noise
 from qpaged.sweep.results._record import VERSION
 
 SECTIONS = ("model", "text", "reference", "settings", "environment", "complete", "runs", "failures")
@@ -88,6 +89,16 @@ def tied(
         return not difference.any()
     error = difference.std(ddof=1) / math.sqrt(len(difference))
     return bool(abs(difference.mean()) <= errors * error)
+
+
+def noise_floor(reference: RunRecord) -> Noise | None:
+    """Return what moves the reference most, beside which formats are read; None if that was not measured."""
+    return max(reference.get("noise") or (), key=lambda noise: noise["kl_mean"], default=None)
+
+
+def is_within(run: RunRecord, noise: Noise) -> bool:
+    """Return True if a format is no further from the reference than noise, by all that can be told."""
+    return run["kl_mean"] <= noise["kl_mean"] or tied(run["kl_parts"], noise["kl_parts"])
 
 
 def log_floor(values: Iterable[float]) -> float:

@@ -132,6 +132,8 @@ def run_from_record(record: Mapping[str, Any]) -> Run:
             values["metrics"] = _recorded_metrics(record)
         elif attribute.name == "attention":
             values["attention"] = _recorded_attention(record)
+        elif attribute.name == "noise":
+            values["noise"] = record.get("noise")  # which results from before it existed do not have
         else:
             values[attribute.name] = record[attribute.name]
     types = {"format": str, "identity": str, "key": str, "value": str, "dtype": str, "tokens": int}

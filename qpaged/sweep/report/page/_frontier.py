@@ -8,7 +8,7 @@ from qpaged.sweep._numbers import TIMES
 from qpaged.sweep.report._frontier_figure import MAX_NAMED, TICK_RATIOS, bf16_words
 from qpaged.sweep.report._labels import Box, box_around, boxes_of_steps, place_names
 from qpaged.sweep.report.page._axis import LogAxis, Size, Tick, power_ticks
-from qpaged.sweep.results import CONFIDENT_ERRORS, RunRecord, is_broken, log_floor, pareto_front
+from qpaged.sweep.results import CONFIDENT_ERRORS, RunRecord, is_broken, log_floor, noise_floor, pareto_front
 
 SIZES = (Size("wide", 1120, 560), Size("narrow", 358, 440, left=58, right=8))
 NAME_SIZE = 12.5  # pixels
@@ -43,12 +43,18 @@ class Dot:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The chart at one size; its dots ascend in bytes."""
+    """The chart at one size; its dots ascend in bytes.
+
+    Attributes:
+        floor: the y of a KL of 0.
+        noise: the y of the noise floor; None where it was not measured, or lies outside.
+    """
 
     size: Size
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     floor: float
+    noise: float | None
     front: str
     dots: list[Dot]
 
@@ -66,6 +72,7 @@ def frontier_chart(runs: Sequence[RunRecord], size: Size) -> Frontier:
         x_ticks=_x_ticks(runs[0], x, size),
         y_ticks=_y_ticks(y, floor),
         floor=y(floor),
+        noise=_noise(runs[0], y),
         front=_path(front),
         dots=_named(dots, front, size),
     )
@@ -105,6 +112,13 @@ def _x_ticks(reference: RunRecord, x: LogAxis, size: Size) -> list[Tick]:
 def _y_ticks(y: LogAxis, floor: float) -> list[Tick]:
     lowest = round(math.log10(floor))
     return [Tick(y(floor), "exact"), *power_ticks(y, [power for power in y.decades() if power > lowest])]
+
+
+def _noise(reference: RunRecord, y: LogAxis) -> float | None:
+    noise = noise_floor(reference)
+    if noise is None or not y.low < noise["kl_mean"] < y.high:
+        return None
+    return y(noise["kl_mean"])
 
 
 def _path(front: Sequence[tuple[float, float]]) -> str:

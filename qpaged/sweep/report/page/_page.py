@@ -22,6 +22,7 @@ from qpaged.sweep.results import (
     RunRecord,
     check,
     closest_first,
+    noise_floor,
     pareto_front,
 )
 
@@ -90,6 +91,7 @@ def _render(results: Results) -> str:
         cell=_cell,
         sure=CONFIDENT_ERRORS,
         broken=BROKEN,
+        noise=noise_floor(runs[0]),
         frontiers=[_frontier.frontier_chart(runs, size) for size in _frontier.SIZES],
         layer_maps=layer_maps(runs),
         choices=choices,
