@@ -32,9 +32,11 @@ from qpaged.sweep.measure import (
 )
 from qpaged.sweep.report import print_table, progress_bar, verdict, write_figures, write_report
 from qpaged.sweep.results import (
+    MAX_KL,
     RESULTS,
     Results,
     SweepResult,
+    check_max_kl,
     claimed,
     conditions,
     json_of,
@@ -60,6 +62,7 @@ __all__ = [
     "CANDIDATES",
     "COMPUTE_DTYPES",
     "DTYPES",
+    "MAX_KL",
     "METRICS",
     "RESULTS",
     "Accuracy",
@@ -86,6 +89,7 @@ __all__ = [
     "Tuned",
     "UnattainableError",
     "calibrate",
+    "check_max_kl",
     "claimed",
     "conditions",
     "default_candidates",

@@ -81,6 +81,7 @@ def test_a_tokenizer_without_the_checkpoint_that_it_belongs_to(sweep, tmp_path):
         ("--batch -1", "--batch must be at least 1, but came as -1."),
         ("--page-size 0", "--page-size must be at least 1, but came as 0."),
         ("--page-size 99999999999", "--page-size must be at most 2,147,483,646, but came as 99,999,999,999."),
+        ("--max-kl 0", "--max-kl must be above 0 nats a token, but came as 0; 0.01 is usual."),
         ("--seed -1", "--seed must be at least 0, but came as -1."),
         ("--formats int8,,int4", "--formats has an empty name in 'int8,,int4'; part names by one comma."),
         ("--formats all,int8", "--formats must list formats, as int8,int4; all stands alone, and for qpaged"),

@@ -47,7 +47,7 @@ def test_it_names_what_halves_the_cache_and_what_is_smallest():
     assert verdict(results(PLAIN, RAW, INT8, INT4, INT2)) == (
         "int8 halves the cache for a mean KL of 7.0e-5 ± 0.6e-5 nats a token, and leaves the likeliest token "
         "as it was 99.99 % of the time. "
-        "int4 is the smallest that is surely under 0.01 (4.5 bits, KL 0.0046 ± 0.0003); "
+        "int4 is the smallest that is surely under 0.01 nats of mean KL (4.5 bits, 0.0046 ± 0.0003); "
         "below that, int2 (2.5 bits) costs 0.16 ± 0.01."
     )
 
@@ -81,8 +81,16 @@ def test_a_format_whose_error_bar_crosses_the_threshold_is_not_surely_under_it()
     assert "int4:page (4.01 bits) costs 0.0095 ± 0.0004" in verdict(results(PLAIN, INT4, unsure))
 
 
+def test_the_threshold_is_the_readers():
+    assert "int2 is the smallest that is surely under 0.2 nats" in verdict(
+        results(PLAIN, INT4, INT2, max_kl=0.2)
+    )
+
+
 def test_none_under_the_threshold():
-    assert "None is surely under 0.01: the closest, int2, has 0.16 ± 0.01." in verdict(results(PLAIN, INT2))
+    assert "None is surely under 0.01 nats of mean KL: the closest, int2, has 0.16 ± 0.01." in verdict(
+        results(PLAIN, INT2)
+    )
 
 
 def test_one_sequence_has_no_error_bars():
@@ -166,4 +174,6 @@ def test_what_destroys_the_model_is_no_bargain():
     assert is_broken(broken) and not is_broken(run("int2", 400, 0.4, 0.1))
     assert broken not in pareto_front([PLAIN, INT8, broken])
     assert "int2+offset" not in verdict(results(PLAIN, INT8, INT4, broken))
-    assert "None is surely under 0.01: the closest, int2+offset, has 1.9" in verdict(results(PLAIN, broken))
+    assert "None is surely under 0.01 nats of mean KL: the closest, int2+offset, has 1.9" in verdict(
+        results(PLAIN, broken)
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 import qpaged
 from qpaged import sweep
 from qpaged._processes import Processes
+from qpaged.cli._arguments import number
 from qpaged.cli._devices import add_processes, as_one_of_all, mesh_of
 from qpaged.cli._formats import EVERYTHING, check_layers, named_formats, split_formats
 from qpaged.cli._job import add_job, load_job, say_job
@@ -32,6 +33,13 @@ def add(subparsers: Subparsers) -> None:
         help="such as int8,int8:token/int4+rotate,format.json; all, with every wrapper (those worth a look)",
     )
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="where the files go (here)")
+    parser.add_argument(
+        "--max-kl",
+        type=number,
+        metavar="KL",
+        default=sweep.MAX_KL,
+        help="mean KL, nats a token, up to which the verdict takes a format to be good enough (%(default)s)",
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what --out has results of")
     parser.add_argument("--json", action="store_true", help="print the JSON instead of the table")
     parser.set_defaults(run=_run)
@@ -48,6 +56,7 @@ class _Formats:
 
 def _run(args: argparse.Namespace) -> int:
     sweep.need_sweep_extra()
+    sweep.check_max_kl(args.max_kl)
     with as_one_of_all(args):
         return _run_here(args)
 
@@ -143,7 +152,7 @@ def _measure(
         identities = {run.identity for run in runs}
         # Runs that this sweep was not asked for, or did not come to yet, stay in the file.
         kept = [run for run in known if run.identity not in identities]
-        return sweep.SweepResult(job, (*runs, *kept), tuple(failures), complete)
+        return sweep.SweepResult(job, (*runs, *kept), tuple(failures), complete, max_kl=args.max_kl)
 
     total = job.tokens_to_predict(known)
     already = {run.identity for run in known}

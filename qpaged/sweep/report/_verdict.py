@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from qpaged.sweep._numbers import percent, small
 from qpaged.sweep.results import (
     CONFIDENT_ERRORS,
+    MAX_KL,
     Results,
     RunRecord,
     check,
@@ -18,9 +19,6 @@ HALVES = 1.75
 """Bytes of bfloat16 over a format's, from which on it about halves the cache: 8 bits, and one of scales."""
 A_HALF = 0.05
 """How far from 2 that may be, as a share, for the verdict to say so."""
-
-NEARLY_EXACT = 0.01
-"""Nats a token: the mean KL that is assumed to be good enough."""
 
 MAX_NAMES = 3  # formats that a sentence names before it counts the others
 FIELDS = (
@@ -44,8 +42,8 @@ def sentences(results: Results) -> list[str]:
     """Return what the formats cost, sentence by sentence.
 
     Failures and interrupts come first; then the closest format that halves the cache; the smallest format
-    below :data:`NEARLY_EXACT`, and what the next smaller ones cost; the noise of the reference, and what is
-    within it; last the choice by layer, if any.
+    below ``max_kl`` of the results, and what the next smaller ones cost; the noise of the reference, and what
+    is within it; last the choice by layer, if any.
 
     Formats whose difference is within the error bars are called tied.
 
@@ -58,7 +56,8 @@ def sentences(results: Results) -> list[str]:
     halving = [run for run in smaller if run["ratio"] >= HALVES]
     parts = [_incomplete(results)]
     if smaller:
-        parts += [_closest(halving or smaller), _smallest(smaller), _within_noise(reference, smaller)]
+        max_kl = results.get("max_kl", MAX_KL)
+        parts += [_closest(halving or smaller), _smallest(smaller, max_kl), _within_noise(reference, smaller)]
     else:
         parts.append(f"No format smaller than bfloat16 was measured beside {reference['format']}.")
     tune = results.get("tune") or {}
@@ -93,18 +92,21 @@ def _closest(runs: Sequence[RunRecord]) -> str:
     )
 
 
-def _smallest(runs: Sequence[RunRecord]) -> str:
-    """Return a sentence on the smallest run that is surely nearly exact, and on smaller ones."""
+def _smallest(runs: Sequence[RunRecord], max_kl: float) -> str:
+    """Return a sentence on the smallest run that is surely good enough, and on smaller ones."""
     front = pareto_front(runs)
-    good = [run for run in runs if _upper_bound(run) <= NEARLY_EXACT]
+    good = [run for run in runs if _upper_bound(run) <= max_kl]
     if not good:
         closest = min(runs, key=lambda run: run["kl_mean"])
-        return f"None is surely under {NEARLY_EXACT:g}: the closest, {closest['format']}, has {_kl(closest)}."
+        return (
+            f"None is surely under {max_kl:g} nats of mean KL: the closest, {closest['format']}, has "
+            f"{_kl(closest)}."
+        )
     size = min(run["bytes_per_token"] for run in good)
     best, *ties = _best([run for run in good if run["bytes_per_token"] == size])
     sentence = (
-        f"{best['format']} is the smallest that is surely under {NEARLY_EXACT:g} "
-        f"({best['bits_per_element']:.3g} bits, KL {_kl(best)}{_tied_with(ties, ', ')})"
+        f"{best['format']} is the smallest that is surely under {max_kl:g} nats of mean KL "
+        f"({best['bits_per_element']:.3g} bits, {_kl(best)}{_tied_with(ties, ', ')})"
     )
     smaller = [run for run in front if run["bytes_per_token"] < size]
     if smaller:

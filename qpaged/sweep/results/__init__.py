@@ -25,7 +25,9 @@ from qpaged.sweep.results._reading import (
     title,
 )
 from qpaged.sweep.results._record import (
+    MAX_KL,
     SweepResult,
+    check_max_kl,
     conditions,
     is_number,
     json_of,
@@ -37,11 +39,13 @@ from qpaged.sweep.results._record import (
 __all__ = [
     "BROKEN",
     "CONFIDENT_ERRORS",
+    "MAX_KL",
     "RESULTS",
     "Results",
     "RunRecord",
     "SweepResult",
     "check",
+    "check_max_kl",
     "claimed",
     "closest_first",
     "conditions",

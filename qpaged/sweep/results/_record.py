@@ -12,10 +12,14 @@ from typing import Any
 import jax
 
 import qpaged
+from qpaged._bad_argument import BadArgumentError
 from qpaged._files import DIGEST, digest
 from qpaged.sweep.measure import METRICS, AttentionProfile, Failure, Model, Run, Sweep
 
 VERSION = 2
+
+MAX_KL = 0.01
+"""Nats a token: the mean KL up to which verdicts take a format to be good enough, unless told otherwise."""
 
 Record = dict[str, Any]
 """A JSON object."""
@@ -28,6 +32,10 @@ class SweepResult:
     Attributes:
         complete: False after an interrupt.
         tune: the record of a :class:`Tuned`; None for a sweep.
+        max_kl: nats a token; the mean KL up to which the verdict takes a format to be good enough.
+
+    Raises:
+        BadArgumentError: ``max_kl`` is not positive.
     """
 
     sweep: Sweep
@@ -36,12 +44,17 @@ class SweepResult:
     complete: bool = True
     tune: Record | None = None
     date: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    max_kl: float = MAX_KL
+
+    def __post_init__(self) -> None:
+        check_max_kl(self.max_kl)
 
     def to_dict(self) -> Record:
         """Return plain JSON values; see :func:`run_record` for those of a run."""
         record = {
             "version": VERSION,
             "complete": self.complete,
+            "max_kl": self.max_kl,
             **conditions(self.sweep),
             "runs": [run_record(run) for run in self.runs],
             "failures": [dataclasses.asdict(failure) for failure in self.failures],
@@ -56,6 +69,14 @@ class SweepResult:
 
     def to_json(self) -> str:
         return json_of(self.to_dict())
+
+
+def check_max_kl(max_kl: float) -> None:
+    """Raise BadArgumentError unless a KL is positive."""
+    if not max_kl > 0:
+        raise BadArgumentError(
+            "max_kl", f"must be above 0 nats a token, but came as {max_kl:g}; {MAX_KL} is usual."
+        )
 
 
 def json_of(record: Record) -> str:
