@@ -8,6 +8,7 @@ from pathlib import Path
 
 import qpaged
 from qpaged import sweep
+from qpaged._bad_argument import BadArgumentError
 from qpaged._processes import Processes
 from qpaged.cli._arguments import number
 from qpaged.cli._devices import add_processes, as_one_of_all, mesh_of
@@ -33,6 +34,14 @@ def add(subparsers: Subparsers) -> None:
         help="such as int8,int8:token/int4+rotate,format.json; all, with every wrapper (those worth a look)",
     )
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="where the files go (here)")
+    parser.add_argument(
+        "--tasks",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a multiple-choice task that formats answer, too: a JSON object a line, with query, choices and "
+        "gold; may be given several times",
+    )
     parser.add_argument(
         "--max-kl",
         type=number,
@@ -72,12 +81,13 @@ def _run_here(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace, has_no_list: bool) -> int:
+    tasks = _load_tasks(args)
     model, text, settings = load_job(args)
     if has_no_list:
         formats = _unnamed(args.formats == EVERYTHING, model.head_dim)
     else:
         formats = _Formats(split_formats(args.formats))
-    job = sweep.Sweep(model, text, tuple(formats.spellings), settings)
+    job = sweep.Sweep(model, text, tuple(formats.spellings), settings, tasks)
     if model.layers is not None:
         check_layers(job.order, model.layers)
     known = _known_runs(args, job)
@@ -92,6 +102,18 @@ def _sweep(args: argparse.Namespace, has_no_list: bool) -> int:
     except KeyboardInterrupt:
         say(args, f"interrupted; {args.out / sweep.RESULTS} has all that was measured.")
         return INTERRUPTED
+
+
+def _load_tasks(args: argparse.Namespace) -> tuple[sweep.Task, ...]:
+    if args.tasks and args.step is not None:
+        raise BadArgumentError(
+            "tasks", "must be left out with --step, which takes as many tokens of each sequence."
+        )
+    try:
+        return tuple(map(sweep.load_task, args.tasks))
+    except OSError as error:
+        reason = f"{str(error.filename)!r} cannot be read ({error.strerror}); give a file of JSON lines."
+        raise BadArgumentError("tasks", reason) from error
 
 
 def _unnamed(everything: bool, head_dim: int) -> _Formats:

@@ -22,6 +22,7 @@ from qpaged.sweep.measure._settings import COMPUTE_DTYPES, DTYPES, Settings
 from qpaged.sweep.measure._statistics import Estimate, token_estimate
 from qpaged.sweep.measure._step import StepModel
 from qpaged.sweep.measure._sweep import Sweep, sweep_order
+from qpaged.sweep.measure._tasks import Question, Task, TaskScore, load_task
 from qpaged.sweep.measure._text import Sequences, Text, cut, load_text
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "Predictions",
     "Prefilled",
     "Progress",
+    "Question",
     "Reference",
     "Run",
     "Sequences",
@@ -51,6 +53,8 @@ __all__ = [
     "Stream",
     "Sweep",
     "TableColumn",
+    "Task",
+    "TaskScore",
     "Text",
     "chunks",
     "cut",
@@ -58,6 +62,7 @@ __all__ = [
     "layer_spellings",
     "load_model",
     "load_step",
+    "load_task",
     "load_text",
     "predict",
     "sweep_order",

@@ -1,13 +1,15 @@
 """Measures one format after another beside the plain cache, the reference."""
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
+from qpaged._bad_argument import BadArgumentError
 from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._attention import AttentionProfile
 from qpaged.sweep.measure._greedy import greedy_continuations
@@ -17,6 +19,16 @@ from qpaged.sweep.measure._predictions import Reference, Timing, predict
 from qpaged.sweep.measure._run import PLAIN, Noise, Run, identity, layer_spellings
 from qpaged.sweep.measure._settings import Settings
 from qpaged.sweep.measure._statistics import kl_histogram, part_means, token_estimate
+from qpaged.sweep.measure._tasks import (
+    TASK_CHUNK,
+    Answers,
+    Continuation,
+    Task,
+    TaskScore,
+    answers_of,
+    log_likelihoods,
+    score,
+)
 from qpaged.sweep.measure._text import Sequences
 
 Progress = Callable[[str, int], None]
@@ -38,16 +50,25 @@ class Bench:
 
     Args:
         plain: the spelling under which the reference is reported.
+        tasks: that each format answers, with their choices in tokens.
     """
 
     def __init__(
-        self, model: Model, sequences: Sequences, settings: Settings, plain: str, progress: Progress
+        self,
+        model: Model,
+        sequences: Sequences,
+        settings: Settings,
+        plain: str,
+        progress: Progress,
+        tasks: Iterable[tuple[Task, list[Continuation]]] = (),
     ):
         self._model = model
         self._sequences = sequences
         self._settings = settings
         self._reference_spelling = plain
         self._progress = progress
+        self._tasks = list(tasks)
+        self._plain_answers: list[Answers] | None = None
         self._reference: Reference | None = None
         self._plain_predicted = self._predict(plain, PLAIN)
         if not np.isfinite(self._plain_predicted.predictions.log_q).all():
@@ -121,6 +142,7 @@ class Bench:
             kl_parts=part_means(predicted.predictions.kl),
             kl_histogram=kl_histogram(predicted.predictions.kl),
             attention=attention,
+            tasks=self._answer(spelling, cache_format) if self._tasks else None,
             tokens=self._sequences.bytes.size,
             seconds=time.perf_counter() - start,
         )
@@ -169,6 +191,28 @@ class Bench:
             self._model, stream, self._sequences.tokens, settings, self._reference, advance
         )
         return _Predicted(predictions, stream, timing, time.perf_counter() - start)
+
+    def _answer(self, spelling: str, cache_format: CacheFormat) -> list[TaskScore]:
+        """Answer all tasks; the first answers are the reference's."""
+        settings = dataclasses.replace(self._settings, chunk=min(TASK_CHUNK, self._settings.chunk))
+        batch = settings.batch
+        stream = self._model.ragged_stream(cache_format, settings, batch)
+        if stream is None:
+            raise BadArgumentError(
+                "tasks", f"must be none for {self._model.name}, which takes as many tokens of each sequence."
+            )
+        answers = []
+        for task, continuations in self._tasks:
+            likelihoods = log_likelihoods(
+                self._model, stream, continuations, batch, functools.partial(self._progress, spelling)
+            )
+            answers.append(answers_of(task, likelihoods))
+        if self._plain_answers is None:
+            self._plain_answers = answers
+        return [
+            score(task, own, plain)
+            for (task, _), own, plain in zip(self._tasks, answers, self._plain_answers, strict=True)
+        ]
 
     def _continue(self, stream: Stream) -> np.ndarray:
         prompts = self._sequences.tokens[: self._settings.prompts, : self._settings.prompt]

@@ -101,6 +101,10 @@ class Decoder:
         """Return a stream whose fresh cache holds ``sequences`` at once."""
         return self._stream(self.cache(quantizer, settings, sequences), quantizer, settings)
 
+    def ragged_stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> DecoderStream:
+        """Return the same, which takes sequences of any lengths together."""
+        return self.stream(quantizer, settings, sequences)
+
     def compile(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> None:
         """Compile what such a stream runs, without a cache; nothing over several devices."""
         if self.mesh is not None:

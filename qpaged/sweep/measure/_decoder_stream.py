@@ -1,7 +1,7 @@
 """Feeds tokens through a checkpoint's decoder and its paged cache, as a server does."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -18,7 +18,7 @@ from qpaged.cache import (
 )
 from qpaged.models import Attend, AttentionOptions, DecoderConfig
 from qpaged.pools import has_exact_pages
-from qpaged.sweep.measure._model import Prefilled
+from qpaged.sweep.measure._model import Prefilled, RaggedPart
 from qpaged.sweep.measure._settings import Settings
 
 Hidden = Callable[[ArrayLike, ArrayLike, Attend], jax.Array]
@@ -146,6 +146,21 @@ class DecoderStream:
             hidden = self._forward(chunk.flat_tokens(self._batch), metadata.ragged_position, metadata)
             outputs = hidden[: chunk.tokens.size].reshape(*chunk.tokens.shape, -1)
             yield Prefilled(slice(0, len(tokens)), chunk.columns, outputs)
+
+    def prefill_ragged(self, sequences: Sequence[np.ndarray]) -> Iterator[RaggedPart]:
+        """Feed sequences of any lengths, [n] int32 each, some tokens of all of them at a step."""
+        size, longest = self.chunk, max(map(len, sequences))
+        for start in range(0, longest, size):
+            parts = [tokens[start : start + size] for tokens in sequences]
+            lengths = [len(part) for part in parts]
+            row = np.repeat(np.arange(len(parts)), lengths)
+            position = np.concatenate([start + np.arange(length, dtype=np.int32) for length in lengths])
+            room = (0, self._batch * size - len(row))  # so that every step has the same shapes
+            starts = np.cumsum([0, *lengths, *[0] * (self._batch - len(parts))], dtype=np.int32)
+            row, position = (np.pad(of_tokens, room, constant_values=-1) for of_tokens in (row, position))
+            metadata = PagedAttentionMetadata.ragged(position=position, page_tables=self.table, starts=starts)
+            tokens = np.pad(np.concatenate(parts), room)
+            yield RaggedPart(self._forward(tokens, metadata.ragged_position, metadata), row, position)
 
     def decode(self, tokens: np.ndarray, position: int) -> jax.Array:
         """Feed one token to each sequence, all at the same position."""

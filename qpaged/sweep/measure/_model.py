@@ -1,6 +1,6 @@
 """Protocols of what is measured: a model, and the stream of tokens through it and its cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,6 +18,20 @@ class Prefilled(NamedTuple):
     rows: slice
     columns: slice
     outputs: jax.Array  # [rows, columns, features]
+
+
+class RaggedPart(NamedTuple):
+    """The model's outputs for parts of several sequences, one after another.
+
+    Attributes:
+        outputs: [tokens, features].
+        row: [tokens], the sequence of each token; -1 for padding.
+        position: [tokens], its position there.
+    """
+
+    outputs: jax.Array
+    row: np.ndarray
+    position: np.ndarray
 
 
 class Stream(Protocol):
@@ -39,6 +53,13 @@ class Stream(Protocol):
 
     def decode(self, tokens: np.ndarray, position: int) -> jax.Array:
         """Feed one token to each sequence, [sequences] int32, and return outputs [sequences, features]."""
+
+
+class RaggedStream(Stream, Protocol):
+    """A stream that takes sequences of any lengths together, as tasks need."""
+
+    def prefill_ragged(self, sequences: Sequence[np.ndarray]) -> Iterator[RaggedPart]:
+        """Feed all sequences, [n] int32 each, and yield the outputs part by part."""
 
 
 class Model(Protocol):
@@ -87,6 +108,11 @@ class Model(Protocol):
 
     def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> Stream:
         """Return a stream whose fresh cache holds ``sequences`` at once; plain caches are the reference's."""
+
+    def ragged_stream(
+        self, quantizer: CacheFormat, settings: Settings, sequences: int
+    ) -> RaggedStream | None:
+        """Return a stream that takes sequences of any lengths together; None for a model that does not."""
 
     def compile(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> None:
         """Compile what such a stream runs, if that can be done without running it; allocate no cache."""

@@ -9,6 +9,7 @@ from typing import TypedDict
 from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._attention import AttentionProfile
 from qpaged.sweep.measure._statistics import Histogram
+from qpaged.sweep.measure._tasks import TaskScore
 
 PLAIN = CacheFormat()
 
@@ -57,6 +58,7 @@ class Run:
         tokens: number of predicted tokens.
         seconds: wall-clock time, compilation included.
         noise: of the reference; None for other formats, and where it was not measured.
+        tasks: how the format answers each task; None where there are none.
     """
 
     format: str
@@ -72,6 +74,7 @@ class Run:
     tokens: int
     seconds: float
     noise: list[Noise] | None = None
+    tasks: list[TaskScore] | None = None
 
     @property
     def bytes_per_token(self) -> float:

@@ -56,6 +56,9 @@ class StepModel:
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
+    def ragged_stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> None:
+        """A step takes as many tokens of each sequence."""
+
     def in_another_dtype(self) -> None:
         """A step computes as it does."""
 

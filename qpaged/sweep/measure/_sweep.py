@@ -16,6 +16,7 @@ from qpaged.sweep.measure._bench import Bench, Progress
 from qpaged.sweep.measure._model import Model
 from qpaged.sweep.measure._run import PLAIN, Failure, Run, identity
 from qpaged.sweep.measure._settings import Settings
+from qpaged.sweep.measure._tasks import Continuation, Task, continuations_of
 from qpaged.sweep.measure._text import Sequences, Text, cut
 
 
@@ -49,18 +50,24 @@ class Sweep:
 
     Attributes:
         formats: spellings that :meth:`qpaged.CacheFormat.of` takes; the reference is added if missing.
+        tasks: multiple-choice tasks that each format answers, too.
 
     Raises:
         RegistryError: a spelling that names no installed format.
         ValueError: a text shorter than one sequence, or a context longer than the model's.
+        BadArgumentError: two tasks of one name.
     """
 
     model: Model
     text: Text
     formats: tuple[str, ...]
     settings: Settings
+    tasks: tuple[Task, ...] = ()
 
     def __post_init__(self) -> None:
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise BadArgumentError("tasks", f"must have names of their own, but are {', '.join(names)}.")
         longest = self.model.longest
         if self.settings.context > longest:
             raise BadArgumentError(
@@ -88,6 +95,12 @@ class Sweep:
         """The tokens that are fed and predicted."""
         return cut(self.text, self.model.tokenizer, self.settings)
 
+    @cached_property
+    def continuations(self) -> list[list[Continuation]]:
+        """The choices of each task, in tokens."""
+        context = self.settings.context
+        return [continuations_of(task, self.model.tokenizer, context) for task in self.tasks]
+
     @property
     def tokens(self) -> int:
         """Tokens that are predicted in each format."""
@@ -95,10 +108,11 @@ class Sweep:
 
     def tokens_to_predict(self, known: Sequence[Run]) -> int:
         """Return the tokens that are predicted in all, those for the noise of the reference included."""
-        runs = len(self.pending(known))
+        runs = noise = len(self.pending(known))
         if runs and self.settings.noise:
-            runs += 1 if self.model.in_another_dtype() is None else 2
-        return self.tokens * runs
+            noise += 1 if self.model.in_another_dtype() is None else 2
+        of_tasks = sum(len(each.tokens) - 1 for of_task in self.continuations for each in of_task)
+        return self.tokens * noise + of_tasks * runs
 
     def pending(self, known: Sequence[Run]) -> list[str]:
         """Return the formats still to be measured; the reference is among them if any format is."""
@@ -129,7 +143,8 @@ class Sweep:
         bench = None
         if pending:
             next(compiled)
-            bench = Bench(self.model, self.sequences, self.settings, plain, progress)
+            tasks = list(zip(self.tasks, self.continuations, strict=True))
+            bench = Bench(self.model, self.sequences, self.settings, plain, progress, tasks)
             yield bench.plain
         else:
             yield dataclasses.replace(known_runs[identity(PLAIN)], format=plain)

@@ -4,8 +4,8 @@ import os
 from typing import TYPE_CHECKING
 
 from qpaged.sweep._extras import need
-from qpaged.sweep._numbers import PLUS_MINUS, small
-from qpaged.sweep.measure import METRICS, WIDE, Metric
+from qpaged.sweep._numbers import PLUS_MINUS, percent, small
+from qpaged.sweep.measure import METRICS, WIDE, Metric, TaskScore
 from qpaged.sweep.report._verdict import verdict
 from qpaged.sweep.results import BROKEN, Results, RunRecord, is_broken, pareto_front, title
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 ROOMY = 90  # width from which on two spaces stand between columns
 PIPE_WIDTH = 132  # width where there is no terminal
+
+TASK_COLUMNS = "acc", "acc_norm", "same"
 
 LEGEND = (
     "KL in nats a token, to {plain} ({reference}). ratio: bfloat16 bytes over these. attn error: worst "
@@ -31,6 +33,8 @@ def print_table(results: Results, console: "Console | None" = None) -> None:
     if console is None:
         console = _stdout_console()
     console.print(_table(results, console.width), highlight=False)
+    for number in range(len(results.get("tasks", []))):
+        console.print(_task_table(results, number), highlight=False)
     console.print(f"{verdict(results)}\n", highlight=False, markup=False)
 
 
@@ -71,6 +75,37 @@ def _table(results: Results, width: int) -> "Table":
         cells = [cell_text(metric, run, with_error=is_wide) for metric in metrics]
         table.add_row(name, *cells, style="bold" if on_front else None)
     return table
+
+
+def _task_table(results: Results, number: int) -> "Table":
+    """Return a row for each format that answered a task."""
+    escape = need("rich.markup").escape
+    task = results["tasks"][number]
+    table = need("rich.table").Table(
+        title=escape(f"{task['name']}: {task['questions']:,} questions"),
+        caption="acc: the likeliest choice is right; acc_norm: the likeliest by character. same: as from the "
+        f"reference. {PLUS_MINUS} standard errors over questions.",
+        box=need("rich.box").SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption_justify="left",
+        title_justify="left",
+    )
+    table.add_column("format", overflow="fold")
+    for name in TASK_COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in results["runs"]:
+        if run.get("tasks"):  # else it was measured by an earlier version
+            table.add_row(escape(run["format"]), *task_cells(run["tasks"][number]))
+    return table
+
+
+def task_cells(score: TaskScore) -> list[str]:
+    """Return :data:`TASK_COLUMNS` of a format."""
+    return [
+        percent(score["acc"], score["acc_se"]),
+        percent(score["acc_norm"], score["acc_norm_se"]),
+        percent(score["same"], score["same_se"]),
+    ]
 
 
 def shown_metrics(width: int) -> list[Metric]:

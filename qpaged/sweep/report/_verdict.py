@@ -34,7 +34,7 @@ FIELDS = (
 
 
 def verdict(results: Results) -> str:
-    """Return one to five sentences on what the formats cost; see :func:`sentences`."""
+    """Return some sentences on what the formats cost; see :func:`sentences`."""
     return " ".join(sentences(results))
 
 
@@ -43,7 +43,7 @@ def sentences(results: Results) -> list[str]:
 
     Failures and interrupts come first; then the closest format that halves the cache; the smallest format
     below ``max_kl`` of the results, and what the next smaller ones cost; the noise of the reference, and what
-    is within it; last the choice by layer, if any.
+    is within it; each task; last the choice by layer, if any.
 
     Formats whose difference is within the error bars are called tied.
 
@@ -60,6 +60,9 @@ def sentences(results: Results) -> list[str]:
         parts += [_closest(halving or smaller), _smallest(smaller, max_kl), _within_noise(reference, smaller)]
     else:
         parts.append(f"No format smaller than bfloat16 was measured beside {reference['format']}.")
+    parts += [
+        _task(number, task["name"], results["runs"]) for number, task in enumerate(results.get("tasks", []))
+    ]
     tune = results.get("tune") or {}
     parts.append(tune.get("verdict", ""))
     return [sentence for sentence in parts if sentence]
@@ -138,6 +141,20 @@ def _within_noise(reference: RunRecord, runs: Sequence[RunRecord]) -> str:
     verb = "are" if len(inside) > 1 else "is"
     kl = small(noise["kl_mean"], noise["kl_mean_se"])
     return f"The reference, {noise['conditions']}, is {kl} from itself: {within} {verb} within that noise."
+
+
+def _task(number: int, name: str, runs: Sequence[RunRecord]) -> str:
+    """Return a sentence on a task, and on the runs whose answers are worse beyond the error bars."""
+    reference, *others = [(run["format"], run["tasks"][number]) for run in runs if run.get("tasks")]
+    plain, of_plain = reference
+    worse = [
+        f"{format} ({percent(score['acc'])})"
+        for format, score in others
+        if score["acc"] < of_plain["acc"] and not tied(score["right"], of_plain["right"])
+    ]
+    right = percent(of_plain["acc"], of_plain["acc_se"])
+    outcome = f"{_listed(worse)} less often beyond the error bars" if worse else "no format surely less often"
+    return f"{plain} is right on {right} of {name}, {outcome}."
 
 
 def _upper_bound(run: RunRecord) -> float:

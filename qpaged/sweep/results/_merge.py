@@ -15,6 +15,7 @@ CONDITIONS = (
     "the reference",
     "settings",
     "the environment",
+    "tasks",
 )
 """What :func:`same_conditions` lists, in words."""
 

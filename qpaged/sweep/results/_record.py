@@ -99,6 +99,10 @@ def conditions(sweep: Sweep) -> Record:
             # Not in the hash: tokenizer_config.json, beside the tokenizer's file, has a say in it.
             "prefix": list(tokenizer.prefix),
         },
+        "tasks": [
+            {"name": task.name, "questions": len(task.questions), "sha256": task.sha256}
+            for task in sweep.tasks
+        ],
         "reference": sweep.model.reference,
         "settings": {
             **dataclasses.asdict(settings),
@@ -115,7 +119,7 @@ def conditions(sweep: Sweep) -> Record:
 def same_conditions(record: Mapping[str, Any]) -> list[Any]:
     """Return the part of the conditions that must be equal for results to be resumed.
 
-    That is hashes, the prefix, settings and versions; names and dates may differ.
+    That is hashes, the prefix, settings, versions and tasks; other names and dates may differ.
 
     Raises:
         KeyError: the record is of an earlier version, which did not say all of that.
@@ -123,7 +127,8 @@ def same_conditions(record: Mapping[str, Any]) -> list[Any]:
     text = record["text"]
     environment = {name: value for name, value in record["environment"].items() if name != "date"}
     hashes = [record["model"]["sha256"], text["sha256"], text["tokenizer_sha256"]]
-    parts = [hashes, text["prefix"], record["reference"], record["settings"], environment]
+    tasks = [[task["name"], task["sha256"]] for task in record.get("tasks", [])]
+    parts = [hashes, text["prefix"], record["reference"], record["settings"], environment, tasks]
     return json.loads(json.dumps(parts))  # so that values compare equal to those read from a file
 
 
@@ -153,8 +158,8 @@ def run_from_record(record: Mapping[str, Any]) -> Run:
             values["metrics"] = _recorded_metrics(record)
         elif attribute.name == "attention":
             values["attention"] = _recorded_attention(record)
-        elif attribute.name == "noise":
-            values["noise"] = record.get("noise")  # which results from before it existed do not have
+        elif attribute.name in ("noise", "tasks"):  # which results from before they existed do not have
+            values[attribute.name] = record.get(attribute.name)
         else:
             values[attribute.name] = record[attribute.name]
     types = {"format": str, "identity": str, "key": str, "value": str, "dtype": str, "tokens": int}

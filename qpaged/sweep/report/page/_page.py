@@ -12,6 +12,7 @@ from qpaged.sweep._extras import need
 from qpaged.sweep._numbers import PLUS_MINUS, small
 from qpaged.sweep.measure import METRICS, Metric
 from qpaged.sweep.report import _verdict
+from qpaged.sweep.report._table import TASK_COLUMNS, task_cells
 from qpaged.sweep.report.page import _distribution, _frontier
 from qpaged.sweep.report.page._heat import layer_fields, layer_maps, sensitivity_maps
 from qpaged.sweep.report.palette import DARK, LIGHT, css_variables
@@ -93,6 +94,8 @@ def _render(results: Results) -> str:
         broken=BROKEN,
         noise=noise_floor(runs[0]),
         frontiers=[_frontier.frontier_chart(runs, size) for size in _frontier.SIZES],
+        task_columns=TASK_COLUMNS,
+        task_cells=task_cells,
         layer_maps=layer_maps(runs),
         choices=choices,
         distributions=distributions,
