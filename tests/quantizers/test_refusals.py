@@ -39,6 +39,8 @@ SPELLINGS = {
     "raw+offset": ["+offset goes with", "int8, int4 and int2", "raw is not one of these"],
     "fp8_e4m3+offset": ["+offset goes with", "int8, int4 and int2", "fp8_e4m3 is not one of these"],
     "fp8_e5m2:token+offset": ["+offset goes with", "fp8_e5m2:token is not one of these"],
+    "lloyd4+offset": ["+offset goes with", "lloyd4 is not one of these"],
+    "trellis2+offset": ["+offset goes with", "trellis2 is not one of these"],
     "fp8_e4m3+rotate+offset": ["+offset goes with", "fp8_e4m3"],
     "mxfp4+offset": ["+offset goes with", "int8, int4 and int2", "mxfp4 is not one of these"],
     "mxfp8+offset": ["+offset goes with", "mxfp8 is not one of these"],
