@@ -24,7 +24,7 @@ LEGEND = (
     "* Pareto front: none is both smaller and closer."
 )
 BROKEN_LEGEND = f" broken: a KL above {BROKEN:g}, where the model no longer says what it did."
-NOISE_LEGEND = " Noise, the reference against itself: {kl}, {conditions}."
+NOISE_LEGEND = " Noise, the reference against itself: {noises}."
 ERRORS_LEGEND = f" {PLUS_MINUS} standard errors over sequences."
 
 
@@ -49,8 +49,12 @@ def _table(results: Results, width: int) -> "Table":
     )
     if any(map(is_broken, runs)):
         caption += BROKEN_LEGEND
-    for noise in runs[0].get("noise") or ():
-        caption += NOISE_LEGEND.format(kl=small(noise["kl_mean"], noise["kl_mean_se"]), **noise)
+    noises = [
+        f"{small(noise['kl_mean'], noise['kl_mean_se'])} ({noise['conditions']})"
+        for noise in runs[0].get("noise") or ()
+    ]
+    if noises:
+        caption += NOISE_LEGEND.format(noises=" and ".join(noises))
     if is_wide:
         caption += ERRORS_LEGEND
     table = need("rich.table").Table(
