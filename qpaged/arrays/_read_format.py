@@ -212,6 +212,13 @@ def untransformed(array: QuantizedArray) -> QuantizedArray:
     return array.like(array.codes, array.parts, quantizer=quantizer)
 
 
+def is_of_floats(array: QuantizedArray) -> bool:
+    """Return True if the codes were stored without scales: as any floats, which bfloat16 need not hold."""
+    quantizer = array.quantizer
+    source = quantizer.source if isinstance(quantizer, ReadFormat) else quantizer
+    return source.scale_dtype is None
+
+
 def nan_code_and_scale(array: QuantizedArray) -> tuple[int, float | int | None] | None:
     """Return a code and a scale that read as NaN; None if no stored scale does.
 

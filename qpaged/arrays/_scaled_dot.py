@@ -20,6 +20,7 @@ from jax import lax
 from qpaged.arrays._bfloat16 import decode_to_bfloat16, to_bfloat16
 from qpaged.arrays._blocks import expand_scales, refine, split_blocks
 from qpaged.arrays._quantized import QuantizedArray
+from qpaged.arrays._read_format import is_of_floats
 
 DimensionNumbers: TypeAlias = tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]
 Params: TypeAlias = dict[str, Any]  # of dot_general, but for dimension numbers and preferred element type
@@ -97,10 +98,12 @@ def _count(array: QuantizedArray, axes: Sequence[int]) -> int:
 
 def _dot_codes(other: jax.Array, array: QuantizedArray, axes: DotAxes, params: Params) -> jax.Array:
     """Return the float32 dot with codes as the numbers that they stand for, without scales."""
-    if other.dtype == jnp.bfloat16:
-        values = decode_to_bfloat16(array.quantizer.decode, array.unpacked())
-    else:
+    if other.dtype != jnp.bfloat16:
         values = array.values(other.dtype)
+    elif is_of_floats(array):
+        values = to_bfloat16(array.values(jnp.float32))
+    else:
+        values = decode_to_bfloat16(array.quantizer.decode, array.unpacked())
     return lax.dot_general(other, values, axes.numbers, preferred_element_type=jnp.float32, **params)
 
 

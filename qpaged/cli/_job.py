@@ -50,7 +50,7 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     add(
         "--quick",
         action="store_true",
-        help="predictions alone: without decode, greedy texts and errors by layer",
+        help="predictions alone: without decode, greedy texts, errors by layer and noise",
     )
     add("--dtype", choices=sweep.DTYPES, default=defaults.dtype, help="caches' logical dtype (%(default)s)")
     add(

@@ -7,6 +7,7 @@ import pytest
 
 import qpaged
 from qpaged.arrays._bfloat16 import decode_to_bfloat16, to_bfloat16
+from qpaged.implicit import use_implicit_args
 
 BYTES = np.arange(256, dtype=np.uint8)
 
@@ -48,6 +49,17 @@ def test_codes_become_what_their_format_says(name):
     assert decoded.dtype == jnp.bfloat16
     want = quantizer.decode(codes, jnp.bfloat16)
     np.testing.assert_array_equal(decoded.astype(np.float32), want.astype(np.float32))
+
+
+def test_floats_that_are_no_bfloat16_are_rounded_to_the_nearest():
+    pool = qpaged.get_quantizer("raw").quantize(jax.random.normal(jax.random.key(0), (2, 4, 16, 32)))
+
+    @use_implicit_args
+    def dot(query, array):
+        return jnp.einsum("hd,hpsd->hps", query, (array * 2).astype(jnp.bfloat16))
+
+    query = jnp.ones((2, 32), jnp.bfloat16)
+    np.testing.assert_array_equal(jax.jit(dot)(query, pool), jax.jit(dot)(query, pool.materialize()))
 
 
 def test_other_devices_decode_to_bfloat16_at_once():

@@ -227,7 +227,7 @@ def test_of_other_shapes(name):
     assert_same_values(function, array)
 
 
-@pytest.mark.short(1)
+@pytest.mark.short(2)
 @pytest.mark.parametrize(
     ("dtype", "length", "index"), [("bfloat16", 2048, 1000), ("float8_e3m4", 32, 31), ("uint8", 300, 5)]
 )

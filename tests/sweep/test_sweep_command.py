@@ -76,7 +76,7 @@ def test_every_run_has_every_number(finished):
         names = {"format", "identity", "key", "value", "layers", "dtype", "kl_parts", "kl_histogram"}
         assert run.keys() >= NUMBERS | BY_LAYER | names  # what version 2 has had from its beginning
         metrics = {metric.key for metric in METRICS} | {f"{m.key}_se" for m in METRICS if m.has_error}
-        assert run.keys() == metrics | BY_LAYER | names | {"tokens", "seconds", "noise"}
+        assert run.keys() == metrics | BY_LAYER | names | {"tokens", "seconds", "noise", "tasks"}
         assert all(isinstance(run[name], int | float) for name in NUMBERS)
         assert run["tokens"] == 192 == sum(run["kl_histogram"]["counts"]) + run["kl_histogram"]["below"]
         assert all(len(run[name]) == 2 for name in BY_LAYER)
@@ -88,7 +88,7 @@ def test_the_reference_is_compared_with_itself_under_other_conditions(finished):
     reference, *others = finished[1]["runs"]
     chunks, dtype = reference["noise"]
     assert (chunks["conditions"], dtype["conditions"]) == (
-        "chunks of 125, 4 sequences at once",
+        "chunks of 12, 2 sequences at once",
         "computing in bfloat16",
     )
     assert 0 <= chunks["kl_mean"] < 1e-8 < dtype["kl_mean"]

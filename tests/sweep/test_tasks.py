@@ -11,7 +11,7 @@ from qpaged._bad_argument import BadArgumentError
 from qpaged.formats import CacheFormat
 from qpaged.models import forward
 from qpaged.models.tokenizer import ByteTokenizer
-from qpaged.sweep import Settings, load_model, load_task
+from qpaged.sweep import Settings, Sweep, load_model, load_step, load_task, load_text
 from qpaged.sweep.measure._tasks import (
     Answers,
     Question,
@@ -56,16 +56,46 @@ def test_choices_follow_the_query_after_a_space_and_take_the_spaces_at_its_end(t
     assert texts[3] == ("One and one", "  are two")
 
 
+@pytest.mark.parametrize("end", ["\n", " \t", "\u00a0"])
+def test_any_white_space_at_its_end_is_of_the_choice(end):
+    task = Task("t", (Question(f"Q:{end}", ("b", "c"), 0),) * 2, "")
+    tokens, predicted = continuations_of(task, ByteTokenizer(), 64)[0]
+    assert (bytes(tokens.astype(np.uint8)), predicted) == (f"Q:{end} b".encode(), len(f"{end} b".encode()))
+
+
 def test_of_what_is_too_long_the_end_is_read(task):
-    for tokens, predicted in continuations_of(task, ByteTokenizer(), 6):
-        assert len(tokens) <= 7 and predicted < len(tokens)
-    (tokens, predicted) = continuations_of(task, ByteTokenizer(), 6)[1]
-    assert (bytes(tokens.astype(np.uint8)), predicted) == (b"of soup", 6)
+    for tokens, predicted in continuations_of(task, ByteTokenizer(), 32):
+        assert len(tokens) <= 33 and predicted < len(tokens)
+    tokens, predicted = continuations_of(task, ByteTokenizer(), 32)[4]
+    assert (bytes(tokens.astype(np.uint8)), predicted) == (b" one  is eleven in some languages", 29)
+
+
+class Words(ByteTokenizer):
+    """A tokenizer with a token for each letter or digit alone: what is added to those may be nothing."""
+
+    def encode(self, data):
+        return super().encode(bytes(byte for byte in data if chr(byte).isalnum()))
+
+
+@pytest.mark.parametrize(
+    ("query", "choices", "numbers"),
+    [
+        ("What?", ("!", "a"), "'!' of question 1 of t adds 0 to 4"),
+        ("?", ("a", "b"), "'a' of question 1 of t adds 1 to 0"),
+        ("What?", ("a" * 17, "b"), "adds 17 to 4"),
+    ],
+)
+def test_choices_that_cannot_be_predicted_are_refused(query, choices, numbers):
+    task = Task("t", (Question(query, choices, 0),) * 2, "")
+    with pytest.raises(
+        BadArgumentError, match=rf"add from 1 to 16 tokens to a query that has one, .*{numbers}"
+    ):
+        continuations_of(task, Words(), 16)
 
 
 def likelihoods(model, task, spelling, **settings):
     settings = Settings(tokens=64, context=64, page_size=8, **settings)
-    stream = model.ragged_stream(CacheFormat.of(spelling), settings, settings.batch)
+    stream = model.stream(CacheFormat.of(spelling), settings, settings.batch)
     continuations = continuations_of(task, model.tokenizer, settings.context)
     fed = []
     found = log_likelihoods(model, stream, continuations, settings.batch, fed.append)
@@ -96,6 +126,14 @@ def test_formats_change_them(checkpoint, task):
     assert (np.abs(plain - int2) < 0.5 * np.abs(plain)).all()
 
 
+def test_a_step_takes_no_tasks(checkpoint, task, text_file, monkeypatch):
+    monkeypatch.setenv("CHECKPOINT", str(checkpoint))
+    settings = Settings(tokens=96, context=48, page_size=8)
+    model = load_step("support.contiguous_step:make_step", settings, "bytes")
+    with pytest.raises(BadArgumentError, match=r"tasks must be left out for .*, which takes as many tokens"):
+        Sweep(model, load_text(text_file), ("int8:token",), settings, (task,))
+
+
 def test_answers_and_scores():
     questions = tuple(Question("q", choices, gold) for choices, gold in [(("a", "bcd"), 1), (("e", "f"), 0)])
     task = Task("t", questions, "")
@@ -110,9 +148,14 @@ def test_answers_and_scores():
     ("line", "message"),
     [
         ("{", "tasks must have JSON in each line, but line 2 of .*small.jsonl has Expecting"),
-        ("[]", "tasks must have query, a text, in each line, but line 2 of .* has None"),
-        ({"query": " "}, "tasks must have query, a text, in each line, but line 2 of .* has ' '"),
-        ({"choices": ["a"]}, r"choices, a list of two texts or more, in each line, but .* has \['a'\]"),
+        ("[]", "tasks must have query, a text that is not blank, in each line, but line 2 .* None"),
+        ({"query": " "}, "query, a text that is not blank, in each line, but line 2 of .* has ' '"),
+        ({"query": "\ud800"}, "query, a text that is not blank, in each line, but line 2 of .* has"),
+        ("[" * 100_000, "tasks must have JSON in each line, but line 2 of .* has maximum recursion"),
+        (
+            {"choices": ["a"]},
+            r"choices, a list of two texts or more, none blank, .* has \['a'\]",
+        ),
         ({"gold": "0"}, "gold, a whole number, in each line, but .* has '0'"),
         ({"gold": 3}, "in gold the number of a choice, from 0, but line 2 of .* has 3 for 3 choices"),
     ],
@@ -126,7 +169,7 @@ def test_lines_that_are_no_question_are_refused(task_file, line, message):
 
 def test_one_question_is_too_few(task_file):
     task_file.write_text(json.dumps(QUESTIONS[0]))
-    with pytest.raises(BadArgumentError, match=r"two questions at least, a line each, but .* has 1"):
+    with pytest.raises(BadArgumentError, match="two questions at least, but small has 1"):
         load_task(task_file)
 
 

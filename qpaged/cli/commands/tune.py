@@ -1,6 +1,7 @@
 """``qpaged tune``: finds a format for each layer."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from qpaged import sweep
@@ -67,6 +68,7 @@ def _tune(args: argparse.Namespace, budget: sweep.Budget, directory: Path) -> in
         formats = sweep.default_candidates(model.head_dim)
     else:
         formats = split_formats(args.formats)
+    settings = dataclasses.replace(settings, noise=False)  # a choice has no use for it
     job = sweep.Sweep(model, text, tuple(formats), settings)
     tune = sweep.Tune(job, budget, args.out.name)
     candidates = f"{len(tune.candidates)} candidates for keys and values of {tune.layers} layers"
@@ -88,7 +90,8 @@ def _tune(args: argparse.Namespace, budget: sweep.Budget, directory: Path) -> in
         say(args, f"interrupted; {journal.path} keeps what was measured, for a rerun.")
         return INTERRUPTED
     tuned.format.save(args.out)
-    result = sweep.SweepResult(job, tuned.runs, tuned.failures, tune=tuned.record)
+    max_kl = sweep.MAX_KL if args.max_kl is None else args.max_kl
+    result = sweep.SweepResult(job, tuned.runs, tuned.failures, tune=tuned.record, max_kl=max_kl)
     status = publish(args, result, directory)
     if not args.json:
         print(f"The format: {args.out}")

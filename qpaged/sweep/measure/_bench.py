@@ -6,15 +6,15 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 
-from qpaged._bad_argument import BadArgumentError
 from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._attention import AttentionProfile
 from qpaged.sweep.measure._greedy import greedy_continuations
 from qpaged.sweep.measure._metrics import Measurement, Predictions, compute_metrics
-from qpaged.sweep.measure._model import Model, Stream
+from qpaged.sweep.measure._model import Model, RaggedStream, Stream
 from qpaged.sweep.measure._predictions import Reference, Timing, predict
 from qpaged.sweep.measure._run import PLAIN, Noise, Run, identity, layer_spellings
 from qpaged.sweep.measure._settings import Settings
@@ -85,11 +85,11 @@ class Bench:
     def _noise(self) -> list[Noise]:
         """Return how far the reference is from itself in other chunks and batches, and in another dtype."""
         settings = self._settings
-        smaller = dataclasses.replace(
-            settings, chunk=max(1, settings.chunk // 2), batch=max(1, settings.batch // 2)
-        )
-        conditions = f"chunks of {smaller.chunk}, {smaller.batch} sequences at once"
-        found = [self._noise_of(conditions, self._model, smaller)]
+        smaller = settings.halved(len(self._sequences.tokens))
+        found = []
+        if smaller is not None:
+            conditions = f"chunks of {smaller.chunk}, {smaller.batch} sequences at once"
+            found.append(self._noise_of(conditions, self._model, smaller))
         other = self._model.in_another_dtype()
         if other is not None:
             dtype, model = other
@@ -196,16 +196,15 @@ class Bench:
         """Answer all tasks; the first answers are the reference's."""
         settings = dataclasses.replace(self._settings, chunk=min(TASK_CHUNK, self._settings.chunk))
         batch = settings.batch
-        stream = self._model.ragged_stream(cache_format, settings, batch)
-        if stream is None:
-            raise BadArgumentError(
-                "tasks", f"must be none for {self._model.name}, which takes as many tokens of each sequence."
-            )
+        # A sweep has seen that the model takes_ragged.
+        stream = cast(RaggedStream, self._model.stream(cache_format, settings, batch))
         answers = []
         for task, continuations in self._tasks:
             likelihoods = log_likelihoods(
                 self._model, stream, continuations, batch, functools.partial(self._progress, spelling)
             )
+            if not np.isfinite(likelihoods).all():
+                raise ValueError(f"the model's logits are not finite in {task.name}")
             answers.append(answers_of(task, likelihoods))
         if self._plain_answers is None:
             self._plain_answers = answers

@@ -65,6 +65,10 @@ class Decoder:
     is_streamed: bool = False
 
     @property
+    def takes_ragged(self) -> bool:
+        return True
+
+    @property
     def architecture(self) -> str:
         return self.config.model_type
 
@@ -100,10 +104,6 @@ class Decoder:
     def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> DecoderStream:
         """Return a stream whose fresh cache holds ``sequences`` at once."""
         return self._stream(self.cache(quantizer, settings, sequences), quantizer, settings)
-
-    def ragged_stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> DecoderStream:
-        """Return the same, which takes sequences of any lengths together."""
-        return self.stream(quantizer, settings, sequences)
 
     def compile(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> None:
         """Compile what such a stream runs, without a cache; nothing over several devices."""

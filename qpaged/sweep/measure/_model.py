@@ -77,6 +77,7 @@ class Model(Protocol):
         vocabulary: token ids are below it.
         tokenizer: as :func:`qpaged.models.load_tokenizer` returns it.
         reference: a description of the cache that is taken as exact.
+        takes_ragged: True if its streams are a :class:`RaggedStream` each.
     """
 
     @property
@@ -87,6 +88,8 @@ class Model(Protocol):
     def tokenizer(self) -> Tokenizer: ...
     @property
     def reference(self) -> str: ...
+    @property
+    def takes_ragged(self) -> bool: ...
     @property
     def architecture(self) -> str: ...
     @property
@@ -108,11 +111,6 @@ class Model(Protocol):
 
     def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> Stream:
         """Return a stream whose fresh cache holds ``sequences`` at once; plain caches are the reference's."""
-
-    def ragged_stream(
-        self, quantizer: CacheFormat, settings: Settings, sequences: int
-    ) -> RaggedStream | None:
-        """Return a stream that takes sequences of any lengths together; None for a model that does not."""
 
     def compile(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> None:
         """Compile what such a stream runs, if that can be done without running it; allocate no cache."""

@@ -1,5 +1,6 @@
 """Settings of a sweep: how much is measured, and in what pieces it goes through the cache."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,16 @@ class Settings:
             raise BadArgumentError(
                 "dtype", f"must be one of {', '.join(DTYPES)}, but came as {self.dtype!r}."
             )
+
+    def halved(self, sequences: int) -> "Settings | None":
+        """Return the settings with half the chunk and half the batch that so many sequences have.
+
+        None if neither can be halved.
+        """
+        chunk, batch = min(self.chunk, self.prefilled), min(self.batch, sequences)
+        if chunk == batch == 1:
+            return None
+        return dataclasses.replace(self, chunk=-(-chunk // 2), batch=-(-batch // 2))
 
     @property
     def decoded(self) -> int:

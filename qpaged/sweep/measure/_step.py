@@ -41,6 +41,10 @@ class StepModel:
     architecture: str = "a step"
     reference: str = "the model's own cache, as it is"
 
+    @property
+    def takes_ragged(self) -> bool:
+        return False  # a step takes as many tokens of each sequence
+
     @cached_property
     def found(self) -> FoundCache:
         """The cache that was found in the state."""
@@ -55,9 +59,6 @@ class StepModel:
             digest.update(f"{array.shape} {array.dtype}".encode())
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
-
-    def ragged_stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> None:
-        """A step takes as many tokens of each sequence."""
 
     def in_another_dtype(self) -> None:
         """A step computes as it does."""

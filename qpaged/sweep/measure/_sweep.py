@@ -55,7 +55,8 @@ class Sweep:
     Raises:
         RegistryError: a spelling that names no installed format.
         ValueError: a text shorter than one sequence, or a context longer than the model's.
-        BadArgumentError: two tasks of one name.
+        BadArgumentError: two tasks of one name, one that the tokenizer cannot take apart, or one for a model
+            whose streams take as many tokens of each sequence.
     """
 
     model: Model
@@ -68,6 +69,11 @@ class Sweep:
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise BadArgumentError("tasks", f"must have names of their own, but are {', '.join(names)}.")
+        if self.tasks and not self.model.takes_ragged:
+            raise BadArgumentError(
+                "tasks",
+                f"must be left out for {self.model.name}, which takes as many tokens of each sequence.",
+            )
         longest = self.model.longest
         if self.settings.context > longest:
             raise BadArgumentError(
@@ -83,7 +89,7 @@ class Sweep:
                 f"has {tokenizer.vocab_size:,}; give the one that the model was trained with.",
             )
         # Compute both now, so that bad formats and texts raise before any work is done.
-        _ = self.order, self.sequences
+        _ = self.order, self.sequences, self.continuations
 
     @cached_property
     def order(self) -> list[tuple[str, CacheFormat]]:
@@ -108,11 +114,13 @@ class Sweep:
 
     def tokens_to_predict(self, known: Sequence[Run]) -> int:
         """Return the tokens that are predicted in all, those for the noise of the reference included."""
-        runs = noise = len(self.pending(known))
-        if runs and self.settings.noise:
-            noise += 1 if self.model.in_another_dtype() is None else 2
+        runs = len(self.pending(known))
         of_tasks = sum(len(each.tokens) - 1 for of_task in self.continuations for each in of_task)
-        return self.tokens * noise + of_tasks * runs
+        total = (self.tokens + of_tasks) * runs
+        if not runs or not self.settings.noise:
+            return total
+        others = self.settings.halved(len(self.sequences.tokens)), self.model.in_another_dtype()
+        return total + self.tokens * sum(other is not None for other in others)
 
     def pending(self, known: Sequence[Run]) -> list[str]:
         """Return the formats still to be measured; the reference is among them if any format is."""

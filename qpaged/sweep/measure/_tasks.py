@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +48,20 @@ class Task:
         name: the file's, without its ending.
         questions: at least two.
         sha256: of the file.
+
+    Raises:
+        BadArgumentError: there are fewer.
     """
 
     name: str
     questions: tuple[Question, ...]
     sha256: str
+
+    def __post_init__(self) -> None:
+        if len(self.questions) < 2:
+            raise BadArgumentError(
+                "tasks", f"must have two questions at least, but {self.name} has {len(self.questions)}."
+            )
 
 
 class TaskScore(TypedDict):
@@ -89,26 +98,28 @@ class Continuation(NamedTuple):
 
 
 def load_task(path: str | Path) -> Task:
-    """Read a task from a file with a JSON object a line: ``query``, ``choices`` and ``gold``.
+    """Read a task from a file with a JSON object a line.
+
+    It has ``query``, a text, ``choices``, a list of two texts or more, and ``gold``, the number of the right
+    choice from 0. No text is blank.
 
     Raises:
         OSError: the file cannot be read.
         BadArgumentError: a line is no such object, or there are fewer than two.
     """
     data = Path(path).read_bytes()
-    lines = [(number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip()]
-    if len(lines) < 2:
-        raise BadArgumentError(
-            "tasks", f"must have two questions at least, a line each, but {path} has {len(lines)}."
-        )
-    questions = tuple(_question(line, f"line {number} of {path}") for number, line in lines)
+    questions = tuple(
+        _question(line, f"line {number} of {path}")
+        for number, line in enumerate(data.splitlines(), 1)
+        if line.strip()
+    )
     return Task(Path(path).stem, questions, hashlib.sha256(data).hexdigest())
 
 
 def _question(line: bytes, place: str) -> Question:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadArgumentError("tasks", f"must have JSON in each line, but {place} has {error}.") from None
     for name, (rule, is_kept) in RULES.items():
         value = record.get(name) if isinstance(record, dict) else None
@@ -125,21 +136,26 @@ def _question(line: bytes, place: str) -> Question:
     return Question(record["query"], tuple(record["choices"]), record["gold"])
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def _is_text(value: object) -> bool:
+    """Return True for a text that is not blank, nor has half a character, as JSON may write it."""
+    return isinstance(value, str) and bool(value.encode(errors="ignore").strip()) and _is_utf8(value)
 
 
-def _are_choices(value: Any) -> bool:
+def _is_utf8(text: str) -> bool:
+    return text.encode(errors="replace").decode() == text
+
+
+def _are_choices(value: object) -> bool:
     return isinstance(value, list) and len(value) > 1 and all(map(_is_text, value))
 
 
-def _is_index(value: Any) -> bool:
+def _is_index(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "query": ("a text", _is_text),
-    "choices": ("a list of two texts or more", _are_choices),
+RULES: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "query": ("a text that is not blank", _is_text),
+    "choices": ("a list of two texts or more, none blank", _are_choices),
     "gold": ("a whole number", _is_index),
 }
 """What each field of a line must be."""
@@ -148,24 +164,33 @@ RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def continuations_of(task: Task, tokenizer: Tokenizer, context: int) -> list[Continuation]:
     """Return the choices of all questions in tokens, one after another.
 
-    A choice's tokens are those that it adds to the query's (as lm-eval has it: spaces at the query's end are
-    counted to the choice). Of what is longer than the context, the last tokens are kept.
+    A choice's tokens are those that it adds to the query's, as lm-eval has it: white space at the query's end
+    is counted to the choice. Of what is longer than the context, the last tokens are kept.
+
+    Raises:
+        BadArgumentError: a choice that adds no token, or more than the context; or a query without one.
     """
-    return [
-        _continuation(question.query, f" {choice}", tokenizer, context)
-        for question in task.questions
-        for choice in question.choices
-    ]
+    found = []
+    for number, question in enumerate(task.questions, 1):
+        for choice in question.choices:
+            tokens, predicted = _continuation(question.query, f" {choice}", tokenizer)
+            if not 0 < predicted <= min(context, len(tokens) - 1):
+                raise BadArgumentError(
+                    "tasks",
+                    f"must have choices that add from 1 to {context:,} tokens to a query that has one, but "
+                    f"{choice!r} of question {number} of {task.name} adds {predicted:,} to "
+                    f"{len(tokens) - predicted:,}; change the question, or give a larger context.",
+                )
+            found.append(Continuation(tokens[-(context + 1) :], predicted))
+    return found
 
 
-def _continuation(query: str, choice: str, tokenizer: Tokenizer, context: int) -> Continuation:
-    without_spaces = query.rstrip(" ")
-    choice = query[len(without_spaces) :] + choice
-    before = tokenizer.encode(without_spaces.encode()).ids
-    whole = tokenizer.encode((without_spaces + choice).encode()).ids
+def _continuation(query: str, choice: str, tokenizer: Tokenizer) -> Continuation:
+    stripped = query.rstrip()
+    before = tokenizer.encode(stripped.encode()).ids
+    whole = tokenizer.encode((query + choice).encode()).ids
     prefix = np.asarray(tokenizer.prefix, np.int32)
-    tokens = np.concatenate([prefix, whole])[-(context + 1) :]
-    return Continuation(tokens.astype(np.int32), min(len(whole) - len(before), len(tokens) - 1))
+    return Continuation(np.concatenate([prefix, whole]).astype(np.int32), len(whole) - len(before))
 
 
 def log_likelihoods(

@@ -92,8 +92,9 @@ def tied(
 
 
 def noise_floor(reference: RunRecord) -> Noise | None:
-    """Return what moves the reference most, beside which formats are read; None if that was not measured."""
-    return max(reference.get("noise") or (), key=lambda noise: noise["kl_mean"], default=None)
+    """Return what moves the reference most, beside which formats are read; None if nothing is known to."""
+    moving = [noise for noise in reference.get("noise") or () if noise["kl_mean"] > 0]
+    return max(moving, key=lambda noise: noise["kl_mean"], default=None)
 
 
 def is_within(run: RunRecord, noise: Noise) -> bool:

@@ -35,7 +35,7 @@ class SweepResult:
         max_kl: nats a token; the mean KL up to which the verdict takes a format to be good enough.
 
     Raises:
-        BadArgumentError: ``max_kl`` is not positive.
+        BadArgumentError: ``max_kl`` is not positive, or not finite.
     """
 
     sweep: Sweep
@@ -72,10 +72,10 @@ class SweepResult:
 
 
 def check_max_kl(max_kl: float) -> None:
-    """Raise BadArgumentError unless a KL is positive."""
-    if not max_kl > 0:
+    """Raise BadArgumentError unless a KL is positive and finite."""
+    if not 0 < max_kl < math.inf:
         raise BadArgumentError(
-            "max_kl", f"must be above 0 nats a token, but came as {max_kl:g}; {MAX_KL} is usual."
+            "max_kl", f"must be above 0 nats a token, and finite, but came as {max_kl:g}; {MAX_KL} is usual."
         )
 
 

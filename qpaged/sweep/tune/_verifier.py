@@ -48,5 +48,4 @@ class Verifier:
     def _bench(self) -> Bench:
         # Made on first use, since the plain cache's predictions are not needed if the journal has every run.
         plain = self._sweep.order[0][0]
-        settings = dataclasses.replace(self._sweep.settings, noise=False)  # a choice has no use for it
-        return Bench(self._sweep.model, self._sequences, settings, plain, self._progress)
+        return Bench(self._sweep.model, self._sequences, self._sweep.settings, plain, self._progress)
