@@ -406,6 +406,26 @@ def packing():
     return "\n".join(lines) + "\n"
 
 
+def rotary_keys():
+    """What ``benchmarks/rotary_keys.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "rotary_keys.json").read_text())
+    runs = results["runs"]
+    lines = [
+        f"`benchmarks/rotary_keys.py`: keys alone, {len(runs[0]['kl']['after'])} sequences of "
+        f"{results['context']:,} tokens, KL over positions from {results['from']:,} on, pages of "
+        f"{results['page_size']}, the last {results['tail']} tokens and the first page exact, "
+        f"{results['date']}:",
+        "",
+        "| model | keys | KL, quantized after the embedding | before it | ratio |",
+        "|---|---|--:|--:|--:|",
+    ]
+    for run in runs:
+        after, before = (small(statistics.fmean(run["kl"][name])) for name in ("after", "before"))
+        ratio = f"{run['ratio']:.2f} ± {run['ratio'] * run['ratio_log_se']:.2f}"
+        lines.append(f"| {run['model']} | `{run['format']}` | {after} | {before} | {ratio} |")
+    return "\n".join(lines) + "\n"
+
+
 def latent_attention():
     """What ``benchmarks/latent_attention.py`` left, as a Markdown table."""
     results = json.loads((RESULTS / "latent_attention.json").read_text())
@@ -734,6 +754,7 @@ TABLES = {
     "save_load.md": save_load,
     "latent_attention.md": latent_attention,
     "packing.md": packing,
+    "rotary_keys.md": rotary_keys,
     "engine_levanter.md": engine_levanter,
     "engine_jax_llm_examples.md": engine_jax_llm_examples,
     "serving.md": serving,
