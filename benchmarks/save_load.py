@@ -3,8 +3,9 @@
     python benchmarks/save_load.py --out benchmarks/results/save_load.json
 
 The plain files have the sizes of a save's own, and are brought to the disk one by one as they are, before
-those of the turn before are removed, as a save does. Both take turns; times are medians. What is read was
-just written, and comes from the system's memory. Memory is what the process has at most while it saves or
+those of the turn before are removed, as a save does. A save and plain writes take turns, so that each finds
+the memory that the other has left, and so do a load and plain reads; times are medians. What is read was just
+written, and comes from the system's memory. Memory is what the process has at most while it saves or
 loads, beyond what it had before: a load makes the cache.
 """
 
@@ -26,8 +27,8 @@ import qpaged
 
 FORMATS = "int8", "int4:token+rotate", "raw"
 LAYERS, HEADS, HEAD_DIM, PAGE_SIZE, SEQUENCES = 16, 8, 128, 16, 8
-ROUNDS = 5
-BATCH = 2**25
+ROUNDS = 9
+BATCH = 2**24
 
 
 def random_cache(spelling: str, size: int) -> qpaged.PagedAttentionCache:
@@ -112,9 +113,10 @@ def measure(spelling: str, size: int, folder: Path) -> dict[str, object]:
     }
     for call in calls.values():
         call()  # compiles
-    for turn in range(ROUNDS):
-        for name in sorted(calls, reverse=turn % 2 == 1):
-            times.setdefault(name, []).append(timed(calls[name]))
+    for pair in ("save", "write"), ("load", "read"):
+        for _ in range(ROUNDS):
+            for name in pair:
+                times.setdefault(name, []).append(timed(calls[name]))
     for path in (saved, plain):
         shutil.rmtree(path)
     return {

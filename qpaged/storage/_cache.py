@@ -49,7 +49,7 @@ def save(
 ) -> None:
     """Write a cache to a directory: codes, scales and exact rows, bit for bit.
 
-    Files of some 32 MB are written one after the other, each with its digest, and the last step replaces the
+    Files of some 16 MB are written two at a time, each with its digest, and the last step replaces the
     manifest that names them: whatever interrupts it, the directory holds the cache that was saved before, or
     this one.
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from qpaged._processes import Processes
 MANIFEST = "manifest.json"
 PARTIAL = f"{MANIFEST}.partial"
 LOCK = ".lock"
+WRITERS = 2  # one copies a file to the system while the other waits for the disk
 OWN_FILES = re.compile(
     r"(pages|beside)-[0-9a-f]{16}-(\d+-)?\d{5,}\.safetensors|manifest\.json(\.partial)?|\.lock"
 )
@@ -87,17 +89,17 @@ def _write_files(path: Path, name: str, files: Iterable[tuple[Tags, Tensors]]) -
     """Write files, and return how the manifest names them."""
     to_bytes = need("safetensors.numpy", "files").save
     written: list[dict[str, Any]] = []
-    with ThreadPoolExecutor(max_workers=1) as disk:  # which writes a file while the next is made
-        writing: Future[None] | None = None
+    writing: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(WRITERS) as disk:
         for number, (tags, tensors) in enumerate(files):
             file = f"{tags['kind']}-{name}-{number:05}.safetensors"
             data = to_bytes(tensors)
             written.append({**tags, "name": file, "bytes": len(data), DIGEST: file_digest(data)})
-            if writing is not None:
-                writing.result()
-            writing = disk.submit(_write_to_disk, path / file, data)
-        if writing is not None:
-            writing.result()
+            if len(writing) == WRITERS:
+                writing.popleft().result()
+            writing.append(disk.submit(_write_to_disk, path / file, data))
+        for each in writing:
+            each.result()
     _bring_entries_to_disk(path)
     return written
 

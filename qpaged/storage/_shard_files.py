@@ -15,7 +15,7 @@ from qpaged.storage._shards import Part, Shard, join_shards, shards_of
 
 Key: TypeAlias = tuple[str | int, ...]
 
-BATCH_BYTES = 2**25  # of a file of pages, and so of what is in memory beside the cache
+BATCH_BYTES = 2**24  # of a file of pages; a few are in memory beside the cache
 
 
 class Batch(TypedDict):
