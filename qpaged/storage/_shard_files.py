@@ -1,7 +1,9 @@
 """The files of a cache: pages in batches, one for each part of the KV heads, and what pools have beside."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
 
@@ -79,10 +81,15 @@ def files_of(cache: PagedAttentionCache, batches: Sequence[Batch]) -> Iterator[t
 
 def read_files(cache: PagedAttentionCache, path: Path, record: Mapping[str, Any]) -> PagedAttentionCache:
     """Return a fresh cache, which is donated, with what the files of a manifest hold."""
+    with _Files(path, record) as files:
+        return _with_files(cache, files, record["batches"])
+
+
+def _with_files(cache: PagedAttentionCache, files: "_Files", batches: Sequence[Batch]) -> PagedAttentionCache:
+    """Return a cache with the pages of all batches, and with what pools have beside them."""
     shards, pools = shards_of(cache), list(_parts.pools_of(cache))
     own_pools = [[shard.own(pool) for _, pool, _ in pools] for shard in shards]
-    files = _Files(path, record)
-    for number, batch in enumerate(record["batches"]):
+    for number, batch in enumerate(batches):
         pages = np.asarray(batch["pages"])
         read = functools.cache(files.pages_of(number))  # once for all devices
         for shard, own in zip(shards, own_pools, strict=True):
@@ -103,11 +110,14 @@ def read_files(cache: PagedAttentionCache, path: Path, record: Mapping[str, Any]
     return _parts.with_pools(cache, joined)
 
 
-class _Files:
-    """The files that a manifest names."""
+class _Files(contextlib.ExitStack):
+    """The files that a manifest names, read by a thread of its own until it is closed."""
 
     def __init__(self, path: Path, record: Mapping[str, Any]):
+        super().__init__()
         self._path = path
+        self._disk = self.enter_context(ThreadPoolExecutor(1))
+        self._pages: dict[Key, Future[Tensors]] = {}
         self._parts = [Part(number, record["head_parts"]) for number in range(record["head_parts"])]
         self._entries: dict[Key, Mapping[str, Any]] = {}
         for entry in record["files"]:
@@ -115,8 +125,19 @@ class _Files:
             self._entries[(entry["kind"], *(entry[name] for name in names))] = entry
 
     def pages_of(self, batch: int) -> Callable[[int], Tensors]:
-        """Return a function that reads the pages of a batch that are of a part of the heads."""
-        return lambda part: read_file(self._path, self._entries["pages", batch, part])
+        """Return a function that gives the pages of a batch that are of a part of the heads.
+
+        Whoever wants them will want those of the next batch, which are read meanwhile.
+        """
+
+        def read(part: int) -> Tensors:
+            own, following = ("pages", batch, part), ("pages", batch + 1, part)
+            for key in own, following:
+                if key in self._entries and key not in self._pages:
+                    self._pages[key] = self._disk.submit(read_file, self._path, self._entries[key])
+            return self._pages.pop(own).result()
+
+        return read
 
     def beside_of(self, pool: str, group: int) -> Callable[[int], Tensors]:
         """Return a function that reads what a pool has beside its pages, of a part of the heads."""
