@@ -48,6 +48,13 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     )
     add_devices(parser)
     add(
+        "--bits-at",
+        type=token_count,
+        metavar="N",
+        help="count the bytes of sequences of N tokens, in which the share of exact pages is another "
+        "(those that are measured)",
+    )
+    add(
         "--quick",
         action="store_true",
         help="predictions alone: without decode, greedy texts, errors by layer and noise",
@@ -113,6 +120,8 @@ def load_job(args: argparse.Namespace) -> tuple[sweep.Model, sweep.Text, sweep.S
         raise BadArgumentError("mesh", "must be left out with --step, which lies as it does.")
     if args.stream:
         raise BadArgumentError("stream", "must be left out with --step, which has its own weights.")
+    if args.bits_at is not None:
+        raise BadArgumentError("bits_at", "must be left out with --step, whose cache has one length.")
     text, settings = _load_text(args.text), _settings(args, args.context)
     return sweep.load_step(args.step, settings, args.tokenizer), text, settings
 
@@ -168,6 +177,7 @@ def _settings(args: argparse.Namespace, context: int | None) -> sweep.Settings:
         "page_size": args.page_size,
         "dtype": args.dtype,
         "seed": args.seed,
+        "bits_at": getattr(args, "bits_at", None),
     }
     if context is not None:
         values["context"] = context

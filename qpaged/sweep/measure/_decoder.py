@@ -103,20 +103,27 @@ class Decoder:
     @renamed_argument("format", "quantizer")
     def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> DecoderStream:
         """Return a stream whose fresh cache holds ``sequences`` at once."""
-        return self._stream(self.cache(quantizer, settings, sequences), quantizer, settings)
+        return self._stream(self.cache(quantizer, settings, sequences), quantizer, settings, sequences)
 
     def compile(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> None:
         """Compile what such a stream runs, without a cache; nothing over several devices."""
         if self.mesh is not None:
             return  # how arrays will lie is known where they are there
         cache = jax.eval_shape(lambda: self.cache(quantizer, settings, sequences))
-        self._stream(cache, quantizer, settings).compile()
+        self._stream(cache, quantizer, settings, sequences).compile()
 
     def _stream(
-        self, cache: PagedAttentionCache, quantizer: CacheFormat, settings: Settings
+        self, cache: PagedAttentionCache, quantizer: CacheFormat, settings: Settings, sequences: int
     ) -> DecoderStream:
+        size = self._bytes_per_token(quantizer, settings.counted, sequences)
         dtype = _cache_dtype(quantizer, settings)
-        return DecoderStream(self.config, self.hidden, cache, settings, dtype, self.compute)
+        return DecoderStream(self.config, self.hidden, cache, settings, size, dtype, self.compute)
+
+    def _bytes_per_token(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> float:
+        """Return the bytes of a cache on one device, where each head is stored once, for each token."""
+        alone = replace(self, mesh=None)
+        cache: PagedAttentionCache = jax.eval_shape(lambda: alone.cache(quantizer, settings, sequences))
+        return cache.nbytes / (sequences * settings.pages_per_sequence * settings.page_size)
 
     def logits(self, outputs: jax.Array) -> jax.Array:
         """Return the logits [..., vocabulary] of hidden states [..., hidden_size]."""

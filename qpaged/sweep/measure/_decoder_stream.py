@@ -72,6 +72,7 @@ class DecoderStream:
     Args:
         hidden: runs the model over some tokens.
         cache: fresh; of ShapeDtypeStructs for a stream that only compiles.
+        bytes_per_token: see :class:`Stream`.
         dtype: the name of the cache's logical dtype.
         compute: that of the dtype in which ``hidden`` computes.
     """
@@ -82,18 +83,18 @@ class DecoderStream:
         hidden: Hidden,
         cache: PagedAttentionCache,
         settings: Settings,
+        bytes_per_token: float,
         dtype: str,
         compute: str,
     ):
-        metadata = cache.views[0].metadata
         self.views = list(cache.views)
+        self.bytes_per_token = bytes_per_token
         self.dtype = dtype
         self._compute = compute
-        slots = metadata.num_pages_per_layer * metadata.page_size
-        self.bytes_per_token = sum(map(_bytes_of_heads_once, cache.views)) / slots
         self._config = config
         self._hidden = hidden
         self._settings = settings
+        metadata = cache.views[0].metadata
         self._batch = metadata.batch_size
         # The early queries of a chunk would see more recent rows exact, or packed, than in a decode.
         has_exact = any(has_exact_pages(view.key_pages, view.value_pages) for view in cache.views)
@@ -193,17 +194,6 @@ class DecoderStream:
             return self.attend(layer, query, key, value, metadata)
 
         return self._hidden(tokens, position, attend)
-
-
-def _bytes_of_heads_once(view: PagedAttentionCacheView) -> int:
-    """Return the bytes of a view, of heads that are stored on several devices those of one."""
-    stored = view.key_pages.shape[0]
-    total = 0
-    for leaf in jax.tree_util.tree_leaves((view.key_pages, view.value_pages)):
-        is_by_head = leaf.ndim > 1 and leaf.shape[0] == stored
-        heads = view.metadata.num_kv_heads if is_by_head else stored
-        total += leaf.size * leaf.dtype.itemsize * heads // stored
-    return total
 
 
 # A view's layer index is static. With 0 for all of them, layers of one format share one compilation.

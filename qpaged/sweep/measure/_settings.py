@@ -28,6 +28,7 @@ class Settings:
         generated: tokens of a greedy continuation, at most half of a sequence.
         seed: draws the sequences of the text; they are spread evenly over it if None.
         noise: the reference is compared with itself, too, under other conditions; see :class:`Noise`.
+        bits_at: tokens of the sequences whose bytes are counted; ``context`` if None.
 
     Raises:
         BadArgumentError: a count that is too small or too large, or another dtype.
@@ -45,6 +46,7 @@ class Settings:
     generated: int = 32
     seed: int | None = None
     noise: bool = True
+    bits_at: int | None = None
 
     @classmethod
     def of_predictions_alone(cls, **settings: Any) -> "Settings":
@@ -52,7 +54,7 @@ class Settings:
         return cls(**settings, decode=0, probed=0, prompts=0, noise=False)
 
     def __post_init__(self) -> None:
-        least = {"context": 2, "decode": 0, "probed": 0, "prompts": 0, "seed": 0}
+        least = {"context": 2, "decode": 0, "probed": 0, "prompts": 0, "seed": 0, "bits_at": 2}
         for name, value in vars(self).items():
             if type(value) is int and value < least.get(name, 1):
                 raise BadArgumentError(name, f"must be at least {least.get(name, 1)}, but came as {value:,}.")
@@ -78,6 +80,12 @@ class Settings:
         if chunk == batch == 1:
             return None
         return dataclasses.replace(self, chunk=-(-chunk // 2), batch=-(-batch // 2))
+
+    @property
+    def counted(self) -> "Settings":
+        """The settings of sequences as long as those whose bytes are counted."""
+        length = self.context if self.bits_at is None else self.bits_at
+        return dataclasses.replace(self, tokens=length, context=length)
 
     @property
     def decoded(self) -> int:

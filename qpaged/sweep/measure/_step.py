@@ -154,6 +154,10 @@ class StepModel:
     @renamed_argument("format", "quantizer")
     def stream(self, quantizer: CacheFormat, settings: Settings, sequences: int) -> StepStream:
         """Return a stream through the step; plain is the model's own cache."""
+        if settings.bits_at is not None:
+            raise self._refusal(
+                "bits_at must be left out, as the cache has the length that the step gives it"
+            )
         step, state = self.step, self.state
         if quantizer != PLAIN:
             adopted = quantize_cache(

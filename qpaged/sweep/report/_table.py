@@ -24,6 +24,7 @@ LEGEND = (
     "* Pareto front: none is both smaller and closer."
 )
 BROKEN_LEGEND = f" broken: a KL above {BROKEN:g}, where the model no longer says what it did."
+COUNTED_LEGEND = " Bytes are those of sequences of {tokens:,} tokens."
 NOISE_LEGEND = " Noise, the reference against itself: {noises}."
 ERRORS_LEGEND = f" {PLUS_MINUS} standard errors over sequences."
 
@@ -47,6 +48,8 @@ def _table(results: Results, width: int) -> "Table":
         reference=results["reference"],
         generated=results["settings"]["generated"],
     )
+    if results["settings"].get("bits_at"):  # which earlier versions did not know
+        caption += COUNTED_LEGEND.format(tokens=results["settings"]["bits_at"])
     if any(map(is_broken, runs)):
         caption += BROKEN_LEGEND
     noises = [
