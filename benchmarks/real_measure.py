@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from real_formats import format_of
 from real_sources import say
 
 import qpaged
@@ -72,7 +73,7 @@ def load(checkpoint: Path | None, context: int) -> sweep.Decoder:
 
 def count_bits(model: sweep.Decoder, spelling: str, page_size: int) -> Bits:
     """Count the bits of caches that are made for one sequence."""
-    cache_format = CacheFormat.of(spelling)
+    cache_format = format_of(spelling)
 
     def bits(context: int) -> int:
         settings = sweep.Settings(tokens=context, context=context, page_size=page_size)
@@ -124,7 +125,7 @@ class Measurer:
         path = self._path(spelling)
         if path.exists() and not self._again:
             return read(path)
-        cache_format = CacheFormat.of(spelling)
+        cache_format = format_of(spelling)
         if self._reference is None:
             plain = self._predict("plain", PLAIN)
             write(self._path("plain"), plain)
@@ -149,7 +150,7 @@ class Measurer:
 
     def _path(self, spelling: str) -> Path:
         """Return the file of a format's predictions under these conditions."""
-        identity = json.dumps([self.conditions, CacheFormat.of(spelling).config], sort_keys=True)
+        identity = json.dumps([self.conditions, format_of(spelling).config], sort_keys=True)
         return self._folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
 
 

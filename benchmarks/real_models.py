@@ -22,12 +22,13 @@ from pathlib import Path
 
 import jax
 import real_peers
+from real_formats import SCHEMES, engine_of, format_of
 from real_measure import Measurer, code_version, count_bits, load, settings_for
 from real_results import RESULTS, Identity, Record, Results, add, find, read, save, summarize
 from real_sources import MODELS, TEXT, PrepareError, Source, prepare_model, prepare_text, say
 from record import circumstances
 
-from qpaged import CacheFormat, sweep
+from qpaged import sweep
 
 FOLDER = Path("build/real")
 FORMATS = (
@@ -44,6 +45,7 @@ FORMATS = (
     "int4:channel+offset/int4:token+offset",
     "int4:channel+offset+exact128/int4:token+offset+exact128",
     "int2+rotate",
+    *SCHEMES,
 )
 
 
@@ -58,7 +60,7 @@ def measure(arguments: argparse.Namespace) -> None:
     """Measure formats on each model, and print them as they are done."""
     formats = arguments.formats.split(",")
     for spelling in formats:
-        CacheFormat.of(spelling)  # raises for a misspelled format before an hour's work
+        format_of(spelling)  # raises for a misspelled format before an hour's work
     results = read(arguments.results)
     print(HEADING)
     for source, measurer in measurers(arguments, results):
@@ -158,7 +160,7 @@ def record_of(
     """Return the record of a format, from the results if it was measured under the same conditions."""
     settings = measurer.settings
     identity: Identity = {
-        "engine": "qpaged",
+        "engine": engine_of(spelling),
         "model": source.title,
         "format": spelling,
         "context": settings.context,
