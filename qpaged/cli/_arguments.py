@@ -29,3 +29,8 @@ def token_count(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens; 32768 or 32k is.")
     return int(match[1]) * (1024 if match[2] else 1)
+
+
+def token_counts(text: str) -> tuple[int, ...]:
+    """Return numbers of tokens, as ``"1024,4k"``, each once."""
+    return tuple(dict.fromkeys(map(token_count, text.split(","))))

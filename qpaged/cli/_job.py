@@ -178,6 +178,7 @@ def _settings(args: argparse.Namespace, context: int | None) -> sweep.Settings:
         "dtype": args.dtype,
         "seed": args.seed,
         "bits_at": getattr(args, "bits_at", None),
+        "needles": getattr(args, "needles", ()),
     }
     if context is not None:
         values["context"] = context

@@ -10,7 +10,7 @@ import qpaged
 from qpaged import sweep
 from qpaged._bad_argument import BadArgumentError
 from qpaged._processes import Processes
-from qpaged.cli._arguments import number
+from qpaged.cli._arguments import number, token_counts
 from qpaged.cli._devices import add_processes, as_one_of_all, mesh_of
 from qpaged.cli._formats import EVERYTHING, check_layers, named_formats, split_formats
 from qpaged.cli._job import add_job, load_job, say_job
@@ -41,6 +41,13 @@ def add(subparsers: Subparsers) -> None:
         default=[],
         help="a multiple-choice task that formats answer, too: a JSON object a line, with query, choices and "
         "gold; may be given several times",
+    )
+    parser.add_argument(
+        "--needles",
+        type=token_counts,
+        metavar="LENGTHS",
+        default=(),
+        help="hide numbers in texts of these many tokens, as 1k,4k, and ask each format for them",
     )
     parser.add_argument(
         "--max-kl",

@@ -7,6 +7,7 @@ from qpaged.sweep.measure._decoder_stream import chunks
 from qpaged.sweep.measure._load_step import load_step
 from qpaged.sweep.measure._metrics import METRICS, WIDE, Metric, Predictions, TableColumn
 from qpaged.sweep.measure._model import Model, Prefilled, Stream
+from qpaged.sweep.measure._needles import Needles, NeedleScore, find, hide
 from qpaged.sweep.measure._predictions import Reference, predict
 from qpaged.sweep.measure._run import (
     PLAIN,
@@ -40,6 +41,8 @@ __all__ = [
     "Greedy",
     "Metric",
     "Model",
+    "NeedleScore",
+    "Needles",
     "Noise",
     "Predictions",
     "Prefilled",
@@ -58,6 +61,8 @@ __all__ = [
     "Text",
     "chunks",
     "cut",
+    "find",
+    "hide",
     "identity",
     "layer_spellings",
     "load_model",

@@ -15,6 +15,7 @@ from qpaged.sweep.measure._attention import AttentionProfile
 from qpaged.sweep.measure._greedy import greedy_continuations
 from qpaged.sweep.measure._metrics import Measurement, Predictions, compute_metrics
 from qpaged.sweep.measure._model import Model, RaggedStream, Stream
+from qpaged.sweep.measure._needles import Needles, NeedleScore, find
 from qpaged.sweep.measure._predictions import Reference, Timing, predict
 from qpaged.sweep.measure._run import PLAIN, Noise, Run, identity, layer_spellings
 from qpaged.sweep.measure._settings import Settings
@@ -51,6 +52,7 @@ class Bench:
     Args:
         plain: the spelling under which the reference is reported.
         tasks: that each format answers, with their choices in tokens.
+        needles: texts with numbers that are to be found through each format's cache.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Bench:
         plain: str,
         progress: Progress,
         tasks: Iterable[tuple[Task, list[Continuation]]] = (),
+        needles: Iterable[Needles] = (),
     ):
         self._model = model
         self._sequences = sequences
@@ -68,6 +71,7 @@ class Bench:
         self._reference_spelling = plain
         self._progress = progress
         self._tasks = list(tasks)
+        self._needles = list(needles)
         self._plain_answers: list[Answers] | None = None
         self._reference: Reference | None = None
         self._plain_predicted = self._predict(plain, PLAIN)
@@ -143,6 +147,7 @@ class Bench:
             kl_histogram=kl_histogram(predicted.predictions.kl),
             attention=attention,
             tasks=self._answer(spelling, cache_format) if self._tasks else None,
+            needles=self._find(spelling, cache_format) if self._needles else None,
             tokens=self._sequences.bytes.size,
             seconds=time.perf_counter() - start,
         )
@@ -212,6 +217,16 @@ class Bench:
             score(task, own, plain)
             for (task, _), own, plain in zip(self._tasks, answers, self._plain_answers, strict=True)
         ]
+
+    def _find(self, spelling: str, cache_format: CacheFormat) -> list[NeedleScore]:
+        """Return what is found of the numbers in texts of each length."""
+        scores = []
+        for needles in self._needles:
+            settings = self._settings.of_needles(needles.length)
+            stream = self._model.stream(cache_format, settings, settings.batch)
+            advance = functools.partial(self._progress, spelling)
+            scores.append(find(self._model, stream, needles, settings, advance))
+        return scores
 
     def _continue(self, stream: Stream) -> np.ndarray:
         prompts = self._sequences.tokens[: self._settings.prompts, : self._settings.prompt]

@@ -8,6 +8,7 @@ from typing import TypedDict
 
 from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._attention import AttentionProfile
+from qpaged.sweep.measure._needles import NeedleScore
 from qpaged.sweep.measure._statistics import Histogram
 from qpaged.sweep.measure._tasks import TaskScore
 
@@ -59,6 +60,7 @@ class Run:
         seconds: wall-clock time, compilation included.
         noise: of the reference; None for other formats, and where it was not measured.
         tasks: how the format answers each task; None where there are none.
+        needles: what is found of numbers hidden in texts of each length; None where none were.
     """
 
     format: str
@@ -75,6 +77,7 @@ class Run:
     seconds: float
     noise: list[Noise] | None = None
     tasks: list[TaskScore] | None = None
+    needles: list[NeedleScore] | None = None
 
     @property
     def bytes_per_token(self) -> float:

@@ -8,6 +8,9 @@ from qpaged._bad_argument import BadArgumentError
 from qpaged.cache._config import LARGEST_INDEX
 
 DTYPES = ("bfloat16", "float16", "float32")
+TEXTS_AT_ONCE = 4
+"""Texts with hidden numbers in the cache at once, at most: they may be longer than what else is measured."""
+
 COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
@@ -29,6 +32,7 @@ class Settings:
         seed: draws the sequences of the text; they are spread evenly over it if None.
         noise: the reference is compared with itself, too, under other conditions; see :class:`Noise`.
         bits_at: tokens of the sequences whose bytes are counted; ``context`` if None.
+        needles: tokens of texts in which numbers are hidden, to be found through each format's cache.
 
     Raises:
         BadArgumentError: a count that is too small or too large, or another dtype.
@@ -47,6 +51,7 @@ class Settings:
     seed: int | None = None
     noise: bool = True
     bits_at: int | None = None
+    needles: tuple[int, ...] = ()
 
     @classmethod
     def of_predictions_alone(cls, **settings: Any) -> "Settings":
@@ -70,6 +75,10 @@ class Settings:
             raise BadArgumentError(
                 "dtype", f"must be one of {', '.join(DTYPES)}, but came as {self.dtype!r}."
             )
+
+    def of_needles(self, length: int) -> "Settings":
+        """Return the settings of a cache that holds texts with hidden numbers."""
+        return dataclasses.replace(self, tokens=length, context=length, batch=min(self.batch, TEXTS_AT_ONCE))
 
     def halved(self, sequences: int) -> "Settings | None":
         """Return the settings with half the chunk and half the batch that so many sequences have.

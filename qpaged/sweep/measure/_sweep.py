@@ -14,6 +14,7 @@ from qpaged.formats import CacheFormat
 from qpaged.sweep.measure._ahead import one_ahead
 from qpaged.sweep.measure._bench import Bench, Progress
 from qpaged.sweep.measure._model import Model
+from qpaged.sweep.measure._needles import Needles, hide
 from qpaged.sweep.measure._run import PLAIN, Failure, Run, identity
 from qpaged.sweep.measure._settings import Settings
 from qpaged.sweep.measure._tasks import Continuation, Task, continuations_of
@@ -55,8 +56,9 @@ class Sweep:
     Raises:
         RegistryError: a spelling that names no installed format.
         ValueError: a text shorter than one sequence, or a context longer than the model's.
-        BadArgumentError: two tasks of one name, one that the tokenizer cannot take apart, or one for a model
-            whose streams take as many tokens of each sequence.
+        BadArgumentError: lengths of needles that the model or the text does not have; two tasks of one name,
+            one that the tokenizer cannot take apart, or one for a model whose streams take as many tokens of
+            each sequence.
     """
 
     model: Model
@@ -88,8 +90,8 @@ class Sweep:
                 f"must have at most the {self.model.vocabulary:,} tokens of the model, but {tokenizer.name} "
                 f"has {tokenizer.vocab_size:,}; give the one that the model was trained with.",
             )
-        # Compute both now, so that bad formats and texts raise before any work is done.
-        _ = self.order, self.sequences, self.continuations
+        # Compute these now, so that bad formats and texts raise before any work is done.
+        _ = self.order, self.sequences, self.continuations, self.needles
 
     @cached_property
     def order(self) -> list[tuple[str, CacheFormat]]:
@@ -107,6 +109,18 @@ class Sweep:
         context = self.settings.context
         return [continuations_of(task, self.model.tokenizer, context) for task in self.tasks]
 
+    @cached_property
+    def needles(self) -> list[Needles]:
+        """Texts of each length with hidden numbers."""
+        for length in self.settings.needles:
+            if length > self.model.longest:
+                raise BadArgumentError(
+                    "needles",
+                    f"must be at most {self.model.longest:,}, the longest that {self.model.name} was made "
+                    f"for, but has {length:,}.",
+                )
+        return [hide(self.text, self.model.tokenizer, length) for length in self.settings.needles]
+
     @property
     def tokens(self) -> int:
         """Tokens that are predicted in each format."""
@@ -116,7 +130,8 @@ class Sweep:
         """Return the tokens that are predicted in all, those for the noise of the reference included."""
         runs = len(self.pending(known))
         of_tasks = sum(len(each.tokens) - 1 for of_task in self.continuations for each in of_task)
-        total = (self.tokens + of_tasks) * runs
+        of_needles = sum(needles.depth.size for needles in self.needles)
+        total = (self.tokens + of_tasks + of_needles) * runs
         if not runs or not self.settings.noise:
             return total
         others = self.settings.halved(len(self.sequences.tokens)), self.model.in_another_dtype()
@@ -152,7 +167,7 @@ class Sweep:
         if pending:
             next(compiled)
             tasks = list(zip(self.tasks, self.continuations, strict=True))
-            bench = Bench(self.model, self.sequences, self.settings, plain, progress, tasks)
+            bench = Bench(self.model, self.sequences, self.settings, plain, progress, tasks, self.needles)
             yield bench.plain
         else:
             yield dataclasses.replace(known_runs[identity(PLAIN)], format=plain)

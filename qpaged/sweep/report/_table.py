@@ -36,6 +36,8 @@ def print_table(results: Results, console: "Console | None" = None) -> None:
     console.print(_table(results, console.width), highlight=False)
     for number in range(len(results.get("tasks", []))):
         console.print(_task_table(results, number), highlight=False)
+    if any(run.get("needles") for run in results["runs"]):
+        console.print(_needle_table(results), highlight=False)
     console.print(f"{verdict(results)}\n", highlight=False, markup=False)
 
 
@@ -103,6 +105,27 @@ def _task_table(results: Results, number: int) -> "Table":
     for run in results["runs"]:
         if run.get("tasks"):  # else it was measured by an earlier version
             table.add_row(escape(run["format"]), *task_cells(run["tasks"][number]))
+    return table
+
+
+def _needle_table(results: Results) -> "Table":
+    """Return a row for each format that was asked for hidden numbers."""
+    escape = need("rich.markup").escape
+    asked = [run for run in results["runs"] if run.get("needles")]  # others are of an earlier version
+    table = need("rich.table").Table(
+        title="found of the numbers hidden in so many tokens",
+        caption=f"{PLUS_MINUS} standard errors over texts. The report shows them by depth.",
+        box=need("rich.box").SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption_justify="left",
+        title_justify="left",
+    )
+    table.add_column("format", overflow="fold")
+    for score in asked[0]["needles"]:
+        table.add_column(f"{score['length']:,}", justify="right", no_wrap=True)
+    for run in asked:
+        cells = [percent(score["found"], score["found_se"]) for score in run["needles"]]
+        table.add_row(escape(run["format"]), *cells)
     return table
 
 

@@ -20,6 +20,9 @@ HALVES = 1.75
 A_HALF = 0.05
 """How far from 2 that may be, as a share, for the verdict to say so."""
 
+ENOUGH_FOUND = 0.9
+"""The share of hidden numbers that the reference must find before formats are compared by what they find."""
+
 MAX_NAMES = 3  # formats that a sentence names before it counts the others
 FIELDS = (
     "format",
@@ -43,7 +46,7 @@ def sentences(results: Results) -> list[str]:
 
     Failures and interrupts come first; then the closest format that halves the cache; the smallest format
     below ``max_kl`` of the results, and what the next smaller ones cost; the noise of the reference, and what
-    is within it; each task; last the choice by layer, if any.
+    is within it; each task; hidden numbers; last the choice by layer, if any.
 
     Formats whose difference is within the error bars are called tied.
 
@@ -63,6 +66,7 @@ def sentences(results: Results) -> list[str]:
     parts += [
         _task(number, task["name"], results["runs"]) for number, task in enumerate(results.get("tasks", []))
     ]
+    parts.append(_needles([run for run in results["runs"] if run.get("needles")]))
     tune = results.get("tune") or {}
     parts.append(tune.get("verdict", ""))
     return [sentence for sentence in parts if sentence]
@@ -155,6 +159,25 @@ def _task(number: int, name: str, runs: Sequence[RunRecord]) -> str:
     right = percent(of_plain["acc"], of_plain["acc_se"])
     outcome = f"{_listed(worse)} less often beyond the error bars" if worse else "no format surely less often"
     return f"{plain} is right on {right} of {name}, {outcome}."
+
+
+def _needles(runs: Sequence[RunRecord]) -> str:
+    """Return a sentence on the numbers that are found in the longest texts; empty if none were hidden."""
+    if not runs:
+        return ""
+    plain, *others = [(run["format"], max(run["needles"], key=lambda score: score["length"])) for run in runs]
+    name, of_plain = plain
+    found = (
+        f"{name} finds {percent(of_plain['found'])} of the numbers hidden in {of_plain['length']:,} tokens"
+    )
+    if of_plain["found"] < ENOUGH_FOUND:
+        return f"{found}: too few to tell what formats lose; shorter texts may show it."
+    fewer = [
+        f"{format} ({percent(score['found'])})"
+        for format, score in others
+        if score["found"] < of_plain["found"] and not tied(score["found_by_text"], of_plain["found_by_text"])
+    ]
+    return f"{found}; {_listed(fewer)} surely fewer." if fewer else f"{found}; no format surely fewer."
 
 
 def _upper_bound(run: RunRecord) -> float:

@@ -158,7 +158,11 @@ def run_from_record(record: Mapping[str, Any]) -> Run:
             values["metrics"] = _recorded_metrics(record)
         elif attribute.name == "attention":
             values["attention"] = _recorded_attention(record)
-        elif attribute.name in ("noise", "tasks"):  # which results from before they existed do not have
+        elif attribute.name in (
+            "noise",
+            "tasks",
+            "needles",
+        ):  # which results from before they existed do not have
             values[attribute.name] = record.get(attribute.name)
         else:
             values[attribute.name] = record[attribute.name]

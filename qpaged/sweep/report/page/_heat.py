@@ -1,4 +1,4 @@
-"""Heat maps: a number for every layer, colored by its logarithm."""
+"""Heat maps: a number for every layer, colored by its logarithm, and what is found at depths of a text."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,11 +27,18 @@ class HeatCell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Rows of cells, a column for each layer."""
+    """Rows of cells.
+
+    Attributes:
+        corner: what columns are.
+        columns: their names.
+    """
 
     id: str
     label: str
     meaning: str
+    corner: str
+    columns: Sequence[str]
     rows: list[tuple[str, list[HeatCell]]]
     least: str
     most: str
@@ -113,6 +120,27 @@ def sensitivity_maps(tune: Results) -> list[HeatMap]:
     return maps
 
 
+def needle_map(runs: Sequence[RunRecord]) -> HeatMap | None:
+    """Return what each format finds of hidden numbers, the reference first; None if none were hidden."""
+    asked = [run for run in runs if run.get("needles")]
+    if not asked:
+        return None
+    columns, rows = [], []
+    for score in asked[0]["needles"]:
+        last = len(score["by_depth"]) - 1
+        columns += [f"{score['length']:,}: {100 * depth // last} %" for depth in range(last + 1)]
+    for run in asked:
+        shares = [share for score in run["needles"] for share in score["by_depth"]]
+        rows.append(
+            (
+                run["format"],
+                [HeatCell(f"{100 * share:.0f}", round(100 * (1 - share)), "") for share in shares],
+            )
+        )
+    meaning = "Found, in percent, by the tokens of the text, and by how much of it stands before the number"
+    return HeatMap("needles", "needles", meaning, "tokens: depth", columns, rows, "all", "none")
+
+
 def _map(
     map_id: str,
     label: str,
@@ -137,7 +165,8 @@ def _map(
         return HeatCell(number(value), _heat(value, least, most), long, is_chosen)
 
     cells = [(row.name, [cell(row, layer) for layer in range(len(row.values))]) for row in rows]
-    return HeatMap(map_id, label, meaning, cells, number(least), number(most))
+    layers = [str(layer) for layer in range(len(rows[0].values))]
+    return HeatMap(map_id, label, meaning, "layer", layers, cells, number(least), number(most))
 
 
 def _heat(value: float, least: float, most: float) -> int:
