@@ -1,4 +1,4 @@
-"""Asks formats for numbers that are hidden in long texts, on the trained models, as ``qpaged sweep --needles`` does.
+"""Asks formats for numbers hidden in long texts, on the trained models, as ``qpaged sweep --needles`` does.
 
 python benchmarks/real_models.py prepare --folder build/real
 python benchmarks/needles.py --folder build/real --out benchmarks/results/needles.json

@@ -54,6 +54,7 @@ from qpaged.sweep.results import (
 )
 from qpaged.sweep.tune import (
     CANDIDATES,
+    EXPORTS,
     Budget,
     Journal,
     Tune,
@@ -66,6 +67,7 @@ __all__ = [
     "CANDIDATES",
     "COMPUTE_DTYPES",
     "DTYPES",
+    "EXPORTS",
     "MAX_KL",
     "METRICS",
     "RESULTS",

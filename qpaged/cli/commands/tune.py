@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 from qpaged import sweep
+from qpaged._files import write_whole
 from qpaged.cli._arguments import number
 from qpaged.cli._formats import named_formats, split_formats
 from qpaged.cli._job import add_job, load_job, say_job
@@ -40,6 +42,11 @@ def add(subparsers: Subparsers) -> None:
         help=f"what to choose from ({', '.join(sweep.CANDIDATES)}, those that fit)",
     )
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("format.json"), help="(%(default)s)")
+    parser.add_argument(
+        "--export",
+        choices=sorted(sweep.EXPORTS),
+        help="write the choice as that engine reads it, too, beside FILE; it must have such formats",
+    )
     parser.add_argument(
         "--report",
         metavar="DIR",
@@ -90,13 +97,31 @@ def _tune(args: argparse.Namespace, budget: sweep.Budget, directory: Path) -> in
         say(args, f"interrupted; {journal.path} keeps what was measured, for a rerun.")
         return INTERRUPTED
     tuned.format.save(args.out)
+    exported = _export(args, tuned)
     max_kl = sweep.MAX_KL if args.max_kl is None else args.max_kl
     result = sweep.SweepResult(job, tuned.runs, tuned.failures, tune=tuned.record, max_kl=max_kl)
     status = publish(args, result, directory)
     if not args.json:
         print(f"The format: {args.out}")
     journal.path.unlink(missing_ok=True)
+    if not exported:
+        return FAILED
     return status if tuned.failures else FINE
+
+
+def _export(args: argparse.Namespace, tuned: sweep.Tuned) -> bool:
+    """Write the choice as the engine reads it that was named, if any; return False if it has no such formats."""
+    if args.export is None:
+        return True
+    path = args.out.with_suffix(f".{args.export}.json")
+    try:
+        record = sweep.EXPORTS[args.export](tuned.record["layers"])
+    except ValueError as error:
+        say(args, str(error))
+        return False
+    write_whole(path, json.dumps(record, indent=2) + "\n")
+    say(args, f"{path} has the choice as {args.export} reads it.")
+    return True
 
 
 def _output_directory(args: argparse.Namespace) -> Path:
