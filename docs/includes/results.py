@@ -426,6 +426,51 @@ def rotary_keys():
     return "\n".join(lines) + "\n"
 
 
+def needles():
+    """What ``benchmarks/needles.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "needles.json").read_text())
+    runs = results["runs"]
+    lengths = sorted({run["length"] for run in runs})
+    texts, depths = len(runs[0]["found_by_text"]), len(runs[0]["by_depth"])
+    lines = [
+        f"`benchmarks/needles.py`, {results['date']}: found of {texts * depths} numbers at each length, "
+        f"pages of {results['page_size']}, ± one standard error over {texts} texts:",
+        "",
+        f"| model | format | {' | '.join(f'{length:,} tokens' for length in lengths)} |",
+        f"|---|---|{'--:|' * len(lengths)}",
+    ]
+    by_format = {}
+    for run in runs:
+        of_format = by_format.setdefault((run["model"], run["format"]), {})
+        of_format[run["length"]] = percent(run["found"], run["found_se"])
+    for (model, name), cells in by_format.items():
+        lines.append(f"| {model} | `{name}` | {' | '.join(cells.get(length, '') for length in lengths)} |")
+    return "\n".join(lines) + "\n"
+
+
+def tune_models():
+    """What ``benchmarks/tune_models.py`` left, as a Markdown table."""
+    results = json.loads((RESULTS / "tune_models.json").read_text())
+    exact = results["exact"]
+    lines = [
+        f"`benchmarks/tune_models.py`, {results['date']}: {results['sequences']} sequences of "
+        f"{results['context']:,} tokens, one to choose by and the others to verify, pages of "
+        f"{results['page_size']}, `{exact}` everywhere; bits of sequences of {results['bits_at']:,} tokens:",
+        "",
+        "| model | bits, at most | best pair in all layers | bits | KL | by layer: bits | KL | better |",
+        "|---|--:|---|--:|--:|--:|--:|---|",
+    ]
+    for run in results["runs"]:
+        uniform, by_layer = (
+            f"{each['bits_per_element']:.2f} | {small(each['kl_mean'], each['kl_mean_se'])}"
+            for each in run["runs"]
+        )
+        name = run["runs"][0]["format"].replace(exact, "")
+        better = "yes" if run["better"] else "within the errors"
+        lines.append(f"| {run['model']} | {run['bits']:g} | `{name}` | {uniform} | {by_layer} | {better} |")
+    return "\n".join(lines) + "\n"
+
+
 def latent_attention():
     """What ``benchmarks/latent_attention.py`` left, as a Markdown table."""
     results = json.loads((RESULTS / "latent_attention.json").read_text())
@@ -751,6 +796,8 @@ TABLES = {
     "tpu_interleaved.md": tpu_interleaved,
     "scale.md": scale,
     "ragged.md": ragged,
+    "needles.md": needles,
+    "tune_models.md": tune_models,
     "save_load.md": save_load,
     "latent_attention.md": latent_attention,
     "packing.md": packing,

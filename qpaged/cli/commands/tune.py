@@ -110,7 +110,7 @@ def _tune(args: argparse.Namespace, budget: sweep.Budget, directory: Path) -> in
 
 
 def _export(args: argparse.Namespace, tuned: sweep.Tuned) -> bool:
-    """Write the choice as the engine reads it that was named, if any; return False if it has no such formats."""
+    """Write the choice for the engine that was named, if any; return False if it has no such formats."""
     if args.export is None:
         return True
     path = args.out.with_suffix(f".{args.export}.json")

@@ -19,7 +19,7 @@ from qpaged.sweep.measure._needles import Needles, NeedleScore, find
 from qpaged.sweep.measure._predictions import Reference, Timing, predict
 from qpaged.sweep.measure._run import PLAIN, Noise, Run, identity, layer_spellings
 from qpaged.sweep.measure._settings import Settings
-from qpaged.sweep.measure._statistics import kl_histogram, part_means, token_estimate
+from qpaged.sweep.measure._statistics import by_position, kl_histogram, part_means, token_estimate
 from qpaged.sweep.measure._tasks import (
     TASK_CHUNK,
     Answers,
@@ -132,6 +132,7 @@ class Bench:
                 self._plain_predicted.stream, predicted.stream, tokens, self._settings
             )
         measurement = self._measurement(predicted, continuations, attention)
+        of_positions = by_position(predicted.predictions.kl)
         layers = None
         if cache_format.layers:
             layers = layer_spellings(cache_format, self._model.layers or 0)
@@ -145,6 +146,8 @@ class Bench:
             metrics=compute_metrics(measurement),
             kl_parts=part_means(predicted.predictions.kl),
             kl_histogram=kl_histogram(predicted.predictions.kl),
+            kl_by_position=[mean for mean, _ in of_positions if mean is not None],
+            kl_by_position_se=[error for _, error in of_positions],
             attention=attention,
             tasks=self._answer(spelling, cache_format) if self._tasks else None,
             needles=self._find(spelling, cache_format) if self._needles else None,

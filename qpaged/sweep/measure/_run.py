@@ -61,6 +61,9 @@ class Run:
         noise: of the reference; None for other formats, and where it was not measured.
         tasks: how the format answers each task; None where there are none.
         needles: what is found of numbers hidden in texts of each length; None where none were.
+        kl_by_position: mean KL of eight parts of the sequences, from the first tokens to the last; None in
+            results of earlier versions.
+        kl_by_position_se: their standard errors.
     """
 
     format: str
@@ -78,6 +81,8 @@ class Run:
     noise: list[Noise] | None = None
     tasks: list[TaskScore] | None = None
     needles: list[NeedleScore] | None = None
+    kl_by_position: list[float] | None = None
+    kl_by_position_se: list[float | None] | None = None
 
     @property
     def bytes_per_token(self) -> float:

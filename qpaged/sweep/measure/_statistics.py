@@ -10,6 +10,9 @@ import numpy as np
 MIN_UNITS = 8
 """Standard errors are taken over sequences; fewer sequences than this are cut into shorter stretches."""
 
+POSITIONS = 8
+"""Parts of equal length of a sequence, from its first token to its last."""
+
 KL_EDGES = np.arange(-12, 2.01, 0.25)
 """Edges of the histogram of KL, as log10 of nats."""
 
@@ -49,6 +52,12 @@ def part_means(values: np.ndarray) -> list[float]:
     """Return the mean of per-token values over each part that :func:`stretches` cuts."""
     sums = stretches(values, np.ones_like(values))
     return (sums[:, 0] / sums[:, 1]).tolist()
+
+
+def by_position(values: np.ndarray) -> list[Estimate]:
+    """Return the mean of per-token values [sequences, tokens] in each part of sequences."""
+    parts = np.array_split(values, min(POSITIONS, values.shape[1]), axis=1)
+    return [token_estimate(lambda sums: sums[0] / sums[1], part, np.ones_like(part)) for part in parts]
 
 
 def jackknife(sums: np.ndarray, statistic: Statistic) -> Estimate:

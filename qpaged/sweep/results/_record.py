@@ -21,6 +21,9 @@ VERSION = 2
 MAX_KL = 0.01
 """Nats a token: the mean KL up to which verdicts take a format to be good enough, unless told otherwise."""
 
+LATER = frozenset({"noise", "tasks", "needles", "kl_by_position", "kl_by_position_se"})
+"""Fields of a run that results from before they existed do not have."""
+
 Record = dict[str, Any]
 """A JSON object."""
 
@@ -158,11 +161,7 @@ def run_from_record(record: Mapping[str, Any]) -> Run:
             values["metrics"] = _recorded_metrics(record)
         elif attribute.name == "attention":
             values["attention"] = _recorded_attention(record)
-        elif attribute.name in (
-            "noise",
-            "tasks",
-            "needles",
-        ):  # which results from before they existed do not have
+        elif attribute.name in LATER:
             values[attribute.name] = record.get(attribute.name)
         else:
             values[attribute.name] = record[attribute.name]

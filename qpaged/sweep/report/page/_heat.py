@@ -1,8 +1,11 @@
 """Heat maps: a number for every layer, colored by its logarithm, and what is found at depths of a text."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from qpaged.sweep._numbers import PLUS_MINUS, small
 from qpaged.sweep.results import Results, RunRecord
@@ -118,6 +121,22 @@ def sensitivity_maps(tune: Results) -> list[HeatMap]:
         chosen = [layer[side] for layer in tune["layers"]]
         maps.append(_map(f"sensitivity-{part}", part, meaning, rows, _short, chosen))
     return maps
+
+
+def position_map(runs: Sequence[RunRecord], context: int) -> HeatMap | None:
+    """Return the KL of each format by the positions of tokens; None if no run has it."""
+    rows = [
+        Row(run["format"], run["kl_by_position"], run["kl_by_position_se"])
+        for run in runs[1:]
+        if run.get("kl_by_position")
+    ]
+    if not rows:
+        return None
+    parts = np.array_split(np.arange(context), len(rows[0].values))
+    columns = [f"{part[0]:,} to {part[-1]:,}" for part in parts]
+    meaning = "Mean KL, in nats, of the tokens at these positions of a sequence"
+    by_layer = _map("positions", "positions", meaning, rows, _short)
+    return dataclasses.replace(by_layer, corner="tokens", columns=columns)
 
 
 def needle_map(runs: Sequence[RunRecord]) -> HeatMap | None:

@@ -14,7 +14,13 @@ from qpaged.sweep.measure import METRICS, Metric
 from qpaged.sweep.report import _verdict
 from qpaged.sweep.report._table import TASK_COLUMNS, task_cells
 from qpaged.sweep.report.page import _distribution, _frontier
-from qpaged.sweep.report.page._heat import layer_fields, layer_maps, needle_map, sensitivity_maps
+from qpaged.sweep.report.page._heat import (
+    layer_fields,
+    layer_maps,
+    needle_map,
+    position_map,
+    sensitivity_maps,
+)
 from qpaged.sweep.report.palette import DARK, LIGHT, css_variables
 from qpaged.sweep.results import (
     BROKEN,
@@ -96,6 +102,7 @@ def _render(results: Results) -> str:
         frontiers=[_frontier.frontier_chart(runs, size) for size in _frontier.SIZES],
         task_columns=TASK_COLUMNS,
         task_cells=task_cells,
+        positions=position_map(runs, results["settings"]["context"]),
         needles=needle_map(runs),
         layer_maps=layer_maps(runs),
         choices=choices,
