@@ -4,6 +4,7 @@ A new backend is a file with ``attend`` and, where it does not take every call, 
 ``call_refusal``, and a line in :data:`IMPLEMENTATIONS`.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from qpaged.attention import _cpu, _gpu, _reference, _tpu, _xla
 from qpaged.attention._merge import Partial
 from qpaged.attention._options import Options, QueryTokens, with_options
 from qpaged.pools import Pages
+
+logger = logging.getLogger("qpaged")
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,21 @@ def attend(call: AttentionCall, options: Options) -> Partial:
     default: Implementation | None = None
     kernels: dict[str, Any] = {}  # functions, by platform
     for implementation in IMPLEMENTATIONS:
-        if implementation.by_name_only or decline_reason(implementation, [call]) is not None:
+        if implementation.by_name_only:
+            continue
+        reason = decline_reason(implementation, [call])
+        if reason is not None:
+            logger.debug("paged_attention: %s declines, it %s", implementation.name, reason)
             continue
         if implementation.platform is not None:
             kernels.setdefault(implementation.platform, with_options(implementation.attend, options))
         elif default is None:
             default = implementation
     assert default is not None  # xla takes every call
+    platforms = ", ".join(kernels) or "no platform"
+    logger.debug(
+        "paged_attention of %s: kernel for %s, %s elsewhere", call.tokens.query.shape, platforms, default.name
+    )
     if not kernels:
         return default.attend(*call, options)
     return by_platform(*call, default=with_options(default.attend, options), **kernels)

@@ -148,6 +148,15 @@ def test_an_empty_step_gives_zeros():
     assert out.shape == (3, 4, 16) and not out.any()
 
 
+def test_the_log_says_which_kernels_are_chosen(caplog):
+    view, table = filled_view("int8", 2, 16)
+    query, step = normal(len(LENGTHS), 4, 16), decode_step(table)[0]
+    with caplog.at_level("DEBUG", logger="qpaged"):
+        jax.eval_shape(qpaged.paged_attention, query, view, step)
+    assert f"paged_attention of {query.shape}: kernel for " in caplog.text
+    assert "xla elsewhere" in caplog.text
+
+
 def test_the_reference_has_a_gradient():
     view, table = filled_view("int8", 2, 16)
     metadata = decode_step(table)[0]

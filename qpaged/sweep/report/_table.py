@@ -114,6 +114,7 @@ def _needle_table(results: Results) -> "Table":
     asked = [run for run in results["runs"] if run.get("needles")]  # others are of an earlier version
     table = need("rich.table").Table(
         title="found of the numbers hidden in so many tokens",
+        min_width=48,  # of the title, which is longer than the columns
         caption=f"{PLUS_MINUS} standard errors over texts. The report shows them by depth.",
         box=need("rich.box").SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
