@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from qpaged.sweep import METRICS, verdict
-from qpaged.sweep._numbers import percent, small
+from qpaged.sweep._numbers import percent, small, whole_percent
 from qpaged.sweep.report import cell_text
 from qpaged.sweep.results import is_broken, pareto_front
 
@@ -442,7 +442,7 @@ def needles():
     by_format = {}
     for run in runs:
         of_format = by_format.setdefault((run["model"], run["format"]), {})
-        of_format[run["length"]] = percent(run["found"], run["found_se"])
+        of_format[run["length"]] = whole_percent(run["found"], run["found_se"])
     for (model, name), cells in by_format.items():
         lines.append(f"| {model} | `{name}` | {' | '.join(cells.get(length, '') for length in lengths)} |")
     return "\n".join(lines) + "\n"

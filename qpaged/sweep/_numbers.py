@@ -45,6 +45,13 @@ def percent(value: float, error: float | None = None) -> str:
     return _with_error(f"{100 * value:.2f} %", f"{100 * error:.2f}")
 
 
+def whole_percent(value: float, error: float | None = None) -> str:
+    """Return a share of few things in percent: 95 % ± 5."""
+    if error is None:
+        return f"{100 * value:.0f} %"
+    return _with_error(f"{100 * value:.0f} %", f"{100 * error:.0f}")
+
+
 def fixed(decimals: int, scale: float = 1.0, unit: str = "") -> NumberFormat:
     """Return a format with so many decimals, for values that are multiplied by ``scale`` first."""
 

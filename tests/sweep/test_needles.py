@@ -111,7 +111,7 @@ def test_the_verdict_names_formats_that_surely_find_fewer():
     plain = run("plain", 5, 5, 5, 5)
     assert _needles([]) == ""
     assert _needles([plain, run("a", 5, 5, 4, 5), run("b", 0, 1, 0, 0)]) == (
-        "plain finds 100.00 % of the numbers hidden in 1,200 tokens; b (5.00 %) surely fewer."
+        "plain finds 100 % of the numbers hidden in 1,200 tokens; b (5 %) surely fewer."
     )
     assert _needles([plain, run("a", 5, 5, 4, 5)]).endswith("no format surely fewer.")
     assert "too few to tell" in _needles([run("plain", 4, 4, 4, 4), run("b", 0, 0, 0, 0)])

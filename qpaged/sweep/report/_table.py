@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 from qpaged.sweep._extras import need
-from qpaged.sweep._numbers import PLUS_MINUS, percent, small
+from qpaged.sweep._numbers import PLUS_MINUS, percent, small, whole_percent
 from qpaged.sweep.measure import METRICS, WIDE, Metric, TaskScore
 from qpaged.sweep.report._verdict import verdict
 from qpaged.sweep.results import BROKEN, Results, RunRecord, is_broken, pareto_front, title
@@ -125,7 +125,7 @@ def _needle_table(results: Results) -> "Table":
     for score in asked[0]["needles"]:
         table.add_column(f"{score['length']:,}", justify="right", no_wrap=True)
     for run in asked:
-        cells = [percent(score["found"], score["found_se"]) for score in run["needles"]]
+        cells = [whole_percent(score["found"], score["found_se"]) for score in run["needles"]]
         table.add_row(escape(run["format"]), *cells)
     return table
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qpaged.sweep._numbers import percent, small
+from qpaged.sweep._numbers import percent, small, whole_percent
 from qpaged.sweep.results import (
     CONFIDENT_ERRORS,
     MAX_KL,
@@ -167,13 +167,11 @@ def _needles(runs: Sequence[RunRecord]) -> str:
         return ""
     plain, *others = [(run["format"], max(run["needles"], key=lambda score: score["length"])) for run in runs]
     name, of_plain = plain
-    found = (
-        f"{name} finds {percent(of_plain['found'])} of the numbers hidden in {of_plain['length']:,} tokens"
-    )
+    found = f"{name} finds {whole_percent(of_plain['found'])} of the numbers hidden in {of_plain['length']:,} tokens"
     if of_plain["found"] < ENOUGH_FOUND:
         return f"{found}: too few to tell what formats lose; shorter texts may show it."
     fewer = [
-        f"{format} ({percent(score['found'])})"
+        f"{format} ({whole_percent(score['found'])})"
         for format, score in others
         if score["found"] < of_plain["found"] and not tied(score["found_by_text"], of_plain["found_by_text"])
     ]
