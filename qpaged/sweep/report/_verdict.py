@@ -167,7 +167,8 @@ def _needles(runs: Sequence[RunRecord]) -> str:
         return ""
     plain, *others = [(run["format"], max(run["needles"], key=lambda score: score["length"])) for run in runs]
     name, of_plain = plain
-    found = f"{name} finds {whole_percent(of_plain['found'])} of the numbers hidden in {of_plain['length']:,} tokens"
+    share, length = whole_percent(of_plain["found"]), of_plain["length"]
+    found = f"{name} finds {share} of the numbers hidden in {length:,} tokens"
     if of_plain["found"] < ENOUGH_FOUND:
         return f"{found}: too few to tell what formats lose; shorter texts may show it."
     fewer = [
